@@ -1,0 +1,13 @@
+"""The contrastive operation: what it means (`reference`), how it is called (`api`), and its modules."""
+
+from .api import patch_nce, project_patches, sample_patch_ids
+from .modules import PatchNCEHead, PatchNCELoss, PatchSampleF
+
+__all__ = [
+    "PatchNCEHead",
+    "PatchNCELoss",
+    "PatchSampleF",
+    "patch_nce",
+    "project_patches",
+    "sample_patch_ids",
+]

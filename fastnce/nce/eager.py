@@ -1,0 +1,173 @@
+"""InfoNCE on plain PyTorch with its own gradient: the path of the CPU, and of every device without Triton.
+
+Two things make it faster and smaller than differentiating the definition. The query gradient is formed in the forward
+pass from the same exponentials as the loss (keys are constants of the loss, so the gradient of a row is one weighted
+sum of keys), and rows are worked in blocks, so the (rows, rows) logits never stand in memory whole.
+
+The positive stays out of the sum over negatives: loss = softplus(logsumexp_negatives - positive) keeps its digits where
+`logsumexp - positive` cancels, that is, for confident rows.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+BLOCK_ELEMENTS = 1 << 22
+"""Logits held at once (16 MiB in float32)."""
+
+
+def _blocks(groups: int, rows: int, columns: int):
+    """Slices (group, row) that hold at most BLOCK_ELEMENTS logits each."""
+    per_group = rows * columns
+    if per_group <= BLOCK_ELEMENTS:
+        step = max(1, BLOCK_ELEMENTS // max(per_group, 1))
+        for start in range(0, groups, step):
+            yield slice(start, min(start + step, groups)), slice(0, rows)
+        return
+    step = max(1, BLOCK_ELEMENTS // columns)
+    for group in range(groups):
+        for start in range(0, rows, step):
+            yield slice(group, group + 1), slice(start, min(start + step, rows))
+
+
+def _logits(queries, keys, extra_keys, pair_log_weight, pair_weight, scale, g: slice, r: slice):
+    """Scaled logits of one block: the diagonal (the positives) apart and -inf in the matrix."""
+    block = torch.bmm(queries[g, r], keys[g].transpose(1, 2)).mul_(scale)
+    diagonal = block.diagonal(offset=r.start, dim1=1, dim2=2)
+    positive = diagonal.clone()
+    if pair_weight is not None:
+        block.mul_(pair_weight[g, r])
+    if pair_log_weight is not None:
+        block.add_(pair_log_weight[g, r])
+    diagonal.fill_(-torch.inf)
+    outside = None
+    if extra_keys is not None:
+        outside = torch.bmm(queries[g, r], extra_keys[g].transpose(1, 2)).mul_(scale)
+    return block, outside, positive
+
+
+def _negative_logsumexp(block: Tensor, outside: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """logsumexp over the negatives, and their exponentials relative to it (rows without negatives: -inf and zeros)."""
+    top = block.amax(dim=2)
+    if outside is not None:
+        top = torch.maximum(top, outside.amax(dim=2))
+    top = torch.where(top == -torch.inf, 0.0, top)[:, :, None]
+    weights = block.sub_(top).exp_()
+    total = weights.sum(dim=2)
+    if outside is not None:
+        outside = outside.sub_(top).exp_()
+        total = total + outside.sum(dim=2)
+    inverse = torch.where(total > 0, 1.0 / total, torch.zeros_like(total))[:, :, None]
+    weights.mul_(inverse)
+    if outside is not None:
+        outside.mul_(inverse)
+    return top[:, :, 0] + total.log(), weights, outside
+
+
+class _NCERows(torch.autograd.Function):
+    @staticmethod
+    def forward(queries, keys, extra_keys, pair_log_weight, pair_weight, scale, decoupled, with_gradient):
+        groups, rows, _ = queries.shape
+        loss = queries.new_empty(groups, rows)
+        negative = torch.empty_like(loss)
+        positive = torch.empty_like(loss)
+        gradient = torch.empty_like(queries) if with_gradient else queries.new_empty(0)
+        columns = rows + (0 if extra_keys is None else extra_keys.shape[1])
+        for g, r in _blocks(groups, rows, columns):
+            block, outside, pos = _logits(queries, keys, extra_keys, pair_log_weight, pair_weight, scale, g, r)
+            lse, weights, outside = _negative_logsumexp(block, outside)
+            margin = lse - pos
+            loss[g, r] = margin if decoupled else F.softplus(margin, threshold=1e9)
+            negative[g, r] = lse
+            positive[g, r] = pos
+            if with_gradient:
+                if pair_weight is not None:
+                    weights.mul_(pair_weight[g, r])
+                # how much of the row's probability lies on its negatives
+                share = torch.ones_like(margin) if decoupled else torch.sigmoid(margin)
+                pull = torch.bmm(weights, keys[g])
+                if outside is not None:
+                    pull.baddbmm_(outside, extra_keys[g])
+                torch.sub(pull.mul_(share[:, :, None]), keys[g, r] * share[:, :, None], out=gradient[g, r])
+                gradient[g, r].mul_(scale)
+        return loss, negative, positive, gradient
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        queries, keys, extra_keys, pair_log_weight, pair_weight, scale, decoupled, _ = inputs
+        _, negative, positive, gradient = output
+        ctx.mark_non_differentiable(negative, positive, gradient)
+        ctx.scale, ctx.decoupled = scale, decoupled
+        saved = (queries, keys, extra_keys, pair_log_weight, pair_weight, negative, positive)
+        if not any(ctx.needs_input_grad[1:3]):
+            saved = (None,) * 7  # keys are constants: the ready gradient is all the backward needs
+        ctx.save_for_backward(gradient, *saved)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream, *_):
+        gradient, *saved = ctx.saved_tensors
+        d_queries = gradient * upstream[:, :, None] if ctx.needs_input_grad[0] else None
+        d_keys = d_extra = None
+        if any(ctx.needs_input_grad[1:3]):
+            d_keys, d_extra = _key_gradients(*saved, ctx.scale, ctx.decoupled, upstream)
+        return d_queries, d_keys, d_extra, None, None, None, None, None
+
+
+def _key_gradients(queries, keys, extra_keys, pair_log_weight, pair_weight, negative, positive, scale, decoupled, up):
+    """Second pass, only for keys that are not constants: dk_j = sum_i up_i * w_ij * q_i / T, less the positive's part."""
+    groups, rows, _ = queries.shape
+    d_keys = torch.zeros_like(keys)
+    d_extra = None if extra_keys is None else torch.zeros_like(extra_keys)
+    margin = negative - positive
+    share = up if decoupled else up * torch.sigmoid(margin)
+    columns = rows + (0 if extra_keys is None else extra_keys.shape[1])
+    for g, r in _blocks(groups, rows, columns):
+        block, outside, _ = _logits(queries, keys, extra_keys, pair_log_weight, pair_weight, scale, g, r)
+        _, weights, outside = _negative_logsumexp(block, outside)
+        if pair_weight is not None:
+            weights.mul_(pair_weight[g, r])
+        weighted = queries[g, r] * (share[g, r] * scale)[:, :, None]
+        d_keys[g] += torch.bmm(weights.transpose(1, 2), weighted)
+        d_keys[g, r] -= weighted
+        if outside is not None:
+            d_extra[g] += torch.bmm(outside.transpose(1, 2), weighted)
+    return d_keys, d_extra
+
+
+def nce_rows(
+    queries_GSD: Tensor,
+    keys_GSD: Tensor,
+    extra_keys_GED: Tensor | None = None,
+    *,
+    temperature: float,
+    pair_log_weight_GSS: Tensor | None = None,
+    pair_weight_GSS: Tensor | None = None,
+    decoupled: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `reference.nce_rows`: (loss, logsumexp, positive logit), each (groups, rows); float32, or float64 for float64.
+
+    Differentiable once, with respect to queries, keys and extra keys. 16-bit inputs are widened to float32 first.
+    """
+    dtype = torch.float64 if queries_GSD.dtype == torch.float64 else torch.float32
+
+    def widen(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(dtype)
+
+    queries, keys, extra = widen(queries_GSD), widen(keys_GSD), widen(extra_keys_GED)
+    with_gradient = torch.is_grad_enabled() and queries_GSD.requires_grad
+    loss, negative, positive, _ = _NCERows.apply(
+        queries,
+        keys,
+        extra,
+        widen(pair_log_weight_GSS),
+        widen(pair_weight_GSS),
+        1.0 / temperature,
+        decoupled,
+        with_gradient,
+    )
+    logsumexp = negative if decoupled else torch.logaddexp(negative, positive)
+    return loss, logsumexp, positive
