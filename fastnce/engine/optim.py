@@ -1,0 +1,113 @@
+"""Adam with a learning rate on the device, the published schedule, and steps that skip themselves when not finite."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+
+def _option(default, consequence: str):
+    return field(default=default, metadata={"help": consequence})
+
+
+@dataclass
+class OptimOptions:
+    """Learning rate, its schedule, and the average of weights."""
+
+    lr: float = _option(2e-4, "Adam's learning rate during the first n_epochs")
+    beta1: float = _option(0.5, "Adam's first moment; 0.5 as in every paper here")
+    beta2: float = _option(0.999, "Adam's second moment")
+    n_epochs: int = _option(200, "epochs at the full learning rate; an epoch is the larger domain once")
+    n_epochs_decay: int = _option(200, "epochs over which the rate falls linearly towards 0")
+    ema: float = _option(0.0, "decay of the generator's averaged weights, e.g. 0.999; 0 keeps none")
+    max_bad_steps: int = _option(20, "end the job after this many steps in a row that were not finite")
+
+
+def schedule(epoch: int, n_epochs: int, n_epochs_decay: int) -> float:
+    """Factor of the learning rate in an epoch counted from 0 (published `lambda_rule`)."""
+    return 1.0 - max(0, epoch + 1 - n_epochs) / (n_epochs_decay + 1)
+
+
+class ParameterGroup:
+    """The parameters that one Adam updates, from gradients given rather than accumulated.
+
+    Args:
+        modules: whose parameters to update.
+        lr: base learning rate, multiplied by the schedule.
+        betas: Adam's.
+    """
+
+    def __init__(self, modules: tuple[nn.Module, ...], lr: float, betas: tuple[float, float]):
+        # The same tensor may be reached twice (shared networks); the order is that of the modules.
+        named = [(f"{i}.{name}", p) for i, module in enumerate(modules) for name, p in module.named_parameters()]
+        self.names = [name for name, _ in named]
+        self.parameters = [p for _, p in named]
+        if not self.parameters:
+            raise ValueError("a parameter group without parameters: projectors must be built before the optimiser")
+        first = self.parameters[0]
+        self.base_lr = lr
+        # CUDA's fused Adam reads a float32 rate; the CPU's takes the parameters' own precision.
+        dtype = first.dtype if first.device.type == "cpu" else torch.float32
+        self.lr = torch.tensor(lr, dtype=dtype, device=first.device)
+        self.adam = torch.optim.Adam(self.parameters, lr=self.lr, betas=betas, fused=True)
+        self.found_inf = torch.zeros((), device=first.device)
+
+    def set_factor(self, factor: float) -> None:
+        self.lr.fill_(self.base_lr * factor)
+
+    def update(self, gradients: tuple[Tensor | None, ...]) -> Tensor:
+        """One Adam step; returns 1.0 where it was skipped because a gradient was not finite, else 0.0 (on the device).
+
+        Nothing is read back: Adam itself leaves weights, moments and its count alone when `found_inf` is set.
+        """
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        norm = torch.nn.utils.get_total_norm([g for g in gradients if g is not None])
+        self.found_inf.copy_(norm.isfinite().logical_not())
+        self.adam.grad_scale, self.adam.found_inf = None, self.found_inf  # type: ignore[attr-defined]
+        self.adam.step()
+        for parameter in self.parameters:
+            parameter.grad = None
+        return self.found_inf
+
+    def state(self) -> dict[str, Tensor]:
+        """Adam's moments and counts by parameter name."""
+        tensors = {}
+        for name, parameter in zip(self.names, self.parameters, strict=True):
+            for key, value in self.adam.state.get(parameter, {}).items():
+                tensors[f"{name}/{key}"] = value
+        return tensors
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """What `state` returned, bit for bit."""
+        for name, parameter in zip(self.names, self.parameters, strict=True):
+            entries = {key.rsplit("/", 1)[1]: t for key, t in tensors.items() if key.rsplit("/", 1)[0] == name}
+            if entries:
+                self.adam.state[parameter] = {
+                    # Adam keeps its count in float32, on the device of the parameter when fused
+                    key: t.to(
+                        device=parameter.device, dtype=torch.float32 if key == "step" else parameter.dtype
+                    ).clone()
+                    for key, t in entries.items()
+                }
+
+
+class WeightAverage:
+    """Exponential moving average of a network's parameters; buffers are copied."""
+
+    def __init__(self, network: nn.Module, decay: float):
+        if not 0.0 < decay < 1.0:
+            raise ValueError(f"optim.ema must lie between 0 and 1, not {decay}")
+        self.network = network
+        self.decay = decay
+        self.average = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        state = self.network.state_dict()
+        smooth = [name for name, tensor in state.items() if tensor.is_floating_point()]
+        torch._foreach_lerp_([self.average[n] for n in smooth], [state[n] for n in smooth], 1.0 - self.decay)
+        for name in state.keys() - set(smooth):
+            self.average[name].copy_(state[name])

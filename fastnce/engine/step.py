@@ -1,0 +1,89 @@
+"""One training step: generate, then each phase's loss, gradients and update, in the paper's order."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..methods.base import Batch, Draws, Method
+from .optim import OptimOptions, ParameterGroup, WeightAverage
+
+
+class Step:
+    """The step of a method, with everything that it changes: networks, optimisers, averaged weights.
+
+    Args:
+        method: the paper, already on its device.
+        options: learning rate and so on.
+    """
+
+    def __init__(self, method: Method, options: OptimOptions):
+        self.method = method
+        self.options = options
+        betas = (options.beta1, options.beta2)
+        self.groups = {
+            name: ParameterGroup(group.modules, group.lr or options.lr, group.betas or betas)
+            for name, group in method.groups().items()
+        }
+        self.phases = method.phases()
+        device = next(iter(self.groups.values())).parameters[0].device
+        self.bad_steps = torch.zeros((), device=device)
+        """Steps that were not finite, in a row up to now."""
+        generators = {name: net for name, net in method.networks().items() if name.startswith("G")}
+        self.averages = (
+            {name: WeightAverage(net, options.ema) for name, net in generators.items()} if options.ema else {}
+        )
+
+    def set_learning_rate(self, factor: float) -> None:
+        for group in self.groups.values():
+            group.set_factor(factor)
+
+    def run(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        """Update every network once; returns the losses, on the device, without waiting for them."""
+        losses: dict[str, Tensor] = {}
+        outputs = self.method.generate(batch, draws)
+        bad = torch.zeros_like(self.bad_steps)
+        for phase in self.phases:
+            loss, logged = phase.loss(batch, outputs, draws)
+            groups = [self.groups[name] for name in phase.groups]
+            parameters = [p for group in groups for p in group.parameters]
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            for group in groups:
+                bad = torch.maximum(bad, group.update(gradients[: len(group.parameters)]))
+                gradients = gradients[len(group.parameters) :]
+            losses |= {name: value.detach() for name, value in logged.items()}
+        self.bad_steps.add_(1).mul_(bad)
+        for average in self.averages.values():
+            average.update()
+        return losses
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor that the next step depends on, by a flat name."""
+        tensors = {
+            f"network/{n}/{k}": t for n, net in self.method.networks().items() for k, t in net.state_dict().items()
+        }
+        for name, group in self.groups.items():
+            tensors |= {f"adam/{name}/{key}": tensor for key, tensor in group.state().items()}
+        for name, average in self.averages.items():
+            tensors |= {f"average/{name}/{key}": tensor for key, tensor in average.average.items()}
+        tensors["bad_steps"] = self.bad_steps
+        return tensors
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """What `state` returned; ValueError names what does not fit."""
+
+        def under(prefix: str) -> dict[str, Tensor]:
+            return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+
+        for name, network in self.method.networks().items():
+            try:
+                network.load_state_dict(under(f"network/{name}/"))
+            except RuntimeError as error:
+                raise ValueError(f"the checkpoint's network {name} is not this one: {error}") from None
+        for name, group in self.groups.items():
+            group.load_state(under(f"adam/{name}/"))
+        for name, average in self.averages.items():
+            stored = under(f"average/{name}/")
+            for key, tensor in average.average.items():
+                tensor.copy_(stored[key])
+        self.bad_steps.copy_(tensors["bad_steps"])

@@ -1,0 +1,144 @@
+"""What the training engine asks of a paper.
+
+A method is its networks, its losses and its defaults. The engine knows nothing else of it: it calls `generate` once a
+step, then each phase's loss in the paper's order, and updates the phase's parameter groups.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from ..networks import Norm, build_discriminator, build_generator
+
+
+def option(default: Any, consequence: str) -> Any:
+    """A field of an options dataclass, with the sentence that tells what it does."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": consequence})
+    return field(default=default, metadata={"help": consequence})
+
+
+@dataclass
+class NetworkOptions:
+    """Which networks to build; the defaults are CUT's."""
+
+    generator: str = option("resnet_9blocks", "resnet_9blocks, resnet_6blocks, resnet_4blocks, unet_256 or unet_128")
+    discriminator: str = option("basic", "basic (70x70 PatchGAN), n_layers or pixel")
+    width: int = option(
+        64, "channels after the generator's first convolution (published ngf); cost grows as its square"
+    )
+    discriminator_width: int = option(64, "the same for the discriminator (published ndf)")
+    discriminator_layers: int = option(3, "halvings of the n_layers discriminator; more judge larger patches")
+    in_channels: int = option(3, "channels of domain A")
+    out_channels: int = option(3, "channels of domain B")
+    norm: Norm = option("instance", "instance, batch or none")
+    dropout: bool = option(False, "dropout in the generator's blocks")
+    antialias: bool = option(True, "blur before halving and after doubling (CUT); false as CycleGAN")
+    init_type: str = option("xavier", "normal, xavier, kaiming or orthogonal")
+    init_gain: float = option(0.02, "scale of the initial weights")
+
+    def build_generator(self, reverse: bool = False):
+        """Domain A to B; `reverse` for B to A."""
+        channels = (self.out_channels, self.in_channels) if reverse else (self.in_channels, self.out_channels)
+        return build_generator(
+            self.generator,
+            *channels,
+            self.width,
+            norm=self.norm,
+            dropout=self.dropout,
+            antialias=self.antialias,
+            init_type=self.init_type,
+            init_gain=self.init_gain,
+        )
+
+    def build_discriminator(self, channels: int):
+        return build_discriminator(
+            self.discriminator,
+            channels,
+            self.discriminator_width,
+            layers=self.discriminator_layers,
+            norm=self.norm,
+            antialias=self.antialias,
+            init_type=self.init_type,
+            init_gain=self.init_gain,
+        )
+
+
+class Batch(NamedTuple):
+    """One step's pictures, each (images, channels, height, width) in [-1, 1]."""
+
+    a: Tensor
+    b: Tensor
+
+
+@dataclass
+class Draws:
+    """One step's random choices.
+
+    The flip is decided on the host ahead of the step, because it selects which computation runs. Patch ids are drawn on
+    the device inside the step unless given: [NCE call][layer] -> (patches,), in the paper's order of calls.
+    """
+
+    flip: bool = False
+    patch_ids: list[list[Tensor]] | None = None
+
+
+class Group(NamedTuple):
+    """Parameters that one optimiser updates, and where it departs from the run's learning rate and betas."""
+
+    modules: tuple[nn.Module, ...]
+    lr: float | None = None
+    betas: tuple[float, float] | None = None
+
+
+Losses = dict[str, Tensor]
+Outputs = dict[str, Any]
+
+
+class Phase(NamedTuple):
+    """A loss, and the names of the groups that it updates."""
+
+    loss: Callable[[Batch, Outputs, Draws], tuple[Tensor, Losses]]
+    groups: tuple[str, ...]
+
+
+class Method(nn.Module):
+    """A paper: subclasses build their networks in `__init__` and define the members below."""
+
+    def networks(self) -> dict[str, nn.Module]:
+        """Networks by their published name ("G", "D_A", ...), for checkpoints and published files."""
+        raise NotImplementedError
+
+    def groups(self) -> dict[str, Group]:
+        """Parameter groups by name, in the order of the published optimisers."""
+        raise NotImplementedError
+
+    def phases(self) -> tuple[Phase, ...]:
+        """Losses and what they update, in the paper's order."""
+        raise NotImplementedError
+
+    def draw(self, rng: random.Random) -> Draws:
+        """The random choices that the host makes for one step."""
+        return Draws()
+
+    def generate(self, batch: Batch, draws: Draws) -> Outputs:
+        """Everything that the phases share: translated pictures and kept features."""
+        raise NotImplementedError
+
+    def translate(self, a: Tensor) -> Tensor:
+        """A to B, as used after training."""
+        raise NotImplementedError
+
+    def pictures(self, batch: Batch) -> dict[str, Tensor]:
+        """Named pictures for sample grids, each like `batch.a`."""
+        return {"A": batch.a, "fake_B": self.translate(batch.a)}
+
+
+def describe(options: Any) -> dict[str, tuple[Any, str]]:
+    """Name -> (value, consequence) of an options dataclass."""
+    return {f.name: (getattr(options, f.name), f.metadata.get("help", "")) for f in fields(options)}

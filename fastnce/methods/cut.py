@@ -1,0 +1,154 @@
+"""CUT and FastCUT: Park et al., Contrastive Learning for Unpaired Image-to-Image Translation (ECCV 2020)."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..losses import GANMode, gan_loss
+from ..nce import PatchNCEHead
+from ..nce.api import Negatives
+from .base import Batch, Draws, Group, Losses, Method, NetworkOptions, Outputs, Phase, option
+
+
+@dataclass
+class CUTOptions:
+    """CUT's terms; the defaults are the published ones."""
+
+    lambda_gan: float = option(1.0, "weight of the GAN loss")
+    lambda_nce: float = option(1.0, "weight of PatchNCE: higher keeps more of the input's content")
+    nce_idt: bool = option(True, "also PatchNCE between y and G(y): keeps colours, costs a second picture a step")
+    nce_layers: list[int] = option([0, 4, 8, 12, 16], "generator layers whose features are contrasted, ascending")
+    temperature: float = option(0.07, "PatchNCE temperature; lower concentrates on the hardest negatives")
+    patches: int = option(256, "locations drawn a picture and layer (all where a map has fewer)")
+    projection: int = option(256, "width of the projector F (published netF_nc)")
+    negatives: Negatives = option("image", '"image": other patches of the same picture; "batch": of all pictures')
+    flip_equivariance: bool = option(False, "FastCUT: half of the steps see mirrored pictures, features mirrored back")
+    gan_mode: GANMode = option("lsgan", "lsgan, vanilla, wgangp, nonsaturating or hinge")
+    reuse_key_features: bool = option(True, "keep the features of G(x)'s own pass as keys; false encodes x again")
+
+    @classmethod
+    def fastcut(cls) -> CUTOptions:
+        return cls(lambda_nce=10.0, nce_idt=False, flip_equivariance=True)
+
+
+class CUT(Method):
+    """One generator, one discriminator, one projector; D is updated first, then G and F together."""
+
+    def __init__(self, options: CUTOptions, network: NetworkOptions):
+        super().__init__()
+        if options.nce_idt and network.in_channels != network.out_channels:
+            raise ValueError(
+                f"nce_idt translates y with the same generator as x: network.in_channels={network.in_channels} and "
+                f"out_channels={network.out_channels} must be equal, or loss.nce_idt=false"
+            )
+        if network.in_channels != network.out_channels and options.lambda_nce > 0:
+            raise ValueError(
+                f"PatchNCE encodes G(x) with G: network.in_channels={network.in_channels} and "
+                f"out_channels={network.out_channels} must be equal, or loss.lambda_nce=0"
+            )
+        self.options = options
+        self.layers = list(options.nce_layers)
+        self.generator = network.build_generator()
+        self.discriminator = network.build_discriminator(network.out_channels)
+        self.head = PatchNCEHead(
+            self.generator.feature_channels(self.layers),
+            options.projection,
+            options.patches,
+            options.temperature,
+            negatives=options.negatives,
+            init_type=network.init_type,
+            init_gain=network.init_gain,
+        )
+
+    def networks(self):
+        return {"G": self.generator, "F": self.head, "D": self.discriminator}
+
+    def groups(self):
+        groups = {"G": Group((self.generator,)), "D": Group((self.discriminator,)), "F": Group((self.head,))}
+        if self.options.lambda_nce == 0:
+            del groups["F"]
+        return groups
+
+    def phases(self):
+        return Phase(self.d_loss, ("D",)), Phase(self.g_loss, ("G", "F") if self.options.lambda_nce > 0 else ("G",))
+
+    def draw(self, rng: random.Random) -> Draws:
+        return Draws(flip=self.options.flip_equivariance and rng.random() < 0.5)
+
+    def generate(self, batch: Batch, draws: Draws) -> Outputs:
+        options, generator = self.options, self.generator
+        both = options.nce_idt and options.lambda_nce > 0
+        if both and batch.a.shape != batch.b.shape:
+            raise ValueError(
+                f"pictures of A {tuple(batch.a.shape)} and B {tuple(batch.b.shape)} go through G in one batch: crop both "
+                f"to one size (data.crop_size), or set loss.nce_idt=false"
+            )
+        real = torch.cat([batch.a, batch.b]) if both else batch.a
+        keys = None
+        # A mirrored picture's features are not the mirrored features: then, x is encoded on its own.
+        if options.reuse_key_features and options.lambda_nce > 0 and not draws.flip and generator.features_repeat:
+            fake, features = generator(real, self.layers)
+            keys = [feature.detach() for feature in features]
+        else:
+            fake = generator(real.flip(3) if draws.flip else real)
+        n = batch.a.shape[0]
+        outputs: Outputs = {"fake": fake, "fake_B": fake[:n], "real": real, "keys": keys}
+        if both:
+            outputs["idt_B"] = fake[n:]
+        return outputs
+
+    def d_loss(self, batch: Batch, outputs: Outputs, draws: Draws) -> tuple[Tensor, Losses]:
+        fake, real = outputs["fake_B"].detach(), batch.b
+        if self.discriminator.pictures_independent and fake.shape[1:] == real.shape[1:]:
+            judged_fake, judged_real = self.discriminator(torch.cat([fake, real])).split([len(fake), len(real)])
+        else:
+            judged_fake, judged_real = self.discriminator(fake), self.discriminator(real)
+        loss_fake = gan_loss(judged_fake, False, self.options.gan_mode)
+        loss_real = gan_loss(judged_real, True, self.options.gan_mode)
+        return 0.5 * (loss_fake + loss_real), {"D_real": loss_real, "D_fake": loss_fake}
+
+    def g_loss(self, batch: Batch, outputs: Outputs, draws: Draws) -> tuple[Tensor, Losses]:
+        options = self.options
+        losses: Losses = {}
+        total = outputs["fake"].new_zeros(())
+        if options.lambda_gan > 0:
+            judged = self.discriminator(outputs["fake_B"])
+            losses["G_GAN"] = options.lambda_gan * gan_loss(judged, True, options.gan_mode, for_generator=True)
+            total = total + losses["G_GAN"]
+        if options.lambda_nce > 0:
+            nce = options.lambda_nce * self._contrast(outputs, draws)
+            losses["NCE"] = nce[0]
+            if len(nce) == 2:
+                losses["NCE_Y"] = nce[1]
+            total = total + nce.mean()
+        losses["G"] = total
+        return total, losses
+
+    def _contrast(self, outputs: Outputs, draws: Draws) -> Tensor:
+        """PatchNCE of (x, G(x)) and, with the identity term, of (y, G(y)): (directions,)."""
+        queries = self.generator(outputs["fake"], self.layers, encode_only=True)
+        if draws.flip:
+            queries = [query.flip(3) for query in queries]
+        keys = outputs["keys"]
+        if keys is None:
+            with torch.no_grad():
+                keys = self.generator(outputs["real"], self.layers, encode_only=True)
+        directions = 2 if "idt_B" in outputs else 1
+        ids = draws.patch_ids
+        loss = self.head(
+            queries, keys, directions=directions, patch_ids=ids if ids is None or directions > 1 else ids[0]
+        )
+        return loss.reshape(directions)
+
+    def translate(self, a: Tensor) -> Tensor:
+        return self.generator(a)
+
+    def pictures(self, batch: Batch) -> dict[str, Tensor]:
+        pictures = {"A": batch.a, "fake_B": self.generator(batch.a), "B": batch.b}
+        if self.options.nce_idt:
+            pictures["idt_B"] = self.generator(batch.b)
+        return pictures

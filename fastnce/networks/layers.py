@@ -1,0 +1,113 @@
+"""The layers that the published networks share.
+
+Their `state_dict` keys are the published ones, so that published weights load; how they compute is ours.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Norm = Literal["instance", "batch", "none"]
+
+
+class InstanceNorm(nn.Module):
+    """Instance normalisation without parameters: each channel of each picture to mean 0 and variance 1 (eps 1e-5).
+
+    Computed as a group norm with one group a channel. The library's own `F.instance_norm` is not used: on the CPU, at
+    batch size 1, it returns a wrong input gradient when the incoming gradient is channels-last, and patch sampling
+    produces such gradients (tests/test_layers.py shows both).
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-5):
+        super().__init__()
+        self.channels = channels
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.group_norm(x, self.channels, eps=self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, eps={self.eps}"
+
+
+def norm_layer(norm: Norm, channels: int) -> nn.Module:
+    """The normalisation that follows a convolution."""
+    if norm == "instance":
+        return InstanceNorm(channels)
+    if norm == "batch":
+        return nn.BatchNorm2d(channels)
+    if norm == "none":
+        return nn.Identity()
+    raise ValueError(f'norm must be "instance", "batch" or "none", not {norm!r}')
+
+
+class _Blur(nn.Module):
+    """Holds the published filter buffer, so that checkpoints fit, and refuses a checkpoint with another filter."""
+
+    filt: Tensor
+
+    def __init__(self, channels: int, taps: list[float], gain: float):
+        super().__init__()
+        row = torch.tensor(taps)
+        filt = row[:, None] * row[None, :]
+        self.register_buffer("filt", (gain * filt / filt.sum())[None, None].repeat(channels, 1, 1, 1))
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        mine, theirs = self.filt.clone(), state_dict.get(f"{prefix}filt")
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        if theirs is not None and theirs.shape == mine.shape and not torch.equal(theirs.to(mine), mine):
+            self.filt.copy_(mine)
+            errors.append(f"{prefix}filt holds another blur filter than the published one")
+
+
+class BlurDown(_Blur):
+    """Halves height and width after the filter [1, 2, 1], reflected at the border, against aliasing (Zhang, ICML 2019).
+
+    (images, channels, height, width) -> (images, channels, ceil(height / 2), ceil(width / 2)).
+    """
+
+    def __init__(self, channels: int):
+        super().__init__(channels, [1.0, 2.0, 1.0], 1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), self.filt.to(x.dtype), stride=2, groups=x.shape[1])
+
+
+class BlurUp(_Blur):
+    """Doubles height and width with the filter [1, 3, 3, 1] (replication at the border).
+
+    The published transposed convolution has only two taps an output along each axis, 1/4 and 3/4: bilinear
+    interpolation. That is how it is computed: a third of the time on a CPU, and the compiler accepts it.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__(channels, [1.0, 3.0, 3.0, 1.0], 4.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+
+
+def init_weights(network: nn.Module, init_type: str = "xavier", gain: float = 0.02) -> nn.Module:
+    """Published initialisation: weights of convolutions and linear layers as named, biases 0, batch norm N(1, gain)."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+            if init_type == "normal":
+                nn.init.normal_(module.weight, 0.0, gain)
+            elif init_type == "xavier":
+                nn.init.xavier_normal_(module.weight, gain=gain)
+            elif init_type == "kaiming":
+                nn.init.kaiming_normal_(module.weight, a=0, mode="fan_in")
+            elif init_type == "orthogonal":
+                nn.init.orthogonal_(module.weight, gain=gain)
+            else:
+                raise ValueError(f"init_type must be normal, xavier, kaiming or orthogonal, not {init_type!r}")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight, 1.0, gain)
+            nn.init.zeros_(module.bias)
+    return network

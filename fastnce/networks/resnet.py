@@ -1,0 +1,134 @@
+"""The ResNet generator of CUT and CycleGAN, with feature taps (Johnson et al., ECCV 2016)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .layers import BlurDown, BlurUp, Norm, norm_layer
+
+
+class ResnetBlock(nn.Module):
+    """Two 3x3 convolutions with reflection padding, and a skip connection."""
+
+    def __init__(self, channels: int, norm: Norm = "instance", dropout: bool = False):
+        super().__init__()
+        bias = norm == "instance"
+        self.conv_block = nn.Sequential(
+            nn.ReflectionPad2d(1),
+            nn.Conv2d(channels, channels, 3, bias=bias),
+            norm_layer(norm, channels),
+            nn.ReLU(True),
+            *([nn.Dropout(0.5)] if dropout else []),
+            nn.ReflectionPad2d(1),
+            nn.Conv2d(channels, channels, 3, bias=bias),
+            norm_layer(norm, channels),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv_block(x)
+
+
+class ResnetGenerator(nn.Module):
+    """Encoder, residual blocks, decoder; `model.N` as published.
+
+    Args:
+        in_channels, out_channels: of the pictures.
+        width: channels after the first convolution (published `ngf`).
+        blocks: residual blocks: 9, 6 or 4.
+        norm: "instance", "batch" or "none".
+        dropout: inside the residual blocks.
+        antialias: blur-down and blur-up in place of strided and transposed convolutions.
+        antialias_up: the same for the way up alone; default as `antialias`.
+    """
+
+    factor = 4
+    """Height and width of a picture must be multiples of this."""
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        width: int = 64,
+        blocks: int = 9,
+        norm: Norm = "instance",
+        dropout: bool = False,
+        antialias: bool = True,
+        antialias_up: bool | None = None,
+    ):
+        super().__init__()
+        antialias_up = antialias if antialias_up is None else antialias_up
+        bias = norm == "instance"
+        layers: list[nn.Module] = [
+            nn.ReflectionPad2d(3),
+            nn.Conv2d(in_channels, width, 7, bias=bias),
+            norm_layer(norm, width),
+            nn.ReLU(True),
+        ]
+        for channels in (width, 2 * width):
+            stride = 1 if antialias else 2
+            layers += [
+                nn.Conv2d(channels, 2 * channels, 3, stride=stride, padding=1, bias=bias),
+                norm_layer(norm, 2 * channels),
+                nn.ReLU(True),
+                *([BlurDown(2 * channels)] if antialias else []),
+            ]
+        layers += [ResnetBlock(4 * width, norm, dropout) for _ in range(blocks)]
+        for channels in (4 * width, 2 * width):
+            half = channels // 2
+            if antialias_up:
+                layers += [BlurUp(channels), nn.Conv2d(channels, half, 3, padding=1, bias=bias)]
+            else:
+                layers += [nn.ConvTranspose2d(channels, half, 3, stride=2, padding=1, output_padding=1, bias=bias)]
+            layers += [norm_layer(norm, half), nn.ReLU(True)]
+        layers += [nn.ReflectionPad2d(3), nn.Conv2d(width, out_channels, 7), nn.Tanh()]
+        self.model = nn.Sequential(*layers)
+        self.out_channels = out_channels
+        # The encoder's features depend on the picture alone: they may be kept from the pass that made the output.
+        self.features_repeat = norm != "batch" and not dropout
+
+    def forward(self, x: Tensor, layers: Sequence[int] = (), encode_only: bool = False):
+        """Translate a picture, tap features, or both.
+
+        Args:
+            x: (images, channels, height, width) in [-1, 1], sides multiples of 4.
+            layers: ascending positions in `model` whose outputs to return.
+            encode_only: stop after the last of them.
+
+        Returns:
+            the output; (output, features) with `layers`; the list of features with `encode_only`.
+        """
+        features: list[Tensor] = []
+        for index, layer in enumerate(self.model):
+            x = layer(x)
+            if index - 1 in layers and isinstance(layer, nn.ReLU):
+                # Published: this ReLU works in place, so a norm's tapped output is seen after it.
+                features[-1] = x
+            if index in layers:
+                features.append(x)
+                if encode_only and index == layers[-1]:
+                    return features
+        return (x, features) if layers else x
+
+    @torch.no_grad()
+    def feature_channels(self, layers: Sequence[int]) -> list[int]:
+        """Channels of the features at `layers`, in order; ValueError for a position that does not exist."""
+        check_layers(layers, len(self.model))
+        channels: list[int] = []
+        current = 0
+        for layer in self.model:
+            if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+                current = layer.out_channels
+            elif current == 0:
+                first = next(m for m in self.model if isinstance(m, nn.Conv2d))
+                current = first.in_channels
+            channels.append(current)
+        return [channels[layer] for layer in layers]
+
+
+def check_layers(layers: Sequence[int], count: int) -> None:
+    """Refuse layers that do not exist or are not in ascending order."""
+    if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= count:
+        raise ValueError(f"nce_layers must be ascending positions from 0 to {count - 1}, not {list(layers)}")
