@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-
-def _option(default, consequence: str):
-    return field(default=default, metadata={"help": consequence})
+from ..options import option
 
 
 @dataclass
 class OptimOptions:
     """Learning rate, its schedule, and the average of weights."""
 
-    lr: float = _option(2e-4, "Adam's learning rate during the first n_epochs")
-    beta1: float = _option(0.5, "Adam's first moment; 0.5 as in every paper here")
-    beta2: float = _option(0.999, "Adam's second moment")
-    n_epochs: int = _option(200, "epochs at the full learning rate; an epoch is the larger domain once")
-    n_epochs_decay: int = _option(200, "epochs over which the rate falls linearly towards 0")
-    ema: float = _option(0.0, "decay of the generator's averaged weights, e.g. 0.999; 0 keeps none")
-    max_bad_steps: int = _option(20, "end the job after this many steps in a row that were not finite")
+    lr: float = option(2e-4, "Adam's learning rate during the first n_epochs")
+    beta1: float = option(0.5, "Adam's first moment; 0.5 as in every paper here")
+    beta2: float = option(0.999, "Adam's second moment")
+    n_epochs: int = option(200, "epochs at the full learning rate; an epoch is the larger domain once")
+    n_epochs_decay: int = option(200, "epochs over which the rate falls linearly towards 0")
+    ema: float = option(0.0, "decay of the generator's averaged weights, e.g. 0.999; 0 keeps none")
+    max_bad_steps: int = option(20, "end the job after this many steps in a row that were not finite")
 
 
 def schedule(epoch: int, n_epochs: int, n_epochs_decay: int) -> float:

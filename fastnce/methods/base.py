@@ -8,19 +8,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from ..networks import Norm, build_discriminator, build_generator
-
-
-def option(default: Any, consequence: str) -> Any:
-    """A field of an options dataclass, with the sentence that tells what it does."""
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": consequence})
-    return field(default=default, metadata={"help": consequence})
+from ..options import option
 
 
 @dataclass
@@ -38,7 +32,8 @@ class NetworkOptions:
     out_channels: int = option(3, "channels of domain B")
     norm: Norm = option("instance", "instance, batch or none")
     dropout: bool = option(False, "dropout in the generator's blocks")
-    antialias: bool = option(True, "blur before halving and after doubling (CUT); false as CycleGAN")
+    antialias: bool = option(True, "blur before halving, in both networks; false halves by strided convolutions")
+    antialias_up: bool = option(True, "blur after doubling; false doubles by transposed convolutions")
     init_type: str = option("xavier", "normal, xavier, kaiming or orthogonal")
     init_gain: float = option(0.02, "scale of the initial weights")
 
@@ -52,6 +47,7 @@ class NetworkOptions:
             norm=self.norm,
             dropout=self.dropout,
             antialias=self.antialias,
+            antialias_up=self.antialias_up,
             init_type=self.init_type,
             init_gain=self.init_gain,
         )
@@ -137,8 +133,3 @@ class Method(nn.Module):
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """Named pictures for sample grids, each like `batch.a`."""
         return {"A": batch.a, "fake_B": self.translate(batch.a)}
-
-
-def describe(options: Any) -> dict[str, tuple[Any, str]]:
-    """Name -> (value, consequence) of an options dataclass."""
-    return {f.name: (getattr(options, f.name), f.metadata.get("help", "")) for f in fields(options)}

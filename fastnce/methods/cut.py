@@ -11,7 +11,8 @@ from torch import Tensor
 from ..losses import GANMode, gan_loss
 from ..nce import PatchNCEHead
 from ..nce.api import Negatives
-from .base import Batch, Draws, Group, Losses, Method, NetworkOptions, Outputs, Phase, option
+from ..options import option
+from .base import Batch, Draws, Group, Losses, Method, NetworkOptions, Outputs, Phase
 
 
 @dataclass
@@ -84,8 +85,8 @@ class CUT(Method):
         both = options.nce_idt and options.lambda_nce > 0
         if both and batch.a.shape != batch.b.shape:
             raise ValueError(
-                f"pictures of A {tuple(batch.a.shape)} and B {tuple(batch.b.shape)} go through G in one batch: crop both "
-                f"to one size (data.crop_size), or set loss.nce_idt=false"
+                f"A {tuple(batch.a.shape)} and B {tuple(batch.b.shape)} go through G in one batch: crop both to one "
+                f"size (data.crop_size), or set loss.nce_idt=false"
             )
         real = torch.cat([batch.a, batch.b]) if both else batch.a
         keys = None
