@@ -61,6 +61,9 @@ class ParameterGroup:
         Nothing is read back: Adam itself leaves weights, moments and its count alone when `found_inf` is set.
         """
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            # fused Adam walks memory, not strides: both must lie alike
+            if gradient is not None and gradient.stride() != parameter.stride():
+                gradient = torch.empty_like(parameter, requires_grad=False).copy_(gradient)
             parameter.grad = gradient
         norm = torch.nn.utils.get_total_norm([g for g in gradients if g is not None])
         self.found_inf.copy_(norm.isfinite().logical_not())
@@ -84,10 +87,9 @@ class ParameterGroup:
             entries = {key.rsplit("/", 1)[1]: t for key, t in tensors.items() if key.rsplit("/", 1)[0] == name}
             if entries:
                 self.adam.state[parameter] = {
-                    # Adam keeps its count in float32, on the device of the parameter when fused
-                    key: t.to(
-                        device=parameter.device, dtype=torch.float32 if key == "step" else parameter.dtype
-                    ).clone()
+                    key: t.to(parameter.device, torch.float32).clone()
+                    if key == "step"
+                    else torch.empty_like(parameter, requires_grad=False).copy_(t)
                     for key, t in entries.items()
                 }
 

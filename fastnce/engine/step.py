@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -56,6 +58,28 @@ class Step:
         for average in self.averages.values():
             average.update()
         return losses
+
+    def generators(self) -> dict[str, Tensor]:
+        """The generators' weights as "G/model.1.weight", averaged ones where an average is kept."""
+        return {
+            f"{name}/{key}": tensor
+            for name, network in self.method.networks().items()
+            if name.startswith("G")
+            for key, tensor in (self.averages[name].average if name in self.averages else network.state_dict()).items()
+        }
+
+    @contextmanager
+    def averaged(self):
+        """Within: the generators compute with their averaged weights, where an average is kept."""
+        networks = self.method.networks()
+        own = {name: {k: t.clone() for k, t in networks[name].state_dict().items()} for name in self.averages}
+        try:
+            for name, average in self.averages.items():
+                networks[name].load_state_dict(average.average)
+            yield
+        finally:
+            for name, state in own.items():
+                networks[name].load_state_dict(state)
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor that the next step depends on, by a flat name."""

@@ -1,0 +1,242 @@
+"""The command line: `fastnce train|translate|cache|export|demo|doctor|methods`.
+
+A mistake of the user is one sentence on stderr and exit code 2; training that cannot go on is exit code 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from . import __version__
+from .config import Config, from_dict, resolve
+from .data import UnpairedData, build_cache
+from .engine.checkpoint import newest, read_state
+from .engine.loop import TrainingFailed, pick_device
+from .engine.loop import train as run_training
+from .inference import load_translator, translate_files
+from .methods import PRESETS
+
+
+def _parser(command: str, description: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(prog=f"fastnce {command}", description=description)
+
+
+def train(arguments: list[str]) -> int:
+    """Train a method on DIR/trainA and DIR/trainB; the same command again continues."""
+    parser = _parser("train", train.__doc__ or "")
+    parser.add_argument("method", metavar="METHOD", help=", ".join(PRESETS))
+    parser.add_argument("--data", type=Path, metavar="DIR", help="folder with trainA, trainB (testA, testB)")
+    parser.add_argument("--out", type=Path, metavar="RUN", help="folder of the run: checkpoints, samples, metrics")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with sections data, network, loss, ...")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument("--quiet", action="store_true", help="nothing on the terminal; log.txt has it all")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. data.batch=4 optim.lr=1e-4")
+    args = parser.parse_intermixed_args(arguments)
+    config = resolve(args.method, args.config, args.overrides)
+    if args.data is not None:
+        config.data.dir = str(args.data)
+    if args.dry_run:
+        print(config.as_toml(), end="")
+        return 0
+    if not config.data.dir or args.out is None:
+        missing = "--data DIR" if not config.data.dir else "--out RUN"
+        raise ValueError(f"fastnce train needs {missing} (or --dry-run)")
+    train_run(config, args.out, quiet=args.quiet)
+    return 0
+
+
+def train_run(config: Config, out: Path, *, quiet: bool = False) -> int:
+    """Build everything that a configuration names and train; returns the steps done."""
+    _check_same_run(config, out)
+    device = pick_device(config.run.device)
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    torch.manual_seed(config.run.seed)
+    method = PRESETS[config.method].method(config.loss, config.network)
+    data = open_data(config, device)
+    method = method.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.toml").write_text(config.as_toml(), encoding="utf-8")
+    if not quiet:
+        parameters = sum(p.numel() for p in method.parameters())
+        print(
+            f"{config.method} on {device}: {parameters / 1e6:.1f} M parameters, {data.size_a:,} + {data.size_b:,} "
+            f"pictures, {data.steps_per_epoch:,} steps an epoch; run in {out}"
+        )
+        for path, reason in data.skipped:
+            print(f"skipped {path}: {reason}")
+    return run_training(
+        method,
+        data,
+        config.optim,
+        config.run,
+        out,
+        config=config.as_dict(),
+        batch_size=config.data.batch,
+        quiet=quiet,
+    )
+
+
+def open_data(config: Config, device: torch.device) -> UnpairedData:
+    """The data set that a configuration names."""
+    options, network = config.data, config.network
+    if network.in_channels != network.out_channels:
+        raise ValueError(
+            f"network.in_channels={network.in_channels} and out_channels={network.out_channels} must be equal: both "
+            f"domains are read with one number of channels"
+        )
+    return UnpairedData(
+        options.dir,
+        load_size=_side(options.load_size),
+        crop_size=_side(options.crop_size),
+        channels=network.in_channels,
+        preprocess=options.preprocess,
+        flip=options.flip,
+        batch=options.batch,
+        seed=config.run.seed,
+        device=device,
+        cache_dir=options.cache_dir or None,
+        skip_bad=options.skip_bad,
+        progress=print,
+    )
+
+
+def _side(size: int | list[int]) -> int | tuple[int, int]:
+    return size if isinstance(size, int) else (size[0], size[1])
+
+
+def _check_same_run(config: Config, out: Path) -> None:
+    """A run is continued by the same configuration only."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out}: a file is in the way, a folder is needed")
+    if not any((out / "checkpoints").glob("step-*/state.json")):
+        return
+    state = read_state(newest(out))
+    different = config.differences(state["config"])
+    if different:
+        raise ValueError(
+            f"{out} holds a run with another configuration ({'; '.join(different)}): use the same to continue it, or "
+            f"another --out"
+        )
+
+
+def translate(arguments: list[str]) -> int:
+    """Translate pictures of any size with a run, a checkpoint or a published .pth file."""
+    parser = _parser("translate", translate.__doc__ or "")
+    parser.add_argument("model", type=Path, metavar="RUN|FILE.pth")
+    parser.add_argument("source", type=Path, metavar="IMAGE|DIR")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--generator", default="", help="of a method with two: G_A (A to B, default) or G_B")
+    parser.add_argument("--format", default="png", help="png, jpg, webp, bmp or tiff")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    args = parser.parse_args(arguments)
+    if not args.source.exists():
+        raise ValueError(f"{args.source}: no such picture or folder")
+    if args.format.lower() not in ("png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff"):
+        raise ValueError(f"--format must be png, jpg, webp, bmp or tiff, not {args.format!r}")
+    translator = load_translator(args.model, pick_device(args.device), args.generator)
+    written = translate_files(translator, args.source, args.out, f".{args.format.lower()}")
+    print(f"{len(written)} {'picture' if len(written) == 1 else 'pictures'} written to {args.out}")
+    return 0
+
+
+def cache(arguments: list[str]) -> int:
+    """Decode and resize the pictures of DIR ahead of training."""
+    parser = _parser("cache", cache.__doc__ or "")
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--config", type=Path, metavar="FILE")
+    parser.add_argument("--method", default="cut", help="whose preset to start from")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    args = parser.parse_intermixed_args(arguments)
+    config = resolve(args.method, args.config, args.overrides)
+    files = build_cache(
+        args.data,
+        load_size=_side(config.data.load_size),
+        crop_size=_side(config.data.crop_size),
+        channels=config.network.in_channels,
+        preprocess=config.data.preprocess,
+        cache_dir=config.data.cache_dir or None,
+        skip_bad=config.data.skip_bad,
+        progress=print,
+    )
+    for path, size in files:
+        print(f"{path}  {size / 2**20:.1f} MiB")
+    return 0
+
+
+def export(arguments: list[str]) -> int:
+    """Write a run's networks as the published code's files, latest_net_G.pth and so on."""
+    parser = _parser("export", export.__doc__ or "")
+    parser.add_argument("run", type=Path, metavar="RUN")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--label", default="latest", help="first part of the file names")
+    args = parser.parse_args(arguments)
+    from safetensors.torch import load_file
+
+    from .interop import load_weights, save_published
+
+    folder = newest(args.run)
+    config = from_dict(read_state(folder)["config"])
+    networks = PRESETS[config.method].method(config.loss, config.network).networks()
+    tensors = load_file(folder / "training.safetensors")
+    for name, network in networks.items():
+        prefix = f"network/{name}/"
+        weights = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+        load_weights(network, weights, str(folder))
+    for path in save_published(networks, args.out, args.label):
+        print(path)
+    return 0
+
+
+def demo(arguments: list[str]) -> int:
+    """Train a small FastCUT on photographs for about two minutes and show what it learned."""
+    from .demo import main as run_demo
+
+    return run_demo(arguments)
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": train,
+    "translate": translate,
+    "cache": cache,
+    "export": export,
+    "demo": demo,
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The entry point; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    command = arguments[0] if arguments else "--help"
+    if command in ("-h", "--help", "help"):
+        print("usage: fastnce COMMAND ...   (fastnce COMMAND --help tells more)\n")
+        for name, function in COMMANDS.items():
+            print(f"  {name:<10} {(function.__doc__ or '').splitlines()[0]}")
+        print("\n  --version  print the version")
+        return 0
+    if command == "--version":
+        print(__version__)
+        return 0
+    if command not in COMMANDS:
+        print(f"fastnce: unknown command {command!r}; one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    try:
+        return COMMANDS[command](arguments[1:])
+    except ValueError as error:  # DataError among them: the user's to mend
+        print(f"fastnce: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"fastnce: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except TrainingFailed as error:
+        print(f"fastnce: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""Crop, mirror and normalise a batch on the device in one gather from flat storage.
+
+There is no loop over pictures and nothing is read back: the host sends one small integer per picture and property, the
+device computes the address of every pixel.
+"""
+
+import warnings
+
+import numpy as np
+import torch
+
+from .cache import PictureCache
+from .order import Draw
+
+PINNED = ("cuda", "xpu")  # devices to which page-locked memory is copied asynchronously
+
+
+def gather_crops(flat: torch.Tensor, places: torch.Tensor, height: int, width: int, channels: int) -> torch.Tensor:
+    """Cut one window out of each of several pictures.
+
+    Args:
+        flat: (elements,) uint8, or int16 holding the bits of uint16; pictures of (H, W, channels) one after another.
+        places: (5, B) int64 on the device of `flat`: first pixel of the picture, its width, top, left, mirrored or not.
+        height, width: of the window, which must lie inside every picture.
+
+    Returns:
+        (B, channels, height, width) float32 in [-1, 1], channels-last in memory.
+    """
+    first, stride, top, left, mirrored = places.view(5, -1, 1, 1)  # each (B, 1, 1)
+    y = torch.arange(height, device=flat.device).view(1, -1, 1)
+    x = torch.arange(width, device=flat.device).view(1, 1, -1)
+    x = torch.where(mirrored.bool(), width - 1 - x, x)  # (B, 1, width)
+    pixel = first + (top + y) * stride + left + x  # (B, height, width)
+    values = flat.view(-1, channels).index_select(0, pixel.flatten())  # (B*height*width, channels)
+    values = values.view(-1, height, width, channels).permute(0, 3, 1, 2)
+    if flat.dtype == torch.int16:
+        return values.to(torch.int32).bitwise_and_(0xFFFF).to(torch.float32).div_(32767.5).sub_(1)
+    return values.to(torch.float32).div_(127.5).sub_(1)
+
+
+class PictureStore:
+    """The pictures of one cache file, as the device reads them.
+
+    Args:
+        cache: the decoded pictures.
+        device: where batches are wanted.
+        resident: keep the whole file in the device's memory. Otherwise only the windows of a batch are sent, from
+            page-locked memory and without waiting. On the CPU the file is mapped and neither copies it.
+    """
+
+    def __init__(self, cache: PictureCache, device: torch.device, resident: bool) -> None:
+        self.cache, self.device = cache, device
+        self.channels = cache.channels
+        bits = torch.uint8 if cache.pixels.dtype == np.uint8 else torch.int16
+        with warnings.catch_warnings():  # that the mapped file cannot be written is as it should be
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            flat = torch.from_numpy(cache.pixels.view(np.uint8 if bits == torch.uint8 else np.int16))
+        self.flat = flat.to(device) if resident or device.type == "cpu" else None
+        self._host = flat
+
+    def crops(self, draw: Draw, size: tuple[int, int] | None, flip: bool) -> torch.Tensor:
+        """(B, channels, height, width) float32 in [-1, 1] on the device.
+
+        `size` is (height, width) of the window; None takes the whole picture, of which all must then be of one size.
+        """
+        offset, rows, columns = self.cache.index[draw.index].T  # each (B,)
+        height, width = size if size is not None else (int(rows[0]), int(columns[0]))
+        top = (draw.top * (rows - height + 1)).astype(np.int64)
+        left = (draw.left * (columns - width + 1)).astype(np.int64)
+        mirrored = (draw.flip & flip).astype(np.int64)
+        first = offset // self.channels
+        if self.flat is not None:
+            places = self._send(torch.from_numpy(np.stack([first, columns, top, left, mirrored])))
+            return gather_crops(self.flat, places, height, width, self.channels)
+
+        count = len(draw.index)
+        shape = (count, height, width, self.channels)
+        # A new block a batch: the allocator of page-locked memory does not hand a block out while a copy reads it.
+        windows = torch.empty(shape, dtype=self._host.dtype, pin_memory=self.device.type in PINNED)
+        for i in range(count):
+            picture = self._host[offset[i] : offset[i] + rows[i] * columns[i] * self.channels]
+            picture = picture.view(int(rows[i]), int(columns[i]), self.channels)
+            windows[i] = picture[top[i] : top[i] + height, left[i] : left[i] + width]
+        zero = np.zeros(count, np.int64)
+        first = np.arange(count) * (height * width)
+        places = self._send(torch.from_numpy(np.stack([first, zero + width, zero, zero, mirrored])))
+        return gather_crops(windows.to(self.device, non_blocking=True).view(-1), places, height, width, self.channels)
+
+    def _send(self, places: torch.Tensor) -> torch.Tensor:
+        if self.device.type in PINNED:
+            places = places.pin_memory()
+        return places.to(self.device, non_blocking=True)

@@ -1,0 +1,325 @@
+"""Picture files: find them, decode them, resize them, write them.
+
+PNG, JPEG, WebP, BMP, TIFF, PPM and PGM are decoded by PIL; ``.npy`` holds an array (H, W) or (H, W, C) of uint8 or
+uint16 and is the way to more than four channels. What is done to a file before anything else sees it:
+
+- the EXIF orientation is applied (the published loaders do not), and only the first frame of several is read;
+- ``channels=3``: grey is repeated, a palette is looked up, alpha is dropped;
+- ``channels=1``: colour becomes ITU-R 601 luma (PIL's mode L);
+- any other number must be the file's own.
+
+16 bits are kept for grey PNG, TIFF, PGM and for ``.npy``. PIL reads 16-bit *colour* files at 8 bits (the high byte of
+each sample); that is said once as a warning, and ``.npy`` is the way to keep them.
+"""
+
+import os
+import uuid
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".npy")
+EXIF_ORIENTATION = 0x0112
+
+
+class DataError(ValueError):
+    """Pictures or folders that cannot be used; the message says which, why, and what would be right."""
+
+
+def find_images(folder: str | os.PathLike[str]) -> list[Path]:
+    """Every picture in a folder and the folders below it, sorted by path.
+
+    Links are followed. Files and folders whose name begins with a dot are passed over.
+
+    Raises:
+        DataError: the folder is missing.
+    """
+    top = Path(folder)
+    if not top.is_dir():
+        raise DataError(f"there is no folder {top}")
+    found: list[str] = []
+    visited: set[str] = set()
+    for here, folders, files in os.walk(top, followlinks=True):
+        real = os.path.realpath(here)
+        if real in visited:  # a link to a folder above would be walked for ever
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [os.path.join(here, n) for n in files if not n.startswith(".") and n.lower().endswith(SUFFIXES)]
+    return [Path(name) for name in sorted(found)]
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The pictures of one domain: (path, bytes, time of change in nanoseconds) of each, sorted by path."""
+
+    path: Path
+    files: list[tuple[Path, int, int]]
+
+    @classmethod
+    def listed(cls, path: Path) -> "Folder":
+        """Raises DataError where there is no picture in the folder."""
+        files: list[tuple[Path, int, int]] = []
+        for file in find_images(path):
+            try:
+                stat = file.stat()
+                files.append((file, stat.st_size, stat.st_mtime_ns))
+            except OSError:  # a link to nothing; decoding it will say so
+                files.append((file, -1, -1))
+        if not files:
+            raise DataError(f"there is no picture in {path} (looked for {', '.join(SUFFIXES)})")
+        return cls(path, files)
+
+    def listing(self) -> list[tuple[str, int, int]]:
+        """The same with paths relative to the folder, so that it may be moved."""
+        return [(file.relative_to(self.path).as_posix(), size, mtime) for file, size, mtime in self.files]
+
+    def without(self, skipped: list[tuple[Path, str]]) -> "Folder":
+        """The folder as if the named files were not in it."""
+        names = {file for file, _ in skipped}
+        return Folder(self.path, [file for file in self.files if file[0] not in names])
+
+
+def domain_folders(root: str | os.PathLike[str], phase: str) -> tuple[Folder, Folder]:
+    """`root`/{phase}A and {phase}B; for "test", valA and valB where testA is absent.
+
+    Raises:
+        DataError: a folder is missing (the message says what lies in `root` instead) or holds no picture.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise DataError(f"there is no folder {root}; it should hold {phase}A and {phase}B")
+    if phase == "test" and not (root / "testA").exists() and (root / "valA").exists():
+        phase = "val"
+    for domain in "AB":
+        if not (root / (phase + domain)).is_dir():
+            names = sorted(entry.name for entry in root.iterdir() if not entry.name.startswith("."))
+            held = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+            raise DataError(f"there is no folder {phase}{domain} in {root}, which holds {held or 'nothing'}")
+    return Folder.listed(root / f"{phase}A"), Folder.listed(root / f"{phase}B")
+
+
+def read_picture(path: str | os.PathLike[str], channels: int = 3) -> np.ndarray:
+    """Decode one file.
+
+    Returns:
+        (height, width, channels) uint8, or uint16 where the file holds 16 bits and they can be kept.
+
+    Raises:
+        DataError: missing, empty, truncated, enormous, or with channels that do not match.
+    """
+    path = Path(path)
+    with _decoding(path):
+        if path.suffix.lower() == ".npy":
+            return _match_array(np.array(_map_array(path)), channels, path)
+        with Image.open(path) as opened:
+            _warn_of_lost_bits(opened)
+            image = ImageOps.exif_transpose(opened)
+            image.load()
+        if image.mode == "I" or image.mode.startswith("I;16"):
+            return _match_array(_sixteen_bits(image, path), channels, path)
+        return _match_image(image, channels, path)
+
+
+def probe_picture(path: str | os.PathLike[str]) -> tuple[int, int, int]:
+    """(height, width, bits) from the head of a file, without decoding it; bits is 8 or 16.
+
+    Raises:
+        DataError: as `read_picture`, as far as the head shows it.
+    """
+    path = Path(path)
+    with _decoding(path):
+        if path.suffix.lower() == ".npy":
+            array = _map_array(path)
+            return array.shape[0], array.shape[1], 8 * array.dtype.itemsize
+        with Image.open(path) as image:
+            width, height = image.size
+            if image.getexif().get(EXIF_ORIENTATION, 1) >= 5:
+                width, height = height, width
+            return height, width, 16 if image.mode == "I" or image.mode.startswith("I;16") else 8
+
+
+@contextmanager
+def _decoding(path: Path) -> Iterator[None]:
+    """Turn whatever a decoder raises on a bad file into one sentence that names the file."""
+    try:
+        if path.stat().st_size == 0:
+            raise DataError(f"{path} is empty (0 bytes)")
+        yield
+    except DataError:
+        raise
+    except FileNotFoundError:
+        raise DataError(f"there is no file {path}") from None
+    except Image.DecompressionBombError as error:
+        raise DataError(
+            f"{path} is too large: {str(error).split(',')[0]}; raise PIL.Image.MAX_IMAGE_PIXELS if it is to be read"
+        ) from error
+    except UnidentifiedImageError:
+        raise DataError(f"{path} is not a picture: its content is of no format that can be read") from None
+    except Exception as error:  # decoders raise nearly anything on damaged content: SyntaxError, struct.error, ...
+        raise DataError(f"{path} cannot be decoded: {str(error) or type(error).__name__}") from error
+
+
+def _map_array(path: Path) -> np.ndarray:
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    if not isinstance(array, np.ndarray) or array.ndim not in (2, 3) or array.dtype not in (np.uint8, np.uint16):
+        kind = f"{array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else "several arrays"
+        raise DataError(f"{path} holds {kind}; it should hold uint8 or uint16 of shape (H, W) or (H, W, C)")
+    if 0 in array.shape:
+        raise DataError(f"{path} holds no pixels: its shape is {array.shape}")
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and array.shape[0] * array.shape[1] > 2 * limit:
+        raise DataError(
+            f"{path} is too large: {array.shape[1]}x{array.shape[0]} pixels exceed the limit of {2 * limit}; "
+            "raise PIL.Image.MAX_IMAGE_PIXELS if it is to be read"
+        )
+    return array
+
+
+def _warn_of_lost_bits(opened: Image.Image) -> None:
+    """A mode such as RGB with a raw mode such as RGB;16B means that PIL drops the low byte of every sample."""
+    if not opened.mode.startswith("I") and any(";16" in str(tile[3]) for tile in getattr(opened, "tile", [])):
+        warnings.warn(
+            "16-bit colour pictures are read at 8 bits (PIL keeps the high byte); store them as .npy to keep 16 bits",
+            stacklevel=2,
+        )
+
+
+def _sixteen_bits(image: Image.Image, path: Path) -> np.ndarray:
+    array = np.asarray(image)
+    if array.min() < 0 or array.max() > 65535:
+        raise DataError(f"{path} holds 32-bit values from {array.min()} to {array.max()}; 8 and 16 bits are read")
+    return array.astype(np.uint16)
+
+
+def _match_image(image: Image.Image, channels: int, path: Path) -> np.ndarray:
+    if image.mode == "F":
+        raise DataError(f"{path} holds 32-bit floats; 8 and 16 bit integers are read")
+    if channels in (1, 3):
+        image = image.convert("L" if channels == 1 else "RGB")
+    elif image.mode in ("P", "PA"):
+        image = image.convert("RGBA" if image.mode == "PA" or "transparency" in image.info else "RGB")
+    elif image.mode == "1":
+        image = image.convert("L")
+    bands = len(image.getbands())
+    if bands != channels:
+        raise DataError(
+            f"{path} has {bands} channels ({image.mode}), which cannot be made to match channels={channels}"
+        )
+    return np.array(image).reshape(image.height, image.width, channels)
+
+
+def _match_array(array: np.ndarray, channels: int, path: Path) -> np.ndarray:
+    """(H, W) or (H, W, C) to (H, W, channels), without changing the depth."""
+    if array.ndim == 2:
+        array = array[:, :, None]
+    bands = array.shape[2]
+    if bands == channels:
+        return np.ascontiguousarray(array)
+    if bands == 1 and channels == 3:
+        return np.repeat(array, 3, axis=2)
+    if bands == 3 and channels == 1:  # PIL's fixed-point luma, so that 8 bits agree with mode L
+        luma = (array.astype(np.uint64) * np.array([19595, 38470, 7471], np.uint64)).sum(2, keepdims=True)
+        return ((luma + 0x8000) >> 16).astype(array.dtype)
+    raise DataError(f"{path} has {bands} channels, which cannot be made to match channels={channels}")
+
+
+def resize_picture(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+    """PIL's antialiased bicubic resize of (H, W, C); uint8 is bit-equal to ``Image.resize``.
+
+    Every channel is resized on its own (PIL would weigh colour by alpha). 16 bits go through PIL's float mode and are
+    rounded and clipped.
+    """
+    if picture.shape[:2] == (height, width):
+        return picture
+    if picture.dtype == np.uint8 and picture.shape[2] == 3:
+        return np.array(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC))
+    planes = []
+    for plane in np.moveaxis(picture, 2, 0):
+        if picture.dtype == np.uint8:
+            planes.append(
+                Image.fromarray(np.ascontiguousarray(plane)).resize((width, height), Image.Resampling.BICUBIC)
+            )
+        else:
+            real = Image.fromarray(plane.astype(np.float32)).resize((width, height), Image.Resampling.BICUBIC)
+            planes.append(np.clip(np.rint(np.asarray(real)), 0, 65535))
+    return np.stack([np.asarray(plane) for plane in planes], axis=2).astype(picture.dtype)
+
+
+def load_image(
+    path: str | os.PathLike[str], channels: int = 3, size: int | tuple[int, int] | None = None
+) -> torch.Tensor:
+    """One picture as float32 (channels, height, width) in [-1, 1].
+
+    Args:
+        path: a file of any format named at the top of this module.
+        channels: 1, 3 or the file's own number.
+        size: None keeps the picture's own size; an int or (height, width) resizes it (bicubic).
+
+    Raises:
+        DataError: as `read_picture`.
+    """
+    picture = read_picture(path, channels)
+    if size is not None:
+        picture = resize_picture(picture, *pair("size", size))
+    half = 127.5 if picture.dtype == np.uint8 else 32767.5
+    return torch.from_numpy(picture.astype(np.float32)).permute(2, 0, 1).contiguous().div_(half).sub_(1)
+
+
+def save_image(image: torch.Tensor, path: str | os.PathLike[str]) -> None:
+    """Write (channels, height, width) in [-1, 1] as 8 bits, rounded to nearest; the suffix says the format.
+
+    Values outside are clipped and NaN becomes the darkest value. 1, 3 and 4 channels go to any format that has them,
+    any number to ``.npy``. JPEG is written at quality 95, WebP without loss. The file appears whole or not at all.
+
+    Raises:
+        DataError: the shape or the suffix does not fit.
+        OSError: the disk is full or may not be written; nothing is left behind.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if image.ndim != 3:
+        raise DataError(f"save_image takes (channels, height, width), not a tensor of shape {tuple(image.shape)}")
+    if suffix not in SUFFIXES:
+        raise DataError(f"{path} ends with {suffix or 'no suffix'}; a picture can be written as {', '.join(SUFFIXES)}")
+    if suffix != ".npy" and image.shape[0] not in (1, 3, 4):
+        raise DataError(f"{image.shape[0]} channels cannot be written as {suffix}; .npy takes any number")
+    scaled = torch.nan_to_num(image.detach().float().add(1).mul(127.5), nan=0.0).round().clamp(0, 255)
+    pixels = scaled.to(torch.uint8).permute(1, 2, 0).cpu().contiguous().numpy()  # (H, W, C)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}{suffix}")
+    try:
+        if suffix == ".npy":
+            np.save(temporary, pixels)
+        else:
+            options: dict[str, Any] = {}
+            if suffix in (".jpg", ".jpeg"):
+                options["quality"] = 95
+            elif suffix == ".webp":
+                options["lossless"] = True
+            picture = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+            try:
+                picture.save(temporary, **options)
+            except (KeyError, OSError) as error:
+                if isinstance(error, OSError) and error.errno is not None:
+                    raise  # the disk, not the format
+                raise DataError(f"{path}: {error}") from error
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
+    """An int or (height, width) as (height, width)."""
+    sides = tuple(value) if isinstance(value, tuple | list) else (value, value)
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise DataError(f"{name} should be a positive int or (height, width), not {value!r}")
+    return sides[0], sides[1]

@@ -1,0 +1,138 @@
+"""Checkpoints that are whole or absent: written aside, flushed to the disk, verified when read.
+
+    checkpoints/step-00001000/{generator.safetensors, training.safetensors, state.json}
+    checkpoints/latest                names the newest whole one
+
+`generator.safetensors` is what translation needs; `training.safetensors` is everything that the next step depends on.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+Log = Callable[[str], None]
+
+
+class DiskFull(OSError):
+    """No room for a checkpoint; the older ones are untouched."""
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        folder: `RUN/checkpoints`, made if need be.
+        keep: how many to keep; at least two, so that one is whole whatever happens to the newest.
+        log: receives one sentence about anything unusual.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2, log: Log = print):
+        self.folder = folder
+        self.keep = max(2, keep)
+        self.log = log
+
+    def steps(self) -> list[Path]:
+        """Folders of finished checkpoints, oldest first."""
+        return sorted(path for path in self.folder.glob("step-*") if path.is_dir() and (path / "state.json").exists())
+
+    def save(self, step: int, generator: dict[str, Tensor], training: dict[str, Tensor], state: dict[str, Any]) -> Path:
+        """Write one checkpoint; on a full disk raise `DiskFull` with the path and the bytes needed."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        final = self.folder / f"step-{step:08d}"
+        partial = self.folder / f".partial-{step:08d}-{os.getpid()}"
+        tensors = {"generator.safetensors": generator, "training.safetensors": training}
+        needed = sum(t.numel() * t.element_size() for part in tensors.values() for t in part.values())
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            digests = {}
+            for name, part in tensors.items():
+                save_file({key: t.detach().cpu().contiguous() for key, t in part.items()}, partial / name)
+                digests[name] = _flush_and_digest(partial / name)
+            text = json.dumps({"step": step, "sha256": digests, **state}, indent=1)
+            (partial / "state.json").write_text(text, encoding="utf-8")
+            _flush_and_digest(partial / "state.json")
+            if final.exists():  # left by an earlier run of the same step
+                shutil.rmtree(final)
+            partial.rename(final)
+            self._point_at(final)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+                raise DiskFull(
+                    errno.ENOSPC, f"{final}: no room for a checkpoint of {needed:,} bytes; the older ones are untouched"
+                ) from None
+            raise
+        for old in self.steps()[: -self.keep]:
+            shutil.rmtree(old, ignore_errors=True)
+        return final
+
+    def _point_at(self, path: Path) -> None:
+        pointer = self.folder / ".latest"
+        pointer.write_text(path.name, encoding="utf-8")
+        pointer.replace(self.folder / "latest")
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any], Path] | None:
+        """The newest whole checkpoint as (training tensors, state, folder), or None where there is none.
+
+        A damaged one is passed over with a sentence; when all are damaged, a ValueError says so.
+        """
+        found = self.steps()
+        for path in reversed(found):
+            try:
+                state = read_state(path)
+                return load_file(path / "training.safetensors"), state, path
+            except (OSError, ValueError, SafetensorError) as error:
+                self.log(f"{path}: damaged ({error}), trying the one before")
+        if found:
+            raise ValueError(f"{self.folder}: every checkpoint is damaged; move the folder away to start anew")
+        return None
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """`state.json` of a checkpoint, after comparing its files with the digests in it; ValueError when they differ."""
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    for name, digest in state["sha256"].items():
+        if _digest(path / name) != digest:
+            raise ValueError(f"{name} is not what was written")
+    return state
+
+
+def load_generators(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """The generators' state dicts, by name ("G"; "G_A", "G_B"), of a checkpoint folder."""
+    state = read_state(folder)
+    names: dict[str, dict[str, Tensor]] = {name: {} for name in state["generators"]}
+    for key, tensor in load_file(folder / "generator.safetensors").items():
+        name, parameter = key.split("/", 1)
+        names[name][parameter] = tensor
+    return names
+
+
+def newest(run: Path) -> Path:
+    """The folder of the newest checkpoint of a run; ValueError where there is none."""
+    checkpoints = Checkpoints(run / "checkpoints").steps()
+    if not checkpoints:
+        raise ValueError(f"{run}: no checkpoint here (looked for checkpoints/step-*)")
+    return checkpoints[-1]
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush_and_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return _digest(path)

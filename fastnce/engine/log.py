@@ -1,0 +1,142 @@
+"""What a run says: a progress line, `log.txt`, `metrics.jsonl`, TensorBoard if asked, and grids of sample pictures."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+
+class RunLog:
+    """Writes to the terminal and into the run's folder.
+
+    Args:
+        folder: the run's.
+        tensorboard: also write TensorBoard events (needs the extra `tensorboard`).
+        quiet: nothing on the terminal.
+    """
+
+    def __init__(self, folder: Path, tensorboard: bool = False, quiet: bool = False):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._text = (folder / "log.txt").open("a", encoding="utf-8")
+        self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._quiet = quiet
+        self._live = sys.stdout.isatty() and not quiet
+        self._open_line = False
+        self._board = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise ValueError("run.tensorboard needs TensorBoard: pip install 'fastnce[tensorboard]'") from None
+            self._board = SummaryWriter(str(folder / "tensorboard"))
+
+    def say(self, sentence: str) -> None:
+        """One line to the terminal and to log.txt."""
+        if self._open_line:
+            print()
+            self._open_line = False
+        if not self._quiet:
+            print(sentence, flush=True)
+        self._text.write(sentence + "\n")
+        self._text.flush()
+
+    def progress(self, line: str) -> None:
+        """The progress line: rewritten in place on a terminal, one line each time elsewhere."""
+        self._text.write(line + "\n")
+        self._text.flush()
+        if self._live:
+            print(f"\r{line}\x1b[K", end="", flush=True)
+            self._open_line = True
+        elif not self._quiet:
+            print(line, flush=True)
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """One JSON object a line; numbers that are not finite become strings, so that every line parses."""
+        clean = {k: v if math.isfinite(v) else str(v) for k, v in values.items()}
+        self._metrics.write(json.dumps({"step": step, **clean}) + "\n")
+        self._metrics.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self._open_line:
+            print()
+        self._text.close()
+        self._metrics.close()
+        if self._board is not None:
+            self._board.close()
+
+
+class Pace:
+    """Images a second, time left, and the share of time spent waiting for data, over the steps since the last line."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._data = 0.0
+        self._steps = 0
+        self._average: float | None = None
+
+    def step(self, data_seconds: float) -> None:
+        self._data += data_seconds
+        self._steps += 1
+
+    def read(self, batch: int, steps_left: int) -> dict[str, float]:
+        now = time.perf_counter()
+        seconds = max(now - self._start, 1e-9)
+        a_step = seconds / max(self._steps, 1)
+        # the time left follows a running mean, so that one slow interval does not throw it
+        self._average = a_step if self._average is None else 0.7 * self._average + 0.3 * a_step
+        result = {
+            "images_per_second": batch / a_step,
+            "data_share": self._data / seconds,
+            "seconds_left": steps_left * self._average,
+        }
+        self._start, self._data, self._steps = now, 0.0, 0
+        return result
+
+
+def clock(seconds: float) -> str:
+    """1:02:03 or 2:03."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+def save_grid(pictures: dict[str, Tensor], path: Path, margin: int = 4) -> None:
+    """A PNG with one column a name and one row a picture.
+
+    Args:
+        pictures: name -> (images, 1 or 3 channels (of more the first three), height, width) in [-1, 1].
+    """
+    columns = list(pictures.values())
+    header = 14
+    widths = [column.shape[3] for column in columns]
+    rows = max(column.shape[0] for column in columns)
+    height = max(column.shape[2] for column in columns)
+    size = (sum(widths) + margin * (len(columns) + 1), header + rows * (height + margin) + margin)
+    canvas = Image.new("RGB", size, (255, 255, 255))
+    draw = ImageDraw.Draw(canvas)
+    x = margin
+    for name, column, width in zip(pictures, columns, widths, strict=True):
+        draw.text((x, 1), name, fill=(0, 0, 0))
+        for row, picture in enumerate(column):
+            canvas.paste(_to_image(picture), (x, header + row * (height + margin)))
+        x += width + margin
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}")
+    canvas.save(partial, format="PNG")
+    partial.replace(path)
+
+
+def _to_image(picture: Tensor) -> Image.Image:
+    channels = picture[:3] if picture.shape[0] >= 3 else picture[:1].expand(3, -1, -1)
+    values = channels.detach().float().cpu().clamp(-1, 1).add(1).mul(127.5).round()
+    return Image.fromarray(values.permute(1, 2, 0).numpy().astype(np.uint8))

@@ -1,0 +1,245 @@
+"""The training loop: resume, step, log, sample, save, and stop when asked.
+
+The random choices of a step follow from (seed, rank, step) alone, so a run that was interrupted continues bit for bit.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..methods.base import Batch, Method
+from ..options import option
+from .checkpoint import Checkpoints, DiskFull
+from .log import Pace, RunLog, clock, save_grid
+from .optim import OptimOptions, schedule
+from .step import Step
+
+
+@dataclass
+class RunOptions:
+    """How a run goes, apart from what it learns."""
+
+    seed: int = option(0, "of everything random; the same seed gives the same run")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, xpu, ...")
+    steps: int = option(0, "stop after this many steps in all; 0 runs the whole schedule")
+    log_every: int = option(100, "steps between progress lines (losses are read only then)")
+    sample_every: int = option(1000, "steps between sample grids; 0 makes none")
+    samples: int = option(4, "pictures in a sample grid")
+    save_every: int = option(1000, "steps between checkpoints")
+    keep: int = option(2, "checkpoints to keep, at least 2")
+    threads: int = option(0, "CPU threads; 0 leaves the library's choice")
+    tensorboard: bool = option(False, "also write TensorBoard events")
+
+
+class Data(Protocol):
+    """What the loop asks of a data set (see `fastnce.data.UnpairedData`)."""
+
+    steps_per_epoch: int
+
+    def batch(self, step: int, *, decaying: bool = False) -> tuple[Tensor, Tensor]: ...
+
+    def samples(self, count: int) -> tuple[Tensor, Tensor]: ...
+
+    def digest(self) -> str: ...
+
+
+class TrainingFailed(RuntimeError):
+    """Training cannot go on; the message says why and what is left."""
+
+
+class StopRequest:
+    """Turns the first SIGINT, SIGTERM or SIGUSR1 into a flag; a second one ends the process at once."""
+
+    SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
+
+    def __init__(self) -> None:
+        self.name = ""
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for name in self.SIGNALS:
+                if hasattr(signal, name):
+                    number = getattr(signal, name)
+                    self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.name:
+            os._exit(128 + number)
+        self.name = signal.Signals(number).name
+
+    def __exit__(self, *_: Any) -> None:
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" is the first accelerator, else the CPU; ValueError where the named one is not there."""
+    if name == "auto":
+        if torch.accelerator.is_available():
+            return torch.accelerator.current_accelerator() or torch.device("cpu")
+        return torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"run.device={name} cannot be used here ({reason}); auto, cpu or a device that is there"
+        ) from None
+    return device
+
+
+def train(
+    method: Method,
+    data: Data,
+    optim: OptimOptions,
+    run: RunOptions,
+    folder: Path,
+    *,
+    config: dict[str, Any] | None = None,
+    batch_size: int = 1,
+    quiet: bool = False,
+) -> int:
+    """Train until the schedule ends, `run.steps` is reached or a signal asks to stop; returns the steps done.
+
+    Args:
+        method: the paper, on its device.
+        data: as `UnpairedData`.
+        folder: the run's; the same call with the same folder continues where it stopped.
+        config: stored in every checkpoint, for translation to rebuild the networks.
+
+    Raises:
+        TrainingFailed: too many steps in a row were not finite.
+        ValueError: the checkpoint in the folder does not belong to this method or data.
+    """
+    log = RunLog(folder, run.tensorboard, quiet)
+    try:
+        with StopRequest() as stop:
+            return _Run(method, data, optim, run, folder, config or {}, batch_size, log).go(stop)
+    finally:
+        log.close()
+
+
+class _Run:
+    def __init__(self, method, data, optim, run, folder, config, batch_size, log):
+        self.method, self.data, self.optim, self.run = method, data, optim, run
+        self.folder, self.config, self.batch_size, self.log = folder, config, batch_size, log
+        self.step = Step(method, optim)
+        self.device = self.step.bad_steps.device
+        self.checkpoints = Checkpoints(folder / "checkpoints", run.keep, log.say)
+        scheduled = (optim.n_epochs + optim.n_epochs_decay) * data.steps_per_epoch
+        self.total = min(run.steps, scheduled) if run.steps else scheduled
+        self.saved_at = -1
+        self.sample_batch: Batch | None = None
+
+    def go(self, stop: StopRequest) -> int:
+        done = self._resume()
+        pace = Pace()
+        epoch = -1
+        self.method.train()
+        while done < self.total and not stop.name:
+            if done // self.data.steps_per_epoch != epoch:
+                epoch = done // self.data.steps_per_epoch
+                self.step.set_learning_rate(schedule(epoch, self.optim.n_epochs, self.optim.n_epochs_decay))
+            began = time.perf_counter()
+            batch = Batch(*self.data.batch(done, decaying=epoch >= self.optim.n_epochs))
+            pace.step(time.perf_counter() - began)
+            rng = random.Random(f"{self.run.seed}/{done}")
+            draws = self.method.draw(rng)
+            torch.manual_seed(rng.getrandbits(63))
+            losses = self.step.run(batch, draws)
+            done += 1
+            if done % self.run.log_every == 0 or done == self.total:
+                self._report(done, epoch, losses, pace)
+            if self.run.sample_every and (done % self.run.sample_every == 0 or done == self.total):
+                self._sample(done)
+            if done % self.run.save_every == 0:
+                self._save(done)
+        if self.saved_at != done and done > 0:
+            self._save(done)
+        if stop.name:
+            self.log.say(f"{stop.name}: stopped after step {done:,} and saved; the same command continues")
+        return done
+
+    def _resume(self) -> int:
+        found = self.checkpoints.load()
+        if found is None:
+            return 0
+        tensors, state, path = found
+        digest = self.data.digest()
+        if state.get("data") != digest:
+            raise ValueError(
+                f"{path} was trained on other pictures (files were added, removed or changed since): restore them, or "
+                f"train into another --out"
+            )
+        self.step.load_state(tensors)
+        self.saved_at = state["step"]
+        self.log.say(f"continuing from {path} (step {state['step']:,} of {self.total:,})")
+        return state["step"]
+
+    def _report(self, done: int, epoch: int, losses: dict[str, Tensor], pace: Pace) -> None:
+        names = list(losses)
+        stacked = torch.stack([losses[name].float() for name in names] + [self.step.bad_steps.float()])
+        *values, bad = stacked.tolist()
+        found = pace.read(self.batch_size, self.total - done)
+        rate = next(iter(self.step.groups.values()))
+        epochs = self.optim.n_epochs + self.optim.n_epochs_decay
+        line = (
+            f"epoch {epoch + 1}/{epochs} step {done:,}/{self.total:,} | {found['images_per_second']:.2f} images/s, "
+            f"data {found['data_share']:.0%}, ETA {clock(found['seconds_left'])} | "
+            + " ".join(f"{name} {value:.3f}" for name, value in zip(names, values, strict=True))
+            + (f" | {bad:.0f} steps in a row skipped: not finite" if bad else "")
+        )
+        self.log.progress(line)
+        learning_rate = rate.base_lr * schedule(epoch, self.optim.n_epochs, self.optim.n_epochs_decay)
+        self.log.metrics(
+            done,
+            dict(zip(names, values, strict=True))
+            | {"epoch": epoch, "lr": learning_rate, "skipped_steps": bad}
+            | {key: found[key] for key in ("images_per_second", "data_share")},
+        )
+        if bad >= self.optim.max_bad_steps:
+            last = self.checkpoints.steps()
+            kept = f"the last good checkpoint is {last[-1]}" if last else "there is no checkpoint yet"
+            raise TrainingFailed(
+                f"{bad:.0f} steps in a row were not finite at step {done:,}, none of them was applied; {kept}; "
+                f"try a lower optim.lr"
+            )
+
+    def _sample(self, done: int) -> None:
+        if self.sample_batch is None:
+            self.sample_batch = Batch(*self.data.samples(self.run.samples))
+        self.method.eval()
+        with torch.no_grad(), self.step.averaged():
+            pictures: dict[str, list[Tensor]] = {}
+            for i in range(len(self.sample_batch.a)):  # one at a time: a grid costs no more memory than a step
+                one = Batch(self.sample_batch.a[i : i + 1], self.sample_batch.b[i : i + 1])
+                for name, picture in self.method.pictures(one).items():
+                    pictures.setdefault(name, []).append(picture)
+        self.method.train()
+        path = self.folder / "samples" / f"step-{done:08d}.png"
+        save_grid({name: torch.cat(column) for name, column in pictures.items()}, path)
+
+    def _save(self, done: int) -> None:
+        state = {
+            "data": self.data.digest(),
+            "generators": [name for name in self.method.networks() if name.startswith("G")],
+            "config": self.config,
+        }
+        try:
+            self.checkpoints.save(done, self.step.generators(), self.step.state(), state)
+            self.saved_at = done
+        except DiskFull as error:
+            self.log.say(f"{error.strerror}; training goes on")
