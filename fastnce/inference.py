@@ -30,6 +30,7 @@ class Translator:
         self.generator = generator.to(device).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         self.device = torch.device(device)
         self.factor: int = getattr(generator, "factor", 1)
+        self.smallest: int = getattr(generator, "smallest", self.factor)
         first = next(m for m in generator.modules() if isinstance(m, nn.Conv2d))
         self.channels = first.in_channels
 
@@ -39,15 +40,18 @@ class Translator:
         if pictures.dim() != 4 or pictures.shape[1] != self.channels:
             raise ValueError(f"pictures must be (images, {self.channels}, height, width), not {tuple(pictures.shape)}")
         height, width = pictures.shape[2:]
-        padded = pad_to_multiple(pictures.to(self.device), self.factor)
+        padded = pad_to_multiple(pictures.to(self.device), self.factor, self.smallest)
         result = self.generator(padded.contiguous(memory_format=torch.channels_last))
         return result[:, :, :height, :width].float().cpu()
 
 
-def pad_to_multiple(pictures: Tensor, factor: int) -> Tensor:
-    """Pad the right and lower border to multiples of `factor`: by reflection, by replication where too small for it."""
+def pad_to_multiple(pictures: Tensor, factor: int, smallest: int = 1) -> Tensor:
+    """Pad the right and lower border to multiples of `factor`, at least `smallest`.
+
+    By reflection, by replication where the picture is too small for that.
+    """
     height, width = pictures.shape[2:]
-    bottom, right = -height % factor, -width % factor
+    bottom, right = (max(side + -side % factor, smallest) - side for side in (height, width))
     if bottom == right == 0:
         return pictures
     mode = "reflect" if bottom < height and right < width else "replicate"

@@ -75,7 +75,7 @@ def network_from_weights(state: dict[str, Tensor], name: str = "the file") -> nn
             blocks = len({key.split(".")[1] for key in state if ".conv_block." in key})
             filters = [int(key.split(".")[1]) for key in state if key.endswith(".filt")]
             block = next(int(key.split(".")[1]) for key in state if ".conv_block." in key)
-            dropout = any(".conv_block.6.weight" in key for key in state)
+            dropout = any(key.endswith(".conv_block.6.weight") and t.dim() == 4 for key, t in state.items())
             network = ResnetGenerator(
                 first.shape[1],
                 state[f"model.{last}.weight"].shape[0],

@@ -590,6 +590,8 @@ def test_digest(root, tmp_path):
     moved = root.rename(tmp_path / "elsewhere")
     assert UnpairedData(moved, cache_dir=tmp_path, **SMALL).digest() == data.digest()
     os.utime(moved / "trainB" / "3.png", ns=(1, 1))
+    assert UnpairedData(moved, cache_dir=tmp_path, **SMALL).digest() == data.digest()
+    (moved / "trainB" / "3.png").rename(moved / "trainB" / "3a.png")
     assert UnpairedData(moved, cache_dir=tmp_path, **SMALL).digest() != data.digest()
 
 

@@ -90,6 +90,8 @@ class Step:
             tensors |= {f"adam/{name}/{key}": tensor for key, tensor in group.state().items()}
         for name, average in self.averages.items():
             tensors |= {f"average/{name}/{key}": tensor for key, tensor in average.average.items()}
+        for name, module in self.method.extra_state_modules().items():
+            tensors |= {f"extra/{name}/{key}": tensor for key, tensor in module.state_dict().items()}
         tensors["bad_steps"] = self.bad_steps
         return tensors
 
@@ -110,4 +112,6 @@ class Step:
             stored = under(f"average/{name}/")
             for key, tensor in average.average.items():
                 tensor.copy_(stored[key])
+        for name, module in self.method.extra_state_modules().items():
+            module.load_state_dict(under(f"extra/{name}/"))
         self.bad_steps.copy_(tensors["bad_steps"])

@@ -4,16 +4,16 @@ Two things make it faster and smaller than differentiating the definition. The q
 pass from the same exponentials as the loss (keys are constants of the loss, so the gradient of a row is one weighted
 sum of keys), and rows are worked in blocks, so the (rows, rows) logits never stand in memory whole.
 
-The positive stays out of the sum over negatives: loss = softplus(logsumexp_negatives - positive) keeps its digits where
-`logsumexp - positive` cancels, that is, for confident rows.
+The positive stays out of the sum over negatives: loss = log(1 + exp(logsumexp_negatives - positive)) keeps its digits
+where `logsumexp - positive` cancels, that is, for confident rows.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 BLOCK_ELEMENTS = 1 << 22
 """Logits held at once (16 MiB in float32)."""
@@ -67,9 +67,31 @@ def _negative_logsumexp(block: Tensor, outside: Tensor | None) -> tuple[Tensor, 
     return top[:, :, 0] + total.log(), weights, outside
 
 
+class Once(torch.autograd.Function):
+    """Ties a gradient to its `inputs`, so that differentiating it again is an error and not a silent zero."""
+
+    @staticmethod
+    def forward(gradient, *inputs):
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError("patch_nce can be differentiated once: its gradient has no derivative of its own")
+
+
+def _widen(*tensors: Any) -> list[Any]:
+    """float64 stays, everything else is computed in float32."""
+    return [t if t is None or t.dtype == torch.float64 else t.float() for t in tensors]
+
+
 class _NCERows(torch.autograd.Function):
     @staticmethod
     def forward(queries, keys, extra_keys, pair_log_weight, pair_weight, scale, decoupled, with_gradient):
+        queries, keys, extra_keys = _widen(queries, keys, extra_keys)
         groups, rows, _ = queries.shape
         loss = queries.new_empty(groups, rows)
         negative = torch.empty_like(loss)
@@ -80,7 +102,7 @@ class _NCERows(torch.autograd.Function):
             block, outside, pos = _logits(queries, keys, extra_keys, pair_log_weight, pair_weight, scale, g, r)
             lse, weights, outside = _negative_logsumexp(block, outside)
             margin = lse - pos
-            loss[g, r] = margin if decoupled else F.softplus(margin, threshold=1e9)
+            loss[g, r] = margin if decoupled else torch.logaddexp(margin, torch.zeros_like(margin))
             negative[g, r] = lse
             positive[g, r] = pos
             if with_gradient:
@@ -97,28 +119,35 @@ class _NCERows(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        queries, keys, extra_keys, pair_log_weight, pair_weight, scale, decoupled, _ = inputs
+        *leaves, pair_log_weight, pair_weight, scale, decoupled, _ = inputs
         _, negative, positive, gradient = output
         ctx.mark_non_differentiable(negative, positive, gradient)
         ctx.scale, ctx.decoupled = scale, decoupled
-        saved = (queries, keys, extra_keys, pair_log_weight, pair_weight, negative, positive)
+        extra = (pair_log_weight, pair_weight, negative, positive)
         if not any(ctx.needs_input_grad[1:3]):
-            saved = (None,) * 7  # keys are constants: the ready gradient is all the backward needs
-        ctx.save_for_backward(gradient, *saved)
+            extra = (None,) * 4  # keys are constants: the ready gradient is all the backward needs
+        ctx.save_for_backward(gradient, *leaves, *extra)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, upstream, *_):
         gradient, *saved = ctx.saved_tensors
-        d_queries = gradient * upstream[:, :, None] if ctx.needs_input_grad[0] else None
-        d_keys = d_extra = None
-        if any(ctx.needs_input_grad[1:3]):
-            d_keys, d_extra = _key_gradients(*saved, ctx.scale, ctx.decoupled, upstream)
-        return d_queries, d_keys, d_extra, None, None, None, None, None
+        leaves = saved[:3]
+        gradients: list[Tensor | None] = [None, None, None]
+        with torch.no_grad():
+            if ctx.needs_input_grad[0]:
+                gradients[0] = gradient * upstream[:, :, None]
+            if any(ctx.needs_input_grad[1:3]):
+                gradients[1:] = _key_gradients(*saved, ctx.scale, ctx.decoupled, upstream)
+            gradients = [None if g is None else g.to(leaf.dtype) for g, leaf in zip(gradients, leaves, strict=True)]
+        if torch.is_grad_enabled():
+            sources = [leaf for leaf in [*leaves, upstream] if leaf is not None and leaf.requires_grad]
+            gradients = [None if g is None else Once.apply(g, *sources) for g in gradients]
+        return *gradients, None, None, None, None, None
 
 
 def _key_gradients(queries, keys, extra_keys, pair_log_weight, pair_weight, negative, positive, scale, decoupled, up):
-    """Second pass, only for keys that are not constants: dk_j = sum_i up_i * w_ij * q_i / T, less the positive's part."""
+    """Second pass, for keys that are not constants: dk_j = sum_i up_i * w_ij * q_i / T, less the positive's part."""
+    queries, keys, extra_keys = _widen(queries, keys, extra_keys)
     groups, rows, _ = queries.shape
     d_keys = torch.zeros_like(keys)
     d_extra = None if extra_keys is None else torch.zeros_like(extra_keys)
@@ -152,19 +181,12 @@ def nce_rows(
 
     Differentiable once, with respect to queries, keys and extra keys. 16-bit inputs are widened to float32 first.
     """
-    dtype = torch.float64 if queries_GSD.dtype == torch.float64 else torch.float32
-
-    def widen(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to(dtype)
-
-    queries, keys, extra = widen(queries_GSD), widen(keys_GSD), widen(extra_keys_GED)
     with_gradient = torch.is_grad_enabled() and queries_GSD.requires_grad
     loss, negative, positive, _ = _NCERows.apply(
-        queries,
-        keys,
-        extra,
-        widen(pair_log_weight_GSS),
-        widen(pair_weight_GSS),
+        queries_GSD,
+        keys_GSD,
+        extra_keys_GED,
+        *_widen(pair_log_weight_GSS, pair_weight_GSS),
         1.0 / temperature,
         decoupled,
         with_gradient,

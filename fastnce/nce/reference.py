@@ -8,6 +8,8 @@ Sources: Park et al., Contrastive Learning for Unpaired Image-to-Image Translati
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -48,13 +50,16 @@ def _with(shape: torch.Size, dim: int, size: int) -> list[int]:
     return [size if axis == dim else length for axis, length in enumerate(shape)]
 
 
-def project(rows: Tensor, mlp: tuple[Tensor, Tensor, Tensor, Tensor] | None) -> Tensor:
-    """Linear, ReLU, Linear (weights as in `nn.Linear`), then `normalize_rows`; without `mlp` only the latter."""
-    if mlp is not None:
-        weight1, bias1, weight2, bias2 = mlp
-        hidden = torch.relu(torch.nn.functional.linear(rows, weight1, bias1))
-        rows = torch.nn.functional.linear(hidden, weight2, bias2)
-    return normalize_rows(rows)
+def mlp(rows: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """Linear, ReLU, Linear, with (weight1, bias1, weight2, bias2) as in `nn.Linear`."""
+    weight1, bias1, weight2, bias2 = weights
+    hidden = torch.relu(torch.nn.functional.linear(rows, weight1, bias1))
+    return torch.nn.functional.linear(hidden, weight2, bias2)
+
+
+def project(rows: Tensor, weights: Sequence[Tensor] | None) -> Tensor:
+    """`mlp`, then `normalize_rows`; without weights only the latter."""
+    return normalize_rows(rows if weights is None else mlp(rows, weights))
 
 
 def nce_rows(
@@ -67,7 +72,7 @@ def nce_rows(
     pair_weight_GSS: Tensor | None = None,
     decoupled: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """InfoNCE of each row: the positive is the key of the same row, the negatives the group's other keys and the extras.
+    """InfoNCE of each row: its positive is the key of the same row, its negatives the other keys and the extras.
 
     With s_ij = q_i.k_j / T (times `pair_weight`, plus `pair_log_weight`, both for i != j only):
     `loss_i = logsumexp_j(s_ij) - s_ii`, where j runs over the group and the extra keys; `decoupled` leaves the positive

@@ -46,6 +46,8 @@ class ResnetGenerator(nn.Module):
 
     factor = 4
     """Height and width of a picture must be multiples of this."""
+    smallest = 8
+    """Side of the smallest picture: the residual blocks reflect maps of a quarter of it."""
 
     def __init__(
         self,

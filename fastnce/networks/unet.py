@@ -40,7 +40,7 @@ class UnetBlock(nn.Module):
             # Published: this LeakyReLU works in place, so the skip connection carries its result.
             x = F.leaky_relu(x, 0.2)
         y = x
-        for layer in self.model[0 if self.top else 1 :]:
+        for layer in list(self.model)[0 if self.top else 1 :]:
             if isinstance(layer, UnetBlock):
                 y = layer(y, depth + 1, layers, features, encode_only)
             else:
@@ -81,7 +81,7 @@ class UnetGenerator(nn.Module):
         self.out_channels = out_channels
         self.width = width
         self.downs = downs
-        self.factor = 2**downs
+        self.factor = self.smallest = 2**downs
         self.features_repeat = norm != "batch" and not dropout
 
     def forward(self, x: Tensor, layers: Sequence[int] = (), encode_only: bool = False):

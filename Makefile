@@ -1,0 +1,45 @@
+# make demo | make test | make bench | make lint: each does all of its own set-up in .venv and reuses it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test bench lint clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python -m fastnce demo
+
+test: lint
+	$(BIN)/python -m pytest tests
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.bench
+	$(BIN)/python benchmarks/run.py --out benchmarks/results/local
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+
+$(VENV)/.demo: EXTRAS := demo
+$(VENV)/.test: EXTRAS := demo,test
+$(VENV)/.bench: EXTRAS := demo,bench
+$(VENV)/.demo $(VENV)/.test $(VENV)/.bench: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing fastnce[$(EXTRAS)] into $(VENV) (some minutes the first time)"
+	$(PIP) --editable '.[$(EXTRAS)]'
+	@touch $@
+
+# A bare Debian has Python without ensurepip: its package python3-venv is installed where we may, named where we may not.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+		{ echo "fastnce needs Python 3.11 or newer as $(PYTHON) (or: make PYTHON=/path/to/python3.12 ...)" >&2; exit 2; }
+	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { rm -rf $(VENV); \
+		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+			echo "installing python3-venv"; \
+			apt-get update -qq && apt-get install -y -qq --no-install-recommends python3-venv >/dev/null \
+			&& $(PYTHON) -m venv $(VENV); \
+		else \
+			echo "cannot make a virtual environment: run 'sudo apt install python3-venv', then make again" >&2; exit 2; \
+		fi; }

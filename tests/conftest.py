@@ -1,0 +1,41 @@
+"""Shared fixtures. Without a GPU, Triton's kernels run in its interpreter."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+if not torch.accelerator.is_available():
+    # must be set before a kernel is defined
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(items):
+    if torch.accelerator.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="no GPU here"))
+
+
+def shared_folder() -> Path | None:
+    """Recordings and photographs, where they are there: FASTNCE_SHARED or ../shared beside the checkout."""
+    named = os.environ.get("FASTNCE_SHARED")
+    folder = Path(named) if named else Path(__file__).resolve().parents[2] / "shared"
+    return folder if folder.is_dir() else None
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    folder = shared_folder()
+    if folder is None:
+        pytest.skip("no shared folder: set FASTNCE_SHARED to one with golden/ and data/")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)

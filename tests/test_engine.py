@@ -1,0 +1,378 @@
+"""The step, the optimisers, checkpoints, and runs that are interrupted."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastnce.cli import main, train_run
+from fastnce.config import resolve
+from fastnce.engine import checkpoint
+from fastnce.engine.checkpoint import Checkpoints, DiskFull, load_generators
+from fastnce.engine.log import Pace, clock, save_grid
+from fastnce.engine.loop import RunOptions, TrainingFailed, pick_device, train
+from fastnce.engine.optim import OptimOptions, ParameterGroup, WeightAverage, schedule
+from fastnce.engine.step import Step
+from fastnce.methods import CUT, Batch, CUTOptions, Draws, NetworkOptions
+
+SMALL = [
+    "network.generator=resnet_4blocks",
+    "network.width=4",
+    "network.discriminator_width=4",
+    "loss.nce_layers=0,4,8,12",
+    "loss.patches=16",
+    "loss.projection=8",
+    "data.load_size=36",
+    "data.crop_size=32",
+    "run.device=cpu",
+    "run.threads=1",
+    "run.log_every=1",
+    "run.sample_every=0",
+]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """Ten noisy pictures: more would train no better."""
+    root = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    for name, count in (("trainA", 4), ("trainB", 3), ("testA", 2), ("testB", 2)):
+        (root / name).mkdir()
+        for i in range(count):
+            Image.fromarray(rng.integers(0, 256, (40, 44, 3), np.uint8)).save(root / name / f"{i}.png")
+    return root
+
+
+def small_method(**options) -> CUT:
+    network = NetworkOptions(generator="resnet_4blocks", width=4, discriminator_width=4)
+    return CUT(CUTOptions(nce_layers=[0, 4, 8, 12], patches=16, projection=8, **options), network)
+
+
+def small_config(folder: Path, *overrides: str, method: str = "fastcut"):
+    config = resolve(method, None, [*SMALL, *overrides])
+    config.data.dir = str(folder)
+    return config
+
+
+def random_batch(images: int = 1, dtype=torch.float32) -> Batch:
+    return Batch(*(torch.rand(images, 3, 32, 32, dtype=dtype) * 2 - 1 for _ in range(2)))
+
+
+def training_tensors(run: Path) -> dict[str, torch.Tensor]:
+    found = Checkpoints(run / "checkpoints").load()
+    assert found is not None
+    return found[0]
+
+
+@pytest.mark.parametrize(("full", "decay"), [(200, 200), (150, 50), (3, 0), (0, 4)])
+def test_the_schedule_is_the_published_one(full, decay):
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    adam = torch.optim.Adam([parameter], lr=2e-4)
+    published = torch.optim.lr_scheduler.LambdaLR(adam, lambda e: 1.0 - max(0, e + 1 - full) / float(decay + 1))
+    for epoch in range(full + decay):
+        assert 2e-4 * schedule(epoch, full, decay) == pytest.approx(published.get_last_lr()[0], rel=1e-12)
+        adam.step()
+        published.step()
+
+
+def test_channels_last_weights_learn_the_same():
+    """Gradients that lie differently in memory than their parameter must not be mixed up by fused Adam."""
+    results = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(3)
+        method = small_method().double().to(memory_format=layout)
+        step = Step(method, OptimOptions())
+        for _ in range(2):
+            step.run(random_batch(dtype=torch.float64), Draws())
+        # (a bias before an instance norm has gradient 0, of which rounding noise is all there is to compare)
+        results.append([p.detach().contiguous() for p in method.parameters() if p.dim() == 4])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=2e-9)  # 1e-5 of the learning rate
+
+
+def test_a_step_that_is_not_finite_changes_nothing():
+    method = small_method()
+    step = Step(method, OptimOptions())
+    step.run(random_batch(), Draws())
+    before = {key: tensor.clone() for key, tensor in step.state().items()}
+    broken = random_batch()
+    broken.a[0, 0, 0, 0] = float("nan")
+    for skipped in (1, 2):
+        step.run(broken, Draws())
+        assert step.bad_steps.item() == skipped
+    for key, tensor in step.state().items():
+        if key != "bad_steps":
+            assert torch.equal(tensor, before[key]), key
+    step.run(random_batch(), Draws())
+    assert step.bad_steps.item() == 0
+    assert not torch.equal(step.state()["network/G/model.1.weight"], before["network/G/model.1.weight"])
+
+
+def test_training_ends_when_nothing_is_finite(folder, tmp_path):
+    config = small_config(folder, "optim.lr=1e30", "optim.max_bad_steps=3", "run.steps=40")
+    with pytest.raises(TrainingFailed, match="steps in a row were not finite at step"):
+        train_run(config, tmp_path / "run", quiet=True)
+
+
+def test_state_there_and_back():
+    one, other = Step(small_method(), OptimOptions(ema=0.9)), Step(small_method(), OptimOptions(ema=0.9))
+    for _ in range(2):
+        one.run(random_batch(), Draws())
+    other.load_state({key: tensor.clone() for key, tensor in one.state().items()})
+    batch = random_batch()
+    for step in (one, other):
+        torch.manual_seed(5)
+        step.run(batch, Draws())
+    assert one.state().keys() == other.state().keys()
+    for key, tensor in one.state().items():
+        assert torch.equal(tensor, other.state()[key]), key
+
+
+def test_weight_average():
+    network = torch.nn.Linear(1, 1, bias=False)
+    average = WeightAverage(network, 0.75)
+    start = network.weight.detach().clone()
+    expected = start.clone()
+    for value in (1.0, 2.0, 4.0):
+        torch.nn.init.constant_(network.weight, value)
+        average.update()
+        expected = 0.75 * expected + 0.25 * value
+    torch.testing.assert_close(average.average["weight"], expected)
+    with pytest.raises(ValueError, match=r"optim\.ema must lie between 0 and 1"):
+        WeightAverage(network, 1.5)
+
+
+def test_averaged_weights_are_lent_and_returned():
+    step = Step(small_method(), OptimOptions(ema=0.5))
+    step.run(random_batch(), Draws())
+    own = step.method.generator.model[1].weight.detach().clone()
+    with step.averaged():
+        lent = step.method.generator.model[1].weight.detach().clone()
+    assert torch.equal(lent, step.averages["G"].average["model.1.weight"])
+    assert not torch.equal(lent, own)
+    assert torch.equal(step.method.generator.model[1].weight, own)
+
+
+def test_a_group_needs_parameters():
+    with pytest.raises(ValueError, match="projectors must be built"):
+        ParameterGroup((torch.nn.ReLU(),), 1e-3, (0.5, 0.999))
+
+
+@pytest.mark.parametrize("method", ["cut", "fastcut"])
+def test_an_interrupted_run_continues_bit_for_bit(folder, tmp_path, method):
+    """6 steps at once, and 3 steps, a new process, 3 steps: the same weights, moments, averages and losses."""
+    overrides = ["run.save_every=100", "optim.ema=0.9", "optim.n_epochs=1", "optim.n_epochs_decay=2", "run.seed=7"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train_run(small_config(folder, "run.steps=6", *overrides, method=method), whole, quiet=True)
+    for steps in (3, 6):
+        command = [sys.executable, "-m", "fastnce", "train", method, "--data", str(folder), "--out", str(parts)]
+        subprocess.run(
+            [*command, "--quiet", *SMALL, *overrides, f"run.steps={steps}"], check=True, cwd=Path(__file__).parents[1]
+        )
+    one, other = training_tensors(whole), training_tensors(parts)
+    assert one.keys() == other.keys()
+    assert any(key.startswith("adam/F/") for key in one)
+    assert any(key.startswith("average/G/") for key in one)
+    for key, tensor in one.items():
+        assert torch.equal(tensor, other[key]), key
+    rows = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (whole, parts)]
+    assert [row["step"] for row in rows[1]] == [1, 2, 3, 4, 5, 6]
+    for first, second in zip(*rows, strict=True):
+        assert first["G"] == second["G"]
+
+
+def test_another_seed_is_another_run(folder, tmp_path):
+    for seed in (0, 1):
+        train_run(small_config(folder, "run.steps=1", f"run.seed={seed}"), tmp_path / str(seed), quiet=True)
+    one, other = training_tensors(tmp_path / "0"), training_tensors(tmp_path / "1")
+    assert not torch.equal(one["network/G/model.1.weight"], other["network/G/model.1.weight"])
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_saves_and_exits_cleanly(folder, tmp_path, name):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "fastnce", "train", "fastcut", "--data", str(folder), "--out", str(run), *SMALL]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+    assert process.stdout is not None
+    seen = ""
+    for line in process.stdout:
+        seen += line
+        if "step 2/" in line:
+            process.send_signal(getattr(signal, name))
+            break
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert f"{name}: stopped after step" in rest
+    done = Checkpoints(run / "checkpoints").load()[1]["step"]
+    assert done >= 2
+    assert f"stopped after step {done:,}" in rest
+
+
+def test_another_configuration_is_refused(folder, tmp_path, capsys):
+    run = tmp_path / "run"
+    arguments = ["train", "fastcut", "--data", str(folder), "--out", str(run), "--quiet", *SMALL]
+    assert main([*arguments, "run.steps=1"]) == 0
+    assert main([*arguments, "run.steps=2", "run.log_every=5"]) == 0  # how a run goes may change
+    assert main([*arguments, "optim.lr=0.1", "loss.lambda_nce=3"]) == 2
+    message = capsys.readouterr().err
+    assert "optim.lr: 0.0002, now 0.1" in message
+    assert "loss.lambda_nce: 10.0, now 3.0" in message
+    assert main(["train", "cut", *arguments[2:]]) == 2
+    assert "method: fastcut, now cut" in capsys.readouterr().err
+
+
+def test_other_pictures_are_noticed(folder, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    train_run(small_config(folder, "run.steps=1"), tmp_path / "run", quiet=True)
+    train_run(small_config(copy, "run.steps=2"), tmp_path / "run", quiet=True)  # a copy is the same data
+    (copy / "trainA" / "3.png").unlink()
+    with pytest.raises(ValueError, match="was trained on other pictures"):
+        train_run(small_config(copy, "run.steps=3"), tmp_path / "run", quiet=True)
+
+
+def tensors(value: float) -> dict[str, torch.Tensor]:
+    return {"G/w": torch.full((3,), value)}
+
+
+def test_checkpoints_are_kept_pointed_at_and_verified(tmp_path):
+    said: list[str] = []
+    store = Checkpoints(tmp_path, keep=2, log=said.append)
+    assert store.load() is None
+    for step in (1, 2, 3):
+        store.save(step, tensors(step), tensors(step), {"generators": ["G"]})
+    assert [path.name for path in store.steps()] == ["step-00000002", "step-00000003"]
+    assert (tmp_path / "latest").read_text() == "step-00000003"
+    assert float(load_generators(store.steps()[-1])["G"]["w"][0]) == 3
+    damaged = tmp_path / "step-00000003" / "training.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x7f")
+    found = store.load()
+    assert found is not None
+    assert found[1]["step"] == 2
+    assert "training.safetensors is not what was written" in said[0]
+    (tmp_path / "step-00000002" / "state.json").write_text("{")
+    with pytest.raises(ValueError, match="every checkpoint is damaged"):
+        store.load()
+
+
+def test_a_killed_save_leaves_the_last_one(tmp_path, monkeypatch):
+    store = Checkpoints(tmp_path)
+    store.save(1, tensors(1), tensors(1), {"generators": ["G"]})
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "_flush_and_digest", killed)
+    with pytest.raises(KeyboardInterrupt):
+        store.save(2, tensors(2), tensors(2), {"generators": ["G"]})
+    assert [path.name for path in store.steps()] == ["step-00000001"]
+    assert store.load()[1]["step"] == 1
+
+
+def test_a_full_disk_is_one_sentence_and_training_goes_on(folder, tmp_path, monkeypatch, capsys):
+    real = checkpoint.save_file
+    calls = []
+
+    def full(tensors, path):
+        calls.append(path)
+        if len(calls) > 2:
+            real(tensors, path)
+        else:
+            Path(path).write_bytes(b"part of it")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(DiskFull):
+        Checkpoints(tmp_path / "alone").save(1, tensors(1), tensors(1), {"generators": ["G"]})
+    run = tmp_path / "run"
+    train_run(small_config(folder, "run.steps=2", "run.save_every=1"), run)
+    said = capsys.readouterr().out
+    assert "step-00000001: no room for a checkpoint of" in said
+    assert "training goes on" in said
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["latest", "step-00000002"]
+
+
+def test_the_run_folder_holds_what_is_promised(folder, tmp_path):
+    run = tmp_path / "run"
+    train_run(small_config(folder, "run.steps=2", "run.sample_every=2", "run.samples=2"), run, quiet=True)
+    assert {"config.toml", "log.txt", "metrics.jsonl", "samples", "checkpoints"} <= {p.name for p in run.iterdir()}
+    grid = Image.open(run / "samples" / "step-00000002.png")
+    assert grid.size == (3 * 32 + 4 * 4, 14 + 2 * (32 + 4) + 4)
+    row = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {"step", "G_GAN", "D_real", "D_fake", "NCE", "G", "lr", "epoch", "images_per_second", "data_share"} <= set(
+        row
+    )
+    line = (run / "log.txt").read_text().splitlines()[-1]
+    for part in ("epoch 1/200 step 2/2", "images/s", "data ", "ETA 0:00", "G_GAN"):
+        assert part in line
+
+
+def test_the_learning_rate_decays_with_the_epochs(folder, tmp_path):
+    run = tmp_path / "run"
+    train_run(small_config(folder, "optim.n_epochs=1", "optim.n_epochs_decay=1", "optim.lr=0.1"), run, quiet=True)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 8  # two epochs of the larger domain
+    assert [row["lr"] for row in rows] == pytest.approx([0.1] * 4 + [0.05] * 4)
+
+
+def test_grid_of_any_channels(tmp_path):
+    pictures = {"one": torch.zeros(2, 1, 4, 6), "four": torch.ones(2, 4, 4, 6)}
+    save_grid(pictures, tmp_path / "grid.png")
+    pixels = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert pixels[14 + 1, 4 + 1].tolist() == [128, 128, 128]
+    assert pixels[14 + 1, 4 + 6 + 4 + 1].tolist() == [255, 255, 255]
+
+
+def test_pace_and_clock():
+    pace = Pace()
+    time.sleep(0.02)
+    for _ in range(4):
+        pace.step(0.001)
+    found = pace.read(batch=3, steps_left=10)
+    assert 0 < found["images_per_second"] < 12 / 0.02
+    assert 0 < found["data_share"] < 0.004 / 0.02 + 1e-9
+    assert [clock(s) for s in (0, 59.6, 61, 3723)] == ["0:00", "1:00", "1:01", "1:02:03"]
+
+
+def test_devices():
+    assert pick_device("cpu").type == "cpu"
+    with pytest.raises(ValueError, match=r"run\.device=nonsense cannot be used here"):
+        pick_device("nonsense")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match=r"run\.device=cuda cannot be used here"):
+            pick_device("cuda")
+
+
+class Toy:
+    """The loop asks no more of data than this."""
+
+    steps_per_epoch = 2
+
+    def batch(self, step, *, decaying=False):
+        generator = torch.Generator().manual_seed(step)
+        return tuple(torch.rand(1, 3, 32, 32, generator=generator) for _ in range(2))
+
+    def samples(self, count):
+        return self.batch(0)
+
+    def digest(self):
+        return "toy"
+
+
+def test_the_loop_takes_any_data(tmp_path):
+    options = RunOptions(steps=3, log_every=1, sample_every=3, save_every=2)
+    assert train(small_method(), Toy(), OptimOptions(), options, tmp_path, quiet=True) == 3
+    assert [path.name for path in Checkpoints(tmp_path / "checkpoints").steps()] == ["step-00000002", "step-00000003"]
