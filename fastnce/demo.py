@@ -29,7 +29,6 @@ SETTINGS = [
     "network.discriminator_width=16",
     "loss.patches=128",
     "loss.projection=64",
-    "optim.n_epochs=1000000",
     "optim.ema=0.99",
     "run.log_every=100",
     "run.sample_every=0",
@@ -71,7 +70,8 @@ def main(arguments: list[str] | None = None) -> int:
     began = time.perf_counter()
     folder = args.out / "photographs"
     write_folders(folder)
-    config = resolve("fastcut", None, [*SETTINGS, f"run.steps={args.steps}"])
+    epochs = f"optim.n_epochs={max(1, args.steps // len(DAY))}"
+    config = resolve("fastcut", None, [*SETTINGS, epochs, "optim.n_epochs_decay=0"])
     config.data.dir = str(folder)
     train_run(config, args.out)
 
