@@ -58,6 +58,8 @@ def train_run(config: Config, out: Path, *, quiet: bool = False) -> int:
         torch.set_num_threads(config.run.threads)
     torch.manual_seed(config.run.seed)
     method = PRESETS[config.method].method(config.loss, config.network)
+    if config.data.preprocess != "none":
+        method.check(config.data.batch, *_sides(config.data.crop_size))
     data = open_data(config, device)
     method = method.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     out.mkdir(parents=True, exist_ok=True)
@@ -104,6 +106,10 @@ def open_data(config: Config, device: torch.device) -> UnpairedData:
         skip_bad=options.skip_bad,
         progress=print,
     )
+
+
+def _sides(size: int | list[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def _side(size: int | list[int]) -> int | tuple[int, int]:

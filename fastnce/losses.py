@@ -1,11 +1,12 @@
-"""Losses that the papers share: the GAN objectives. (The contrastive loss has its own package, `fastnce.nce`.)"""
+"""Losses that the papers share. (The contrastive loss has its own package, `fastnce.nce`.)"""
 
 from __future__ import annotations
 
 from typing import Literal, get_args
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 GANMode = Literal["lsgan", "vanilla", "wgangp", "nonsaturating", "hinge"]
 GAN_MODES: tuple[str, ...] = get_args(GANMode)
@@ -29,6 +30,8 @@ def gan_loss(
         mode: one of `GAN_MODES`.
         for_generator: matters for "hinge" only.
     """
+    if prediction.dtype in (torch.bfloat16, torch.float16):
+        prediction = prediction.float()
     if mode == "lsgan":
         return F.mse_loss(prediction, prediction.new_full((), float(target_is_real)).expand_as(prediction))
     if mode in ("vanilla", "nonsaturating"):
@@ -40,3 +43,73 @@ def gan_loss(
             return -prediction.mean()
         return F.relu(1.0 - prediction if target_is_real else 1.0 + prediction).mean()
     raise ValueError(f"gan_mode must be one of {', '.join(GAN_MODES)}, not {mode!r}")
+
+
+def r1_penalty(judged: Tensor, pictures: Tensor) -> Tensor:
+    """Mean over pictures of the squared length of d sum(judged) / d pictures (Mescheder et al., ICML 2018), unweighted.
+
+    Args:
+        judged: a discriminator's output for `pictures`, any shape.
+        pictures: (images, ...) that `judged` was computed from, requiring a gradient.
+
+    Returns:
+        a scalar that is differentiable with respect to the discriminator.
+    """
+    (slope,) = torch.autograd.grad(judged.sum(), pictures, create_graph=True)
+    return slope.square().flatten(1).sum(1).mean()
+
+
+def gradient_penalty(discriminator: nn.Module, real: Tensor, fake: Tensor, mix: Tensor | None = None) -> Tensor:
+    """WGAN-GP's penalty: (slope length - 1)^2 between real and fake (Gulrajani et al., NeurIPS 2017), unweighted.
+
+    Args:
+        discriminator: on (images, channels, height, width).
+        real, fake: of one shape; constants.
+        mix: (images,) in [0, 1], how much of each is real; drawn unless given.
+    """
+    if mix is None:
+        mix = torch.rand(len(real), device=real.device, dtype=real.dtype)
+    pictures = torch.lerp(fake.detach(), real.detach(), mix.view(-1, 1, 1, 1)).requires_grad_()
+    (slope,) = torch.autograd.grad(discriminator(pictures).sum(), pictures, create_graph=True)
+    # as published: a small number keeps the root differentiable at 0
+    return ((slope.flatten(1) + 1e-16).norm(dim=1) - 1).square().mean()
+
+
+def channel_cycle_loss(reconstruction: Tensor, picture: Tensor) -> Tensor:
+    """L1 distance of each colour channel on its own, summed over channels (DCD-GAN; GestureGAN, Tang et al., 2018).
+
+    No channel's error is weighed by another's, as it would be in a distance between colours, such as
+    sqrt(dr^2 + dg^2 + db^2). With equal weights it is the number of channels times the mean absolute difference.
+
+    Args:
+        reconstruction, picture: (images, channels, height, width).
+
+    Returns:
+        a scalar.
+    """
+    return (reconstruction - picture).abs().mean(dim=(0, 2, 3)).sum()
+
+
+def frequency_cycle_loss(reconstruction: Tensor, picture: Tensor) -> Tensor:
+    """L1 distance of two pictures' spectra, of amplitudes and of complex values: mean(||X| - |Y||) + mean(|X - Y|).
+
+    X and Y are unitary Fourier transforms of each channel, so that a frequency weighs as much as a pixel does; means
+    run over all frequencies, images and channels. (A squared distance would, by Parseval, be the pixels' own.) The
+    transform is computed in float32 at least.
+
+    Args:
+        reconstruction, picture: (images, channels, height, width).
+
+    Returns:
+        a scalar, float32 or float64.
+    """
+    width = picture.shape[3]
+    dtype = torch.float64 if reconstruction.dtype == torch.float64 else torch.float32
+    x, y = (torch.fft.rfft2(p.to(dtype), norm="ortho") for p in (reconstruction, picture))
+    # Half of the spectrum is stored; every column but the first and, for even widths, the last stands for two.
+    twice = x.real.new_full((x.shape[3],), 2.0)
+    twice[0] = 1.0
+    if width % 2 == 0:
+        twice[-1] = 1.0
+    distance = (x.abs() - y.abs()).abs() + (x - y).abs()
+    return (distance.mean(dim=(0, 1, 2)) * twice).sum() / width

@@ -22,8 +22,8 @@ from fastnce.engine import checkpoint
 from fastnce.engine.checkpoint import Checkpoints, DiskFull, load_generators
 from fastnce.engine.log import Pace, clock, save_grid
 from fastnce.engine.loop import RunOptions, TrainingFailed, pick_device, train
-from fastnce.engine.optim import OptimOptions, ParameterGroup, WeightAverage, schedule
-from fastnce.engine.step import Step
+from fastnce.engine.optim import LossScale, OptimOptions, ParameterGroup, WeightAverage, schedule
+from fastnce.engine.step import Step, pick_compile, pick_precision
 from fastnce.methods import CUT, Batch, CUTOptions, Draws, NetworkOptions
 
 SMALL = [
@@ -376,3 +376,81 @@ def test_the_loop_takes_any_data(tmp_path):
     options = RunOptions(steps=3, log_every=1, sample_every=3, save_every=2)
     assert train(small_method(), Toy(), OptimOptions(), options, tmp_path, quiet=True) == 3
     assert [path.name for path in Checkpoints(tmp_path / "checkpoints").steps()] == ["step-00000002", "step-00000003"]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_sixteen_bits_follow_float32(precision):
+    """The same batches: losses of the first steps agree to the precision; weights stay float32."""
+    found = {}
+    for name in ("fp32", precision):
+        torch.manual_seed(2)
+        method = small_method()
+        step = Step(method, OptimOptions(), name)
+        if step.loss_scale is not None:
+            step.loss_scale.scale.fill_(256.0)  # the start, 65,536, overflows on purpose and is halved step by step
+        losses = []
+        for seed in range(4):
+            torch.manual_seed(seed)
+            losses.append(step.run(random_batch(2), Draws()))
+        found[name] = {k: torch.stack([values[k] for values in losses]) for k in losses[0]}
+        assert all(p.dtype == torch.float32 for p in method.parameters())
+        assert step.bad_steps.item() == 0
+    for name, exact in found["fp32"].items():
+        assert found[precision][name].dtype == torch.float32
+        torch.testing.assert_close(found[precision][name], exact, rtol=0.05, atol=0.02)
+        assert not torch.equal(found[precision][name], exact)  # it did compute in 16 bits
+
+
+def test_the_loss_scale_halves_and_doubles():
+    scale = LossScale(torch.device("cpu"), start=8.0, interval=3)
+    seen = []
+    for bad in (0, 0, 0, 1, 0, 1, 0, 0, 0):
+        scale.update(torch.tensor(float(bad)))
+        seen.append(scale.scale.item())
+    assert seen == [8, 8, 16, 8, 8, 4, 4, 4, 8]
+
+
+def test_a_scaled_loss_gives_the_same_update():
+    parameter = [torch.nn.Linear(3, 2, bias=False) for _ in range(2)]
+    parameter[1].load_state_dict(parameter[0].state_dict())
+    for module, factor in zip(parameter, (None, torch.tensor(1024.0)), strict=True):
+        group = ParameterGroup((module,), 1e-2, (0.5, 0.999))
+        gradient = torch.full_like(module.weight, 0.25) * (1.0 if factor is None else factor)
+        group.update((gradient,), factor)
+    assert torch.equal(parameter[0].weight, parameter[1].weight)
+
+
+def test_precisions_that_do_not_exist():
+    with pytest.raises(ValueError, match=r"run\.precision must be auto, fp32, bf16, fp16, not 'fp8'"):
+        Step(small_method(), OptimOptions(), "fp8")
+    assert pick_precision("auto", torch.device("cpu")) == "fp32"
+
+
+@pytest.mark.parametrize("method", ["cut", "fastcut"])
+def test_a_compiled_step_is_whole_and_the_same(method):
+    """No graph break, no recompilation over steps, the eager step's numbers (traced, not lowered: that is minutes)."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    options = {"nce_idt": False, "flip_equivariance": True} if method == "fastcut" else {}
+    eager, compiled = (small_method(**options).double() for _ in range(2))
+    compiled.load_state_dict(eager.state_dict())
+    steps = [Step(eager, OptimOptions()), Step(compiled, OptimOptions(), compile="aot_eager")]
+    graphs = []
+    for i in range(6):
+        batch, flip = random_batch(dtype=torch.float64), method == "fastcut" and i % 2 == 1
+        ids = [[torch.randperm(n)[:16] for n in (38 * 38, 32 * 32, 16 * 16, 8 * 8)] for _ in range(2)]
+        losses = [step.run(batch, Draws(flip, ids if method == "cut" else ids[:1])) for step in steps]
+        for name, value in losses[0].items():
+            torch.testing.assert_close(losses[1][name], value, rtol=1e-6, atol=1e-9)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert graphs[1:] == [graphs[1]] * 5
+    assert graphs[0] == 3
+
+
+def test_compiling_is_chosen_by_device():
+    assert pick_compile("auto", torch.device("cpu")) is False
+    assert pick_compile("auto", torch.device("cuda")) is True
+    assert pick_compile("true", torch.device("cpu")) is True
+    with pytest.raises(ValueError, match=r"run\.compile must be auto, true or false, not 'yes'"):
+        pick_compile("yes", torch.device("cpu"))

@@ -22,7 +22,7 @@ from ..options import option
 from .checkpoint import Checkpoints, DiskFull
 from .log import Pace, RunLog, clock, save_grid
 from .optim import OptimOptions, schedule
-from .step import Step
+from .step import Step, pick_compile, pick_precision
 
 
 @dataclass
@@ -31,6 +31,8 @@ class RunOptions:
 
     seed: int = option(0, "of everything random; the same seed gives the same run")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, xpu, ...")
+    precision: str = option("auto", "fp32, bf16, fp16; auto: bf16 on GPUs that compute in it, else fp32")
+    compile: str = option("auto", "true, false; auto: true on accelerators (a first step of minutes, then faster ones)")
     steps: int = option(0, "stop after this many steps in all; 0 runs the whole schedule")
     log_every: int = option(100, "steps between progress lines (losses are read only then)")
     sample_every: int = option(1000, "steps between sample grids; 0 makes none")
@@ -136,7 +138,8 @@ class _Run:
     def __init__(self, method, data, optim, run, folder, config, batch_size, log):
         self.method, self.data, self.optim, self.run = method, data, optim, run
         self.folder, self.config, self.batch_size, self.log = folder, config, batch_size, log
-        self.step = Step(method, optim)
+        device = next(method.parameters()).device
+        self.step = Step(method, optim, pick_precision(run.precision, device), pick_compile(run.compile, device))
         self.device = self.step.bad_steps.device
         self.checkpoints = Checkpoints(folder / "checkpoints", run.keep, log.say)
         scheduled = (optim.n_epochs + optim.n_epochs_decay) * data.steps_per_epoch

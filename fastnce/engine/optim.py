@@ -55,10 +55,11 @@ class ParameterGroup:
     def set_factor(self, factor: float) -> None:
         self.lr.fill_(self.base_lr * factor)
 
-    def update(self, gradients: tuple[Tensor | None, ...]) -> Tensor:
+    def update(self, gradients: tuple[Tensor | None, ...], scale: Tensor | None = None) -> Tensor:
         """One Adam step; returns 1.0 where it was skipped because a gradient was not finite, else 0.0 (on the device).
 
-        Nothing is read back: Adam itself leaves weights, moments and its count alone when `found_inf` is set.
+        Nothing is read back: Adam itself leaves weights, moments and its count alone when `found_inf` is set, and
+        divides gradients by `scale`, the factor of the loss that they come from.
         """
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             # fused Adam walks memory, not strides: both must lie alike
@@ -67,7 +68,7 @@ class ParameterGroup:
             parameter.grad = gradient
         norm = torch.nn.utils.get_total_norm([g for g in gradients if g is not None])
         self.found_inf.copy_(norm.isfinite().logical_not())
-        self.adam.grad_scale, self.adam.found_inf = None, self.found_inf  # type: ignore[attr-defined]
+        self.adam.grad_scale, self.adam.found_inf = scale, self.found_inf  # type: ignore[attr-defined]
         self.adam.step()
         for parameter in self.parameters:
             parameter.grad = None
@@ -92,6 +93,25 @@ class ParameterGroup:
                     else torch.empty_like(parameter, requires_grad=False).copy_(t)
                     for key, t in entries.items()
                 }
+
+
+class LossScale:
+    """The factor that keeps float16 gradients out of the subnormal range (Micikevicius et al., ICLR 2018).
+
+    Halved after a step that was not finite, doubled after `interval` good ones. It lives on the device.
+    """
+
+    def __init__(self, device: torch.device, start: float = 2.0**16, interval: int = 2000):
+        self.scale = torch.full((), start, device=device)
+        self.good = torch.zeros((), device=device)
+        self.interval = interval
+
+    def update(self, bad: Tensor) -> None:
+        """`bad` is 1.0 after a step that was not finite, else 0.0."""
+        self.good.add_(1.0).mul_(1.0 - bad)
+        grown = self.good >= self.interval
+        self.scale.mul_(torch.where(bad > 0, 0.5, torch.where(grown, 2.0, 1.0)).to(self.scale))
+        self.good.mul_(grown.logical_not())
 
 
 class WeightAverage:

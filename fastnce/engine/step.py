@@ -7,8 +7,28 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ..methods.base import Batch, Draws, Method
-from .optim import OptimOptions, ParameterGroup, WeightAverage
+from ..methods.base import Batch, Draws, Method, Phase
+from .optim import LossScale, OptimOptions, ParameterGroup, WeightAverage
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """ "auto" is bf16 on an accelerator that computes in it, else fp32."""
+    if name != "auto":
+        return name
+    if device.type == "cpu":
+        return "fp32"
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16"
+
+
+def pick_compile(name: str, device: torch.device) -> bool:
+    """ "auto" compiles on accelerators: on a CPU it takes minutes and gains little."""
+    if name not in ("auto", "true", "false"):
+        raise ValueError(f"run.compile must be auto, true or false, not {name!r}")
+    return name == "true" or (name == "auto" and device.type != "cpu")
 
 
 class Step:
@@ -17,9 +37,13 @@ class Step:
     Args:
         method: the paper, already on its device.
         options: learning rate and so on.
+        precision: "fp32"; or "bf16", "fp16": forward passes in 16 bits under autocast, weights, losses and updates in
+            float32, with a loss scale for "fp16".
+        compile: compile `generate` and each phase's loss, whole (`fullgraph`), for fixed shapes; a string names another
+            backend than Inductor.
     """
 
-    def __init__(self, method: Method, options: OptimOptions):
+    def __init__(self, method: Method, options: OptimOptions, precision: str = "fp32", compile: bool | str = False):
         self.method = method
         self.options = options
         betas = (options.beta1, options.beta2)
@@ -28,7 +52,20 @@ class Step:
             for name, group in method.groups().items()
         }
         self.phases = method.phases()
+        self.generate = method.generate
+        if compile:
+            backend = compile if isinstance(compile, str) else "inductor"
+
+            def whole(function):
+                return torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
+
+            self.generate = whole(self.generate)
+            self.phases = tuple(Phase(whole(phase.loss), phase.groups) for phase in self.phases)
         device = next(iter(self.groups.values())).parameters[0].device
+        if precision not in PRECISIONS:
+            raise ValueError(f"run.precision must be auto, {', '.join(PRECISIONS)}, not {precision!r}")
+        self.device_type, self.dtype = device.type, PRECISIONS[precision]
+        self.loss_scale = LossScale(device) if precision == "fp16" else None
         self.bad_steps = torch.zeros((), device=device)
         """Steps that were not finite, in a row up to now."""
         generators = {name: net for name, net in method.networks().items() if name.startswith("G")}
@@ -40,21 +77,37 @@ class Step:
         for group in self.groups.values():
             group.set_factor(factor)
 
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device_type, self.dtype, enabled=self.dtype != torch.float32)
+
     def run(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         """Update every network once; returns the losses, on the device, without waiting for them."""
         losses: dict[str, Tensor] = {}
-        outputs = self.method.generate(batch, draws)
+        scale = None if self.loss_scale is None else self.loss_scale.scale
+        with self._autocast():
+            outputs = self.generate(batch, draws)
         bad = torch.zeros_like(self.bad_steps)
         for phase in self.phases:
-            loss, logged = phase.loss(batch, outputs, draws)
+            # a compiled loss would compute gradients of the networks that it merely passes through
+            resting = [p for name, g in self.groups.items() if name not in phase.groups for p in g.parameters]
+            for parameter in resting:
+                parameter.requires_grad_(False)
+            with self._autocast():
+                loss, logged = phase.loss(batch, outputs, draws)
+            for parameter in resting:
+                parameter.requires_grad_(True)
+            if scale is not None:
+                loss = loss * scale
             groups = [self.groups[name] for name in phase.groups]
             parameters = [p for group in groups for p in group.parameters]
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
             for group in groups:
-                bad = torch.maximum(bad, group.update(gradients[: len(group.parameters)]))
+                bad = torch.maximum(bad, group.update(gradients[: len(group.parameters)], scale))
                 gradients = gradients[len(group.parameters) :]
             losses |= {name: value.detach() for name, value in logged.items()}
         self.bad_steps.add_(1).mul_(bad)
+        if self.loss_scale is not None:
+            self.loss_scale.update(bad)
         for average in self.averages.values():
             average.update()
         return losses
@@ -92,6 +145,8 @@ class Step:
             tensors |= {f"average/{name}/{key}": tensor for key, tensor in average.average.items()}
         for name, module in self.method.extra_state_modules().items():
             tensors |= {f"extra/{name}/{key}": tensor for key, tensor in module.state_dict().items()}
+        if self.loss_scale is not None:
+            tensors |= {"loss_scale/scale": self.loss_scale.scale, "loss_scale/good": self.loss_scale.good}
         tensors["bad_steps"] = self.bad_steps
         return tensors
 
@@ -114,4 +169,7 @@ class Step:
                 tensor.copy_(stored[key])
         for name, module in self.method.extra_state_modules().items():
             module.load_state_dict(under(f"extra/{name}/"))
+        if self.loss_scale is not None and "loss_scale/scale" in tensors:
+            self.loss_scale.scale.copy_(tensors["loss_scale/scale"])
+            self.loss_scale.good.copy_(tensors["loss_scale/good"])
         self.bad_steps.copy_(tensors["bad_steps"])

@@ -7,11 +7,13 @@ step, then each phase's loss in the paper's order, and updates the phase's param
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from ..networks import Norm, build_discriminator, build_generator
 from ..options import option
@@ -21,13 +23,16 @@ from ..options import option
 class NetworkOptions:
     """Which networks to build; the defaults are CUT's."""
 
-    generator: str = option("resnet_9blocks", "resnet_9blocks, resnet_6blocks, resnet_4blocks, unet_256 or unet_128")
-    discriminator: str = option("basic", "basic (70x70 PatchGAN), n_layers or pixel")
+    generator: str = option(
+        "resnet_9blocks", "resnet_9blocks, resnet_6blocks, resnet_4blocks, unet_256, unet_128, stylegan2, restorer"
+    )
+    discriminator: str = option("basic", "basic (70x70 PatchGAN), n_layers, pixel or stylegan2")
     width: int = option(
         64, "channels after the generator's first convolution (published ngf); cost grows as its square"
     )
     discriminator_width: int = option(64, "the same for the discriminator (published ndf)")
     discriminator_layers: int = option(3, "halvings of the n_layers discriminator; more judge larger patches")
+    resolution: int = option(64, "side of the crops that stylegan2 networks are made for; a power of two")
     in_channels: int = option(3, "channels of domain A")
     out_channels: int = option(3, "channels of domain B")
     norm: Norm = option("instance", "instance, batch or none")
@@ -50,6 +55,7 @@ class NetworkOptions:
             antialias_up=self.antialias_up,
             init_type=self.init_type,
             init_gain=self.init_gain,
+            resolution=self.resolution,
         )
 
     def build_discriminator(self, channels: int):
@@ -62,6 +68,7 @@ class NetworkOptions:
             antialias=self.antialias,
             init_type=self.init_type,
             init_gain=self.init_gain,
+            resolution=self.resolution,
         )
 
 
@@ -118,6 +125,36 @@ class Method(nn.Module):
         """Losses and what they update, in the paper's order."""
         raise NotImplementedError
 
+    def extra_state_modules(self) -> dict[str, nn.Module]:
+        """What the next step depends on besides the networks (pools of fakes, banks of codes): kept in checkpoints of a
+        run, but not a network to export."""
+        return {}
+
+    def check(self, batch_size: int, height: int, width: int) -> None:
+        """Refuse crops that cannot be trained on, before anything is computed; subclasses add what they need.
+
+        Shapes are traced on the meta device: nothing is allocated.
+
+        Raises:
+            ValueError: sides that a generator cannot take, or pictures too small for one of the networks.
+        """
+        if batch_size < 1:
+            raise ValueError(f"data.batch must be at least 1, not {batch_size}")
+        for name, network in self.networks().items():
+            factor = getattr(network, "factor", 1)
+            if height % factor or width % factor:
+                raise ValueError(
+                    f"crops of {height}x{width} do not fit generator {name}: both sides must be multiples of {factor}"
+                )
+            if name[0] in "GD":
+                try:
+                    trace_shapes(network, batch_size, height, width)
+                except (RuntimeError, ValueError) as error:
+                    reason = str(error).splitlines()[0]
+                    raise ValueError(
+                        f"crops of {height}x{width} do not fit network {name}, change data.crop_size ({reason})"
+                    ) from None
+
     def draw(self, rng: random.Random) -> Draws:
         """The random choices that the host makes for one step."""
         return Draws()
@@ -133,3 +170,33 @@ class Method(nn.Module):
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """Named pictures for sample grids, each like `batch.a`."""
         return {"A": batch.a, "fake_B": self.translate(batch.a)}
+
+
+def trace_shapes(network: nn.Module, images: int, height: int, width: int, **arguments: Any) -> Any:
+    """What `network` returns for pictures of this size, as tensors without memory."""
+    state = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    first = next(p for p in network.parameters() if p.dim() == 4)  # the convolution that sees the picture
+    pictures = torch.empty(images, first.shape[1], height, width, device="meta", dtype=first.dtype)
+    with torch.no_grad():
+        return functional_call(network, {k: t.to("meta") for k, t in state.items()}, (pictures,), arguments)
+
+
+def together(network: nn.Module, pictures: Sequence[Tensor], *, independent: bool, **arguments: Any) -> list[Any]:
+    """`network` on several batches of pictures: one pass where they are of one size and do not influence each other.
+
+    Args:
+        independent: the network computes each picture on its own (no batch norm).
+        arguments: passed on, such as a generator's `layers`.
+
+    Returns:
+        what `network` returns, a tensor or (tensor, list of feature maps), for each batch.
+    """
+    if not independent or any(p.shape[1:] != pictures[0].shape[1:] for p in pictures):
+        return [network(p, **arguments) for p in pictures]
+    sizes = [len(p) for p in pictures]
+    result = network(torch.cat(list(pictures)), **arguments)
+    if isinstance(result, Tensor):
+        return list(result.split(sizes))
+    output, features = result
+    maps = zip(*(feature.split(sizes) for feature in features), strict=True)
+    return list(zip(output.split(sizes), map(list, maps), strict=True))

@@ -5,6 +5,7 @@ Their `state_dict` keys are the published ones, so that published weights load; 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -12,6 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Norm = Literal["instance", "batch", "none"]
+
+
+def own_precision(x: Tensor) -> AbstractContextManager:
+    """Within: no autocast, so that an operation keeps the precision of x."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 class InstanceNorm(nn.Module):
@@ -28,10 +34,35 @@ class InstanceNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.group_norm(x, self.channels, eps=self.eps)
+        if x.shape[2] * x.shape[3] == 1:
+            raise ValueError("instance norm needs more than one location: the picture is too small for this network")
+        # Autocast would widen 16-bit maps here; the operator's sums are float32 all the same.
+        with own_precision(x):
+            return F.group_norm(x, self.channels, eps=self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.channels}, eps={self.eps}"
+
+
+class ReflectionPad(nn.Module):
+    """Reflection padding of `margin` pixels on each side, in the precision of its input."""
+
+    def __init__(self, margin: int):
+        super().__init__()
+        self.margin = margin
+
+    def forward(self, x: Tensor) -> Tensor:
+        with own_precision(x):  # a CPU's autocast would widen 16-bit maps here
+            return F.pad(x, (self.margin,) * 4, mode="reflect")
+
+    def extra_repr(self) -> str:
+        return str(self.margin)
+
+
+def full_precision(layer: nn.Module, x: Tensor) -> Tensor:
+    """`layer` on x in float32 whatever autocast says: for the last convolution and the tanh of a generator."""
+    with own_precision(x):
+        return layer(x.float() if x.dtype in (torch.bfloat16, torch.float16) else x)
 
 
 def norm_layer(norm: Norm, channels: int) -> nn.Module:
@@ -74,7 +105,9 @@ class BlurDown(_Blur):
         super().__init__(channels, [1.0, 2.0, 1.0], 1.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), self.filt.to(x.dtype), stride=2, groups=x.shape[1])
+        with own_precision(x):
+            padded = F.pad(x, (1, 1, 1, 1), mode="reflect")
+        return F.conv2d(padded, self.filt.to(x.dtype), stride=2, groups=x.shape[1])
 
 
 class BlurUp(_Blur):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .layers import BlurDown, BlurUp, Norm, norm_layer
+from .layers import BlurDown, BlurUp, Norm, ReflectionPad, full_precision, norm_layer
 
 
 class ResnetBlock(nn.Module):
@@ -17,12 +17,12 @@ class ResnetBlock(nn.Module):
         super().__init__()
         bias = norm == "instance"
         self.conv_block = nn.Sequential(
-            nn.ReflectionPad2d(1),
+            ReflectionPad(1),
             nn.Conv2d(channels, channels, 3, bias=bias),
             norm_layer(norm, channels),
             nn.ReLU(True),
             *([nn.Dropout(0.5)] if dropout else []),
-            nn.ReflectionPad2d(1),
+            ReflectionPad(1),
             nn.Conv2d(channels, channels, 3, bias=bias),
             norm_layer(norm, channels),
         )
@@ -64,7 +64,7 @@ class ResnetGenerator(nn.Module):
         antialias_up = antialias if antialias_up is None else antialias_up
         bias = norm == "instance"
         layers: list[nn.Module] = [
-            nn.ReflectionPad2d(3),
+            ReflectionPad(3),
             nn.Conv2d(in_channels, width, 7, bias=bias),
             norm_layer(norm, width),
             nn.ReLU(True),
@@ -85,7 +85,7 @@ class ResnetGenerator(nn.Module):
             else:
                 layers += [nn.ConvTranspose2d(channels, half, 3, stride=2, padding=1, output_padding=1, bias=bias)]
             layers += [norm_layer(norm, half), nn.ReLU(True)]
-        layers += [nn.ReflectionPad2d(3), nn.Conv2d(width, out_channels, 7), nn.Tanh()]
+        layers += [ReflectionPad(3), nn.Conv2d(width, out_channels, 7), nn.Tanh()]
         self.model = nn.Sequential(*layers)
         self.out_channels = out_channels
         # The encoder's features depend on the picture alone: they may be kept from the pass that made the output.
@@ -103,8 +103,9 @@ class ResnetGenerator(nn.Module):
             the output; (output, features) with `layers`; the list of features with `encode_only`.
         """
         features: list[Tensor] = []
+        last = len(self.model) - 2  # the last convolution and the tanh
         for index, layer in enumerate(self.model):
-            x = layer(x)
+            x = full_precision(layer, x) if index >= last else layer(x)
             if index - 1 in layers and isinstance(layer, nn.ReLU):
                 # Published: this ReLU works in place, so a norm's tapped output is seen after it.
                 features[-1] = x

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import Norm, norm_layer
+from .layers import Norm, full_precision, norm_layer
 from .resnet import check_layers
 
 
@@ -44,7 +44,8 @@ class UnetBlock(nn.Module):
             if isinstance(layer, UnetBlock):
                 y = layer(y, depth + 1, layers, features, encode_only)
             else:
-                y = layer(y)
+                last = self.top and isinstance(layer, nn.ConvTranspose2d | nn.Tanh)
+                y = full_precision(layer, y) if last else layer(y)
                 if isinstance(layer, nn.Conv2d) and depth + 1 in layers:
                     features.append(y)
             if encode_only and len(features) == len(layers):
