@@ -16,6 +16,7 @@ from . import __version__
 from .config import Config, from_dict, resolve
 from .data import UnpairedData, build_cache
 from .engine.checkpoint import newest, read_state
+from .engine.distributed import RankLost, Ranks, ranks_of_launcher
 from .engine.loop import TrainingFailed, pick_device
 from .engine.loop import train as run_training
 from .inference import load_translator, translate_files
@@ -53,17 +54,23 @@ def train(arguments: list[str]) -> int:
 def train_run(config: Config, out: Path, *, quiet: bool = False) -> int:
     """Build everything that a configuration names and train; returns the steps done."""
     _check_same_run(config, out)
-    device = pick_device(config.run.device)
+    with ranks_of_launcher(config.run.device) as ranks:
+        return _train_rank(config, out, ranks, quiet or not ranks.first)
+
+
+def _train_rank(config: Config, out: Path, ranks: Ranks, quiet: bool) -> int:
+    device = pick_device(ranks.device(config.run.device))
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     torch.manual_seed(config.run.seed)
     method = PRESETS[config.method].method(config.loss, config.network)
     if config.data.preprocess != "none":
         method.check(config.data.batch, *_sides(config.data.crop_size))
-    data = open_data(config, device)
+    data = open_data(config, device, ranks, quiet)
     method = method.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.toml").write_text(config.as_toml(), encoding="utf-8")
+    if ranks.first:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.toml").write_text(config.as_toml(), encoding="utf-8")
     if not quiet:
         parameters = sum(p.numel() for p in method.parameters())
         print(
@@ -81,10 +88,11 @@ def train_run(config: Config, out: Path, *, quiet: bool = False) -> int:
         config=config.as_dict(),
         batch_size=config.data.batch,
         quiet=quiet,
+        ranks=ranks,
     )
 
 
-def open_data(config: Config, device: torch.device) -> UnpairedData:
+def open_data(config: Config, device: torch.device, ranks: Ranks, quiet: bool = False) -> UnpairedData:
     """The data set that a configuration names."""
     options, network = config.data, config.network
     if network.in_channels != network.out_channels:
@@ -101,10 +109,12 @@ def open_data(config: Config, device: torch.device) -> UnpairedData:
         flip=options.flip,
         batch=options.batch,
         seed=config.run.seed,
+        rank=ranks.rank,
+        world=ranks.world,
         device=device,
         cache_dir=options.cache_dir or None,
         skip_bad=options.skip_bad,
-        progress=print,
+        progress=None if quiet else print,
     )
 
 
@@ -239,7 +249,7 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         print(f"fastnce: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
         return 2
-    except TrainingFailed as error:
+    except (TrainingFailed, RankLost) as error:
         print(f"fastnce: {error}", file=sys.stderr)
         return 1
 

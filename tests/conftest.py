@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 if not torch.accelerator.is_available():
     # must be set before a kernel is defined
@@ -39,3 +41,15 @@ def shared() -> Path:
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """Ten noisy pictures: more would train no better."""
+    root = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    for name, count in (("trainA", 4), ("trainB", 3), ("testA", 2), ("testB", 2)):
+        (root / name).mkdir()
+        for i in range(count):
+            Image.fromarray(rng.integers(0, 256, (40, 44, 3), np.uint8)).save(root / name / f"{i}.png")
+    return root

@@ -42,18 +42,6 @@ SMALL = [
 ]
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory) -> Path:
-    """Ten noisy pictures: more would train no better."""
-    root = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    for name, count in (("trainA", 4), ("trainB", 3), ("testA", 2), ("testB", 2)):
-        (root / name).mkdir()
-        for i in range(count):
-            Image.fromarray(rng.integers(0, 256, (40, 44, 3), np.uint8)).save(root / name / f"{i}.png")
-    return root
-
-
 def small_method(**options) -> CUT:
     network = NetworkOptions(generator="resnet_4blocks", width=4, discriminator_width=4)
     return CUT(CUTOptions(nce_layers=[0, 4, 8, 12], patches=16, projection=8, **options), network)

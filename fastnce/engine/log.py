@@ -75,6 +75,18 @@ class RunLog:
             self._board.close()
 
 
+class Silence:
+    """What a rank that does not write has in place of a `RunLog`."""
+
+    def say(self, sentence: str) -> None: ...
+
+    def progress(self, line: str) -> None: ...
+
+    def metrics(self, step: int, values: dict[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class Pace:
     """Images a second, time left, and the share of time spent waiting for data, over the steps since the last line."""
 

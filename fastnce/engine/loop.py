@@ -20,9 +20,13 @@ from torch import Tensor
 from ..methods.base import Batch, Method
 from ..options import option
 from .checkpoint import Checkpoints, DiskFull
-from .log import Pace, RunLog, clock, save_grid
+from .distributed import Ranks
+from .log import Pace, RunLog, Silence, clock, save_grid
 from .optim import OptimOptions, schedule
 from .step import Step, pick_compile, pick_precision
+
+STOP_EVERY = 10
+"""Steps between the questions of several ranks whether one of them was asked to stop."""
 
 
 @dataclass
@@ -113,6 +117,7 @@ def train(
     config: dict[str, Any] | None = None,
     batch_size: int = 1,
     quiet: bool = False,
+    ranks: Ranks | None = None,
 ) -> int:
     """Train until the schedule ends, `run.steps` is reached or a signal asks to stop; returns the steps done.
 
@@ -121,25 +126,30 @@ def train(
         data: as `UnpairedData`.
         folder: the run's; the same call with the same folder continues where it stopped.
         config: stored in every checkpoint, for translation to rebuild the networks.
+        batch_size: of this rank, for the images a second.
+        ranks: the processes that share the run; the first one writes.
 
     Raises:
         TrainingFailed: too many steps in a row were not finite.
         ValueError: the checkpoint in the folder does not belong to this method or data.
     """
-    log = RunLog(folder, run.tensorboard, quiet)
+    ranks = ranks or Ranks()
+    log = RunLog(folder, run.tensorboard, quiet) if ranks.first else Silence()
     try:
         with StopRequest() as stop:
-            return _Run(method, data, optim, run, folder, config or {}, batch_size, log).go(stop)
+            return _Run(method, data, optim, run, folder, config or {}, batch_size, log, ranks).go(stop)
     finally:
         log.close()
 
 
 class _Run:
-    def __init__(self, method, data, optim, run, folder, config, batch_size, log):
+    def __init__(self, method, data, optim, run, folder, config, batch_size, log, ranks):
         self.method, self.data, self.optim, self.run = method, data, optim, run
-        self.folder, self.config, self.batch_size, self.log = folder, config, batch_size, log
+        self.folder, self.config, self.log, self.ranks = folder, config, log, ranks
+        self.images = batch_size * ranks.world
         device = next(method.parameters()).device
-        self.step = Step(method, optim, pick_precision(run.precision, device), pick_compile(run.compile, device))
+        precision, compiled = pick_precision(run.precision, device), pick_compile(run.compile, device)
+        self.step = Step(method, optim, precision, compiled, ranks)
         self.device = self.step.bad_steps.device
         self.checkpoints = Checkpoints(folder / "checkpoints", run.keep, log.say)
         scheduled = (optim.n_epochs + optim.n_epochs_decay) * data.steps_per_epoch
@@ -149,10 +159,11 @@ class _Run:
 
     def go(self, stop: StopRequest) -> int:
         done = self._resume()
-        pace = Pace()
-        epoch = -1
+        state = [*self.method.networks().values(), *self.method.extra_state_modules().values()]
+        self.ranks.broadcast(state)
+        started, pace, epoch = done, Pace(), -1
         self.method.train()
-        while done < self.total and not stop.name:
+        while done < self.total and not self._asked_to_stop(stop, done):
             if done // self.data.steps_per_epoch != epoch:
                 epoch = done // self.data.steps_per_epoch
                 self.step.set_learning_rate(schedule(epoch, self.optim.n_epochs, self.optim.n_epochs_decay))
@@ -164,9 +175,11 @@ class _Run:
             torch.manual_seed(rng.getrandbits(63))
             losses = self.step.run(batch, draws)
             done += 1
+            if done == started + 1:
+                self.ranks.settle()
             if done % self.run.log_every == 0 or done == self.total:
                 self._report(done, epoch, losses, pace)
-            if self.run.sample_every and (done % self.run.sample_every == 0 or done == self.total):
+            if self.run.sample_every and (done % self.run.sample_every == 0 or done == self.total) and self.ranks.first:
                 self._sample(done)
             if done % self.run.save_every == 0:
                 self._save(done)
@@ -175,6 +188,12 @@ class _Run:
         if stop.name:
             self.log.say(f"{stop.name}: stopped after step {done:,} and saved; the same command continues")
         return done
+
+    def _asked_to_stop(self, stop: StopRequest, done: int) -> bool:
+        """Several ranks must stop after the same step: they ask each other now and then."""
+        if self.ranks.world == 1:
+            return bool(stop.name)
+        return done % STOP_EVERY == 0 and self.ranks.any(bool(stop.name), self.device)
 
     def _resume(self) -> int:
         found = self.checkpoints.load()
@@ -195,8 +214,8 @@ class _Run:
     def _report(self, done: int, epoch: int, losses: dict[str, Tensor], pace: Pace) -> None:
         names = list(losses)
         stacked = torch.stack([losses[name].float() for name in names] + [self.step.bad_steps.float()])
-        *values, bad = stacked.tolist()
-        found = pace.read(self.batch_size, self.total - done)
+        *values, bad = self.ranks.mean(stacked).tolist()
+        found = pace.read(self.images, self.total - done)
         rate = next(iter(self.step.groups.values()))
         epochs = self.optim.n_epochs + self.optim.n_epochs_decay
         line = (
@@ -233,9 +252,16 @@ class _Run:
                     pictures.setdefault(name, []).append(picture)
         self.method.train()
         path = self.folder / "samples" / f"step-{done:08d}.png"
-        save_grid({name: torch.cat(column) for name, column in pictures.items()}, path)
+        try:
+            save_grid({name: torch.cat(column) for name, column in pictures.items()}, path)
+        except OSError as error:
+            self.log.say(f"{path}: no sample grid ({error.strerror}); training goes on")
 
     def _save(self, done: int) -> None:
+        self.ranks.check_drift(list(self.method.networks().values()))
+        self.saved_at = done
+        if not self.ranks.first:
+            return
         state = {
             "data": self.data.digest(),
             "generators": [name for name in self.method.networks() if name.startswith("G")],
@@ -243,6 +269,5 @@ class _Run:
         }
         try:
             self.checkpoints.save(done, self.step.generators(), self.step.state(), state)
-            self.saved_at = done
         except DiskFull as error:
             self.log.say(f"{error.strerror}; training goes on")

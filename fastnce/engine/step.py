@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..methods.base import Batch, Draws, Method, Phase
+from .distributed import Ranks
 from .optim import LossScale, OptimOptions, ParameterGroup, WeightAverage
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -41,10 +42,19 @@ class Step:
             float32, with a loss scale for "fp16".
         compile: compile `generate` and each phase's loss, whole (`fullgraph`), for fixed shapes; a string names another
             backend than Inductor.
+        ranks: the processes that share the batch.
     """
 
-    def __init__(self, method: Method, options: OptimOptions, precision: str = "fp32", compile: bool | str = False):
+    def __init__(
+        self,
+        method: Method,
+        options: OptimOptions,
+        precision: str = "fp32",
+        compile: bool | str = False,
+        ranks: Ranks | None = None,
+    ):
         self.method = method
+        self.ranks = ranks or Ranks()
         self.options = options
         betas = (options.beta1, options.beta2)
         self.groups = {
@@ -100,7 +110,8 @@ class Step:
                 loss = loss * scale
             groups = [self.groups[name] for name in phase.groups]
             parameters = [p for group in groups for p in group.parameters]
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            own = torch.autograd.grad(loss, parameters, allow_unused=True)
+            gradients = self.ranks.average(own, parameters)
             for group in groups:
                 bad = torch.maximum(bad, group.update(gradients[: len(group.parameters)], scale))
                 gradients = gradients[len(group.parameters) :]

@@ -1,0 +1,152 @@
+"""Several processes, one run: `torchrun --nproc_per_node=N -m fastnce train ...`.
+
+Every rank computes the same networks on its own share of the batch; gradients are averaged in one flat all-reduce a
+phase. N ranks of batch b take the steps of one process of batch N*b: the same pictures, crops and patch ids.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+FIRST_STEP_SECONDS = 300
+"""A first step may compile; after it, a rank that is silent for STEP_SECONDS is taken for dead."""
+STEP_SECONDS = 100
+
+
+class RankLost(RuntimeError):
+    """Another rank is gone or silent; the message says what this one was waiting for."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of the run; alone by default."""
+
+    rank: int = 0
+    world: int = 1
+    local: int = 0
+
+    @property
+    def first(self) -> bool:
+        """Whether this one writes: logs, samples, checkpoints."""
+        return self.rank == 0
+
+    def device(self, name: str) -> str:
+        """The accelerator of this rank where the run's device leaves it open."""
+        if self.world > 1 and name in ("auto", "cuda", "xpu") and torch.accelerator.is_available():
+            kind = torch.accelerator.current_accelerator()
+            return f"{kind.type if kind else name}:{self.local}"
+        return name
+
+    def broadcast(self, modules: Sequence[nn.Module]) -> None:
+        """Give every rank the first one's parameters and buffers."""
+        if self.world > 1:
+            with _watch("the first parameters"):
+                for tensor in _tensors(modules):
+                    dist.broadcast(tensor, src=0)
+
+    def average(self, tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        """Mean over ranks of each tensor, laid out in memory as `like`; one all-reduce for all of them."""
+        present = [(i, t) for i, t in enumerate(tensors) if t is not None]
+        if self.world == 1 or not present:
+            return tuple(tensors)
+        flat = present[0][1].new_empty(sum(t.numel() for _, t in present))
+        result: list[Tensor | None] = list(tensors)
+        views, offset = [], 0
+        for i, tensor in present:
+            # the parameter's strides, so that Adam need not copy
+            view = flat[offset : offset + tensor.numel()].as_strided(like[i].shape, like[i].stride(), offset)
+            views.append(view)
+            result[i] = view
+            offset += tensor.numel()
+        torch._foreach_copy_(views, [t for _, t in present])
+        with _watch("the others' gradients"):
+            dist.all_reduce(flat)
+        flat.mul_(1.0 / self.world)
+        return tuple(result)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean of a small tensor over ranks, for logs."""
+        if self.world == 1:
+            return values
+        values = values.clone()
+        with _watch("the others' losses"):
+            dist.all_reduce(values)
+        return values / self.world
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether the flag is up on any rank."""
+        if self.world == 1:
+            return flag
+        up = torch.tensor(float(flag), device=device)
+        with _watch("whether to stop"):
+            dist.all_reduce(up, op=dist.ReduceOp.MAX)
+        return bool(up.item())
+
+    def check_drift(self, modules: Sequence[nn.Module]) -> None:
+        """RuntimeError when the ranks' parameters are no longer bit-equal (they have been updated differently)."""
+        if self.world == 1:
+            return
+        # two sums that a difference in any bit almost surely changes, compared as the integers that they are
+        sums = []
+        for tensor in _tensors(modules):
+            bits = tensor.detach().contiguous().view(torch.uint8).flatten().to(torch.int64)
+            places = torch.arange(1, len(bits) + 1, device=bits.device) % 65521
+            sums += [bits.sum(), (bits * places).sum()]
+        low = torch.stack(sums)
+        high = low.clone()
+        with _watch("the others' checksums"):
+            dist.all_reduce(low, op=dist.ReduceOp.MIN)
+            dist.all_reduce(high, op=dist.ReduceOp.MAX)
+        if not torch.equal(low, high):
+            raise RuntimeError(
+                f"rank {self.rank}: the ranks' parameters have drifted apart; the last checkpoint is good"
+            )
+
+    def settle(self) -> None:
+        """After the first step: from now on a silent rank is noticed sooner."""
+        if self.world > 1:
+            dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=STEP_SECONDS), dist.group.WORLD)
+
+
+def _tensors(modules: Sequence[nn.Module]) -> list[Tensor]:
+    return [t for module in modules for t in [*module.parameters(), *module.buffers()]]
+
+
+@contextmanager
+def _watch(what: str) -> Iterator[None]:
+    """Turns the library's errors about lost peers into one sentence."""
+    try:
+        yield
+    except (RuntimeError, dist.DistBackendError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise RankLost(f"another rank is gone or silent: waited for {what} ({reason})") from None
+
+
+@contextmanager
+def ranks_of_launcher(device: str) -> Iterator[Ranks]:
+    """The ranks that torchrun (or SLURM through it) started, connected; `Ranks()` where there is no launcher."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        yield Ranks()
+        return
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ValueError(f"WORLD_SIZE={world}, but {', '.join(missing)} is not set: start with torchrun")
+    ranks = Ranks(int(os.environ["RANK"]), world, int(os.environ.get("LOCAL_RANK", "0")))
+    on_cpu = device == "cpu" or not torch.accelerator.is_available()
+    backend = "gloo" if on_cpu else dist.get_default_backend_for_device(ranks.device(device))
+    if not on_cpu:
+        torch.accelerator.set_device_index(ranks.local)
+    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=FIRST_STEP_SECONDS))
+    try:
+        yield ranks
+    finally:
+        dist.destroy_process_group()

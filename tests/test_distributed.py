@@ -1,0 +1,157 @@
+"""Two gloo ranks on this machine against one process with twice the batch."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastnce.cli import main
+from fastnce.engine.checkpoint import Checkpoints
+from fastnce.engine.distributed import Ranks, ranks_of_launcher
+from tests.test_engine import SMALL, training_tensors
+
+ROOT = Path(__file__).parents[1]
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def start(rank: int, world: int, port: int, *arguments: str) -> subprocess.Popen:
+    """One rank as torchrun starts it."""
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in variables.items()}}
+    command = [sys.executable, "-m", "fastnce", *arguments]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(processes: list[subprocess.Popen], seconds: int = 120) -> list[tuple[int, str, str]]:
+    results = []
+    for process in processes:
+        out, err = process.communicate(timeout=seconds)
+        results.append((process.returncode, out, err))
+    return results
+
+
+def arguments(folder: Path, run: Path, *more: str) -> list[str]:
+    return ["train", "cut", "--data", str(folder), "--out", str(run), *SMALL, *more]
+
+
+def test_two_ranks_are_one_process_with_twice_the_batch(folder, tmp_path):
+    assert main([*arguments(folder, tmp_path / "one", "data.batch=2", "run.steps=3"), "--quiet"]) == 0
+    port = free_port()
+    two = arguments(folder, tmp_path / "two", "data.batch=1", "run.steps=3", "run.save_every=2")
+    for code, _, err in finish([start(rank, 2, port, *two) for rank in range(2)]):
+        assert code == 0, err
+    one, other = training_tensors(tmp_path / "one"), training_tensors(tmp_path / "two")
+    assert one.keys() == other.keys()
+    for key, tensor in one.items():
+        if key.startswith("network/") and tensor.dim() > 1:  # a bias before a norm has no gradient but noise
+            torch.testing.assert_close(other[key], tensor, rtol=0, atol=2e-6, msg=key)
+    rows = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two")]
+    assert len(rows[1]) == 3  # the first rank alone writes
+    import json
+
+    for line, other_line in zip(*rows, strict=True):
+        first, second = json.loads(line), json.loads(other_line)
+        for name in ("G", "NCE", "D_real", "D_fake"):
+            assert second[name] == pytest.approx(first[name], rel=1e-4)
+
+
+def test_a_rank_that_dies_ends_the_other_with_one_sentence(folder, tmp_path):
+    port = free_port()
+    processes = [start(rank, 2, port, *arguments(folder, tmp_path / "run")) for rank in range(2)]
+    for line in processes[0].stdout:
+        if "step 3/" in line:
+            break
+    processes[1].kill()
+    began = time.monotonic()
+    code, _, err = finish(processes[:1])[0]
+    assert time.monotonic() - began < 100
+    assert code == 1
+    message = [line for line in err.splitlines() if line.startswith("fastnce:")]
+    assert len(message) == 1
+    assert "another rank is gone or silent: waited for" in message[0]
+    processes[1].communicate()
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(folder, tmp_path):
+    port = free_port()
+    processes = [start(rank, 2, port, *arguments(folder, tmp_path / "run")) for rank in range(2)]
+    for line in processes[0].stdout:
+        if "step 2/" in line:
+            processes[1].send_signal(signal.SIGTERM)
+            break
+    assert [code for code, _, _ in finish(processes)] == [0, 0]
+    done = Checkpoints(tmp_path / "run" / "checkpoints").load()[1]["step"]
+    assert done % 10 == 0
+
+
+def test_alone_nothing_is_exchanged(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with ranks_of_launcher("cpu") as ranks:
+        assert ranks == Ranks()
+        tensors = [torch.ones(2), None]
+        assert ranks.average(tensors, tensors)[0] is tensors[0]
+        assert ranks.any(True, torch.device("cpu"))
+        assert ranks.device("auto") == "auto"
+
+
+def test_a_launcher_that_says_too_little(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with (
+        pytest.raises(ValueError, match=r"WORLD_SIZE=2, but RANK.* is not set: start with torchrun"),
+        ranks_of_launcher("cpu"),
+    ):
+        pass
+
+
+DRIFT = """
+import torch, sys
+from fastnce.engine.distributed import ranks_of_launcher
+with ranks_of_launcher("cpu") as ranks:
+    layer = torch.nn.Conv2d(2, 3, 3)
+    ranks.broadcast([layer])
+    ranks.check_drift([layer])
+    gradients = [torch.full_like(p, float(ranks.rank)) for p in layer.parameters()]
+    mean = ranks.average([gradients[0], None, gradients[1]], [gradients[0], gradients[0], gradients[1]])
+    assert mean[1] is None and all(bool((m == 0.5).all()) for m in (mean[0], mean[2]))
+    if ranks.rank == 1:
+        with torch.no_grad():
+            layer.weight[0, 0, 0, 0] = torch.nextafter(layer.weight[0, 0, 0, 0], torch.tensor(9.0))
+    try:
+        ranks.check_drift([layer])
+    except RuntimeError as error:
+        print(error)
+        sys.exit(7)
+"""
+
+
+def test_drift_of_one_bit_is_noticed():
+    port = free_port()
+    processes = []
+    for rank in range(2):
+        variables = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in variables.items()}}
+        command = [sys.executable, "-c", DRIFT]
+        processes.append(
+            subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        )
+    for code, out, err in finish(processes):
+        assert code == 7, err
+        assert "have drifted apart" in out
