@@ -17,6 +17,7 @@ if not (_here / "kernels").exists() and (_here.parent / "kernels" / "common.py")
     __path__.append(str(_here.parent))
 
 from .nce import (  # noqa: E402  (the path above comes first)
+    NegativeBank,
     PatchNCEHead,
     PatchNCELoss,
     PatchSampleF,
@@ -26,6 +27,7 @@ from .nce import (  # noqa: E402  (the path above comes first)
 )
 
 __all__ = [
+    "NegativeBank",
     "PatchNCEHead",
     "PatchNCELoss",
     "PatchSampleF",

@@ -1,4 +1,4 @@
-"""The command line: `fastnce train|translate|cache|export|demo|doctor|methods`.
+"""The command line: `fastnce train`, `fastnce translate` and so on.
 
 A mistake of the user is one sentence on stderr and exit code 2; training that cannot go on is exit code 1.
 """
@@ -6,6 +6,7 @@ A mistake of the user is one sentence on stderr and exit code 2; training that c
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -216,12 +217,29 @@ def demo(arguments: list[str]) -> int:
     return run_demo(arguments)
 
 
+def doctor(arguments: list[str]) -> int:
+    """Say what will run on this machine, and check it against the definition."""
+    from .doctor import main as run_doctor
+
+    return run_doctor(arguments)
+
+
+def methods(arguments: list[str]) -> int:
+    """List the methods with their papers, terms, networks and defaults."""
+    from .methods.table import main as print_table
+
+    _parser("methods", methods.__doc__ or "").parse_args(arguments)
+    return print_table()
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "translate": translate,
     "cache": cache,
     "export": export,
     "demo": demo,
+    "doctor": doctor,
+    "methods": methods,
 }
 
 
@@ -246,6 +264,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:  # DataError among them: the user's to mend
         print(f"fastnce: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader of our output, such as head, has seen enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (nothing more to flush at exit)
+        return 0
     except OSError as error:
         print(f"fastnce: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
         return 2

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from fastnce.engine.optim import OptimOptions
 from fastnce.engine.step import Step
 from fastnce.interop import network_from_weights
 from fastnce.losses import GAN_MODES, gan_loss
-from fastnce.methods import CUT, Batch, CUTOptions, Draws, NetworkOptions
+from fastnce.methods import PRESETS, Batch, CUTOptions, Draws, NetworkOptions
 from fastnce.nce import PatchSampleF, patch_nce
 
 FLOAT64, FLOAT32, WEIGHTS = 1e-9, 1e-6, 1e-5
@@ -156,20 +155,26 @@ def parse_argv(argv: list[str]) -> dict[str, str]:
     return options
 
 
-def take_network(argv: dict[str, str]) -> NetworkOptions:
+NETWORK_NAMES = {
+    "netG": "generator",
+    "netD": "discriminator",
+    "ngf": "width",
+    "ndf": "discriminator_width",
+    "n_layers_D": "discriminator_layers",
+    "crop_size": "resolution",
+    "normG": "norm",
+    "init_type": "init_type",
+    "init_gain": "init_gain",
+}
+
+
+def take_network(argv: dict[str, str], preset: str) -> NetworkOptions:
     """The published options that describe networks."""
-    return NetworkOptions(
-        generator=argv.pop("netG", "resnet_9blocks"),
-        discriminator=argv.pop("netD", "basic"),
-        width=int(argv.pop("ngf", "64")),
-        discriminator_width=int(argv.pop("ndf", "64")),
-        discriminator_layers=int(argv.pop("n_layers_D", "3")),
-        norm=argv.pop("normG", "instance"),
-        antialias=argv.pop("no_antialias", "False") != "True",
-        antialias_up=argv.pop("no_antialias_up", "False") != "True",
-        init_type=argv.pop("init_type", "xavier"),
-        init_gain=float(argv.pop("init_gain", "0.02")),
-    )
+    options = NetworkOptions(**PRESETS[preset].sections.get("network", {}))
+    # The recorded CycleGAN, run on a CPU, has antialiased networks: its code passes its list of GPUs in that place.
+    options.antialias = argv.pop("no_antialias", "False") != "True"
+    options.antialias_up = argv.pop("no_antialias_up", "False") != "True"
+    return take(argv, options, NETWORK_NAMES)
 
 
 def take(argv: dict[str, str], options, names: dict[str, str]):
@@ -187,9 +192,16 @@ def take(argv: dict[str, str], options, names: dict[str, str]):
     return options
 
 
-NCE_NAMES = {
+LOSS_NAMES = {
     "lambda_GAN": "lambda_gan",
     "lambda_NCE": "lambda_nce",
+    "lambda_IDT": "lambda_idt",
+    "lambda_SIM": "lambda_sim",
+    "lambda_A": "lambda_a",
+    "lambda_B": "lambda_b",
+    "lambda_identity": "lambda_identity",
+    "lambda_R1": "lambda_r1",
+    "pool_size": "pool_size",
     "nce_idt": "nce_idt",
     "nce_layers": "nce_layers",
     "nce_T": "temperature",
@@ -198,29 +210,42 @@ NCE_NAMES = {
     "gan_mode": "gan_mode",
     "flip_equivariance": "flip_equivariance",
 }
+MODELS = {
+    "cut": "cut",
+    "sincut": "sincut",
+    "cycle_gan": "cyclegan",
+    "dcl": "dclgan",
+    "simdcl": "simdcl",
+    "dcd": "dcdgan-released",
+}
+"""Published `--model` -> our preset, whose defaults the recordings confirm."""
 
 
-def build_cut(argv: dict[str, str]):
-    fast = argv.pop("CUT_mode", "CUT").lower() == "fastcut"
-    options = take(argv, CUTOptions.fastcut() if fast else CUTOptions(), NCE_NAMES)
+def build_method(model: str, argv: dict[str, str]):
+    """The method, float64, with the published options; takes from `argv` what it knows."""
+    preset = PRESETS[MODELS[model]]
+    options = preset.options()
+    if argv.pop("CUT_mode", "CUT").lower() == "fastcut":
+        options = CUTOptions.fastcut()
+    known = {published: ours for published, ours in LOSS_NAMES.items() if hasattr(options, ours)}
+    options = take(argv, options, known)
     if argv.pop("nce_includes_all_negatives_from_minibatch", "False").lower() == "true":
         options.negatives = "batch"
-    return CUT(options, take_network(argv))
-
-
-METHODS: dict[str, Callable] = {"cut": build_cut}
-"""Published `--model` -> a function that builds the method from the published options, taking what it knows."""
+    method = preset.method(options, take_network(argv, MODELS[model])).double()
+    if model == "sincut":
+        method.generator.eval()  # recorded without the noise that training injects
+    return method
 
 
 def replay_step(r: Recording) -> None:
     argv = parse_argv(r.meta["argv"])
     model = argv.pop("model")
-    if model not in METHODS:
+    if model not in MODELS:
         raise Unknown(f"method {model}")
-    lr = [options["lr"] for _, options in r.meta["optimizers"]]
-    optim = take(argv, OptimOptions(lr=lr[0]), {"beta1": "beta1", "beta2": "beta2", "lr": "lr"})
+    optim = OptimOptions(**PRESETS[MODELS[model]].sections.get("optim", {}))
+    optim = take(argv, optim, {"beta1": "beta1", "beta2": "beta2", "lr": "lr"})
     argv.pop("batch_size", None)
-    method = METHODS[model](argv).double()
+    method = build_method(model, argv)
     if argv:
         raise Unknown(f"options {sorted(argv)} of {model}")
     for name, network in method.networks().items():

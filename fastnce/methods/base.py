@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -170,6 +170,15 @@ class Method(nn.Module):
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """Named pictures for sample grids, each like `batch.a`."""
         return {"A": batch.a, "fake_B": self.translate(batch.a)}
+
+
+def check_choices(options: Any) -> None:
+    """Refuse a loss option that is none of those its type lists (a configuration file holds any text)."""
+    for name, hint in get_type_hints(type(options)).items():
+        value = getattr(options, name)
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            known = ", ".join(f'"{choice}"' for choice in get_args(hint))
+            raise ValueError(f"loss.{name} must be one of {known}, not {value!r}")
 
 
 def trace_shapes(network: nn.Module, images: int, height: int, width: int, **arguments: Any) -> Any:

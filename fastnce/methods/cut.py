@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,8 +12,9 @@ from torch import Tensor
 from ..losses import GANMode, gan_loss
 from ..nce import PatchNCEHead
 from ..nce.api import Negatives
+from ..nce.variants import Weighting, attention_patch_ids, dense_patch_ids, weighted_contrast
 from ..options import option
-from .base import Batch, Draws, Group, Losses, Method, NetworkOptions, Outputs, Phase
+from .base import Batch, Draws, Group, Losses, Method, NetworkOptions, Outputs, Phase, check_choices
 
 
 @dataclass
@@ -24,9 +26,17 @@ class CUTOptions:
     nce_idt: bool = option(True, "also PatchNCE between y and G(y): keeps colours, costs a second picture a step")
     nce_layers: list[int] = option([0, 4, 8, 12, 16], "generator layers whose features are contrasted, ascending")
     temperature: float = option(0.07, "PatchNCE temperature; lower concentrates on the hardest negatives")
-    patches: int = option(256, "locations drawn a picture and layer (all where a map has fewer)")
+    temperatures: list[float] = option([], "one temperature a layer in place of `temperature`; empty: the same for all")
+    patches: int = option(256, "locations drawn a picture and layer (all where a map has fewer); 0: every location")
     projection: int = option(256, "width of the projector F (published netF_nc)")
     negatives: Negatives = option("image", '"image": other patches of the same picture; "batch": of all pictures')
+    selection: Literal["uniform", "attention"] = option(
+        "uniform", '"attention": in maps of up to 4096 locations those of least attention entropy (QS-Attn)'
+    )
+    weighting: Weighting = option(
+        "none", '"monce": optimal transport weighs negatives; "hdce": likeness to the positive'
+    )
+    symmetric: bool = option(False, "also the other direction, where keys ask and queries answer")
     flip_equivariance: bool = option(False, "FastCUT: half of the steps see mirrored pictures, features mirrored back")
     gan_mode: GANMode = option("lsgan", "lsgan, vanilla, wgangp, nonsaturating or hinge")
     reuse_key_features: bool = option(True, "keep the features of G(x)'s own pass as keys; false encodes x again")
@@ -36,11 +46,23 @@ class CUTOptions:
         return cls(lambda_nce=10.0, nce_idt=False, flip_equivariance=True)
 
 
+ATTENTION_LOCATIONS = 4096
+"""Largest map whose attention is computed: it has locations^2 values, 64 MiB a picture in float32."""
+
+
 class CUT(Method):
     """One generator, one discriminator, one projector; D is updated first, then G and F together."""
 
     def __init__(self, options: CUTOptions, network: NetworkOptions):
         super().__init__()
+        check_choices(options)
+        if options.patches < 0:
+            raise ValueError(f"loss.patches must be at least 1, or 0 for every location, not {options.patches}")
+        if options.temperatures and len(options.temperatures) != len(options.nce_layers):
+            raise ValueError(
+                f"loss.temperatures must be empty or one a layer: {len(options.temperatures)} are given for "
+                f"{len(options.nce_layers)} layers"
+            )
         if options.nce_idt and network.in_channels != network.out_channels:
             raise ValueError(
                 f"nce_idt translates y with the same generator as x: network.in_channels={network.in_channels} and "
@@ -59,7 +81,7 @@ class CUT(Method):
             self.generator.feature_channels(self.layers),
             options.projection,
             options.patches,
-            options.temperature,
+            options.temperatures or options.temperature,
             negatives=options.negatives,
             init_type=network.init_type,
             init_gain=network.init_gain,
@@ -76,6 +98,15 @@ class CUT(Method):
 
     def phases(self):
         return Phase(self.d_loss, ("D",)), Phase(self.g_loss, ("G", "F") if self.options.lambda_nce > 0 else ("G",))
+
+    def check(self, batch_size: int, height: int, width: int) -> None:
+        options = self.options
+        if options.lambda_nce > 0 and options.patches == 1 and (options.negatives == "image" or batch_size == 1):
+            raise ValueError(
+                f"there is nothing to contrast with loss.patches=1, loss.negatives={options.negatives} and "
+                f"data.batch={batch_size}: draw more patches, or contrast within a batch of several crops"
+            )
+        super().check(batch_size, height, width)
 
     def draw(self, rng: random.Random) -> Draws:
         return Draws(flip=self.options.flip_equivariance and rng.random() < 0.5)
@@ -139,11 +170,34 @@ class CUT(Method):
             with torch.no_grad():
                 keys = self.generator(outputs["real"], self.layers, encode_only=True)
         directions = 2 if "idt_B" in outputs else 1
-        ids = draws.patch_ids
-        loss = self.head(
-            queries, keys, directions=directions, patch_ids=ids if ids is None or directions > 1 else ids[0]
-        )
+        ids = self._patch_ids(keys, directions, draws)
+        if self.options.weighting == "none" and not self.options.symmetric:
+            loss = self.head(queries, keys, directions=directions, patch_ids=ids)
+        else:
+            loss = weighted_contrast(
+                self.head,
+                queries,
+                keys,
+                weighting=self.options.weighting,
+                symmetric=self.options.symmetric,
+                directions=directions,
+                patch_ids=ids,
+            )
         return loss.reshape(directions)
+
+    def _patch_ids(self, keys: list[Tensor], directions: int, draws: Draws):
+        """Locations for the head; None leaves the draw to it."""
+        options = self.options
+        if draws.patch_ids is not None:
+            return draws.patch_ids if directions > 1 else draws.patch_ids[0]
+        if options.patches == 0:
+            return dense_patch_ids(keys)
+        if options.selection == "uniform":
+            return None
+        return [
+            attention_patch_ids(key, options.patches)[0] if key[0, 0].numel() <= ATTENTION_LOCATIONS else uniform
+            for key, uniform in zip(keys, self.head.draw_ids(keys, directions), strict=True)
+        ]
 
     def translate(self, a: Tensor) -> Tensor:
         return self.generator(a)

@@ -1,9 +1,11 @@
 """The contrastive operation: what it means (`reference`), how it is called (`api`), and its modules."""
 
 from .api import patch_nce, project_patches, sample_patch_ids
+from .bank import NegativeBank
 from .modules import PatchNCEHead, PatchNCELoss, PatchSampleF
 
 __all__ = [
+    "NegativeBank",
     "PatchNCEHead",
     "PatchNCELoss",
     "PatchSampleF",

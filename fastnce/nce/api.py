@@ -6,6 +6,7 @@ loss = patch_nce(queries, keys, images=batch, temperature=0.07)
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Literal
 
@@ -14,9 +15,18 @@ from torch import Tensor
 
 from . import eager, reference
 
+try:
+    from . import fused
+except ImportError:  # no Triton for this platform
+    fused = None  # type: ignore[assignment]
+
 Negatives = Literal["image", "batch"]
 Reduction = Literal["mean", "sum", "none"]
 Implementation = Literal["triton", "eager"] | None
+
+FLOAT32_ROWS = 1024
+"""Up to so many rows a group, float32 runs in the kernels by choice: few launches matter more than the exact products,
+which the matrix unit does not do. Larger problems go to the library's products."""
 
 
 def patch_nce(
@@ -35,6 +45,7 @@ def patch_nce(
     detach_keys: bool = True,
     reduction: Reduction = "mean",
     return_stats: bool = False,
+    unit_rows: bool = False,
     implementation: Implementation = None,
 ):
     """PatchNCE: each query against the key of the same row (its positive) and the other keys of its group.
@@ -59,7 +70,10 @@ def patch_nce(
         detach_keys: keys are constants, as published.
         reduction: "mean" over rows, "sum" or "none".
         return_stats: also return a dict of "logsumexp" and "positive" (logits, (rows,), without gradient).
-        implementation: None chooses, "triton" and "eager" insist.
+        unit_rows: queries, keys and extra keys have unit length (or less), which lets a kernel do without a running
+            maximum. The caller's promise: longer rows may overflow.
+        implementation: None chooses, "triton" and "eager" insist. Under autocast, float32 rows are taken in its dtype,
+            as a matrix product would; logits and losses stay float32.
 
     Returns:
         a float32 (float64 for float64 input) scalar, or (rows,) for "none"; with the stats if asked.
@@ -78,17 +92,29 @@ def patch_nce(
     pair_log_weight = _check_pairs("pair_log_weight", pair_log_weight, groups, size)
     pair_weight = _check_pairs("pair_weight", pair_weight, groups, size)
     if extra_keys is not None and extra_keys.dim() == 2:
-        extra_keys = extra_keys.expand(groups, -1, -1)
+        extra_keys = extra_keys[None]
 
-    rows = _implementation(implementation, queries)
+    dtype = _autocast_dtype(queries)
+    if dtype != queries.dtype:
+        grouped_queries, grouped_keys = grouped_queries.to(dtype), grouped_keys.to(dtype)
+    if extra_keys is not None:
+        extra_keys = extra_keys.to(dtype)
     options = {"temperature": float(temperature), "decoupled": decoupled}
+    if _use_triton(implementation, queries.device, dtype, queries.shape[1], size):
+        rows = fused.nce_rows
+        options["unit"] = unit_rows
+    else:
+        rows = eager.nce_rows
+        if extra_keys is not None:
+            extra_keys = extra_keys.expand(groups, -1, -1)
     weights = {"pair_log_weight_GSS": pair_log_weight, "pair_weight_GSS": pair_weight}
-    loss, logsumexp, positive = rows(grouped_queries, grouped_keys, extra_keys, **weights, **options)
-    if symmetric:
-        transposed = {name: None if w is None else w.transpose(1, 2) for name, w in weights.items()}
-        # the other direction: keys ask, queries answer; with constant keys the gradient still reaches the queries
-        other, _, _ = rows(grouped_keys, grouped_queries, extra_keys, **transposed, **options)
-        loss = 0.5 * (loss + other)
+    with _without_autocast(queries.device):
+        loss, logsumexp, positive = rows(grouped_queries, grouped_keys, extra_keys, **weights, **options)
+        if symmetric:
+            transposed = {name: None if w is None else w.transpose(1, 2) for name, w in weights.items()}
+            # the other direction: keys ask, queries answer; with constant keys the gradient still reaches the queries
+            other, _, _ = rows(grouped_keys, grouped_queries, extra_keys, **transposed, **options)
+            loss = 0.5 * (loss + other)
     loss = loss.flatten()
     if query_weight is not None:
         loss = loss * query_weight.to(loss.dtype)
@@ -131,19 +157,47 @@ def project_patches(
     patch_ids: Sequence[Tensor],
     mlps: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]] | None = None,
     *,
+    distinct_ids: bool = False,
+    check_ids: bool = False,
     implementation: Implementation = None,
 ) -> list[Tensor]:
     """Rows of every map at its ids, through its two-layer MLP if given, divided by their length plus 1e-7.
 
     Args:
         maps: one (images, channels, height, width) a layer.
-        patch_ids: one (patches,) for all images, or (images, patches), a layer.
+        patch_ids: one (patches,) for all images, or (sets, patches), a layer: the images share the sets equally, in
+            order (sets = images: each its own).
         mlps: one (weight1 (dim, channels), bias1, weight2 (dim, dim), bias2) a layer, as in `nn.Linear`.
+        distinct_ids: no location appears twice in a set; the backward is then one launch shorter.
+        check_ids: look whether all ids lie inside of their maps. On the CPU this is always done, elsewhere it waits for
+            the device; unchecked, a row from outside is NaN or stops the device.
+        implementation: None chooses, "triton" and "eager" insist.
 
     Returns:
-        one (images * patches, dim) a layer, image after image (CUT, `PatchSampleF`).
+        one (images * patches, dim) a layer, image after image (CUT, `PatchSampleF`), in the dtype of the weights (of
+        the map without MLPs); under autocast in its dtype. The length is taken in float32 whatever the dtype.
     """
-    if len(maps) != len(patch_ids) or (mlps is not None and len(mlps) != len(maps)):
+    _check_patches(maps, patch_ids, mlps, check_ids)
+    ids = [i[None] if i.dim() == 1 else i for i in patch_ids]
+    dtypes = [_autocast_dtype(m) if mlps is None else _autocast_dtype(mlps[0][0]) for m in maps]
+    if _use_triton_for_maps(implementation, maps, mlps, dtypes, max(i.shape[1] for i in ids)):
+        return fused.project_rows(maps, ids, mlps, dtypes[0], distinct_ids)
+    rows = []
+    for layer, (feature_map, given, dtype) in enumerate(zip(maps, ids, dtypes, strict=True)):
+        images = feature_map.shape[0]
+        one_set = patch_ids[layer].dim() == 1
+        sampled = reference.gather_patches(
+            feature_map, given[0] if one_set else given.repeat_interleave(images // given.shape[0], dim=0)
+        )
+        sampled = sampled.flatten(0, 1)
+        projected = sampled if mlps is None else reference.mlp(sampled.to(dtype), mlps[layer])
+        wide = projected if projected.dtype == torch.float64 else projected.float()
+        rows.append(reference.normalize_rows(wide).to(dtype))
+    return rows
+
+
+def _check_patches(maps, patch_ids, mlps, check_ids: bool) -> None:
+    if len(maps) == 0 or len(maps) != len(patch_ids) or (mlps is not None and len(mlps) != len(maps)):
         raise ValueError(
             f"one set of patch ids (and one MLP) a map is needed: {len(maps)} maps, {len(patch_ids)} sets of ids"
             + ("" if mlps is None else f", {len(mlps)} MLPs")
@@ -151,24 +205,62 @@ def project_patches(
     for layer, (feature_map, ids) in enumerate(zip(maps, patch_ids, strict=True)):
         if feature_map.dim() != 4:
             raise ValueError(f"map {layer} must be (images, channels, height, width), not {tuple(feature_map.shape)}")
-        if ids.dim() not in (1, 2) or (ids.dim() == 2 and ids.shape[0] != feature_map.shape[0]):
-            wanted = f"(patches,) or ({feature_map.shape[0]}, patches)"
+        images = feature_map.shape[0]
+        if ids.dim() not in (1, 2) or 0 in ids.shape or (ids.dim() == 2 and images % ids.shape[0]):
+            wanted = f"(patches,) or ({images}, patches)"
             raise ValueError(f"patch_ids {layer} must be {wanted}, not {tuple(ids.shape)}")
-    _implementation(implementation, maps[0])
-    rows = []
-    for layer, (feature_map, ids) in enumerate(zip(maps, patch_ids, strict=True)):
-        sampled = reference.gather_patches(feature_map, ids).flatten(0, 1)
-        rows.append(reference.project(sampled, None if mlps is None else mlps[layer]))
-    return rows
+        if ids.dtype != torch.int64 or ids.device != feature_map.device:
+            wanted = f"int64 on {feature_map.device}"
+            raise ValueError(f"patch_ids {layer} must be {wanted}, not {ids.dtype} on {ids.device}")
+        locations = feature_map.shape[2] * feature_map.shape[3]
+        if check_ids or (ids.device.type == "cpu" and not torch.compiler.is_compiling()):
+            low, high = int(ids.min()), int(ids.max())
+            if low < 0 or high >= locations:
+                raise ValueError(f"patch_ids {layer} must lie in 0..{locations - 1}, but reach from {low} to {high}")
+        if mlps is not None and mlps[layer][0].shape[1] != feature_map.shape[1]:
+            raise ValueError(
+                f"MLP {layer} takes {mlps[layer][0].shape[1]} channels, map {layer} has {feature_map.shape[1]}"
+            )
 
 
-def _implementation(name: Implementation, tensor: Tensor):
-    """The function that computes rows on this tensor's device."""
+def _autocast_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype in which a matrix product would take this tensor."""
+    kind = tensor.device.type
+    if tensor.dtype == torch.float64 or kind == "meta" or not torch.is_autocast_enabled(kind):
+        return tensor.dtype
+    return torch.get_autocast_dtype(kind)
+
+
+def _without_autocast(device: torch.device):
+    """Losses are computed in the dtype of their rows and float32: no product inside is to be cast again."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+def _use_triton(name: Implementation, device: torch.device, dtype: torch.dtype, width: int, rows: int) -> bool:
+    """Whether the kernels compute this; a ValueError where they must and cannot."""
     if name not in (None, "triton", "eager"):
         raise ValueError(f'implementation must be None, "triton" or "eager", not {name!r}')
-    if name == "triton":
-        raise ValueError("implementation='triton' cannot run here: this version has the eager implementation only")
-    return eager.nce_rows
+    if name == "eager" or (name is None and device.type == "cpu"):
+        return False
+    obstacle = "Triton is not installed" if fused is None else fused.obstacle(device, dtype, width)
+    if obstacle is not None and name == "triton":
+        raise ValueError(f"implementation='triton' cannot run here: {obstacle}")
+    return obstacle is None and (name == "triton" or dtype != torch.float32 or rows <= FLOAT32_ROWS)
+
+
+def _use_triton_for_maps(name: Implementation, maps, mlps, dtypes: list[torch.dtype], patches: int) -> bool:
+    """The same for the sampling kernels, which want one dtype, and MLPs of one shape and dtype, for all layers."""
+    weights = [] if mlps is None else [w for four in mlps for w in four]
+    width = max([m.shape[1] for m in maps] + [four[2].shape[0] for four in mlps or []])
+    alike = len(set(dtypes)) == 1 and len({w.dtype for w in weights}) <= 1
+    alike = alike and len({(four[2].shape[0], four[2].shape[1]) for four in mlps or []}) <= 1
+    if not alike and name == "triton":
+        raise ValueError(
+            "implementation='triton' cannot run here: layers differ in dtype or in the width of their MLPs"
+        )
+    return _use_triton(name, maps[0].device, dtypes[0], width, patches) and alike
 
 
 def _check_rows(queries, keys, images, negatives, temperature, extra_keys, query_weight, decoupled) -> int:

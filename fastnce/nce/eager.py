@@ -33,9 +33,15 @@ def _blocks(groups: int, rows: int, columns: int):
             yield slice(group, group + 1), slice(start, min(start + step, rows))
 
 
+def _product(rows: Tensor, others: Tensor, scale: float) -> Tensor:
+    """scale * rows @ others^T a group, the factor inside of the product."""
+    out = rows.new_empty(rows.shape[0], rows.shape[1], others.shape[1])
+    return torch.baddbmm(out, rows, others.transpose(1, 2), beta=0, alpha=scale)
+
+
 def _logits(queries, keys, extra_keys, pair_log_weight, pair_weight, scale, g: slice, r: slice):
     """Scaled logits of one block: the diagonal (the positives) apart and -inf in the matrix."""
-    block = torch.bmm(queries[g, r], keys[g].transpose(1, 2)).mul_(scale)
+    block = _product(queries[g, r], keys[g], scale)
     diagonal = block.diagonal(offset=r.start, dim1=1, dim2=2)
     positive = diagonal.clone()
     if pair_weight is not None:
@@ -45,12 +51,19 @@ def _logits(queries, keys, extra_keys, pair_log_weight, pair_weight, scale, g: s
     diagonal.fill_(-torch.inf)
     outside = None
     if extra_keys is not None:
-        outside = torch.bmm(queries[g, r], extra_keys[g].transpose(1, 2)).mul_(scale)
+        outside = _product(queries[g, r], extra_keys[g], scale)
     return block, outside, positive
 
 
-def _negative_logsumexp(block: Tensor, outside: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """logsumexp over the negatives, and their exponentials relative to it (rows without negatives: -inf and zeros)."""
+def _negative_logsumexp(block: Tensor, outside: Tensor | None, finite: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """logsumexp over the negatives, and their exponentials relative to it (rows without negatives: -inf and zeros).
+
+    `finite` says that every row has a negative in the block whose logit is not -inf.
+    """
+    if finite and outside is None:
+        # one pass of the library in place of five; the largest weight is 1 / sum(exp(logit - largest logit))
+        weights = torch.softmax(block, dim=2)
+        return block.amax(dim=2) - weights.amax(dim=2).log(), weights, None
     top = block.amax(dim=2)
     if outside is not None:
         top = torch.maximum(top, outside.amax(dim=2))
@@ -93,43 +106,47 @@ class _NCERows(torch.autograd.Function):
     def forward(queries, keys, extra_keys, pair_log_weight, pair_weight, scale, decoupled, with_gradient):
         queries, keys, extra_keys = _widen(queries, keys, extra_keys)
         groups, rows, _ = queries.shape
-        loss = queries.new_empty(groups, rows)
-        negative = torch.empty_like(loss)
-        positive = torch.empty_like(loss)
-        gradient = torch.empty_like(queries) if with_gradient else queries.new_empty(0)
         columns = rows + (0 if extra_keys is None else extra_keys.shape[1])
+        finite = rows > 1 and pair_log_weight is None
+        done = []
         for g, r in _blocks(groups, rows, columns):
-            block, outside, pos = _logits(queries, keys, extra_keys, pair_log_weight, pair_weight, scale, g, r)
-            lse, weights, outside = _negative_logsumexp(block, outside)
-            margin = lse - pos
-            loss[g, r] = margin if decoupled else torch.logaddexp(margin, torch.zeros_like(margin))
-            negative[g, r] = lse
-            positive[g, r] = pos
+            block, outside, positive = _logits(queries, keys, extra_keys, pair_log_weight, pair_weight, scale, g, r)
+            negative, weights, outside = _negative_logsumexp(block, outside, finite)
+            margin = negative - positive
+            loss = margin.clone() if decoupled else torch.logaddexp(margin, torch.zeros_like(margin))
+            gradient = queries.new_empty(*margin.shape, 0)
             if with_gradient:
                 if pair_weight is not None:
                     weights.mul_(pair_weight[g, r])
-                # how much of the row's probability lies on its negatives
-                share = torch.ones_like(margin) if decoupled else torch.sigmoid(margin)
-                pull = torch.bmm(weights, keys[g])
+                # how much of the row's probability lies on its negatives, divided by T
+                share = torch.full_like(margin, scale) if decoupled else torch.sigmoid(margin).mul_(scale)
+                gradient = torch.bmm(weights, keys[g])
                 if outside is not None:
-                    pull.baddbmm_(outside, extra_keys[g])
-                torch.sub(pull.mul_(share[:, :, None]), keys[g, r] * share[:, :, None], out=gradient[g, r])
-                gradient[g, r].mul_(scale)
-        return loss, negative, positive, gradient
+                    gradient.baddbmm_(outside, extra_keys[g])
+                gradient.sub_(keys[g, r]).mul_(share[:, :, None])
+            done.append((loss, negative, positive, gradient))
+        if len(done) == 1:  # nothing to put together
+            return done[0]
+        joined = (torch.cat([part.flatten(0, 1) for part in parts]) for parts in zip(*done, strict=True))
+        return tuple(whole.unflatten(0, (groups, rows)) for whole in joined)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         *leaves, pair_log_weight, pair_weight, scale, decoupled, _ = inputs
         _, negative, positive, gradient = output
         ctx.mark_non_differentiable(negative, positive, gradient)
+        ctx.set_materialize_grads(False)  # no zeros for the outputs without a gradient
         ctx.scale, ctx.decoupled = scale, decoupled
         extra = (pair_log_weight, pair_weight, negative, positive)
         if not any(ctx.needs_input_grad[1:3]):
             extra = (None,) * 4  # keys are constants: the ready gradient is all the backward needs
+            leaves[1:] = [None, None]  # nor are they kept: a NegativeBank overwrites its keys before the backward
         ctx.save_for_backward(gradient, *leaves, *extra)
 
     @staticmethod
     def backward(ctx, upstream, *_):
+        if upstream is None:
+            return (None,) * 8
         gradient, *saved = ctx.saved_tensors
         leaves = saved[:3]
         gradients: list[Tensor | None] = [None, None, None]
@@ -137,7 +154,7 @@ class _NCERows(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 gradients[0] = gradient * upstream[:, :, None]
             if any(ctx.needs_input_grad[1:3]):
-                gradients[1:] = _key_gradients(*saved, ctx.scale, ctx.decoupled, upstream)
+                gradients[1:] = _key_gradients(saved, ctx.scale, ctx.decoupled, upstream)
             gradients = [None if g is None else g.to(leaf.dtype) for g, leaf in zip(gradients, leaves, strict=True)]
         if torch.is_grad_enabled():
             sources = [leaf for leaf in [*leaves, upstream] if leaf is not None and leaf.requires_grad]
@@ -145,24 +162,26 @@ class _NCERows(torch.autograd.Function):
         return *gradients, None, None, None, None, None
 
 
-def _key_gradients(queries, keys, extra_keys, pair_log_weight, pair_weight, negative, positive, scale, decoupled, up):
+def _key_gradients(saved: list[Any], scale: float, decoupled: bool, up: Tensor) -> tuple[Tensor, Tensor | None]:
     """Second pass, for keys that are not constants: dk_j = sum_i up_i * w_ij * q_i / T, less the positive's part."""
-    queries, keys, extra_keys = _widen(queries, keys, extra_keys)
+    queries, keys, extra_keys = _widen(*saved[:3])
+    pair_log_weight, pair_weight, negative, positive = saved[3:]
     groups, rows, _ = queries.shape
     d_keys = torch.zeros_like(keys)
     d_extra = None if extra_keys is None else torch.zeros_like(extra_keys)
     margin = negative - positive
     share = up if decoupled else up * torch.sigmoid(margin)
     columns = rows + (0 if extra_keys is None else extra_keys.shape[1])
+    finite = rows > 1 and pair_log_weight is None
     for g, r in _blocks(groups, rows, columns):
         block, outside, _ = _logits(queries, keys, extra_keys, pair_log_weight, pair_weight, scale, g, r)
-        _, weights, outside = _negative_logsumexp(block, outside)
+        _, weights, outside = _negative_logsumexp(block, outside, finite)
         if pair_weight is not None:
             weights.mul_(pair_weight[g, r])
         weighted = queries[g, r] * (share[g, r] * scale)[:, :, None]
         d_keys[g] += torch.bmm(weights.transpose(1, 2), weighted)
         d_keys[g, r] -= weighted
-        if outside is not None:
+        if d_extra is not None and outside is not None:
             d_extra[g] += torch.bmm(outside.transpose(1, 2), weighted)
     return d_keys, d_extra
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from . import api
 from .api import Implementation, Negatives, patch_nce, project_patches, sample_patch_ids
 from .reference import normalize_rows
 
@@ -166,7 +167,9 @@ class PatchSampleF(nn.Module):
             ids = [sample_patch_ids(f.shape[2] * f.shape[3], num_patches, device=f.device) for f in feats]
         else:
             ids = [torch.as_tensor(i, dtype=torch.long, device=f.device) for i, f in zip(patch_ids, feats, strict=True)]
-        rows = project_patches(feats, ids, self.mlps(len(feats)), implementation=self.implementation)
+        rows = project_patches(
+            feats, ids, self.mlps(len(feats)), distinct_ids=patch_ids is None, implementation=self.implementation
+        )
         return rows, ids
 
     def _whole_maps(self, feats: Sequence[Tensor]) -> list[Tensor]:
@@ -220,48 +223,118 @@ class PatchNCEHead(PatchSampleF):
         self.negatives: Negatives = negatives
         self.ids_per_image = ids_per_image
 
-    def draw_ids(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Fresh locations for each layer of these maps, on their device."""
+    def draw_ids(self, maps: Sequence[Tensor], directions: int = 1) -> list[Tensor]:
+        """Fresh locations for each layer of these maps, on their device: a set a direction, or a picture.
+
+        (patches,) for one set, else (sets, patches). The kernels draw for all layers at once and otherwise than
+        `sample_patch_ids` does: the same seed gives other locations.
+        """
+        sets = maps[0].shape[0] if self.ids_per_image else directions
+        locations = [m.shape[2] * m.shape[3] for m in maps]
+        if self._fused(maps):
+            ids = api.fused.draw_ids(locations, self.patches, sets, maps[0].device)
+            return [i[0] for i in ids] if sets == 1 else ids
+        images = None if sets == 1 else sets
         return [
-            sample_patch_ids(
-                m.shape[2] * m.shape[3],
-                self.patches,
-                images=m.shape[0] if self.ids_per_image else None,
-                device=m.device,
-            )
-            for m in maps
+            sample_patch_ids(n, self.patches, images=images, device=m.device)
+            for n, m in zip(locations, maps, strict=True)
         ]
+
+    def _fused(self, maps: Sequence[Tensor]) -> bool:
+        mlps = self.mlps(self.layers)
+        dtypes = [api._autocast_dtype(m if mlps is None else mlps[0][0]) for m in maps]
+        return api._use_triton_for_maps(self.implementation, maps, mlps, dtypes, self.patches)
 
     def forward(  # type: ignore[override]
         self,
         query_maps: Sequence[Tensor],
         key_maps: Sequence[Tensor],
         *,
-        patch_ids: Sequence[Tensor] | None = None,
+        patch_ids: Sequence[Tensor] | Sequence[Sequence[Tensor]] | None = None,
+        directions: int = 1,
         key_projector: PatchSampleF | None = None,
     ) -> Tensor:
-        """One (images, channels, height, width) map a layer and side; returns the scalar loss.
+        """One (images, channels, height, width) map a layer and side; returns the scalar loss, or one a direction.
 
         Args:
-            patch_ids: locations to take, one set a layer, in place of drawing them.
+            patch_ids: locations to take, one set a layer, (patches,) or (images, patches), in place of drawing them.
+                With several directions also one such list a direction.
+            directions: the images are this many losses of equal size, one after another (CUT: NCE(x, G(x)), then the
+                identity NCE(y, G(y))), each with its own locations and, for "batch", its own negatives.
             key_projector: projects the keys with its own weights (DCLGAN: F of the other domain); default this one's.
+
+        Returns:
+            a scalar, or (directions,) for more than one: each the mean over rows, then over layers.
         """
         if len(query_maps) != self.layers or len(key_maps) != self.layers:
             raise ValueError(f"{self.layers} maps a side are needed, not {len(query_maps)} and {len(key_maps)}")
-        ids = self.draw_ids(key_maps) if patch_ids is None else list(patch_ids)
+        images = query_maps[0].shape[0]
+        if directions < 1 or images % directions:
+            raise ValueError(f"{images} images cannot be shared equally among directions={directions}")
+        if patch_ids is None:
+            ids = self.draw_ids(key_maps, directions)
+        else:
+            ids = self._given_ids(patch_ids, images, directions)
+        projector = key_projector or self
+        mlps, key_mlps = self.mlps(self.layers), projector.mlps(self.layers)
+        groups = images if self.negatives == "image" else directions
+        if self._fused(query_maps) and self._fused_keys(key_maps, mlps, key_mlps):
+            api._check_patches(query_maps, ids, mlps, False)
+            api._check_patches(key_maps, ids, key_mlps, False)
+            means = api.fused.head_loss(
+                query_maps,
+                key_maps,
+                [i[None] if i.dim() == 1 else i for i in ids],
+                mlps,
+                key_mlps,
+                temperatures=self.temperatures,
+                groups=groups,
+                directions=directions,
+                dtype=api._autocast_dtype(query_maps[0] if mlps is None else mlps[0][0]),
+                distinct=patch_ids is None,
+            )
+            return means if directions > 1 else means.view(())
+        own = patch_ids is None
         with torch.no_grad():
-            projector = key_projector or self
-            keys = project_patches(key_maps, ids, projector.mlps(self.layers), implementation=self.implementation)
-        queries = project_patches(query_maps, ids, self.mlps(self.layers), implementation=self.implementation)
+            keys = project_patches(key_maps, ids, key_mlps, distinct_ids=own, implementation=self.implementation)
+        queries = project_patches(query_maps, ids, mlps, distinct_ids=own, implementation=self.implementation)
         losses = [
             patch_nce(
                 q,
                 k,
-                images=query_maps[0].shape[0],
-                negatives=self.negatives,
+                images=groups,
                 temperature=temperature,
+                reduction="none",
+                unit_rows=True,
                 implementation=self.implementation,
             )
+            .unflatten(0, (directions, -1))
+            .mean(dim=1)
             for q, k, temperature in zip(queries, keys, self.temperatures, strict=True)
         ]
-        return torch.stack(losses).mean()
+        means = torch.stack(losses).mean(dim=0)
+        return means if directions > 1 else means[0]
+
+    def _fused_keys(self, maps: Sequence[Tensor], mlps, key_mlps) -> bool:
+        """Whether the key side fits into the same launch as the query side."""
+        if mlps is None or key_mlps is None:
+            return mlps is None and key_mlps is None
+        return all(
+            k.shape == w.shape and k.dtype == w.dtype
+            for four, other in zip(mlps, key_mlps, strict=True)
+            for w, k in zip(four, other, strict=True)
+        )
+
+    def _given_ids(self, patch_ids, images: int, directions: int) -> list[Tensor]:
+        """The caller's locations as one tensor a layer."""
+        if all(isinstance(ids, Tensor) for ids in patch_ids):
+            return list(patch_ids)
+        if len(patch_ids) != directions or any(len(ids) != self.layers for ids in patch_ids):
+            raise ValueError(f"patch_ids must hold {directions} lists (one a direction) of {self.layers} tensors")
+        share = images // directions
+        return [
+            torch.stack(layer)  # one set a direction
+            if all(ids.dim() == 1 for ids in layer)
+            else torch.cat([ids.expand(share, -1) if ids.dim() == 1 else ids for ids in layer])
+            for layer in zip(*patch_ids, strict=True)
+        ]

@@ -5,10 +5,15 @@ from __future__ import annotations
 from .layers import BlurDown, BlurUp, InstanceNorm, Norm, init_weights
 from .patchgan import PatchGAN, PixelGAN
 from .resnet import ResnetGenerator
+from .restorer import Restorer
+from .stylegan2 import StyleGAN2Discriminator, StyleGAN2Generator
 from .unet import UnetGenerator
 
-GENERATORS = ("resnet_9blocks", "resnet_6blocks", "resnet_4blocks", "unet_256", "unet_128")
-DISCRIMINATORS = ("basic", "n_layers", "pixel")
+GENERATORS = ("resnet_9blocks", "resnet_6blocks", "resnet_4blocks", "unet_256", "unet_128", "stylegan2", "restorer")
+DISCRIMINATORS = ("basic", "n_layers", "pixel", "stylegan2")
+
+Generator = ResnetGenerator | UnetGenerator | StyleGAN2Generator | Restorer
+Discriminator = PatchGAN | PixelGAN | StyleGAN2Discriminator
 
 
 def build_generator(
@@ -23,9 +28,24 @@ def build_generator(
     antialias_up: bool | None = None,
     init_type: str = "xavier",
     init_gain: float = 0.02,
-) -> ResnetGenerator | UnetGenerator:
-    """A generator by its published name (one of `GENERATORS`), initialised."""
-    network: ResnetGenerator | UnetGenerator
+    resolution: int = 64,
+) -> Generator:
+    """A generator by its name (one of `GENERATORS`), initialised.
+
+    `resolution` is for "stylegan2"; that and "restorer" have their own initialisation and no instance norm.
+    """
+    network: Generator
+    if name in ("stylegan2", "restorer"):
+        if norm == "batch" or dropout:
+            raise ValueError(f'generator "{name}" has neither batch norm nor dropout: leave norm and dropout alone')
+        if name == "stylegan2":
+            return StyleGAN2Generator(in_channels, out_channels, width, resolution)
+        if in_channels != out_channels:
+            raise ValueError(
+                f'generator "restorer" adds to its input: in_channels={in_channels} and out_channels={out_channels} '
+                f"must be equal"
+            )
+        return Restorer(in_channels, width)
     if name.startswith("resnet_") and name in GENERATORS:
         blocks = int(name.removeprefix("resnet_").removesuffix("blocks"))
         network = ResnetGenerator(in_channels, out_channels, width, blocks, norm, dropout, antialias, antialias_up)
@@ -47,9 +67,15 @@ def build_discriminator(
     antialias: bool = True,
     init_type: str = "xavier",
     init_gain: float = 0.02,
-) -> PatchGAN | PixelGAN:
-    """A discriminator by its published name (one of `DISCRIMINATORS`), initialised; `layers` is for "n_layers"."""
-    network: PatchGAN | PixelGAN
+    resolution: int = 64,
+) -> Discriminator:
+    """A discriminator by its published name (one of `DISCRIMINATORS`), initialised.
+
+    `layers` is for "n_layers", `resolution` for "stylegan2".
+    """
+    network: Discriminator
+    if name == "stylegan2":
+        return StyleGAN2Discriminator(in_channels, width, resolution)
     if name in ("basic", "n_layers"):
         network = PatchGAN(in_channels, width, 3 if name == "basic" else layers, norm, antialias)
     elif name == "pixel":
@@ -65,11 +91,16 @@ __all__ = [
     "GENERATORS",
     "BlurDown",
     "BlurUp",
+    "Discriminator",
+    "Generator",
     "InstanceNorm",
     "Norm",
     "PatchGAN",
     "PixelGAN",
     "ResnetGenerator",
+    "Restorer",
+    "StyleGAN2Discriminator",
+    "StyleGAN2Generator",
     "UnetGenerator",
     "build_discriminator",
     "build_generator",

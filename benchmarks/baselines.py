@@ -1,0 +1,80 @@
+"""The published mathematics in plain PyTorch, written here: what stands beside us when no checkout is given.
+
+Every function takes unit rows and keeps the keys constant, as the papers do. They are to be readable and fair, not slow
+on purpose: no needless copy, no loop over images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def cut_loss(queries: Tensor, keys: Tensor, images: int = 1, temperature: float = 0.07) -> Tensor:
+    """CUT's PatchNCE (Park et al., ECCV 2020): the positive beside a matrix whose diagonal is filled with -10.
+
+    queries, keys: (rows, dim), rows = images * patches. Returns (rows,).
+    """
+    keys = keys.detach()
+    positive = (queries * keys).sum(1, keepdim=True)
+    similarity = queries.unflatten(0, (images, -1)) @ keys.unflatten(0, (images, -1)).transpose(1, 2)
+    diagonal = torch.eye(similarity.shape[1], dtype=torch.bool, device=queries.device)
+    negatives = similarity.masked_fill(diagonal, -10.0).flatten(0, 1)
+    logits = torch.cat([positive, negatives], dim=1) / temperature
+    target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+    return F.cross_entropy(logits, target, reduction="none")
+
+
+def dclgan_loss(queries: Tensor, keys: Tensor, temperature: float = 0.07) -> Tensor:
+    """DCLGAN's PatchNCE (Han et al., CVPRW 2021): cosines by broadcasting (rows, 1, dim) against (1, rows, dim)."""
+    keys = keys.detach()
+    positive = F.cosine_similarity(queries, keys, dim=1)[:, None]
+    similarity = F.cosine_similarity(queries[:, None], keys[None], dim=2)
+    diagonal = torch.eye(len(queries), dtype=torch.bool, device=queries.device)
+    logits = torch.cat([positive, similarity.masked_fill(diagonal, -10.0)], dim=1) / temperature
+    target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+    return F.cross_entropy(logits, target, reduction="none")
+
+
+def normalized_cross_entropy(queries: Tensor, keys: Tensor, temperature: float = 0.07) -> Tensor:
+    """What most repositories write: normalise, one product, cross-entropy against the row's own number."""
+    logits = F.normalize(queries, dim=1) @ F.normalize(keys.detach(), dim=1).T / temperature
+    return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device), reduction="none")
+
+
+def sdpa_query_gradient(queries: Tensor, keys: Tensor, temperature: float = 0.07) -> Tensor:
+    """The gradient of the summed loss by attention with values = keys: `(sum_j p_ij k_j - k_i) / T`. It has no loss."""
+    q, k = queries.detach()[None, None], keys.detach()[None, None]
+    return (F.scaled_dot_product_attention(q, k, k, scale=1.0 / temperature)[0, 0] - keys) / temperature
+
+
+def linear_cross_entropy(queries: Tensor, keys: Tensor, temperature: float = 0.07) -> Tensor:
+    """PyTorch's chunked linear + cross-entropy (2.13 and later), keys as the weight. Returns the mean."""
+    target = torch.arange(len(keys), device=keys.device)
+    options = torch.nn.LinearCrossEntropyOptions()
+    return F.linear_cross_entropy(queries / temperature, keys.detach(), target, options=options)
+
+
+def project(
+    maps: Sequence[Tensor], ids: Sequence[Tensor], mlps: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]
+) -> list[Tensor]:
+    """CUT's sampling and projection: the whole map made channels-last, then indexed; MLP; length plus 1e-7."""
+    rows = []
+    for feature_map, chosen, (weight1, bias1, weight2, bias2) in zip(maps, ids, mlps, strict=True):
+        x = feature_map.permute(0, 2, 3, 1).flatten(1, 2)[:, chosen].flatten(0, 1)
+        x = F.linear(F.relu(F.linear(x, weight1, bias1)), weight2, bias2)
+        rows.append(x / (x.pow(2).sum(1, keepdim=True).sqrt() + 1e-7))
+    return rows
+
+
+def chain(query_maps, key_maps, mlps, *, patches: int = 256, temperature: float = 0.07, loss=cut_loss) -> Tensor:
+    """Sampling, projection and CUT's loss of every layer: maps in, scalar out. Locations are drawn on the device."""
+    ids = [torch.randperm(m.shape[2] * m.shape[3], device=m.device)[:patches] for m in key_maps]
+    keys = project(key_maps, ids, mlps)
+    queries = project(query_maps, ids, mlps)
+    images = query_maps[0].shape[0]
+    layers = [loss(q, k, images, temperature).mean() for q, k in zip(queries, keys, strict=True)]
+    return torch.stack(layers).mean()

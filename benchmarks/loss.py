@@ -1,0 +1,290 @@
+"""The contrastive loss: module against module, the whole chain, and InfoNCE from 256 rows to tens of thousands.
+
+python benchmarks/run.py --out DIR --only patchnce chain infonce
+
+P1, P2: `chain`, feature maps in, gradients out. P3, P4: `infonce`, loss and query gradient.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastnce import PatchNCEHead, PatchNCELoss, PatchSampleF, patch_nce
+
+from . import baselines
+from .measure import Case, Context, Provider, Row, measure
+from .published import loss_options
+
+DIM = 256
+TEMPERATURE = 0.07
+OURS = "fastnce"
+OWN_WRITING = "written here, no checkout was given"
+
+
+def patchnce(context: Context) -> Iterator[Row]:
+    """PatchNCELoss, forward and backward, at the published size: 256 patches of 256 numbers, float32."""
+    for case in patchnce_cases(context):
+        yield from measure(case, context)
+
+
+def chain(context: Context) -> Iterator[Row]:
+    """P1, P2: five feature maps a side in, loss and gradients of maps and projector out."""
+    for case in chain_cases(context):
+        yield from measure(case, context)
+
+
+def infonce(context: Context) -> Iterator[Row]:
+    """P3, P4: InfoNCE of S queries against S keys."""
+    for case in infonce_cases(context):
+        yield from measure(case, context)
+
+
+def query_gradient(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], tuple]:
+    """Loss (mean) and its gradient, from a function of (queries, keys)."""
+
+    def call(queries: Tensor, keys: Tensor) -> tuple:
+        value = loss(queries, keys).mean()
+        return value, *torch.autograd.grad(value, queries)
+
+    return call
+
+
+def unit_rows(rows: int, dim: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    queries, keys = (F.normalize(torch.randn(rows, dim, device=device), dim=1).to(dtype) for _ in range(2))
+    return queries.requires_grad_(), keys
+
+
+def _with_graph(providers: list[Provider], context: Context) -> list[Provider]:
+    """On a CUDA device the same calls also inside a CUDA graph, as in a captured step."""
+    if context.device.type != "cuda":
+        return providers
+    return providers + [Provider(p.name, p.call, "graph", p.note) for p in providers if p.mode == "eager"]
+
+
+def _compiles(context: Context) -> bool:
+    """Compiling costs seconds a function: on accelerators, where it is the question, and not in the quick run."""
+    return context.device.type != "cpu" and not context.quick
+
+
+def _compiled(name: str, loss: Callable[[Tensor, Tensor], Tensor], note: str = "") -> Provider:
+    return Provider(name, query_gradient(torch.compile(loss, dynamic=False)), "compile", note)
+
+
+# --- the loss module ---------------------------------------------------------------------------------------------
+
+
+def patchnce_cases(context: Context) -> Iterator[Case]:
+    patches = 64 if context.quick else 256
+    for images in (1,) if context.quick else (1, 4):
+        rows = images * patches
+        ours = query_gradient(PatchNCELoss(temperature=TEMPERATURE, negatives="image"))
+        whole = query_gradient(PatchNCELoss(temperature=TEMPERATURE, negatives="batch"))
+        if images > 1:
+            ours = query_gradient(PatchNCELoss(loss_options(images, temperature=TEMPERATURE)))
+        providers = [Provider(OURS, ours)]
+        if images > 1:
+            providers.append(Provider(f"{OURS}, whole batch", whole, note="negatives as DCLGAN's"))
+        given = False
+        for checkout in context.published:
+            for name, cls in checkout.losses().items():
+                loss = cls(loss_options(images, temperature=TEMPERATURE))
+                fits = _fits(context, rows, cosine=name == "PatchNCELoss" and checkout.cosine)
+                call = query_gradient(loss) if fits else _refuse
+                providers.append(Provider(f"{checkout.name} {name}", call, note="published"))
+                if fits and name == "PatchNCELoss" and images == 1 and _compiles(context):
+                    providers.append(_compiled(f"{checkout.name} {name}", loss, "published"))
+                given = True
+        if not given:
+            cut = partial(baselines.cut_loss, images=images, temperature=TEMPERATURE)
+            dclgan = partial(baselines.dclgan_loss, temperature=TEMPERATURE)
+            providers += [Provider("CUT", query_gradient(cut), note=OWN_WRITING)]
+            call = query_gradient(dclgan) if _fits(context, rows, cosine=True) else _refuse
+            providers += [Provider("DCLGAN", call, note=OWN_WRITING)]
+        yield Case(
+            "patchnce",
+            {"images": images, "patches": patches, "dim": DIM, "dtype": "float32"},
+            partial(unit_rows, rows, DIM, context.device, torch.float32),
+            _with_graph(providers, context),
+            flop=4.0 * rows * patches * DIM,
+            bytes=3.0 * rows * DIM * 4,
+        )
+
+
+# --- the chain ---------------------------------------------------------------------------------------------------
+
+
+def layer_shapes(image: int) -> list[tuple[int, int]]:
+    """(channels, side) of the published layers 0, 4, 8, 12, 16 for a square picture."""
+    return [(3, image + 6), (128, image), (256, image // 2), (256, image // 4), (256, image // 4)]
+
+
+def chain_cases(context: Context) -> Iterator[Case]:
+    cuda = context.device.type == "cuda"
+    image, patches = (32, 16) if context.quick else (256, 256)
+    for images in (1,) if context.quick else (1, 16) if cuda else (1, 4):
+        shapes = layer_shapes(image)
+        sampled = sum(images * patches * channels for channels, _ in shapes)
+        whole = sum(images * channels * side**2 for channels, side in shapes)
+        yield Case(
+            "chain",
+            {"images": images, "patches": patches, "dim": DIM, "layers": len(shapes), "dtype": "float32"},
+            partial(_maps, shapes, images, context.device),
+            list(_chain_providers(context, shapes, images, patches)),
+            # two sides through the MLPs, one of them with its gradient (twice more), and the loss with dq
+            flop=sum(2.0 * images * patches * (c * DIM + DIM * DIM) * 4 for c, _ in shapes)
+            + 4.0 * len(shapes) * images * patches**2 * DIM,
+            # sampled rows of both sides in, dense gradients of the query maps out
+            bytes=4.0 * (2 * sampled + whole),
+            energy=images == 1,
+        )
+
+
+def _maps(shapes: list[tuple[int, int]], images: int, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+    def draw() -> list[Tensor]:
+        return [torch.randn(images, channels, side, side, device=device) for channels, side in shapes]
+
+    return [m.requires_grad_() for m in draw()], draw()
+
+
+def _chain_providers(context: Context, shapes, images: int, patches: int) -> Iterator[Provider]:
+    channels = [c for c, _ in shapes]
+    head = PatchNCEHead(channels, dim=DIM, patches=patches, temperature=TEMPERATURE).to(context.device)
+    weights = list(head.parameters())
+
+    def ours(query_maps, key_maps):
+        loss = head(query_maps, key_maps)
+        return loss, *torch.autograd.grad(loss, [*query_maps, *weights])
+
+    yield from _with_graph([Provider(OURS, ours)], context)
+    drop_in = PatchSampleF(use_mlp=True, nc=DIM, in_channels=channels).to(context.device)
+    criterion = PatchNCELoss(loss_options(images, temperature=TEMPERATURE))
+    call = _as_published(drop_in, criterion, patches)
+    yield from _with_graph([Provider(f"{OURS}, drop-in classes", call)], context)
+    for checkout in context.published:
+        gpus = [context.device.index or 0] if context.device.type == "cuda" else []
+        sampler = checkout.sampler(use_mlp=True, init_type="xavier", nc=DIM, gpu_ids=gpus)
+        sampler.create_mlp([torch.empty(1, c, 1, 1) for c in channels])
+        name = f"{checkout.name} classes"
+        if not _fits(context, images * patches, cosine=checkout.cosine):
+            yield Provider(name, _refuse, note="published")
+            continue
+        loss = checkout.losses()["PatchNCELoss"](loss_options(images, temperature=TEMPERATURE))
+        yield Provider(name, _as_published(sampler, loss, patches), note="published")
+        if _compiles(context):
+            compiled = _as_published(torch.compile(sampler), torch.compile(loss), patches)
+            yield Provider(name, compiled, "compile", note="published")
+    if not context.published:
+        mlps = head.mlps(len(channels))
+
+        def plain(query_maps, key_maps):
+            loss = baselines.chain(query_maps, key_maps, mlps, patches=patches, temperature=TEMPERATURE)
+            return loss, *torch.autograd.grad(loss, [*query_maps, *weights])
+
+        yield Provider("CUT", plain, note=OWN_WRITING)
+
+
+def _as_published(sampler, criterion, patches: int):
+    """The way their training step calls the two classes (keys first, their ids for the queries), then gradients."""
+
+    def call(query_maps, key_maps):
+        keys, ids = sampler(key_maps, patches, None)
+        queries, _ = sampler(query_maps, patches, ids)
+        losses = [criterion(q, k).mean() for q, k in zip(queries, keys, strict=True)]
+        loss = sum(losses[1:], losses[0]) / len(losses)
+        return loss, *torch.autograd.grad(loss, [*query_maps, *sampler.parameters()])
+
+    return call
+
+
+# --- many rows ---------------------------------------------------------------------------------------------------
+
+
+def infonce_cases(context: Context) -> Iterator[Case]:
+    cuda = context.device.type == "cuda"
+    dtype = torch.bfloat16 if cuda else torch.float32
+    sizes = (64, 128) if context.quick else (256, 1024, 4096, 16384, 65536) if cuda else (256, 1024, 4096)
+    for rows in sizes:
+        yield Case(
+            "infonce",
+            {"images": 1, "patches": rows, "dim": DIM, "dtype": str(dtype).removeprefix("torch.")},
+            partial(unit_rows, rows, DIM, context.device, dtype),
+            list(_infonce_providers(context, rows, dtype)),
+            flop=4.0 * rows * rows * DIM,
+            bytes=3.0 * rows * DIM * dtype.itemsize,
+            energy=rows == 16384,
+        )
+
+
+def _infonce_providers(context: Context, rows: int, dtype: torch.dtype) -> Iterator[Provider]:
+    ours = query_gradient(partial(patch_nce, temperature=TEMPERATURE))
+    yield from _with_graph([Provider(OURS, ours)], context)
+    width = dtype.itemsize
+    peers: list[tuple[str, Callable[[Tensor, Tensor], Tensor], str, bool]] = []
+    for checkout in context.published:
+        published = checkout.losses()["PatchNCELoss"](loss_options(temperature=TEMPERATURE))
+        peers.append((f"{checkout.name} PatchNCELoss", published, "published", checkout.cosine))
+    if not context.published:
+        peers.append(("CUT", partial(baselines.cut_loss, temperature=TEMPERATURE), OWN_WRITING, False))
+        peers.append(("DCLGAN", partial(baselines.dclgan_loss, temperature=TEMPERATURE), OWN_WRITING, True))
+    plain = partial(baselines.normalized_cross_entropy, temperature=TEMPERATURE)
+    peers.append(("F.normalize + F.cross_entropy", plain, "", False))
+    for name, loss, note, cosine in peers:
+        fits = _fits(context, rows, cosine, width)
+        yield Provider(name, query_gradient(loss) if fits else _refuse, note=note)
+        if fits and loss is plain and rows in (1024, 16384) and _compiles(context):
+            yield _compiled(name, loss, note)
+    attention = partial(baselines.sdpa_query_gradient, temperature=TEMPERATURE)
+    yield Provider("attention(q, k, k)", attention, note="query gradient only, no loss")
+    chunked = query_gradient(partial(baselines.linear_cross_entropy, temperature=TEMPERATURE))
+    yield Provider("F.linear_cross_entropy", chunked, note="chunked; torch 2.13 and later")
+    fits = _fits(context, rows, width=width)
+    for name, loss in _libraries():
+        needs_logits = name != "cut-cross-entropy"
+        yield Provider(name, _refuse if needs_logits and not fits else query_gradient(loss))
+
+
+def _libraries() -> Iterator[tuple[str, Callable[[Tensor, Tensor], Tensor]]]:
+    """Other people's losses, where they are installed."""
+    library = _optional("info_nce")
+    if library is not None:
+        yield "info-nce-pytorch", partial(library.info_nce, temperature=TEMPERATURE)
+    library = _optional("pytorch_metric_learning.losses")
+    if library is not None:
+        metric = library.NTXentLoss(temperature=TEMPERATURE)
+
+        def nt_xent(queries: Tensor, keys: Tensor) -> Tensor:
+            own = torch.arange(len(queries), device=queries.device)
+            return metric(queries, own, ref_emb=keys, ref_labels=own)
+
+        yield "pytorch-metric-learning NTXentLoss", nt_xent
+    library = _optional("cut_cross_entropy")
+    if library is not None:
+
+        def cut_cross_entropy(queries: Tensor, keys: Tensor) -> Tensor:
+            own = torch.arange(len(queries), device=queries.device)
+            return library.linear_cross_entropy(queries / TEMPERATURE, keys, own)
+
+        yield "cut-cross-entropy", cut_cross_entropy
+
+
+def _optional(name: str):
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+def _fits(context: Context, rows: int, cosine: bool = False, width: int = 4) -> bool:
+    """Whether an eager loss fits: about six matrices of logits, or four broadcast (rows, rows, dim) products."""
+    wanted = 4.0 * rows * rows * DIM * width if cosine else 6.0 * rows * rows * width
+    return wanted < context.free_bytes()
+
+
+def _refuse(*_):
+    raise MemoryError("its intermediates are larger than what a provider may take here")

@@ -1,0 +1,242 @@
+"""Measure a paired or unpaired test set and write what was found as JSON, CSV and a contact sheet.
+
+fastnce evaluate RUN --data TEST --json scores.json --sheet sheet.png
+fastnce evaluate --inputs-only --data TEST --json inputs.json
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from ..data import DataError, find_images, load_image
+from .distribution import fid_kid, require_fidelity
+from .pairs import Pair, find_pairs
+from .quality import KEYS, DerainingMetrics, to_levels
+
+Translate = Callable[[Tensor], Tensor]
+"""(1, channels, height, width) in [-1, 1] to the same size."""
+SHEET_ROWS, SHEET_SIDE, DIFFERENCE_GAIN = 12, 320, 4
+
+
+@dataclass
+class Report:
+    """What was measured.
+
+    Args:
+        data: the test set.
+        mean: of psnr_y, ssim_y, psnr_rgb, ssim_rgb over the pictures; fid, kid, kid_std where asked for.
+        inputs: the same means of the untranslated pictures against their truths; empty for an unpaired set.
+        pictures: "name" and the four measures of each; empty for an unpaired set.
+    """
+
+    data: str
+    mean: dict[str, float]
+    inputs: dict[str, float]
+    pictures: list[dict[str, Any]]
+
+    def as_json(self) -> str:
+        """`data`, `mean`, `inputs`, `pictures`; infinities (equal pictures) are the text "inf"."""
+        found = {"data": self.data, "mean": self.mean, "inputs": self.inputs, "pictures": self.pictures}
+        return json.dumps(_finite(found), indent=1, ensure_ascii=False) + "\n"
+
+    def as_csv(self) -> str:
+        """One line a picture, the means last."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["name", *KEYS])
+        for row in [*self.pictures, {"name": "mean", **self.mean}]:
+            writer.writerow([row["name"], *(f"{row[key]:.6f}" for key in KEYS)])
+        return text.getvalue()
+
+    def summary(self) -> str:
+        """One line for a reader."""
+        parts = []
+        if self.pictures:
+            m = self.mean
+            parts.append(f"{len(self.pictures)} pictures: {_line(m)}")
+            if self.inputs and self.inputs != {key: m[key] for key in KEYS}:
+                parts.append(f"(inputs: {_line(self.inputs)})")
+        if "fid" in self.mean:
+            parts.append(f"FID {self.mean['fid']:.2f}, KID {self.mean['kid']:.5f} +- {self.mean['kid_std']:.5f}")
+        return "  ".join(parts)
+
+
+def _line(m: dict[str, float]) -> str:
+    return f"Y {m['psnr_y']:.2f} dB / {m['ssim_y']:.4f}, RGB {m['psnr_rgb']:.2f} dB / {m['ssim_rgb']:.4f}"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def evaluate(
+    data: Path,
+    translate: Translate | None = None,
+    *,
+    channels: int = 3,
+    device: torch.device | str = "cpu",
+    fid: bool = False,
+    json_file: Path | None = None,
+    csv_file: Path | None = None,
+    sheet: Path | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Report:
+    """Measure a test set; nothing is written unless everything was measured.
+
+    Args:
+        data: a paired set (see `find_pairs`), or testA and testB for FID alone.
+        translate: the model; None measures the inputs themselves.
+        channels: that the model takes.
+        device: where the measures are computed.
+        fid: also FID and KID between outputs and truths (or testB); needs torch-fidelity.
+        progress: called with a sentence after each picture.
+
+    Raises:
+        ValueError: DataError among them: no such set, pictures that cannot be read, an extra that is missing.
+    """
+    for file in (json_file, csv_file, sheet):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise ValueError(f"{file}: there is no folder {file.absolute().parent} to write it into")
+        if file is not None and file.is_dir():
+            raise ValueError(f"{file} is a folder; name a file in it")
+    if sheet is not None and sheet.suffix.lower() != ".png":
+        raise ValueError(f"--sheet {sheet}: the contact sheet is a PNG, name it {sheet.stem}.png")
+    if fid:
+        require_fidelity()
+    if (data / "testA").is_dir() and (data / "testB").is_dir():
+        if not fid or csv_file or sheet:
+            raise DataError(
+                f"{data} holds testA and testB, which are not paired: only --fid with --json measures them (PSNR, SSIM, "
+                f"--csv and --sheet need pairs, such as rain/ and norain/)"
+            )
+        report = _unpaired(data, translate, channels, device, progress)
+    else:
+        report = _paired(data, translate, channels, device, fid, sheet, progress)
+    for file, text in ((json_file, report.as_json()), (csv_file, report.as_csv() if report.pictures else "")):
+        if file is not None:
+            _write(file, lambda path, text=text: path.write_text(text, encoding="utf-8"))
+    return report
+
+
+def _paired(
+    data: Path,
+    translate: Translate | None,
+    channels: int,
+    device: torch.device | str,
+    fid: bool,
+    sheet: Path | None,
+    progress: Callable[[str], None] | None,
+) -> Report:
+    pairs = find_pairs(data)
+    metrics, inputs = DerainingMetrics(), DerainingMetrics()
+    pictures: list[dict[str, Any]] = []
+    made: list[Tensor] = []
+    real: list[Tensor] = []
+    for pair in pairs:
+        rainy, clean = (picture[None] for picture in pair.load(channels))
+        output = rainy if translate is None else translate(rainy)
+        (row,) = metrics.update(output.to(device), clean.to(device))
+        if translate is not None:
+            inputs.update(rainy.to(device), clean.to(device))
+        pictures.append({"name": pair.name, **row})
+        if fid:
+            made.append(_for_inception(output))
+            real.append(_for_inception(clean))
+        if progress is not None:
+            progress(f"{len(pictures)}/{len(pairs)} {pair.name}: {_line(row)}")
+    mean = metrics.compute()
+    before = mean if translate is None else inputs.compute()
+    if fid:
+        mean = {**mean, **fid_kid(made, real, device)}
+    if sheet is not None:
+        _sheet(sheet, pairs, pictures, translate, channels)
+    return Report(str(data), mean, before, pictures)
+
+
+def _unpaired(
+    data: Path,
+    translate: Translate | None,
+    channels: int,
+    device: torch.device | str,
+    progress: Callable[[str], None] | None,
+) -> Report:
+    made: list[Tensor] = []
+    sources = find_images(data / "testA")
+    for count, file in enumerate(sources, 1):
+        picture = load_image(file, channels)[None]
+        made.append(_for_inception(picture if translate is None else translate(picture)))
+        if progress is not None:
+            progress(f"{count}/{len(sources)} {file.name}")
+    real = [_for_inception(load_image(file, channels)[None]) for file in find_images(data / "testB")]
+    return Report(str(data), fid_kid(made, real, device), {}, [])
+
+
+def _for_inception(picture: Tensor) -> Tensor:
+    return to_levels(picture[0]).to(torch.uint8).expand(3, -1, -1).cpu()
+
+
+def _sheet(
+    path: Path, pairs: list[Pair], pictures: list[dict[str, Any]], translate: Translate | None, channels: int
+) -> None:
+    """Input, output, truth and difference of up to 12 pictures, from the lowest PSNR on Y to the highest."""
+    order = sorted(range(len(pairs)), key=lambda i: pictures[i]["psnr_y"])
+    count = min(SHEET_ROWS, len(order))
+    chosen = [order[round(i * (len(order) - 1) / max(count - 1, 1))] for i in range(count)]
+    rows: list[tuple[str, list[Image.Image]]] = []
+    for index in chosen:
+        rainy, clean = (picture[None] for picture in pairs[index].load(channels))
+        output = rainy if translate is None else translate(rainy)
+        apart = (to_levels(output) - to_levels(clean)).abs() * DIFFERENCE_GAIN
+        levels = [to_levels(rainy), to_levels(output), to_levels(clean), apart.clamp(max=255)]
+        row = pictures[index]
+        title = f"{row['name']}: {row['psnr_y']:.2f} dB / {row['ssim_y']:.4f} on Y"
+        rows.append((title, [_thumbnail(picture) for picture in levels]))
+    margin, line = 6, 14
+    names = ("input", "output", "truth", f"|output - truth| x {DIFFERENCE_GAIN}")
+    widths = [max(row[1][column].width for row in rows) for column in range(4)]
+    height = line + sum(line + row[1][0].height + margin for row in rows)
+    canvas = Image.new("RGB", (sum(widths) + 5 * margin, height + margin), "white")
+    draw = ImageDraw.Draw(canvas)
+    lefts = [margin + sum(widths[:column]) + column * margin for column in range(4)]
+    for left, name in zip(lefts, names, strict=True):
+        draw.text((left, 1), name, fill="black")
+    top = line
+    for title, thumbnails in rows:
+        draw.text((margin, top), title, fill="black")
+        for left, thumbnail in zip(lefts, thumbnails, strict=True):
+            canvas.paste(thumbnail, (left, top + line))
+        top += line + thumbnails[0].height + margin
+    _write(path, lambda partial: canvas.save(partial, format="PNG"))
+
+
+def _thumbnail(levels: Tensor) -> Image.Image:
+    pixels = levels[0].expand(3, -1, -1).to(torch.uint8).permute(1, 2, 0).cpu().contiguous().numpy()
+    image = Image.fromarray(pixels)
+    image.thumbnail((SHEET_SIDE, SHEET_SIDE), Image.Resampling.LANCZOS)
+    return image
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
+    """The file appears whole or not at all."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        write(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,203 @@
+"""CycleGAN: Zhu et al., Unpaired Image-to-Image Translation using Cycle-Consistent Adversarial Networks (ICCV 2017)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..losses import GANMode, gan_loss
+from ..options import option
+from .base import Batch, Draws, Group, Losses, Method, NetworkOptions, Outputs, Phase, check_choices, together
+
+
+@dataclass
+class CycleGANOptions:
+    """CycleGAN's terms; the defaults are the published ones."""
+
+    lambda_a: float = option(10.0, "weight of the cycle A, B, A: higher keeps more of A's content")
+    lambda_b: float = option(10.0, "weight of the cycle B, A, B")
+    lambda_identity: float = option(0.5, "identity loss as a part of the cycle weights: keeps colours; 0 leaves it out")
+    pool_size: int = option(50, "fakes remembered a domain for the discriminators to judge; 0 shows the latest only")
+    gan_mode: GANMode = option("lsgan", "lsgan, vanilla, wgangp, nonsaturating or hinge")
+
+
+class ImagePool(nn.Module):
+    """Remembers fakes, so that a discriminator judges a history of them (Shrivastava et al., CVPR 2017).
+
+    Each picture that comes is kept until the pool is full. From then on, with probability 1/2, it changes places with
+    a random one of the pool; otherwise it goes through. All of it happens on the device, in fixed shapes and without a
+    branch, so that a step can be captured.
+
+    Args:
+        size: pictures kept; 0 passes every picture on.
+    """
+
+    pictures: Tensor
+    count: Tensor
+
+    def __init__(self, size: int):
+        super().__init__()
+        if size < 0:
+            raise ValueError(f"pool_size must be at least 0, not {size}")
+        self.size = size
+        # Made at the first use, because the size of the pictures is known only then.
+        self.register_buffer("pictures", torch.empty(0))
+        self.register_buffer("count", torch.zeros(1, dtype=torch.long))
+
+    @torch.no_grad()
+    def forward(self, fakes: Tensor, uniform: Tensor | None = None) -> Tensor:
+        """(images, channels, height, width) to the same: what the discriminator is to judge, without gradient.
+
+        Args:
+            uniform: (images, 2) in [0, 1): who changes places (above 1/2) and with which; drawn unless given. A picture
+                that is not finite is never kept.
+        """
+        fakes = fakes.detach()
+        if self.size == 0:
+            return fakes
+        if self.pictures.shape[1:] != fakes.shape[1:]:
+            if self.pictures.numel():
+                raise ValueError(
+                    f"a pool of {tuple(self.pictures.shape[1:])} pictures cannot take {tuple(fakes.shape[1:])}: all "
+                    f"crops of a run must be of one size, or loss.pool_size=0"
+                )
+            kept = fakes.new_zeros(self.size, *fakes.shape[1:])
+            channels_last = fakes.is_contiguous(memory_format=torch.channels_last)
+            self.pictures = kept.to(memory_format=torch.channels_last) if channels_last else kept
+        if uniform is None:
+            uniform = torch.rand(len(fakes), 2, device=fakes.device)
+        judged = []
+        for fake, (coin, place) in zip(fakes.split(1), uniform.unbind(), strict=True):
+            filling = self.count < self.size
+            slot = torch.where(filling, self.count, (place * self.size).long()).clamp_max(self.size - 1)
+            old = self.pictures.index_select(0, slot)
+            change = ~filling & (coin > 0.5)
+            keep = (filling | change) & fake.isfinite().all()
+            judged.append(torch.where(change, old, fake))
+            self.pictures.index_copy_(0, slot, torch.where(keep, fake, old))
+            self.count.add_((filling & keep).long())
+        return torch.cat(judged)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        stored = state_dict.get(f"{prefix}pictures")
+        if stored is not None and stored.shape != self.pictures.shape:
+            self.pictures = self.pictures.new_zeros(stored.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class TwoWay(Method):
+    """What CycleGAN, DCLGAN and DCD-GAN share: generators A to B and back, and a discriminator for each domain.
+
+    Published names: G_A makes B from A and D_A judges B; G_B and D_B the other way round.
+    """
+
+    def __init__(self, network: NetworkOptions, gan_mode: GANMode, pool_size: int):
+        super().__init__()
+        self.gan_mode = gan_mode
+        self.generator_a = network.build_generator()
+        self.generator_b = network.build_generator(reverse=True)
+        self.discriminator_a = network.build_discriminator(network.out_channels)
+        self.discriminator_b = network.build_discriminator(network.in_channels)
+        self.pool_a = ImagePool(pool_size)
+        self.pool_b = ImagePool(pool_size)
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {
+            "G_A": self.generator_a,
+            "G_B": self.generator_b,
+            "D_A": self.discriminator_a,
+            "D_B": self.discriminator_b,
+        }
+
+    def extra_state_modules(self) -> dict[str, nn.Module]:
+        return {"pool_A": self.pool_a, "pool_B": self.pool_b} if self.pool_a.size else {}
+
+    def groups(self) -> dict[str, Group]:
+        return {
+            "G": Group((self.generator_a, self.generator_b)),
+            "D": Group((self.discriminator_a, self.discriminator_b)),
+        }
+
+    def translate_both(self, batch: Batch, identity: bool, layers: Sequence[int] = ()) -> Outputs:
+        """fake_B, fake_A and, with `identity`, idt_A = G_A(B), idt_B = G_B(A); keys_A, keys_B are the features of
+        G_A(A) and G_B(B) at `layers`."""
+        outputs: Outputs = {}
+        for domain, other, generator, real in (
+            ("A", "B", self.generator_a, batch),
+            ("B", "A", self.generator_b, batch[::-1]),
+        ):
+            pictures = real if identity else real[:1]
+            made = together(generator, pictures, independent=generator.features_repeat, layers=layers)
+            if layers:
+                outputs[f"keys_{domain}"] = made[0][1]
+                made = [picture for picture, _ in made]
+            outputs[f"fake_{other}"] = made[0]
+            if identity:
+                outputs[f"idt_{domain}"] = made[1]
+        return outputs
+
+    def d_loss(self, batch: Batch, outputs: Outputs, draws: Draws) -> tuple[Tensor, Losses]:
+        losses: Losses = {}
+        for name, discriminator, pool, fake, real in (
+            ("D_A", self.discriminator_a, self.pool_b, outputs["fake_B"], batch.b),
+            ("D_B", self.discriminator_b, self.pool_a, outputs["fake_A"], batch.a),
+        ):
+            independent = discriminator.pictures_independent
+            judged_real, judged_fake = together(discriminator, [real, pool(fake)], independent=independent)
+            losses[name] = 0.5 * (
+                gan_loss(judged_real, True, self.gan_mode) + gan_loss(judged_fake, False, self.gan_mode)
+            )
+        return losses["D_A"] + losses["D_B"], losses
+
+    def adversarial(self, outputs: Outputs, *, saturating: bool = False) -> Losses:
+        """G_A and G_B: how far the fakes are from passing as real. `saturating`: hinge as DCLGAN's code has it."""
+        judged_b, judged_a = self.discriminator_a(outputs["fake_B"]), self.discriminator_b(outputs["fake_A"])
+        return {
+            name: gan_loss(judged, True, self.gan_mode, for_generator=not saturating)
+            for name, judged in (("G_A", judged_b), ("G_B", judged_a))
+        }
+
+    def translate(self, a: Tensor) -> Tensor:
+        return self.generator_a(a)
+
+    def pictures(self, batch: Batch) -> dict[str, Tensor]:
+        fake_b, fake_a = self.generator_a(batch.a), self.generator_b(batch.b)
+        return {"A": batch.a, "fake_B": fake_b, "rec_A": self.generator_b(fake_b), "B": batch.b, "fake_A": fake_a}
+
+
+class CycleGAN(TwoWay):
+    """Adversarial, cycle and identity terms; the generators are updated first, then the discriminators."""
+
+    def __init__(self, options: CycleGANOptions, network: NetworkOptions):
+        check_choices(options)
+        if options.lambda_identity > 0 and network.in_channels != network.out_channels:
+            raise ValueError(
+                f"the identity loss feeds B to G_A: network.in_channels={network.in_channels} and "
+                f"out_channels={network.out_channels} must be equal, or loss.lambda_identity=0"
+            )
+        super().__init__(network, options.gan_mode, options.pool_size)
+        self.options = options
+
+    def phases(self):
+        return Phase(self.g_loss, ("G",)), Phase(self.d_loss, ("D",))
+
+    def generate(self, batch: Batch, draws: Draws) -> Outputs:
+        outputs = self.translate_both(batch, identity=self.options.lambda_identity > 0)
+        outputs["rec_A"] = self.generator_b(outputs["fake_B"])
+        outputs["rec_B"] = self.generator_a(outputs["fake_A"])
+        return outputs
+
+    def g_loss(self, batch: Batch, outputs: Outputs, draws: Draws) -> tuple[Tensor, Losses]:
+        options = self.options
+        losses = self.adversarial(outputs)
+        losses["cycle_A"] = options.lambda_a * F.l1_loss(outputs["rec_A"], batch.a)
+        losses["cycle_B"] = options.lambda_b * F.l1_loss(outputs["rec_B"], batch.b)
+        if options.lambda_identity > 0:
+            losses["idt_A"] = options.lambda_b * options.lambda_identity * F.l1_loss(outputs["idt_A"], batch.b)
+            losses["idt_B"] = options.lambda_a * options.lambda_identity * F.l1_loss(outputs["idt_B"], batch.a)
+        total = torch.stack(list(losses.values())).sum()
+        return total, losses | {"G": total}

@@ -1,0 +1,313 @@
+"""DCLGAN and SimDCL: Han et al., Dual Contrastive Learning for Unsupervised Image-to-Image Translation (CVPRW 2021)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..losses import GANMode
+from ..nce import NegativeBank, PatchNCEHead, patch_nce, project_patches
+from ..nce.api import Negatives
+from ..nce.reference import normalize_rows
+from ..networks import init_weights
+from ..options import option
+from .base import Batch, Draws, Group, Losses, NetworkOptions, Outputs, Phase, check_choices, trace_shapes
+from .cyclegan import TwoWay
+
+
+@dataclass
+class DCLGANOptions:
+    """DCLGAN's terms; the defaults are those of the released code, `paper()` those of the paper."""
+
+    lambda_gan: float = option(1.0, "weight of the GAN loss")
+    lambda_nce: float = option(2.0, "weight of PatchNCE: higher keeps more of the input's content")
+    lambda_idt: float = option(1.0, "weight of the L1 identity loss: keeps colours; 0 saves two pictures a step")
+    nce_layers: list[int] = option([4, 8, 12, 16], "generator layers whose features are contrasted, ascending")
+    temperature: float = option(0.07, "PatchNCE temperature; lower concentrates on the hardest negatives")
+    patches: int = option(256, "locations drawn a picture and layer (all where a map has fewer)")
+    projection: int = option(256, "width of the projectors F1 and F2 (published netF_nc)")
+    negatives: Negatives = option("batch", '"image": other patches of the same picture; "batch": of all pictures')
+    external: Literal["none", "branch", "bank"] = option(
+        "none",
+        '"branch": as many negatives again, from the other branch\'s picture; "bank": from past pictures; "none"',
+    )
+    bank_size: int = option(256, "codes of past pictures kept a domain and layer, for external=bank")
+    cosine: bool = option(True, "renormalise rows exactly, as the released code; false keeps CUT's x / (|x| + 1e-7)")
+    gan_mode: GANMode = option("hinge", "lsgan, vanilla, wgangp, nonsaturating or hinge")
+    saturating: bool = option(True, "hinge for the generators as released, flat beyond the margin; false: -mean(D)")
+    pool_size: int = option(0, "fakes remembered a domain for the discriminators to judge; 0 shows the latest only")
+    projector_adam: Literal["library", "generator"] = option(
+        "library", '"library": lr 1e-3, betas 0.9 and 0.999 as the released code; "generator": as G'
+    )
+    reuse_key_features: bool = option(True, "keep the features of G(x)'s own pass as keys; false encodes x again")
+
+    @classmethod
+    def paper(cls) -> DCLGANOptions:
+        return cls(pool_size=50, projector_adam="generator", saturating=False)
+
+
+def unit_rows(rows: Tensor) -> Tensor:
+    """Rows divided by their length, as cosine similarity does; rows of zeros stay. 16-bit rows by way of float32."""
+    wide = rows.float() if rows.dtype in (torch.bfloat16, torch.float16) else rows
+    return (wide / torch.linalg.vector_norm(wide, dim=1, keepdim=True).clamp_min(1e-8)).to(rows.dtype)
+
+
+class DCLGAN(TwoWay):
+    """PatchNCE both ways: queries of a fake come from the *other* generator's encoder and the other projector.
+
+    F1 projects features of domain A (G_A's encoder), F2 those of domain B.
+    """
+
+    def __init__(self, options: DCLGANOptions, network: NetworkOptions):
+        if network.in_channels != network.out_channels and options.lambda_idt > 0:
+            raise ValueError(
+                f"the identity loss feeds B to G_A: network.in_channels={network.in_channels} and "
+                f"out_channels={network.out_channels} must be equal, or loss.lambda_idt=0"
+            )
+        check_choices(options)
+        if options.external == "bank" and options.bank_size < 1:
+            raise ValueError(
+                f"loss.external=bank takes its negatives from a bank: loss.bank_size must be at least 1, not "
+                f"{options.bank_size}"
+            )
+        super().__init__(network, options.gan_mode, options.pool_size)
+        self.options = options
+        self.layers = list(options.nce_layers)
+        self.projector_a, self.projector_b = (
+            PatchNCEHead(
+                generator.feature_channels(self.layers),
+                options.projection,
+                options.patches,
+                options.temperature,
+                negatives=options.negatives,
+                init_type=network.init_type,
+                init_gain=network.init_gain,
+            )
+            for generator in (self.generator_a, self.generator_b)
+        )
+        self.bank_a, self.bank_b = (
+            NegativeBank(options.bank_size, [options.projection] * len(self.layers))
+            if options.external == "bank"
+            else None
+            for _ in range(2)
+        )
+
+    def networks(self) -> dict[str, nn.Module]:
+        return super().networks() | {"F1": self.projector_a, "F2": self.projector_b}
+
+    def extra_state_modules(self) -> dict[str, nn.Module]:
+        banks = {"bank_A": self.bank_a, "bank_B": self.bank_b}
+        return super().extra_state_modules() | {name: bank for name, bank in banks.items() if bank is not None}
+
+    def check(self, batch_size: int, height: int, width: int) -> None:
+        options = self.options
+        alone = options.patches == 1 and (options.negatives == "image" or batch_size == 1)
+        if options.lambda_nce > 0 and alone and options.external == "none":
+            raise ValueError(
+                f"there is nothing to contrast with loss.patches=1, loss.negatives={options.negatives} and "
+                f"data.batch={batch_size}: draw more patches, or take external negatives"
+            )
+        if not (options.lambda_gan > 0 or options.lambda_nce > 0 or options.lambda_idt > 0):
+            raise ValueError("every term has weight 0: set loss.lambda_gan, loss.lambda_nce or loss.lambda_idt above 0")
+        super().check(batch_size, height, width)
+
+    def groups(self):
+        groups = super().groups()
+        if self.options.lambda_nce > 0:
+            modules = tuple(network for name, network in self.networks().items() if name.startswith("F"))
+            library = self.options.projector_adam == "library"
+            groups["F"] = Group(modules, lr=1e-3, betas=(0.9, 0.999)) if library else Group(modules)
+        return groups
+
+    def phases(self):
+        return Phase(self.d_loss, ("D",)), Phase(self.g_loss, ("G", "F") if self.options.lambda_nce > 0 else ("G",))
+
+    def generate(self, batch: Batch, draws: Draws) -> Outputs:
+        options = self.options
+        reuse = options.reuse_key_features and options.lambda_nce > 0 and self.generator_a.features_repeat
+        return self.translate_both(batch, options.lambda_idt > 0, self.layers if reuse else ())
+
+    def g_loss(self, batch: Batch, outputs: Outputs, draws: Draws) -> tuple[Tensor, Losses]:
+        options = self.options
+        losses: Losses = {}
+        if options.lambda_gan > 0:
+            adversarial = self.adversarial(outputs, saturating=options.saturating)
+            losses |= {name: options.lambda_gan * loss for name, loss in adversarial.items()}
+        if options.lambda_nce > 0:
+            losses |= self.contrast(batch, outputs, draws)
+        if options.lambda_idt > 0:
+            losses["idt_A"] = options.lambda_idt * F.l1_loss(outputs["idt_A"], batch.b)
+            losses["idt_B"] = options.lambda_idt * F.l1_loss(outputs["idt_B"], batch.a)
+        total = 0.5 * torch.stack(list(losses.values())).sum()
+        return total, losses | {"G": total}
+
+    def contrast(self, batch: Batch, outputs: Outputs, draws: Draws) -> Losses:
+        """NCE1: fake_B against A. NCE2: fake_A against B."""
+        keys_a, keys_b, queries_b, queries_a = self.features(batch, outputs)
+        ids1, ids2 = draws.patch_ids or (self.projector_a.draw_ids(keys_a), self.projector_b.draw_ids(keys_b))
+        own = draws.patch_ids is None
+        with torch.no_grad():
+            k1, k2 = self.rows(self.projector_a, keys_a, ids1, own), self.rows(self.projector_b, keys_b, ids2, own)
+        q1, q2 = self.rows(self.projector_b, queries_b, ids1, own), self.rows(self.projector_a, queries_a, ids2, own)
+        nce = self.options.lambda_nce * self.nce(q1, k1, q2, k2, len(batch.a))
+        return {"NCE1": nce[0], "NCE2": nce[1]}
+
+    def features(self, batch: Batch, outputs: Outputs) -> tuple[list[Tensor], ...]:
+        """Maps at `layers` of A and fake_A by G_A, of B and fake_B by G_B, as (A, B, fake_B, fake_A)."""
+
+        def kept(name: str, generator: nn.Module, pictures: Tensor) -> list[Tensor]:
+            return outputs[name] if name in outputs else generator(pictures, self.layers, encode_only=True)
+
+        return (
+            kept("keys_A", self.generator_a, batch.a),
+            kept("keys_B", self.generator_b, batch.b),
+            kept("queries_B", self.generator_b, outputs["fake_B"]),
+            kept("queries_A", self.generator_a, outputs["fake_A"]),
+        )
+
+    def rows(self, projector: PatchNCEHead, maps: list[Tensor], ids: list[Tensor], own: bool) -> list[Tensor]:
+        """Codes of each layer, (images * patches, dim); `own`: the ids were drawn here, so they are distinct."""
+        return project_patches(maps, ids, projector.mlps(len(maps)), distinct_ids=own)
+
+    def nce(self, q1: list[Tensor], k1: list[Tensor], q2: list[Tensor], k2: list[Tensor], images: int) -> Tensor:
+        """Both directions of every layer at once: (2,), the mean over rows and layers."""
+        groups = 2 * images if self.options.negatives == "image" else 2
+        losses = []
+        for layer, temperature in enumerate(self.projector_a.temperatures):
+            queries, keys = torch.cat([q1[layer], q2[layer]]), torch.cat([k1[layer], k2[layer]])
+            if self.options.cosine:
+                queries, keys = unit_rows(queries), unit_rows(keys)
+            external = self.external(layer, queries.detach().unflatten(0, (2, groups // 2, -1)))
+            loss = patch_nce(
+                queries,
+                keys,
+                images=groups,
+                temperature=temperature,
+                extra_keys=external,
+                reduction="none",
+                unit_rows=True,
+            )
+            losses.append(loss.unflatten(0, (2, -1)).mean(dim=1))
+        for bank, rows in ((self.bank_a, k1), (self.bank_b, k2)):
+            if bank is not None:
+                bank.enqueue([row.detach().nan_to_num(0.0, 0.0, 0.0) for row in rows])
+        return torch.stack(losses).mean(dim=0)
+
+    def external(self, layer: int, queries_2GSD: Tensor) -> Tensor | None:
+        """More negatives for each group, (2 * groups, count, dim), of the domain that the group's keys show."""
+        if self.options.external == "branch":
+            # NCE1's keys show A and NCE2's queries show fake_A, both through G_A and F1; and the same for B.
+            return queries_2GSD.flip(0).flatten(0, 1)
+        if self.bank_a is not None and self.bank_b is not None:
+            codes = torch.stack([self.bank_a.keys()[layer], self.bank_b.keys()[layer]]).to(queries_2GSD.dtype)
+            return codes[:, None].expand(-1, queries_2GSD.shape[1], -1, -1).flatten(0, 1)
+        return None
+
+    def pictures(self, batch: Batch) -> dict[str, Tensor]:
+        pictures = {"A": batch.a, "fake_B": self.generator_a(batch.a)}
+        pictures |= {"B": batch.b, "fake_A": self.generator_b(batch.b)}
+        if self.options.lambda_idt > 0:
+            pictures |= {"idt_B": self.generator_b(batch.a), "idt_A": self.generator_a(batch.b)}
+        return pictures
+
+
+@dataclass
+class SimDCLOptions(DCLGANOptions):
+    """SimDCL's terms; the defaults are those of the released code."""
+
+    lambda_nce: float = option(1.0, "weight of PatchNCE (the released code has an option of 2 and does not apply it)")
+    lambda_sim: float = option(10.0, "weight of the similarity loss: keeps both domains' codes alike")
+    projector_adam: Literal["library", "generator"] = option(
+        "generator", '"generator": as G, as the released code; "library": lr 1e-3, betas 0.9 and 0.999'
+    )
+
+
+class StackMapping(nn.Module):
+    """A stack of codes (layers, patches, dim) to one unit vector (1, 64) (published `MappingF`)."""
+
+    def __init__(self, layers: int, width: int = 64):
+        super().__init__()
+        self.model = nn.Sequential(
+            nn.Conv2d(layers, width, 3, stride=2),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(width, width),
+            nn.ReLU(),
+            nn.Linear(width, width),
+        )
+
+    def forward(self, stack: Tensor) -> Tensor:
+        vector = self.model(stack[None])
+        return normalize_rows(vector if vector.dtype == torch.float64 else vector.float())
+
+
+class SimDCL(DCLGAN):
+    """DCLGAN, and an L1 distance between mapped stacks of codes of the real and the made pictures of each domain.
+
+    It works on one picture and `patches` locations of every layer. Each stack has a mapping of its own: F3 for A, F4
+    for fake_B, F5 for B, F6 for fake_A.
+    """
+
+    options: SimDCLOptions
+
+    def __init__(self, options: SimDCLOptions, network: NetworkOptions):
+        if options.patches < 3 or options.projection < 3:
+            raise ValueError(
+                f"SimDCL convolves (patches, projection) with 3x3 filters: loss.patches={options.patches} and "
+                f"loss.projection={options.projection} must be at least 3"
+            )
+        super().__init__(options, network)
+        self.mappings = nn.ModuleList(StackMapping(len(self.layers)) for _ in range(4))
+        init_weights(self.mappings, network.init_type, network.init_gain)
+
+    def networks(self):
+        return super().networks() | {f"F{i}": mapping for i, mapping in enumerate(self.mappings, start=3)}
+
+    def check(self, batch_size: int, height: int, width: int) -> None:
+        if batch_size != 1:
+            raise ValueError(f"SimDCL compares the codes of single pictures: data.batch must be 1, not {batch_size}")
+        super().check(batch_size, height, width)
+        maps = trace_shapes(self.generator_a, 1, height, width, layers=self.layers, encode_only=True)
+        locations, layer = min((m.shape[2] * m.shape[3], layer) for m, layer in zip(maps, self.layers, strict=True))
+        if locations < self.options.patches:
+            raise ValueError(
+                f"SimDCL stacks loss.patches={self.options.patches} codes of every layer, and layer {layer} has only "
+                f"{locations} locations in a {height}x{width} crop: take larger crops or fewer patches"
+            )
+
+    def contrast(self, batch: Batch, outputs: Outputs, draws: Draws) -> Losses:
+        options = self.options
+        keys_a, keys_b, queries_b, queries_a = self.features(batch, outputs)
+        draw_a, draw_b = self.projector_a.draw_ids, self.projector_b.draw_ids
+        # Published order. The stacks of the made pictures come from locations of their own.
+        ids1, ids_fake_b, ids2, ids_fake_a = draws.patch_ids or (
+            draw_a(keys_a),
+            draw_b(queries_b),
+            draw_b(keys_b),
+            draw_a(queries_a),
+        )
+        own = draws.patch_ids is None
+        k1, k2 = self.rows(self.projector_a, keys_a, ids1, own), self.rows(self.projector_b, keys_b, ids2, own)
+        q1, q2 = self.rows(self.projector_b, queries_b, ids1, own), self.rows(self.projector_a, queries_a, ids2, own)
+        nce = options.lambda_nce * self.nce(q1, k1, q2, k2, 1)
+        if options.lambda_sim > 0:
+            fake_b = self.rows(self.projector_b, queries_b, ids_fake_b, own)
+            fake_a = self.rows(self.projector_a, queries_a, ids_fake_a, own)
+            outputs["codes"] = [
+                mapping(torch.stack(codes))
+                for mapping, codes in zip(self.mappings, (k1, fake_b, k2, fake_a), strict=True)
+            ]
+        return {"NCE1": nce[0], "NCE2": nce[1]}
+
+    def g_loss(self, batch: Batch, outputs: Outputs, draws: Draws) -> tuple[Tensor, Losses]:
+        total, losses = super().g_loss(batch, outputs, draws)
+        if "codes" in outputs:
+            a, fake_b, b, fake_a = outputs["codes"]
+            losses["Sim"] = self.options.lambda_sim * (F.l1_loss(a, fake_a) + F.l1_loss(fake_b, b))
+            losses["G"] = total = total + losses["Sim"]
+        return total, losses

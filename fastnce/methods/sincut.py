@@ -1,0 +1,64 @@
+"""SinCUT: CUT on one picture a domain (Park et al., ECCV 2020, section 4.4 and its code)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..losses import GANMode, gan_loss, r1_penalty
+from ..nce.api import Negatives
+from ..options import option
+from .base import Batch, Draws, Losses, NetworkOptions, Outputs
+from .cut import CUT, CUTOptions
+
+
+@dataclass
+class SinCUTOptions(CUTOptions):
+    """SinCUT's terms; the defaults are the published ones."""
+
+    lambda_nce: float = option(4.0, "weight of PatchNCE: higher keeps more of the input's content")
+    nce_layers: list[int] = option([0, 2, 4], "generator layers whose features are contrasted, ascending")
+    patches: int = option(1, "locations drawn a crop and layer; with 1, all negatives are other crops")
+    negatives: Negatives = option(
+        "batch", '"batch": patches of all crops of the one picture; "image": of the same crop'
+    )
+    gan_mode: GANMode = option("nonsaturating", "lsgan, vanilla, wgangp, nonsaturating or hinge")
+    lambda_r1: float = option(1.0, "weight of the R1 gradient penalty, which keeps D from memorising the picture")
+    lambda_identity: float = option(1.0, "weight of the L1 distance between y and G(y); needs nce_idt")
+
+
+class SinCUT(CUT):
+    """CUT with a gradient penalty on the discriminator and an L1 identity loss."""
+
+    options: SinCUTOptions
+
+    def __init__(self, options: SinCUTOptions, network: NetworkOptions):
+        if options.lambda_identity > 0 and not (options.nce_idt and options.lambda_nce > 0):
+            raise ValueError(
+                f"loss.lambda_identity={options.lambda_identity} compares y with G(y), which nce_idt makes: set "
+                f"loss.nce_idt=true and loss.lambda_nce above 0, or loss.lambda_identity=0"
+            )
+        super().__init__(options, network)
+
+    def d_loss(self, batch: Batch, outputs: Outputs, draws: Draws) -> tuple[Tensor, Losses]:
+        options = self.options
+        if options.lambda_r1 == 0:
+            return super().d_loss(batch, outputs, draws)
+        # Apart, because the penalty's two backward passes would otherwise run over the fakes as well.
+        real = batch.b.detach().requires_grad_()
+        judged_fake, judged_real = self.discriminator(outputs["fake_B"].detach()), self.discriminator(real)
+        losses = {
+            "D_real": gan_loss(judged_real, True, options.gan_mode),
+            "D_fake": gan_loss(judged_fake, False, options.gan_mode),
+            "D_R1": 0.5 * options.lambda_r1 * r1_penalty(judged_real, real),
+        }
+        return 0.5 * (losses["D_real"] + losses["D_fake"]) + losses["D_R1"], losses
+
+    def g_loss(self, batch: Batch, outputs: Outputs, draws: Draws) -> tuple[Tensor, Losses]:
+        total, losses = super().g_loss(batch, outputs, draws)
+        if self.options.lambda_identity > 0:
+            losses["idt"] = self.options.lambda_identity * F.l1_loss(outputs["idt_B"], batch.b)
+            losses["G"] = total = total + losses["idt"]
+        return total, losses

@@ -1,0 +1,119 @@
+"""What the tests of the kernels share: data of a chosen confidence, the float64 oracle, error gates, a launch count."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from fastnce.kernels import common, nce, sample_project
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastnce.nce import eager, reference
+
+DEVICE = torch.device("cpu" if common.INTERPRET.value else torch.accelerator.current_accelerator() or "cpu")
+"""The interpreter runs on the CPU; elsewhere the kernels run on the device."""
+
+GRADIENT_GATE = {torch.float32: 5e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
+LOSS_GATE = {torch.float32: 1e-6, torch.float16: 1e-4, torch.bfloat16: 1e-3}
+
+
+def error(ours: Tensor, oracle: Tensor) -> float:
+    """Relative norm of the difference, or the norm itself where the oracle is zero."""
+    oracle = oracle.detach().double().cpu()
+    return float((ours.detach().double().cpu() - oracle).norm() / (oracle.norm() if oracle.norm() > 0 else 1.0))
+
+
+def unit_rows(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    rows = torch.randn(*shape)
+    return (rows / rows.norm(dim=-1, keepdim=True)).to(dtype)
+
+
+def confident_pair(groups: int, rows: int, dim: int, p: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
+    """Unit queries and keys, and the temperature at which the positives' probability is p on average."""
+    q = unit_rows(groups, rows, dim)
+    k = q + 0.3 * torch.randn(groups, rows, dim) / dim**0.5
+    q, k = q.to(dtype), (k / k.norm(dim=-1, keepdim=True)).to(dtype)
+    low, high = 1e-3, 100.0
+    for _ in range(40):
+        middle = (low * high) ** 0.5
+        loss, _, _ = reference.nce_rows(q.double(), k.double(), temperature=middle)
+        low, high = (middle, high) if float(torch.exp(-loss).mean()) > p else (low, middle)
+    return q, k, 1 / float(torch.tensor(1 / low, dtype=torch.float32))  # as inexact as the rows, not more
+
+
+@dataclass
+class Oracle:
+    """Loss, stats and gradients of `reference.nce_rows` in float64 on the same rounded inputs."""
+
+    loss: Tensor
+    logsumexp: Tensor
+    positive: Tensor
+    d_queries: Tensor
+    d_keys: Tensor
+    d_extra: Tensor | None
+
+
+def oracle(q: Tensor, k: Tensor, upstream: Tensor, extra: Tensor | None = None, **options) -> Oracle:
+    """`extra` may be (1, count, dim) for all groups."""
+    leaves = [None if x is None else x.detach().double().cpu().requires_grad_() for x in (q, k, extra)]
+    grouped = None if extra is None else leaves[2].expand(q.shape[0], -1, -1)
+    wide = {name: x.double().cpu() if isinstance(x, Tensor) else x for name, x in options.items()}
+    loss, logsumexp, positive = reference.nce_rows(leaves[0], leaves[1], grouped, **wide)
+    (loss * upstream.double().cpu()).sum().backward()
+    return Oracle(
+        loss.detach(), logsumexp.detach(), positive.detach(), *(None if x is None else x.grad for x in leaves)
+    )
+
+
+def eager_error(q: Tensor, k: Tensor, truth: Oracle, upstream: Tensor, **options) -> tuple[float, float]:
+    """(loss error, gradient error) of the eager path on the same inputs."""
+    leaf = q.detach().requires_grad_()
+    loss, _, _ = eager.nce_rows(leaf, k, **options)
+    (d_q,) = torch.autograd.grad(loss, leaf, upstream.to(loss.dtype))
+    return error(loss, truth.loss), error(d_q, truth.d_queries)
+
+
+LIBRARY_VIEWS = (
+    "view", "_unsafe_view", "detach", "split", "select", "unsqueeze", "expand", "as_strided", "slice", "permute",
+    "transpose", "alias", "empty", "new_empty", "t.", "min.", "max.", "_local_scalar_dense",
+)  # fmt: skip
+"""Operators that launch nothing. The last three check ids, which is done unasked on the CPU alone."""
+
+
+class _Operators(TorchDispatchMode):
+    def __init__(self, names: list[str]):
+        super().__init__()
+        self.names = names
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func)
+        if name.startswith("fastnce."):
+            with _Operators(self.names):  # what runs inside of our operators counts, they themselves do not
+                return func(*args, **(kwargs or {}))
+        if not any(name.removeprefix("aten.").startswith(view) for view in LIBRARY_VIEWS):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass
+class Launches:
+    """Within `with`: Triton launches, and library operators that would launch something on a device."""
+
+    kernels: list[str] = field(default_factory=list)
+    library: list[str] = field(default_factory=list)
+
+    def __enter__(self):
+        self.operators = _Operators(self.library)
+
+        def counted(kernel, blocks, like, *args, **options):
+            self.kernels.append(kernel.fn.__name__)
+            common.launch(kernel, blocks, like, *args, **options)
+
+        nce.launch = sample_project.launch = counted
+        self.operators.__enter__()
+        return self
+
+    def __exit__(self, *details):
+        self.operators.__exit__(*details)
+        nce.launch = sample_project.launch = common.launch

@@ -1,0 +1,80 @@
+"""NegativeBank: a queue whose oldest keys go first."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastnce import NegativeBank, patch_nce
+
+
+def test_starts_with_random_unit_rows():
+    bank = NegativeBank(10, [4, 8])
+    for keys, dim in zip(bank.keys(), (4, 8), strict=True):
+        assert keys.shape == (10, dim)
+        torch.testing.assert_close(keys.norm(dim=1), torch.ones(10))
+        assert not keys.requires_grad
+
+
+def test_the_oldest_go_first_and_the_pointer_wraps():
+    bank = NegativeBank(5, [1])
+    for start in range(0, 12, 3):
+        bank.enqueue([torch.arange(start, start + 3.0)[:, None]])
+    assert sorted(bank.keys()[0].flatten().tolist()) == [7.0, 8.0, 9.0, 10.0, 11.0]
+    assert bank.pointer.tolist() == [2]
+
+
+def test_of_more_rows_than_places_the_last_stay():
+    bank = NegativeBank(3, [1])
+    bank.enqueue([torch.arange(8.0)[:, None]])
+    assert sorted(bank.keys()[0].flatten().tolist()) == [5.0, 6.0, 7.0]
+
+
+def test_layers_advance_apart_and_dtype_is_kept():
+    bank = NegativeBank(4, [2, 2], torch.bfloat16)
+    bank.enqueue([torch.ones(1, 2), torch.ones(3, 2)])
+    assert bank.pointer.tolist() == [1, 3]
+    assert all(k.dtype == torch.bfloat16 for k in bank.keys())
+
+
+def test_state_dict_restores_it():
+    bank, other = NegativeBank(4, [3]), NegativeBank(4, [3])
+    bank.enqueue([torch.randn(3, 3)])
+    other.load_state_dict(bank.state_dict())
+    assert torch.equal(other.keys()[0], bank.keys()[0])
+    assert torch.equal(other.pointer, bank.pointer)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "triton"])
+def test_keys_may_be_replaced_before_the_backward(implementation):
+    bank = NegativeBank(16, [8])
+    q = torch.nn.functional.normalize(torch.randn(6, 8)).requires_grad_()
+    k = torch.nn.functional.normalize(torch.randn(6, 8))
+    expected = torch.autograd.grad(patch_nce(q, k, extra_keys=bank.keys()[0].clone()), q)[0]
+    loss = patch_nce(q, k, extra_keys=bank.keys()[0], implementation=implementation)
+    bank.enqueue([k])
+    torch.testing.assert_close(torch.autograd.grad(loss, q)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_enqueue_compiles_without_a_break():
+    bank = NegativeBank(5, [2])
+    enqueue = torch.compile(bank.enqueue, fullgraph=True, backend="eager")
+    for _ in range(4):
+        enqueue([torch.ones(2, 2)])
+    assert bank.pointer.tolist() == [3]
+    assert torch.equal(bank.keys()[0], torch.ones(5, 2))
+
+
+@pytest.mark.parametrize(
+    ("make", "word"),
+    [
+        (lambda: NegativeBank(0, [2]), "size"),
+        (lambda: NegativeBank(2, []), "dims"),
+        (lambda: NegativeBank(2, [2], torch.int64), "dtype"),
+        (lambda: NegativeBank(2, [2]).enqueue([]), "one a layer"),
+        (lambda: NegativeBank(2, [2]).enqueue([torch.ones(1, 3)]), "must be"),
+    ],
+)
+def test_mistakes_are_named(make, word):
+    with pytest.raises(ValueError, match=word):
+        make()

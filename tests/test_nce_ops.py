@@ -1,0 +1,232 @@
+"""The operators as PyTorch citizens: choice, opcheck, compile, autocast, functional gradients, launches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fastnce.kernels import sample_project
+
+from fastnce import PatchNCEHead, PatchNCELoss, PatchSampleF, patch_nce, project_patches
+from fastnce.nce import fused
+
+from .oracle import DEVICE, Launches, error, unit_rows
+
+CHANNELS = (3, 8, 20)
+
+
+def maps(images: int = 4, requires_grad: bool = False) -> list[torch.Tensor]:
+    return [
+        torch.randn(images, c, n, n, device=DEVICE, requires_grad=requires_grad)
+        for c, n in zip(CHANNELS, (20, 9, 5), strict=True)
+    ]
+
+
+def head(implementation="triton", **options) -> PatchNCEHead:
+    torch.manual_seed(1)
+    options = {"dim": 16, "patches": 24, "init_gain": 1.0, **options}
+    return PatchNCEHead(CHANNELS, implementation=implementation, **options).to(DEVICE)
+
+
+def gradients(module, queries, keys, **options):
+    loss = module(queries, keys, **options)
+    weighted = (loss.flatten() * torch.arange(1.0, loss.numel() + 1, device=DEVICE)).sum()
+    return loss.detach(), torch.autograd.grad(weighted, [*queries, *module.parameters()])
+
+
+@pytest.mark.parametrize("use_mlp", [True, False])
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("negatives", ["image", "batch"])
+@pytest.mark.parametrize("given", ["none", "shared", "image", "direction"])
+def test_head_equals_eager(given, negatives, directions, use_mlp):
+    ours = head(use_mlp=use_mlp, negatives=negatives)
+    queries, keys = maps(requires_grad=True), maps()
+    if given == "none":
+        ids = ours.draw_ids(keys, directions)
+    elif given == "shared":
+        ids = ours.draw_ids(keys)
+    elif given == "image":
+        ids = [i.repeat_interleave(2, dim=0) for i in ours.draw_ids(keys, 2)]
+    else:
+        ids = [ours.draw_ids(keys) for _ in range(directions)]
+    loss, grads = gradients(ours, queries, keys, patch_ids=ids, directions=directions)
+    ours.implementation = "eager"
+    expected, expected_grads = gradients(ours, queries, keys, patch_ids=ids, directions=directions)
+    assert loss.shape == (() if directions == 1 else (directions,))
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    for a, b in zip(grads, expected_grads, strict=True):
+        assert error(a, b) <= 5e-6
+
+
+def test_repeated_locations_add_up():
+    ours = head()
+    queries, keys = maps(requires_grad=True), maps()
+    ids = [torch.zeros(5, dtype=torch.long, device=DEVICE) + 3 for _ in keys]
+    _, grads = gradients(ours, queries, keys, patch_ids=ids)
+    ours.implementation = "eager"
+    _, expected = gradients(ours, queries, keys, patch_ids=ids)
+    for a, b in zip(grads, expected, strict=True):
+        assert (a - b).abs().max() <= 1e-5
+
+
+def test_key_projector():
+    ours, other = head(), head()
+    torch.nn.init.normal_(other.mlp_0[0].weight)
+    queries, keys = maps(requires_grad=True), maps()
+    ids = ours.draw_ids(keys)
+    loss, grads = gradients(ours, queries, keys, patch_ids=ids, key_projector=other)
+    ours.implementation = other.implementation = "eager"
+    expected, expected_grads = gradients(ours, queries, keys, patch_ids=ids, key_projector=other)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    for a, b in zip(grads, expected_grads, strict=True):
+        assert error(a, b) <= 5e-6
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+def test_launches_of_the_head(directions):
+    """Ids, projection of both sides, InfoNCE and mean: five launches; backward: the zeroed maps and two kernels."""
+    ours, queries, keys = head(), maps(requires_grad=True), maps()
+    with Launches() as forward:
+        loss = ours(queries, keys, directions=directions)
+    assert forward.kernels == ["draw_kernel", "project_kernel", "nce_kernel", "mean_kernel"]
+    assert forward.library == ["aten.randint.default"]
+    upstream = torch.ones_like(loss)
+    with Launches() as backward:
+        torch.autograd.grad(loss, [*queries, *ours.parameters()], upstream)
+    assert backward.kernels == ["project_backward_kernel", "weight_gradient_kernel"]
+    assert backward.library == ["aten.zeros.default"]
+
+
+def test_given_ids_cost_one_launch_more():
+    ours, queries, keys = head(), maps(requires_grad=True), maps()
+    ids = ours.draw_ids(keys)
+    with Launches() as forward:
+        loss = ours(queries, keys, patch_ids=ids)
+    assert len(forward.kernels) + len(forward.library) == 3
+    with Launches() as backward:
+        torch.autograd.grad(loss, [*queries, *ours.parameters()])
+    assert backward.kernels == ["project_backward_kernel", "merge_kernel", "weight_gradient_kernel"]
+    assert [name for name in backward.library if "ones_like" not in name] == ["aten.zeros.default"]
+
+
+def test_choice_and_its_reasons(monkeypatch):
+    rows = unit_rows(8, 16)
+    with pytest.raises(ValueError, match="implementation must be"):
+        patch_nce(rows, rows, implementation="fast")
+    with pytest.raises(ValueError, match="float64"):
+        patch_nce(rows.double().to(DEVICE), rows.double().to(DEVICE), implementation="triton")
+    with pytest.raises(ValueError, match="at most 512"):
+        patch_nce(torch.ones(4, 513, device=DEVICE), torch.ones(4, 513, device=DEVICE), implementation="triton")
+    monkeypatch.setattr(fused.common.INTERPRET, "value", False)
+    with pytest.raises(ValueError, match="on the CPU"):
+        patch_nce(rows, rows, implementation="triton")
+    assert patch_nce(rows, rows).isfinite()
+
+
+def test_ids_are_checked():
+    feature, ids = torch.randn(2, 3, 4, 4), torch.tensor([0, 16])
+    with pytest.raises(ValueError, match=r"0\.\.15"):
+        project_patches([feature], [ids])
+    with pytest.raises(ValueError, match=r"0\.\.15"):
+        project_patches([feature.to(DEVICE)], [-ids.to(DEVICE)], check_ids=True)
+    with pytest.raises(ValueError, match="int64"):
+        project_patches([feature], [ids.int()])
+    with pytest.raises(ValueError, match="patches"):
+        project_patches([feature], [torch.zeros(3, 5, dtype=torch.long)])
+
+
+@pytest.mark.parametrize("implementation", ["eager", "triton"])
+def test_autocast_takes_rows_in_its_dtype(implementation):
+    sampler = PatchSampleF(nc=16, in_channels=CHANNELS, init_gain=1.0, implementation=implementation).to(DEVICE)
+    feats = maps()
+    exact, ids = sampler(feats, 24)
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        rows, _ = sampler(feats, 24, ids)
+        loss = PatchNCELoss(implementation=implementation)(rows[0], rows[0].flip(0), images=4)
+        same = patch_nce(exact[0], exact[0].flip(0), images=4, implementation=implementation, reduction="none")
+    assert all(r.dtype == torch.bfloat16 for r in rows)
+    assert loss.dtype == same.dtype == torch.float32
+    for a, b in zip(rows, exact, strict=True):
+        assert error(a, b) < 1e-2
+    rounded = patch_nce(exact[0].bfloat16().float(), exact[0].bfloat16().float().flip(0), images=4, reduction="none")
+    torch.testing.assert_close(same, rounded, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "triton"])
+def test_compiles_without_a_break(implementation):
+    ours, queries, keys = head(implementation), maps(requires_grad=True), maps()
+    ids = ours.draw_ids(keys)
+    compiled = torch.compile(lambda q, k: ours(q, k, patch_ids=ids), fullgraph=True, backend="aot_eager")
+    loss, expected = compiled(queries, keys), ours(queries, keys, patch_ids=ids)
+    torch.testing.assert_close(loss, expected)
+    for a, b in zip(torch.autograd.grad(loss, queries), torch.autograd.grad(expected, queries), strict=True):
+        torch.testing.assert_close(a, b)
+    drawing = torch.compile(lambda q, k: ours(q, k, directions=2), fullgraph=True, backend="aot_eager")
+    assert drawing(queries, keys).shape == (2,)
+    rows, chosen = torch.compile(PatchSampleF.forward, fullgraph=True, backend="aot_eager")(ours, queries, 24)
+    for a, b in zip(rows, PatchSampleF.forward(ours, queries, 24, chosen)[0], strict=True):
+        torch.testing.assert_close(a, b)
+    criterion = PatchNCELoss(implementation=implementation)
+    q, k = rows[0].detach(), rows[0].detach().flip(0)
+    torch.testing.assert_close(torch.compile(criterion, fullgraph=True, backend="aot_eager")(q, k), criterion(q, k))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "triton"])
+def test_dynamic_shapes_and_every_gradient(implementation):
+    def loss(q, k, e, how):
+        return patch_nce(q, k, extra_keys=e, detach_keys=False, symmetric=True, implementation=how)
+
+    compiled = torch.compile(lambda *x: loss(*x, implementation), fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows in (30, 41):
+        leaves = [unit_rows(n, 16).to(DEVICE).requires_grad_() for n in (rows, rows, 9)]
+        ours, truth = (torch.autograd.grad(f, leaves) for f in (compiled(*leaves), loss(*leaves, "eager")))
+        for a, b in zip(ours, truth, strict=True):
+            assert error(a, b) <= 5e-6
+
+
+def test_functional_gradient_and_no_second_one():
+    q, k = unit_rows(12, 16).to(DEVICE), unit_rows(12, 16).to(DEVICE)
+    functional = torch.func.grad(lambda x: patch_nce(x, k, implementation="triton"))(q)
+    leaf = q.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(patch_nce(leaf, k, implementation="eager"), leaf)
+    torch.testing.assert_close(functional, expected, rtol=1e-4, atol=1e-6)
+    queries = maps(requires_grad=True)
+    for loss, leaf in ((patch_nce(leaf, k, implementation="triton"), leaf), (head()(queries, maps()), queries[1])):
+        (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiated once"):
+            gradient.sum().backward()
+
+
+def test_opcheck():
+    operators = torch.ops.fastnce
+    q, k, e = (unit_rows(2, n, 16).to(DEVICE) for n in (10, 10, 5))
+    weight = torch.rand(2, 10, 10, device=DEVICE)
+    arguments = ([q], [k], [e], [weight], [weight], [0.07], False, False, True)
+    torch.library.opcheck(operators.nce_forward.default, arguments)
+    _, negative, positive, _ = operators.nce_forward(*arguments)
+    torch.library.opcheck(
+        operators.nce_keys.default, ([q], [k], [weight], [weight], [0.07], negative, positive.sigmoid(), False)
+    )
+    torch.library.opcheck(operators.draw_ids.default, (torch.randint(9**9, (3, 2), device=DEVICE), [400, 81, 25], 24))
+    ours, feats, others = head(), maps(), maps()
+    ids = ours.draw_ids(feats, 2)
+    mlp = [w.detach() for four in ours.mlps(3) for w in four]
+    torch.library.opcheck(operators.project.default, (feats, ids, mlp, torch.float32, True))
+    units, *saved = operators.project(feats, ids, mlp, torch.float32, True)
+    layout = fused._pack([sample_project.map_layout(m) for m in feats])
+    torch.library.opcheck(
+        operators.project_backward.default,
+        (units, None, 1, layout, ids, mlp, units, *saved, False, [True, False, True], True),
+    )
+    torch.library.opcheck(operators.head.default, (feats, others, ids, mlp, mlp, [0.07] * 3, 4, 2, torch.float32, True))
+
+
+def test_deterministic_mode():
+    ours, queries, keys = head(), maps(requires_grad=True), maps()
+    ids = ours.draw_ids(keys)
+    torch.use_deterministic_algorithms(True)
+    try:
+        once, again = (gradients(ours, queries, keys, patch_ids=ids) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(once[0], again[0])
+    assert all(torch.equal(a, b) for a, b in zip(once[1], again[1], strict=True))
