@@ -10,18 +10,21 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from . import __version__
 from .config import Config, from_dict, resolve
 from .data import UnpairedData, build_cache
+from .data.single import SinglePictureData
 from .engine.checkpoint import newest, read_state
 from .engine.distributed import RankLost, Ranks, ranks_of_launcher
 from .engine.loop import TrainingFailed, pick_device
 from .engine.loop import train as run_training
 from .inference import load_translator, translate_files
 from .methods import PRESETS
+from .networks import channels_last
 
 
 def _parser(command: str, description: str) -> argparse.ArgumentParser:
@@ -68,7 +71,8 @@ def _train_rank(config: Config, out: Path, ranks: Ranks, quiet: bool) -> int:
     if config.data.preprocess != "none":
         method.check(config.data.batch, *_sides(config.data.crop_size))
     data = open_data(config, device, ranks, quiet)
-    method = method.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    method = method.to(device)
+    channels_last(method)
     if ranks.first:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.toml").write_text(config.as_toml(), encoding="utf-8")
@@ -93,7 +97,9 @@ def _train_rank(config: Config, out: Path, ranks: Ranks, quiet: bool) -> int:
     )
 
 
-def open_data(config: Config, device: torch.device, ranks: Ranks, quiet: bool = False) -> UnpairedData:
+def open_data(
+    config: Config, device: torch.device, ranks: Ranks, quiet: bool = False
+) -> UnpairedData | SinglePictureData:
     """The data set that a configuration names."""
     options, network = config.data, config.network
     if network.in_channels != network.out_channels:
@@ -101,21 +107,28 @@ def open_data(config: Config, device: torch.device, ranks: Ranks, quiet: bool = 
             f"network.in_channels={network.in_channels} and out_channels={network.out_channels} must be equal: both "
             f"domains are read with one number of channels"
         )
+    common: dict[str, Any] = {
+        "channels": network.in_channels,
+        "flip": options.flip,
+        "batch": options.batch,
+        "seed": config.run.seed,
+        "rank": ranks.rank,
+        "world": ranks.world,
+        "device": device,
+    }
+    if options.preprocess == "zoom_and_patch":
+        if not isinstance(options.crop_size, int):
+            raise ValueError("data.preprocess=zoom_and_patch takes square crops: data.crop_size must be one number")
+        return SinglePictureData(options.dir, crop_size=options.crop_size, **common)
     return UnpairedData(
         options.dir,
         load_size=_side(options.load_size),
         crop_size=_side(options.crop_size),
-        channels=network.in_channels,
         preprocess=options.preprocess,
-        flip=options.flip,
-        batch=options.batch,
-        seed=config.run.seed,
-        rank=ranks.rank,
-        world=ranks.world,
-        device=device,
         cache_dir=options.cache_dir or None,
         skip_bad=options.skip_bad,
         progress=None if quiet else print,
+        **common,
     )
 
 

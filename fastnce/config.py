@@ -24,7 +24,7 @@ class DataOptions:
     crop_size: int | list[int] = option(256, "side of the crops, or [height, width]; multiples of 4")
     preprocess: str = option(
         "resize_and_crop",
-        "resize_and_crop, crop, scale_width_and_crop, scale_shortside_and_crop or none (whole pictures)",
+        "resize_and_crop, crop, scale_width_and_crop, scale_shortside_and_crop, none (whole pictures), zoom_and_patch",
     )
     flip: bool = option(True, "mirror half of the pictures")
     batch: int = option(1, "pictures of each domain a step")

@@ -16,6 +16,7 @@ from .config import from_dict
 from .data import DataError, find_images, load_image, save_image
 from .engine.checkpoint import load_generators, newest, read_state
 from .interop import load_weights, network_from_weights, read_weights
+from .networks import channels_last
 
 
 class Translator:
@@ -27,7 +28,8 @@ class Translator:
     """
 
     def __init__(self, generator: nn.Module, device: torch.device | str = "cpu"):
-        self.generator = generator.to(device).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        self.generator = generator.to(device).eval()
+        channels_last(self.generator)
         self.device = torch.device(device)
         self.factor: int = getattr(generator, "factor", 1)
         self.smallest: int = getattr(generator, "smallest", self.factor)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .layers import BlurDown, BlurUp, InstanceNorm, Norm, init_weights
+from .layers import BlurDown, BlurUp, InstanceNorm, Norm, channels_last, init_weights
 from .patchgan import PatchGAN, PixelGAN
 from .resnet import ResnetGenerator
 from .restorer import Restorer
@@ -104,5 +104,6 @@ __all__ = [
     "UnetGenerator",
     "build_discriminator",
     "build_generator",
+    "channels_last",
     "init_weights",
 ]

@@ -59,6 +59,16 @@ class ReflectionPad(nn.Module):
         return str(self.margin)
 
 
+def channels_last(network: nn.Module) -> None:
+    """Lay the convolutions' weights out channels-last, which convolutions on maps of that layout want.
+
+    (`Module.to(memory_format=...)` refuses weights of other dimensions, which StyleGAN2's have.)
+    """
+    for parameter in network.parameters():
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+
+
 def full_precision(layer: nn.Module, x: Tensor) -> Tensor:
     """`layer` on x in float32 whatever autocast says: for the last convolution and the tanh of a generator."""
     with own_precision(x):

@@ -1,0 +1,209 @@
+"""Rain on clean pictures: to train and test deraining without a data set.
+
+fastnce rain PHOTOS --out DIR               # DIR/rain/NAME.png and DIR/norain/NAME.png
+fastnce rain PHOTOS --out DIR --unpaired    # DIR/trainA (rainy) and DIR/trainB (clean), of different pictures
+
+`render_rain` works on tensors on any device, so that it can also be an augmentation.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .folder import DataError, find_images, load_image, save_image
+
+Range = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class RainOptions:
+    """What the rain is like; every picture draws its own values, uniformly from (low, high).
+
+    Lengths are shares of the picture's shorter side, so that photographs of any size look alike.
+    """
+
+    density: Range = (0.06, 0.2)
+    """Share of the picture that streaks cover."""
+    length: Range = (0.07, 0.18)
+    """Of the nearest streaks."""
+    width: Range = (0.004, 0.008)
+    """Of the nearest streaks, at half their brightness; never thinner than a pixel."""
+    angle: Range = (-25.0, 25.0)
+    """Degrees from the vertical; positive leans to the right at the top."""
+    opacity: Range = (0.4, 0.8)
+    """Of the nearest and brightest streaks, 0 to 1."""
+    haze: Range = (0.0, 0.15)
+    """How much of the light is lost to the veil where it is thickest, 0 to 1."""
+    layers: int = 3
+    """Depths: streaks farther away are shorter, thinner, fainter and more of them."""
+
+    def __post_init__(self) -> None:
+        least = {"length": 1e-3, "width": 1e-4, "angle": -80.0}
+        most = {"density": 0.9, "length": 1.0, "width": 0.2, "angle": 80.0, "opacity": 1.0, "haze": 1.0}
+        for name, limit in most.items():
+            low, high = getattr(self, name)
+            if not least.get(name, 0.0) <= low <= high <= limit:
+                raise ValueError(
+                    f"rain {name} must be LOW or LOW:HIGH between {least.get(name, 0.0):g} and {limit:g}, not "
+                    f"{low:g}:{high:g}"
+                )
+        if not 1 <= self.layers <= 8:
+            raise ValueError(f"rain layers must be from 1 to 8, not {self.layers}")
+
+
+@torch.no_grad()
+def render_rain(clean: Tensor, options: RainOptions | None = None, generator: torch.Generator | None = None) -> Tensor:
+    """Pictures as if it rained.
+
+    A veil of haze (thicker towards the top, where scenes are far away), then streaks from the farthest layer to the
+    nearest. A layer is sparse noise convolved with one motion-blurred drop; light in a streak is the drop's, which
+    shows the bright sky, so dark places change more than bright ones and nothing becomes brighter than that light.
+
+    Args:
+        clean: (images, 1 or 3, height, width) float in [-1, 1].
+        generator: where the draws come from; with one on the CPU, the same rain falls on every device.
+
+    Returns:
+        the same shape, dtype and device.
+
+    Raises:
+        ValueError: another shape.
+    """
+    options = options or RainOptions()
+    if clean.dim() != 4 or clean.shape[1] not in (1, 3):
+        raise ValueError(f"pictures must be (images, 1 or 3, height, width), not {tuple(clean.shape)}")
+    images, _, height, width = clean.shape
+    device = clean.device
+    source = device if generator is None else generator.device
+
+    def draw(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator, device=source).to(device)
+
+    def between(limits: Range) -> Tensor:
+        return limits[0] + (limits[1] - limits[0]) * draw(images, 1, 1)
+
+    side = min(height, width)
+    density, length, thick = between(options.density), between(options.length) * side, between(options.width) * side
+    angle, opacity, haze = between(options.angle), between(options.opacity), between(options.haze)
+    light = 0.8 + 0.2 * draw(images, 1, 1, 1)  # of sky and drops
+
+    x = clean.float().add(1).div(2)
+    clouds = F.interpolate(draw(images, 1, 4, 5), (height, width), mode="bicubic", align_corners=False)
+    fall = torch.linspace(1.0, 0.3, height, device=device)[:, None]
+    veil = haze[:, None] * (fall * (0.7 + 0.3 * clouds)).clamp(0, 1)
+    x = x + veil * (0.9 * light - x)
+
+    down = torch.fft.fftfreq(height, 1 / height, device=device)[:, None]  # signed distance from row 0, wrapped
+    right = torch.fft.fftfreq(width, 1 / width, device=device)[None, :]
+    for layer in reversed(range(options.layers)):
+        near = 0.6**layer
+        lean = torch.deg2rad(angle + 4 * draw(images, 1, 1) - 2)
+        long = length * near * (0.7 + 0.6 * draw(images, 1, 1))
+        wide = (thick * near).clamp(min=1.0)
+        along = (down * lean.cos() - right * lean.sin()).abs()  # (B, H, W)
+        across = down * lean.sin() + right * lean.cos()
+        ends = 0.35 * long  # streaks fade in and out
+        drop = ((long / 2 - along) / ends + 0.5).clamp(0, 1) * torch.exp(-4 * math.log(2) * (across / wide) ** 2)
+        chance = density / options.layers / (long * wide).clamp(min=1.0)
+        # the brightest are few
+        drops = (draw(images, height, width) < chance) * draw(images, height, width).square().mul(0.8).add(0.2)
+        streaks = torch.fft.irfft2(torch.fft.rfft2(drops) * torch.fft.rfft2(drop), s=(height, width))
+        cover = (opacity * near**0.5 * streaks.clamp(0, 1))[:, None]
+        x = x + cover * (light - x).clamp(min=0)
+    return x.mul(2).sub(1).clamp(-1, 1).to(clean.dtype)
+
+
+def write_rain(
+    source: Path,
+    out: Path,
+    options: RainOptions | None = None,
+    *,
+    seed: int = 0,
+    unpaired: bool = False,
+    test: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, int]:
+    """Render rain on a picture or on every picture of a folder.
+
+    Args:
+        out: receives `rain` and `norain`; with `unpaired`, `trainA` and `trainB`, each of half the pictures, so that no
+            rainy picture's own truth is in trainB. Pictures are written as 8-bit PNG.
+        seed: the rain of the picture at a place in the sorted folder follows from (seed, place).
+        test: so many pictures are kept out of the rest and written as pairs to `test/rain` and `test/norain`.
+        progress: called with a sentence after each picture.
+
+    Returns:
+        folder -> pictures in it.
+
+    Raises:
+        DataError: no picture, too few, a folder in the way or a file that cannot be read. Nothing is written then.
+    """
+    options = options or RainOptions()
+    files = find_images(source) if source.is_dir() else [source]
+    needed = test + (2 if unpaired else 1 if not test else 0)
+    if test < 0 or len(files) < needed:
+        raise DataError(f"{source} holds {len(files)} pictures; at least {max(needed, 1)} are needed, and test >= 0")
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed)).tolist()
+    half = (len(files) - test + 1) // 2
+    parts: dict[str, tuple[str, str]] = {"test": ("test/rain", "test/norain")}
+    if unpaired:
+        parts |= {"rainy": ("trainA", ""), "clean": ("", "trainB")}
+    else:
+        parts |= {"pair": ("rain", "norain")}
+    kinds = ["test"] * test + (["rainy"] * half + ["clean"] * len(files) if unpaired else ["pair"] * len(files))
+    kind_of = dict(zip(order, kinds, strict=False))
+
+    for name in {name.split("/")[0] for kind in set(kind_of.values()) for name in parts[kind] if name}:
+        if (out / name).exists():
+            raise DataError(f"{out / name} is there already: take another folder for --out")
+    aside = out / f".partial-{uuid.uuid4().hex}"
+    counts: dict[str, int] = {}
+    root = source if source.is_dir() else source.parent
+    taken: set[Path] = set()
+    try:
+        for place, file in enumerate(files):
+            clean = load_image(file, 3)[None]
+            name = file.relative_to(root).with_suffix(".png")
+            if name in taken:  # a.jpg beside a.png
+                name = name.with_name(f"{file.name}.png")
+            taken.add(name)
+            rainy_folder, clean_folder = parts[kind_of[place]]
+            if rainy_folder:
+                generator = torch.Generator().manual_seed((seed * 1_000_003 + place) % 2**63)
+                save_image(render_rain(clean, options, generator)[0], aside / rainy_folder / name)
+            if clean_folder:
+                save_image(clean[0], aside / clean_folder / name)
+            for folder in filter(None, (rainy_folder, clean_folder)):
+                counts[folder] = counts.get(folder, 0) + 1
+            if progress is not None:
+                progress(f"{place + 1}/{len(files)} {file.name}")
+        for made in sorted(aside.iterdir()):
+            os.replace(made, out / made.name)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        if out.is_dir() and not any(out.iterdir()):
+            out.rmdir()
+    return counts
+
+
+def parse_range(name: str, text: str) -> Range:
+    """ "0.1" or "0.1:0.3" as (low, high); ValueError for anything else."""
+    low, _, high = text.partition(":")
+    try:
+        return float(low), float(high or low)
+    except ValueError:
+        raise ValueError(f"--{name} must be a number or LOW:HIGH, not {text!r}") from None
+
+
+RANGES = [f.name for f in fields(RainOptions) if f.name != "layers"]
+"""The options that are ranges, in order."""
