@@ -48,6 +48,8 @@ PARTS = [
     Part("patchnce", "benchmarks.loss", "patchnce", 90),
     Part("chain", "benchmarks.loss", "chain", 120),
     Part("infonce", "benchmarks.loss", "infonce", 120),
+    Part("cut", "benchmarks.step", "cut", 180),
+    Part("dual", "benchmarks.step", "dual", 180),
 ]
 MACHINE = Part("machine", "benchmarks.machine", "describe", 60)
 MACHINE_COLUMNS = ("device", "driver", "torch", "triton", "python", "fastnce", "commit", "date")
