@@ -16,7 +16,8 @@ _here = _Path(__file__).resolve().parent
 if not (_here / "kernels").exists() and (_here.parent / "kernels" / "common.py").exists():
     __path__.append(str(_here.parent))
 
-from .nce import (  # noqa: E402  (the path above comes first)
+from .evaluate import DerainingMetrics  # noqa: E402  (the path above comes first)
+from .nce import (  # noqa: E402
     NegativeBank,
     PatchNCEHead,
     PatchNCELoss,
@@ -27,6 +28,7 @@ from .nce import (  # noqa: E402  (the path above comes first)
 )
 
 __all__ = [
+    "DerainingMetrics",
     "NegativeBank",
     "PatchNCEHead",
     "PatchNCELoss",

@@ -1,4 +1,4 @@
-"""Translate pictures with a trained generator: one picture, or a folder of them.
+"""Translate pictures with a trained generator: one picture, a folder of them, or one that is larger than memory.
 
 translator = load_translator("runs/horse2zebra")       # a run, a checkpoint folder or a published .pth
 picture = translator(load_image("horse.jpg")[None])    # any size
@@ -6,17 +6,26 @@ picture = translator(load_image("horse.jpg")[None])    # any size
 
 from __future__ import annotations
 
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import from_dict
-from .data import DataError, find_images, load_image, save_image
+from .data import DataError, find_images
 from .engine.checkpoint import load_generators, newest, read_state
 from .interop import load_weights, network_from_weights, read_weights
-from .networks import channels_last
+from .photographs import Photograph, check_format, read_photograph, write_photograph
+from .tiles import translate_exact, translate_fast
+from .windows import steps_of
+
+Tiles = Literal["auto", "exact", "fast"]
+SMALLEST_TILE = 128
 
 
 class Translator:
@@ -25,26 +34,147 @@ class Translator:
     Args:
         generator: its `factor` says what sides must be multiples of.
         device: where it computes.
+        tiles: "auto" translates whole pictures, and those that do not fit into memory by exact tiles; "exact" cuts
+            every picture larger than a tile and gives the same as the whole to rounding; "fast" takes the statistics of
+            instance norms from a downscaled picture, and `say` is told how far that is from exact on a crop.
+        tile_size: side of a tile in pixels; halved as long as it does not fit into memory.
+        say: called with a sentence where something is done otherwise than expected.
+
+    Raises:
+        ValueError: settings that make no sense, or tiles asked for with a generator that they are not for.
     """
 
-    def __init__(self, generator: nn.Module, device: torch.device | str = "cpu"):
-        self.generator = generator.to(device).eval()
-        channels_last(self.generator)
+    def __init__(
+        self,
+        generator: nn.Module,
+        device: torch.device | str = "cpu",
+        *,
+        tiles: Tiles = "auto",
+        tile_size: int = 1024,
+        say: Callable[[str], None] | None = None,
+    ):
+        if tiles not in ("auto", "exact", "fast"):
+            raise ValueError(f"tiles must be auto, exact or fast, not {tiles!r}")
+        if tile_size < SMALLEST_TILE:
+            raise ValueError(f"tile_size must be at least {SMALLEST_TILE}, not {tile_size}")
+        if tiles != "auto":
+            steps_of(generator, {})
+        self.generator = generator.to(device).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         self.device = torch.device(device)
+        self.tiles, self.tile_size, self.say = tiles, tile_size, say or (lambda sentence: None)
         self.factor: int = getattr(generator, "factor", 1)
         self.smallest: int = getattr(generator, "smallest", self.factor)
         first = next(m for m in generator.modules() if isinstance(m, nn.Conv2d))
         self.channels = first.in_channels
+        self.out_channels: int = getattr(generator, "out_channels", self.channels)
+        self._bytes_per_pixel = 0.0
 
     @torch.inference_mode()
     def __call__(self, pictures: Tensor) -> Tensor:
-        """(images, channels, height, width) in [-1, 1] to the same size, float32 on the CPU."""
+        """(images, channels, height, width) in [-1, 1] to the same size, float32 on the CPU.
+
+        Raises:
+            ValueError: another shape, or a picture that does not fit into memory even in tiles.
+        """
         if pictures.dim() != 4 or pictures.shape[1] != self.channels:
             raise ValueError(f"pictures must be (images, {self.channels}, height, width), not {tuple(pictures.shape)}")
         height, width = pictures.shape[2:]
-        padded = pad_to_multiple(pictures.to(self.device), self.factor, self.smallest)
-        result = self.generator(padded.contiguous(memory_format=torch.channels_last))
-        return result[:, :, :height, :width].float().cpu()
+        padded = pad_to_multiple(pictures, self.factor, self.smallest)
+        if self.tiles == "auto" or max(padded.shape[2:]) <= self.tile_size:
+            result = self._whole(padded)
+            if result is not None:
+                return result[:, :, :height, :width]
+            if len(padded) > 1:
+                return torch.cat([self(picture) for picture in pictures.split(1)])
+        return torch.cat([self._tiled(picture)[:, :, :height, :width] for picture in padded.split(1)])
+
+    def _whole(self, padded: Tensor) -> Tensor | None:
+        """None where memory is too small for it."""
+        if self.device.type == "cpu":  # where memory runs out only when it is written to, and the process is killed
+            room = available_memory()
+            if room is not None and self._needed(padded) > room:
+                return None
+        try:
+            x = padded.to(self.device).contiguous(memory_format=torch.channels_last)
+            return self.generator(x).float().cpu()
+        except RuntimeError as error:
+            if not _out_of_memory(error):
+                raise
+        self._release()
+        return None
+
+    def _tiled(self, padded: Tensor) -> Tensor:
+        size = f"{padded.shape[3]}x{padded.shape[2]}"
+        tile = self.tile_size
+        if self.tiles == "auto":
+            try:
+                steps_of(self.generator, {})
+            except ValueError as error:
+                raise ValueError(f"a picture of {size} does not fit into memory as a whole, and {error}") from None
+            while tile > SMALLEST_TILE and tile >= max(padded.shape[2:]):
+                tile //= 2
+            self.say(f"a picture of {size} does not fit into memory as a whole: exact tiles of {tile}")
+        while True:
+            try:
+                if self.tiles == "fast":
+                    output, apart = translate_fast(self.generator, padded, tile, self.device)
+                    self.say(str(apart))
+                else:
+                    output = translate_exact(self.generator, padded, tile, self.device)
+                return output.float().cpu()
+            except RuntimeError as problem:
+                if not _out_of_memory(problem):
+                    raise
+            self._release()
+            if tile // 2 < SMALLEST_TILE:
+                raise ValueError(f"a picture of {size} does not fit into memory, not even in tiles of {tile}")
+            tile //= 2
+            self.say(f"tiles of {2 * tile} do not fit into memory: tiles of {tile}")
+
+    def _release(self) -> None:
+        if self.device.type != "cpu":
+            torch.accelerator.empty_cache()
+
+    def _needed(self, padded: Tensor) -> float:
+        """An estimate of the bytes that a pass over the whole picture takes, from the widest layer's maps."""
+        if not self._bytes_per_pixel:
+            widest = 0
+
+            def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+                nonlocal widest
+                widest = max(widest, inputs[0].numel() + 2 * output.numel())
+
+            leaves = [m for m in self.generator.modules() if not list(m.children())]
+            hooks = [module.register_forward_hook(record) for module in leaves]
+            side = max(64, self.smallest)
+            try:
+                self.generator(torch.zeros(1, self.channels, side, side, device=self.device))
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            self._bytes_per_pixel = 4 * widest / side**2
+        return self._bytes_per_pixel * padded.shape[0] * padded.shape[2] * padded.shape[3]
+
+
+def available_memory() -> int | None:
+    """Bytes that this process can still have: the system's and its control group's; None where neither is known."""
+    rooms = []
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                rooms.append(1024 * int(line.split()[1]))
+    except OSError:
+        pass
+    try:
+        group = Path("/sys/fs/cgroup")
+        rooms.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):  # no group, or "max"
+        pass
+    return min(rooms) if rooms else None
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def pad_to_multiple(pictures: Tensor, factor: int, smallest: int = 1) -> Tensor:
@@ -60,12 +190,21 @@ def pad_to_multiple(pictures: Tensor, factor: int, smallest: int = 1) -> Tensor:
     return F.pad(pictures, (0, right, 0, bottom), mode=mode)
 
 
-def load_translator(source: str | Path, device: torch.device | str = "cpu", generator: str = "") -> Translator:
+def load_translator(
+    source: str | Path,
+    device: torch.device | str = "cpu",
+    generator: str = "",
+    *,
+    tiles: Tiles = "auto",
+    tile_size: int = 1024,
+    say: Callable[[str], None] | None = None,
+) -> Translator:
     """A translator from a run's folder, a checkpoint's folder or a published `.pth` file.
 
     Args:
         source: the path.
         generator: which one of a method with two: "G_A" (A to B, the default) or "G_B".
+        device, tiles, tile_size, say: as `Translator`.
 
     Raises:
         ValueError: nothing there, or not what it should be.
@@ -80,38 +219,116 @@ def load_translator(source: str | Path, device: torch.device | str = "cpu", gene
             raise ValueError(f"{folder}: no generator {name!r}, it holds {', '.join(weights)}")
         network = from_dict(state["config"]).network.build_generator(reverse=name == "G_B")
         load_weights(network, weights[name], str(folder))
-        return Translator(network, device)
+        return Translator(network, device, tiles=tiles, tile_size=tile_size, say=say)
     if not source.exists():
         raise ValueError(f"{source}: no such run or file")
     network = network_from_weights(read_weights(source), str(source))
     if not hasattr(network, "factor"):
         raise ValueError(f"{source}: holds a discriminator; translation needs a generator (..._net_G.pth)")
-    return Translator(network, device)
+    return Translator(network, device, tiles=tiles, tile_size=tile_size, say=say)
 
 
-def translate_files(translator: Translator, source: Path, out: Path, suffix: str = ".png") -> list[Path]:
+def translate_files(
+    translator: Translator,
+    source: Path,
+    out: Path,
+    suffix: str = ".png",
+    *,
+    batch: int = 1,
+    bits: int | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> list[Path]:
     """Translate one picture or every picture of a folder (keeping its subfolders); returns the files written.
 
+    Alpha and colour profile are carried over where the format holds them.
+
+    Args:
+        suffix: the format of the files written.
+        batch: how many pictures of one size to translate at once.
+        bits: 8, 16, or None: as the source where the format can (see `check_format`).
+        progress: called with "done/total, images/s" after each picture.
+
     Raises:
-        ValueError: no picture there. Pictures that cannot be read are all named, after the others were written.
+        ValueError: no picture there, or a format that cannot hold what is asked for. Pictures that cannot be used are
+            all named, after the others were written.
     """
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1, not {batch}")
+    check_format(suffix, bits, translator.out_channels)
     pictures = find_images(source) if source.is_dir() else [source]
     if not pictures:
         raise ValueError(f"{source}: no pictures here")
     root = source if source.is_dir() else source.parent
     written: list[Path] = []
     bad: list[str] = []
+    waiting: dict[tuple[int, ...], list[tuple[Path, Path, Photograph]]] = {}  # by size
+    begin = time.perf_counter()
+
+    def flush(size: tuple[int, ...]) -> None:
+        group = waiting.pop(size)
+        try:
+            results = translator(torch.stack([photograph.pixels for _, _, photograph in group]))
+        except ValueError as error:
+            bad.extend(f"{path}: {error}" for path, _, _ in group)
+            return
+        for result, (_, target, photograph) in zip(results, group, strict=True):
+            write_photograph(result, target, photograph, bits)
+            written.append(target)
+        if progress is not None:
+            rate = len(written) / (time.perf_counter() - begin)
+            progress(f"{len(written)}/{len(pictures)} pictures, {rate:.2f} images/s")
+
+    taken: set[Path] = set()
     for path in pictures:
         try:
-            picture = load_image(path, channels=translator.channels)
+            photograph = read_photograph(path, translator.channels)
         except DataError as error:
             bad.append(str(error))
             continue
         target = (out / path.relative_to(root)).with_suffix(suffix)
-        if target in written:  # a.jpg beside a.png
+        if target in taken:  # a.jpg beside a.png
             target = target.with_name(f"{path.name}{suffix}")
-        save_image(translator(picture[None])[0], target)
-        written.append(target)
+        taken.add(target)
+        size = tuple(photograph.pixels.shape)
+        waiting.setdefault(size, []).append((path, target, photograph))
+        if len(waiting[size]) == batch:
+            flush(size)
+        elif sum(map(len, waiting.values())) > 4 * batch:  # many sizes: do not hold them all
+            flush(next(iter(waiting)))
+    for size in list(waiting):
+        flush(size)
     if bad:
         raise DataError("\n".join(bad))
     return written
+
+
+class ProgressLine:
+    """A line on stderr, rewritten in place; where stderr is no terminal, a line every ten seconds."""
+
+    EVERY = 10.0
+
+    def __init__(self) -> None:
+        self._live = sys.stderr.isatty()
+        self._last = time.monotonic()
+
+    def __call__(self, text: str) -> None:
+        if self._live:
+            print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
+        elif time.monotonic() - self._last >= self.EVERY:
+            print(text, file=sys.stderr, flush=True)
+            self._last = time.monotonic()
+
+    def say(self, sentence: str) -> None:
+        """A line that stays, on stdout."""
+        self.clear()
+        print(sentence, flush=True)
+
+    def clear(self) -> None:
+        if self._live:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> ProgressLine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.clear()

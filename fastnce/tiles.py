@@ -6,167 +6,209 @@ the whole picture, so a tile alone comes out wrong. Two ways out:
 - `translate_exact` computes the whole picture's statistics, one norm after another, each over all tiles, and keeps the
   maps between them where they are small (at half resolution or below; larger ones are computed again).
 - `translate_fast` takes the statistics from one pass over a downscaled picture, then each tile once.
-
-Each step of a network is described by what its output at some rows and columns needs of its input. Borders of the
-picture are padded as the network does; borders of a tile are not padded, they are computed from the neighbours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .networks import BlurDown, BlurUp, InstanceNorm, ResnetGenerator, Restorer
-from .networks.layers import ReflectionPad
-from .networks.resnet import ResnetBlock
+from .networks import InstanceNorm
 from .networks.restorer import GatedBlock
-
-Span = tuple[int, int]
-"""Rows (or columns) from the first to before the second."""
-Window = tuple[Span, Span]
-Size = tuple[int, int]
-Statistics = dict[nn.Module, tuple[Tensor, Tensor]]
-"""Mean and variance of what comes into a module, (1, channels, 1, 1) each."""
+from .windows import Gate, Gated, Normalise, Residual, Size, Statistics, Step, Window, run_steps, spans, steps_of
 
 
-class Step:
-    """One step of a network; the base class is pointwise."""
+class Moments:
+    """Mean and variance of each channel over tiles, merged in float64 (Chan et al., 1979)."""
 
-    shrinks = False
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean = self.squares = torch.zeros((), dtype=torch.float64)
 
-    def size(self, size: int) -> int:
-        """Of the output along an axis, for an input of `size`."""
-        return size
+    def add(self, x: Tensor) -> None:
+        variance, mean = (t.cpu().double() for t in torch.var_mean(x.float(), dim=(0, 2, 3), correction=0))
+        count = x.numel() // x.shape[1]
+        total = self.count + count
+        apart = mean - self.mean
+        self.squares = self.squares + variance * count + apart.square() * (self.count * count / total)
+        self.mean = self.mean + apart * (count / total)
+        self.count = total
 
-    def needs(self, want: Span, size: int) -> Span:
-        """What an input of `size` must provide for the output at `want`."""
-        return want
-
-    def run(self, x: Tensor, have: Window, want: Window, size: Size) -> Tensor:
-        """The output at `want` from the input at `have`, which is what `needs` says."""
-        raise NotImplementedError
-
-
-@dataclass
-class Pointwise(Step):
-    function: Callable[[Tensor], Tensor]
-
-    def run(self, x: Tensor, have: Window, want: Window, size: Size) -> Tensor:
-        return self.function(x)
+    def result(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        both = (self.mean, self.squares / self.count)
+        mean, variance = (t.float().to(device)[None, :, None, None] for t in both)
+        return mean, variance
 
 
-@dataclass
-class Normalise(Step):
-    """Instance norm with given statistics."""
+class Tiler:
+    """Runs steps over whole maps, tile by tile.
 
-    norm: InstanceNorm
-    statistics: Statistics
+    Args:
+        picture: (1, channels, height, width), sides as the generator needs them.
+        tile: side of a tile, in pixels of the picture.
+        device: where tiles are computed; maps lie there when they fit, else in the host's memory.
+    """
 
-    def run(self, x: Tensor, have: Window, want: Window, size: Size) -> Tensor:
-        mean, variance = self.statistics[self.norm]
-        return (x - mean) * torch.rsqrt(variance + self.norm.eps)
+    def __init__(self, picture: Tensor, tile: int, device: torch.device):
+        self.height, self.width = picture.shape[2:]
+        self.tile, self.device = tile, device
 
+    def outputs(self, source: Tensor, steps: Sequence[Step]) -> Iterator[tuple[Window, Size, Tensor]]:
+        """(window, whole size, output there) for every tile; the windows cover the output and do not overlap."""
+        size = (source.shape[2], source.shape[3])
+        height, width = (spans(steps, (0, 1), side)[1][-1] for side in size)
+        tall = max(8, self.tile * height // self.height)
+        wide = max(8, self.tile * width // self.width)
+        for top in range(0, height, tall):
+            for left in range(0, width, wide):
+                want = ((top, min(top + tall, height)), (left, min(left + wide, width)))
+                (y0, y1), (x0, x1) = (spans(steps, w, side)[0][0] for w, side in zip(want, size, strict=True))
+                x = source[:, :, y0:y1, x0:x1].to(self.device).contiguous(memory_format=torch.channels_last)
+                yield want, (height, width), run_steps(steps, x, want, size)
 
-@dataclass
-class Convolve(Step):
-    """Convolution with any padding."""
+    def moments(self, source: Tensor, steps: Sequence[Step]) -> tuple[Tensor, Tensor]:
+        found = Moments()
+        for _, _, output in self.outputs(source, steps):
+            found.add(output)
+        return found.result(self.device)
 
-    function: Callable[[Tensor], Tensor]
-    kernel: int
-    stride: int = 1
-    padding: int = 0
-    mode: str = "constant"
+    def whole(
+        self, source: Tensor, steps: Sequence[Step], into: Tensor | None = None, moments: Moments | None = None
+    ) -> Tensor:
+        """The whole output as one map, added to `into` where that is given."""
+        result = into
+        for ((top, bottom), (left, right)), size, output in self.outputs(source, steps):
+            if result is None:
+                result = self._room((1, output.shape[1], *size))
+            place = result[:, :, top:bottom, left:right]
+            place.copy_(output) if into is None else place.add_(output.to(place.device))
+            if moments is not None:
+                moments.add(output)
+        assert result is not None
+        return result
 
-    @property
-    def shrinks(self) -> bool:  # type: ignore[override]
-        return self.stride > 1
+    def _room(self, shape: tuple[int, ...]) -> Tensor:
+        device = torch.device("cpu")
+        if self.device.type == "cuda" and 16 * math.prod(shape) < torch.cuda.mem_get_info(self.device)[0]:
+            device = self.device  # a quarter of what is free: up to three maps are alive, and the tiles
+        return torch.empty(shape, device=device)
 
-    def size(self, size: int) -> int:
-        return (size + 2 * self.padding - self.kernel) // self.stride + 1
+    def exact(self, source: Tensor, steps: Sequence[Step], keep: int, into: Tensor | None = None) -> Tensor:
+        """Run steps whose statistics are to be found on the way.
 
-    def virtual(self, want: Span) -> Span:
-        first = want[0] * self.stride - self.padding
-        return first, (want[1] - 1) * self.stride - self.padding + self.kernel
-
-    def needs(self, want: Span, size: int) -> Span:
-        first, last = self.virtual(want)
-        return max(first, 0), min(last, size)
-
-    def run(self, x: Tensor, have: Window, want: Window, size: Size) -> Tensor:
-        (top, bottom), (left, right) = (self.virtual(span) for span in want)
-        missing = (max(-left, 0), max(right - size[1], 0), max(-top, 0), max(bottom - size[0], 0))
-        return self.function(F.pad(x, missing, mode=self.mode) if any(missing) else x)
-
-
-@dataclass
-class Double(Step):
-    """Twice the size; `reach` input pixels beyond the halved window are needed on each side."""
-
-    function: Callable[[Tensor], Tensor]
-    reach: int
-
-    def size(self, size: int) -> int:
-        return 2 * size
-
-    def needs(self, want: Span, size: int) -> Span:
-        return max(want[0] // 2 - self.reach, 0), min((want[1] + 1) // 2 + self.reach, size)
-
-    def run(self, x: Tensor, have: Window, want: Window, size: Size) -> Tensor:
-        (top, bottom), (left, right) = want
-        y0, x0 = 2 * have[0][0], 2 * have[1][0]
-        return self.function(x)[:, :, top - y0 : bottom - y0, left - x0 : right - x0]
-
-
-@dataclass
-class Residual(Step):
-    """x + the inner steps."""
-
-    inner: list[Step]
-
-    def needs(self, want: Span, size: int) -> Span:
-        for step in reversed(self.inner):
-            want = step.needs(want, size)  # inner steps keep the size
-        return want
-
-    def run(self, x: Tensor, have: Window, want: Window, size: Size) -> Tensor:
-        (top, bottom), (left, right) = want
-        y0, x0 = have[0][0], have[1][0]
-        return x[:, :, top - y0 : bottom - y0, left - x0 : right - x0] + run_steps(self.inner, x, have, want, size)
-
-
-@dataclass
-class Keep(Step):
-    """Marks where the restorer keeps its map for the decoder."""
-
-    name: int
-
-
-@dataclass
-class Gather(Step):
-    """Adds the map kept under a name."""
-
-    name: int
+        Args:
+            keep: the most elements of a map that is kept rather than computed again.
+            into: receives the sum with the result.
+        """
+        current = source
+        pending: list[Step] = []
+        for step in steps:
+            if pending and pending[-1].shrinks and not isinstance(step, Normalise):
+                current, pending = self.whole(current, pending), []
+            if isinstance(step, Residual):
+                if pending or current is source:
+                    current, pending = self.whole(current, pending), []
+                current = self.exact(current, step.inner, keep, into=current)
+            elif isinstance(step, Gated):
+                step.statistics[step.block.attention] = self.moments(current, [*pending, Gate(step.block)])
+                current, pending = self.whole(current, [*pending, step]), []
+            elif isinstance(step, Normalise):
+                height, width = (spans(pending, (0, 1), side)[1][-1] for side in current.shape[2:])
+                if pending and height * width * step.norm.channels <= keep:
+                    moments = Moments()
+                    current, pending = self.whole(current, pending, moments=moments), []
+                    step.statistics[step.norm] = moments.result(self.device)
+                else:
+                    step.statistics[step.norm] = self.moments(current, pending)
+                pending.append(step)
+            else:
+                pending.append(step)
+        if into is not None and current is into:  # neighbours must not see the sums
+            return into.add_(self.whole(current, pending))
+        return self.whole(current, pending, into)
 
 
-def windows(steps: Sequence[Step], want: Window, size: Size) -> tuple[list[Window], list[Size]]:
-    """The window and the whole size of every step's input, and of the last one's output."""
-    sizes = [size]
-    for step in steps:
-        sizes.append((step.size(sizes[-1][0]), step.size(sizes[-1][1])))
-    found = [want]
-    for step, before in zip(reversed(steps), reversed(sizes[:-1]), strict=True):
-        rows, columns = found[-1]
-        found.append((step.needs(rows, before[0]), step.needs(columns, before[1])))
-    return found[::-1], sizes
+@torch.inference_mode()
+def translate_exact(generator: nn.Module, picture: Tensor, tile: int, device: torch.device | str) -> Tensor:
+    """What `generator(picture)` gives, to rounding, in the memory of a few tiles and of maps at half resolution.
+
+    Args:
+        generator: a `ResnetGenerator` or `Restorer` on the device, in eval mode.
+        picture: (1, channels, height, width), sides as the generator needs them; on any device.
+        tile: side of a tile in pixels.
+
+    Raises:
+        ValueError: another generator.
+    """
+    steps = steps_of(generator, {})
+    first = next(module for module in generator.modules() if isinstance(module, nn.Conv2d))
+    keep = picture.shape[2] * picture.shape[3] * max(first.out_channels // 2, 1)
+    return Tiler(picture, tile, torch.device(device)).exact(picture.float(), steps, keep)
 
 
-def run_steps(steps: Sequence[Step], x: Tensor, have: Window, want: Window, size: Size) -> Tensor:
-    """The output at `want`; `have` is what the first step needs."""
-    found, sizes = windows(steps, want, size)
-    for step, before, after, whole in zip(steps, found, found[1:], sizes, strict=False):
-        x = step.run(x, before, after, whole)
-    return x
+@dataclass(frozen=True)
+class FastError:
+    """How far `fast` was from exact on a crop of the picture, translated both ways; in levels of 255."""
+
+    mean: float
+    largest: float
+    crop: Size
+
+    def __str__(self) -> str:
+        height, width = self.crop
+        return (
+            f"fast tiles differ from exact ones by {self.mean:.2f} levels of 255 in the mean, {self.largest:.0f} at "
+            f"most, on a crop of {width}x{height}"
+        )
+
+
+@torch.inference_mode()
+def translate_fast(
+    generator: nn.Module, picture: Tensor, tile: int, device: torch.device | str
+) -> tuple[Tensor, FastError]:
+    """Translate tile by tile with the statistics of the picture shrunk to about one tile.
+
+    Arguments and errors as `translate_exact`. The error is measured by doing the same to a crop from the middle, shrunk
+    by the same factor, and to the crop as a whole.
+    """
+    device = torch.device(device)
+    height, width = picture.shape[2:]
+    shrink = min(1.0, tile / (height * width) ** 0.5)
+    output = _with_shrunk_statistics(generator, picture, shrink, tile, device)
+    factor = getattr(generator, "factor", 1)
+    rows, columns = (min(side, max(256, min(tile, 512))) // factor * factor for side in (height, width))
+    top, left = (height - rows) // 2, (width - columns) // 2
+    crop = picture[:, :, top : top + rows, left : left + columns]
+    exact = generator(crop.float().to(device).contiguous(memory_format=torch.channels_last)).float().cpu()
+    fast = _with_shrunk_statistics(generator, crop, shrink, tile, device).cpu()
+    levels = (fast.clamp(-1, 1) - exact.clamp(-1, 1)).abs().mul(127.5)
+    return output, FastError(levels.mean().item(), levels.max().item(), (rows, columns))
+
+
+def _with_shrunk_statistics(
+    generator: nn.Module, picture: Tensor, shrink: float, tile: int, device: torch.device
+) -> Tensor:
+    factor, smallest = getattr(generator, "factor", 1), max(32, getattr(generator, "smallest", 1))
+    size = [max(smallest, round(side * shrink / factor) * factor) for side in picture.shape[2:]]
+    small = F.interpolate(picture.float().to(device), size, mode="bilinear", antialias=True, align_corners=False)
+    statistics: Statistics = {}
+    steps = steps_of(generator, statistics)
+
+    def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        variance, mean = torch.var_mean(inputs[0].float(), dim=(0, 2, 3), correction=0, keepdim=True)
+        statistics[module] = (mean, variance)
+
+    seen = [m for m in generator.modules() if isinstance(m, InstanceNorm)]
+    seen += [m.attention for m in generator.modules() if isinstance(m, GatedBlock)]  # type: ignore[misc]
+    hooks = [module.register_forward_pre_hook(record) for module in seen]
+    try:
+        generator(small.contiguous(memory_format=torch.channels_last))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return Tiler(picture, tile, device).whole(picture.float(), steps)

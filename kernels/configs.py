@@ -50,6 +50,7 @@ _NCE = {
     ("sm_90", 64, True, True): Tile(128, 64, 8, 3),
     ("sm_100", 128, True, True): Tile(128, 64, 8, 3),
     ("sm_100", 64, True, True): Tile(128, 64, 8, 3),
+    ("sm_120", 64, True, False): Tile(32, 64, 8, 2),
     ("sm_86", 128, True, True): Tile(32, 64, 8, 2),
     ("sm_89", 128, True, True): Tile(32, 64, 8, 2),
     ("sm_86", 512, True, True): Tile(16, 64, 8, 2),

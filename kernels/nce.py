@@ -5,7 +5,8 @@ block of query rows stays on chip while the keys stream past it once, and no log
 
 The positive stays out of the 16-bit product: with negatives alone in the sum, loss = softplus(lse_negatives - positive)
 and p_negatives * k_i is subtracted in float32, which keeps the digits of confident rows. Rows of unit length bound the
-logits by 1/T, so exp2(s - ceil(c)) needs no running maximum while 2c stays inside float32's exponent (`UNIT_TEMPERATURE`).
+logits by 1/T, so exp2(s - ceil(c)) needs no running maximum while 2c stays inside float32's exponent
+(`UNIT_TEMPERATURE`).
 float16 keeps the running maximum even so, and its exponentials are scaled by 2^15 (SHIFT): its exponent has five bits.
 """
 
@@ -225,7 +226,7 @@ def nce_kernel(
     else:
         offset = tl.zeros([BM], tl.float32) + shift
     none = total == 0  # a row may have no negative at all
-    # the shift is a whole number, and log(2) comes in two parts, so that it cancels against the positive without a trace
+    # the shift is a whole number, and log(2) comes in two parts: it cancels against the positive without a trace
     log_total = tl.where(none, float("-inf"), tl.log2(tl.where(none, 1.0, total)) * LN2 + offset * LN2_LOW)
     neg = offset * LN2_HIGH + log_total
     margin = (offset * LN2_HIGH - pos) + log_total

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from fastnce.kernels import common, nce, sample_project
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from fastnce.nce import eager, reference
+from fastnce.nce import eager, fused, reference
 
 DEVICE = torch.device("cpu" if common.INTERPRET.value else torch.accelerator.current_accelerator() or "cpu")
 """The interpreter runs on the CPU; elsewhere the kernels run on the device."""
@@ -76,9 +76,20 @@ def eager_error(q: Tensor, k: Tensor, truth: Oracle, upstream: Tensor, **options
 
 LIBRARY_VIEWS = (
     "view", "_unsafe_view", "detach", "split", "select", "unsqueeze", "expand", "as_strided", "slice", "permute",
-    "transpose", "alias", "empty", "new_empty", "t.", "min.", "max.", "_local_scalar_dense",
+    "transpose", "alias", "unflatten", "flatten", "narrow", "empty", "new_empty", "t.",
+    "min.", "max.", "_local_scalar_dense",
 )  # fmt: skip
 """Operators that launch nothing. The last three check ids, which is done unasked on the CPU alone."""
+
+
+IMPLEMENTATIONS = {
+    "nce_forward": fused._nce_forward,
+    "nce_keys": fused._nce_keys,
+    "draw_ids": sample_project.draw_ids,
+    "project": fused._project,
+    "project_backward": fused._project_backward,
+    "head": fused._head,
+}
 
 
 class _Operators(TorchDispatchMode):
@@ -90,7 +101,7 @@ class _Operators(TorchDispatchMode):
         name = str(func)
         if name.startswith("fastnce."):
             with _Operators(self.names):  # what runs inside of our operators counts, they themselves do not
-                return func(*args, **(kwargs or {}))
+                return IMPLEMENTATIONS[name.split(".")[1]](*args, **(kwargs or {}))
         if not any(name.removeprefix("aten.").startswith(view) for view in LIBRARY_VIEWS):
             self.names.append(name)
         return func(*args, **(kwargs or {}))
@@ -108,7 +119,8 @@ class Launches:
 
         def counted(kernel, blocks, like, *args, **options):
             self.kernels.append(kernel.fn.__name__)
-            common.launch(kernel, blocks, like, *args, **options)
+            with _disable_current_modes():  # the interpreter moves data by operators of its own
+                common.launch(kernel, blocks, like, *args, **options)
 
         nce.launch = sample_project.launch = counted
         self.operators.__enter__()

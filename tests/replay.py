@@ -339,4 +339,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # the tensors are small: threads would wait for each other, long on a busy machine
     sys.exit(main())

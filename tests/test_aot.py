@@ -1,4 +1,4 @@
-"""Every tile of the tables compiles for every architecture, without spills, within its shared memory, on its matrix unit.
+"""Every tile of the tables compiles for every architecture, spills nothing, fits and uses the matrix unit.
 
 No device is needed. Triton must not be in its interpreter, so each architecture compiles in a process of its own.
 """

@@ -34,7 +34,8 @@ def test_layers_advance_apart_and_dtype_is_kept():
     bank = NegativeBank(4, [2, 2], torch.bfloat16)
     bank.enqueue([torch.ones(1, 2), torch.ones(3, 2)])
     assert bank.pointer.tolist() == [1, 3]
-    assert all(k.dtype == torch.bfloat16 for k in bank.keys())
+    stored = bank.keys()
+    assert all(k.dtype == torch.bfloat16 for k in stored)
 
 
 def test_state_dict_restores_it():

@@ -111,22 +111,22 @@ def test_batch_norm_keeps_passes_apart():
     torch.testing.assert_close(method.generate(batch, Draws())["fake_B"], method.generator_a(batch.a))
 
 
-def test_every_preset_trains_and_restores():
-    for name in PRESETS:
-        method = build(name)
-        batch = pictures(1 if name == "simdcl" else 2)
-        step = Step(method, OptimOptions(lr=1e-3))
-        before = {key: tensor.clone() for key, tensor in step.state().items()}
-        losses = step.run(batch, method.draw(random.Random(0)))
-        assert all(value.isfinite() for value in losses.values()), name
-        assert step.bad_steps == 0
-        after = step.state()
-        for network in method.networks():
-            weights = [key for key in before if key.startswith(f"network/{network}/") and "filt" not in key]
-            assert any(not torch.equal(before[key], after[key]) for key in weights), (name, network)
-        with torch.no_grad():
-            assert method.translate(batch.a).shape == batch.a.shape
-            assert all(len(column) == len(batch.a) for column in method.pictures(batch).values())
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_trains(preset):
+    method = build(preset)
+    batch = pictures(2 if preset == "sincut" else 1)  # SinCUT's negatives are other crops
+    step = Step(method, OptimOptions(lr=1e-3))
+    before = {key: tensor.clone() for key, tensor in step.state().items()}
+    losses = step.run(batch, method.draw(random.Random(0)))
+    assert all(value.isfinite() for value in losses.values())
+    assert step.bad_steps == 0
+    after = step.state()
+    for network in method.networks():
+        weights = [key for key in before if key.startswith(f"network/{network}/") and "filt" not in key]
+        assert any(not torch.equal(before[key], after[key]) for key in weights), network
+    with torch.no_grad():
+        one = Batch(batch.a[:1], batch.b[:1])
+        assert torch.equal(method.eval().pictures(one)["fake_B"], method.translate(one.a))
 
 
 @pytest.mark.parametrize(
@@ -508,19 +508,19 @@ def test_single_picture_digest_and_samples(two_pictures):
 
 def test_sincut_learns_from_two_pictures_and_translates_the_whole(shared):
     data = SinglePictureData(shared / "data" / "sincut", crop_size=64, batch=4)
-    method = build("sincut", lambda_identity=4.0, network={"resolution": 64}).float()
+    method = build("sincut", lambda_identity=20.0, network={"resolution": 64}).float()
     method.check(4, 64, 64)
-    step = Step(method, OptimOptions(lr=2e-3, beta1=0.0, beta2=0.99))
+    step = Step(method, OptimOptions(lr=4e-3, beta1=0.0, beta2=0.99))
     identity = []
-    for i in range(12):
+    for i in range(24):
         losses = step.run(Batch(*data.batch(i)), Draws())
         identity.append(float(losses["idt"]))
     assert step.bad_steps == 0
-    assert sum(identity[-4:]) < sum(identity[:4])
-    a, _ = data.samples(1)
+    assert sum(identity[-5:]) < sum(identity[:5])
+    _, b = data.samples(1)
     with torch.no_grad():
-        translated = method.eval().translate(a)
-    assert translated.shape == a.shape == (1, 3, 964, 1200)
+        translated = method.eval().translate(b)
+    assert translated.shape == b.shape == (1, 3, 768, 1024)
     assert translated.isfinite().all()
 
 

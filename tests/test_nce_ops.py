@@ -190,8 +190,9 @@ def test_functional_gradient_and_no_second_one():
     (expected,) = torch.autograd.grad(patch_nce(leaf, k, implementation="eager"), leaf)
     torch.testing.assert_close(functional, expected, rtol=1e-4, atol=1e-6)
     queries = maps(requires_grad=True)
-    for loss, leaf in ((patch_nce(leaf, k, implementation="triton"), leaf), (head()(queries, maps()), queries[1])):
-        (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    losses = (patch_nce(leaf, k, implementation="triton"), leaf), (head()(queries, maps()), queries[1])
+    for loss, source in losses:
+        (gradient,) = torch.autograd.grad(loss, source, create_graph=True)
         with pytest.raises(RuntimeError, match="differentiated once"):
             gradient.sum().backward()
 

@@ -163,9 +163,9 @@ def write_rain(
     kinds = ["test"] * test + (["rainy"] * half + ["clean"] * len(files) if unpaired else ["pair"] * len(files))
     kind_of = dict(zip(order, kinds, strict=False))
 
-    for name in {name.split("/")[0] for kind in set(kind_of.values()) for name in parts[kind] if name}:
-        if (out / name).exists():
-            raise DataError(f"{out / name} is there already: take another folder for --out")
+    for folder in sorted({f.split("/")[0] for kind in set(kind_of.values()) for f in parts[kind] if f}):
+        if (out / folder).exists():
+            raise DataError(f"{out / folder} is there already: take another folder for --out")
     aside = out / f".partial-{uuid.uuid4().hex}"
     counts: dict[str, int] = {}
     root = source if source.is_dir() else source.parent
@@ -187,8 +187,8 @@ def write_rain(
                 counts[folder] = counts.get(folder, 0) + 1
             if progress is not None:
                 progress(f"{place + 1}/{len(files)} {file.name}")
-        for made in sorted(aside.iterdir()):
-            os.replace(made, out / made.name)
+        for folder in sorted(entry.name for entry in aside.iterdir()):
+            os.replace(aside / folder, out / folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
         if out.is_dir() and not any(out.iterdir()):

@@ -122,15 +122,16 @@ def evaluate(
     if (data / "testA").is_dir() and (data / "testB").is_dir():
         if not fid or csv_file or sheet:
             raise DataError(
-                f"{data} holds testA and testB, which are not paired: only --fid with --json measures them (PSNR, SSIM, "
-                f"--csv and --sheet need pairs, such as rain/ and norain/)"
+                f"{data} holds testA and testB, which are not paired: only --fid with --json measures them (PSNR, "
+                f"SSIM, --csv and --sheet need pairs, such as rain/ and norain/)"
             )
         report = _unpaired(data, translate, channels, device, progress)
     else:
         report = _paired(data, translate, channels, device, fid, sheet, progress)
-    for file, text in ((json_file, report.as_json()), (csv_file, report.as_csv() if report.pictures else "")):
-        if file is not None:
-            _write(file, lambda path, text=text: path.write_text(text, encoding="utf-8"))
+    if json_file is not None:
+        _write(json_file, lambda path: path.write_text(report.as_json(), encoding="utf-8"))
+    if csv_file is not None:
+        _write(csv_file, lambda path: path.write_text(report.as_csv(), encoding="utf-8"))
     return report
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -99,7 +99,8 @@ def patch_nce(
         grouped_queries, grouped_keys = grouped_queries.to(dtype), grouped_keys.to(dtype)
     if extra_keys is not None:
         extra_keys = extra_keys.to(dtype)
-    options = {"temperature": float(temperature), "decoupled": decoupled}
+    rows: Any  # the kernels and the eager path take the same arguments
+    options: dict[str, Any] = {"temperature": float(temperature), "decoupled": decoupled}
     if _use_triton(implementation, queries.device, dtype, queries.shape[1], size):
         rows = fused.nce_rows
         options["unit"] = unit_rows
@@ -107,7 +108,7 @@ def patch_nce(
         rows = eager.nce_rows
         if extra_keys is not None:
             extra_keys = extra_keys.expand(groups, -1, -1)
-    weights = {"pair_log_weight_GSS": pair_log_weight, "pair_weight_GSS": pair_weight}
+    weights: dict[str, Any] = {"pair_log_weight_GSS": pair_log_weight, "pair_weight_GSS": pair_weight}
     with _without_autocast(queries.device):
         loss, logsumexp, positive = rows(grouped_queries, grouped_keys, extra_keys, **weights, **options)
         if symmetric:

@@ -143,7 +143,7 @@ class PatchSampleF(nn.Module):
         if not self.use_mlp:
             return None
         found = [self.get_submodule(f"mlp_{layer}") for layer in range(layers)]
-        return [(mlp[0].weight, mlp[0].bias, mlp[2].weight, mlp[2].bias) for mlp in found]  # type: ignore[index, misc]
+        return [(mlp[0].weight, mlp[0].bias, mlp[2].weight, mlp[2].bias) for mlp in found]  # type: ignore[index]
 
     def forward(
         self, feats: Sequence[Tensor], num_patches: int = 256, patch_ids: Sequence[Tensor] | None = None

@@ -1,0 +1,127 @@
+"""Photographs as users have them: what a translation must carry over besides the pixels.
+
+The EXIF orientation is applied when a file is read. Alpha is kept aside and put back; a colour profile is kept when it
+is one of the kind of picture that is written (RGB or grey). Other metadata is not carried over.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from .data import DataError, load_image, save_image
+from .data.folder import probe_picture
+
+ALPHA = (".png", ".webp", ".tif", ".tiff")
+PROFILE = (".png", ".webp", ".tif", ".tiff", ".jpg", ".jpeg")
+GREY_16 = (".png", ".tif", ".tiff")
+
+
+@dataclass(frozen=True)
+class Photograph:
+    """A picture that was read.
+
+    Args:
+        pixels: (channels, height, width) float32 in [-1, 1].
+        bits: of the file, 8 or 16.
+        alpha: (height, width) uint8 where the file has transparency.
+        profile: its ICC profile.
+    """
+
+    pixels: Tensor
+    bits: int = 8
+    alpha: np.ndarray | None = None
+    profile: bytes | None = None
+
+
+def read_photograph(path: Path, channels: int) -> Photograph:
+    """DataError as `load_image`."""
+    pixels = load_image(path, channels)
+    bits = probe_picture(path)[2]
+    if path.suffix.lower() == ".npy":
+        return Photograph(pixels, bits)
+    alpha = None
+    with Image.open(path) as opened:
+        profile = opened.info.get("icc_profile")
+        if channels in (1, 3) and bits == 8 and opened.has_transparency_data:
+            alpha = np.asarray(ImageOps.exif_transpose(opened).convert("RGBA").getchannel("A"))
+    return Photograph(pixels, bits, alpha, profile)
+
+
+def check_format(suffix: str, bits: int | None, channels: int) -> None:
+    """ValueError where pictures of `channels` cannot be written with so many bits in this format."""
+    if bits not in (None, 8, 16):
+        raise ValueError(f"bits must be 8 or 16, not {bits}")
+    if bits == 16 and not _holds_16(suffix, channels):
+        raise ValueError(
+            f"16 bits cannot be written as {suffix.lstrip('.')} with {channels} channels (PIL writes them for one "
+            f"channel, to PNG and TIFF): take --format npy, which holds any, or --bits 8"
+        )
+
+
+def _holds_16(suffix: str, channels: int) -> bool:
+    return suffix == ".npy" or (suffix in GREY_16 and channels == 1)
+
+
+def write_photograph(result: Tensor, path: Path, source: Photograph, bits: int | None = None) -> None:
+    """Write (channels, height, width) in [-1, 1] with the alpha and the profile of its source.
+
+    Args:
+        bits: 8, 16, or None: as the source, where the format can.
+
+    Raises:
+        DataError, OSError: as `save_image`; the file appears whole or not at all.
+    """
+    suffix, channels = path.suffix.lower(), result.shape[0]
+    deep = bits == 16 or (bits is None and source.bits == 16 and _holds_16(suffix, channels))
+    alpha = source.alpha if suffix in ALPHA and not deep and channels in (1, 3) else None
+    profile = source.profile if suffix in PROFILE and _fits(source.profile, channels) else None
+    if not deep and alpha is None and profile is None:
+        save_image(result, path)
+        return
+    peak, kind = (65535, np.uint16) if deep else (255, np.uint8)
+    scaled = torch.nan_to_num(result.detach().float().add(1).mul(peak / 2), nan=0.0).round().clamp(0, peak)
+    pixels = scaled.permute(1, 2, 0).cpu().numpy().astype(kind)  # (H, W, C)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}{suffix}")
+    try:
+        if suffix == ".npy":
+            np.save(temporary, pixels)
+        else:
+            _compose(pixels, alpha, suffix).save(temporary, **_options(suffix, profile))
+        os.replace(temporary, path)
+    except KeyError as error:
+        raise DataError(f"{path}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _compose(pixels: np.ndarray, alpha: np.ndarray | None, suffix: str) -> Image.Image:
+    image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+    if alpha is not None:
+        if suffix == ".webp":  # has no grey with alpha
+            image = image.convert("RGB")
+        image.putalpha(Image.fromarray(alpha))
+    return image
+
+
+def _options(suffix: str, profile: bytes | None) -> dict[str, Any]:
+    options: dict[str, Any] = {"icc_profile": profile} if profile else {}
+    if suffix in (".jpg", ".jpeg"):
+        options["quality"] = 95
+    elif suffix == ".webp":
+        options |= {"lossless": True, "exact": True}
+    return options
+
+
+def _fits(profile: bytes | None, channels: int) -> bool:
+    """Whether a profile is for such pictures: bytes 16 to 19 of its header name the colour space."""
+    return profile is not None and profile[16:20] == (b"GRAY" if channels == 1 else b"RGB ")
