@@ -17,14 +17,17 @@ import torch
 from . import __version__
 from .config import Config, from_dict, resolve
 from .data import UnpairedData, build_cache
+from .data.rain import RANGES, RainOptions, join_negative, parse_range, write_rain
 from .data.single import SinglePictureData
 from .engine.checkpoint import newest, read_state
 from .engine.distributed import RankLost, Ranks, ranks_of_launcher
 from .engine.loop import TrainingFailed, pick_device
 from .engine.loop import train as run_training
-from .inference import load_translator, translate_files
+from .inference import ProgressLine, load_translator, translate_files
 from .methods import PRESETS
 from .networks import channels_last
+
+TILES_HELP = "auto: whole pictures, exact tiles where memory is too small; exact or fast: always"
 
 
 def _parser(command: str, description: str) -> argparse.ArgumentParser:
@@ -162,16 +165,87 @@ def translate(arguments: list[str]) -> int:
     parser.add_argument("source", type=Path, metavar="IMAGE|DIR")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--generator", default="", help="of a method with two: G_A (A to B, default) or G_B")
-    parser.add_argument("--format", default="png", help="png, jpg, webp, bmp or tiff")
+    parser.add_argument("--format", default="png", help="png, jpg, webp, bmp, tiff or npy")
+    parser.add_argument("--bits", type=int, choices=(8, 16), help="of the files written; default as the source")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="pictures of one size at once")
+    parser.add_argument("--tiles", default="auto", choices=("auto", "exact", "fast"), help=TILES_HELP)
+    parser.add_argument("--tile-size", type=int, default=1024, metavar="N", help="side of a tile in pixels")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     args = parser.parse_args(arguments)
     if not args.source.exists():
         raise ValueError(f"{args.source}: no such picture or folder")
-    if args.format.lower() not in ("png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff"):
-        raise ValueError(f"--format must be png, jpg, webp, bmp or tiff, not {args.format!r}")
-    translator = load_translator(args.model, pick_device(args.device), args.generator)
-    written = translate_files(translator, args.source, args.out, f".{args.format.lower()}")
+    if args.format.lower() not in ("png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "npy"):
+        raise ValueError(f"--format must be png, jpg, webp, bmp, tiff or npy, not {args.format!r}")
+    with ProgressLine() as line:
+        how = {"tiles": args.tiles, "tile_size": args.tile_size, "say": line.say}
+        translator = load_translator(args.model, pick_device(args.device), args.generator, **how)
+        suffix = f".{args.format.lower()}"
+        written = translate_files(
+            translator, args.source, args.out, suffix, batch=args.batch, bits=args.bits, progress=line
+        )
     print(f"{len(written)} {'picture' if len(written) == 1 else 'pictures'} written to {args.out}")
+    return 0
+
+
+def evaluate(arguments: list[str]) -> int:
+    """Measure a model, or the inputs themselves, on a test set: PSNR, SSIM, FID."""
+    parser = _parser("evaluate", evaluate.__doc__ or "")
+    parser.add_argument("model", type=Path, nargs="?", metavar="RUN|FILE.pth")
+    parser.add_argument("--data", type=Path, required=True, metavar="TEST", help="rain/ and norain/; testA and testB")
+    parser.add_argument("--inputs-only", action="store_true", help="measure the inputs, without a model")
+    parser.add_argument("--generator", default="", help="of a method with two: G_A (A to B, default) or G_B")
+    parser.add_argument("--fid", action="store_true", help="also FID and KID (needs the extra eval)")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--csv", type=Path, metavar="FILE")
+    parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="input, output, truth and difference")
+    parser.add_argument("--tiles", default="auto", choices=("auto", "exact", "fast"), help=TILES_HELP)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    args = parser.parse_args(arguments)
+    if (args.model is None) != args.inputs_only:
+        raise ValueError("fastnce evaluate takes a model or --inputs-only, one of the two")
+    from .evaluate.report import evaluate as measure
+
+    with ProgressLine() as line:
+        device = pick_device(args.device)
+        translator = None
+        if args.model is not None:
+            translator = load_translator(args.model, device, args.generator, tiles=args.tiles, say=line.say)
+        report = measure(
+            args.data,
+            translator,
+            channels=translator.channels if translator is not None else 3,
+            device=device,
+            fid=args.fid,
+            json_file=args.json,
+            csv_file=args.csv,
+            sheet=args.sheet,
+            progress=line,
+        )
+    print(report.summary())
+    return 0
+
+
+def rain(arguments: list[str]) -> int:
+    """Render rain on clean pictures, for training and tests without a data set."""
+    parser = _parser("rain", rain.__doc__ or "")
+    parser.add_argument("source", type=Path, metavar="IMAGE|DIR")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--unpaired", action="store_true", help="trainA and trainB of different pictures")
+    parser.add_argument("--test", type=int, default=0, metavar="N", help="keep N pictures as pairs in DIR/test")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--layers", type=int, default=RainOptions.layers, help="depths of streaks")
+    for name in RANGES:
+        low, high = getattr(RainOptions, name)
+        parser.add_argument(f"--{name}", default=f"{low:g}:{high:g}", metavar="LOW:HIGH", help="default %(default)s")
+    args = parser.parse_args(join_negative(arguments))
+    if not args.source.exists():
+        raise ValueError(f"{args.source}: no such picture or folder")
+    options = RainOptions(**{name: parse_range(name, getattr(args, name)) for name in RANGES}, layers=args.layers)
+    with ProgressLine() as line:
+        counts = write_rain(
+            args.source, args.out, options, seed=args.seed, unpaired=args.unpaired, test=args.test, progress=line
+        )
+    print(f"written to {args.out}: {', '.join(f'{count} in {folder}' for folder, count in sorted(counts.items()))}")
     return 0
 
 
@@ -248,6 +322,8 @@ def methods(arguments: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "translate": translate,
+    "evaluate": evaluate,
+    "rain": rain,
     "cache": cache,
     "export": export,
     "demo": demo,

@@ -152,7 +152,7 @@ class Translator:
             finally:
                 for hook in hooks:
                     hook.remove()
-            self._bytes_per_pixel = 4 * widest / side**2
+            self._bytes_per_pixel = 2 * 4 * widest / side**2  # twice: skips, and what convolutions need for themselves
         return self._bytes_per_pixel * padded.shape[0] * padded.shape[2] * padded.shape[3]
 
 

@@ -15,6 +15,10 @@ if not torch.accelerator.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+# The tests' tensors are small: a second thread costs more in waiting than it computes.
+torch.set_num_threads(1)
+
+
 def pytest_collection_modifyitems(items):
     if torch.accelerator.is_available():
         return

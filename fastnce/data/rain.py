@@ -205,5 +205,16 @@ def parse_range(name: str, text: str) -> Range:
         raise ValueError(f"--{name} must be a number or LOW:HIGH, not {text!r}") from None
 
 
+def join_negative(arguments: list[str]) -> list[str]:
+    """`--angle -10:10` as `--angle=-10:10`: argparse takes a value that begins with a dash for an option."""
+    joined: list[str] = []
+    for argument in arguments:
+        if joined and joined[-1] == "--angle" and argument[:1] == "-":
+            joined[-1] = f"--angle={argument}"
+        else:
+            joined.append(argument)
+    return joined
+
+
 RANGES = [f.name for f in fields(RainOptions) if f.name != "layers"]
 """The options that are ranges, in order."""

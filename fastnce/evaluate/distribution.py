@@ -28,7 +28,7 @@ def require_fidelity() -> None:
     """ValueError where torch-fidelity is not installed: to be told before anything is translated."""
     try:
         import torch_fidelity  # noqa: F401
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that was built for another torch
         raise ValueError(f"FID and KID need torch-fidelity: pip install 'fastnce[eval]' ({error})") from None
 
 

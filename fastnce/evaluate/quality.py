@@ -72,11 +72,15 @@ def ssim(output: Tensor, truth: Tensor) -> Tensor:
     """
     if min(output.shape[2:]) < WINDOW:
         raise ValueError(f"SSIM needs pictures of at least {WINDOW}x{WINDOW}, not {tuple(output.shape[2:])}")
-    x, y = output, truth
-    mean_x, mean_y, xx, yy, xy = _blur(torch.stack([x, y, x * x, y * y, x * y]))
+    return torch.stack([_ssim(x, y) for x, y in zip(output.unbind(1), truth.unbind(1), strict=True)], dim=1)
+
+
+def _ssim(x: Tensor, y: Tensor) -> Tensor:
+    """One channel, (images, height, width) to (images,): a CPU's cache holds what belongs to it."""
+    mean_x, mean_y, energy, xy = (_blur(m) for m in (x, y, x * x + y * y, x * y))
     product, squares = mean_x * mean_y, mean_x * mean_x + mean_y * mean_y
     similar = (2 * product + C1) * (2 * (xy - product) + C2)
-    return (similar / ((squares + C1) * (xx + yy - squares + C2))).mean(dim=(-2, -1))
+    return (similar / ((squares + C1) * (energy - squares + C2))).mean(dim=(-2, -1))
 
 
 def _blur(x: Tensor) -> Tensor:

@@ -191,10 +191,18 @@ def project_patches(
             feature_map, given[0] if one_set else given.repeat_interleave(images // given.shape[0], dim=0)
         )
         sampled = sampled.flatten(0, 1)
-        projected = sampled if mlps is None else reference.mlp(sampled.to(dtype), mlps[layer])
+        # Unprojected rows are as short as 1e-6 at first: their gradients, of 1 / length, leave float16's range.
+        inner = torch.float32 if dtype == torch.float16 else dtype
+        with _without_autocast(feature_map.device):
+            projected = sampled if mlps is None else reference.mlp(sampled.to(inner), _cast(mlps[layer], inner))
         wide = projected if projected.dtype == torch.float64 else projected.float()
         rows.append(reference.normalize_rows(wide).to(dtype))
     return rows
+
+
+def _cast(mlp: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    weight1, bias1, weight2, bias2 = (tensor.to(dtype) for tensor in mlp)
+    return weight1, bias1, weight2, bias2
 
 
 def _check_patches(maps, patch_ids, mlps, check_ids: bool) -> None:

@@ -10,18 +10,28 @@ where `logsumexp - positive` cancels, that is, for confident rows.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .autograd import Once, call, directly
+
 BLOCK_ELEMENTS = 1 << 22
 """Logits held at once (16 MiB in float32)."""
 
 
-def _blocks(groups: int, rows: int, columns: int):
-    """Slices (group, row) that hold at most BLOCK_ELEMENTS logits each."""
+Block = tuple[slice, slice]
+"""Groups and rows that are worked at once."""
+
+
+def _blocks(groups: int, rows: int, columns: int) -> Iterator[Block | None]:
+    """Blocks that hold at most BLOCK_ELEMENTS logits each; None where one holds everything."""
     per_group = rows * columns
+    if groups * per_group <= BLOCK_ELEMENTS:
+        yield None
+        return
     if per_group <= BLOCK_ELEMENTS:
         step = max(1, BLOCK_ELEMENTS // max(per_group, 1))
         for start in range(0, groups, step):
@@ -33,42 +43,55 @@ def _blocks(groups: int, rows: int, columns: int):
             yield slice(group, group + 1), slice(start, min(start + step, rows))
 
 
+def _part(tensor: Tensor, block: Block | None) -> Tensor:
+    """A block's groups and rows. (Slicing is not free: a tenth of the overhead, where everything is one block.)"""
+    return tensor if block is None else tensor[block]
+
+
+def _groups(tensor: Tensor, block: Block | None) -> Tensor:
+    return tensor if block is None else tensor[block[0]]
+
+
 def _product(rows: Tensor, others: Tensor, scale: float) -> Tensor:
     """scale * rows @ others^T a group, the factor inside of the product."""
     out = rows.new_empty(rows.shape[0], rows.shape[1], others.shape[1])
     return torch.baddbmm(out, rows, others.transpose(1, 2), beta=0, alpha=scale)
 
 
-def _logits(queries, keys, extra_keys, pair_log_weight, pair_weight, scale, g: slice, r: slice):
+def _diagonal(logits: Tensor, block: Block | None) -> Tensor:
+    """Where the positives stand."""
+    return logits.diagonal(offset=0 if block is None else block[1].start, dim1=1, dim2=2)
+
+
+def _logits(queries, keys, extra_keys, pair_log_weight, pair_weight, scale, block: Block | None):
     """Scaled logits of one block: the diagonal (the positives) apart and -inf in the matrix."""
-    block = _product(queries[g, r], keys[g], scale)
-    diagonal = block.diagonal(offset=r.start, dim1=1, dim2=2)
+    asking = _part(queries, block)
+    logits = _product(asking, _groups(keys, block), scale)
+    diagonal = _diagonal(logits, block)
     positive = diagonal.clone()
     if pair_weight is not None:
-        block.mul_(pair_weight[g, r])
+        logits.mul_(_part(pair_weight, block))
     if pair_log_weight is not None:
-        block.add_(pair_log_weight[g, r])
+        logits.add_(_part(pair_log_weight, block))
     diagonal.fill_(-torch.inf)
-    outside = None
-    if extra_keys is not None:
-        outside = _product(queries[g, r], extra_keys[g], scale)
-    return block, outside, positive
+    outside = None if extra_keys is None else _product(asking, _groups(extra_keys, block), scale)
+    return logits, outside, positive
 
 
-def _negative_logsumexp(block: Tensor, outside: Tensor | None, finite: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def _negative_logsumexp(logits: Tensor, outside: Tensor | None, finite: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """logsumexp over the negatives, and their exponentials relative to it (rows without negatives: -inf and zeros).
 
-    `finite` says that every row has a negative in the block whose logit is not -inf.
+    `finite` says that every row has a negative among the logits that is not -inf.
     """
     if finite and outside is None:
         # one pass of the library in place of five; the largest weight is 1 / sum(exp(logit - largest logit))
-        weights = torch.softmax(block, dim=2)
-        return block.amax(dim=2) - weights.amax(dim=2).log(), weights, None
-    top = block.amax(dim=2)
+        weights = torch.softmax(logits, dim=2)
+        return logits.amax(dim=2) - weights.amax(dim=2).log(), weights, None
+    top = logits.amax(dim=2)
     if outside is not None:
         top = torch.maximum(top, outside.amax(dim=2))
     top = torch.where(top == -torch.inf, 0.0, top)[:, :, None]
-    weights = block.sub_(top).exp_()
+    weights = logits.sub_(top).exp_()
     total = weights.sum(dim=2)
     if outside is not None:
         outside = outside.sub_(top).exp_()
@@ -80,27 +103,12 @@ def _negative_logsumexp(block: Tensor, outside: Tensor | None, finite: bool) -> 
     return top[:, :, 0] + total.log(), weights, outside
 
 
-class Once(torch.autograd.Function):
-    """Ties a gradient to its `inputs`, so that differentiating it again is an error and not a silent zero."""
-
-    @staticmethod
-    def forward(gradient, *inputs):
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError("patch_nce can be differentiated once: its gradient has no derivative of its own")
-
-
 def _widen(*tensors: Any) -> list[Any]:
     """float64 stays, everything else is computed in float32."""
     return [t if t is None or t.dtype == torch.float64 else t.float() for t in tensors]
 
 
+@directly
 class _NCERows(torch.autograd.Function):
     @staticmethod
     def forward(queries, keys, extra_keys, pair_log_weight, pair_weight, scale, decoupled, with_gradient):
@@ -109,21 +117,22 @@ class _NCERows(torch.autograd.Function):
         columns = rows + (0 if extra_keys is None else extra_keys.shape[1])
         finite = rows > 1 and pair_log_weight is None
         done = []
-        for g, r in _blocks(groups, rows, columns):
-            block, outside, positive = _logits(queries, keys, extra_keys, pair_log_weight, pair_weight, scale, g, r)
-            negative, weights, outside = _negative_logsumexp(block, outside, finite)
+        for block in _blocks(groups, rows, columns):
+            logits, outside, positive = _logits(queries, keys, extra_keys, pair_log_weight, pair_weight, scale, block)
+            negative, weights, outside = _negative_logsumexp(logits, outside, finite)
             margin = negative - positive
             loss = margin.clone() if decoupled else torch.logaddexp(margin, torch.zeros_like(margin))
             gradient = queries.new_empty(*margin.shape, 0)
             if with_gradient:
                 if pair_weight is not None:
-                    weights.mul_(pair_weight[g, r])
+                    weights.mul_(_part(pair_weight, block))
                 # how much of the row's probability lies on its negatives, divided by T
                 share = torch.full_like(margin, scale) if decoupled else torch.sigmoid(margin).mul_(scale)
-                gradient = torch.bmm(weights, keys[g])
+                _diagonal(weights, block).fill_(-1.0)  # less the positive's own key
+                gradient = torch.bmm(weights, _groups(keys, block))
                 if outside is not None:
-                    gradient.baddbmm_(outside, extra_keys[g])
-                gradient.sub_(keys[g, r]).mul_(share[:, :, None])
+                    gradient.baddbmm_(outside, _groups(extra_keys, block))
+                gradient.mul_(share[:, :, None])
             done.append((loss, negative, positive, gradient))
         if len(done) == 1:  # nothing to put together
             return done[0]
@@ -173,16 +182,16 @@ def _key_gradients(saved: list[Any], scale: float, decoupled: bool, up: Tensor) 
     share = up if decoupled else up * torch.sigmoid(margin)
     columns = rows + (0 if extra_keys is None else extra_keys.shape[1])
     finite = rows > 1 and pair_log_weight is None
-    for g, r in _blocks(groups, rows, columns):
-        block, outside, _ = _logits(queries, keys, extra_keys, pair_log_weight, pair_weight, scale, g, r)
-        _, weights, outside = _negative_logsumexp(block, outside, finite)
+    for block in _blocks(groups, rows, columns):
+        logits, outside, _ = _logits(queries, keys, extra_keys, pair_log_weight, pair_weight, scale, block)
+        _, weights, outside = _negative_logsumexp(logits, outside, finite)
         if pair_weight is not None:
-            weights.mul_(pair_weight[g, r])
-        weighted = queries[g, r] * (share[g, r] * scale)[:, :, None]
-        d_keys[g] += torch.bmm(weights.transpose(1, 2), weighted)
-        d_keys[g, r] -= weighted
+            weights.mul_(_part(pair_weight, block))
+        _diagonal(weights, block).fill_(-1.0)
+        weighted = _part(queries, block) * (_part(share, block) * scale)[:, :, None]
+        _groups(d_keys, block).add_(torch.bmm(weights.transpose(1, 2), weighted))
         if d_extra is not None and outside is not None:
-            d_extra[g] += torch.bmm(outside.transpose(1, 2), weighted)
+            _groups(d_extra, block).add_(torch.bmm(outside.transpose(1, 2), weighted))
     return d_keys, d_extra
 
 
@@ -201,7 +210,8 @@ def nce_rows(
     Differentiable once, with respect to queries, keys and extra keys. 16-bit inputs are widened to float32 first.
     """
     with_gradient = torch.is_grad_enabled() and queries_GSD.requires_grad
-    loss, negative, positive, _ = _NCERows.apply(
+    loss, negative, positive, _ = call(
+        _NCERows,
         queries_GSD,
         keys_GSD,
         extra_keys_GED,

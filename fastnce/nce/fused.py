@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..kernels import common, nce, sample_project
 from ..kernels.sample_project import MapLayout, map_layout, map_views, weight_views
-from .eager import Once
+from .autograd import Once, call, directly
 
 MAX_WIDTH = 512
 """Channels or dims that a kernel holds on chip."""
@@ -84,6 +84,7 @@ def _listed(tensor: Tensor | None) -> list[Tensor]:
     return [] if tensor is None else [tensor]
 
 
+@directly
 class _NCERows(torch.autograd.Function):
     @staticmethod
     def forward(queries, keys, extra, log_weight, pair_weight, temperature, decoupled, unit, with_gradient):
@@ -154,7 +155,8 @@ def nce_rows(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `eager.nce_rows`; extra keys may be (1, count, dim) for all groups, `unit` says that rows have unit length."""
     with_gradient = torch.is_grad_enabled() and queries_GSD.requires_grad
-    loss, negative, positive, _ = _NCERows.apply(
+    loss, negative, positive, _ = call(
+        _NCERows,
         queries_GSD,
         keys_GSD,
         extra_keys_GED,
@@ -262,6 +264,7 @@ def _backward(ctx, d_units, upstream, directions, wanted, weights_wanted):
     return maps, [g.to(w.dtype) for g, w in zip(weight_views(flat, mlp), mlp, strict=True)]
 
 
+@directly
 class _Project(torch.autograd.Function):
     @staticmethod
     def forward(layers, dtype, distinct, save, *tensors):
@@ -298,7 +301,7 @@ def project_rows(
     """`project_patches` of all layers in one launch; ids are (sets, patches)."""
     mlp = [] if mlps is None else [w.contiguous() for four in mlps for w in four]
     save = torch.is_grad_enabled() and any(t.requires_grad for t in [*maps, *mlp])
-    return list(_Project.apply(len(maps), dtype, distinct, save, *maps, *ids, *mlp)[: len(maps)])
+    return list(call(_Project, len(maps), dtype, distinct, save, *maps, *ids, *mlp)[: len(maps)])
 
 
 # The whole chain
@@ -333,6 +336,7 @@ _operator(
 )
 
 
+@directly
 class _Head(torch.autograd.Function):
     @staticmethod
     def forward(layers, temperatures, groups, directions, dtype, distinct, gradient, *tensors):
@@ -389,7 +393,8 @@ def head_loss(
     )
     key_maps, key_mlp = [m.detach() for m in key_maps], [w.detach() for w in key_mlp]
     gradient = torch.is_grad_enabled() and any(t.requires_grad for t in [*query_maps, *query_mlp])
-    return _Head.apply(
+    return call(
+        _Head,
         len(query_maps), list(temperatures), groups, directions, dtype, distinct, gradient,
         *query_maps, *key_maps, *ids, *query_mlp, *key_mlp,
     )[0]  # fmt: skip
