@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from fastnce.cli import main, train_run
 from fastnce.config import resolve
 from fastnce.engine import checkpoint
 from fastnce.engine.checkpoint import Checkpoints, DiskFull, load_generators
+from fastnce.engine.compiled import Compiled
 from fastnce.engine.log import Pace, clock, save_grid
 from fastnce.engine.loop import RunOptions, TrainingFailed, pick_device, train
 from fastnce.engine.optim import LossScale, OptimOptions, ParameterGroup, WeightAverage, schedule
@@ -434,6 +436,20 @@ def test_a_compiled_step_is_whole_and_the_same(method):
     assert not torch._dynamo.utils.counters["graph_break"]
     assert graphs[1:] == [graphs[1]] * 5
     assert graphs[0] == 3
+
+
+def test_what_the_compiler_refuses_runs_uncompiled():
+    def refused(x):
+        torch._dynamo.graph_break()
+        return x * 2
+
+    compiled = Compiled(refused, "eager")
+    with pytest.warns(UserWarning, match="refused runs uncompiled: "):
+        assert compiled(torch.ones(1)).item() == 2
+    assert compiled.compiled is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert compiled(torch.ones(1)).item() == 2  # said once
 
 
 def test_compiling_is_chosen_by_device():

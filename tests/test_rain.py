@@ -56,15 +56,15 @@ def test_density_is_the_share_covered():
     covered = []
     for density in (0.03, 0.3):
         options = RainOptions(density=(density, density), **STREAKS_ONLY)
-        covered.append((render_rain(clean, options, seeded(0)) > -0.97).float().mean().item())
-    assert 0.015 < covered[0] < 0.06
+        covered.append((render_rain(clean, options, seeded(0)) > -0.9).float().mean().item())
+    assert 0.015 < covered[0] < 0.045
     assert covered[1] > 4 * covered[0]
 
 
 @pytest.mark.parametrize("angle", [-40.0, 0.0, 30.0])
 def test_the_angle_is_that_of_the_streaks(angle):
     clean = torch.full((1, 1, 128, 128), -1.0)
-    options = RainOptions(angle=(angle, angle), length=(0.2, 0.2), layers=1, **STREAKS_ONLY)
+    options = RainOptions(angle=(angle, angle), length=(0.3, 0.3), width=(0.03, 0.03), layers=1, **STREAKS_ONLY)
     x = render_rain(clean, options, seeded(3))[0, 0]
     dy, dx = torch.gradient(x)
     # the main axis of the gradient is across the streaks: the eigenvector of the structure tensor
@@ -129,9 +129,8 @@ def test_pairs_on_disk(photos, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["rain", str(photos), "--out", str(out), "--angle", "-10:10", "--seed", "3"]) == 0
     assert capsys.readouterr().out == f"written to {out}: 6 in norain, 6 in rain\n"
-    assert (
-        names(out / "rain") == names(out / "norain") == {"a.png", "a.png.png", "b.png", "c.png", "deep/a.png", "e.png"}
-    )
+    written = {"a.png", "a.png.png", "b.png", "c.png", "deep/a.png", "e.png"}
+    assert names(out / "rain") == names(out / "norain") == written
     pairs = {pair.rainy.relative_to(out / "rain").as_posix(): pair for pair in find_pairs(out)}
     rainy, clean = pairs["b.png"].load()
     assert torch.equal(clean, load_image(photos / "b.png"))

@@ -177,6 +177,8 @@ class _Run:
             done += 1
             if done == started + 1:
                 self.ranks.settle()
+                if self.step.compile_seconds:
+                    self.log.say(f"compiled, and ran the first step, in {self.step.compile_seconds:.0f} s")
             if done % self.run.log_every == 0 or done == self.total:
                 self._report(done, epoch, losses, pace)
             if self.run.sample_every and (done % self.run.sample_every == 0 or done == self.total) and self.ranks.first:

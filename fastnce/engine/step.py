@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from ..methods.base import Batch, Draws, Method, Phase
+from ..methods.base import Batch, Draws, Method, Outputs, Phase
+from .compiled import Compiled
 from .distributed import Ranks
 from .optim import LossScale, OptimOptions, ParameterGroup, WeightAverage
 
@@ -40,8 +42,7 @@ class Step:
         options: learning rate and so on.
         precision: "fp32"; or "bf16", "fp16": forward passes in 16 bits under autocast, weights, losses and updates in
             float32, with a loss scale for "fp16".
-        compile: compile `generate` and each phase's loss, whole (`fullgraph`), for fixed shapes; a string names another
-            backend than Inductor.
+        compile: compile `generate` and each phase's loss (see `Compiled`); a string names a backend other than Inductor.
         ranks: the processes that share the batch.
     """
 
@@ -62,15 +63,11 @@ class Step:
             for name, group in method.groups().items()
         }
         self.phases = method.phases()
-        self.generate = method.generate
+        self.generate: Callable[[Batch, Draws], Outputs] = method.generate
         if compile:
             backend = compile if isinstance(compile, str) else "inductor"
-
-            def whole(function):
-                return torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
-
-            self.generate = whole(self.generate)
-            self.phases = tuple(Phase(whole(phase.loss), phase.groups) for phase in self.phases)
+            self.generate = Compiled(method.generate, backend)
+            self.phases = tuple(Phase(Compiled(phase.loss, backend), phase.groups) for phase in self.phases)
         device = next(iter(self.groups.values())).parameters[0].device
         if precision not in PRECISIONS:
             raise ValueError(f"run.precision must be auto, {', '.join(PRECISIONS)}, not {precision!r}")
@@ -82,6 +79,12 @@ class Step:
         self.averages = (
             {name: WeightAverage(net, options.ema) for name, net in generators.items()} if options.ema else {}
         )
+
+    @property
+    def compile_seconds(self) -> float:
+        """What the first calls of compiled parts took; 0 where nothing is compiled."""
+        parts = [self.generate, *(phase.loss for phase in self.phases)]
+        return sum(part.seconds for part in parts if isinstance(part, Compiled))
 
     def set_learning_rate(self, factor: float) -> None:
         for group in self.groups.values():

@@ -71,13 +71,13 @@ def find_pairs(root: str | os.PathLike[str]) -> list[Pair]:
             continue
         rainy, clean = _subfolder(folder, RAINY), _subfolder(folder, CLEAN)
         if rainy is not None and clean is not None:
-            return _matched(find_images(rainy), find_images(clean), root)
+            return _matched(rainy, find_images(rainy), clean, find_images(clean), root)
         here = sorted(file for file in find_images(folder) if file.parent == folder)
         if rainy is not None and here:
-            return _matched(find_images(rainy), here, root)
+            return _matched(rainy, find_images(rainy), folder, here, root)
         truths = [file for file in here if _marked(file, _CLEAN_WORD)]
         if truths:
-            return _matched([file for file in here if file not in truths], truths, root)
+            return _matched(folder, [file for file in here if file not in truths], folder, truths, root)
         strips = here or [f for name in _folders(folder) if "strip" in name.lower() for f in find_images(folder / name)]
         if strips and _are_strips(strips):
             return [Pair(file.stem, file, file) for file in strips]
@@ -118,7 +118,7 @@ def _keys(stem: str) -> list[str]:
     return list(dict.fromkeys(keys))
 
 
-def _matched(rainy: list[Path], clean: list[Path], root: Path) -> list[Pair]:
+def _matched(rainy_top: Path, rainy: list[Path], clean_top: Path, clean: list[Path], root: Path) -> list[Pair]:
     if not rainy or not clean:
         raise DataError(f"{root}: there are {len(rainy)} rainy and {len(clean)} clean pictures, both are needed")
     by_key: dict[str, list[Path]] = {}
@@ -131,7 +131,8 @@ def _matched(rainy: list[Path], clean: list[Path], root: Path) -> list[Pair]:
     for file in rainy:
         found = next((by_key[key] for key in _keys(file.stem) if key in by_key), [])
         if len(found) > 1:  # the same names in several subfolders: the one that lies alike
-            found = [truth for truth in found if truth.parent.name == file.parent.name] or found
+            place = file.parent.relative_to(rainy_top)
+            found = [truth for truth in found if truth.parent.relative_to(clean_top) == place] or found
         if len(found) != 1:
             what = "no truth" if not found else f"{len(found)} truths"
             problems.append(f"{file.relative_to(root)} has {what}")
@@ -143,7 +144,7 @@ def _matched(rainy: list[Path], clean: list[Path], root: Path) -> list[Pair]:
             (h, w), (th, tw) = sizes
             problems.append(f"{file.relative_to(root)} is {w}x{h} and its truth {truth.relative_to(root)} {tw}x{th}")
             continue
-        pairs.append(Pair(file.stem, file, truth))
+        pairs.append(Pair(file.relative_to(rainy_top).with_suffix("").as_posix(), file, truth))
     problems += [f"{file.relative_to(root)} has no rainy picture" for file in clean if file not in used]
     if problems:
         raise DataError(f"{root}: {len(problems)} pictures do not pair: {'; '.join(problems)}")
