@@ -359,9 +359,13 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         print(f"fastnce: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
         return 2
-    except (TrainingFailed, RankLost) as error:
+    except TrainingFailed as error:
         print(f"fastnce: {error}", file=sys.stderr)
         return 1
+    except RankLost as error:
+        print(f"fastnce: {error}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)  # the library's threads abort a process that ends in order without its peer
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from .config import resolve
@@ -51,7 +52,8 @@ def write_folders(folder: Path, side: int = 320) -> None:
     for name, pixels in photographs().items():
         picture = Image.fromarray(pixels[..., :3])
         scale = side / min(picture.size)
-        picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
+        size = round(picture.width * scale), round(picture.height * scale)
+        picture = picture.resize(size, Image.Resampling.BICUBIC)
         for split in ("train", "test"):
             target = folder / f"{split}{'B' if name == DUSK else 'A'}"
             target.mkdir(parents=True, exist_ok=True)
@@ -62,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Write the photographs, train, translate whole pictures, and say where to look."""
     parser = argparse.ArgumentParser(prog="fastnce demo", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="RUN")
-    parser.add_argument("--steps", type=int, default=1500, help="more steps, better pictures")
+    parser.add_argument("--steps", type=int, default=900, help="more steps, better pictures")
     args = parser.parse_args(arguments)
     from .cli import train_run  # the demo is a user of the command line's own function
     from .inference import load_translator
@@ -81,17 +83,12 @@ def main(arguments: list[str] | None = None) -> int:
         day = load_image(folder / "testA" / f"{name}.png", size=(240, 320))
         rows.append((day, translator(day[None])[0]))
     grid = args.out / "demo.png"
-    save_grid({"day": _stack(rows, 0), "dusk (by the model)": _stack(rows, 1)}, grid)
+    day_pictures, dusk_pictures = (torch.stack(column) for column in zip(*rows, strict=True))
+    save_grid({"day": day_pictures, "dusk (by the model)": dusk_pictures}, grid)
     print(
-        f"\n{args.steps:,} steps in {clock(time.perf_counter() - began)}. Look at {grid}: left the photographs, right the "
-        f"same ones at dusk.\nNext: put your own pictures into DIR/trainA and DIR/trainB, then\n"
+        f"\n{args.steps:,} steps in {clock(time.perf_counter() - began)}. Look at {grid}: left the photographs, right "
+        f"the same ones at dusk.\nNext: put your own pictures into DIR/trainA and DIR/trainB, then\n"
         f"  fastnce train fastcut --data DIR --out runs/mine\n"
         f"  fastnce translate runs/mine PICTURES --out OUT"
     )
     return 0
-
-
-def _stack(rows, column: int):
-    import torch
-
-    return torch.stack([row[column] for row in rows])

@@ -63,7 +63,7 @@ def test_quick_run_writes_every_row_with_its_machine(quick_run):
     with (out / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(results["rows"]) > 10
-    assert {row["benchmark"] for row in rows} == {part.name for part in run.PARTS}
+    assert {row["benchmark"] for row in rows} == {"patchnce", "chain", "infonce", "step cut", "step dcdgan-released"}
     for row in rows:
         assert not row["note"].startswith("did not run"), row
         assert 0 < float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"])

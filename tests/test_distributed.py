@@ -80,7 +80,7 @@ def test_a_rank_that_dies_ends_the_other_with_one_sentence(folder, tmp_path):
     began = time.monotonic()
     code, _, err = finish(processes[:1])[0]
     assert time.monotonic() - began < 100
-    assert code == 1
+    assert code == 1, err
     message = [line for line in err.splitlines() if line.startswith("fastnce:")]
     assert len(message) == 1
     assert "another rank is gone or silent: waited for" in message[0]

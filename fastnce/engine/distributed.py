@@ -148,5 +148,9 @@ def ranks_of_launcher(device: str) -> Iterator[Ranks]:
     dist.init_process_group(backend, timeout=datetime.timedelta(seconds=FIRST_STEP_SECONDS))
     try:
         yield ranks
-    finally:
+    except RankLost:
+        raise  # taking the group down would wait for the lost rank, or abort
+    except BaseException:
         dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()

@@ -42,7 +42,7 @@ class Step:
         options: learning rate and so on.
         precision: "fp32"; or "bf16", "fp16": forward passes in 16 bits under autocast, weights, losses and updates in
             float32, with a loss scale for "fp16".
-        compile: compile `generate` and each phase's loss (see `Compiled`); a string names a backend other than Inductor.
+        compile: compile `generate` and each phase's loss (see `Compiled`); a string names the backend.
         ranks: the processes that share the batch.
     """
 
