@@ -65,6 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fastnce demo", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="RUN")
     parser.add_argument("--steps", type=int, default=900, help="more steps, better pictures")
+    parser.add_argument("--minutes", type=float, default=2.0, help="stop then, however many steps were done")
     args = parser.parse_args(arguments)
     from .cli import train_run  # the demo is a user of the command line's own function
     from .inference import load_translator
@@ -73,9 +74,9 @@ def main(arguments: list[str] | None = None) -> int:
     folder = args.out / "photographs"
     write_folders(folder)
     epochs = f"optim.n_epochs={max(1, args.steps // len(DAY))}"
-    config = resolve("fastcut", None, [*SETTINGS, epochs, "optim.n_epochs_decay=0"])
+    config = resolve("fastcut", None, [*SETTINGS, epochs, "optim.n_epochs_decay=0", f"run.minutes={args.minutes}"])
     config.data.dir = str(folder)
-    train_run(config, args.out)
+    steps = train_run(config, args.out)
 
     translator = load_translator(args.out, pick_device("auto"))
     rows = []
@@ -86,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
     day_pictures, dusk_pictures = (torch.stack(column) for column in zip(*rows, strict=True))
     save_grid({"day": day_pictures, "dusk (by the model)": dusk_pictures}, grid)
     print(
-        f"\n{args.steps:,} steps in {clock(time.perf_counter() - began)}. Look at {grid}: left the photographs, right "
+        f"\n{steps:,} steps in {clock(time.perf_counter() - began)}. Look at {grid}: left the photographs, right "
         f"the same ones at dusk.\nNext: put your own pictures into DIR/trainA and DIR/trainB, then\n"
         f"  fastnce train fastcut --data DIR --out runs/mine\n"
         f"  fastnce translate runs/mine PICTURES --out OUT"

@@ -458,3 +458,11 @@ def test_compiling_is_chosen_by_device():
     assert pick_compile("true", torch.device("cpu")) is True
     with pytest.raises(ValueError, match=r"run\.compile must be auto, true or false, not 'yes'"):
         pick_compile("yes", torch.device("cpu"))
+
+
+def test_a_run_may_be_limited_in_time(tmp_path):
+    options = RunOptions(log_every=1000, sample_every=0, minutes=1e-4)
+    done = train(small_method(), Toy(), OptimOptions(), options, tmp_path, quiet=True)
+    assert 0 < done < 800
+    assert Checkpoints(tmp_path / "checkpoints").load()[1]["step"] == done
+    assert "0.0001 minutes are over: stopped after step" in (tmp_path / "log.txt").read_text()

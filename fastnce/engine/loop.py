@@ -38,6 +38,7 @@ class RunOptions:
     precision: str = option("auto", "fp32, bf16, fp16; auto: bf16 on GPUs that compute in it, else fp32")
     compile: str = option("auto", "true, false; auto: true on accelerators (a first step of minutes, then faster ones)")
     steps: int = option(0, "stop after this many steps in all; 0 runs the whole schedule")
+    minutes: float = option(0.0, "save and stop after this time, to be continued; 0 sets no limit")
     log_every: int = option(100, "steps between progress lines (losses are read only then)")
     sample_every: int = option(1000, "steps between sample grids; 0 makes none")
     samples: int = option(4, "pictures in a sample grid")
@@ -162,6 +163,7 @@ class _Run:
         state = [*self.method.networks().values(), *self.method.extra_state_modules().values()]
         self.ranks.broadcast(state)
         started, pace, epoch = done, Pace(), -1
+        self.began = time.monotonic()
         self.method.train()
         while done < self.total and not self._asked_to_stop(stop, done):
             if done // self.data.steps_per_epoch != epoch:
@@ -193,6 +195,8 @@ class _Run:
 
     def _asked_to_stop(self, stop: StopRequest, done: int) -> bool:
         """Several ranks must stop after the same step: they ask each other now and then."""
+        if self.run.minutes and time.monotonic() - self.began > 60 * self.run.minutes and not stop.name:
+            stop.name = f"{self.run.minutes:g} minutes are over"
         if self.ranks.world == 1:
             return bool(stop.name)
         return done % STOP_EVERY == 0 and self.ranks.any(bool(stop.name), self.device)
