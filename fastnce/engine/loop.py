@@ -163,7 +163,7 @@ class _Run:
         state = [*self.method.networks().values(), *self.method.extra_state_modules().values()]
         self.ranks.broadcast(state)
         started, pace, epoch = done, Pace(), -1
-        self.began = time.monotonic()
+        self.began, self.why = time.monotonic(), ""
         self.method.train()
         while done < self.total and not self._asked_to_stop(stop, done):
             if done // self.data.steps_per_epoch != epoch:
@@ -189,17 +189,17 @@ class _Run:
                 self._save(done)
         if self.saved_at != done and done > 0:
             self._save(done)
-        if stop.name:
-            self.log.say(f"{stop.name}: stopped after step {done:,} and saved; the same command continues")
+        if self.why and done < self.total:
+            self.log.say(f"{self.why}: stopped after step {done:,} and saved; the same command continues")
         return done
 
     def _asked_to_stop(self, stop: StopRequest, done: int) -> bool:
         """Several ranks must stop after the same step: they ask each other now and then."""
-        if self.run.minutes and time.monotonic() - self.began > 60 * self.run.minutes and not stop.name:
-            stop.name = f"{self.run.minutes:g} minutes are over"
+        over = self.run.minutes and time.monotonic() - self.began > 60 * self.run.minutes
+        self.why = stop.name or (f"{self.run.minutes:g} minutes are over" if over else "")
         if self.ranks.world == 1:
-            return bool(stop.name)
-        return done % STOP_EVERY == 0 and self.ranks.any(bool(stop.name), self.device)
+            return bool(self.why)
+        return done % STOP_EVERY == 0 and self.ranks.any(bool(self.why), self.device)
 
     def _resume(self) -> int:
         found = self.checkpoints.load()
