@@ -5,7 +5,8 @@ loss = checkout.losses()["PatchNCELoss"](options)       # their class
 model = checkout.model(["--batch_size", "1"])           # their model, built from their own options
 
 Packages that their code imports but training steps never use (torchvision's transforms, dominate, visdom) are stood in
-for when they are missing: the stand-in imports, and fails at the first use. Nothing of their mathematics is touched.
+for when they are missing: the stand-in imports, and fails at the first use. `torch.rfft`, which PyTorch removed and
+DCD-GAN calls, is written anew on `torch.fft`. Nothing of their mathematics is touched.
 """
 
 from __future__ import annotations
@@ -161,8 +162,17 @@ class Checkout:
         `data = {"A": (batch, 3, height, width), "B": the same, "A_paths": "", "B_paths": ""}`.
         """
         opt = self.options(arguments)
+        if not hasattr(torch, "rfft"):
+            torch.rfft = _rfft  # type: ignore[attr-defined]  # DCD-GAN's code calls it
         with self.active(), contextlib.redirect_stdout(sys.stderr):
             return importlib.import_module("models").create_model(opt)
+
+
+def _rfft(x: torch.Tensor, signal_ndim: int, normalized: bool = False, onesided: bool = True) -> torch.Tensor:
+    """`torch.rfft` as PyTorch had it until 1.7: real and imaginary part as a last dimension of 2."""
+    dims = list(range(-signal_ndim, 0))
+    transform = torch.fft.rfftn if onesided else torch.fft.fftn
+    return torch.view_as_real(transform(x, dim=dims, norm="ortho" if normalized else "backward"))
 
 
 def loss_options(images: int = 1, whole_batch: bool = False, temperature: float = 0.07) -> SimpleNamespace:

@@ -59,8 +59,11 @@ class Translator:
             raise ValueError(f"tile_size must be at least {SMALLEST_TILE}, not {tile_size}")
         if tiles != "auto":
             steps_of(generator, {})
-        self.generator = generator.to(device).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         self.device = torch.device(device)
+        # Not channels-last on a CPU: PyTorch 2.13's group norm then cancels in float32, and a large picture of low
+        # contrast comes out wrong (tests/test_inference.py).
+        self.layout = torch.contiguous_format if self.device.type == "cpu" else torch.channels_last
+        self.generator = generator.to(self.device).to(memory_format=self.layout).eval()  # type: ignore[call-overload]
         self.tiles, self.tile_size, self.say = tiles, tile_size, say or (lambda sentence: None)
         self.factor: int = getattr(generator, "factor", 1)
         self.smallest: int = getattr(generator, "smallest", self.factor)
@@ -95,7 +98,7 @@ class Translator:
             if room is not None and self._needed(padded) > room:
                 return None
         try:
-            x = padded.to(self.device).contiguous(memory_format=torch.channels_last)
+            x = padded.to(self.device).contiguous(memory_format=self.layout)
             return self.generator(x).float().cpu()
         except RuntimeError as error:
             if not _out_of_memory(error):

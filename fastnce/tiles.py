@@ -22,6 +22,9 @@ from .networks import InstanceNorm
 from .networks.restorer import GatedBlock
 from .windows import Gate, Gated, Normalise, Residual, Size, Statistics, Step, Window, run_steps, spans, steps_of
 
+OVERLAP = 32
+"""Pixels on each side of a fast tile; a multiple of every generator's factor."""
+
 
 class Moments:
     """Mean and variance of each channel over tiles, merged in float64 (Chan et al., 1979)."""
@@ -31,17 +34,17 @@ class Moments:
         self.mean = self.squares = torch.zeros((), dtype=torch.float64)
 
     def add(self, x: Tensor) -> None:
-        variance, mean = (t.cpu().double() for t in torch.var_mean(x.float(), dim=(0, 2, 3), correction=0))
+        variance, mean = (t.cpu().double() for t in torch.var_mean(x, dim=(0, 2, 3), correction=0))
         count = x.numel() // x.shape[1]
         total = self.count + count
         apart = mean - self.mean
         self.squares = self.squares + variance * count + apart.square() * (self.count * count / total)
         self.mean = self.mean + apart * (count / total)
-        self.count = total
+        self.count, self.dtype = total, x.dtype
 
     def result(self, device: torch.device) -> tuple[Tensor, Tensor]:
         both = (self.mean, self.squares / self.count)
-        mean, variance = (t.float().to(device)[None, :, None, None] for t in both)
+        mean, variance = (t.to(self.dtype).to(device)[None, :, None, None] for t in both)
         return mean, variance
 
 
@@ -84,7 +87,7 @@ class Tiler:
         result = into
         for ((top, bottom), (left, right)), size, output in self.outputs(source, steps):
             if result is None:
-                result = self._room((1, output.shape[1], *size))
+                result = self._room((1, output.shape[1], *size), output.dtype)
             place = result[:, :, top:bottom, left:right]
             place.copy_(output) if into is None else place.add_(output.to(place.device))
             if moments is not None:
@@ -92,11 +95,11 @@ class Tiler:
         assert result is not None
         return result
 
-    def _room(self, shape: tuple[int, ...]) -> Tensor:
+    def _room(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         device = torch.device("cpu")
         if self.device.type == "cuda" and 16 * math.prod(shape) < torch.cuda.mem_get_info(self.device)[0]:
             device = self.device  # a quarter of what is free: up to three maps are alive, and the tiles
-        return torch.empty(shape, device=device)
+        return torch.empty(shape, dtype=dtype, device=device)
 
     def exact(self, source: Tensor, steps: Sequence[Step], keep: int, into: Tensor | None = None) -> Tensor:
         """Run steps whose statistics are to be found on the way.
@@ -146,9 +149,10 @@ def translate_exact(generator: nn.Module, picture: Tensor, tile: int, device: to
         ValueError: another generator.
     """
     steps = steps_of(generator, {})
+    picture = picture.to(next(generator.parameters()).dtype)
     first = next(module for module in generator.modules() if isinstance(module, nn.Conv2d))
     keep = picture.shape[2] * picture.shape[3] * max(first.out_channels // 2, 1)
-    return Tiler(picture, tile, torch.device(device)).exact(picture.float(), steps, keep)
+    return Tiler(picture, tile, torch.device(device)).exact(picture, steps, keep)
 
 
 @dataclass(frozen=True)
@@ -173,19 +177,24 @@ def translate_fast(
 ) -> tuple[Tensor, FastError]:
     """Translate tile by tile with the statistics of the picture shrunk to about one tile.
 
-    Arguments and errors as `translate_exact`. The error is measured by doing the same to a crop from the middle, shrunk
-    by the same factor, and to the crop as a whole.
+    Tiles overlap by `OVERLAP` pixels on each side, less than a generator of many blocks looks around. Nothing but the
+    picture is kept between tiles.
+
+    Arguments and errors as `translate_exact`. The error is measured on a crop from the middle: shrunk by the same
+    factor and cut into four tiles, against the crop as a whole.
     """
     device = torch.device(device)
+    factor = getattr(generator, "factor", 1)
+    picture = picture.to(next(generator.parameters()).dtype)
     height, width = picture.shape[2:]
     shrink = min(1.0, tile / (height * width) ** 0.5)
     output = _with_shrunk_statistics(generator, picture, shrink, tile, device)
-    factor = getattr(generator, "factor", 1)
     rows, columns = (min(side, max(256, min(tile, 512))) // factor * factor for side in (height, width))
-    top, left = (height - rows) // 2, (width - columns) // 2
+    top, left = ((side - size) // 2 for side, size in ((height, rows), (width, columns)))
     crop = picture[:, :, top : top + rows, left : left + columns]
-    exact = generator(crop.float().to(device).contiguous(memory_format=torch.channels_last)).float().cpu()
-    fast = _with_shrunk_statistics(generator, crop, shrink, tile, device).cpu()
+    exact = generator(crop.to(device)).cpu()
+    part = max(rows, columns) // 2 if max(height, width) > tile else tile
+    fast = _with_shrunk_statistics(generator, crop, shrink, part, device)
     levels = (fast.clamp(-1, 1) - exact.clamp(-1, 1)).abs().mul(127.5)
     return output, FastError(levels.mean().item(), levels.max().item(), (rows, columns))
 
@@ -195,20 +204,37 @@ def _with_shrunk_statistics(
 ) -> Tensor:
     factor, smallest = getattr(generator, "factor", 1), max(32, getattr(generator, "smallest", 1))
     size = [max(smallest, round(side * shrink / factor) * factor) for side in picture.shape[2:]]
-    small = F.interpolate(picture.float().to(device), size, mode="bilinear", antialias=True, align_corners=False)
+    small = F.interpolate(picture.to(device), size, mode="bilinear", antialias=True, align_corners=False)
     statistics: Statistics = {}
     steps = steps_of(generator, statistics)
 
     def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        variance, mean = torch.var_mean(inputs[0].float(), dim=(0, 2, 3), correction=0, keepdim=True)
+        variance, mean = torch.var_mean(inputs[0], dim=(0, 2, 3), correction=0, keepdim=True)
         statistics[module] = (mean, variance)
 
     seen = [m for m in generator.modules() if isinstance(m, InstanceNorm)]
     seen += [m.attention for m in generator.modules() if isinstance(m, GatedBlock)]  # type: ignore[misc]
     hooks = [module.register_forward_pre_hook(record) for module in seen]
     try:
-        generator(small.contiguous(memory_format=torch.channels_last))
+        generator(small)
     finally:
         for hook in hooks:
             hook.remove()
-    return Tiler(picture, tile, device).whole(picture.float(), steps)
+
+    tile = max(tile // factor, 1) * factor
+    output: Tensor | None = None
+    for top, y0, y1 in _overlapping(picture.shape[2], tile):
+        for left, x0, x1 in _overlapping(picture.shape[3], tile):
+            x = picture[:, :, y0:y1, x0:x1].to(device).contiguous(memory_format=torch.channels_last)
+            part = run_steps(steps, x, ((0, y1 - y0), (0, x1 - x0)), (y1 - y0, x1 - x0))
+            part = part[:, :, top - y0 :, left - x0 :][:, :, :tile, :tile].cpu()
+            if output is None:
+                output = torch.empty((1, part.shape[1], *picture.shape[2:]), dtype=part.dtype)
+            output[:, :, top : top + tile, left : left + tile] = part
+    assert output is not None
+    return output
+
+
+def _overlapping(size: int, tile: int) -> list[tuple[int, int, int]]:
+    """(first of a tile, first and end of what it is computed from) along an axis."""
+    return [(at, max(at - OVERLAP, 0), min(at + tile + OVERLAP, size)) for at in range(0, size, tile)]

@@ -68,6 +68,17 @@ def test_instance_norm_under_patch_sampling():
     torch.testing.assert_close(ours, expected, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_instance_norm_of_a_large_flat_picture(layout):
+    """Mean 3, deviation 0.01 over many pixels: sums of squares in float32 would lose every digit."""
+    x = (3 + 0.01 * torch.randn(1, 2, 600, 800)).contiguous()
+    upstream = torch.randn_like(x)
+    y_expected, dx_expected = gradients(plain_instance_norm, x.double(), upstream.double())
+    y, dx = gradients(InstanceNorm(2), arrange(x, layout), arrange(upstream, layout))
+    assert float((y - y_expected).abs().max()) < 2e-4
+    assert float((dx - dx_expected).norm() / dx_expected.norm()) < 2e-4
+
+
 def test_instance_norm_twice_differentiable():
     x = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(InstanceNorm(3), x)

@@ -38,7 +38,14 @@ class InstanceNorm(nn.Module):
             raise ValueError("instance norm needs more than one location: the picture is too small for this network")
         # Autocast would widen 16-bit maps here; the operator's sums are float32 all the same.
         with own_precision(x):
-            return F.group_norm(x, self.channels, eps=self.eps)
+            if x.device.type != "cpu" or x.is_contiguous():
+                return F.group_norm(x, self.channels, eps=self.eps)
+            # The CPU's channels-last form sums squares without care: a flat picture of some megapixels comes out wrong
+            # by whole units. Its plain form is exact, and two copies cost about what it saves.
+            layout = (
+                torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+            )
+            return F.group_norm(x.contiguous(), self.channels, eps=self.eps).contiguous(memory_format=layout)
 
     def extra_repr(self) -> str:
         return f"{self.channels}, eps={self.eps}"
