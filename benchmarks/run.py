@@ -51,6 +51,9 @@ PARTS = [
     Part("cut", "benchmarks.step", "cut", 180),
     Part("dual", "benchmarks.step", "dual", 180),
 ]
+CPU_PATIENCE = 4
+"""A CPU takes seconds for what a GPU does in milliseconds: its limits are longer."""
+
 MACHINE = Part("machine", "benchmarks.machine", "describe", 60)
 MACHINE_COLUMNS = ("device", "driver", "torch", "triton", "python", "fastnce", "commit", "date")
 
@@ -182,10 +185,13 @@ def _start(part: Part, options: argparse.Namespace) -> str | None:
         command += ["--threads", str(options.threads)]
     if options.quick:
         command.append("--quick")
+    limit = part.seconds
+    if not options.quick and default_device(options.device).type == "cpu":
+        limit *= CPU_PATIENCE
     try:
-        finished = subprocess.run(command, timeout=part.seconds, stderr=subprocess.PIPE, text=True)
+        finished = subprocess.run(command, timeout=limit, stderr=subprocess.PIPE, text=True)
     except subprocess.TimeoutExpired:
-        return f"stopped at its limit of {part.seconds} s; what it had measured by then is kept"
+        return f"stopped at its limit of {limit} s; what it had measured by then is kept"
     if finished.returncode == 0:
         return None
     lines = finished.stderr.strip().splitlines()

@@ -68,10 +68,11 @@ def _providers(name: str, images: int, context: Context) -> Iterator[Provider]:
         _ours(name, network, context, "fp32", reuse_key_features=False),
         note="no reuse of keys",
     )
+    model = PUBLISHED_MODEL.get(name)
     for checkout in context.published:
-        model = PUBLISHED_MODEL.get(name)
         if model is not None and (checkout.folder / "models" / f"{model}_model.py").is_file():
             yield Provider(f"{checkout.name} published", _theirs(checkout, model, images, context), note="published")
+            break  # later checkouts carry copies of the earlier papers' models
 
 
 def _tf32(context: Context) -> str:
