@@ -20,6 +20,7 @@ from .config import from_dict
 from .data import DataError, find_images
 from .engine.checkpoint import load_generators, newest, read_state
 from .interop import load_weights, network_from_weights, read_weights
+from .networks import channels_last
 from .photographs import Photograph, check_format, read_photograph, write_photograph
 from .tiles import translate_exact, translate_fast
 from .windows import steps_of
@@ -60,15 +61,13 @@ class Translator:
         if tiles != "auto":
             steps_of(generator, {})
         self.device = torch.device(device)
-        # Not channels-last on a CPU: PyTorch 2.13's group norm then cancels in float32, and a large picture of low
-        # contrast comes out wrong (tests/test_inference.py).
-        self.layout = torch.contiguous_format if self.device.type == "cpu" else torch.channels_last
-        self.generator = generator.to(self.device).to(memory_format=self.layout).eval()  # type: ignore[call-overload]
+        self.generator = generator.to(self.device).eval()
+        channels_last(self.generator)
         self.tiles, self.tile_size, self.say = tiles, tile_size, say or (lambda sentence: None)
         self.factor: int = getattr(generator, "factor", 1)
         self.smallest: int = getattr(generator, "smallest", self.factor)
-        first = next(m for m in generator.modules() if isinstance(m, nn.Conv2d))
-        self.channels = first.in_channels
+        # the convolution that sees the picture, whatever its class
+        self.channels = next(p for p in generator.parameters() if p.dim() == 4).shape[1]
         self.out_channels: int = getattr(generator, "out_channels", self.channels)
         self._bytes_per_pixel = 0.0
 
@@ -98,7 +97,7 @@ class Translator:
             if room is not None and self._needed(padded) > room:
                 return None
         try:
-            x = padded.to(self.device).contiguous(memory_format=self.layout)
+            x = padded.to(self.device).contiguous(memory_format=torch.channels_last)
             return self.generator(x).float().cpu()
         except RuntimeError as error:
             if not _out_of_memory(error):

@@ -228,3 +228,42 @@ def test_train_translate_export_and_cache(tmp_path, capsys):
     ]
     assert pictures[0].shape == np.asarray(Image.open(photo)).shape
     assert all((p == pictures[0]).all() for p in pictures)
+
+
+SIZES = {
+    "sincut": ["data.crop_size=32", "data.batch=2", "network.resolution=32", "network.width=1", "loss.projection=8"],
+    "cyclegan": ["loss.pool_size=2"],
+    "simdcl": ["loss.nce_layers=4,8,12,14"],
+}
+
+
+@pytest.mark.parametrize("method", PRESETS)
+def test_every_method_trains_and_translates(method, folder, tmp_path, capsys):
+    data, run = folder, tmp_path / "run"
+    if method == "sincut":  # one picture a domain
+        data = tmp_path / "pair"
+        for domain in ("trainA", "trainB"):
+            (data / domain).mkdir(parents=True)
+            noise = np.random.default_rng(0).integers(0, 256, (120, 130, 3), np.uint8)
+            Image.fromarray(noise).save(data / domain / "one.png")
+        small = ["network.discriminator_width=1"]
+    else:
+        small = ["network.generator=resnet_4blocks", "network.width=4", "network.discriminator_width=4"]
+        small += ["data.load_size=68", "data.crop_size=64"]
+        if method not in ("cyclegan", "simdcl"):
+            small += ["loss.nce_layers=4,8", "loss.patches=16", "loss.projection=8"]
+    overrides = [*small, *SIZES.get(method, []), "run.device=cpu", "run.steps=2", "run.sample_every=2", "run.samples=1"]
+    assert main(["train", method, "--data", str(data), "--out", str(run), "--quiet", *overrides]) == 0
+    assert (run / "samples" / "step-00000002.png").exists()
+    assert main(["train", method, "--data", str(data), "--out", str(run), "--quiet", *overrides, "run.steps=3"]) == 0
+    picture = next((data / "trainA").iterdir())
+    out = tmp_path / "out"
+    assert main(["translate", str(run), str(picture), "--out", str(out), "--device", "cpu"]) == 0
+    assert Image.open(next(out.iterdir())).size == Image.open(picture).size
+
+
+def test_methods_are_listed(capsys):
+    assert main(["methods"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"\n{name}\n" in f"\n{printed}" for name in PRESETS)
+    assert "G 11,378,179, F 560,384, D 2,764,737" in printed

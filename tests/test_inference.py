@@ -386,7 +386,7 @@ def test_progress_where_there_is_no_terminal(monkeypatch, capsys):
 
 @torch.no_grad()
 def test_large_pictures_keep_their_precision():
-    """With channels-last maps a CPU's group norm does not: a low-contrast picture comes out wrong by about 1."""
+    """The library's channels-last group norm does not on a CPU: a low-contrast picture comes out wrong by about 1."""
     network, picture = resnet(), smooth(512, 768) * 0.05 + 0.9
     wanted = network.double()(picture.double())
     result = Translator(network.float())(picture)
