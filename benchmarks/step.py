@@ -20,7 +20,6 @@ from benchmarks.published import Checkout
 from fastnce.engine.optim import OptimOptions
 from fastnce.engine.step import Step
 from fastnce.methods import PRESETS, Batch, NetworkOptions
-from fastnce.networks import channels_last
 
 PUBLISHED_MODEL = {"cut": "cut", "fastcut": "cut", "dclgan": "dcl", "dcdgan-released": "dcd"}
 """The name that their `--model` takes."""
@@ -96,13 +95,11 @@ def _ours(
                 setattr(options, key, value)
             method = preset.method(options, NetworkOptions(**{**preset.sections.get("network", {}), **network}))
             method = method.to(context.device)
-            channels_last(method)
             optim = preset.sections.get("optim", {})
             state["step"] = Step(method, OptimOptions(**optim), precision, compiled)
         count[0] += 1
         step = state["step"]
-        batch = Batch(*(x.contiguous(memory_format=torch.channels_last) for x in (a, b)))
-        step.run(batch, step.method.draw(random.Random(count[0])))
+        step.run(Batch(a, b), step.method.draw(random.Random(count[0])))
 
     return call
 

@@ -25,7 +25,6 @@ from .engine.loop import TrainingFailed, pick_device
 from .engine.loop import train as run_training
 from .inference import ProgressLine, load_translator, translate_files
 from .methods import PRESETS
-from .networks import channels_last
 
 TILES_HELP = "auto: whole pictures, exact tiles where memory is too small; exact or fast: always"
 
@@ -75,7 +74,6 @@ def _train_rank(config: Config, out: Path, ranks: Ranks, quiet: bool) -> int:
         method.check(config.data.batch, *_sides(config.data.crop_size))
     data = open_data(config, device, ranks, quiet)
     method = method.to(device)
-    channels_last(method)
     if ranks.first:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.toml").write_text(config.as_toml(), encoding="utf-8")

@@ -62,7 +62,10 @@ class Translator:
             steps_of(generator, {})
         self.device = torch.device(device)
         self.generator = generator.to(self.device).eval()
-        channels_last(self.generator)
+        self.layout = torch.contiguous_format
+        if self.device.type != "cpu":  # where it is no faster
+            self.layout = torch.channels_last
+            channels_last(self.generator)
         self.tiles, self.tile_size, self.say = tiles, tile_size, say or (lambda sentence: None)
         self.factor: int = getattr(generator, "factor", 1)
         self.smallest: int = getattr(generator, "smallest", self.factor)
@@ -97,7 +100,7 @@ class Translator:
             if room is not None and self._needed(padded) > room:
                 return None
         try:
-            x = padded.to(self.device).contiguous(memory_format=torch.channels_last)
+            x = padded.to(self.device).contiguous(memory_format=self.layout)
             return self.generator(x).float().cpu()
         except RuntimeError as error:
             if not _out_of_memory(error):
