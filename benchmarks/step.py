@@ -14,6 +14,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import Case, Context, Provider, Row, measure
 from benchmarks.published import Checkout
@@ -41,11 +42,16 @@ def dual(context: Context) -> Iterator[Row]:
 
 def _case(name: str, images: int, context: Context) -> Case:
     side = 64 if context.quick else 256
+    pictures = partial(_pictures, images, side, context.device)
+    providers = list(_providers(name, images, context))
+    with FlopCounterMode(display=False) as counter:  # of our step, which computes nothing twice
+        providers[0].call(*pictures())
     return Case(
         f"step {name}",
         {"images": images, "dtype": "float32"},
-        partial(_pictures, images, side, context.device),
-        list(_providers(name, images, context)),
+        pictures,
+        providers,
+        flop=float(counter.get_total_flops()),
         energy=images > 1,
     )
 
