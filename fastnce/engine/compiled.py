@@ -5,10 +5,19 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch._functorch.config
+
+
+def _backward_now() -> AbstractContextManager:
+    """Within: a backward is compiled together with its forward, not when a loss is first differentiated."""
+    name = "force_non_lazy_backward_lowering"
+    if not hasattr(torch._functorch.config, name):  # an older PyTorch
+        return nullcontext()
+    return torch._functorch.config.patch({name: True})
 
 
 class Compiled:
@@ -38,8 +47,7 @@ class Compiled:
             return self.compiled(*args)
         began = time.perf_counter()
         try:
-            # the backward too is compiled here, not when a loss is first differentiated
-            with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
+            with _backward_now():
                 result = self.compiled(*args)
         except Exception as error:
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
