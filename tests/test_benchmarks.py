@@ -236,7 +236,6 @@ def test_growth_is_fitted_and_a_plot_without_matplotlib_is_a_sentence(tmp_path, 
 
 
 def test_pytest_benchmark_finds_the_same_cases():
-    pytest.importorskip("pytest_benchmark")
     command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "-q", "--collect-only"]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert finished.returncode == 0, finished.stdout + finished.stderr

@@ -206,7 +206,6 @@ def test_translate_mistakes(published, tmp_path, capsys):
 
 def test_train_translate_export_and_cache(tmp_path, capsys):
     """The whole way of a user, with the demo's photographs."""
-    pytest.importorskip("skimage", reason="the demo's photographs are in scikit-image's wheel")
     data, run = tmp_path / "data", tmp_path / "run"
     write_folders(data, side=64)
     small = ["network.generator=resnet_4blocks", "network.width=4", "network.discriminator_width=4", "run.device=cpu"]

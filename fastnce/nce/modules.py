@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..initialise import init_weights
 from . import api
 from .api import Implementation, Negatives, patch_nce, project_patches, sample_patch_ids
 from .reference import normalize_rows
@@ -60,20 +61,6 @@ class PatchNCELoss(nn.Module):
         return f"temperature={self.temperature}, negatives={self.negatives!r}"
 
 
-def _init_linear(linear: nn.Linear, init_type: str, gain: float) -> None:
-    if init_type == "normal":
-        nn.init.normal_(linear.weight, 0.0, gain)
-    elif init_type == "xavier":
-        nn.init.xavier_normal_(linear.weight, gain=gain)
-    elif init_type == "kaiming":
-        nn.init.kaiming_normal_(linear.weight, a=0, mode="fan_in")
-    elif init_type == "orthogonal":
-        nn.init.orthogonal_(linear.weight, gain=gain)
-    else:
-        raise ValueError(f"init_type must be normal, xavier, kaiming or orthogonal, not {init_type!r}")
-    nn.init.zeros_(linear.bias)
-
-
 class PatchSampleF(nn.Module):
     """The published patch sampler and projector F: same call, same `state_dict` keys (`mlp_0.0.weight`, ...).
 
@@ -112,9 +99,7 @@ class PatchSampleF(nn.Module):
     def _create(self, in_channels: Sequence[int], like: Tensor | None = None) -> None:
         for layer, channels in enumerate(in_channels):
             mlp = nn.Sequential(nn.Linear(channels, self.nc), nn.ReLU(), nn.Linear(self.nc, self.nc))
-            for module in mlp:
-                if isinstance(module, nn.Linear):
-                    _init_linear(module, self.init_type, self.init_gain)
+            init_weights(mlp, self.init_type, self.init_gain)
             if like is not None:
                 mlp.to(device=like.device, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
             self.add_module(f"mlp_{layer}", mlp)

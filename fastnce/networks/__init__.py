@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .layers import BlurDown, BlurUp, InstanceNorm, Norm, channels_last, init_weights
+from ..initialise import init_weights
+from .layers import BlurDown, BlurUp, InstanceNorm, Norm, channels_last
 from .patchgan import PatchGAN, PixelGAN
 from .resnet import ResnetGenerator
 from .restorer import Restorer

@@ -1,0 +1,27 @@
+"""How weights start, for networks and projectors alike."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def init_weights(network: nn.Module, init_type: str = "xavier", gain: float = 0.02) -> nn.Module:
+    """Published initialisation: weights of convolutions and linear layers as named, biases 0, batch norm N(1, gain)."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+            if init_type == "normal":
+                nn.init.normal_(module.weight, 0.0, gain)
+            elif init_type == "xavier":
+                nn.init.xavier_normal_(module.weight, gain=gain)
+            elif init_type == "kaiming":
+                nn.init.kaiming_normal_(module.weight, a=0, mode="fan_in")
+            elif init_type == "orthogonal":
+                nn.init.orthogonal_(module.weight, gain=gain)
+            else:
+                raise ValueError(f"init_type must be normal, xavier, kaiming or orthogonal, not {init_type!r}")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight, 1.0, gain)
+            nn.init.zeros_(module.bias)
+    return network
