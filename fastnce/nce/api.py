@@ -86,37 +86,31 @@ def patch_nce(
         raise ValueError(f'reduction must be "mean", "sum" or "none", not {reduction!r}')
     if detach_keys:
         keys = keys.detach()
-    grouped_queries = queries.unflatten(0, (groups, -1))
-    grouped_keys = keys.unflatten(0, (groups, -1))
-    size = grouped_queries.shape[1]
+    size = queries.shape[0] // groups
     pair_log_weight = _check_pairs("pair_log_weight", pair_log_weight, groups, size)
     pair_weight = _check_pairs("pair_weight", pair_weight, groups, size)
-    if extra_keys is not None and extra_keys.dim() == 2:
-        extra_keys = extra_keys[None]
-
     dtype = _autocast_dtype(queries)
     if dtype != queries.dtype:
-        grouped_queries, grouped_keys = grouped_queries.to(dtype), grouped_keys.to(dtype)
+        queries, keys = queries.to(dtype), keys.to(dtype)
     if extra_keys is not None:
-        extra_keys = extra_keys.to(dtype)
+        extra_keys = (extra_keys if extra_keys.dim() == 3 else extra_keys[None]).to(dtype)
     rows: Any  # the kernels and the eager path take the same arguments
-    options: dict[str, Any] = {"temperature": float(temperature), "decoupled": decoupled}
+    options: dict[str, Any] = {"groups": groups, "temperature": float(temperature), "decoupled": decoupled}
     if _use_triton(implementation, queries.device, dtype, queries.shape[1], size):
-        rows = fused.nce_rows
+        rows = fused.nce_losses
         options["unit"] = unit_rows
     else:
-        rows = eager.nce_rows
+        rows = eager.nce_losses
         if extra_keys is not None:
             extra_keys = extra_keys.expand(groups, -1, -1)
     weights: dict[str, Any] = {"pair_log_weight_GSS": pair_log_weight, "pair_weight_GSS": pair_weight}
     with _without_autocast(queries.device):
-        loss, logsumexp, positive = rows(grouped_queries, grouped_keys, extra_keys, **weights, **options)
+        loss, negative, positive = rows(queries, keys, extra_keys, **weights, **options)
         if symmetric:
             transposed = {name: None if w is None else w.transpose(1, 2) for name, w in weights.items()}
             # the other direction: keys ask, queries answer; with constant keys the gradient still reaches the queries
-            other, _, _ = rows(grouped_keys, grouped_queries, extra_keys, **transposed, **options)
+            other, _, _ = rows(keys, queries, extra_keys, **transposed, **options)
             loss = 0.5 * (loss + other)
-    loss = loss.flatten()
     if query_weight is not None:
         loss = loss * query_weight.to(loss.dtype)
     if reduction == "mean":
@@ -124,7 +118,8 @@ def patch_nce(
     elif reduction == "sum":
         loss = loss.sum()
     if return_stats:
-        return loss, {"logsumexp": logsumexp.detach().flatten(), "positive": positive.detach().flatten()}
+        logsumexp = negative if decoupled else torch.logaddexp(negative, positive)
+        return loss, {"logsumexp": logsumexp.detach(), "positive": positive.detach()}
     return loss
 
 

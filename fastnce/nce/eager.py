@@ -78,29 +78,23 @@ def _logits(queries, keys, extra_keys, pair_log_weight, pair_weight, scale, bloc
     return logits, outside, positive
 
 
-def _negative_logsumexp(logits: Tensor, outside: Tensor | None, finite: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """logsumexp over the negatives, and their exponentials relative to it (rows without negatives: -inf and zeros).
+def _negatives(logits: Tensor, outside: Tensor | None, finite: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """logsumexp over the negatives (-inf where there is none), and their exponentials with the sum that divides them.
 
     `finite` says that every row has a negative among the logits that is not -inf.
     """
-    if finite and outside is None:
-        # one pass of the library in place of five; the largest weight is 1 / sum(exp(logit - largest logit))
-        weights = torch.softmax(logits, dim=2)
-        return logits.amax(dim=2) - weights.amax(dim=2).log(), weights, None
     top = logits.amax(dim=2)
     if outside is not None:
         top = torch.maximum(top, outside.amax(dim=2))
-    top = torch.where(top == -torch.inf, 0.0, top)[:, :, None]
-    weights = logits.sub_(top).exp_()
+    if not finite:
+        top = torch.where(top == -torch.inf, 0.0, top)
+    weights = logits.sub_(top[:, :, None]).exp_()
     total = weights.sum(dim=2)
     if outside is not None:
-        outside = outside.sub_(top).exp_()
+        outside = outside.sub_(top[:, :, None]).exp_()
         total = total + outside.sum(dim=2)
-    inverse = torch.where(total > 0, 1.0 / total, torch.zeros_like(total))[:, :, None]
-    weights.mul_(inverse)
-    if outside is not None:
-        outside.mul_(inverse)
-    return top[:, :, 0] + total.log(), weights, outside
+    negative = top.add_(total.log())
+    return negative, weights, total if finite else torch.where(total > 0, total, 1.0), outside
 
 
 def _widen(*tensors: Any) -> list[Any]:
@@ -110,115 +104,143 @@ def _widen(*tensors: Any) -> list[Any]:
 
 @directly
 class _NCERows(torch.autograd.Function):
+    """Rows are flat outside, (groups * rows, dim), and grouped inside: a view less to differentiate."""
+
     @staticmethod
-    def forward(queries, keys, extra_keys, pair_log_weight, pair_weight, scale, decoupled, with_gradient):
-        queries, keys, extra_keys = _widen(queries, keys, extra_keys)
-        groups, rows, _ = queries.shape
+    def forward(queries, keys, extra_keys, pair_log_weight, pair_weight, groups, scale, decoupled, with_gradient):
+        queries, keys, extra_keys = _grouped(groups, queries, keys, extra_keys)
+        rows = queries.shape[1]
         columns = rows + (0 if extra_keys is None else extra_keys.shape[1])
         finite = rows > 1 and pair_log_weight is None
         done = []
         for block in _blocks(groups, rows, columns):
             logits, outside, positive = _logits(queries, keys, extra_keys, pair_log_weight, pair_weight, scale, block)
-            negative, weights, outside = _negative_logsumexp(logits, outside, finite)
+            negative, weights, total, outside = _negatives(logits, outside, finite)
             margin = negative - positive
-            loss = margin.clone() if decoupled else torch.logaddexp(margin, torch.zeros_like(margin))
-            gradient = queries.new_empty(*margin.shape, 0)
+            # beyond the threshold softplus is its argument, to the last digit of a float64
+            loss = margin.clone() if decoupled else torch.nn.functional.softplus(margin, threshold=40.0)
+            factor = gradient = queries.new_empty(0)
             if with_gradient:
                 if pair_weight is not None:
                     weights.mul_(_part(pair_weight, block))
-                # how much of the row's probability lies on its negatives, divided by T
+                # how much of the row's probability lies on its negatives, divided by T: left to the backward, which
+                # multiplies every row by its upstream gradient anyway
                 share = torch.full_like(margin, scale) if decoupled else torch.sigmoid(margin).mul_(scale)
-                _diagonal(weights, block).fill_(-1.0)  # less the positive's own key
+                factor = share.div_(total).flatten()
+                _diagonal(weights, block).copy_(total.neg())  # less the positive's own key
                 gradient = torch.bmm(weights, _groups(keys, block))
                 if outside is not None:
                     gradient.baddbmm_(outside, _groups(extra_keys, block))
-                gradient.mul_(share[:, :, None])
-            done.append((loss, negative, positive, gradient))
+                gradient = gradient.flatten(0, 1)
+            done.append((loss.flatten(), negative.flatten(), positive.flatten(), gradient, factor))
         if len(done) == 1:  # nothing to put together
             return done[0]
-        joined = (torch.cat([part.flatten(0, 1) for part in parts]) for parts in zip(*done, strict=True))
-        return tuple(whole.unflatten(0, (groups, rows)) for whole in joined)
+        return tuple(torch.cat(parts) for parts in zip(*done, strict=True))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *leaves, pair_log_weight, pair_weight, scale, decoupled, _ = inputs
-        _, negative, positive, gradient = output
-        ctx.mark_non_differentiable(negative, positive, gradient)
+        *leaves, pair_log_weight, pair_weight, ctx.groups, ctx.scale, ctx.decoupled, _ = inputs
+        _, negative, positive, gradient, factor = output
+        ctx.mark_non_differentiable(negative, positive, gradient, factor)
         ctx.set_materialize_grads(False)  # no zeros for the outputs without a gradient
-        ctx.scale, ctx.decoupled = scale, decoupled
         extra = (pair_log_weight, pair_weight, negative, positive)
         if not any(ctx.needs_input_grad[1:3]):
             extra = (None,) * 4  # keys are constants: the ready gradient is all the backward needs
             leaves[1:] = [None, None]  # nor are they kept: a NegativeBank overwrites its keys before the backward
-        ctx.save_for_backward(gradient, *leaves, *extra)
+        ctx.save_for_backward(gradient, factor, *leaves, *extra)
 
     @staticmethod
     def backward(ctx, upstream, *_):
         if upstream is None:
-            return (None,) * 8
-        gradient, *saved = ctx.saved_tensors
+            return (None,) * 9
+        gradient, factor, *saved = ctx.saved_tensors
         leaves = saved[:3]
         gradients: list[Tensor | None] = [None, None, None]
         with torch.no_grad():
             if ctx.needs_input_grad[0]:
-                gradients[0] = gradient * upstream[:, :, None]
+                gradients[0] = gradient * (factor * upstream)[:, None]
             if any(ctx.needs_input_grad[1:3]):
-                gradients[1:] = _key_gradients(saved, ctx.scale, ctx.decoupled, upstream)
+                gradients[1:] = _key_gradients(saved, ctx.groups, ctx.scale, ctx.decoupled, upstream)
             gradients = [None if g is None else g.to(leaf.dtype) for g, leaf in zip(gradients, leaves, strict=True)]
         if torch.is_grad_enabled():
             sources = [leaf for leaf in [*leaves, upstream] if leaf is not None and leaf.requires_grad]
             gradients = [None if g is None else Once.apply(g, *sources) for g in gradients]
-        return *gradients, None, None, None, None, None
+        return *gradients, None, None, None, None, None, None
 
 
-def _key_gradients(saved: list[Any], scale: float, decoupled: bool, up: Tensor) -> tuple[Tensor, Tensor | None]:
+def _grouped(groups: int, queries: Tensor, keys: Tensor, extra_keys: Tensor | None) -> list[Any]:
+    return [*(t.unflatten(0, (groups, -1)) for t in _widen(queries, keys)), *_widen(extra_keys)]
+
+
+def _key_gradients(
+    saved: list[Any], groups: int, scale: float, decoupled: bool, up: Tensor
+) -> tuple[Tensor, Tensor | None]:
     """Second pass, for keys that are not constants: dk_j = sum_i up_i * w_ij * q_i / T, less the positive's part."""
-    queries, keys, extra_keys = _widen(*saved[:3])
+    queries, keys, extra_keys = _grouped(groups, *saved[:3])
     pair_log_weight, pair_weight, negative, positive = saved[3:]
-    groups, rows, _ = queries.shape
+    rows = queries.shape[1]
     d_keys = torch.zeros_like(keys)
     d_extra = None if extra_keys is None else torch.zeros_like(extra_keys)
-    margin = negative - positive
-    share = up if decoupled else up * torch.sigmoid(margin)
+    share = (up if decoupled else up * torch.sigmoid(negative - positive)).view(groups, rows)
     columns = rows + (0 if extra_keys is None else extra_keys.shape[1])
     finite = rows > 1 and pair_log_weight is None
     for block in _blocks(groups, rows, columns):
         logits, outside, _ = _logits(queries, keys, extra_keys, pair_log_weight, pair_weight, scale, block)
-        _, weights, outside = _negative_logsumexp(logits, outside, finite)
+        _, weights, total, outside = _negatives(logits, outside, finite)
         if pair_weight is not None:
             weights.mul_(_part(pair_weight, block))
-        _diagonal(weights, block).fill_(-1.0)
-        weighted = _part(queries, block) * (_part(share, block) * scale)[:, :, None]
+        _diagonal(weights, block).copy_(total.neg())
+        weighted = _part(queries, block) * (_part(share, block) * scale / total)[:, :, None]
         _groups(d_keys, block).add_(torch.bmm(weights.transpose(1, 2), weighted))
         if d_extra is not None and outside is not None:
             _groups(d_extra, block).add_(torch.bmm(outside.transpose(1, 2), weighted))
-    return d_keys, d_extra
+    return d_keys.flatten(0, 1), d_extra
 
 
-def nce_rows(
-    queries_GSD: Tensor,
-    keys_GSD: Tensor,
+def nce_losses(
+    queries: Tensor,
+    keys: Tensor,
     extra_keys_GED: Tensor | None = None,
     *,
+    groups: int,
     temperature: float,
     pair_log_weight_GSS: Tensor | None = None,
     pair_weight_GSS: Tensor | None = None,
     decoupled: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `reference.nce_rows`: (loss, logsumexp, positive logit), each (groups, rows); float32, or float64 for float64.
+    """(loss, logsumexp of the negatives, positive logit) of flat rows, (groups * rows, dim); each (groups * rows,).
 
-    Differentiable once, with respect to queries, keys and extra keys. 16-bit inputs are widened to float32 first.
+    float32, or float64 for float64. Differentiable once, with respect to queries, keys and extra keys. 16-bit inputs
+    are widened to float32 first.
     """
-    with_gradient = torch.is_grad_enabled() and queries_GSD.requires_grad
-    loss, negative, positive, _ = call(
+    with_gradient = torch.is_grad_enabled() and queries.requires_grad
+    return call(
         _NCERows,
-        queries_GSD,
-        keys_GSD,
+        queries,
+        keys,
         extra_keys_GED,
         *_widen(pair_log_weight_GSS, pair_weight_GSS),
+        groups,
         1.0 / temperature,
         decoupled,
         with_gradient,
+    )[:3]
+
+
+def nce_rows(
+    queries_GSD: Tensor, keys_GSD: Tensor, extra_keys_GED: Tensor | None = None, *, decoupled: bool = False, **options
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `reference.nce_rows`, options as of `nce_losses`: (loss, logsumexp, positive logit), each (groups, rows)."""
+    shape = queries_GSD.shape[:2]
+    loss, negative, positive = (
+        flat.view(shape)
+        for flat in nce_losses(
+            queries_GSD.flatten(0, 1),
+            keys_GSD.flatten(0, 1),
+            extra_keys_GED,
+            groups=shape[0],
+            decoupled=decoupled,
+            **options,
+        )
     )
-    logsumexp = negative if decoupled else torch.logaddexp(negative, positive)
-    return loss, logsumexp, positive
+    return loss, negative if decoupled else torch.logaddexp(negative, positive), positive
