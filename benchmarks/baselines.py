@@ -1,4 +1,6 @@
-"""The published mathematics in plain PyTorch, written here: what stands beside us when no checkout is given.
+"""What stands beside us: the published mathematics in plain PyTorch, and other people's libraries by their own names.
+
+A library that is not installed is found where PYTHONPATH holds an unpacked copy of it.
 
 Every function takes unit rows and keeps the keys constant, as the papers do. They are to be readable and fair, not slow
 on purpose: no needless copy, no loop over images.
@@ -6,7 +8,9 @@ on purpose: no needless copy, no loop over images.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -78,3 +82,58 @@ def chain(query_maps, key_maps, mlps, *, patches: int = 256, temperature: float 
     images = query_maps[0].shape[0]
     layers = [loss(q, k, images, temperature).mean() for q, k in zip(queries, keys, strict=True)]
     return torch.stack(layers).mean()
+
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""Loss of unit queries and keys (rows, dim), keys constant: a scalar or one value a row."""
+
+
+@dataclass(frozen=True)
+class Library:
+    """A loss of somebody else's: `make(module, temperature)` calls it as its own documentation does."""
+
+    name: str
+    module: str
+    make: Callable[[Any, float], Loss]
+    linear_memory: bool = False
+    note: str = ""
+
+
+def _own_row(queries: Tensor) -> Tensor:
+    return torch.arange(len(queries), device=queries.device)
+
+
+def _nt_xent(module: Any, temperature: float) -> Loss:
+    metric = module.NTXentLoss(temperature=temperature)
+    return lambda q, k: metric(q, _own_row(q), ref_emb=k, ref_labels=_own_row(q))
+
+
+def _inf_cl(module: Any, temperature: float) -> Loss:
+    # rows are cut into heads of `head_dim`, which their kernels need to be a power of two
+    return lambda q, k: module.cal_flash_loss(q, k, scale=1.0 / temperature, head_dim=min(256, q.shape[1]))
+
+
+def _memeff(module: Any, temperature: float) -> Loss:
+    # queries against locked documents; a margin of 2 turns the mask of false negatives off
+    options = {"margin": 2.0, "normalized_inputs": True, "stable": False}
+    return module.MemoryEfficientLiTQwen3Loss(temperature=temperature, **options)
+
+
+LIBRARIES = (
+    Library(
+        "info-nce-pytorch",
+        "info_nce",
+        lambda module, t: lambda q, k: module.info_nce(q, k, temperature=t),
+        note="normalises again",
+    ),
+    Library("pytorch-metric-learning NTXentLoss", "pytorch_metric_learning.losses", _nt_xent),
+    Library(
+        "cut-cross-entropy",
+        "cut_cross_entropy",
+        lambda module, t: lambda q, k: module.linear_cross_entropy(q / t, k, _own_row(q)),
+        linear_memory=True,
+        note="drops gradients below its threshold",
+    ),
+    Library("Inf-CL", "inf_cl", _inf_cl, linear_memory=True, note="forms the keys' gradient too; float32 inside"),
+    Library("MemoryEfficientCLIP", "memeff", _memeff, linear_memory=True, note="MemoryEfficientLiTQwen3Loss"),
+)

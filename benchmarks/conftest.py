@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.measure import Context
 from benchmarks.published import find_checkouts
-from benchmarks.run import default_device
+from fastnce.timing import default_device
 
 
 def pytest_addoption(parser):

@@ -223,7 +223,10 @@ def infonce_cases(context: Context) -> Iterator[Case]:
 
 def _infonce_providers(context: Context, rows: int, dtype: torch.dtype) -> Iterator[Provider]:
     ours = query_gradient(partial(patch_nce, temperature=TEMPERATURE))
-    yield from _with_graph([Provider(OURS, ours)], context)
+    absent = [library.name for library, loss in _libraries() if loss is None]
+    smallest = rows == (64 if context.quick else 256)  # said once
+    note = f"not installed here: {', '.join(absent)}" if absent and smallest else ""
+    yield from _with_graph([Provider(OURS, ours, note=note)], context)
     width = dtype.itemsize
     peers: list[tuple[str, Callable[[Tensor, Tensor], Tensor], str, bool]] = []
     for checkout in context.published:
@@ -243,41 +246,19 @@ def _infonce_providers(context: Context, rows: int, dtype: torch.dtype) -> Itera
     yield Provider("attention(q, k, k)", attention, note="query gradient only, no loss")
     chunked = query_gradient(partial(baselines.linear_cross_entropy, temperature=TEMPERATURE))
     yield Provider("F.linear_cross_entropy", chunked, note="chunked; torch 2.13 and later")
-    fits = _fits(context, rows, width=width)
-    for name, loss in _libraries():
-        needs_logits = name != "cut-cross-entropy"
-        yield Provider(name, _refuse if needs_logits and not fits else query_gradient(loss))
+    for library, loss in _libraries():
+        if loss is not None:
+            fits = library.linear_memory or _fits(context, rows, width=width)
+            yield Provider(library.name, query_gradient(loss) if fits else _refuse, note=library.note)
 
 
-def _libraries() -> Iterator[tuple[str, Callable[[Tensor, Tensor], Tensor]]]:
-    """Other people's losses, where they are installed."""
-    library = _optional("info_nce")
-    if library is not None:
-        yield "info-nce-pytorch", partial(library.info_nce, temperature=TEMPERATURE)
-    library = _optional("pytorch_metric_learning.losses")
-    if library is not None:
-        metric = library.NTXentLoss(temperature=TEMPERATURE)
-
-        def nt_xent(queries: Tensor, keys: Tensor) -> Tensor:
-            own = torch.arange(len(queries), device=queries.device)
-            return metric(queries, own, ref_emb=keys, ref_labels=own)
-
-        yield "pytorch-metric-learning NTXentLoss", nt_xent
-    library = _optional("cut_cross_entropy")
-    if library is not None:
-
-        def cut_cross_entropy(queries: Tensor, keys: Tensor) -> Tensor:
-            own = torch.arange(len(queries), device=queries.device)
-            return library.linear_cross_entropy(queries / TEMPERATURE, keys, own)
-
-        yield "cut-cross-entropy", cut_cross_entropy
-
-
-def _optional(name: str):
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        return None
+def _libraries() -> Iterator[tuple[baselines.Library, baselines.Loss | None]]:
+    """Other people's losses; None for one that is not installed."""
+    for library in baselines.LIBRARIES:
+        try:
+            yield library, library.make(importlib.import_module(library.module), TEMPERATURE)
+        except ImportError:
+            yield library, None
 
 
 def _fits(context: Context, rows: int, cosine: bool = False, width: int = 4) -> bool:

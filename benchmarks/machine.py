@@ -1,16 +1,14 @@
-"""What the machine is, and the most that it was measured to do: a large copy and a large matrix product.
+"""What the machine is, and the most that it was measured to do: a large copy, matrix products, launches.
 
 Recorded beside every result; the floors in the tables come from these ceilings.
 """
 
 from __future__ import annotations
 
-import functools
 import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,8 @@ from typing import Any
 import torch
 
 import fastnce
-
-from .measure import nvml_uuid, time_interleaved
+from benchmarks.nvml import board
+from fastnce.timing import ceilings
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -45,34 +43,22 @@ def facts(device: torch.device) -> dict[str, Any]:
         "commit": _commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "tf32": torch.backends.cuda.matmul.allow_tf32,
+        "cudnn_tf32": torch.backends.cudnn.allow_tf32,
     }
     if device.type == "cuda":
         gpu = torch.cuda.get_device_properties(device)
         found |= {
             "device": gpu.name,
             "memory_bytes": gpu.total_memory,
+            "compute_capability": f"{gpu.major}.{gpu.minor}",
+            "multiprocessors": gpu.multi_processor_count,
             "cuda": torch.version.cuda or "",
             "rocm": torch.version.hip or "",
-            **_nvml(device),
+            "cudnn": torch.backends.cudnn.version(),
         }
+        nvml = board(device)
+        found |= nvml.facts() if nvml is not None else {}
     return found
-
-
-def _nvml(device: torch.device) -> dict[str, Any]:
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(nvml_uuid(device))
-        return {
-            "driver": pynvml.nvmlSystemGetDriverVersion(),
-            "sm_clock_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
-            "sm_clock_max_mhz": pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM),
-            "memory_clock_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),
-            "power_limit_w": pynvml.nvmlDeviceGetPowerManagementLimit(handle) / 1e3,
-        }
-    except Exception:  # not an NVIDIA board, or nvidia-ml-py is not installed
-        return {}
 
 
 def _cpu_model() -> str:
@@ -96,32 +82,13 @@ def _commit() -> str:
         return ""
 
 
-def ceilings(device: torch.device, quick: bool) -> dict[str, float]:
-    """Bytes a second of a large copy (read and written), FLOP a second of square products of random matrices."""
-    cpu = device.type == "cpu"
-    numbers = (1 << 24 if quick else 1 << 26) if cpu else (1 << 24 if quick else 1 << 30)
-    source = torch.randn(numbers, device=device)
-    target = torch.empty_like(source)
-    calls: dict[str, Callable[[], Any]] = {"copy": functools.partial(target.copy_, source)}
-    size = (512 if quick else 1024) if cpu else (2048 if quick else 8192)
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        calls[str(dtype).removeprefix("torch.")] = functools.partial(torch.matmul, a, b)
-    # the best time: a ceiling is what the machine can do, not what it did on average
-    times = time_interleaved(calls, device, seconds=1.0 if quick else 4.0)
-    best = {name: min(t) / 1e3 for name, t in times.items()}
-    found = {"copy_bytes_per_s": 2 * 4 * numbers / best.pop("copy")}
-    return (
-        found
-        | {f"matmul_{name}_flop_per_s": 2 * size**3 / seconds for name, seconds in best.items()}
-        | {"matmul_size": size}
-    )
-
-
 def describe(device: torch.device, quick: bool) -> dict[str, Any]:
-    """`facts` and `ceilings`."""
+    """`facts` and `ceilings`; the clocks again after them, when the device has worked for some seconds."""
     began = time.perf_counter()
     found = facts(device)
     found["ceilings"] = ceilings(device, quick)
+    nvml = board(device)
+    if nvml is not None:
+        found |= {f"{key}_warm": value for key, value in nvml.facts().items() if "clock_mhz" in key}
     found["measured_in_s"] = round(time.perf_counter() - began, 1)
     return found

@@ -1,4 +1,4 @@
-"""How anything is measured here: interleaved times, peak memory, launches, energy, and what the machine can do at most.
+"""How anything is measured here: interleaved times, peak memory, launches, energy, beside the least that it can cost.
 
 A `Case` is one piece of work on fixed inputs, done by several `Provider`s; `measure(case, context)` gives a `Row` each.
 Times are percentiles over rounds in which every provider runs once, in one process, so that a drift of clocks or a
@@ -9,22 +9,29 @@ from __future__ import annotations
 
 import functools
 import gc
-import json
-import math
-import tempfile
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.count import Counts
+from benchmarks.observe import joules, launches, peak_bytes
 from benchmarks.published import Checkout
+from fastnce.timing import capture, floor_ms, percentiles, time_interleaved
 
 L2_MULTIPLE = 2
 """Inputs rotate through this many times the size of the L2 cache."""
+
+LEAST_LEFT = 3.0
+"""Seconds that must be left of a part's time for anything further to begin."""
+
+OVER = "not run: time is over"
+CAPTURED = "captured"
+"""In the mode of a provider that replays a graph of its own."""
 
 
 @dataclass
@@ -34,14 +41,19 @@ class Provider:
     Args:
         name: who does it.
         call: takes the tensors of one input set and does the whole work, gradients included.
-        mode: "eager", "compile" or "graph" (captured in a CUDA graph; the call must not touch the host).
+        mode: "eager", "compile", "graph" (recorded in a CUDA graph here; the call must not touch the host) or with
+            "captured" in it (the call replays a graph of its own).
         note: what a reader of the figure has to know.
+        dtype: in which its products are computed, for the ceiling, where that is not the case's.
+        bytes: the least that it moves, where that is not the case's.
     """
 
     name: str
     call: Callable[..., Any]
     mode: str = "eager"
     note: str = ""
+    dtype: str | None = None
+    bytes: float | None = None
 
 
 @dataclass
@@ -53,6 +65,8 @@ class Case:
         size: what is varied, e.g. {"images": 1, "patches": 256, "dim": 256, "dtype": "float32"}.
         make_inputs: draws one set of inputs.
         flop, bytes: the least that the work costs, for the floor; None where not worked out.
+        energy: also measure joules, for at least two seconds a provider.
+        steps: of a whole run, to project its time from one.
     """
 
     benchmark: str
@@ -62,16 +76,22 @@ class Case:
     flop: float | None = None
     bytes: float | None = None
     energy: bool = False
+    steps: int | None = None
 
 
 @dataclass
 class Row:
-    """One line of the results. Times in ms a call; empty fields were not measured."""
+    """One line of the results. Times in ms a call; empty fields were not measured.
+
+    floor_ms is the longer of `flop` at the measured rate of the row's precision and `bytes` at the measured bandwidth;
+    launch_floor_ms the launches at the measured cost of one; ceiling_fraction the rate of `flop` over that ceiling.
+    """
 
     benchmark: str
     provider: str
     mode: str
     images: int | None = None
+    side: int | None = None
     patches: int | None = None
     dim: int | None = None
     layers: int | None = None
@@ -80,27 +100,67 @@ class Row:
     p50_ms: float | None = None
     p80_ms: float | None = None
     rounds: int | None = None
+    images_per_s: float | None = None
+    steps_per_s: float | None = None
+    flop: float | None = None
+    bytes: float | None = None
+    ceiling_fraction: float | None = None
     peak_bytes: int | None = None
     launches: int | None = None
     joules: float | None = None
+    joules_per_1000_images: float | None = None
     floor_ms: float | None = None
     floor_fraction: float | None = None
+    launch_floor_ms: float | None = None
     note: str = ""
+
+    def key(self) -> str:
+        """What tells one case and provider from all others of a part."""
+        size = " x ".join(
+            str(n) for n in (self.images, self.side, self.patches, self.dim, self.layers) if n is not None
+        )
+        return f"{self.benchmark} ({size}) by {self.provider}, {self.mode}"
 
 
 @dataclass
 class Context:
-    """What a part is given: where it runs, how much of it, beside what."""
+    """What a part is given: where it runs, how much of it, beside what, until when.
+
+    Args:
+        until: `time.monotonic()` at which the part is stopped from outside.
+        journal: told what begins and ends, so that whoever watches knows which provider took the process down.
+        refused: by `Row.key`, why a provider is not to be run again: it hung or took the process down before.
+        done: keys of rows that an earlier process of the part has measured.
+        patience: seconds that one provider's first calls may take, at most half of what is left.
+        side: of the pictures of steps, where the usual one is not wanted.
+        counts: what steps cost, as far as it was worked out already.
+    """
 
     device: torch.device
     quick: bool = False
     published: list[Checkout] = field(default_factory=list)
     machine: dict[str, Any] = field(default_factory=dict)
+    until: float | None = None
+    journal: Callable[[dict[str, Any]], None] = lambda _: None
+    refused: dict[str, str] = field(default_factory=dict)
+    done: set[str] = field(default_factory=set)
+    patience: float = 120.0
+    side: int | None = None
+    counts: Counts = field(default_factory=Counts)
+
+    def left(self) -> float:
+        """Seconds."""
+        return float("inf") if self.until is None else self.until - time.monotonic()
 
     @property
     def seconds(self) -> float:
         """Time that the interleaved rounds of one case may take."""
-        return 0.3 if self.quick else 5.0
+        return 0.2 if self.quick else max(0.3, min(5.0, self.left() / 8))
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The ceilings of this machine."""
+        return self.machine.get("ceilings", {})
 
     def free_bytes(self) -> int:
         """Memory that a provider may take: half of what is free now; on a CPU 2 GiB, more would take minutes a call."""
@@ -109,211 +169,124 @@ class Context:
         return 2 << 30
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
-def percentiles(times: Sequence[float]) -> tuple[float, float, float]:
-    """20th, 50th and 80th."""
-    values = torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64))
-    p20, p50, p80 = values.tolist()
-    return p20, p50, p80
-
-
-def time_interleaved(
-    calls: dict[str, Callable[[], Any]],
-    device: torch.device,
-    seconds: float,
-    *,
-    min_rounds: int = 3,
-    max_rounds: int = 200,
-    least_ms: float = 1.0,
-) -> dict[str, list[float]]:
-    """Milliseconds a call, one figure a round; short calls are repeated within a round until it lasts `least_ms`.
-
-    `seconds` is shared equally; the order turns round every time, so that nobody always comes after the same one.
-    CUDA events on a CUDA device, so that waiting for launches counts as it does in training; `perf_counter` elsewhere.
-    """
-
-    def once(call: Callable[[], Any], repeats: int) -> float:
-        if device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            for _ in range(repeats):
-                call()
-            end.record()
-            end.synchronize()
-            return start.elapsed_time(end) / repeats
-        synchronize(device)
-        began = time.perf_counter()
-        for _ in range(repeats):
-            call()
-        synchronize(device)
-        return (time.perf_counter() - began) * 1e3 / repeats
-
-    repeats = {n: min(1000, max(1, math.ceil(least_ms / max(once(call, 1), 1e-4)))) for n, call in calls.items()}
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    share = seconds * 1e3 / max(1, len(calls))
-
-    def unfinished(name: str) -> bool:
-        # a slow one gives up after its share of the time, so that it does not take the others'
-        done = times[name]
-        return len(done) < min_rounds or (len(done) < max_rounds and sum(done) * repeats[name] < share)
-
-    order = list(calls)
-    while running := [name for name in order if unfinished(name)]:
-        for name in running:
-            times[name].append(once(calls[name], repeats[name]))
-        order.reverse()
-    return times
-
-
-def capture(call: Callable[..., Any], inputs: Sequence[tuple]) -> Callable[[], None]:
-    """A CUDA graph that does the work once for each input set, one after another."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call(*inputs[0])
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for tensors in inputs:
-            call(*tensors)
-    return graph.replay
-
-
-def peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
-    """Highest allocation during a call, above what was allocated before it."""
-    gc.collect()
-    if device.type == "cuda":
-        synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        call()
-        synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    if device.type != "cpu":
-        return None
-    # The profiler reports every allocation of a tensor's memory on the CPU; scratch memory of a library is not seen.
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        call()
-        gc.collect()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profile.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    changes = [(e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]"]
-    now = highest = 0
-    for _, change in sorted(changes, key=lambda c: c[0]):
-        now += change
-        highest = max(highest, now)
-    return highest if changes else None
-
-
-class _Counter(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += 1
-        return func(*args, **(kwargs or {}))
-
-
-def launches(call: Callable[[], Any], device: torch.device, mode: str) -> int | None:
-    """Kernels, copies and fills on the device (CUDA), or operators dispatched, views among them (CPU)."""
-    if device.type == "cuda":
-        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-        with torch.profiler.profile(activities=activities) as profile:
-            call()
-            synchronize(device)
-        return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
-    if device.type != "cpu" or mode == "compile":  # compiled code does not come by the dispatcher
-        return None
-    with _Counter() as counter:
-        call()
-    return counter.count
-
-
-def nvml_uuid(device: torch.device) -> str:
-    """NVML counts boards its own way; the identifier is the same for both."""
-    return "GPU-" + str(torch.cuda.get_device_properties(device).uuid).removeprefix("GPU-")
-
-
-def joules(call: Callable[[], Any], device: torch.device, seconds: float = 2.0) -> float | None:
-    """Energy of a call, from the board's total-energy counter over at least two seconds. None without NVML."""
-    if device.type != "cuda":
-        return None
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(nvml_uuid(device))
-        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-    except Exception:  # no NVML, or a board without the counter
-        return None
-    synchronize(device)
-    count, began = 0, time.perf_counter()
-    before = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-    while time.perf_counter() - began < seconds:
-        for _ in range(10):
-            call()
-        synchronize(device)
-        count += 10
-    return (pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) - before) / 1e3 / count
-
-
-def floor_ms(case: Case, machine: dict[str, Any]) -> float | None:
-    """The least time that the measured ceilings of this machine allow for the case."""
-    ceilings = machine.get("ceilings", {})
-    flops = ceilings.get(f"matmul_{case.size.get('dtype')}_flop_per_s")
-    bandwidth = ceilings.get("copy_bytes_per_s")
-    times = []
-    if case.flop and flops:
-        times.append(case.flop / flops)
-    if case.bytes and bandwidth:
-        times.append(case.bytes / bandwidth)
-    return max(times) * 1e3 if times else None
+class DeviceLost(RuntimeError):
+    """The device answers nothing any more: this process can measure nothing further."""
 
 
 def measure(case: Case, context: Context) -> Iterator[Row]:
-    """A row for each provider; one that raises gets a row that says so, and loses nobody else's figures."""
+    """A row for each provider; one that raises gets a row that says so, and loses nobody else's figures.
+
+    A provider that hangs, or takes the process or its device down, was named to `context.journal` before: whoever
+    watches starts another process, in which it is refused.
+    """
     device = context.device
+    rows = {}
+    for provider in case.providers:
+        row = Row(case.benchmark, provider.name, provider.mode, **case.size, note=provider.note)
+        row.dtype = provider.dtype or row.dtype
+        rows[row.key()] = row
+    if all(key in context.done for key in rows):
+        return
+    inputs: list[tuple] = []
+    if context.left() > LEAST_LEFT:
+        _free(device)
+        inputs = _input_sets(case, device)
+    calls, per_call = {}, {}
+    for (key, row), provider in zip(rows.items(), case.providers, strict=True):
+        if key in context.refused:
+            row.note = f"did not run: {context.refused[key]}"
+        elif context.left() < LEAST_LEFT:
+            row.note = OVER
+        else:
+            context.journal({"begin": key, "row": asdict(row), "seconds": min(context.patience, context.left() / 2)})
+            ready = _prepared(row, provider, inputs, device)
+            context.journal({"end": key, "row": asdict(row)})
+            if ready is not None:
+                calls[key], per_call[key] = ready
+    # the last moment at which a further round may begin; on a slow machine three rounds may last minutes
+    until = None if context.until is None else context.until - LEAST_LEFT
+    times = time_interleaved(calls, device, context.seconds, until=until) if calls else {}
+    for (key, row), provider in zip(rows.items(), case.providers, strict=True):
+        if times.get(key):
+            row.p20_ms, row.p50_ms, row.p80_ms = (t / per_call[key] for t in percentiles(times[key]))
+            row.rounds = len(times[key])
+            if case.energy and not context.quick and context.left() > 2 * LEAST_LEFT:
+                energy = joules(calls[key], device)
+                row.joules = None if energy is None else energy / per_call[key]
+            _derive(row, case, provider, context.limits)
+        elif key in calls:
+            row.note = OVER
+        yield row
+
+
+def _input_sets(case: Case, device: torch.device) -> list[tuple]:
+    """As many sets as the L2 cache does not hold, on a CUDA device; one elsewhere."""
     inputs = [case.make_inputs()]
     if device.type == "cuda":
         one = max(1, sum(t.numel() * t.element_size() for t in _tensors(inputs[0])))
         l2 = torch.cuda.get_device_properties(device).L2_cache_size
         inputs += [case.make_inputs() for _ in range(min(128, L2_MULTIPLE * l2 // one))]
-    floor = floor_ms(case, context.machine)
-    rows, calls, per_call = {}, {}, {}
-    for provider in case.providers:
-        key = f"{provider.name}|{provider.mode}"
-        row = rows[key] = Row(case.benchmark, provider.name, provider.mode, **case.size, note=provider.note)
-        try:
-            calls[key], per_call[key] = _prepare(provider, inputs)
-        except Exception as error:  # out of memory, not supported here, does not compile: said, and the rest goes on
-            row.note = f"did not run: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-            continue
-        single = functools.partial(provider.call, *inputs[0])
+    return inputs
+
+
+def _prepared(
+    row: Row, provider: Provider, inputs: list[tuple], device: torch.device
+) -> tuple[Callable[[], Any], int] | None:
+    """What to time and how many calls it holds, after its first calls; memory and launches go into the row."""
+    ready = None
+    try:
+        ready = _prepare(provider, inputs)
+    except Exception as error:  # out of memory, not supported here, does not compile: said, and the rest goes on
+        row.note = f"did not run: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        print(row.key(), file=sys.stderr)
+        traceback.print_exc()
+    if ready is None:  # here, where the error and what it held are gone
+        _free(device)
+        return None
+    single = functools.partial(provider.call, *inputs[0])
+    if CAPTURED not in provider.mode:  # whose memory was taken when it was recorded, and stays
         row.peak_bytes = _try(row, peak_bytes, single, device)
-        counted = _try(row, launches, calls[key] if provider.mode == "graph" else single, device, provider.mode)
-        row.launches = None if counted is None else round(counted / per_call[key])
-    times = time_interleaved(calls, device, context.seconds) if calls else {}
-    for key, row in rows.items():
-        if key in times:
-            row.p20_ms, row.p50_ms, row.p80_ms = (t / per_call[key] for t in percentiles(times[key]))
-            row.rounds = len(times[key])
-            row.floor_ms = floor
-            row.floor_fraction = floor / row.p50_ms if floor else None
-            if case.energy and not context.quick:
-                energy = joules(calls[key], device)
-                row.joules = None if energy is None else energy / per_call[key]
-        yield row
+    row.launches = _try(row, launches, single, device, provider.mode)
+    return ready
+
+
+def _free(device: torch.device) -> None:
+    """Give back what earlier providers held.
+
+    Raises:
+        DeviceLost: after a fault on a CUDA device every further call in the process fails.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize(device)
+            torch.cuda.empty_cache()
+        except RuntimeError as error:
+            raise DeviceLost(str(error).splitlines()[0]) from error
+
+
+def _recorded(mode: str) -> bool:
+    return mode == "graph" or CAPTURED in mode
+
+
+def _derive(row: Row, case: Case, provider: Provider, limits: dict[str, float]) -> None:
+    """Rates and floors from the median."""
+    assert row.p50_ms is not None
+    row.flop, row.bytes = case.flop, provider.bytes or case.bytes
+    row.steps_per_s = 1e3 / row.p50_ms
+    row.images_per_s = None if row.images is None else row.images * row.steps_per_s
+    row.floor_ms = floor_ms(row.flop, row.bytes, row.dtype, limits)
+    row.floor_fraction = row.floor_ms / row.p50_ms if row.floor_ms else None
+    if row.flop and (rate := limits.get(f"matmul_{row.dtype}_flop_per_s")):
+        row.ceiling_fraction = row.flop / row.p50_ms * 1e3 / rate
+    one = limits.get("launch_graph_s" if _recorded(row.mode) else "launch_eager_s")
+    if row.launches and one:
+        row.launch_floor_ms = row.launches * one * 1e3
+    if row.joules is not None and row.images:
+        row.joules_per_1000_images = row.joules / row.images * 1e3
+    if case.steps:
+        projected = f"{case.steps:,} steps: {case.steps * row.p50_ms / 6e4:.1f} minutes"
+        row.note = f"{row.note}; {projected}".removeprefix("; ")
 
 
 def _try(row: Row, measurement: Callable[..., int | None], *arguments: Any) -> int | None:

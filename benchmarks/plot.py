@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
@@ -35,6 +36,26 @@ def growth(rows: list[dict[str, Any]]) -> Iterator[str]:
             if len(memory.get(name, [])) >= 3:
                 line += f", memory S^{_exponent(memory[name]):.2f}"
             yield line
+
+
+def step_growth(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """How a step's time grows with images, side and patches, each alone: t = c * x^e; for images also t = a + b x."""
+    measured = [r for r in rows if r["benchmark"].startswith("growth") and r["p50_ms"]]
+    if not measured:
+        return
+    axes = ("images", "side", "patches")
+    # the point in the middle: what most rows share
+    base = {axis: statistics.mode(r[axis] for r in measured) for axis in axes}
+    for axis in axes:
+        others = [other for other in axes if other != axis]
+        points = sorted((r[axis], r["p50_ms"]) for r in measured if all(r[o] == base[o] for o in others))
+        if len(points) < 2:
+            continue
+        line = f"growth of a step: time {axis}^{_exponent(points):.2f} from {axis} {points[0][0]} to {points[-1][0]}"
+        if axis == "images":
+            slope, start = statistics.linear_regression(*zip(*points, strict=True))
+            line += f"; {start:.3g} ms + {slope:.3g} ms an image"
+        yield line
 
 
 def _exponent(points: list[tuple[float, float]]) -> float:

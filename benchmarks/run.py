@@ -1,22 +1,26 @@
-"""Run every benchmark that this machine can, and write what it gives.
+"""Run every benchmark that this machine can, in a given time, and write what it gives.
 
 python benchmarks/run.py --out benchmarks/results/h200-2026-11-23 --published ../published
 python benchmarks/run.py --list
 python benchmarks/run.py --out DIR --quick --only chain
+python benchmarks/run.py --out DIR --minutes 30          # a CPU takes seconds for what a GPU does in milliseconds
 
-Each part runs in a process of its own under a time limit; after each, `results.csv` and `results.json` in DIR hold what
-there is so far. A part that fails or hangs costs nobody else's figures, and is named last. `--published` takes unpacked
-checkouts of CUT, DCLGAN or DCD-GAN, or folders that hold some; without it our own writing of the same mathematics
-stands in, and the results say so.
+Each part runs in a process of its own. The time is shared out over the parts in the order of `--list`; what one leaves
+goes to those after it. After each part `results.csv` and `results.json` in DIR hold what there is so far. A part, or
+one of those that it measures, that fails or hangs costs nobody else's figures: it is named last, and what it said is in
+DIR/NAME.log. `--published` takes unpacked checkouts of CUT, DCLGAN or DCD-GAN, or folders that hold some; without it
+our own writing of the same mathematics stands in, and the results say so.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
+import gc
 import importlib
 import json
-import subprocess
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -30,13 +34,17 @@ if str(ROOT) not in sys.path:
 
 import torch  # noqa: E402
 
-from benchmarks.measure import Context, Row  # noqa: E402
+from benchmarks import plot, watch  # noqa: E402
+from benchmarks.count import Counts  # noqa: E402
+from benchmarks.measure import OVER, Context, Row  # noqa: E402
 from benchmarks.published import find_checkouts  # noqa: E402
+from benchmarks.table import table  # noqa: E402
+from fastnce.timing import default_device  # noqa: E402
 
 
 @dataclass(frozen=True)
 class Part:
-    """A function of a module here, `(Context) -> Iterator[Row]`, and the seconds that it may take."""
+    """A function of a module here, `(Context) -> Iterator[Row]`, and its share of the time, in seconds of an H200."""
 
     name: str
     module: str
@@ -44,17 +52,27 @@ class Part:
     seconds: int
 
 
+# the most important first: what is cut off is what comes last
 PARTS = [
-    Part("patchnce", "benchmarks.loss", "patchnce", 90),
-    Part("chain", "benchmarks.loss", "chain", 120),
-    Part("infonce", "benchmarks.loss", "infonce", 120),
-    Part("cut", "benchmarks.step", "cut", 180),
-    Part("dual", "benchmarks.step", "dual", 180),
+    Part("chain", "benchmarks.loss", "chain", 50),
+    Part("infonce", "benchmarks.loss", "infonce", 50),
+    Part("cut", "benchmarks.step", "cut", 80),
+    Part("dual", "benchmarks.step", "dual", 80),
+    Part("fastcut", "benchmarks.step", "fastcut", 30),
+    Part("waterfall", "benchmarks.waterfall", "waterfall", 80),
+    Part("data", "benchmarks.data", "data", 20),
+    Part("growth", "benchmarks.step", "growth", 30),
+    Part("patchnce", "benchmarks.loss", "patchnce", 30),
 ]
-CPU_PATIENCE = 4
-"""A CPU takes seconds for what a GPU does in milliseconds: its limits are longer."""
-
-MACHINE = Part("machine", "benchmarks.machine", "describe", 60)
+MACHINE = Part("machine", "benchmarks.machine", "describe", 30)
+MINUTES = 7.5
+LAST_SECONDS = 8.0
+"""Kept for the table and the plot."""
+LEAST_SECONDS = 6.0
+"""A part that would get less is not begun."""
+GPU_PATIENCE = 120.0
+"""Seconds after which the first calls of a provider count as hung on an accelerator; a CPU's step may take as long."""
+COUNTS = "counts.json"
 MACHINE_COLUMNS = ("device", "driver", "torch", "triton", "python", "fastnce", "commit", "date")
 
 
@@ -63,10 +81,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parse(argv)
     if options.list:
         for part in PARTS:
-            print(f"{part.name:12} {part.seconds:4} s at most   {_summary(part)}")
+            print(f"{part.name:12} {_summary(part)}")
         return 0
     if options.part:
-        return _run_part(options)
+        part = next(p for p in [MACHINE, *PARTS] if p.name == options.part)
+        return _run_part(options, part, options.seconds)
     return _run_all(options)
 
 
@@ -75,26 +94,27 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, metavar="DIR", help="where results.csv, results.json and plots go")
     parser.add_argument("--published", type=Path, nargs="+", default=[], metavar="DIR", help="unpacked checkouts")
     parser.add_argument("--only", nargs="+", choices=[p.name for p in PARTS], metavar="NAME", help="these parts only")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="for everything together; default %(default)s")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; default the accelerator if there is one")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads; default PyTorch's choice")
+    parser.add_argument("--side", type=int, default=None, help="of the pictures of steps; default 256")
     parser.add_argument("--list", action="store_true", help="name the parts and stop")
-    parser.add_argument("--part", help=argparse.SUPPRESS)  # the process of one part is started with it
+    parser.add_argument("--part", help=argparse.SUPPRESS)  # for a process that could not be forked
+    parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
+    options.words = list(sys.argv[1:] if argv is None else argv)
     if not options.list and options.out is None:
         parser.error("--out DIR is needed: where shall the results go?")
+    if not options.minutes > 0:
+        parser.error(f"--minutes must be above 0, not {options.minutes:g}")
+    if options.side is not None and (options.side < 32 or options.side % 4):
+        parser.error(f"--side must be a multiple of 4 and at least 32, not {options.side}")
     try:
         options.checkouts = find_checkouts(options.published)
     except ValueError as error:
         parser.error(str(error))
     return options
-
-
-def default_device(name: str | None) -> torch.device:
-    if name is not None:
-        return torch.device(name)
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return accelerator or torch.device("cpu")
 
 
 def _summary(part: Part) -> str:
@@ -105,25 +125,50 @@ def _summary(part: Part) -> str:
 # --- the process of one part -------------------------------------------------------------------------------------
 
 
-def _run_part(options: argparse.Namespace) -> int:
+def _run_part(options: argparse.Namespace, part: Part, seconds: float) -> int:
     """Write each row as soon as it is there, so that a time limit loses only what was not measured yet."""
+    until = time.monotonic() + seconds
+    if torch.cuda._is_in_bad_fork():  # something used CUDA before this process was forked: begin from nothing
+        command = [sys.executable, str(Path(__file__).resolve()), *options.words]
+        os.execv(sys.executable, [*command, "--part", part.name, "--seconds", f"{seconds:.1f}"])
+    gc.freeze()  # what was imported stays; collecting before each measurement need not look at it
+    # the profiler counts launches of graphs: its library must not be taken down and started again between two of them
+    os.environ.setdefault("DISABLE_CUPTI_LAZY_REINIT", "1")
+    os.environ.setdefault("TEARDOWN_CUPTI", "0")
     torch.manual_seed(0)
     if options.threads:
         torch.set_num_threads(options.threads)
     device = default_device(options.device)
-    if options.part == MACHINE.name:
+    if part is MACHINE:
         from benchmarks import machine
 
         facts = machine.describe(device, options.quick)
         (options.out / "machine.json").write_text(json.dumps(facts, indent=1) + "\n")
         return 0
-    part = next(p for p in PARTS if p.name == options.part)
     facts = json.loads((options.out / "machine.json").read_text())
-    context = Context(device, options.quick, options.checkouts, facts)
-    with (options.out / f"{part.name}.jsonl").open("w") as lines:
-        for row in getattr(importlib.import_module(part.module), part.function)(context):
-            lines.write(json.dumps(asdict(row)) + "\n")
+    path = options.out / f"{part.name}.jsonl"
+    earlier = watch.Journal.read(path)
+    with path.open("a") as lines:
+
+        def journal(event: dict[str, Any]) -> None:
+            lines.write(json.dumps(event) + "\n")
             lines.flush()
+
+        context = Context(
+            device,
+            options.quick,
+            options.checkouts,
+            facts,
+            until=until,
+            journal=journal,
+            refused=earlier.refused,
+            done=set(earlier.rows),
+            side=options.side,
+            counts=Counts(options.out / COUNTS),
+            patience=float("inf") if device.type == "cpu" else GPU_PATIENCE,
+        )
+        for row in getattr(importlib.import_module(part.module), part.function)(context):
+            journal({"row": asdict(row), "key": row.key()})
     return 0
 
 
@@ -131,38 +176,58 @@ def _run_part(options: argparse.Namespace) -> int:
 
 
 def _run_all(options: argparse.Namespace) -> int:
-    options.out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
+    end = began + 60 * options.minutes - LAST_SECONDS
+    options.out.mkdir(parents=True, exist_ok=True)
     parts = [p for p in PARTS if not options.only or p.name in options.only]
-    (options.out / "machine.json").unlink(missing_ok=True)
+    for name in ("machine.json", COUNTS, "count.log"):
+        (options.out / name).unlink(missing_ok=True)
     failed = {}
-    trouble = _start(MACHINE, options)
+    outcome = _start(MACHINE, options, min(60.0, (end - began) / 3))
     machine: dict[str, Any] = {}
-    if trouble is None:
+    with contextlib.suppress(OSError, ValueError):
         machine = json.loads((options.out / "machine.json").read_text())
-    else:  # without ceilings there are no floors; times are times all the same
-        failed["machine"] = trouble
+    if outcome.trouble is not None:  # without ceilings there are no floors; times are times all the same
+        failed["machine"] = outcome.trouble
     machine["command"] = _command(options)
     machine["published"] = [checkout.name for checkout in options.checkouts]
     (options.out / "machine.json").write_text(json.dumps(machine, indent=1) + "\n")
+    counting: int | None = None
+    if machine.get("device", "CPU") != "CPU" and not options.quick:
+        # beside the first parts, on another core; a CPU that is itself measured is left alone
+        counting = watch.fork(lambda: _count(options), options.out / "count.log")
     rows: list[dict[str, Any]] = []
     status: dict[str, str] = {}
-    for part in parts:
-        lines = options.out / f"{part.name}.jsonl"
-        lines.unlink(missing_ok=True)
+    for index, part in enumerate(parts):
         started = time.monotonic()
-        trouble = _start(part, options)
-        status[part.name] = trouble or f"ran in {time.monotonic() - started:.0f} s"
-        if trouble is not None:
-            failed[part.name] = trouble
-        if lines.exists():
-            rows += [json.loads(line) for line in lines.read_text().splitlines()]
-            lines.unlink()
+        seconds = (end - started) * part.seconds / sum(p.seconds for p in parts[index:])
+        if seconds < LEAST_SECONDS:
+            failed[part.name] = status[part.name] = OVER
+        else:
+            outcome = _start(part, options, seconds)
+            status[part.name] = outcome.trouble or f"ran in {time.monotonic() - started:.0f} s"
+            if outcome.restarts:
+                status[part.name] += f"; begun again after {'; '.join(outcome.restarts)}"
+            late = sum(OVER in row["note"] for row in outcome.rows)
+            if late:
+                status[part.name] += f"; {late} of {len(outcome.rows)} rows {OVER}"
+            if outcome.trouble is not None or late:
+                failed[part.name] = status[part.name]
+            rows += outcome.rows
         write_results(options.out, rows, machine, status)
         print(f"{part.name}: {status[part.name]}", file=sys.stderr, flush=True)
-    (options.out / "machine.json").unlink()  # results.json holds it
+    if counting is not None:
+        watch.end(counting)
+        (options.out / "count.log").unlink(missing_ok=True)
+    for name in ("machine.json", COUNTS):  # results.json holds what is in them
+        (options.out / name).unlink(missing_ok=True)
     print(table(rows, machine))
-    _plots(options.out, rows)
+    for line in (*plot.growth(rows), *plot.step_growth(rows)):
+        print(line)
+    try:
+        print(plot.draw(options.out, rows))
+    except Exception as error:  # the figures are there, with or without a picture of them
+        print(f"no plot: {type(error).__name__}: {error}")
     print(f"\n{len(rows)} rows in {time.monotonic() - began:.0f} s: {options.out / 'results.csv'}")
     if machine.get("device") == "CPU":
         print("No accelerator: the eager implementation was measured, on the CPU.")
@@ -174,28 +239,29 @@ def _run_all(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _start(part: Part, options: argparse.Namespace) -> str | None:
-    """Run one part; None, or what went wrong."""
-    command = [sys.executable, __file__, "--part", part.name, "--out", str(options.out)]
-    if options.published:
-        command += ["--published", *map(str, options.published)]
-    if options.device:
-        command += ["--device", options.device]
-    if options.threads:
-        command += ["--threads", str(options.threads)]
-    if options.quick:
-        command.append("--quick")
-    limit = part.seconds
-    if not options.quick and default_device(options.device).type == "cpu":
-        limit *= CPU_PATIENCE
-    try:
-        finished = subprocess.run(command, timeout=limit, stderr=subprocess.PIPE, text=True)
-    except subprocess.TimeoutExpired:
-        return f"stopped at its limit of {limit} s; what it had measured by then is kept"
-    if finished.returncode == 0:
-        return None
-    lines = finished.stderr.strip().splitlines()
-    return f"exit code {finished.returncode}: {lines[-1] if lines else 'it said nothing'}"
+def _count(options: argparse.Namespace) -> int:
+    """Work out what the steps cost, ahead of the parts that want to know."""
+    from benchmarks import step
+
+    counts = Counts(options.out / COUNTS)
+    for name, images in step.COUNTED:
+        for precision in ("fp32", "bf16"):
+            counts.get(name, images, options.side or 256, precision)
+    return 0
+
+
+def _start(part: Part, options: argparse.Namespace, seconds: float) -> watch.Outcome:
+    """Run one part; its log stays only where there is something to read up."""
+
+    def work(left: float) -> int:
+        return _run_part(options, part, left)
+
+    journal, log = options.out / f"{part.name}.jsonl", options.out / f"{part.name}.log"
+    outcome = watch.supervise(work, journal, log, seconds)
+    journal.unlink(missing_ok=True)
+    if outcome.trouble is None and not any("did not run" in row["note"] for row in outcome.rows):
+        log.unlink(missing_ok=True)
+    return outcome
 
 
 def _command(options: argparse.Namespace) -> str:
@@ -205,8 +271,10 @@ def _command(options: argparse.Namespace) -> str:
         words += ["--published", *(checkout.name for checkout in options.checkouts)]
     words += ["--only", *options.only] if options.only else []
     words += ["--quick"] if options.quick else []
-    words += ["--threads", str(options.threads)] if options.threads else []
-    return " ".join(words + (["--device", options.device] if options.device else []))
+    words += [f"--minutes {options.minutes:g}"] if options.minutes != MINUTES else []
+    for name in ("threads", "side", "device"):
+        words += [f"--{name}", str(getattr(options, name))] if getattr(options, name) else []
+    return " ".join(words)
 
 
 def write_results(out: Path, rows: list[dict[str, Any]], machine: dict[str, Any], status: dict[str, str]) -> None:
@@ -219,49 +287,6 @@ def write_results(out: Path, rows: list[dict[str, Any]], machine: dict[str, Any]
             writer.writerow([row[name] for name in columns] + [machine.get(name) for name in MACHINE_COLUMNS])
     results = {"machine": machine, "parts": status, "rows": rows}
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-
-
-def table(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
-    """Results for reading: medians, beside ours of the same case."""
-    counted = "operators" if machine.get("device") == "CPU" else "launches"
-    header = ["benchmark", "images x rows", "provider", "mode", "ms", "20..80 %", "x ours", "peak MiB", counted]
-    header += ["J", "of floor", "note"]
-    ours = {_case(r): r["p50_ms"] for r in reversed(rows) if r["provider"] == "fastnce" and r["mode"] == "eager"}
-    lines = []
-    for row in rows:
-        p50, own = row["p50_ms"], ours.get(_case(row))
-        lines.append(
-            [
-                row["benchmark"],
-                f"{row['images']} x {row['patches']}",
-                row["provider"],
-                row["mode"],
-                "" if p50 is None else f"{p50:.3f}",
-                "" if p50 is None else f"{row['p20_ms']:.3f}..{row['p80_ms']:.3f}",
-                "" if p50 is None or not own else f"{p50 / own:.2f}",
-                "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.1f}",
-                "" if row["launches"] is None else str(row["launches"]),
-                "" if row["joules"] is None else f"{row['joules']:.3g}",
-                "" if row["floor_fraction"] is None else f"{row['floor_fraction']:.0%}",
-                row["note"],
-            ]
-        )
-    widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
-    return "\n".join(
-        "  ".join(f"{cell:{w}}" for cell, w in zip(line, widths, strict=True)) for line in [header, *lines]
-    )
-
-
-def _case(row: dict[str, Any]) -> tuple:
-    return tuple(row[name] for name in ("benchmark", "images", "patches", "dim", "layers", "dtype"))
-
-
-def _plots(out: Path, rows: list[dict[str, Any]]) -> None:
-    from benchmarks import plot
-
-    for line in plot.growth(rows):
-        print(line)
-    print(plot.draw(out, rows))
 
 
 if __name__ == "__main__":

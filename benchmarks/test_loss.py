@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
 
 from benchmarks import loss
-from benchmarks.measure import synchronize
+from fastnce.timing import synchronize
 
 
 def run_one(benchmark, work):

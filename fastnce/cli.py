@@ -17,12 +17,16 @@ import torch
 from . import __version__
 from .config import Config, from_dict, resolve
 from .data import UnpairedData, build_cache
-from .data.rain import RANGES, RainOptions, join_negative, parse_range, write_rain
+from .data.rain import RANGES, RainOptions, join_negative, parse_range, parse_ranges, write_rain
+from .data.rained import RainedData
 from .data.single import SinglePictureData
 from .engine.checkpoint import newest, read_state
 from .engine.distributed import RankLost, Ranks, ranks_of_launcher
+from .engine.launch import launched, processes, start, without
 from .engine.loop import TrainingFailed, pick_device
 from .engine.loop import train as run_training
+from .engine.memory import keep_freed_memory
+from .engine.validate import Validation, find_validation
 from .inference import ProgressLine, load_translator, translate_files
 from .methods import PRESETS
 
@@ -41,6 +45,7 @@ def train(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, metavar="RUN", help="folder of the run: checkpoints, samples, metrics")
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with sections data, network, loss, ...")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument("--nproc", default="1", metavar="N|auto", help="processes; auto: one for each accelerator here")
     parser.add_argument("--quiet", action="store_true", help="nothing on the terminal; log.txt has it all")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. data.batch=4 optim.lr=1e-4")
     args = parser.parse_intermixed_args(arguments)
@@ -53,6 +58,10 @@ def train(arguments: list[str]) -> int:
     if not config.data.dir or args.out is None:
         missing = "--data DIR" if not config.data.dir else "--out RUN"
         raise ValueError(f"fastnce train needs {missing} (or --dry-run)")
+    number = 1 if launched() else processes(args.nproc, config.run.device)
+    if number > 1:
+        _check_same_run(config, args.out)
+        return start(number, ["train", *without(arguments, "--nproc")])
     train_run(config, args.out, quiet=args.quiet)
     return 0
 
@@ -66,6 +75,8 @@ def train_run(config: Config, out: Path, *, quiet: bool = False) -> int:
 
 def _train_rank(config: Config, out: Path, ranks: Ranks, quiet: bool) -> int:
     device = pick_device(ranks.device(config.run.device))
+    if device.type == "cpu":
+        keep_freed_memory()
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     torch.manual_seed(config.run.seed)
@@ -85,6 +96,7 @@ def _train_rank(config: Config, out: Path, ranks: Ranks, quiet: bool) -> int:
         )
         for path, reason in data.skipped:
             print(f"skipped {path}: {reason}")
+    validation = _open_validation(config, device, ranks, quiet)
     return run_training(
         method,
         data,
@@ -95,7 +107,19 @@ def _train_rank(config: Config, out: Path, ranks: Ranks, quiet: bool) -> int:
         batch_size=config.data.batch,
         quiet=quiet,
         ranks=ranks,
+        validation=validation,
     )
+
+
+def _open_validation(config: Config, device: torch.device, ranks: Ranks, quiet: bool) -> Validation | None:
+    if not config.run.validate_every:
+        return None
+    pairs = find_validation(config.data.dir, config.data.validate, config.run.validate_pictures)
+    if pairs:
+        return Validation(pairs, config.network.in_channels, device, ranks)
+    if not quiet:
+        print(f"nothing is validated: {config.data.dir}/test holds no pairs, and data.validate names none")
+    return None
 
 
 def open_data(
@@ -117,11 +141,18 @@ def open_data(
         "world": ranks.world,
         "device": device,
     }
+    if not 0 <= options.rain <= 1:
+        raise ValueError(f"data.rain is a share between 0 and 1, not {options.rain:g}")
     if options.preprocess == "zoom_and_patch":
+        if options.rain:
+            raise ValueError("data.preprocess=zoom_and_patch trains on one picture a domain: leave data.rain at 0")
         if not isinstance(options.crop_size, int):
             raise ValueError("data.preprocess=zoom_and_patch takes square crops: data.crop_size must be one number")
         return SinglePictureData(options.dir, crop_size=options.crop_size, **common)
-    return UnpairedData(
+    if options.rain:
+        rain = RainOptions(**parse_ranges("data.rain_like", options.rain_like))
+        common |= {"share": options.rain, "rain": rain}
+    return (RainedData if options.rain else UnpairedData)(
         options.dir,
         load_size=_side(options.load_size),
         crop_size=_side(options.crop_size),
@@ -247,6 +278,13 @@ def rain(arguments: list[str]) -> int:
     return 0
 
 
+def unpair(arguments: list[str]) -> int:
+    """Make an unpaired training set out of pairs: rainy and clean pictures of different scenes."""
+    from .evaluate.unpair import main as run_unpair
+
+    return run_unpair(arguments)
+
+
 def cache(arguments: list[str]) -> int:
     """Decode and resize the pictures of DIR ahead of training."""
     parser = _parser("cache", cache.__doc__ or "")
@@ -309,6 +347,13 @@ def doctor(arguments: list[str]) -> int:
     return run_doctor(arguments)
 
 
+def bench(arguments: list[str]) -> int:
+    """Measure this machine: the loss, a training step and the data path, beside what it can do at most."""
+    from .bench import main as run_bench
+
+    return run_bench(arguments)
+
+
 def methods(arguments: list[str]) -> int:
     """List the methods with their papers, terms, networks and defaults."""
     from .methods.table import main as print_table
@@ -322,10 +367,12 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "translate": translate,
     "evaluate": evaluate,
     "rain": rain,
+    "unpair": unpair,
     "cache": cache,
     "export": export,
     "demo": demo,
     "doctor": doctor,
+    "bench": bench,
     "methods": methods,
 }
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .config import from_dict
 from .data import DataError, find_images
-from .engine.checkpoint import load_generators, newest, read_state
+from .engine.checkpoint import follow, load_generators, newest, read_state
 from .interop import load_weights, network_from_weights, read_weights
 from .networks import channels_last
 from .photographs import Photograph, check_format, read_photograph, write_photograph
@@ -207,14 +207,14 @@ def load_translator(
     """A translator from a run's folder, a checkpoint's folder or a published `.pth` file.
 
     Args:
-        source: the path.
+        source: the path; RUN/checkpoints/best and latest are followed.
         generator: which one of a method with two: "G_A" (A to B, the default) or "G_B".
         device, tiles, tile_size, say: as `Translator`.
 
     Raises:
         ValueError: nothing there, or not what it should be.
     """
-    source = Path(source)
+    source = follow(Path(source))
     if source.is_dir():
         folder = source if (source / "state.json").exists() else newest(source)
         state = read_state(folder)

@@ -108,8 +108,8 @@ def frequency_cycle_loss(reconstruction: Tensor, picture: Tensor) -> Tensor:
     x, y = (torch.fft.rfft2(p.to(dtype), norm="ortho") for p in (reconstruction, picture))
     # Half of the spectrum is stored; every column but the first and, for even widths, the last stands for two.
     twice = x.real.new_full((x.shape[3],), 2.0)
-    twice[0] = 1.0
+    twice[0].fill_(1.0)  # on the device: an assignment may bring the number from the host
     if width % 2 == 0:
-        twice[-1] = 1.0
+        twice[-1].fill_(1.0)
     distance = (x.abs() - y.abs()).abs() + (x - y).abs()
     return (distance.mean(dim=(0, 1, 2)) * twice).sum() / width

@@ -31,6 +31,18 @@ def dot(a, b, acc):
 
 
 @triton.jit
+def long_dot(a, b, acc):
+    """`dot` over many inner values. Exact products hold a whole inner row in registers, so float32 goes in parts."""
+    PARTS: tl.constexpr = a.shape[1] // 64
+    if INTERPRET or a.dtype != tl.float32 or PARTS < 2:
+        return dot(a, b, acc)
+    else:
+        a = tl.permute(tl.reshape(a, [a.shape[0], PARTS, 64]), [1, 0, 2])
+        b = tl.reshape(b, [PARTS, 64, b.shape[1]])
+        return acc + tl.sum(tl.dot(a, b, input_precision="ieee"), 0)
+
+
+@triton.jit
 def narrow(x, dtype: tl.constexpr):
     """x rounded to nearest in `dtype`. The interpreter would cut the low bits of a float32 off to make a bfloat16."""
     if INTERPRET and dtype == tl.bfloat16 and x.dtype != tl.bfloat16:
@@ -39,6 +51,41 @@ def narrow(x, dtype: tl.constexpr):
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
     return x.to(dtype)
+
+
+@triton.jit
+def number_of(problems, block, COUNT: tl.constexpr):
+    """Which of the COUNT problems of a launch a block belongs to."""
+    number = block * 0
+    for i in tl.static_range(1, COUNT):
+        number = tl.where(block >= problems[i].first_block, i, number)
+    return number
+
+
+@triton.jit
+def fields_of(problems, block, COUNT: tl.constexpr):
+    """The fields of the problem that a block belongs to, in their order: `One(*fields_of(problems, block, COUNT))`.
+
+    Problems are named tuples of one class with `first_block` among the fields, each field of one type in all of them.
+    Fields that a kernel does not read cost nothing: the compiler drops them.
+    """
+    found = problems[0]
+    for i in tl.static_range(1, COUNT):
+        here = block >= problems[i].first_block
+        fields = ()
+        for f in tl.static_range(len(found)):
+            fields += (tl.where(here, problems[i][f], found[f]),)
+        found = fields
+    return found
+
+
+@triton.jit
+def bound(count):
+    """The end of a loop. (The interpreter of Triton 3.6 cannot turn its own scalars into numbers for numpy 2.4.)"""
+    if INTERPRET:
+        return count.handle.data.item()
+    else:
+        return count
 
 
 @functools.cache

@@ -43,6 +43,15 @@ def _nce_default(width: int, many: bool, plain: bool) -> Tile:
     return Tile(64, 64, 8, 2) if many else Tile(32, 64, 8, 2)
 
 
+def _nce_amd(width: int, many: bool, plain: bool) -> Tile:
+    """Four warps of 64 threads may have 512 registers each, eight only 256."""
+    if width <= 128:
+        return Tile(32, 32, 4, 1)
+    if width == 256 and plain:
+        return Tile(32, 32, 4, 1) if many else Tile(16, 64, 4, 1)
+    return Tile(16, 32, 4, 1)
+
+
 _NCE = {
     # (architecture, width, many rows, plain form): where the default does not fit or a larger tile does
     ("sm_90", 256, True, True): Tile(128, 64, 8, 3),
@@ -51,20 +60,17 @@ _NCE = {
     ("sm_100", 128, True, True): Tile(128, 64, 8, 3),
     ("sm_100", 64, True, True): Tile(128, 64, 8, 3),
     ("sm_120", 64, True, False): Tile(32, 64, 8, 2),
+    ("sm_80", 128, True, False): Tile(32, 64, 8, 2),
+    ("sm_86", 64, True, False): Tile(32, 64, 8, 2),
+    ("sm_89", 64, True, False): Tile(32, 64, 8, 2),
+    ("sm_86", 128, True, False): Tile(32, 64, 8, 2),
+    ("sm_89", 128, True, False): Tile(32, 64, 8, 2),
     ("sm_86", 128, True, True): Tile(32, 64, 8, 2),
     ("sm_89", 128, True, True): Tile(32, 64, 8, 2),
     ("sm_86", 512, True, True): Tile(16, 64, 8, 2),
     ("sm_86", 512, False, True): Tile(16, 64, 8, 2),
     ("sm_89", 512, True, True): Tile(16, 64, 8, 2),
     ("sm_89", 512, False, True): Tile(16, 64, 8, 2),
-    ("gfx942", 512, True, True): Tile(16, 32, 4, 1),
-    ("gfx942", 512, False, True): Tile(16, 32, 4, 1),
-    ("gfx942", 512, True, False): Tile(16, 32, 4, 1),
-    ("gfx942", 512, False, False): Tile(16, 32, 4, 1),
-    ("gfx942", 256, True, True): Tile(32, 32, 4, 1),
-    ("gfx942", 256, False, True): Tile(16, 64, 4, 1),
-    ("gfx942", 256, True, False): Tile(16, 32, 4, 1),
-    ("gfx942", 256, False, False): Tile(16, 32, 4, 1),
 }
 
 MANY_ROWS = 8192
@@ -82,8 +88,10 @@ def nce_tile(arch: str, dtype: torch.dtype, width: int, rows: int, plain: bool) 
     if arch == "interpreter":
         return Tile(128, 128, 4, 1)
     if dtype == torch.float32:  # exact products on the vector unit: larger tiles spill
-        return Tile(16, 16, 4, 1)
+        return Tile(16, 16, 8 if width == 128 and not arch.startswith("gfx") else 4, 1)
     many = rows >= MANY_ROWS
+    if arch.startswith("gfx"):
+        return _nce_amd(width, many, plain)
     return _NCE.get((arch, width, many, plain), _nce_default(width, many, plain))
 
 
@@ -94,8 +102,10 @@ def project_tile(arch: str, dtype: torch.dtype, width: int, rows: int) -> Tile:
     """
     if arch == "interpreter":
         return Tile(64, 64, 4, 1)
+    if arch.startswith("gfx"):  # four warps for their registers, see `_nce_amd`
+        return Tile(16, 16, 4, 1) if width >= 512 or dtype == torch.float32 else Tile(16, 32, 4, 1)
     if dtype == torch.float32:
-        return Tile(16, 16, 4, 1)
+        return Tile(16, 16, 8, 1)
     small = width >= 512 or rows < MANY_ROWS or arch in ("sm_86", "sm_89")
     return Tile(16, 32, 8, 1) if small else Tile(32, 32, 8, 1)
 
@@ -112,3 +122,32 @@ def weight_gradient_tile(arch: str, dtype: torch.dtype) -> Tile:
     if dtype == torch.float32:
         return Tile(32, 32, 8, 1)
     return Tile(64, 64, 8, 2)
+
+
+LAYER_PROGRAMS = 512
+"""As many programs as a reduction over pixels is split into where the maps are large enough: a few a processor."""
+LAYER_SPLITS = 256
+"""The most parts of one plane: a second, small launch joins them."""
+
+
+def layer_tile(arch: str, channels: int, channels_last: bool, reads: int = 1) -> Tile:
+    """For the kernels of `instance_norm.py`, `blur.py` and `reflect_pad.py`: block_m pixels by block_n channels.
+
+    Whole lines of memory along the channels (64 of 16 bits are 128 bytes), or along the pixels of plain maps; fewer
+    elements where each is put together from many reads, or where no read takes several at once.
+    """
+    block_n = 1
+    while block_n < min(channels, 64 if channels_last else 4):
+        block_n *= 2
+    if arch == "interpreter":  # its time goes by operations: few large programs
+        return Tile(8192 // block_n, block_n, 4, 1)
+    if channels % 16 or not channels_last:
+        elements = 1024 if reads <= 2 else 512 if reads <= 9 else 256
+        return Tile(elements // block_n, block_n, 4, 1)
+    return Tile(4096 // block_n, block_n, 4, 1) if reads == 1 else Tile(2048 // block_n, block_n, 8, 1)
+
+
+def layer_splits(arch: str, programs: int, tiles: int) -> int:
+    """Into how many parts to split a reduction over `tiles` tiles, when there are `programs` of them side by side."""
+    wanted = 4 if arch == "interpreter" else LAYER_PROGRAMS
+    return max(1, min(LAYER_SPLITS, tiles, wanted // max(programs, 1)))

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from fastnce.kernels import common, nce, sample_project
+from fastnce.kernels import common, cosine, nce, nce_keys, project, project_backward, sample, weight_gradient
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from fastnce.nce import eager, fused, reference
+from fastnce.nce import eager, fused, fused_layers, fused_maps, reference
 
 DEVICE = torch.device("cpu" if common.INTERPRET.value else torch.accelerator.current_accelerator() or "cpu")
 """The interpreter runs on the CPU; elsewhere the kernels run on the device."""
@@ -85,11 +85,16 @@ LIBRARY_VIEWS = (
 IMPLEMENTATIONS = {
     "nce_forward": fused._nce_forward,
     "nce_keys": fused._nce_keys,
-    "draw_ids": sample_project.draw_ids,
-    "project": fused._project,
-    "project_backward": fused._project_backward,
-    "head": fused._head,
+    "draw_ids": sample.draw_ids,
+    "project": fused_maps._project,
+    "project_backward": fused_maps._project_backward,
+    "head": fused_maps._head,
+    "nce_layers": fused_layers._layers,
+    "row_gradients": fused_layers._row_gradients,
 }
+
+
+LAUNCHERS = (cosine, nce, nce_keys, project, project_backward, sample, weight_gradient)
 
 
 class _Operators(TorchDispatchMode):
@@ -122,10 +127,12 @@ class Launches:
             with _disable_current_modes():  # the interpreter moves data by operators of its own
                 common.launch(kernel, blocks, like, *args, **options)
 
-        nce.launch = sample_project.launch = counted
+        for module in LAUNCHERS:
+            module.launch = counted
         self.operators.__enter__()
         return self
 
     def __exit__(self, *details):
         self.operators.__exit__(*details)
-        nce.launch = sample_project.launch = common.launch
+        for module in LAUNCHERS:
+            module.launch = common.launch

@@ -1,17 +1,20 @@
 """The benchmark programs run, measure what they say, and write what they promise. No times are asserted."""
 
 import csv
+import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import baselines, loss, measure, plot, published, run
-from fastnce import patch_nce
+from benchmarks import baselines, count, loss, measure, observe, plot, published, run, step, table, watch, waterfall
+from fastnce import patch_nce, timing
 from fastnce.nce import reference
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,22 +65,33 @@ def test_quick_run_writes_every_row_with_its_machine(quick_run):
     results = json.loads((out / "results.json").read_text())
     with (out / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == len(results["rows"]) > 10
-    assert {row["benchmark"] for row in rows} == {"patchnce", "chain", "infonce", "step cut", "step dcdgan-released"}
+    assert len(rows) == len(results["rows"]) > 20
+    assert list(results["parts"]) == [part.name for part in run.PARTS]
+    steps = {"step cut", "step dcdgan-released", "step fastcut", "growth cut", "waterfall cut", "data step"}
+    assert {row["benchmark"] for row in rows} == {"patchnce", "chain", "infonce", "data", "data cache built"} | steps
     for row in rows:
         assert not row["note"].startswith("did not run"), row
         assert 0 < float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"])
-        assert int(row["peak_bytes"]) > 0
-        assert int(row["launches"]) > 0
-        assert row["joules"] == ""  # not measured on a CPU: empty, not zero
+        assert float(row["images_per_s"]) > 0
+        assert row["joules"] == row["joules_per_1000_images"] == ""  # not measured on a CPU: empty, not zero
+        assert row["launch_floor_ms"] == ""
         assert row["torch"] == torch.__version__
-        assert float(row["floor_ms"]) > 0
+        if row["benchmark"] != "data cache built":
+            assert int(row["peak_bytes"]) > 0
+            assert int(row["launches"]) > 0
+        if not row["benchmark"].startswith(("data", "growth")):
+            assert float(row["floor_ms"]) > 0
+            assert float(row["ceiling_fraction"]) > 0
     machine = results["machine"]
     assert machine["threads"] == 1
     assert machine["ceilings"]["copy_bytes_per_s"] > 0
     assert str(ROOT) not in json.dumps(results)
-    assert "No accelerator: the eager implementation was measured" in printed
-    assert "fastnce, drop-in classes" in printed
+    for text in ("No accelerator: the eager implementation was measured", "fastnce, drop-in classes", "213,400 steps:"):
+        assert text in printed
+    assert "x what the step takes" in printed
+    assert "growth of a step: time side^" in printed
+    assert not list(out.glob("*.log"))
+    assert not list(out.glob("*.jsonl"))
 
 
 def test_list_names_every_part(capsys):
@@ -94,38 +108,192 @@ def test_a_wrong_command_is_one_sentence(arguments, capsys):
     assert "error: " in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.slow
-def test_a_part_that_fails_or_hangs_loses_nobody_elses_rows(tmp_path, monkeypatch, capsys):
-    (tmp_path / "broken_parts.py").write_text(
-        "import time\n"
-        "from benchmarks.measure import Row\n"
-        "def good(context):\n    yield Row('good', 'x', 'eager', p50_ms=1.0, p20_ms=1.0, p80_ms=1.0)\n"
-        "def bad(context):\n    yield Row('bad', 'x', 'eager', note='first')\n    raise RuntimeError('went wrong')\n"
-        "def slow(context):\n    yield Row('slow', 'x', 'eager', note='first')\n    time.sleep(600)\n"
-    )
-    limits = {"bad": 60, "slow": 8, "good": 60}
-    monkeypatch.setattr(run, "PARTS", [run.Part(name, "broken_parts", name, limits[name]) for name in limits])
-    # a started process has its own list of parts: give it this one
-    starter = tmp_path / "starter.py"
-    starter.write_text(
-        f"import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(tmp_path)!r}]\n"
-        "from benchmarks import run\n"
-        "run.PARTS = [run.Part(n, 'broken_parts', n, 60) for n in ('bad', 'slow', 'good')]\n"
-        "sys.exit(run.main())\n"
-    )
-    monkeypatch.setattr(run, "__file__", str(starter))
-    monkeypatch.setattr(run.sys, "argv", ["run.py"])
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    out = tmp_path / "out"
-    assert run.main(["--out", str(out), "--quick", "--device", "cpu"]) == 1
-    results = json.loads((out / "results.json").read_text())
+BROKEN_PARTS = """
+import os, sys, time
+import torch
+from benchmarks import measure as module
+from benchmarks.measure import Case, Provider, Row, measure
+
+def good(context):
+    yield Row("good", "x", "eager")
+
+def bad(context):
+    yield Row("bad", "x", "eager", note="first")
+    print("much more than one line", file=sys.stderr)
+    raise RuntimeError("went wrong")
+
+def slow(context):
+    yield Row("slow", "x", "eager", note="first")
+    time.sleep(600)
+
+def providers(context):
+    context.patience = 3.0
+    # the profiler may take that long on a busy machine; this is a process of its own
+    module.peak_bytes = module.launches = lambda *_: None
+    def works(x): return x + 1
+    def raises(x): raise MemoryError("too large")
+    def hangs(x): time.sleep(600)
+    def dies(x): os._exit(7)
+    calls = {f.__name__: f for f in (raises, hangs, works, dies)}
+    case = Case("first", {"patches": 3}, lambda: (torch.ones(3),), [Provider(n, f) for n, f in calls.items()])
+    yield from measure(case, context)
+    yield from measure(Case("second", {}, lambda: (torch.ones(3),), [Provider("works", works)]), context)
+"""
+
+
+@pytest.fixture
+def broken(tmp_path, monkeypatch):
+    (tmp_path / "broken_parts.py").write_text(BROKEN_PARTS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(run, "MACHINE", run.Part("machine", "nothing", "nothing", 1))
+    monkeypatch.setattr(run, "LEAST_SECONDS", 0.5)
+    monkeypatch.setattr(run, "LAST_SECONDS", 0.0)
+    monkeypatch.setattr(watch, "RESTART_SECONDS", 1.0)
+    monkeypatch.setattr(watch, "GRACE", 0.1)
+
+    def start(names, minutes):
+        parts = [run.Part(name, "broken_parts", name, 1) for name in names]
+        monkeypatch.setattr(run, "PARTS", parts)
+        (tmp_path / "out").mkdir(exist_ok=True)
+        began = time.monotonic()
+        code = run.main(["--out", str(tmp_path / "out"), "--quick", "--device", "cpu", "--minutes", str(minutes)])
+        assert time.monotonic() - began < 60 * minutes + 10
+        return code, json.loads((tmp_path / "out" / "results.json").read_text()), tmp_path / "out"
+
+    return start
+
+
+def test_a_part_that_fails_or_hangs_loses_nobody_elses_rows(broken, capsys):
+    code, results, out = broken(["bad", "slow", "good"], 0.1)
+    assert code == 1
     assert [row["benchmark"] for row in results["rows"]] == ["bad", "slow", "good"]
     assert "went wrong" in results["parts"]["bad"]
-    assert "limit of 8 s" in results["parts"]["slow"]
+    assert "stopped at its limit" in results["parts"]["slow"]
     assert results["parts"]["good"].startswith("ran in")
+    words = (out / "bad.log").read_text()
+    assert "much more than one line" in words
+    assert "Traceback" in words
+    assert not (out / "good.log").exists()
     complaint = capsys.readouterr().err
     assert "part bad failed" in complaint
     assert "part slow failed" in complaint
+
+
+def test_time_that_is_over_is_said_of_each_part(broken):
+    code, results, _ = broken(["slow", "good", "good"], 0.012)
+    assert code == 1
+    assert results["parts"] == {"slow": measure.OVER, "good": measure.OVER}
+
+
+@pytest.mark.slow
+def test_a_provider_that_hangs_or_ends_the_process_loses_nobody_elses_figures(broken, monkeypatch):
+    monkeypatch.setattr(measure, "LEAST_LEFT", 0.2)
+    code, results, out = broken(["providers"], 0.4)
+    rows = {(row["benchmark"], row["provider"]): row for row in results["rows"]}
+    assert len(rows) == 5
+    assert rows["first", "works"]["p50_ms"] > 0
+    assert rows["second", "works"]["p50_ms"] > 0
+    assert rows["first", "raises"]["note"] == "did not run: MemoryError: too large"
+    assert rows["first", "hangs"]["note"] == "did not run: hung: it took more than 3 s"
+    assert "exit code 7" in rows["first", "dies"]["note"]
+    assert all(rows["first", name]["p50_ms"] is None for name in ("raises", "hangs", "dies"))
+    assert code == 0
+    assert results["parts"]["providers"].count("hung") == 1
+    assert "MemoryError: too large" in (out / "providers.log").read_text()
+
+
+@pytest.mark.slow
+def test_a_part_whose_process_cannot_be_forked_begins_from_nothing(tmp_path, monkeypatch):
+    # as on a CUDA machine where something has used the device before
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+    monkeypatch.setattr(loss, "patchnce", None)  # what a forked process would call
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    arguments = ["--out", str(tmp_path), "--quick", "--device", "cpu", "--only", "patchnce", "--minutes", "2"]
+    assert run.main(arguments) == 0
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert len(rows) == 3
+    assert all(row["p50_ms"] > 0 for row in rows)
+
+
+def test_what_steps_cost_is_counted_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(step, "COUNTED", [("cut", 1)])
+    options = run._parse(["--out", str(tmp_path), "--side", "32"])
+    assert run._count(options) == 0
+    known = count.Counts(tmp_path / run.COUNTS)
+    monkeypatch.setattr(count, "count_step", None)  # nothing is left to count
+    full, half = (known.get("cut", 1, 32, precision) for precision in ("fp32", "bf16"))
+    assert full[0] == half[0] > 1e9
+    assert full[1] > half[1] > 0
+
+
+def test_a_process_that_is_killed_is_named(tmp_path):
+    outcome = watch.supervise(
+        lambda seconds: os.kill(os.getpid(), signal.SIGKILL) or 0, tmp_path / "a.jsonl", tmp_path / "a.log", 20.0
+    )
+    assert outcome.trouble == "killed by SIGKILL: it said nothing"
+    assert outcome.rows == []
+
+
+def test_rows_of_providers_that_were_not_timed_are_kept():
+    journal = watch.Journal()
+    for event in (
+        {"begin": "a", "row": {"note": ""}, "seconds": 1.0},
+        {"end": "a", "row": {"note": "n", "launches": 7}},
+        {"begin": "b", "row": {"note": ""}, "seconds": 1.0},
+        {"refuse": "b", "why": "hung", "row": {"note": ""}},
+        {"row": {"note": "done"}, "key": "c"},
+    ):
+        journal.take(event)
+    assert list(journal.all_rows()) == [
+        {"note": "done"},
+        {"note": "n; stopped before it was timed", "launches": 7},
+        {"note": "did not run: hung"},
+    ]
+
+
+def test_nothing_begins_after_the_time_is_over():
+    called = []
+    provider = measure.Provider("x", lambda x: called.append(x))
+    case = measure.Case("toy", {}, lambda: (torch.ones(3),), [provider])
+    (row,) = measure.measure(case, measure.Context(CPU, quick=True, until=time.monotonic() + 1.0))
+    assert (row.note, called) == (measure.OVER, [])
+
+
+def test_slow_calls_stop_at_the_end_of_the_time():
+    calls = {name: (lambda: time.sleep(0.05)) for name in "ab"}
+    times = timing.time_interleaved(calls, CPU, 5.0, until=time.monotonic() + 0.12)
+    assert 2 <= sum(len(t) for t in times.values()) <= 4
+
+
+def test_rates_and_floors_of_a_row():
+    limits = {"matmul_bfloat16_flop_per_s": 1e9, "copy_bytes_per_s": 1e9, "launch_eager_s": 1e-3}
+    row = measure.Row("toy", "x", "eager", images=4, dtype="bfloat16", p50_ms=2000.0, launches=7, joules=3.0)
+    provider = measure.Provider("x", lambda: None, bytes=1e8)
+    case = measure.Case("toy", {}, tuple, [provider], flop=1e9, bytes=5.0, steps=600)
+    measure._derive(row, case, provider, limits)
+    assert (row.steps_per_s, row.images_per_s) == (0.5, 2.0)
+    assert (row.floor_ms, row.floor_fraction, row.ceiling_fraction) == (1000.0, 0.5, 0.5)
+    assert row.launch_floor_ms == 7.0
+    assert row.joules_per_1000_images == 750.0
+    assert row.note == "600 steps: 20.0 minutes"
+
+
+def test_stages_of_the_waterfall_add_one_thing_each():
+    for loss_can_be_told in (True, False):
+        stages = waterfall.stages(cuda=True, loss=loss_can_be_told)
+        for before, after in itertools.pairwise(stages):
+            changed = {name for name, value in vars(after).items() if value != getattr(before, name)} - {"name"}
+            assert len(changed) == 1, (before, after)
+        assert len({stage.loss for stage in stages}) == 1 + loss_can_be_told
+    assert {stage.precision for stage in waterfall.stages(cuda=False)} == {"fp32", "bf16"}
+
+
+def test_a_table_leaves_out_what_nobody_measured():
+    row = {**vars(measure.Row("toy", "fastnce", "eager", images=2)), "p50_ms": 1.0, "p20_ms": 0.5, "p80_ms": 2.0}
+    header, line = table.table([row], {"device": "CPU"}).splitlines()
+    assert header.split() == ["benchmark", "size", "provider", "mode", "ms", "20..80", "%", "x", "ours"]
+    assert line.split() == ["toy", "2", "fastnce", "eager", "1.000", "0.500..2.000", "1.00"]
+    assert table.table([], {}) == "no rows"
 
 
 def test_peak_memory_on_the_cpu_is_that_of_the_tensors():
@@ -135,25 +303,25 @@ def test_peak_memory_on_the_cpu_is_that_of_the_tensors():
         del a
         return torch.empty(500, 1000), b
 
-    assert measure.peak_bytes(call, CPU) == 8_000_000
+    assert observe.peak_bytes(call, CPU) == 8_000_000
 
 
 def test_operators_are_counted():
     x = torch.ones(3, requires_grad=True)
-    one = measure.launches(lambda: x.detach() * 2, CPU, "eager")
-    two = measure.launches(lambda: x.detach() * 2 * 2, CPU, "eager")
+    one = observe.launches(lambda: x.detach() * 2, CPU, "eager")
+    two = observe.launches(lambda: x.detach() * 2 * 2, CPU, "eager")
     assert two == one + 1
-    backward = measure.launches(lambda: torch.autograd.grad((x * 2).sum(), x), CPU, "eager")
-    assert backward > measure.launches(lambda: (x * 2).sum(), CPU, "eager")
+    backward = observe.launches(lambda: torch.autograd.grad((x * 2).sum(), x), CPU, "eager")
+    assert backward > observe.launches(lambda: (x * 2).sum(), CPU, "eager")
 
 
 def test_interleaved_times_have_a_round_each():
     order = []
     calls = {name: (lambda name=name: order.append(name)) for name in "ab"}
-    times = measure.time_interleaved(calls, CPU, 0.0, min_rounds=4, least_ms=0.0)
+    times = timing.time_interleaved(calls, CPU, 0.0, min_rounds=4, least_ms=0.0)
     assert [len(t) for t in times.values()] == [4, 4]
     assert order[-8:] == list("abbaabba")
-    assert measure.percentiles([3.0, 1.0, 2.0, 5.0, 4.0, 6.0]) == (2.0, 3.5, 5.0)
+    assert timing.percentiles([3.0, 1.0, 2.0, 5.0, 4.0, 6.0]) == (2.0, 3.5, 5.0)
 
 
 def test_a_provider_that_raises_gets_a_row_without_figures():
@@ -169,12 +337,10 @@ def test_a_provider_that_raises_gets_a_row_without_figures():
 
 
 def test_floor_is_the_larger_of_arithmetic_and_traffic():
-    machine = {"ceilings": {"matmul_float32_flop_per_s": 1e9, "copy_bytes_per_s": 1e6}}
-    case = measure.Case("toy", {"dtype": "float32"}, tuple, [], flop=1e9, bytes=2e6)
-    assert measure.floor_ms(case, machine) == 2000.0
-    case.bytes = 1e3
-    assert measure.floor_ms(case, machine) == 1000.0
-    assert measure.floor_ms(case, {}) is None
+    limits = {"matmul_float32_flop_per_s": 1e9, "copy_bytes_per_s": 1e6}
+    assert timing.floor_ms(1e9, 2e6, "float32", limits) == 2000.0
+    assert timing.floor_ms(1e9, 1e3, "float32", limits) == 1000.0
+    assert timing.floor_ms(1e9, 1e3, "float32", {}) is None
 
 
 @pytest.mark.parametrize("images", [1, 3])
@@ -230,6 +396,13 @@ def test_growth_is_fitted_and_a_plot_without_matplotlib_is_a_sentence(tmp_path, 
     row = {"benchmark": "infonce", "provider": "x", "mode": "eager"}
     rows = [row | {"patches": s, "p50_ms": 1e-3 * s**2, "peak_bytes": 5 * s} for s in (64, 256, 1024)]
     assert list(plot.growth(rows)) == ["growth of x: time S^2.00, memory S^1.00"]
+    steps = [
+        {"benchmark": "growth cut", "images": b, "side": 64, "patches": 256, "p50_ms": 3.0 + 2.0 * b} for b in (1, 2, 4)
+    ]
+    steps += [steps[0] | {"side": side, "p50_ms": 5.0 * (side / 64) ** 2} for side in (128, 256)]
+    by_images, by_side = plot.step_growth(steps)
+    assert by_images.endswith("3 ms + 2 ms an image")
+    assert "time side^2.00 from side 64 to 256" in by_side
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert plot.draw(tmp_path, rows) == "no plot: matplotlib is not installed"
     assert "fewer than two sizes" in plot.draw(tmp_path, rows[:1])

@@ -785,3 +785,41 @@ def test_published_pictures(tmp_path):
             where = (draw.top[0], draw.left[0], draw.flip[0])
             expected = by_hand(names[draw.index[0]], (286, 286), (256, 256), *where)
             assert close(images[0], expected)
+
+
+def test_batches_made_ahead_are_the_batches(root):
+    """In order, out of order, twice, and across the change to the decaying sizes; each is made once."""
+    plain = UnpairedData(root, **SMALL, batch=2, seed=3)
+    ahead = UnpairedData(root, **SMALL, batch=2, seed=3, ahead=True)
+    made = []
+    real = ahead.staging.make
+    ahead.staging.make = lambda step, decaying: made.append((step, decaying)) or real(step, decaying)
+    asked = [(0, False), (1, False), (2, False), (3, True), (4, True), (9, True), (9, True), (10, True)]
+    for step, decaying in asked:
+        for one, other in zip(plain.batch(step, decaying=decaying), ahead.batch(step, decaying=decaying), strict=True):
+            assert torch.equal(one, other)
+    ahead.close()
+    decaying = [(step, True) for step in (3, 4, 5, 9, 10, 9, 10)]
+    assert made[:11] == [*((step, False) for step in range(4)), *decaying]  # then, perhaps, one more
+    assert plain.staging is None
+
+
+def test_a_batch_that_cannot_be_made_ahead_is_an_error_when_it_is_asked_for(root):
+    data = UnpairedData(root, **SMALL, ahead=True)
+    data.batch(0)
+    data.batch(1)
+    real = data.staging.make
+
+    def broken(step, decaying):
+        if step == 3:
+            raise DataError("the disk is gone")
+        return real(step, decaying)
+
+    data.staging.make = broken
+    data.batch(2)
+    with pytest.raises(DataError, match="the disk is gone"):
+        data.batch(3)
+    data.staging.make = real
+    for one, other in zip(data.batch(3), UnpairedData(root, **SMALL).batch(3), strict=True):
+        assert torch.equal(one, other)
+    data.close()

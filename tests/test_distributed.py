@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -14,8 +15,11 @@ import pytest
 import torch
 
 from fastnce.cli import main
+from fastnce.config import resolve
 from fastnce.engine.checkpoint import Checkpoints
 from fastnce.engine.distributed import Ranks, ranks_of_launcher
+from fastnce.engine.launch import processes, without
+from fastnce.methods import CUT
 from tests.test_engine import SMALL, training_tensors
 
 ROOT = Path(__file__).parents[1]
@@ -32,6 +36,16 @@ def start(rank: int, world: int, port: int, *arguments: str) -> subprocess.Popen
     variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in variables.items()}}
     command = [sys.executable, "-m", "fastnce", *arguments]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def run_program(text: str, rank: int, world: int, port: int) -> subprocess.Popen:
+    """One rank of a program of its own."""
+    variables = {"RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in variables.items()}}
+    command = [sys.executable, "-c", text]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -62,12 +76,88 @@ def test_two_ranks_are_one_process_with_twice_the_batch(folder, tmp_path):
             torch.testing.assert_close(other[key], tensor, rtol=0, atol=2e-6, msg=key)
     rows = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two")]
     assert len(rows[1]) == 3  # the first rank alone writes
-    import json
-
     for line, other_line in zip(*rows, strict=True):
         first, second = json.loads(line), json.loads(other_line)
         for name in ("G", "NCE", "D_real", "D_fake"):
             assert second[name] == pytest.approx(first[name], rel=1e-4)
+
+
+def test_gathered_negatives_are_those_of_the_whole_batch(folder, tmp_path):
+    """negatives=batch over two ranks: each contrasts with the other's pictures too, as one process does."""
+    batch = ["loss.negatives=batch", "run.steps=2"]
+    assert main([*arguments(folder, tmp_path / "one", "data.batch=2", *batch), "--quiet"]) == 0
+    port = free_port()
+    two = arguments(folder, tmp_path / "two", *batch, "loss.gather_negatives=true")
+    for code, _, err in finish([start(rank, 2, port, *two) for rank in range(2)]):
+        assert code == 0, err
+    losses = [
+        [json.loads(line)["NCE"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    one, other = training_tensors(tmp_path / "one"), training_tensors(tmp_path / "two")
+    for key, tensor in one.items():
+        if key.startswith("network/") and tensor.dim() > 1:  # a bias before a norm has no gradient but noise
+            torch.testing.assert_close(other[key], tensor, rtol=0, atol=2e-6, msg=key)
+
+
+def test_gathering_needs_a_batch_of_negatives():
+    for change in ("loss.negatives=image", "loss.weighting=monce", "loss.symmetric=true"):
+        config = resolve("cut", None, ["loss.negatives=batch", "loss.gather_negatives=true", change])
+        with pytest.raises(ValueError, match=r"loss\.gather_negatives=true makes one batch of all ranks' pictures"):
+            CUT(config.loss, config.network)
+
+
+def test_others_come_rank_by_rank(monkeypatch):
+    """(world - 1, ...), without this rank's own and without a gradient."""
+
+    def gather(every, mine):
+        every.copy_(torch.cat([mine + 10 * rank for rank in range(3)]))
+
+    monkeypatch.setattr(torch.distributed, "all_gather_into_tensor", gather)
+    mine = torch.arange(6.0, requires_grad=True).view(2, 3).t()
+    for rank, theirs in ((0, (10, 20)), (1, (0, 20)), (2, (0, 10))):
+        others = Ranks(rank, 3).others(mine)
+        assert not others.requires_grad
+        assert torch.equal(others, torch.stack([mine.detach() + offset for offset in theirs]))
+
+
+def test_one_command_starts_a_process_for_each_device(folder, tmp_path):
+    """--nproc 2 on the CPU: the weights of one process with twice the batch."""
+    assert main([*arguments(folder, tmp_path / "one", "data.batch=2", "run.steps=2"), "--quiet"]) == 0
+    command = [*arguments(folder, tmp_path / "two", "run.steps=2"), "--nproc", "2", "--quiet"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.run(
+        [sys.executable, "-m", "fastnce", *command], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
+    one, other = training_tensors(tmp_path / "one"), training_tensors(tmp_path / "two")
+    for key, tensor in one.items():
+        if key.startswith("network/") and tensor.dim() > 1:  # a bias before a norm has no gradient but noise
+            torch.testing.assert_close(other[key], tensor, rtol=0, atol=2e-6, msg=key)
+
+
+def test_a_failure_of_several_processes_is_the_commands(folder, tmp_path):
+    command = [*arguments(folder, tmp_path / "run", "optim.accumulate=3", "run.steps=1"), "--nproc=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.run(
+        [sys.executable, "-m", "fastnce", *command], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert process.returncode == 2
+    assert "fastnce: data.batch=1 cannot be computed in optim.accumulate=3 equal parts" in process.stderr
+    assert "Traceback" not in process.stderr
+
+
+def test_how_many_processes():
+    assert processes("1", "auto") == 1
+    assert processes("3", "cpu") == 3
+    assert processes("auto", "cpu") == 1
+    with pytest.raises(ValueError, match="--nproc must be auto or a number of processes from 1 on, not '0'"):
+        processes("0", "cpu")
+    with pytest.raises(ValueError, match=r"--nproc 4096 wants an accelerator for each process, and \d+ are there"):
+        processes("4096", "auto")
+    assert without(["cut", "--nproc", "2", "--out", "x", "a.b=1"], "--nproc") == ["cut", "--out", "x", "a.b=1"]
+    assert without(["cut", "--nproc=2", "--out", "--nproc2"], "--nproc") == ["cut", "--out", "--nproc2"]
 
 
 def test_a_rank_that_dies_ends_the_other_with_one_sentence(folder, tmp_path):
@@ -142,16 +232,6 @@ with ranks_of_launcher("cpu") as ranks:
 
 def test_drift_of_one_bit_is_noticed():
     port = free_port()
-    processes = []
-    for rank in range(2):
-        variables = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in variables.items()}}
-        command = [sys.executable, "-c", DRIFT]
-        processes.append(
-            subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
-        )
-    for code, out, err in finish(processes):
+    for code, out, err in finish([run_program(DRIFT, rank, 2, port) for rank in range(2)]):
         assert code == 7, err
         assert "have drifted apart" in out

@@ -71,6 +71,22 @@ def test_a_positive_kept_in_the_16_bit_product_fails_on_confident_rows_only(monk
     assert not [name for name in failed if "random" in name]
 
 
+def test_a_loss_that_cancels_fails_on_confident_rows_only(monkeypatch, capsys):
+    def cancelling(q, k, *, images, negatives, temperature, extra_keys, reduction, implementation):
+        """logsumexp over all logits less the positive, in float32: right to the eye where the loss is not small."""
+        groups = 1 if negatives == "batch" else images
+        keys = k.unflatten(0, (groups, -1))
+        if extra_keys is not None:
+            keys = torch.cat([keys, extra_keys], dim=1)
+        logits = q.unflatten(0, (groups, -1)) @ keys.transpose(1, 2) / temperature
+        return (torch.logsumexp(logits, 2) - logits.diagonal(dim1=1, dim2=2)).flatten()
+
+    monkeypatch.setattr(doctor, "patch_nce", cancelling)
+    failed = [c.name for c in doctor.check_nce(torch.device("cpu"), torch.float32) if not c.ok]
+    assert {"float32 p 0.9999, image: loss", "float32 p 0.9999, extra keys: loss"} <= set(failed)
+    assert not [name for name in failed if "random" in name]
+
+
 def test_a_wrong_row_fails(monkeypatch, capsys):
     def shifted(maps, ids, mlps=None, **options):
         return project_patches(maps, [(i + 1) % (20 * 18) for i in ids], mlps, **options)

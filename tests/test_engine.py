@@ -15,17 +15,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.config
 from PIL import Image
 
 from fastnce.cli import main, train_run
 from fastnce.config import resolve
 from fastnce.engine import checkpoint
-from fastnce.engine.checkpoint import Checkpoints, DiskFull, load_generators
+from fastnce.engine.checkpoint import Checkpoints, DiskFull, load_generators, newest, read_state
+from fastnce.engine.choices import pick_compile, pick_precision, set_tf32
 from fastnce.engine.compiled import Compiled
+from fastnce.engine.distributed import Ranks
 from fastnce.engine.log import Pace, clock, save_grid
 from fastnce.engine.loop import RunOptions, TrainingFailed, pick_device, train
 from fastnce.engine.optim import LossScale, OptimOptions, ParameterGroup, WeightAverage, schedule
-from fastnce.engine.step import Step, pick_compile, pick_precision
+from fastnce.engine.step import Step
 from fastnce.methods import CUT, Batch, CUTOptions, Draws, NetworkOptions
 
 SMALL = [
@@ -370,25 +373,23 @@ def test_the_loop_takes_any_data(tmp_path):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_sixteen_bits_follow_float32(precision):
-    """The same batches: losses of the first steps agree to the precision; weights stay float32."""
-    found = {}
-    for name in ("fp32", precision):
-        torch.manual_seed(2)
-        method = small_method()
-        step = Step(method, OptimOptions(), name)
-        if step.loss_scale is not None:
-            step.loss_scale.scale.fill_(256.0)  # the start, 65,536, overflows on purpose and is halved step by step
+    """From the same weights and batches, losses of the first steps agree to the precision; weights stay float32."""
+    methods = [small_method() for _ in range(2)]
+    exact, short = Step(methods[0], OptimOptions()), Step(methods[1], OptimOptions(), precision)
+    if short.loss_scale is not None:
+        short.loss_scale.scale.fill_(256.0)  # the start, 65,536, overflows on purpose and is halved step by step
+    for seed in range(4):
+        methods[1].load_state_dict(methods[0].state_dict())  # Adam turns rounding into whole steps of its rate
         losses = []
-        for seed in range(4):
+        for step in (exact, short):
             torch.manual_seed(seed)
             losses.append(step.run(random_batch(2), Draws()))
-        found[name] = {k: torch.stack([values[k] for values in losses]) for k in losses[0]}
-        assert all(p.dtype == torch.float32 for p in method.parameters())
-        assert step.bad_steps.item() == 0
-    for name, exact in found["fp32"].items():
-        assert found[precision][name].dtype == torch.float32
-        torch.testing.assert_close(found[precision][name], exact, rtol=0.05, atol=0.02)
-        assert not torch.equal(found[precision][name], exact)  # it did compute in 16 bits
+        assert short.bad_steps.item() == 0
+        for name, value in losses[0].items():
+            assert losses[1][name].dtype == torch.float32
+            torch.testing.assert_close(losses[1][name], value, rtol=0.02, atol=0.02)
+        assert not torch.equal(losses[1]["NCE"], losses[0]["NCE"])  # it did compute in 16 bits
+    assert all(p.dtype == torch.float32 for p in methods[1].parameters())
 
 
 def test_the_loss_scale_halves_and_doubles():
@@ -424,7 +425,7 @@ def test_a_compiled_step_is_whole_and_the_same(method):
     options = {"nce_idt": False, "flip_equivariance": True} if method == "fastcut" else {}
     eager, compiled = (small_method(**options).double() for _ in range(2))
     compiled.load_state_dict(eager.state_dict())
-    steps = [Step(eager, OptimOptions()), Step(compiled, OptimOptions(), compile="aot_eager")]
+    steps = [Step(eager, OptimOptions()), Step(compiled, OptimOptions(), compile=True, backend="aot_eager")]
     graphs = []
     for i in range(6):
         batch, flip = random_batch(dtype=torch.float64), method == "fastcut" and i % 2 == 1
@@ -436,6 +437,125 @@ def test_a_compiled_step_is_whole_and_the_same(method):
     assert not torch._dynamo.utils.counters["graph_break"]
     assert graphs[1:] == [graphs[1]] * 5
     assert graphs[0] == 3
+
+
+@pytest.mark.skipif(not hasattr(torch._dynamo.config, "trace_autograd_ops"), reason="PyTorch does not trace gradients")
+def test_a_whole_compiled_step_is_one_graph_and_the_same():
+    """Gradients and updates included; a step that is not finite is skipped in it as well."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    methods = [small_method(nce_idt=False).double() for _ in range(2)]
+    methods[1].load_state_dict(methods[0].state_dict())
+    eager = Step(methods[0], OptimOptions())
+    whole = Step(methods[1], OptimOptions(), compile="whole", backend="aot_eager")
+    for i in range(4):
+        batch = random_batch(dtype=torch.float64)
+        if i == 1:
+            batch.a[0, 0, 0, 0] = float("nan")
+        ids = [[torch.randperm(n)[:16] for n in (38 * 38, 32 * 32, 16 * 16, 8 * 8)]]
+        losses = [step.run(batch, Draws(patch_ids=ids)) for step in (eager, whole)]
+        assert eager.bad_steps.item() == whole.bad_steps.item() == (1 if i == 1 else 0)
+        if i != 1:
+            for name, value in losses[0].items():
+                torch.testing.assert_close(losses[1][name], value, rtol=1e-9, atol=1e-12)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert whole.whole is not None
+    assert whole.whole.usable
+    assert not torch._dynamo.utils.counters["graph_break"]
+    one, other = eager.state(), whole.state()
+    assert one.keys() == other.keys()
+    for key, tensor in one.items():
+        if tensor.dim() > 1:  # a bias before a norm has no gradient but noise
+            torch.testing.assert_close(other[key], tensor, rtol=1e-7, atol=2e-9, msg=key)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32])
+def test_the_update_that_a_compiler_traces_is_adams(kind):
+    layers = [torch.nn.Linear(5, 3).to(kind) for _ in range(2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    groups = [ParameterGroup((layer,), 1e-2, (0.5, 0.999)) for layer in layers]
+    groups[1].prepare()
+    scale = torch.tensor(1024.0)
+    for i in range(5):
+        gradients = [torch.randn_like(p) for p in layers[0].parameters()]
+        gradients[0][0, 0] = float("inf") if i in (0, 3) else 1e-6  # also at the very first step
+        bad = [
+            group.update((gradients[0] * scale, gradients[1] * scale), scale).clone()
+            if j == 0
+            else group.update_traced((gradients[0] * scale, gradients[1] * scale), scale)
+            for j, group in enumerate(groups)
+        ]
+        assert bad[0].item() == bad[1].item() == float(i in (0, 3))
+        groups[0].set_factor(0.9**i)
+        groups[1].set_factor(0.9**i)
+        one, other = (group.state() for group in groups)
+        for key, tensor in one.items():
+            rounding = {"rtol": 1e-6, "atol": 1e-7} if kind is torch.float32 else {"rtol": 1e-12, "atol": 1e-15}
+            torch.testing.assert_close(other[key], tensor, **rounding)
+        for one, other in zip(*(layer.parameters() for layer in layers), strict=True):
+            torch.testing.assert_close(other, one, rtol=0, atol=1e-9 if kind is torch.float64 else 1e-7)
+
+
+def test_what_cannot_be_one_graph_is_compiled_in_parts(monkeypatch):
+    with pytest.warns(UserWarning, match=r"in parts, not whole: it is computed in optim\.accumulate=2 parts"):
+        step = Step(small_method(), OptimOptions(accumulate=2), compile="whole", backend="eager")
+    assert step.whole is None
+    assert isinstance(step.generate, Compiled)
+    with pytest.warns(UserWarning, match="in parts, not whole: several ranks exchange gradients in it"):
+        Step(small_method(), OptimOptions(), compile="whole", ranks=Ranks(world=2))
+    step = Step(small_method(nce_idt=False), OptimOptions(), compile="whole", backend="eager")
+
+    def refused(*_):
+        raise RuntimeError("\nnot this one\n")
+
+    step.whole.compiled = refused
+    with pytest.warns(UserWarning, match="the step is compiled in parts, not whole: not this one"):
+        losses = step.run(random_batch(), Draws())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step.run(random_batch(), Draws())  # said once
+    assert losses["G"].isfinite()
+    monkeypatch.setattr("fastnce.engine.compiled.TRACES_GRADIENTS", "no_such_setting")
+    with pytest.warns(UserWarning, match=r"not whole: PyTorch .* does not trace gradients"):
+        assert Step(small_method(), OptimOptions(), compile="whole").whole is None
+
+
+def test_a_compiler_that_fails_later_does_not_end_training():
+    """The second kind of step, FastCUT's mirrored one, is compiled when it first comes."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        if len(graphs) == 2:
+            raise RuntimeError("no second kind")
+        return graph
+
+    def double_or_halve(x, halve):
+        return x / 2 if halve else x * 2
+
+    compiled = Compiled(double_or_halve, backend)
+    one = torch.ones(1)
+    assert compiled(one, False).item() == 2
+    with pytest.warns(UserWarning, match="double_or_halve runs uncompiled: "):
+        assert compiled(one, True).item() == 0.5
+    assert compiled(one, False).item() == 2
+
+
+def test_tf32_is_said_and_set():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    try:
+        assert set_tf32("true", cuda) == "TF32 in float32 products: on, convolutions: on"
+        assert torch.backends.cuda.matmul.allow_tf32
+        assert set_tf32("false", cuda) == "TF32 in float32 products: off, convolutions: off"
+        assert not torch.backends.cudnn.allow_tf32
+        torch.backends.cudnn.allow_tf32 = True
+        assert set_tf32("auto", cuda) == "TF32 in float32 products: off, convolutions: on"
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+    assert set_tf32("true", cpu) == ""
+    with pytest.raises(ValueError, match=r"run\.tf32 must be auto, true or false, not 'yes'"):
+        set_tf32("yes", cpu)
 
 
 def test_what_the_compiler_refuses_runs_uncompiled():
@@ -456,7 +576,7 @@ def test_compiling_is_chosen_by_device():
     assert pick_compile("auto", torch.device("cpu")) is False
     assert pick_compile("auto", torch.device("cuda")) is True
     assert pick_compile("true", torch.device("cpu")) is True
-    with pytest.raises(ValueError, match=r"run\.compile must be auto, true or false, not 'yes'"):
+    with pytest.raises(ValueError, match=r"run\.compile must be auto, true, false or whole, not 'yes'"):
         pick_compile("yes", torch.device("cpu"))
 
 
@@ -466,3 +586,18 @@ def test_a_run_may_be_limited_in_time(tmp_path):
     assert 0 < done < 800
     assert Checkpoints(tmp_path / "checkpoints").load()[1]["step"] == done
     assert "0.0001 minutes are over: stopped after step" in (tmp_path / "log.txt").read_text()
+
+
+def test_options_of_the_step_reach_it(folder, tmp_path, capsys, monkeypatch):
+    """By way of the command line: parts, recomputed blocks, and graphs, which a CPU does not have."""
+    made = []
+    monkeypatch.setattr("fastnce.engine.step.recompute_blocks", lambda method: made.append(method))
+    command = ["train", "fastcut", "--data", str(folder), "--out", str(tmp_path / "run"), "--quiet", *SMALL]
+    changes = ["data.batch=2", "optim.accumulate=2", "run.checkpoint_activations=true", "run.steps=1"]
+    assert main([*command, *changes]) == 0
+    assert len(made) == 1
+    assert read_state(newest(tmp_path / "run"))["config"]["optim"]["accumulate"] == 2
+    assert main([*command, *changes, "run.steps=2", "run.graph=true"]) == 2
+    assert "run.graph=true needs a CUDA device, not cpu" in capsys.readouterr().err
+    assert main([*command, *changes, "run.steps=2", "optim.accumulate=1"]) == 2
+    assert "optim.accumulate: 2, now 1" in capsys.readouterr().err

@@ -7,6 +7,7 @@ from itertools import cycle
 import pytest
 import torch
 from fastnce.kernels import nce
+from fastnce.kernels.nce_keys import nce_key_gradients
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -71,12 +72,12 @@ def check(q, k, *, temperature=0.07, unit=True, extra=None, log_weight=None, pai
     weights = [[] if w is None else [w.to(DEVICE)] for w in (log_weight, pair_weight)]
     stats = [temperature], negative.flatten(), share.flatten()
     q, k = q.to(DEVICE), k.to(DEVICE)
-    (d_k,) = nce.nce_key_gradients([q], [k], *weights, *stats, extra=False)
-    assert error(d_k, truth.d_keys) <= 1.5 * GRADIENT_GATE[q.dtype]
+    (d_k,) = nce_key_gradients([q], [k], *weights, *stats, extra=False)
+    assert error(d_k, truth.d_keys) <= GRADIENT_GATE[q.dtype]
     if extra is not None:
         asking = q if extra.shape[0] == q.shape[0] else q.flatten(0, 1)[None]
-        (d_e,) = nce.nce_key_gradients([asking], [extra.to(DEVICE)], [], [], *stats, extra=True)
-        assert error(d_e, truth.d_extra) <= 1.5 * GRADIENT_GATE[q.dtype]
+        (d_e,) = nce_key_gradients([asking], [extra.to(DEVICE)], [], [], *stats, extra=True)
+        assert error(d_e, truth.d_extra) <= GRADIENT_GATE[q.dtype]
 
 
 SHAPES = [(1, 1, 3), (3, 2, 32), (2, 49, 64), (1, 70, 100), (1, 255, 128), (2, 256, 256), (1, 70, 512), (1, 1000, 64)]
@@ -206,7 +207,7 @@ def test_every_element_is_written_and_repeats_bitwise(monkeypatch):
     stats = [0.07], first[1].flatten(), torch.ones(201, device=DEVICE)
     for keys, asking, is_extra in ((k, q, False), (extra, q.flatten(0, 1)[None], True)):
         once, again = (
-            nce.nce_key_gradients([asking.to(DEVICE)], [keys.to(DEVICE)], [], [], *stats, extra=is_extra)[0]
+            nce_key_gradients([asking.to(DEVICE)], [keys.to(DEVICE)], [], [], *stats, extra=is_extra)[0]
             for _ in range(2)
         )
         assert once.isfinite().all()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastnce.kernels import sample_project
+from fastnce.kernels.project_backward import map_layout
 
 from fastnce import PatchNCEHead, PatchNCELoss, PatchSampleF, patch_nce, project_patches
-from fastnce.nce import fused
+from fastnce.nce import fused, fused_maps
 
 from .oracle import DEVICE, Launches, error, unit_rows
 
@@ -213,7 +213,7 @@ def test_opcheck():
     mlp = [w.detach() for four in ours.mlps(3) for w in four]
     torch.library.opcheck(operators.project.default, (feats, ids, mlp, torch.float32, True))
     units, *saved = operators.project(feats, ids, mlp, torch.float32, True)
-    layout = fused._pack([sample_project.map_layout(m) for m in feats])
+    layout = fused_maps._pack([map_layout(m) for m in feats])
     torch.library.opcheck(
         operators.project_backward.default,
         (units, None, 1, layout, ids, mlp, units, *saved, False, [True, False, True], True),

@@ -12,7 +12,11 @@ from PIL import Image
 from fastnce.cli import main
 from fastnce.data import DataError, UnpairedData, load_image
 from fastnce.data.rain import RainOptions, parse_range, render_rain, write_rain
+from fastnce.data.rained import RainedData
+from fastnce.engine.optim import OptimOptions
+from fastnce.engine.step import Step
 from fastnce.evaluate.pairs import find_pairs
+from fastnce.methods import DCDGAN, Batch, DCDGANOptions, Draws, NetworkOptions
 
 STREAKS_ONLY = {"haze": (0.0, 0.0)}
 
@@ -172,3 +176,125 @@ def test_nothing_is_half_written(photos, tmp_path, capsys):
     assert "--density must be" in error_of(capsys, str(photos), "--out", str(out), "--density", "x")
     with pytest.raises(DataError, match="holds 1 pictures; at least 2 are needed"):
         write_rain(photos / "b.png", tmp_path / "o", unpaired=True)
+
+
+# ---- as an augmentation ----
+
+
+@pytest.fixture
+def clean_only(tmp_path) -> Path:
+    root = tmp_path / "clean"
+    (root / "trainB").mkdir(parents=True)
+    for i in range(5):
+        pixels = np.full((48, 60, 3), 30 + 20 * i, np.uint8)  # a brightness for each, so that rain and picture are told
+        Image.fromarray(pixels).save(root / "trainB" / f"{i}.png")
+    return root
+
+
+SIZES = {"load_size": 40, "crop_size": 32}
+
+
+def test_clean_pictures_are_enough(clean_only):
+    data = RainedData(clean_only, batch=4, **SIZES)
+    assert (data.size_a, data.size_b) == (5, 5)
+    levels = {round(30 + 20 * i) / 127.5 - 1 for i in range(5)}
+    rained = 0
+    for step in range(6):
+        a, b = data.batch(step)
+        assert a.shape == b.shape == (4, 3, 32, 32)
+        assert a.is_contiguous(memory_format=torch.channels_last)
+        assert all(min(abs(p.mean().item() - level) for level in levels) < 1e-4 for p in b)  # B stays clean
+        rained += sum(bool(p.std() > 0.01) for p in a)
+        streaks = [p[0] > p[0].median() + 0.02 for p in a]
+        shared = (streaks[0] & streaks[1]).sum() / (streaks[0] | streaks[1]).sum()
+        assert shared < 0.8  # every picture has its own rain
+        again = RainedData(clean_only, batch=4, **SIZES).batch(step)
+        assert torch.equal(a, again[0])
+        assert torch.equal(b, again[1])
+    assert rained == 24
+    assert not torch.equal(data.batch(0)[0], RainedData(clean_only, batch=4, seed=1, **SIZES).batch(0)[0])
+    with pytest.raises(DataError, match="there is no folder trainA"):
+        UnpairedData(clean_only, **SIZES)
+    with pytest.raises(DataError, match="clean pictures for rain to fall on"):
+        RainedData(clean_only / "trainB", **SIZES)
+
+
+def test_b_is_what_it_is_without_rain(clean_only):
+    (clean_only / "trainA").mkdir()
+    Image.fromarray(np.zeros((48, 60, 3), np.uint8)).save(clean_only / "trainA" / "black.png")
+    plain, mixed = UnpairedData(clean_only, batch=8, **SIZES), RainedData(clean_only, share=0.5, batch=8, **SIZES)
+    wet = 0
+    for step in range(8):
+        (a, b), (rained, same) = plain.batch(step), mixed.batch(step)
+        assert torch.equal(b, same)
+        changed = [not torch.equal(one, other) for one, other in zip(a, rained, strict=True)]
+        wet += sum(changed)
+        for picture, is_wet in zip(rained, changed, strict=True):
+            assert (picture.min() > -0.99) == is_wet  # A's own picture is black, B's are not
+    assert 20 < wet < 44  # 64 draws at one half
+
+
+def test_rain_does_not_depend_on_the_number_of_ranks(clean_only):
+    whole = RainedData(clean_only, batch=4, **SIZES)
+    parts = [RainedData(clean_only, batch=2, rank=rank, world=2, **SIZES) for rank in (0, 1)]
+    for step in range(3):
+        a, b = whole.batch(step)
+        halves = [part.batch(step) for part in parts]
+        for rank, (half_a, half_b) in enumerate(halves):
+            assert torch.equal(half_a, a[rank::2])
+            assert torch.equal(half_b, b[rank::2])
+
+
+def test_crops_have_the_photographs_rain(clean_only):
+    """Streaks are as long as they would be on the whole picture, not on the crop."""
+    clean = torch.full((1, 3, 64, 64), -1.0)
+    options = RainOptions(length=(0.1, 0.1), width=(0.01, 0.01), angle=(0, 0), layers=1, **STREAKS_ONLY)
+    own, photograph = (render_rain(clean, options, seeded(0), side=side)[0, 0] for side in (None, 512))
+    wet = [(x > -0.9).float() for x in (own, photograph)]
+    covered = [x.mean().item() for x in wet]
+    goes_on = [(x[1:] * x[:-1]).mean().item() / share for x, share in zip(wet, covered, strict=True)]
+    assert goes_on[1] > goes_on[0] + 0.05
+    assert covered[1] == pytest.approx(covered[0], rel=0.6)  # of one density
+
+
+def test_samples_are_rainy_too(clean_only):
+    a, b = RainedData(clean_only, **SIZES).samples(2)
+    assert a.std(dim=(2, 3)).min() > 0.01
+    assert b.std(dim=(2, 3)).max() < 1e-6
+
+
+def test_train_on_clean_pictures_alone(clean_only, tmp_path, capsys):
+    small = ["network.generator=restorer", "network.width=4", "network.discriminator=pixel", "loss.patches=8"]
+    small += ["network.discriminator_width=4", "loss.projection=8", "data.load_size=20", "data.crop_size=16"]
+    arguments = ["train", "dcdgan", "--data", str(clean_only), "--out", str(tmp_path / "run"), *small]
+    arguments += ["run.steps=2", "run.device=cpu"]
+    assert main([*arguments, "data.rain=1", "data.rain_like=density=0.2:0.3, layers=2"]) == 0
+    capsys.readouterr()
+    for wrong, message in (
+        ("data.rain=2", "data.rain is a share between 0 and 1, not 2"),
+        ("data.rain_like=wet=1:2", "data.rain_like: 'wet=1:2' is no range of rain"),
+        ("data.rain_like=haze=much", "haze must be a number or LOW:HIGH, not 'much'"),
+    ):
+        assert main([*arguments, "--dry-run", "data.rain=1", wrong]) == 0  # only training looks at it
+        capsys.readouterr()
+        assert main([*arguments, "--out", str(tmp_path / "other"), "data.rain=1", wrong]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_rendered_pairs_teach(clean_only):
+    """The term alone brings G_A's restoration of rendered rain nearer to the clean picture."""
+    network = NetworkOptions(generator="restorer", width=4, discriminator="pixel", discriminator_width=4)
+    weights = {"lambda_gan": 0.0, "lambda_nce": 0.0, "lambda_idt": 0.0, "lambda_color": 0.0, "lambda_frequency": 0.0}
+    with pytest.raises(ValueError, match="every term has weight 0"):
+        DCDGAN(DCDGANOptions(**weights), network).check(1, 16, 16)
+    weights |= {"lambda_idt": 0.01, "lambda_rendered": 1.0, "rendered_rain": "haze=0,density=0.4"}
+    method = DCDGAN(DCDGANOptions(**weights), network)
+    data = RainedData(clean_only, **SIZES)
+    step = Step(method, OptimOptions(lr=3e-3))
+    losses = []
+    for i in range(40):
+        torch.manual_seed(i % 2)
+        losses.append(step.run(Batch(*data.batch(0)), Draws())["rendered"].item())
+    assert sum(losses[-2:]) < 0.7 * sum(losses[:2])
+    with pytest.raises(ValueError, match=r"loss\.rendered_rain: 'fog=1' is no range"):
+        DCDGAN(DCDGANOptions(rendered_rain="fog=1"), network)

@@ -17,6 +17,7 @@ from .augment import PictureStore
 from .cache import PictureCache, Progress, Target, build_cache, cache_place, open_cache
 from .folder import DataError, Folder, domain_folders, find_images, load_image, save_image
 from .order import Order
+from .staging import Staging
 
 __all__ = ["DataError", "UnpairedData", "build_cache", "find_images", "load_image", "save_image"]
 
@@ -40,8 +41,9 @@ class UnpairedData:
         seed, rank, world: `world` ranks of batch b see together, step for step, what one of batch world*b sees.
         device: where batches appear.
         cache_dir: default `root`/.fastnce-cache, or the user's cache folder where root cannot be written.
-        cache_budget: bytes. Both domains stay in the memory of a device when they fit; otherwise windows are sent each
-            step. The CPU reads the mapped cache and has no use for it.
+        cache_budget: bytes. Both domains stay in the memory of a device when they fit; otherwise windows are sent,
+            those of the next step while the present one is computed. The CPU reads the mapped cache and ignores it.
+        ahead: make the next step's batch in a thread; None decides: where windows are sent.
         skip_bad: pass over files that cannot be used and list them in `skipped`, as (path, reason).
         progress: called with a sentence now and then while pictures are decoded.
 
@@ -66,6 +68,7 @@ class UnpairedData:
         device: str | torch.device = "cpu",
         cache_dir: str | os.PathLike[str] | None = None,
         cache_budget: int = CACHE_BUDGET,
+        ahead: bool | None = None,
         skip_bad: bool = False,
         progress: Progress | None = None,
     ) -> None:
@@ -80,7 +83,7 @@ class UnpairedData:
             raise DataError(f"seed={seed} should be between 0 and 2**64-1")
         self.flip, self.skip_bad, self.progress = flip, skip_bad, progress
         self.device, self.cache_budget = torch.device(device), cache_budget
-        folders = domain_folders(root, phase)
+        folders = self._find_folders(root, phase)
         self._place = cache_place(self.root, cache_dir)
         caches, complaints = [], []
         for folder in folders:
@@ -96,6 +99,11 @@ class UnpairedData:
         self.size_a, self.size_b = (len(folder.files) for folder in self._folders)
         self.order = Order(self.size_a, self.size_b, batch, seed, rank, world)
         self.epoch_size, self.steps_per_epoch = self.order.epoch_size, self.order.steps_per_epoch
+        sent = any(store.flat is None for store in self._stores[self.target])
+        self.staging = Staging(self._make, self.device) if (sent if ahead is None else ahead) else None
+
+    def _find_folders(self, root: str | os.PathLike[str], phase: str) -> tuple[Folder, Folder]:
+        return domain_folders(root, phase)
 
     def batch(self, step: int, *, decaying: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """The pictures of one step: a function of (seed, rank, step) alone.
@@ -107,6 +115,14 @@ class UnpairedData:
         Returns:
             A and B, float32 (batch, channels, height, width) in [-1, 1], channels-last in memory.
         """
+        return self._make(step, decaying) if self.staging is None else self.staging.take(step, decaying)
+
+    def close(self) -> None:
+        """End the thread that makes batches ahead, if there is one."""
+        if self.staging is not None:
+            self.staging.close()
+
+    def _make(self, step: int, decaying: bool) -> tuple[torch.Tensor, torch.Tensor]:
         self.prepare(decaying=decaying)
         target = self.target.decaying() if decaying else self.target
         size = None if target.preprocess == "none" else target.crop

@@ -107,6 +107,14 @@ def domain_folders(root: str | os.PathLike[str], phase: str) -> tuple[Folder, Fo
     return Folder.listed(root / f"{phase}A"), Folder.listed(root / f"{phase}B")
 
 
+def clean_folder(root: str | os.PathLike[str], phase: str) -> Folder:
+    """`root`/{phase}B alone; DataError where it is missing or holds no picture."""
+    path = Path(root) / f"{phase}B"
+    if not path.is_dir():
+        raise DataError(f"there is no folder {path}; it should hold clean pictures for rain to fall on")
+    return Folder.listed(path)
+
+
 def read_picture(path: str | os.PathLike[str], channels: int = 3) -> np.ndarray:
     """Decode one file.
 

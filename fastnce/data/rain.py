@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +63,13 @@ class RainOptions:
 
 
 @torch.no_grad()
-def render_rain(clean: Tensor, options: RainOptions | None = None, generator: torch.Generator | None = None) -> Tensor:
+def render_rain(
+    clean: Tensor,
+    options: RainOptions | None = None,
+    generator: torch.Generator | None = None,
+    *,
+    side: int | None = None,
+) -> Tensor:
     """Pictures as if it rained.
 
     A veil of haze (thicker towards the top, where scenes are far away), then streaks from the farthest layer to the
@@ -72,6 +79,8 @@ def render_rain(clean: Tensor, options: RainOptions | None = None, generator: to
     Args:
         clean: (images, 1 or 3, height, width) float in [-1, 1].
         generator: where the draws come from; with one on the CPU, the same rain falls on every device.
+        side: what lengths are shares of, in pixels; the shorter side unless given. A crop takes that of the photograph
+            that it was cut from.
 
     Returns:
         the same shape, dtype and device.
@@ -92,7 +101,7 @@ def render_rain(clean: Tensor, options: RainOptions | None = None, generator: to
     def between(limits: Range) -> Tensor:
         return limits[0] + (limits[1] - limits[0]) * draw(images, 1, 1)
 
-    side = min(height, width)
+    side = side or min(height, width)
     density, length, thick = between(options.density), between(options.length) * side, between(options.width) * side
     angle, opacity, haze = between(options.angle), between(options.opacity), between(options.haze)
     light = 0.8 + 0.2 * draw(images, 1, 1, 1)  # of sky and drops
@@ -114,7 +123,7 @@ def render_rain(clean: Tensor, options: RainOptions | None = None, generator: to
         across = down * lean.sin() + right * lean.cos()
         ends = 0.35 * long  # streaks fade in and out
         drop = ((long / 2 - along) / ends + 0.5).clamp(0, 1) * torch.exp(-4 * math.log(2) * (across / wide) ** 2)
-        chance = density / options.layers / (long * wide).clamp(min=1.0)
+        chance = density / options.layers / (long.clamp(max=height) * wide).clamp(min=1.0)  # inside, a crop cuts it
         # the brightest are few
         drops = (draw(images, height, width) < chance) * draw(images, height, width).square().mul(0.8).add(0.2)
         streaks = torch.fft.irfft2(torch.fft.rfft2(drops) * torch.fft.rfft2(drop), s=(height, width))
@@ -203,6 +212,27 @@ def parse_range(name: str, text: str) -> Range:
         return float(low), float(high or low)
     except ValueError:
         raise ValueError(f"--{name} must be a number or LOW:HIGH, not {text!r}") from None
+
+
+def parse_ranges(name: str, text: str) -> dict[str, Any]:
+    """ "density=0.1:0.3, angle=-10:10, layers=2" as arguments of `RainOptions`; `name` is the option that held it.
+
+    Raises:
+        ValueError: an unknown range, or one that is none.
+    """
+    found: dict[str, Any] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        key, _, value = (piece.strip() for piece in part.partition("="))
+        if key == "layers" and value.isdigit():
+            found[key] = int(value)
+        elif key in RANGES:
+            try:
+                found[key] = parse_range(key, value)
+            except ValueError:
+                raise ValueError(f"{name}: {key} must be a number or LOW:HIGH, not {value!r}") from None
+        else:
+            raise ValueError(f"{name}: {part!r} is no range of rain; write {', '.join(RANGES)} =LOW:HIGH, or layers=N")
+    return found
 
 
 def join_negative(arguments: list[str]) -> list[str]:

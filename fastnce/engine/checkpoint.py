@@ -2,6 +2,7 @@
 
     checkpoints/step-00001000/{generator.safetensors, training.safetensors, state.json}
     checkpoints/latest                names the newest whole one
+    checkpoints/best                  names the one that did best on held-out pairs, where a run has them
 
 `generator.safetensors` is what translation needs; `training.safetensors` is everything that the next step depends on.
 """
@@ -46,8 +47,19 @@ class Checkpoints:
         """Folders of finished checkpoints, oldest first."""
         return sorted(path for path in self.folder.glob("step-*") if path.is_dir() and (path / "state.json").exists())
 
-    def save(self, step: int, generator: dict[str, Tensor], training: dict[str, Tensor], state: dict[str, Any]) -> Path:
-        """Write one checkpoint; on a full disk raise `DiskFull` with the path and the bytes needed."""
+    def save(
+        self,
+        step: int,
+        generator: dict[str, Tensor],
+        training: dict[str, Tensor],
+        state: dict[str, Any],
+        *,
+        best: bool = False,
+    ) -> Path:
+        """Write one checkpoint; on a full disk raise `DiskFull` with the path and the bytes needed.
+
+        With `best` it is also named so, and stays until another one is.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         final = self.folder / f"step-{step:08d}"
         partial = self.folder / f".partial-{step:08d}-{os.getpid()}"
@@ -66,7 +78,9 @@ class Checkpoints:
             if final.exists():  # left by an earlier run of the same step
                 shutil.rmtree(final)
             partial.rename(final)
-            self._point_at(final)
+            self._point("latest", final)
+            if best:
+                self._point("best", final)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
@@ -74,14 +88,35 @@ class Checkpoints:
                     errno.ENOSPC, f"{final}: no room for a checkpoint of {needed:,} bytes; the older ones are untouched"
                 ) from None
             raise
+        kept = self._named("best")
         for old in self.steps()[: -self.keep]:
-            shutil.rmtree(old, ignore_errors=True)
+            if old != kept:
+                shutil.rmtree(old, ignore_errors=True)
         return final
 
-    def _point_at(self, path: Path) -> None:
-        pointer = self.folder / ".latest"
+    def _point(self, name: str, path: Path) -> None:
+        pointer = self.folder / f".{name}"
         pointer.write_text(path.name, encoding="utf-8")
-        pointer.replace(self.folder / "latest")
+        pointer.replace(self.folder / name)
+
+    def _named(self, name: str) -> Path | None:
+        """The folder that a pointer names, or None where there is no such pointer or checkpoint."""
+        try:
+            path = follow(self.folder / name)
+        except (OSError, ValueError):
+            return None
+        return path if (path / "state.json").exists() else None
+
+    def best(self) -> tuple[Path, dict[str, Any]] | None:
+        """The checkpoint that `best` names and its state, or None where there is none that is whole."""
+        path = self._named("best")
+        if path is None:
+            return None
+        try:
+            return path, read_state(path)
+        except (OSError, ValueError) as error:
+            self.log(f"{path}: damaged ({error}), so there is no best checkpoint any more")
+            return None
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any], Path] | None:
         """The newest whole checkpoint as (training tensors, state, folder), or None where there is none.
@@ -117,6 +152,20 @@ def load_generators(folder: Path) -> dict[str, dict[str, Tensor]]:
         name, parameter = key.split("/", 1)
         names[name][parameter] = tensor
     return names
+
+
+def follow(path: Path) -> Path:
+    """The checkpoint that a pointer, such as RUN/checkpoints/best, names; any other path as it is.
+
+    Raises:
+        ValueError: the pointer names no checkpoint.
+    """
+    if path.name not in ("latest", "best") or not path.is_file():
+        return path
+    target = path.parent / path.read_text(encoding="utf-8").strip()
+    if not (target / "state.json").exists():
+        raise ValueError(f"{path} names {target.name}, which is not there any more")
+    return target
 
 
 def newest(run: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Compile a part of the step whole, or say once why it runs uncompiled."""
+"""Compile the step, in parts or as one graph, or say once why it runs uncompiled."""
 
 from __future__ import annotations
 
@@ -6,10 +6,16 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch._functorch.config
+from torch import Tensor
+
+from ..methods.base import Batch, Draws, Losses
+
+if TYPE_CHECKING:
+    from .step import Step
 
 
 def _backward_now() -> AbstractContextManager:
@@ -23,8 +29,8 @@ def _backward_now() -> AbstractContextManager:
 class Compiled:
     """A function compiled as one graph for fixed shapes; itself where the compiler does not take it.
 
-    Which of both is decided at the first call, forward and backward: a compiler that fails in the middle of training
-    must not end it. (The step's functions change nothing before they return, so they can be called again.)
+    A compiler that fails must not end a training: neither at the first call, forward and backward, nor when a later one
+    (FastCUT's mirrored step) is compiled anew. What it compiles has not run by then, so it can be called again.
 
     Args:
         function: pure but for its module's buffers.
@@ -43,16 +49,110 @@ class Compiled:
     def __call__(self, *args: Any) -> Any:
         if self.compiled is None:
             return self.function(*args)
-        if self.seconds:
-            return self.compiled(*args)
         began = time.perf_counter()
         try:
-            with _backward_now():
+            with nullcontext() if self.seconds else _backward_now():  # the setting costs a fraction of a millisecond
                 result = self.compiled(*args)
         except Exception as error:
-            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            warnings.warn(f"{self.name} runs uncompiled: {reason[:300]}", stacklevel=2)
+            if self.seconds and not _from_compiler(error):
+                raise
+            warnings.warn(f"{self.name} runs uncompiled: {_reason(error)}", stacklevel=2)
             self.compiled = None
             return self.function(*args)
-        self.seconds = time.perf_counter() - began
+        self.seconds = self.seconds or time.perf_counter() - began
         return result
+
+
+def _from_compiler(error: Exception) -> bool:
+    """Whether it came while something was compiled, not while it ran."""
+    from torch._dynamo.exc import TorchDynamoException  # importing the compiler takes a second or two
+
+    return isinstance(error, TorchDynamoException)
+
+
+def _reason(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+
+
+TRACES_GRADIENTS = "trace_autograd_ops"
+"""The compiler's setting that lets it trace `torch.autograd.grad`; PyTorch 2.13 has it."""
+
+
+class CompiledWhole:
+    """The step as one graph: generate, every phase's loss, its gradients (traced, not recorded for later) and Adam.
+
+    The compiler sees which maps are needed when, across forward and backward; there is nothing between its kernels.
+    Moments, counts and weights are those that the uncompiled step would change, so the two continue each other.
+
+    Args:
+        step: whose method, groups and loss scale to use.
+        backend: of `torch.compile`.
+    """
+
+    def __init__(self, step: Step, backend: str):
+        self.step = step
+        self.phases = step.method.phases()
+        for group in step.groups.values():
+            group.prepare()
+        self.compiled = torch.compile(self._trace, fullgraph=True, dynamic=False, backend=backend)
+        self.seconds = 0.0
+        """What the first call took: compiling, most of all."""
+        self.kinds: set[bool] = set()
+        self.usable = True
+        """False once the compiler has refused it; the caller then takes the other form."""
+
+    @classmethod
+    def of(cls, step: Step, backend: str) -> CompiledWhole | None:
+        """None, and one warning, where the step cannot be one graph."""
+        import torch._dynamo.config
+
+        reason = ""
+        if not hasattr(torch._dynamo.config, TRACES_GRADIENTS):
+            reason = f"PyTorch {torch.__version__} does not trace gradients"
+        elif step.ranks.world > 1:
+            reason = "several ranks exchange gradients in it"
+        elif step.options.accumulate > 1:
+            reason = f"it is computed in optim.accumulate={step.options.accumulate} parts"
+        if reason:
+            warnings.warn(f"the step is compiled in parts, not whole: {reason}", stacklevel=3)
+        return None if reason else cls(step, backend)
+
+    def __call__(self, batch: Batch, draws: Draws) -> tuple[Losses, Tensor]:
+        """Update every network; returns losses, and 1.0 where a gradient was not finite."""
+        began = time.perf_counter()
+        try:
+            # a new kind of step is compiled; the setting itself costs a fraction of a millisecond
+            new = (
+                torch._dynamo.config.patch({TRACES_GRADIENTS: True}) if draws.flip not in self.kinds else nullcontext()
+            )
+            with new:
+                result = self.compiled(batch, draws)
+        except Exception as error:
+            if self.seconds and not _from_compiler(error):
+                raise
+            warnings.warn(f"the step is compiled in parts, not whole: {_reason(error)}", stacklevel=2)
+            self.usable = False
+            return self.step._at_once(batch, draws)
+        self.kinds.add(draws.flip)
+        self.seconds = self.seconds or time.perf_counter() - began
+        return result
+
+    def _trace(self, batch: Batch, draws: Draws) -> tuple[Losses, Tensor]:
+        step = self.step
+        losses: Losses = {}
+        bad = torch.zeros_like(step.bad_steps)
+        scale = None if step.loss_scale is None else step.loss_scale.scale
+        with step.autocast():
+            outputs = step.method.generate(batch, draws)
+        for phase in self.phases:
+            with step.autocast():
+                loss, logged = phase.loss(batch, outputs, draws)
+            groups = [step.groups[name] for name in phase.groups]
+            parameters = [p for group in groups for p in group.parameters]
+            loss = loss if scale is None else loss * scale
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            for group in groups:
+                bad = torch.maximum(bad, group.update_traced(gradients[: len(group.parameters)], scale))
+                gradients = gradients[len(group.parameters) :]
+            losses |= {name: value.detach() for name, value in logged.items()}
+        return losses, bad

@@ -72,6 +72,13 @@ class Ranks:
         flat.mul_(1.0 / self.world)
         return tuple(result)
 
+    def others(self, tensor: Tensor) -> Tensor:
+        """What the other ranks have in the place of a tensor of one shape, (...) -> (world - 1, ...); constants."""
+        every = tensor.new_empty(self.world, *tensor.shape)
+        with _watch("the others' keys"):
+            dist.all_gather_into_tensor(every.flatten(), tensor.detach().contiguous().flatten())
+        return torch.cat([every[: self.rank], every[self.rank + 1 :]])
+
     def mean(self, values: Tensor) -> Tensor:
         """Mean of a small tensor over ranks, for logs."""
         if self.world == 1:

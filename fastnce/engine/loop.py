@@ -5,10 +5,7 @@ The random choices of a step follow from (seed, rank, step) alone, so a run that
 
 from __future__ import annotations
 
-import os
 import random
-import signal
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +17,15 @@ from torch import Tensor
 from ..methods.base import Batch, Method
 from ..options import option
 from .checkpoint import Checkpoints, DiskFull
+from .choices import pick_compile, pick_precision, set_tf32
+from .cudagraph import pick_graph
 from .distributed import Ranks
 from .log import Pace, RunLog, Silence, clock, save_grid
+from .monitor import Monitor
 from .optim import OptimOptions, schedule
-from .step import Step, pick_compile, pick_precision
+from .step import Step
+from .stop import StopRequest
+from .validate import Validation
 
 STOP_EVERY = 10
 """Steps between the questions of several ranks whether one of them was asked to stop."""
@@ -36,12 +38,23 @@ class RunOptions:
     seed: int = option(0, "of everything random; the same seed gives the same run")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, xpu, ...")
     precision: str = option("auto", "fp32, bf16, fp16; auto: bf16 on GPUs that compute in it, else fp32")
-    compile: str = option("auto", "true, false; auto: true on accelerators (a first step of minutes, then faster ones)")
+    compile: str = option(
+        "auto",
+        "true, false, whole (the step as one graph); auto: true on accelerators (a first step of minutes, then faster)",
+    )
+    graph: str = option("auto", "record the step in CUDA graphs: one launch a step; true, false; auto: on CUDA devices")
+    tf32: str = option("auto", "true, false: TF32 in float32 products and convolutions; auto: the library's choice")
+    checkpoint_activations: bool = option(
+        False, "compute the generators' residual blocks again in the backward pass: less memory, more time"
+    )
     steps: int = option(0, "stop after this many steps in all; 0 runs the whole schedule")
     minutes: float = option(0.0, "save and stop after this time, to be continued; 0 sets no limit")
     log_every: int = option(100, "steps between progress lines (losses are read only then)")
     sample_every: int = option(1000, "steps between sample grids; 0 makes none")
     samples: int = option(4, "pictures in a sample grid")
+    monitor_every: int = option(500, "steps between checks of what the generator does to the samples; 0 never")
+    validate_every: int = option(0, "steps between measures of held-out pairs (see data.validate); 0 never")
+    validate_pictures: int = option(25, "so many pairs at most, spread over the set; 0 takes all")
     save_every: int = option(1000, "steps between checkpoints")
     keep: int = option(2, "checkpoints to keep, at least 2")
     threads: int = option(0, "CPU threads; 0 leaves the library's choice")
@@ -62,33 +75,6 @@ class Data(Protocol):
 
 class TrainingFailed(RuntimeError):
     """Training cannot go on; the message says why and what is left."""
-
-
-class StopRequest:
-    """Turns the first SIGINT, SIGTERM or SIGUSR1 into a flag; a second one ends the process at once."""
-
-    SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
-
-    def __init__(self) -> None:
-        self.name = ""
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():
-            for name in self.SIGNALS:
-                if hasattr(signal, name):
-                    number = getattr(signal, name)
-                    self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def _handle(self, number: int, frame: Any) -> None:
-        if self.name:
-            os._exit(128 + number)
-        self.name = signal.Signals(number).name
-
-    def __exit__(self, *_: Any) -> None:
-        for number, previous in self._previous.items():
-            signal.signal(number, previous)
 
 
 def pick_device(name: str) -> torch.device:
@@ -119,6 +105,7 @@ def train(
     batch_size: int = 1,
     quiet: bool = False,
     ranks: Ranks | None = None,
+    validation: Validation | None = None,
 ) -> int:
     """Train until the schedule ends, `run.steps` is reached or a signal asks to stop; returns the steps done.
 
@@ -129,6 +116,7 @@ def train(
         config: stored in every checkpoint, for translation to rebuild the networks.
         batch_size: of this rank, for the images a second.
         ranks: the processes that share the run; the first one writes.
+        validation: measured every `run.validate_every` steps; decides which checkpoint `best` names.
 
     Raises:
         TrainingFailed: too many steps in a row were not finite.
@@ -138,30 +126,47 @@ def train(
     log = RunLog(folder, run.tensorboard, quiet) if ranks.first else Silence()
     try:
         with StopRequest() as stop:
-            return _Run(method, data, optim, run, folder, config or {}, batch_size, log, ranks).go(stop)
+            training = _Run(method, data, optim, run, folder, config or {}, batch_size, log, ranks, validation)
+            try:
+                return training.go(stop)
+            finally:
+                training.step.close()
     finally:
         log.close()
 
 
 class _Run:
-    def __init__(self, method, data, optim, run, folder, config, batch_size, log, ranks):
+    def __init__(self, method, data, optim, run, folder, config, batch_size, log, ranks, validation=None):
         self.method, self.data, self.optim, self.run = method, data, optim, run
         self.folder, self.config, self.log, self.ranks = folder, config, log, ranks
         self.images = batch_size * ranks.world
         device = next(method.parameters()).device
         precision, compiled = pick_precision(run.precision, device), pick_compile(run.compile, device)
-        self.step = Step(method, optim, precision, compiled, ranks)
+        if tf32 := set_tf32(run.tf32, device):
+            log.say(tf32)
+        self.step = Step(
+            method,
+            optim,
+            precision,
+            compiled,
+            ranks,
+            graph=pick_graph(run.graph, device),
+            recompute=run.checkpoint_activations,
+        )
         self.device = self.step.bad_steps.device
         self.checkpoints = Checkpoints(folder / "checkpoints", run.keep, log.say)
         scheduled = (optim.n_epochs + optim.n_epochs_decay) * data.steps_per_epoch
         self.total = min(run.steps, scheduled) if run.steps else scheduled
-        self.saved_at = -1
+        self.saved_at = self.validated_at = -1
         self.sample_batch: Batch | None = None
+        self.monitor = Monitor()
+        self.validation: Validation | None = validation if run.validate_every and validation else None
 
     def go(self, stop: StopRequest) -> int:
         done = self._resume()
         state = [*self.method.networks().values(), *self.method.extra_state_modules().values()]
         self.ranks.broadcast(state)
+        self._begin_validation(done)
         started, pace, epoch = done, Pace(), -1
         self.began, self.why = time.monotonic(), ""
         self.method.train()
@@ -181,11 +186,15 @@ class _Run:
                 self.ranks.settle()
                 if self.step.compile_seconds:
                     self.log.say(f"compiled, and ran the first step, in {self.step.compile_seconds:.0f} s")
+            if self.run.monitor_every and done % self.run.monitor_every == 0 and self.ranks.first:
+                self._look()
+            if self.validation and (done % self.run.validate_every == 0 or done == self.total):
+                self._validate(done, self.validation)
             if done % self.run.log_every == 0 or done == self.total:
                 self._report(done, epoch, losses, pace)
             if self.run.sample_every and (done % self.run.sample_every == 0 or done == self.total) and self.ranks.first:
                 self._sample(done)
-            if done % self.run.save_every == 0:
+            if done % self.run.save_every == 0 and self.saved_at != done:
                 self._save(done)
         if self.saved_at != done and done > 0:
             self._save(done)
@@ -230,11 +239,17 @@ class _Run:
             + " ".join(f"{name} {value:.3f}" for name, value in zip(names, values, strict=True))
             + (f" | {bad:.0f} steps in a row skipped: not finite" if bad else "")
         )
+        logged = dict(zip(names, values, strict=True))
+        for sentence in self.monitor.judge(logged):
+            self.log.say(sentence)
+        for words in (self.validation.short() if self.validation else "", self.monitor.short()):
+            line += f" | {words}" if words else ""
         self.log.progress(line)
         learning_rate = rate.base_lr * schedule(epoch, self.optim.n_epochs, self.optim.n_epochs_decay)
         self.log.metrics(
             done,
-            dict(zip(names, values, strict=True))
+            logged
+            | self.monitor.metrics()
             | {"epoch": epoch, "lr": learning_rate, "skipped_steps": bad}
             | {key: found[key] for key in ("images_per_second", "data_share")},
         )
@@ -246,14 +261,47 @@ class _Run:
                 f"try a lower optim.lr"
             )
 
-    def _sample(self, done: int) -> None:
+    def _look(self) -> None:
+        if self.monitor.pictures is None:
+            self.monitor.pictures = self._samples()
+        for sentence in self.monitor.look(self.method):
+            self.log.say(sentence)
+        self.method.train()
+
+    def _begin_validation(self, done: int) -> None:
+        if self.validation is None:
+            return
+        self.log.say(self.validation.measure_inputs())
+        if done:
+            kept = self.checkpoints.best()
+            if changed := self.validation.resume(kept[1].get("validation") if kept else None):
+                self.log.say(changed)
+        else:
+            self.log.metrics(0, {f"held_out_{key}": value for key, value in self.validation.inputs.items()})
+
+    def _validate(self, done: int, validation: Validation) -> None:
+        """Every rank measures its share, so all of them agree on what is best."""
+        with self.step.averaged():
+            better = validation.measure(self.method)
+        self.method.train()
+        self.validated_at = done
+        self.log.metrics(done, validation.metrics())
+        self.log.say(f"step {done:,}: {validation.short()} on Y{', the best so far' if better else ''}")
+        if better:
+            self._save(done, best=True)
+
+    def _samples(self) -> Batch:
         if self.sample_batch is None:
-            self.sample_batch = Batch(*self.data.samples(self.run.samples))
+            self.sample_batch = Batch(*self.data.samples(max(self.run.samples, 2)))
+        return self.sample_batch
+
+    def _sample(self, done: int) -> None:
+        samples = Batch(*(column[: self.run.samples] for column in self._samples()))
         self.method.eval()
         with torch.no_grad(), self.step.averaged():
             pictures: dict[str, list[Tensor]] = {}
-            for i in range(len(self.sample_batch.a)):  # one at a time: a grid costs no more memory than a step
-                one = Batch(self.sample_batch.a[i : i + 1], self.sample_batch.b[i : i + 1])
+            for i in range(len(samples.a)):  # one at a time: a grid costs no more memory than a step
+                one = Batch(samples.a[i : i + 1], samples.b[i : i + 1])
                 for name, picture in self.method.pictures(one).items():
                     pictures.setdefault(name, []).append(picture)
         self.method.train()
@@ -263,7 +311,7 @@ class _Run:
         except OSError as error:
             self.log.say(f"{path}: no sample grid ({error.strerror}); training goes on")
 
-    def _save(self, done: int) -> None:
+    def _save(self, done: int, best: bool = False) -> None:
         self.ranks.check_drift(list(self.method.networks().values()))
         self.saved_at = done
         if not self.ranks.first:
@@ -273,7 +321,9 @@ class _Run:
             "generators": [name for name in self.method.networks() if name.startswith("G")],
             "config": self.config,
         }
+        if self.validation and self.validated_at == done:
+            state["validation"] = self.validation.state()
         try:
-            self.checkpoints.save(done, self.step.generators(), self.step.state(), state)
+            self.checkpoints.save(done, self.step.generators(), self.step.state(), state, best=best)
         except DiskFull as error:
             self.log.say(f"{error.strerror}; training goes on")

@@ -20,6 +20,9 @@ class OptimOptions:
     n_epochs: int = option(200, "epochs at the full learning rate; an epoch is the larger domain once")
     n_epochs_decay: int = option(200, "epochs over which the rate falls linearly towards 0")
     ema: float = option(0.0, "decay of the generator's averaged weights, e.g. 0.999; 0 keeps none")
+    accumulate: int = option(
+        1, "parts that a rank's batch is computed in, one after another: less memory, the same step"
+    )
     max_bad_steps: int = option(20, "end the job after this many steps in a row that were not finite")
 
 
@@ -49,7 +52,9 @@ class ParameterGroup:
         # CUDA's fused Adam reads a float32 rate; the CPU's takes the parameters' own precision.
         dtype = first.dtype if first.device.type == "cpu" else torch.float32
         self.lr = torch.tensor(lr, dtype=dtype, device=first.device)
-        self.adam = torch.optim.Adam(self.parameters, lr=self.lr, betas=betas, fused=True)
+        on_cuda = first.device.type == "cuda"  # where the step may be recorded in a CUDA graph
+        self.adam = torch.optim.Adam(self.parameters, lr=self.lr, betas=betas, fused=True, capturable=on_cuda)
+        self.adam._warned_capturable_if_run_uncaptured = True  # and may not: no matter
         self.found_inf = torch.zeros((), device=first.device)
 
     def set_factor(self, factor: float) -> None:
@@ -69,10 +74,57 @@ class ParameterGroup:
         norm = torch.nn.utils.get_total_norm([g for g in gradients if g is not None])
         self.found_inf.copy_(norm.isfinite().logical_not())
         self.adam.grad_scale, self.adam.found_inf = scale, self.found_inf  # type: ignore[attr-defined]
-        self.adam.step()
-        for parameter in self.parameters:
-            parameter.grad = None
+        try:
+            self.adam.step()
+        finally:
+            for parameter in self.parameters:
+                parameter.grad = None
         return self.found_inf
+
+    def prepare(self) -> None:
+        """Make the moments that Adam itself would make at its first step: `update_traced` changes them in place."""
+        for parameter in self.parameters:
+            if not self.adam.state[parameter]:
+                self.adam.state[parameter] = {
+                    "step": torch.zeros((), device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+                    "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
+                }
+
+    def update_traced(self, gradients: tuple[Tensor | None, ...], scale: Tensor | None = None) -> Tensor:
+        """`update` in plain operations on the same state, for a compiler to trace; `prepare` must have been called.
+
+        All parameters of a group that have a gradient have taken the same number of steps: one count serves them all.
+        """
+        found = [(p, g) for p, g in zip(self.parameters, gradients, strict=True) if g is not None]
+        weights: list[Tensor] = [p for p, _ in found]
+        slopes = [g for _, g in found]
+        state = [self.adam.state[p] for p in weights]
+        steps, means, squares = ([s[key] for s in state] for key in ("step", "exp_avg", "exp_avg_sq"))
+        settings = self.adam.param_groups[0]
+        (beta1, beta2), eps = settings["betas"], settings["eps"]
+        with torch.no_grad():
+            bad = torch.nn.utils.get_total_norm(slopes).isfinite().logical_not()
+            keep = bad.logical_not().to(self.lr.dtype)
+            if scale is not None:
+                slopes = list(torch._foreach_mul(slopes, scale.reciprocal()))
+            # what is not finite must not reach the moments, not even times 0
+            slopes = [torch.where(bad, torch.zeros_like(g), g) for g in slopes]
+            torch._foreach_add_(steps, keep.float())
+            count = steps[0].clamp_min(1.0).double()
+            towards = torch._foreach_sub(slopes, means)
+            torch._foreach_mul_(towards, keep * (1.0 - beta1))
+            torch._foreach_add_(means, towards)
+            towards = torch._foreach_sub(torch._foreach_mul(slopes, slopes), squares)
+            torch._foreach_mul_(towards, keep * (1.0 - beta2))
+            torch._foreach_add_(squares, towards)
+            roots = torch._foreach_sqrt(squares)
+            torch._foreach_mul_(roots, (1.0 - beta2**count).rsqrt().to(self.lr.dtype))
+            torch._foreach_add_(roots, eps)
+            changes = list(torch._foreach_div(means, roots))
+            torch._foreach_mul_(changes, (self.lr / (1.0 - beta1**count) * -keep).to(self.lr.dtype))
+            torch._foreach_add_(weights, changes)
+        return bad.to(self.found_inf.dtype)
 
     def state(self) -> dict[str, Tensor]:
         """Adam's moments and counts by parameter name."""

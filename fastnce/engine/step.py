@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..methods.base import Batch, Draws, Method, Outputs, Phase
+from ..methods.base import Batch, Draws, Losses, Method, Outputs, Phase
 from ..networks import channels_last
-from .compiled import Compiled
+from . import accumulate
+from .choices import PRECISIONS
+from .compiled import Compiled, CompiledWhole
+from .cudagraph import CudaRecorder, Graphs, Recorder, library_settings
 from .distributed import Ranks
 from .optim import LossScale, OptimOptions, ParameterGroup, WeightAverage
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def pick_precision(name: str, device: torch.device) -> str:
-    """ "auto" is bf16 on an accelerator that computes in it, else fp32."""
-    if name != "auto":
-        return name
-    if device.type == "cpu":
-        return "fp32"
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16"
-
-
-def pick_compile(name: str, device: torch.device) -> bool:
-    """ "auto" compiles on accelerators: on a CPU it takes minutes and gains little."""
-    if name not in ("auto", "true", "false"):
-        raise ValueError(f"run.compile must be auto, true or false, not {name!r}")
-    return name == "true" or (name == "auto" and device.type != "cpu")
+from .recompute import recompute_blocks
 
 
 class Step:
@@ -44,8 +28,11 @@ class Step:
         options: learning rate and so on.
         precision: "fp32"; or "bf16", "fp16": forward passes in 16 bits under autocast, weights, losses and updates in
             float32, with a loss scale for "fp16".
-        compile: compile `generate` and each phase's loss (see `Compiled`); a string names the backend.
+        compile: compile `generate` and each phase's loss (see `Compiled`), or, for "whole", the step as one graph.
         ranks: the processes that share the batch.
+        graph: record the step in CUDA graphs (see `cudagraph`); or a recorder of one's own.
+        recompute: compute the generators' residual blocks again in the backward pass, to save memory.
+        backend: of `torch.compile`.
     """
 
     def __init__(
@@ -55,6 +42,10 @@ class Step:
         precision: str = "fp32",
         compile: bool | str = False,
         ranks: Ranks | None = None,
+        *,
+        graph: bool | Recorder = False,
+        recompute: bool = False,
+        backend: str = "inductor",
     ):
         device = next(method.parameters()).device
         # A CPU's convolutions take either layout at the same speed, and everything between them is faster in the plain
@@ -62,8 +53,13 @@ class Step:
         self.layout = torch.contiguous_format if device.type == "cpu" else torch.channels_last
         if self.layout is torch.channels_last:
             channels_last(method)
+        if recompute:
+            recompute_blocks(method)
+        accumulate.check_parts(method, options.accumulate)
         self.method = method
         self.ranks = ranks or Ranks()
+        if self.ranks.world > 1:
+            method.share_keys(self.ranks.others)
         self.options = options
         betas = (options.beta1, options.beta2)
         self.groups = {
@@ -72,10 +68,6 @@ class Step:
         }
         self.phases = method.phases()
         self.generate: Callable[[Batch, Draws], Outputs] = method.generate
-        if compile:
-            backend = compile if isinstance(compile, str) else "inductor"
-            self.generate = Compiled(method.generate, backend)
-            self.phases = tuple(Phase(Compiled(phase.loss, backend), phase.groups) for phase in self.phases)
         if precision not in PRECISIONS:
             raise ValueError(f"run.precision must be auto, {', '.join(PRECISIONS)}, not {precision!r}")
         self.device_type, self.dtype = device.type, PRECISIONS[precision]
@@ -86,53 +78,126 @@ class Step:
         self.averages = (
             {name: WeightAverage(net, options.ema) for name, net in generators.items()} if options.ema else {}
         )
+        self._made_by = {id(p) for net in generators.values() for p in net.parameters()}
+        self.whole = CompiledWhole.of(self, backend) if compile == "whole" else None
+        if compile:
+            self.generate = Compiled(method.generate, backend)
+            self.phases = tuple(Phase(Compiled(phase.loss, backend), phase.groups) for phase in self.phases)
+        recorder = CudaRecorder(device) if graph is True else graph
+        self.graphs = Graphs(self.compute, recorder, self._settings, self.layout) if recorder else None
 
     @property
     def compile_seconds(self) -> float:
         """What the first calls of compiled parts took; 0 where nothing is compiled."""
-        parts: list[Any] = [self.generate, *(phase.loss for phase in self.phases)]
-        return sum(part.seconds for part in parts if isinstance(part, Compiled))
+        parts: list[Any] = [self.whole, self.generate, *(phase.loss for phase in self.phases)]
+        return sum(part.seconds for part in parts if isinstance(part, Compiled | CompiledWhole))
 
     def set_learning_rate(self, factor: float) -> None:
         for group in self.groups.values():
             group.set_factor(factor)
 
-    def _autocast(self) -> torch.autocast:
+    def autocast(self) -> torch.autocast:
         return torch.autocast(self.device_type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def run(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
-        """Update every network once; returns the losses, on the device, without waiting for them."""
-        losses: dict[str, Tensor] = {}
+    def _settings(self) -> Hashable:
+        """What a recorded step takes for granted."""
+        places = [(group.lr.data_ptr(), *(p.data_ptr() for p in group.parameters)) for group in self.groups.values()]
+        return self.method.training, library_settings(), tuple(places)
+
+    def run(self, batch: Batch, draws: Draws) -> Losses:
+        """Update every network once; returns the losses, on the device, without waiting for them.
+
+        The next step may write into the same tensors: whoever keeps losses over steps keeps copies.
+        """
+        return self.compute(batch, draws) if self.graphs is None else self.graphs.run(batch, draws)
+
+    def compute(self, batch: Batch, draws: Draws) -> Losses:
+        """`run`, launch by launch: what is recorded. Nothing in here waits for the device or asks it."""
         batch = Batch(*(pictures.contiguous(memory_format=self.layout) for pictures in batch))
-        scale = None if self.loss_scale is None else self.loss_scale.scale
-        with self._autocast():
-            outputs = self.generate(batch, draws)
-        bad = torch.zeros_like(self.bad_steps)
-        for phase in self.phases:
-            # a compiled loss would compute gradients of the networks that it merely passes through
-            resting = [p for name, g in self.groups.items() if name not in phase.groups for p in g.parameters]
-            for parameter in resting:
-                parameter.requires_grad_(False)
-            with self._autocast():
-                loss, logged = phase.loss(batch, outputs, draws)
-            for parameter in resting:
-                parameter.requires_grad_(True)
-            if scale is not None:
-                loss = loss * scale
-            groups = [self.groups[name] for name in phase.groups]
-            parameters = [p for group in groups for p in group.parameters]
-            own = torch.autograd.grad(loss, parameters, allow_unused=True)
-            gradients = self.ranks.average(own, parameters)
-            for group in groups:
-                bad = torch.maximum(bad, group.update(gradients[: len(group.parameters)], scale))
-                gradients = gradients[len(group.parameters) :]
-            losses |= {name: value.detach() for name, value in logged.items()}
+        if self.whole is not None and self.whole.usable:
+            losses, bad = self.whole(batch, draws)
+        elif self.options.accumulate > 1:
+            losses, bad = self._in_parts(batch, draws)
+        else:
+            losses, bad = self._at_once(batch, draws)
         self.bad_steps.add_(1).mul_(bad)
         if self.loss_scale is not None:
             self.loss_scale.update(bad)
         for average in self.averages.values():
             average.update()
         return losses
+
+    def _at_once(self, batch: Batch, draws: Draws) -> tuple[Losses, Tensor]:
+        losses: Losses = {}
+        bad = torch.zeros_like(self.bad_steps)
+        with self.autocast():
+            outputs = self.generate(batch, draws)
+        for phase in self.phases:
+            gradients, logged = self._differentiate(phase, batch, outputs, draws)
+            bad = torch.maximum(bad, self._update(phase, gradients))
+            losses |= {name: value.detach() for name, value in logged.items()}
+        return losses, bad
+
+    def _in_parts(self, batch: Batch, draws: Draws) -> tuple[Losses, Tensor]:
+        """Each phase over all parts, one after another, then its update.
+
+        A phase that does not train the generators takes the pictures without their graph. One that does makes them
+        again with it; the phases before have not changed what makes them, and those after get what it made.
+        """
+        losses: Losses = {}
+        bad = torch.zeros_like(self.bad_steps)
+        parts = accumulate.split(batch, draws, self.options.accumulate)
+        made: list[Outputs | None] = [None] * len(parts)
+        for phase in self.phases:
+            mean = accumulate.Mean(len(parts))
+            trains = any(id(p) in self._made_by for name in phase.groups for p in self.groups[name].parameters)
+            for i, (part, drawn) in enumerate(parts):
+                outputs = made[i]
+                if trains or outputs is None:
+                    with torch.set_grad_enabled(trains), self.autocast():
+                        outputs = self.generate(part, drawn)
+                mean.add(*self._differentiate(phase, part, outputs, drawn))
+                if trains and phase is not self.phases[-1]:
+                    made[i] = accumulate.detached(outputs)
+            assert mean.gradients is not None
+            bad = torch.maximum(bad, self._update(phase, tuple(mean.gradients)))
+            losses |= mean.losses
+        return losses, bad
+
+    def _differentiate(
+        self, phase: Phase, batch: Batch, outputs: Outputs, draws: Draws
+    ) -> tuple[tuple[Tensor | None, ...], Losses]:
+        """Gradients of a phase's loss with respect to the parameters of its groups, and what it logs."""
+        # a compiled loss would compute gradients of the networks that it merely passes through
+        resting = [p for name, g in self.groups.items() if name not in phase.groups for p in g.parameters]
+        for parameter in resting:
+            parameter.requires_grad_(False)
+        try:
+            with self.autocast():
+                loss, logged = phase.loss(batch, outputs, draws)
+        finally:
+            for parameter in resting:
+                parameter.requires_grad_(True)
+        if self.loss_scale is not None:
+            loss = loss * self.loss_scale.scale
+        parameters = [p for name in phase.groups for p in self.groups[name].parameters]
+        return torch.autograd.grad(loss, parameters, allow_unused=True), logged
+
+    def _update(self, phase: Phase, gradients: tuple[Tensor | None, ...]) -> Tensor:
+        """Average over ranks and update; 1.0 where a group was skipped because a gradient was not finite, else 0.0."""
+        groups = [self.groups[name] for name in phase.groups]
+        gradients = self.ranks.average(gradients, [p for group in groups for p in group.parameters])
+        scale = None if self.loss_scale is None else self.loss_scale.scale
+        bad = torch.zeros_like(self.bad_steps)
+        for group in groups:
+            bad = torch.maximum(bad, group.update(gradients[: len(group.parameters)], scale))
+            gradients = gradients[len(group.parameters) :]
+        return bad
+
+    def close(self) -> None:
+        """Let go of recorded graphs: before the processes part, and before anything they hold is replaced."""
+        if self.graphs is not None:
+            self.graphs.reset()
 
     def generators(self) -> dict[str, Tensor]:
         """The generators' weights as "G/model.1.weight", averaged ones where an average is kept."""
@@ -174,6 +239,7 @@ class Step:
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """What `state` returned; ValueError names what does not fit."""
+        self.close()  # pools of pictures may get another place
 
         def under(prefix: str) -> dict[str, Tensor]:
             return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}

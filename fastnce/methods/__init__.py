@@ -82,13 +82,40 @@ PRESETS = {
         DCDGAN,
         DCDGANOptions,
         "Chen et al., Unpaired Deep Image Deraining Using Dual Contrastive Learning, CVPR 2022 (paper)",
-        {"data": {"load_size": 512}, "optim": {"lr": 1e-4, "n_epochs": 300, "n_epochs_decay": 300}},
+        {
+            "data": {"load_size": 512},
+            "optim": {"lr": 1e-4, "n_epochs": 300, "n_epochs_decay": 300},
+            "run": {"validate_every": 1000},
+        },
+    ),
+    "dcdgan-plus": Preset(
+        DCDGAN,
+        DCDGANOptions.plus,
+        "Chen et al., Unpaired Deep Image Deraining Using Dual Contrastive Learning, CVPR 2022, with rendered pairs",
+        {
+            "network": {
+                "generator": "restorer",
+                "width": 32,
+                "discriminator": "n_layers",
+                "discriminator_layers": 2,
+                "norm": "none",
+                "antialias": False,
+                "init_type": "kaiming",
+            },
+            "data": {"preprocess": "crop", "load_size": 128, "crop_size": 128, "batch": 4},
+            "optim": {"lr": 5e-4, "ema": 0.999, "n_epochs": 300, "n_epochs_decay": 300},
+            "run": {"validate_every": 1000},
+        },
     ),
     "dcdgan-released": Preset(
         DCLGAN,
         DCLGANOptions,
         "Chen et al., Unpaired Deep Image Deraining Using Dual Contrastive Learning, CVPR 2022 (released code)",
-        {"data": {"load_size": 512}, "optim": {"lr": 1e-4, "n_epochs": 300, "n_epochs_decay": 300}},
+        {
+            "data": {"load_size": 512},
+            "optim": {"lr": 1e-4, "n_epochs": 300, "n_epochs_decay": 300},
+            "run": {"validate_every": 1000},
+        },
     ),
 }
 

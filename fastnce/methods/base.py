@@ -113,6 +113,8 @@ class Phase(NamedTuple):
 class Method(nn.Module):
     """A paper: subclasses build their networks in `__init__` and define the members below."""
 
+    options: Any
+
     def networks(self) -> dict[str, nn.Module]:
         """Networks by their published name ("G", "D_A", ...), for checkpoints and published files."""
         raise NotImplementedError
@@ -154,6 +156,23 @@ class Method(nn.Module):
                     raise ValueError(
                         f"crops of {height}x{width} do not fit network {name}, change data.crop_size ({reason})"
                     ) from None
+
+    def whole_batch(self) -> str:
+        """Why a batch cannot be computed in parts, as a clause; empty where each picture is a matter of its own."""
+        if any(isinstance(module, nn.BatchNorm2d) for module in self.modules()):
+            return "batch norm takes its statistics over the whole batch (network.norm=instance does not)"
+        if getattr(self.options, "negatives", "image") == "batch":
+            return "loss.negatives=batch contrasts pictures of the whole batch (loss.negatives=image does not)"
+        if getattr(self.options, "external", "none") == "bank":
+            return "loss.external=bank would show a part what the parts before it put in the bank"
+        return ""
+
+    def share_keys(self, others: Callable[[Tensor], Tensor]) -> None:
+        """Several ranks: take the others' keys as negatives too, where the method has such an option that is on.
+
+        Args:
+            others: a constant tensor to those of the other ranks, (...) -> (ranks - 1, ...).
+        """
 
     def draw(self, rng: random.Random) -> Draws:
         """The random choices that the host makes for one step."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,6 +38,9 @@ class CUTOptions:
         "none", '"monce": optimal transport weighs negatives; "hdce": likeness to the positive'
     )
     symmetric: bool = option(False, "also the other direction, where keys ask and queries answer")
+    gather_negatives: bool = option(
+        False, "several ranks: negatives=batch takes the pictures of all ranks, as one process of the whole batch would"
+    )
     flip_equivariance: bool = option(False, "FastCUT: half of the steps see mirrored pictures, features mirrored back")
     gan_mode: GANMode = option("lsgan", "lsgan, vanilla, wgangp, nonsaturating or hinge")
     reuse_key_features: bool = option(True, "keep the features of G(x)'s own pass as keys; false encodes x again")
@@ -73,6 +77,15 @@ class CUT(Method):
                 f"PatchNCE encodes G(x) with G: network.in_channels={network.in_channels} and "
                 f"out_channels={network.out_channels} must be equal, or loss.lambda_nce=0"
             )
+        if options.gather_negatives and (options.negatives, options.weighting, options.symmetric) != (
+            "batch",
+            "none",
+            False,
+        ):
+            raise ValueError(
+                "loss.gather_negatives=true makes one batch of all ranks' pictures: it needs loss.negatives=batch, "
+                "loss.weighting=none and loss.symmetric=false"
+            )
         self.options = options
         self.layers = list(options.nce_layers)
         self.generator = network.build_generator()
@@ -98,6 +111,10 @@ class CUT(Method):
 
     def phases(self):
         return Phase(self.d_loss, ("D",)), Phase(self.g_loss, ("G", "F") if self.options.lambda_nce > 0 else ("G",))
+
+    def share_keys(self, others: Callable[[Tensor], Tensor]) -> None:
+        if self.options.gather_negatives:
+            self.head.others = others
 
     def check(self, batch_size: int, height: int, width: int) -> None:
         options = self.options

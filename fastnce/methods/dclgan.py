@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..losses import GANMode
-from ..nce import NegativeBank, PatchNCEHead, patch_nce, project_patches
+from ..nce import NegativeBank, PatchNCEHead, patch_nce_layers, project_patches
 from ..nce.api import Negatives
 from ..nce.reference import normalize_rows
 from ..networks import init_weights
@@ -48,12 +48,6 @@ class DCLGANOptions:
     @classmethod
     def paper(cls) -> DCLGANOptions:
         return cls(pool_size=50, projector_adam="generator", saturating=False)
-
-
-def unit_rows(rows: Tensor) -> Tensor:
-    """Rows divided by their length, as cosine similarity does; rows of zeros stay. 16-bit rows by way of float32."""
-    wide = rows.float() if rows.dtype in (torch.bfloat16, torch.float16) else rows
-    return (wide / torch.linalg.vector_norm(wide, dim=1, keepdim=True).clamp_min(1e-8)).to(rows.dtype)
 
 
 class DCLGAN(TwoWay):
@@ -151,8 +145,8 @@ class DCLGAN(TwoWay):
         ids1, ids2 = draws.patch_ids or (self.projector_a.draw_ids(keys_a), self.projector_b.draw_ids(keys_b))
         own = draws.patch_ids is None
         with torch.no_grad():
-            k1, k2 = self.rows(self.projector_a, keys_a, ids1, own), self.rows(self.projector_b, keys_b, ids2, own)
-        q1, q2 = self.rows(self.projector_b, queries_b, ids1, own), self.rows(self.projector_a, queries_a, ids2, own)
+            k1, k2 = self.rows((self.projector_a, keys_a, ids1), (self.projector_b, keys_b, ids2), own=own)
+        q1, q2 = self.rows((self.projector_b, queries_b, ids1), (self.projector_a, queries_a, ids2), own=own)
         nce = self.options.lambda_nce * self.nce(q1, k1, q2, k2, len(batch.a))
         return {"NCE1": nce[0], "NCE2": nce[1]}
 
@@ -169,42 +163,43 @@ class DCLGAN(TwoWay):
             kept("queries_A", self.generator_a, outputs["fake_A"]),
         )
 
-    def rows(self, projector: PatchNCEHead, maps: list[Tensor], ids: list[Tensor], own: bool) -> list[Tensor]:
-        """Codes of each layer, (images * patches, dim); `own`: the ids were drawn here, so they are distinct."""
-        return project_patches(maps, ids, projector.mlps(len(maps)), distinct_ids=own)
+    def rows(self, *sides: tuple[PatchNCEHead, list[Tensor], list[Tensor]], own: bool) -> list[list[Tensor]]:
+        """Codes of the layers of each (projector, maps, ids), (images * patches, dim), in one call: few launches.
+
+        `own`: the ids were drawn here, so they are distinct.
+        """
+        maps = [m for _, layers, _ in sides for m in layers]
+        ids = [i for _, _, chosen in sides for i in chosen]
+        mlps = [mlp for projector, layers, _ in sides for mlp in projector.mlps(len(layers)) or []]
+        rows = project_patches(maps, ids, mlps, distinct_ids=own)
+        count = len(self.layers)
+        return [rows[i : i + count] for i in range(0, len(rows), count)]
 
     def nce(self, q1: list[Tensor], k1: list[Tensor], q2: list[Tensor], k2: list[Tensor], images: int) -> Tensor:
         """Both directions of every layer at once: (2,), the mean over rows and layers."""
-        groups = 2 * images if self.options.negatives == "image" else 2
-        losses = []
-        for layer, temperature in enumerate(self.projector_a.temperatures):
-            queries, keys = torch.cat([q1[layer], q2[layer]]), torch.cat([k1[layer], k2[layer]])
-            if self.options.cosine:
-                queries, keys = unit_rows(queries), unit_rows(keys)
-            external = self.external(layer, queries.detach().unflatten(0, (2, groups // 2, -1)))
-            loss = patch_nce(
-                queries,
-                keys,
-                images=groups,
-                temperature=temperature,
-                extra_keys=external,
-                reduction="none",
-                unit_rows=True,
-            )
-            losses.append(loss.unflatten(0, (2, -1)).mean(dim=1))
+        options = self.options
+        loss = patch_nce_layers(
+            [q1, q2],
+            [k1, k2],
+            images=images,
+            negatives=options.negatives,
+            temperature=self.projector_a.temperatures,
+            extra_keys=self.external(),
+            cosine=options.cosine,
+            unit_rows=True,
+        )
         for bank, rows in ((self.bank_a, k1), (self.bank_b, k2)):
             if bank is not None:
                 bank.enqueue([row.detach().nan_to_num(0.0, 0.0, 0.0) for row in rows])
-        return torch.stack(losses).mean(dim=0)
+        return loss
 
-    def external(self, layer: int, queries_2GSD: Tensor) -> Tensor | None:
-        """More negatives for each group, (2 * groups, count, dim), of the domain that the group's keys show."""
+    def external(self) -> list[list[Tensor]] | Literal["other"] | None:
+        """More negatives of the domain that each direction's keys show."""
         if self.options.external == "branch":
             # NCE1's keys show A and NCE2's queries show fake_A, both through G_A and F1; and the same for B.
-            return queries_2GSD.flip(0).flatten(0, 1)
+            return "other"
         if self.bank_a is not None and self.bank_b is not None:
-            codes = torch.stack([self.bank_a.keys()[layer], self.bank_b.keys()[layer]]).to(queries_2GSD.dtype)
-            return codes[:, None].expand(-1, queries_2GSD.shape[1], -1, -1).flatten(0, 1)
+            return [self.bank_a.keys(), self.bank_b.keys()]
         return None
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
@@ -292,12 +287,18 @@ class SimDCL(DCLGAN):
             draw_a(queries_a),
         )
         own = draws.patch_ids is None
-        k1, k2 = self.rows(self.projector_a, keys_a, ids1, own), self.rows(self.projector_b, keys_b, ids2, own)
-        q1, q2 = self.rows(self.projector_b, queries_b, ids1, own), self.rows(self.projector_a, queries_a, ids2, own)
+        sides = [
+            (self.projector_a, keys_a, ids1),
+            (self.projector_b, keys_b, ids2),
+            (self.projector_b, queries_b, ids1),
+            (self.projector_a, queries_a, ids2),
+        ]
+        if options.lambda_sim > 0:
+            sides += [(self.projector_b, queries_b, ids_fake_b), (self.projector_a, queries_a, ids_fake_a)]
+        k1, k2, q1, q2, *fakes = self.rows(*sides, own=own)
         nce = options.lambda_nce * self.nce(q1, k1, q2, k2, 1)
         if options.lambda_sim > 0:
-            fake_b = self.rows(self.projector_b, queries_b, ids_fake_b, own)
-            fake_a = self.rows(self.projector_a, queries_a, ids_fake_a, own)
+            fake_b, fake_a = fakes
             outputs["codes"] = [
                 mapping(torch.stack(codes))
                 for mapping, codes in zip(self.mappings, (k1, fake_b, k2, fake_a), strict=True)

@@ -2,6 +2,7 @@
 
 from .api import patch_nce, project_patches, sample_patch_ids
 from .bank import NegativeBank
+from .layers import patch_nce_layers
 from .modules import PatchNCEHead, PatchNCELoss, PatchSampleF
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "PatchNCELoss",
     "PatchSampleF",
     "patch_nce",
+    "patch_nce_layers",
     "project_patches",
     "sample_patch_ids",
 ]

@@ -16,9 +16,9 @@ from torch import Tensor
 from . import eager, reference
 
 try:
-    from . import fused
+    from . import fused, fused_maps
 except ImportError:  # no Triton for this platform
-    fused = None  # type: ignore[assignment]
+    fused = fused_maps = None  # type: ignore[assignment]
 
 Negatives = Literal["image", "batch"]
 Reduction = Literal["mean", "sum", "none"]
@@ -177,7 +177,7 @@ def project_patches(
     ids = [i[None] if i.dim() == 1 else i for i in patch_ids]
     dtypes = [_autocast_dtype(m) if mlps is None else _autocast_dtype(mlps[0][0]) for m in maps]
     if _use_triton_for_maps(implementation, maps, mlps, dtypes, max(i.shape[1] for i in ids)):
-        return fused.project_rows(maps, ids, mlps, dtypes[0], distinct_ids)
+        return fused_maps.project_rows(maps, ids, mlps, dtypes[0], distinct_ids)
     rows = []
     for layer, (feature_map, given, dtype) in enumerate(zip(maps, ids, dtypes, strict=True)):
         images = feature_map.shape[0]

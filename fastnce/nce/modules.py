@@ -7,7 +7,7 @@ head = PatchNCEHead([3, 128, 256, 256, 256])  # maps in, scalar out
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -207,6 +207,8 @@ class PatchNCEHead(PatchSampleF):
             raise ValueError(f"temperature must be one number or {self.layers}, not {len(self.temperatures)}")
         self.negatives: Negatives = negatives
         self.ids_per_image = ids_per_image
+        self.others: Callable[[Tensor], Tensor] | None = None
+        """Several ranks: a constant to those that the others have, (...) -> (ranks - 1, ...); more negatives then."""
 
     def draw_ids(self, maps: Sequence[Tensor], directions: int = 1) -> list[Tensor]:
         """Fresh locations for each layer of these maps, on their device: a set a direction, or a picture.
@@ -217,7 +219,7 @@ class PatchNCEHead(PatchSampleF):
         sets = maps[0].shape[0] if self.ids_per_image else directions
         locations = [m.shape[2] * m.shape[3] for m in maps]
         if self._fused(maps):
-            ids = api.fused.draw_ids(locations, self.patches, sets, maps[0].device)
+            ids = api.fused_maps.draw_ids(locations, self.patches, sets, maps[0].device)
             return [i[0] for i in ids] if sets == 1 else ids
         images = None if sets == 1 else sets
         return [
@@ -263,10 +265,10 @@ class PatchNCEHead(PatchSampleF):
         projector = key_projector or self
         mlps, key_mlps = self.mlps(self.layers), projector.mlps(self.layers)
         groups = images if self.negatives == "image" else directions
-        if self._fused(query_maps) and self._fused_keys(key_maps, mlps, key_mlps):
+        if self.others is None and self._fused(query_maps) and self._fused_keys(key_maps, mlps, key_mlps):
             api._check_patches(query_maps, ids, mlps, False)
             api._check_patches(key_maps, ids, key_mlps, False)
-            means = api.fused.head_loss(
+            means = api.fused_maps.head_loss(
                 query_maps,
                 key_maps,
                 [i[None] if i.dim() == 1 else i for i in ids],
@@ -283,22 +285,31 @@ class PatchNCEHead(PatchSampleF):
         with torch.no_grad():
             keys = project_patches(key_maps, ids, key_mlps, distinct_ids=own, implementation=self.implementation)
         queries = project_patches(query_maps, ids, mlps, distinct_ids=own, implementation=self.implementation)
+        external = [None] * self.layers if self.others is None else self._others_keys(keys, groups)
         losses = [
             patch_nce(
                 q,
                 k,
                 images=groups,
                 temperature=temperature,
+                extra_keys=extra,
                 reduction="none",
                 unit_rows=True,
                 implementation=self.implementation,
             )
             .unflatten(0, (directions, -1))
             .mean(dim=1)
-            for q, k, temperature in zip(queries, keys, self.temperatures, strict=True)
+            for q, k, extra, temperature in zip(queries, keys, external, self.temperatures, strict=True)
         ]
         means = torch.stack(losses).mean(dim=0)
         return means if directions > 1 else means[0]
+
+    def _others_keys(self, keys: Sequence[Tensor], groups: int) -> list[Tensor]:
+        """The other ranks' keys of each layer, (groups, count, dim), from one exchange for all layers."""
+        assert self.others is not None
+        sizes = [len(rows) for rows in keys]
+        every = self.others(torch.cat(list(keys))).split(sizes, dim=1)  # (ranks - 1, rows, dim) a layer
+        return [rows.unflatten(1, (groups, -1)).transpose(0, 1).flatten(1, 2) for rows in every]
 
     def _fused_keys(self, maps: Sequence[Tensor], mlps, key_mlps) -> bool:
         """Whether the key side fits into the same launch as the query side."""

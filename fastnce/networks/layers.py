@@ -5,14 +5,21 @@ Their `state_dict` keys are the published ones, so that published weights load; 
 
 from __future__ import annotations
 
+from collections.abc import Container, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+try:
+    from . import fused
+except ImportError:  # no Triton for this platform
+    fused = None  # type: ignore[assignment]
+
 Norm = Literal["instance", "batch", "none"]
+Implementation = Literal["triton", "eager"] | None
 
 
 def own_precision(x: Tensor) -> AbstractContextManager:
@@ -20,12 +27,40 @@ def own_precision(x: Tensor) -> AbstractContextManager:
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
-class InstanceNorm(nn.Module):
+class FusedLayer(nn.Module):
+    """A layer with a Triton kernel: `implementation` is None (kernels on accelerators, PyTorch on the CPU), "triton" or
+    "eager", which insist."""
+
+    implementation: Implementation = None
+
+    def fused(self, x: Tensor) -> bool:
+        """Whether the kernel computes x; a ValueError where it must and cannot."""
+        name = self.implementation
+        if name not in (None, "triton", "eager"):
+            raise ValueError(f'implementation must be None, "triton" or "eager", not {name!r}')
+        if name == "eager" or (name is None and x.device.type == "cpu"):
+            return False
+        obstacle = "Triton is not installed" if fused is None else fused.obstacle(x.device, x.dtype)
+        if obstacle is not None and name == "triton" and not x.is_meta:  # meta: only shapes are asked for
+            raise ValueError(f"implementation='triton' cannot run here: {obstacle}")
+        return obstacle is None
+
+
+def set_implementation(network: nn.Module, implementation: Implementation) -> None:
+    """How all the norms, pads and blurs in `network` compute: see `FusedLayer`. (Not its contrastive loss.)"""
+    if implementation not in (None, "triton", "eager"):
+        raise ValueError(f'implementation must be None, "triton" or "eager", not {implementation!r}')
+    for module in network.modules():
+        if isinstance(module, FusedLayer):
+            module.implementation = implementation
+
+
+class InstanceNorm(FusedLayer):
     """Instance normalisation without parameters: each channel of each picture to mean 0 and variance 1 (eps 1e-5).
 
-    Computed as a group norm with one group a channel. The library's own `F.instance_norm` is not used: on the CPU, at
-    batch size 1, it returns a wrong input gradient when the incoming gradient is channels-last, and patch sampling
-    produces such gradients (tests/test_layers.py shows both).
+    Without kernels it is a group norm with one group a channel. The library's own `F.instance_norm` is not used: on the
+    CPU, at batch size 1, it returns a wrong input gradient when the incoming gradient is channels-last, and patch
+    sampling produces such gradients (tests/test_layers.py shows both).
     """
 
     def __init__(self, channels: int, eps: float = 1e-5):
@@ -33,9 +68,28 @@ class InstanceNorm(nn.Module):
         self.channels = channels
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, slope: float = 1.0, margin: int = 0, residual: Tensor | None = None) -> Tensor:
+        """Normalise, and what follows in the networks, which the kernel does on the way.
+
+        Args:
+            x: (images, channels, height, width).
+            slope: of an activation for negative values: 1 none, 0 ReLU, 0.2 the published leaky ReLU.
+            margin: of a reflection pad.
+            residual: added at the end, of x's shape and dtype; not with a margin.
+        """
         if x.shape[2] * x.shape[3] == 1:
             raise ValueError("instance norm needs more than one location: the picture is too small for this network")
+        if self.fused(x):
+            return fused.instance_norm(x, self.eps, slope, margin, residual)
+        y = self._normalise(x)
+        if slope != 1.0:
+            y = F.leaky_relu(y, slope) if slope else F.relu(y)
+        if margin:
+            with own_precision(y):
+                y = F.pad(y, (margin,) * 4, mode="reflect")
+        return y if residual is None else residual + y
+
+    def _normalise(self, x: Tensor) -> Tensor:
         # Autocast would widen 16-bit maps here; the operator's sums are float32 all the same.
         with own_precision(x):
             if x.device.type != "cpu" or x.is_contiguous():
@@ -51,7 +105,7 @@ class InstanceNorm(nn.Module):
         return f"{self.channels}, eps={self.eps}"
 
 
-class ReflectionPad(nn.Module):
+class ReflectionPad(FusedLayer):
     """Reflection padding of `margin` pixels on each side, in the precision of its input."""
 
     def __init__(self, margin: int):
@@ -59,6 +113,8 @@ class ReflectionPad(nn.Module):
         self.margin = margin
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fused(x):
+            return fused.reflection_pad(x, self.margin)
         with own_precision(x):  # a CPU's autocast would widen 16-bit maps here
             return F.pad(x, (self.margin,) * 4, mode="reflect")
 
@@ -93,7 +149,7 @@ def norm_layer(norm: Norm, channels: int) -> nn.Module:
     raise ValueError(f'norm must be "instance", "batch" or "none", not {norm!r}')
 
 
-class _Blur(nn.Module):
+class _Blur(FusedLayer):
     """Holds the published filter buffer, so that checkpoints fit, and refuses a checkpoint with another filter."""
 
     filt: Tensor
@@ -122,6 +178,8 @@ class BlurDown(_Blur):
         super().__init__(channels, [1.0, 2.0, 1.0], 1.0)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fused(x):
+            return fused.blur_down(x)
         with own_precision(x):
             padded = F.pad(x, (1, 1, 1, 1), mode="reflect")
         return F.conv2d(padded, self.filt.to(x.dtype), stride=2, groups=x.shape[1])
@@ -138,4 +196,64 @@ class BlurUp(_Blur):
         super().__init__(channels, [1.0, 3.0, 3.0, 1.0], 4.0)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fused(x):
+            return fused.blur_up(x)
         return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+
+
+class Run(NamedTuple):
+    """Modules that one kernel computes: a norm and what follows it."""
+
+    length: int
+    slope: float
+    margin: int
+
+
+def run_from(modules: Sequence[nn.Module], first: int, x: Tensor, kept: Container[int] = ()) -> Run | None:
+    """The modules from `first` on that may be computed at once: norm, activation, reflection pad; None for others.
+
+    Args:
+        x: what comes into the first.
+        kept: positions whose own outputs are wanted: such a module ends a run.
+
+    A module with hooks, which see its own input and output, is left alone.
+    """
+    norm = modules[first]
+    if not isinstance(norm, InstanceNorm) or not norm.fused(x) or norm._forward_hooks:
+        return None
+    slope, margin, end = 1.0, 0, first + 1
+    follower = _follower(modules, end, kept)
+    if isinstance(follower, nn.ReLU | nn.LeakyReLU):
+        slope = follower.negative_slope if isinstance(follower, nn.LeakyReLU) else 0.0
+        end += 1
+        follower = _follower(modules, end, kept)
+    if isinstance(follower, ReflectionPad) and follower.fused(x):
+        margin = follower.margin
+        end += 1
+    return Run(end - first, slope, margin)
+
+
+def _follower(modules: Sequence[nn.Module], position: int, kept: Container[int]) -> nn.Module | None:
+    """The module at `position`, if it may join those before it."""
+    if position - 1 in kept or position == len(modules):
+        return None
+    module = modules[position]
+    return None if module._forward_hooks or module._forward_pre_hooks else module
+
+
+def run_all(modules: Sequence[nn.Module], x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """`modules` one after the other, plus the residual, in as few kernels as there are for them."""
+    first = 0
+    while first < len(modules):
+        run = run_from(modules, first, x)
+        if run is None:
+            x = modules[first](x)
+            first += 1
+            continue
+        norm = modules[first]
+        first += run.length
+        last = first == len(modules) and not run.margin
+        if last and residual is not None and residual.shape == x.shape and residual.dtype == x.dtype:
+            return norm(x, run.slope, 0, residual)
+        x = norm(x, run.slope, run.margin)
+    return x if residual is None else residual + x

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .layers import BlurDown, Norm, norm_layer
+from .layers import BlurDown, Norm, norm_layer, run_all
 
 
 class PatchGAN(nn.Module):
@@ -43,7 +43,7 @@ class PatchGAN(nn.Module):
         self.pictures_independent = norm != "batch"
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.model(x)
+        return run_all(list(self.model), x)
 
 
 class PixelGAN(nn.Module):
@@ -63,4 +63,4 @@ class PixelGAN(nn.Module):
         self.pictures_independent = norm != "batch"
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+        return run_all(list(self.net), x)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .layers import BlurDown, BlurUp, Norm, ReflectionPad, full_precision, norm_layer
+from .layers import BlurDown, BlurUp, Norm, ReflectionPad, full_precision, norm_layer, run_all, run_from
 
 
 class ResnetBlock(nn.Module):
@@ -28,7 +28,7 @@ class ResnetBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv_block(x)
+        return run_all(list(self.conv_block), x, residual=x)
 
 
 class ResnetGenerator(nn.Module):
@@ -103,16 +103,27 @@ class ResnetGenerator(nn.Module):
             the output; (output, features) with `layers`; the list of features with `encode_only`.
         """
         features: list[Tensor] = []
-        last = len(self.model) - 2  # the last convolution and the tanh
-        for index, layer in enumerate(self.model):
-            x = full_precision(layer, x) if index >= last else layer(x)
-            if index - 1 in layers and isinstance(layer, nn.ReLU):
-                # Published: this ReLU works in place, so a norm's tapped output is seen after it.
+        modules = list(self.model)
+        last = len(modules) - 2  # the last convolution and the tanh
+        stop = layers[-1] if encode_only and layers else len(modules)
+        # Published: the ReLUs work in place, so a norm's tapped output is seen after its ReLU, if that is computed.
+        kept = [i + 1 if i != stop and isinstance(modules[i + 1], nn.ReLU) else i for i in layers if i < last]
+        index = 0
+        while index < len(modules):
+            run = run_from(modules, index, x, kept)
+            if run is not None:
+                x = modules[index](x, run.slope, run.margin)
+            else:
+                x = full_precision(modules[index], x) if index >= last else modules[index](x)
+            length = 1 if run is None else run.length
+            if index - 1 in layers and isinstance(modules[index], nn.ReLU):
                 features[-1] = x
-            if index in layers:
-                features.append(x)
-                if encode_only and index == layers[-1]:
-                    return features
+            for done in range(index, index + length):
+                if done in layers:
+                    features.append(x)
+                    if done == stop:
+                        return features
+            index += length
         return (x, features) if layers else x
 
     @torch.no_grad()

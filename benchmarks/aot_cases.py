@@ -1,0 +1,182 @@
+"""What `aot` compiles: calls of the launchers, on tensors without storage, that use every form of every kernel."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from fastnce.kernels import (
+    blur,
+    configs,
+    cosine,
+    instance_norm,
+    nce,
+    nce_keys,
+    project,
+    project_backward,
+    reflect_pad,
+    sample,
+)
+
+
+def _tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def nce_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """(name, call): every width of the table, few and many rows, in every form that has code of its own."""
+    for width in (64, 128, 256, 512):
+        few, many = _tensor(1, 256, width), _tensor(1, configs.MANY_ROWS, width)
+        weight = _tensor(1, configs.MANY_ROWS, configs.MANY_ROWS)
+        yield f"nce D={width} few rows", lambda x=few: _forward([x], unit=True)
+        yield f"nce D={width} many rows", lambda x=many: _forward([x], unit=True)
+        yield f"nce D={width} many rows loss only", lambda x=many: _forward([x], unit=True, gradient=False)
+        yield f"nce D={width} any length", lambda x=many: _forward([x])
+        yield f"nce D={width} extra keys", lambda x=many: _forward([x], extra=[x], unit=True)
+        yield f"nce D={width} any length, extra keys", lambda x=many: _forward([x], extra=[x])
+        yield (
+            f"nce D={width} everything",
+            lambda x=many, w=weight: _forward([x], extra=[x], log_weight=[w], pair_weight=[w]),
+        )
+        yield f"nce D={width} keys", lambda x=many: _keys(x)
+        yield f"nce D={width} keys, everything", lambda x=many, w=weight: _keys(x, [w])
+        yield f"nce D={width} keys, extra", lambda x=many: _keys(x, extra=True)
+        half = _tensor(1, configs.MANY_ROWS, width, dtype=torch.float16)
+        yield f"nce D={width} float16", lambda x=half: _forward([x], unit=True)
+        yield f"nce D={width} float16 keys", lambda x=half: _keys(x)
+        wide = _tensor(1, 1024, width, dtype=torch.float32)
+        yield f"nce D={width} float32", lambda x=wide: _forward([x], unit=True)
+        yield f"nce D={width} float32 everything", lambda x=wide: _forward([x], extra=[x])
+        yield f"nce D={width} float32 keys", lambda x=wide: _keys(x)
+    layers = [_tensor(1, 256, dim) for dim in (3, 64, 128, 256, 256)]
+    yield "nce five layers", lambda: _forward(layers, unit=True)
+    narrow = [layer.float() for layer in layers]
+    yield "nce five layers float32", lambda: _forward(narrow, unit=True)
+    both = [_tensor(1, 256, 256) for _ in range(8)]
+    yield "nce eight problems, extra keys", lambda: _forward(both, extra=both, unit=True)
+    rows = [_tensor(256, 256) for _ in range(8)]
+    yield "rows: unit length", lambda: cosine.cosine(rows)
+    for divided in (True, False):
+        yield (
+            f"rows: gradient, divided={divided}",
+            lambda d=divided: cosine.row_gradients(rows, rows, _scales(), divided=d),
+        )
+    ragged = [_tensor(3, 49, 101)[:, :, 1:]]  # what no vector load can take
+    yield "nce ragged", lambda: _forward(ragged)
+
+
+def _forward(x, extra=(), log_weight=(), pair_weight=(), **options):
+    return nce.nce_forward(x, x, extra, log_weight, pair_weight, [0.07] * len(x), **options)
+
+
+def _scales() -> torch.Tensor:
+    return _tensor(2, dtype=torch.float32)
+
+
+def _keys(x: torch.Tensor, weight: Sequence[torch.Tensor] = (), extra: bool = False):
+    rows = _tensor(x.shape[0] * x.shape[1], dtype=torch.float32)
+    return nce_keys.nce_key_gradients([x], [x], weight, weight, [0.07], rows, rows, extra=extra)
+
+
+def sample_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """The chain of the published networks, of wider ones, and of sampling without a projection."""
+    published, wide = (3, 128, 256), (64, 512)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        name = str(dtype).removeprefix("torch.")
+        for dim, channels in ((256, published), (512, wide)):
+            yield f"sample D={dim} {name}", lambda t=dtype, d=dim, c=channels: _sample(d, c, dtype=t)
+            yield (
+                f"sample D={dim} {name} repeated ids",
+                lambda t=dtype, d=dim, c=channels: _sample(d, c, dtype=t, distinct=False),
+            )
+    yield "sample D=256 images=64", lambda: _sample(256, published, images=64)
+    yield "sample D=256 a set an image, directions", lambda: _sample(256, published, images=2, sets=2, directions=2)
+    yield "sample without MLP", lambda: _sample(0, published)
+    yield "draw", lambda: sample.draw_ids(_tensor(5, 2, dtype=torch.int64), [68644, 65536, 16384], 256)
+    yield "mean", lambda: nce.mean_by_direction(_tensor(1280, dtype=torch.float32), [256] * 5, 1)
+
+
+def _sample(
+    dim: int,
+    channels: tuple[int, ...],
+    *,
+    images: int = 1,
+    sets: int = 1,
+    directions: int = 0,
+    distinct: bool = True,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    maps = [_tensor(images, c, 32, 32, dtype=dtype).to(memory_format=torch.channels_last) for c in channels]
+    maps[0] = _tensor(images, channels[0], 32, 32, dtype=torch.float32)  # a picture beside 16-bit features
+    ids = [_tensor(sets, 256, dtype=torch.int64) for _ in maps]
+    shapes = [s for c in channels for s in ((dim, c), (dim,), (dim, dim), (dim,))] if dim else []
+    mlp = [_tensor(*shape, dtype=torch.float32) for shape in shapes]
+    units, *saved = project.project(maps, ids, mlp, dtype, len(maps))
+    upstream = _tensor(directions, dtype=torch.float32) if directions else None
+    project_backward.project_backward(
+        units, upstream, directions or 1, [project_backward.map_layout(m) for m in maps], ids, mlp, units, *saved,
+        distinct=distinct, wanted=[True] * len(maps), weights_wanted=True,
+    )  # fmt: skip
+
+
+def layer_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """The layers at the published widths, in the forms that the networks use, and in some that no vector load takes."""
+    forms = {
+        "norm, ReLU, pad 1": (256, 64, 0.0, 1, False),
+        "norm, ReLU, pad 3": (64, 256, 0.0, 3, False),
+        "norm, ReLU": (128, 256, 0.0, 0, False),
+        "norm, residual": (256, 64, 1.0, 0, True),
+        "norm, leaky ReLU, few pixels": (512, 8, 0.2, 0, False),
+        "norm, ragged": (130, 31, 0.0, 1, False),
+    }
+    for dtype in (torch.bfloat16, torch.float32):
+        for name, (channels, side, slope, margin, residual) in forms.items():
+            x = _map(channels, side, dtype)
+            yield f"layer: {name} {dtype}", lambda x=x, s=slope, m=margin, r=residual: _norm(x, s, m, r)
+        for channels, margin in ((256, 1), (64, 3), (3, 3)):
+            x = _map(channels, 64, dtype)
+            yield f"layer: pad {margin} C={channels} {dtype}", lambda x=x, m=margin: _pad(x, m)
+        for channels in (128, 3):
+            x = _map(channels, 64, dtype)
+            yield f"layer: blur C={channels} {dtype}", lambda x=x: _blurs(x)
+    plain = _tensor(2, 64, 32, 32)
+    yield "layer: norm, plain", lambda: _norm(plain, 0.0, 1, False)
+    yield "layer: pad and blur, plain", lambda: (_pad(plain, 1), _blurs(plain))
+
+
+def _map(channels: int, side: int, dtype: torch.dtype) -> torch.Tensor:
+    return _tensor(2, channels, side, side, dtype=dtype).to(memory_format=torch.channels_last)
+
+
+def _norm(x: torch.Tensor, slope: float, margin: int, residual: bool) -> None:
+    y, statistics = instance_norm.instance_norm(x, x if residual else None, 1e-5, slope, margin)
+    instance_norm.instance_norm_backward(y, x, statistics, slope, margin)
+
+
+def _pad(x: torch.Tensor, margin: int) -> None:
+    padded = reflect_pad.reflect_pad(x, x.shape[2] + 2 * margin, x.shape[3] + 2 * margin)
+    reflect_pad.reflect_pad_backward(padded, x.shape[2], x.shape[3])
+
+
+def _blurs(x: torch.Tensor) -> None:
+    height, width = x.shape[2:]
+    blur.blur_down_backward(blur.blur_down(x, (height + 1) // 2, (width + 1) // 2), height, width)
+    blur.blur_up_backward(blur.blur_up(x, 2 * height, 2 * width), height, width)
+
+
+def cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    yield from nce_cases()
+    yield from sample_cases()
+    yield from layer_cases()
+
+
+QUICK = re.compile(
+    r"nce D=\d+ (few rows|many rows)|nce D=(256|512) (everything|keys, everything)"
+    r"|nce D=256 (float16|float32 everything)|nce (five layers|eight problems, extra keys)|rows: .*"
+    r"|sample D=256 (bfloat16|bfloat16 repeated ids|float32|images=64|a set an image, directions)"
+    r"|sample without MLP|draw|mean"
+    r"|layer: (norm, ReLU, pad 1|norm, residual|pad 1 C=256|blur C=128) torch.bfloat16"
+)
+"""The forms of the published training steps, and of each kernel the one that needs most: a minute or two on an idle
+machine, where all take ten."""

@@ -1,0 +1,175 @@
+"""Does 16-bit training follow float32? The same weights, pictures and seeds in each precision, losses side by side.
+
+    python benchmarks/parity.py --steps 200 --width 8 --crop 64 --out benchmarks/results/parity-cpu-DATE
+    python benchmarks/parity.py --steps 2000 --device cuda --data DIR --pairs DIR/test --out OUT
+
+Writes losses.csv, losses.png, summary.json. Steps drift apart (Adam turns the smallest difference of a gradient into a
+step of full size), so a run of float32 from another seed of the step's draws stands beside: what two equal runs differ
+by. A precision is as good as float32 where its losses, and the PSNR on held-out pairs, stay within that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.machine import facts
+from fastnce.data import UnpairedData
+from fastnce.demo import write_folders
+from fastnce.engine.choices import pick_compile, set_tf32
+from fastnce.engine.cudagraph import pick_graph
+from fastnce.engine.loop import pick_device
+from fastnce.engine.optim import OptimOptions
+from fastnce.engine.step import Step
+from fastnce.engine.validate import Validation, find_validation
+from fastnce.methods import PRESETS, Batch, NetworkOptions
+
+AGAIN = "fp32 again"
+"""Float32 with other patch locations: how far two runs of one precision are from each other."""
+
+Rows = list[dict[str, float]]
+
+
+def train(name: str, args: argparse.Namespace, data: UnpairedData, device: torch.device) -> Rows:
+    """One run; returns each step's losses, and at its end the PSNR on held-out pairs, if there are any."""
+    torch.manual_seed(args.seed)
+    preset = PRESETS[args.method]
+    sections = preset.sections.get("network", {})
+    sizes = {"width": args.width, "discriminator_width": args.width}
+    method = preset.method(preset.options(), NetworkOptions(**{**sections, **sizes})).to(device)
+    precision = "fp32" if name == AGAIN else name
+    graph, compiled = pick_graph(args.graph, device), pick_compile(args.compile, device)
+    step = Step(method, OptimOptions(**preset.sections.get("optim", {})), precision, compiled, graph=graph)
+    pairs = find_validation("", args.pairs) if args.pairs else []
+    held_out = Validation(pairs, 3, device) if pairs else None
+    rows: Rows = []
+    for number in range(args.steps):
+        rng = random.Random(f"{args.seed}/{number}")
+        batch = Batch(*data.batch(number))
+        draws = method.draw(rng)
+        torch.manual_seed(rng.getrandbits(63) + (name == AGAIN))
+        losses = step.run(batch, draws)
+        values = torch.stack([loss.float() for loss in losses.values()]).tolist()
+        rows.append({"step": number + 1} | dict(zip(losses, values, strict=True)))
+        last = number + 1 == args.steps
+        if held_out is not None and (last or (number + 1) % args.validate_every == 0):
+            held_out.measure(method)
+            method.train()
+            rows[-1]["psnr_y"] = held_out.latest["psnr_y"]
+    step.close()
+    return rows
+
+
+def compare(runs: dict[str, Rows], names: list[str]) -> dict[str, Any]:
+    """For every run beside "fp32": the mean of each loss over the last quarter, and its relative distance."""
+    found: dict[str, Any] = {}
+    for run, rows in runs.items():
+        tail = rows[-max(1, len(rows) // 4) :]
+        exact = runs["fp32"][-len(tail) :]
+        found[run] = {}
+        for name in names:
+            mean, other = (sum(row[name] for row in part) / len(part) for part in (tail, exact))
+            found[run][name] = {"mean": mean, "relative": (mean - other) / max(abs(other), 1e-12)}
+        if "psnr_y" in rows[-1]:
+            found[run]["psnr_y"] = rows[-1]["psnr_y"]
+    return found
+
+
+def draw(runs: dict[str, Rows], names: list[str], title: str, file: Path) -> None:
+    """Each loss over steps, a line a run, smoothed over a fortieth of the steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    columns = min(3, len(names))
+    lines = -(-len(names) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(4 * columns, 2.6 * lines), squeeze=False)
+    for axis, name in zip(axes.flat, names, strict=False):
+        for run, rows in runs.items():
+            values = [row[name] for row in rows]
+            width = max(1, len(values) // 40)
+            smooth = [sum(values[max(0, i - width + 1) : i + 1]) / min(width, i + 1) for i in range(len(values))]
+            axis.plot(range(1, len(values) + 1), smooth, label=run, linewidth=1, linestyle=":" if run == AGAIN else "-")
+        axis.set_title(name, fontsize=9)
+        axis.tick_params(labelsize=7)
+    for axis in list(axes.flat)[len(names) :]:
+        axis.axis("off")
+    axes[0, 0].legend(fontsize=7)
+    figure.suptitle(title, fontsize=9)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Train in each precision, write what was found; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--method", default="fastcut", choices=list(PRESETS))
+    parser.add_argument("--precisions", default="bf16", help="beside fp32, with commas: bf16,fp16")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--data", type=Path, help="trainA, trainB; default: the demo's photographs")
+    parser.add_argument("--pairs", default="", help="held-out pairs, measured as PSNR on Y (see fastnce evaluate)")
+    parser.add_argument("--validate-every", type=int, default=500, metavar="STEPS")
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--crop", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compile", default="false")
+    parser.add_argument("--graph", default="auto")
+    parser.add_argument("--tf32", default="auto")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args(arguments)
+    device = pick_device(args.device)
+    tf32 = set_tf32(args.tf32, device)
+    runs: dict[str, Rows] = {}
+    seconds: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        if args.data is None:
+            write_folders(Path(folder), side=max(96, args.crop))
+        root = args.data or Path(folder)
+        sizes = {"load_size": args.crop * 286 // 256, "crop_size": args.crop, "batch": args.batch}
+        data = UnpairedData(root, **sizes, seed=args.seed, device=device, preprocess="scale_shortside_and_crop")
+        for name in dict.fromkeys(["fp32", AGAIN, *args.precisions.split(",")]):
+            began = time.monotonic()
+            runs[name] = train(name, args, data, device)
+            seconds[name] = time.monotonic() - began
+            print(f"{name}: {args.steps} steps in {seconds[name]:.0f} s", flush=True)
+        data.close()
+    names = [name for name in runs["fp32"][0] if name != "step"]
+    args.out.mkdir(parents=True, exist_ok=True)
+    with (args.out / "losses.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["run", "step", *names, "psnr_y"], restval="")
+        writer.writeheader()
+        for run, rows in runs.items():
+            writer.writerows({"run": run} | row for row in rows)
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    settings |= {"data": "the demo's photographs"} if args.data is None else {}
+    settings.pop("out")
+    found = compare(runs, names)
+    summary = {"machine": facts(device), "settings": settings, "tf32": tf32, "last quarter": found}
+    (args.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    title = f"{args.method}, width {args.width}, crops of {args.crop}, batch {args.batch}, {device.type}"
+    draw(runs, names, title, args.out / "losses.png")
+    print("\nmean of the last quarter of the steps, and its distance from fp32's")
+    print(f"{'':<12}", *(f"{name:>18}" for name in names))
+    for run, values in found.items():
+        print(f"{run:<12}", *(f"{values[n]['mean']:>9.4f} {values[n]['relative']:>+8.1%}" for n in names))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

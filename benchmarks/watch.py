@@ -1,0 +1,200 @@
+"""Run one part of the benchmarks in a process of its own, and lose nothing to a provider that hangs or crashes.
+
+The process is forked, so that importing PyTorch is paid once; the parent must not have touched an accelerator.
+
+The process writes a journal, a JSON line an event: `begin` a provider (with the seconds that it may take), `end` it,
+`row`. When it dies or hangs while a provider is begun, that one is refused and the process started again; rows that
+are in the journal are not measured twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+RESTARTS = 5
+RESTART_SECONDS = 12.0
+"""Below this a new process would hardly get to its first provider: importing and starting a device take that long."""
+GRACE = 2.0
+"""Seconds between the moment at which the process should have ended by itself and the signal."""
+
+
+@dataclass
+class Journal:
+    """What a part has written so far."""
+
+    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Measured, by `Row.key`."""
+    prepared: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Rows of providers whose first calls came to an end; their times may be missing."""
+    begun: dict[str, Any] | None = None
+    """The provider that is in its first calls."""
+    refused: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> Journal:
+        journal = cls()
+        for line in path.read_text().splitlines() if path.exists() else []:
+            with contextlib.suppress(json.JSONDecodeError):  # a line that a killed process did not finish
+                journal.take(json.loads(line))
+        return journal
+
+    def take(self, event: dict[str, Any]) -> None:
+        if "begin" in event:
+            self.begun = event
+        elif "end" in event:
+            self.begun = None
+            self.prepared[event["end"]] = event["row"]
+        elif "refuse" in event:
+            self.refused[event["refuse"]] = event["why"]
+            self.prepared.setdefault(event["refuse"], event["row"])
+            self.begun = None
+        elif "row" in event:
+            self.rows[event["key"]] = event["row"]
+
+    def all_rows(self) -> Iterator[dict[str, Any]]:
+        """Measured rows, then what is known of providers that were not timed."""
+        yield from self.rows.values()
+        for key, row in self.prepared.items():
+            if key not in self.rows:
+                why = f"did not run: {self.refused[key]}" if key in self.refused else "stopped before it was timed"
+                yield row | {"note": f"{row['note']}; {why}".removeprefix("; ")}
+
+
+@dataclass
+class Outcome:
+    """How a part went: `trouble` is None when it ran to its end; `restarts` says why it was begun again."""
+
+    rows: list[dict[str, Any]]
+    trouble: str | None
+    restarts: list[str]
+
+
+def supervise(work: Callable[[float], int], journal: Path, log: Path, seconds: float) -> Outcome:
+    """Run `work` to its end or for `seconds`, beginning it again without providers that end it.
+
+    Args:
+        work: called in a process of its own with the seconds that it has; writes the journal and returns an exit code.
+            Its other words go to `log`.
+    """
+    journal.unlink(missing_ok=True)
+    log.unlink(missing_ok=True)
+    end, restarts, trouble = time.monotonic() + seconds, [], None
+    while True:
+        fault = _once(work, journal, log, end)
+        state = Journal.read(journal)
+        if fault is None:
+            break
+        left = end - time.monotonic()
+        if state.begun is None:
+            trouble = fault
+            break
+        name = state.begun["begin"]
+        with journal.open("a") as lines:
+            # a line of its own: the process may have died within one
+            lines.write("\n" + json.dumps({"refuse": name, "why": fault, "row": state.begun["row"]}) + "\n")
+        if left < RESTART_SECONDS or len(restarts) == RESTARTS:
+            trouble = f"{name}: {fault}"
+            break
+        restarts.append(f"{name}: {fault}")
+    return Outcome(list(Journal.read(journal).all_rows()), trouble, restarts)
+
+
+def _once(work: Callable[[float], int], journal: Path, log: Path, end: float) -> str | None:
+    """One process: None, or what went wrong."""
+    began = time.monotonic()
+    start = log.stat().st_size if log.exists() else 0
+    process = fork(functools.partial(work, max(1.0, end - began - GRACE)), log)
+    patience = code = None
+    state, position = Journal(), 0
+    try:
+        while (code := _exit_code(process)) is None:
+            now = time.monotonic()
+            if now > end:
+                return f"stopped at its limit of {now - began:.0f} s; what it had measured by then is kept"
+            if patience is not None and now > patience:
+                return f"hung: it took more than {state.begun['seconds']:.2g} s"  # type: ignore[index]
+            time.sleep(0.02)
+            before = state.begun
+            position = _follow(journal, position, state)
+            if state.begun is not before:
+                patience = None if state.begun is None else time.monotonic() + state.begun["seconds"]
+    finally:
+        _stop(process, ended=code is not None)
+    if code == 0:
+        return None
+    lines = log.read_bytes()[start:].decode(errors="replace").strip().splitlines()
+    how = f"exit code {code}" if code > 0 else f"killed by {signal.Signals(-code).name}"
+    return f"{how}: {lines[-1] if lines else 'it said nothing'}"
+
+
+def fork(work: Callable[[], int], log: Path) -> int:
+    """The number of a process, and of its group, that does the work and writes to the log."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    process = os.fork()
+    if process:
+        return process
+    code = 1
+    try:
+        os.setsid()
+        # A file and not a pipe: a compiler's workers that outlive the process would hold a pipe open.
+        words = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        for source, target in ((nothing, 0), (words, 1), (words, 2)):
+            os.dup2(source, target)
+        sys.stdin, sys.stdout, sys.stderr = open(0, closefd=False), open(1, "w", 1), open(2, "w", 1)  # noqa: SIM115
+        code = work()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)  # nothing of the parent's that is registered for the end is this process's to do
+
+
+def end(process: int) -> None:
+    """End a forked process, if it has not ended."""
+    _stop(process, ended=_exit_code(process) is not None)
+
+
+def _exit_code(process: int) -> int | None:
+    """None while it runs; minus the signal that ended it."""
+    ended, status = os.waitpid(process, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if ended else None
+
+
+def _follow(journal: Path, position: int, state: Journal) -> int:
+    """Take the whole lines after `position`; the position after them."""
+    if not journal.exists():
+        return position
+    with journal.open("rb") as file:
+        file.seek(position)
+        text = file.read()
+    whole = text[: text.rfind(b"\n") + 1]
+    for line in whole.decode(errors="replace").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            state.take(json.loads(line))
+    return position + len(whole)
+
+
+def _stop(process: int, ended: bool) -> None:
+    """End the process and those that it started; one that a driver holds is left behind."""
+    for number, patience in ((signal.SIGTERM, 1.0), (signal.SIGKILL, 4.0)):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process, number)  # its own session, so its group has its number
+        until = time.monotonic() + patience
+        while not ended and time.monotonic() < until:
+            ended = _exit_code(process) is not None
+            time.sleep(0.02)

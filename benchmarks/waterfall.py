@@ -1,0 +1,122 @@
+"""What each part of the speed brings: one training step, one thing more switched on at a time.
+
+python benchmarks/run.py --out DIR --only waterfall
+
+Every stage is a step of its own, built with the library's switches and measured interleaved with the others; a stage
+that this machine or version does not have gets a row that says so. A stage that brings nothing is to be taken out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+
+from benchmarks.measure import Context, Provider, Row, measure
+from benchmarks.step import ours, small, step_case
+from fastnce.engine.step import Step
+from fastnce.nce import PatchNCEHead
+from fastnce.networks import channels_last, set_implementation
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The switches of a step; each stage keeps those of the one before."""
+
+    name: str
+    tf32: bool = False
+    precision: str = "fp32"
+    layout: torch.memory_format = torch.contiguous_format
+    layers: Literal["eager", "triton"] = "eager"
+    loss: Literal["eager", "triton"] = "eager"
+    compile: bool | str = False
+    graph: bool = False
+
+
+def stages(cuda: bool, loss: bool = True) -> list[Stage]:
+    """In the order in which they add up. A CPU has neither TF32 nor kernels nor graphs.
+
+    `loss`: the method's loss can be told not to use its kernels. DCLGAN's cannot, and has them from the first stage on.
+    """
+    half: dict[str, Any] = {"tf32": True, "precision": "bf16"}
+    last: dict[str, Any] = half | {"layout": torch.channels_last}
+    if not cuda:
+        cpu = {"precision": "bf16"}
+        return [Stage("fp32"), Stage("+ bf16", **cpu), Stage("+ channels-last", **cpu, layout=torch.channels_last)]
+    fused: dict[str, Any] = last | {"layers": "triton", "loss": "triton"}
+    found = [
+        Stage("fp32"),
+        Stage("+ TF32", tf32=True),
+        Stage("+ bf16", **half),
+        Stage("+ channels-last", **last),
+        Stage("+ fused norm, pad, blur", **last, layers="triton"),
+        Stage("+ fused NCE", **fused),
+        Stage("+ graph", **fused, graph=True),
+        Stage("+ compile", **fused, compile=True, graph=True),
+        Stage("compiled whole", **fused, compile="whole", graph=True),
+    ]
+    return found if loss else [replace(stage, loss="triton") for stage in found if stage.name != "+ fused NCE"]
+
+
+def waterfall(context: Context) -> Iterator[Row]:
+    """What each part of the speed brings, for CUT's and DCD-GAN's step."""
+    large = context.device.type != "cpu" and not context.quick
+    steps = [("cut", 1), ("dcdgan", 1), ("cut", 8)] if large else [("cut", 1)]
+    cuda = context.device.type == "cuda"
+    for compiled in (False, True) if cuda else (False,):  # last, as a compiler may be slow; beside the stage before it
+        for name, images in steps:
+            every = stages(cuda, loss=name == "cut")
+            first = sum(not stage.compile for stage in every)
+            some, title = (every[first - 1 :], "waterfall, compiled,") if compiled else (every[:first], "waterfall")
+            yield from _measured(name, images, some, title, context)
+
+
+def _measured(name: str, images: int, some: list[Stage], title: str, context: Context) -> Iterator[Row]:
+    case = step_case(name, images, context, [_provider(name, stage, context) for stage in some])
+    case.benchmark, case.energy = f"{title} {name}", False
+    first, before = None, None
+    for row in measure(case, context):
+        if row.p50_ms is not None:
+            first = first or row.p50_ms
+            gain = f"{first / row.p50_ms:.2f}x the first"
+            gain += f", {before / row.p50_ms:.2f}x the one before" if before else ""
+            row.note = f"{gain}; {row.note}".removesuffix("; ")
+            before = row.p50_ms
+        yield row
+
+
+def _provider(name: str, stage: Stage, context: Context) -> Provider:
+    form: dict[str, Any] = {"compile": stage.compile, "graph": stage.graph}
+    call = ours(
+        name,
+        small(context.quick),
+        context,
+        stage.precision,
+        form={key: value for key, value in form.items() if value},
+        prepare=partial(switch, stage=stage),
+        before=partial(_set_tf32, stage.tf32) if context.device.type == "cuda" else lambda: None,
+    )
+    mode = ", ".join(["compile"] * bool(stage.compile) + ["captured"] * stage.graph) or "eager"
+    dtype = {"bf16": "bfloat16", "fp32": "tf32" if stage.tf32 else "float32"}[stage.precision]
+    return Provider(stage.name, call, mode, dtype=dtype)
+
+
+def _set_tf32(allowed: bool) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+
+
+def switch(step: Step, stage: Stage) -> None:
+    """Put a built step into the state of a stage."""
+    step.layout = stage.layout
+    if stage.layout is torch.channels_last:
+        channels_last(step.method)
+    else:
+        for parameter in step.method.parameters():
+            parameter.data = parameter.data.contiguous()
+    set_implementation(step.method, stage.layers)
+    for module in step.method.modules():
+        if isinstance(module, PatchNCEHead):
+            module.implementation = stage.loss

@@ -1,0 +1,98 @@
+"""Rain as an augmentation: rainy pictures made of clean crops while training, so that clean photographs are enough."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import UnpairedData
+from .augment import PictureStore
+from .cache import PictureCache
+from .folder import DataError, Folder, clean_folder, domain_folders
+from .order import Draw, philox_words
+from .rain import RainOptions, render_rain
+
+RAIN = 2
+"""Stream of the Philox key, beside those of `Order`."""
+WORDS = 6
+
+
+class RainedData(UnpairedData):
+    """`UnpairedData` where a share of A's pictures is drawn from B and rained on.
+
+    Which ones, their crops and their rain follow from (seed, step) and the place in the global batch: a run continues
+    bit for bit, and the number of ranks changes nothing. A picture under rain is drawn on its own, B's part of the
+    batch shows other crops.
+
+    Args:
+        root: holds trainA and trainB; with `share` 1, trainA is not needed (and not read).
+        share: probability that a picture of A is a rained one, from above 0 to 1.
+        rain: what the rain is like. Lengths are shares of the picture's shorter side as it lies in the cache, before it
+            is cropped.
+        arguments: as `UnpairedData`; 1 or 3 channels.
+
+    Raises:
+        DataError: as `UnpairedData`, or a share or number of channels that does not fit.
+    """
+
+    def __init__(
+        self, root: str | os.PathLike[str], *, share: float = 1.0, rain: RainOptions | None = None, **arguments: Any
+    ) -> None:
+        if not 0 < share <= 1:
+            raise DataError(f"share={share} should be above 0 and at most 1")
+        if arguments.get("channels", 3) not in (1, 3):
+            raise DataError(f"rain falls on pictures of 1 or 3 channels, not {arguments['channels']}")
+        self.share, self.rain = share, rain or RainOptions()
+        super().__init__(root, **arguments)
+        self.skipped = list(dict.fromkeys(self.skipped))  # trainB may have been opened for both domains
+
+    def _find_folders(self, root: str | os.PathLike[str], phase: str) -> tuple[Folder, Folder]:
+        if self.share < 1:
+            return domain_folders(root, phase)
+        clean = clean_folder(root, phase)
+        return clean, clean
+
+    def _stored(self, caches: list[PictureCache]) -> list[PictureStore]:
+        if caches[0].path != caches[1].path:
+            return super()._stored(caches)
+        return super()._stored(caches[1:]) * 2  # one copy on the device
+
+    def _make(self, step: int, decaying: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        a, b = super()._make(step, decaying)
+        world, mine = self.order.global_batch, slice(self.order.rank, None, self.order.world)
+        words = philox_words(self.order.seed, RAIN, step, WORDS * world).reshape(world, WORDS)[mine]
+        uniform = (words >> np.uint64(11)) * 2.0**-53  # (B, 6) in [0, 1)
+        wet = np.flatnonzero(uniform[:, 0] < self.share)
+        if not len(wet):
+            return a, b
+        target = self.target.decaying() if decaying else self.target
+        store = self._stores[target][1]
+        index = (uniform[wet, 1] * self.size_b).astype(np.int64)
+        draw = Draw(index, uniform[wet, 2], uniform[wet, 3], uniform[wet, 4] < 0.5)
+        size = None if target.preprocess == "none" else target.crop
+        crops = store.crops(draw, size, self.flip)
+        sides = store.cache.index[index][:, 1:].min(axis=1)
+        rained = torch.cat(
+            [
+                render_rain(crop, self.rain, torch.Generator().manual_seed(int(seed >> np.uint64(1))), side=int(side))
+                for crop, seed, side in zip(crops.split(1), words[wet, 5], sides, strict=True)
+            ]
+        )
+        if len(wet) == len(a):
+            a = rained
+        else:
+            a[torch.from_numpy(wet).to(a.device)] = rained
+        return a.contiguous(memory_format=torch.channels_last), b
+
+    def samples(self, count: int, phase: str = "test") -> tuple[torch.Tensor, torch.Tensor]:
+        """As `UnpairedData.samples`; under rain where A's samples would be clean training pictures."""
+        a, b = super().samples(count, phase)
+        try:
+            domain_folders(self.root, phase)
+        except DataError:
+            if self.share == 1:
+                a = render_rain(a, self.rain, torch.Generator().manual_seed(self.order.seed % 2**63))
+        return a, b

@@ -1,0 +1,147 @@
+"""Signs that training goes wrong: outputs that ignore their input, a discriminator that has won, identity that is lost.
+
+Nothing here changes training. A warning is said once, and again only after it has recovered.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..methods.base import Batch, Method
+
+RESPONSE_LEAST = 0.1
+"""Spread of the outputs over different inputs, as a share of the inputs' own spread."""
+DISCRIMINATOR_LEAST = 0.02
+"""A discriminator's loss at chance is 0.25 (lsgan), 0.69 (vanilla) or 1 (hinge)."""
+IDENTITY_FALL = 3.0
+IDENTITY_ENOUGH = 28.0
+"""dB. A generator that starts as the identity has to leave it: what lies above this is not missed."""
+
+
+class Alarm:
+    """A warning that is raised after several bad readings in a row, and lowered after as many good ones.
+
+    Args:
+        sentence: what it means, and what may be done.
+        patience: readings in a row.
+    """
+
+    def __init__(self, sentence: str, patience: int):
+        self.sentence, self.patience = sentence, patience
+        self.up = False
+        self._against = 0
+
+    def read(self, bad: bool) -> str:
+        """Take a reading; returns what is to be said, mostly nothing."""
+        self._against = self._against + 1 if bad != self.up else 0
+        if self._against < self.patience:
+            return ""
+        self.up, self._against = bad, 0
+        return f"warning: {self.sentence}" if bad else f"recovered: {self.sentence.split(':')[0]} no longer"
+
+
+class Monitor:
+    """Watches one run; its memory is of this process, a run that is continued begins with none.
+
+    Args:
+        pictures: samples of both domains that stay the same, or None to watch the discriminators only.
+    """
+
+    def __init__(self, pictures: Batch | None = None):
+        self.pictures = pictures
+        self.response = math.nan
+        self.identity = math.nan
+        self._identity_best = -math.inf
+        self.keeps_identity = False
+        """Whether a loss asks for it; others, such as FastCUT, may change B as they like."""
+        self._ignores = Alarm(
+            "the outputs hardly depend on the input: the generator has collapsed; try a lower optim.lr or a higher "
+            "weight of the contrast, cycle or identity",
+            patience=2,
+        )
+        self._forgets = Alarm(
+            f"clean pictures are changed: identity fell by more than {IDENTITY_FALL:g} dB; raise the weight of the "
+            f"identity loss or lower optim.lr",
+            patience=2,
+        )
+        self._beaten: dict[str, Alarm] = {}
+
+    def look(self, method: Method) -> list[str]:
+        """Translate the sample pictures with the method as it stands; returns what is to be said.
+
+        The method is left in evaluation mode.
+        """
+        if self.pictures is None:
+            return []
+        method.eval()
+        with torch.no_grad():
+            made, kept = (
+                [method.translate(picture).float() for picture in column.split(1)]  # no more memory than a step's
+                for column in self.pictures
+            )
+        said = []
+        if len(made) > 1:  # one picture depends on nothing to compare it with
+            self.response = response(made, self.pictures.a.split(1))
+            said.append(self._ignores.read(not self.response >= RESPONSE_LEAST))
+        if kept[0].shape == self.pictures.b[:1].shape:
+            errors = [(k - b).square().mean() for k, b in zip(kept, self.pictures.b.split(1), strict=True)]
+            self.identity = min(10 * math.log10(4 / max(float(torch.stack(errors).mean()), 1e-10)), 99.0)
+            self._identity_best = max(self._identity_best, min(self.identity, IDENTITY_ENOUGH))
+            fell = not self.identity >= self._identity_best - IDENTITY_FALL
+            said.append(self._forgets.read(fell and self.keeps_identity))
+        return [sentence for sentence in said if sentence]
+
+    def judge(self, losses: dict[str, float]) -> list[str]:
+        """Read the losses of a progress line; returns what is to be said."""
+        said = []
+        self.keeps_identity = any(name.startswith("idt") or name in ("NCE_Y", "rendered") for name in losses)
+        for name, value in _discriminators(losses).items():
+            alarm = self._beaten.setdefault(
+                name,
+                Alarm(
+                    f"the loss of {name} stays at 0: the discriminator has won and teaches nothing; try a smaller one, "
+                    f"or a lower optim.lr",
+                    patience=5,
+                ),
+            )
+            said.append(alarm.read(0 <= value < DISCRIMINATOR_LEAST))
+        return [sentence for sentence in said if sentence]
+
+    def metrics(self) -> dict[str, float]:
+        """For metrics.jsonl: response, identity_psnr (dB) where they were measured, and warnings that are up."""
+        found = {"response": self.response, "identity_psnr": self.identity}
+        return {key: value for key, value in found.items() if not math.isnan(value)} | {"warnings": len(self._up())}
+
+    def short(self) -> str:
+        """The warnings that are up, for the progress line."""
+        up = self._up()
+        return f"WARNING: {', '.join(up)}" if up else ""
+
+    def _up(self) -> list[str]:
+        short = {"output ignores input": self._ignores, "identity falls": self._forgets}
+        short |= {f"{name} at 0": alarm for name, alarm in self._beaten.items()}
+        return [words for words, alarm in short.items() if alarm.up]
+
+
+def response(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> float:
+    """How much outputs differ from picture to picture, beside how much their inputs do: about 1 when all is well.
+
+    Args:
+        outputs, inputs: (1, channels, height, width) each, two or more of one size.
+
+    Returns:
+        the root of the ratio of variances over pictures, each the mean over pixels.
+    """
+    made, given = (torch.cat(list(pictures)).float().var(dim=0).mean() for pictures in (outputs, inputs))
+    return float((made / given.clamp_min(1e-12)).sqrt())
+
+
+def _discriminators(losses: dict[str, float]) -> dict[str, float]:
+    """Each discriminator's loss by its name, of a method's logged losses."""
+    if "D_real" in losses and "D_fake" in losses:
+        return {"D": losses["D_real"] + losses["D_fake"]}
+    return {name: losses[name] for name in ("D_A", "D_B") if name in losses}

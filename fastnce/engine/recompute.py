@@ -1,0 +1,49 @@
+"""Less memory for more time: the generators' residual blocks are computed again in the backward pass.
+
+A block then keeps its input alone instead of every map inside. At 256x256 the nine blocks of the published generator
+hold about a third of what a step keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..methods.base import Method
+from ..networks.resnet import ResnetBlock
+from ..networks.restorer import GatedBlock
+from ..networks.stylegan2 import ResBlock
+
+BLOCKS = (ResnetBlock, ResBlock, GatedBlock)
+
+
+def recompute_blocks(method: Method) -> int:
+    """Let every residual block of the generators forget its inner maps; returns how many there are.
+
+    Raises:
+        ValueError: the generators have no such blocks.
+    """
+    generators = [net for name, net in method.networks().items() if name.startswith("G")]
+    blocks = [module for net in generators for module in net.modules() if isinstance(module, BLOCKS)]
+    for block in blocks:
+        block.forward = _forgetful(block, block.forward)  # type: ignore[method-assign, assignment]
+    if not blocks:
+        kind = type(generators[0]).__name__
+        raise ValueError(f"run.checkpoint_activations: {kind} has no residual blocks to compute again; leave it false")
+    return len(blocks)
+
+
+def _forgetful(block: nn.Module, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    # Dropout must drop the same again. Keeping the state of the generator cannot be recorded in a CUDA graph.
+    random = any(isinstance(module, nn.Dropout) for module in block.modules())
+
+    def forget(x: Tensor) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(x)
+        return checkpoint(forward, x, use_reentrant=False, preserve_rng_state=random)
+
+    return forget

@@ -1,0 +1,89 @@
+"""An unpaired training set out of pairs: rainy pictures of one half of the scenes, clean ones of the other.
+
+fastnce unpair PAIRS --out DIR --test TEST
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+from ..data import DataError, save_image
+from .pairs import find_pairs
+
+
+def write_unpaired(
+    pairs: Path, out: Path, test: Path | None = None, progress: Callable[[str], None] | None = None
+) -> dict[str, int]:
+    """Write `trainA` (rainy) and `trainB` (clean) of different scenes, and pairs to `test/rain` and `test/norain`.
+
+    Scenes go to A and B in turn, in the order of their clean pictures' names; several rainy pictures of one scene stay
+    together. Pictures are written as 8-bit PNG.
+
+    Args:
+        pairs, test: folders in any layout that `find_pairs` knows.
+        out: must not hold these folders yet.
+
+    Returns:
+        folder -> pictures in it.
+
+    Raises:
+        DataError: no pairs, fewer than two scenes, or a folder in the way. Nothing is written then.
+    """
+    found = find_pairs(pairs)
+    scenes = {clean: place for place, clean in enumerate(sorted({pair.clean for pair in found}))}
+    if len(scenes) < 2:
+        raise DataError(f"{pairs} holds one scene; two at least make rainy and clean pictures of different ones")
+    held_out = find_pairs(test) if test is not None else []
+    tops = ["trainA", "trainB", *(["test"] if held_out else [])]
+    for top in tops:
+        if (out / top).exists():
+            raise DataError(f"{out / top} is there already: take another folder for --out")
+    aside = out / f".partial-{uuid.uuid4().hex}"
+    counts: dict[str, int] = {}
+
+    def write(picture, folder: str, name: str) -> None:
+        save_image(picture, aside / folder / f"{name}.png")
+        counts[folder] = counts.get(folder, 0) + 1
+
+    try:
+        written: set[Path] = set()
+        for done, pair in enumerate(found, 1):
+            rainy, clean = pair.load()
+            if scenes[pair.clean] % 2 == 0:
+                write(rainy, "trainA", pair.name)
+            elif pair.clean not in written:
+                written.add(pair.clean)
+                write(clean, "trainB", pair.name)
+            if progress is not None:
+                progress(f"{done}/{len(found)} {pair.name}")
+        for pair in held_out:
+            rainy, clean = pair.load()
+            write(rainy, "test/rain", pair.name)
+            write(clean, "test/norain", pair.name)
+        for top in tops:
+            os.replace(aside / top, out / top)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        if out.is_dir() and not any(out.iterdir()):
+            out.rmdir()
+    return counts
+
+
+def main(arguments: list[str]) -> int:
+    """The command."""
+    from ..inference import ProgressLine
+
+    parser = argparse.ArgumentParser(prog="fastnce unpair", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("pairs", type=Path, metavar="PAIRS", help="rain/ and norain/, strips, ... as fastnce evaluate")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="receives trainA and trainB")
+    parser.add_argument("--test", type=Path, metavar="PAIRS", help="more pairs, written to DIR/test")
+    args = parser.parse_args(arguments)
+    with ProgressLine() as line:
+        counts = write_unpaired(args.pairs, args.out, args.test, progress=line)
+    print(f"written to {args.out}: {', '.join(f'{count} in {folder}' for folder, count in sorted(counts.items()))}")
+    return 0

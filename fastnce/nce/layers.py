@@ -1,0 +1,117 @@
+"""PatchNCE of all layers and directions of a method in one call: on a device one launch for the lot.
+
+nce1, nce2 = patch_nce_layers([q1, q2], [k1, k2], images=batch, cosine=True)   # each q, k: one (rows, dim) a layer
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from . import api, eager
+from .api import Implementation, Negatives
+
+try:
+    from . import fused_layers
+except ImportError:  # no Triton for this platform
+    fused_layers = None  # type: ignore[assignment]
+
+Rows = Sequence[Sequence[Tensor]]
+"""One list a direction, in it one tensor a layer."""
+
+
+def cosine_rows(rows: Tensor) -> Tensor:
+    """(rows, dim) divided by their length, as `F.cosine_similarity` does: by 1e-8 where they are shorter, so rows of
+    zeros stay. 16-bit rows by way of float32."""
+    wide = rows.float() if rows.dtype in (torch.bfloat16, torch.float16) else rows
+    return (wide / torch.linalg.vector_norm(wide, dim=1, keepdim=True).clamp_min(1e-8)).to(rows.dtype)
+
+
+def patch_nce_layers(
+    queries: Rows,
+    keys: Rows,
+    *,
+    images: int = 1,
+    negatives: Negatives = "image",
+    temperature: float | Sequence[float] = 0.07,
+    extra_keys: Rows | Literal["other"] | None = None,
+    cosine: bool = False,
+    unit_rows: bool = False,
+    implementation: Implementation = None,
+) -> Tensor:
+    """`patch_nce` of each layer and direction: float32 (directions,), the mean over rows, then over layers.
+
+    Args:
+        queries, keys: (rows, dim), rows = images * patches, image after image; the directions of a layer alike. Keys
+            are constants.
+        images, negatives: of one direction, as in `patch_nce`; a direction never sees the rows of another.
+        temperature: T > 0, one for all layers or one a layer.
+        extra_keys: more negatives, constants: (count, dim) or (groups, count, dim) for each layer and direction, taken
+            as they are; the two directions of a layer alike. "other" takes the queries of the other of two directions,
+            group by group (DCD-GAN: the same picture's codes in the other branch).
+        cosine: divide queries and keys (and "other" ones) by their length, see `cosine_rows` (DCLGAN).
+        unit_rows, implementation: as in `patch_nce`. Kernels want layers of one dtype.
+
+    Raises:
+        ValueError: lists that do not fit together, and what `patch_nce` refuses.
+    """
+    directions, layers = len(queries), len(queries[0]) if queries else 0
+    nested = [queries, keys] if extra_keys is None or extra_keys == "other" else [queries, keys, extra_keys]
+    if layers == 0 or any(len(side) != directions or any(len(rows) != layers for rows in side) for side in nested):
+        raise ValueError("queries, keys and extra_keys must hold the same directions and layers, at least one each")
+    if extra_keys == "other" and directions != 2:
+        raise ValueError(f'extra_keys="other" wants two directions, not {directions}')
+    temperatures = [temperature] * layers if isinstance(temperature, float | int) else list(temperature)
+    if len(temperatures) != layers:
+        raise ValueError(f"temperature must be one number or {layers}, not {len(temperatures)}")
+    # flat lists, the directions of a layer one after another
+    asking, answers = ([side[d][i] for i in range(layers) for d in range(directions)] for side in (queries, keys))
+    dtypes = {api._autocast_dtype(q) for q in asking}
+    asking, answers = ([x.to(api._autocast_dtype(x)) for x in side] for side in (asking, answers))
+    extra: list[Tensor | None] = [None] * len(asking)
+    if isinstance(extra_keys, Sequence) and extra_keys != "other":
+        extra = [extra_keys[d][i].to(asking[0].dtype) for i in range(layers) for d in range(directions)]
+    groups = 0
+    for i, (q, k, e) in enumerate(zip(asking, answers, extra, strict=True)):
+        groups = api._check_rows(q, k, images, negatives, temperatures[i // directions], e, None, False)
+        if q.shape != asking[i - i % directions].shape:
+            raise ValueError(f"the directions of layer {i // directions} must have queries of one shape")
+    width, size = max(q.shape[1] for q in asking), max(q.shape[0] for q in asking) // groups
+    wanted = api._use_triton(implementation, asking[0].device, asking[0].dtype, width, size)
+    if wanted and len(dtypes) > 1 and implementation == "triton":
+        raise ValueError("implementation='triton' cannot run here: layers differ in dtype")
+    with api._without_autocast(asking[0].device):
+        if wanted and len(dtypes) == 1:
+            return fused_layers.nce_layers(
+                asking,
+                answers,
+                [e if e.dim() == 3 else e[None] for e in extra if e is not None],
+                temperatures=[t for t in temperatures for _ in range(directions)],
+                groups=groups,
+                directions=directions,
+                other=extra_keys == "other",
+                divide=cosine,
+                unit=unit_rows,
+            )
+        means = []
+        for i, t in enumerate(temperatures):
+            here = slice(i * directions, (i + 1) * directions)
+            q, k = torch.cat(asking[here]), torch.cat(answers[here]).detach()
+            if cosine:
+                q, k = cosine_rows(q), cosine_rows(k)
+            if extra_keys == "other":
+                e = q.detach().unflatten(0, (2, groups, -1)).flip(0).flatten(0, 1)
+            else:
+                e = _grouped(extra[here], groups)
+            loss, _, _ = eager.nce_losses(q, k, e, groups=directions * groups, temperature=float(t))
+            means.append(loss.unflatten(0, (directions, -1)).mean(dim=1))
+        return torch.stack(means).mean(dim=0)
+
+
+def _grouped(extra: Sequence[Tensor | None], groups: int) -> Tensor | None:
+    """(directions * groups, count, dim) of one layer's extra keys."""
+    wide = [(e if e.dim() == 3 else e[None]).detach().expand(groups, -1, -1) for e in extra if e is not None]
+    return torch.cat(wide) if wide else None

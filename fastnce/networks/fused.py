@@ -1,0 +1,190 @@
+"""The kernels of the layers as PyTorch operators with gradients: instance norm with its neighbours, pads and blurs.
+
+The operators (`torch.ops.fastnce.*`) have fakes, so that `torch.compile` traces through them without a break. Pads and
+blurs are linear: each is the gradient of its transpose, so they can be differentiated as often as one likes. The
+gradient of a norm's gradient (R1 and WGAN-GP penalties) is left to plain PyTorch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels import blur, common, reflect_pad
+from ..kernels import instance_norm as norm
+from ..kernels.planes import empty_like
+from ..nce.autograd import call, directly
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+_library = torch.library.Library("fastnce", "FRAGMENT")
+
+
+def _operator(schema: str, run, fake) -> Any:
+    name = schema.split("(", 1)[0]
+    _library.define(schema, tags=(torch.Tag.needs_exact_strides,))  # results lie in memory as the arguments do
+    for key in ("CPU", "CUDA", "XPU"):  # CPU is Triton's interpreter, CUDA is ROCm as well
+        _library.impl(name, run, key)
+    torch.library.register_fake(f"fastnce::{name}", fake, lib=_library)
+    return getattr(torch.ops.fastnce, name)
+
+
+def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot run on such maps, or None."""
+    if device.type == "cpu" and not common.INTERPRET.value:
+        return "the tensors are on the CPU, and Triton's interpreter is off (TRITON_INTERPRET=1 before the import)"
+    if device.type not in ("cpu", "cuda", "xpu"):
+        return f"there is no kernel for {device.type}"
+    if dtype not in DTYPES:
+        return f"the kernels take bfloat16, float16 and float32, not {dtype}"
+    return None
+
+
+# Pads and blurs: linear maps of a plane onto one of another size, and their transposes
+
+
+def _plane_operator(name: str, run) -> Any:
+    def fake(x, height, width):
+        return empty_like(x, height, width)
+
+    return _operator(f"{name}(Tensor x, SymInt height, SymInt width) -> Tensor", run, fake)
+
+
+_PLANE = {
+    "blur_down": _plane_operator("blur_down", blur.blur_down),
+    "blur_down_backward": _plane_operator("blur_down_backward", blur.blur_down_backward),
+    "blur_up": _plane_operator("blur_up", blur.blur_up),
+    "blur_up_backward": _plane_operator("blur_up_backward", blur.blur_up_backward),
+    "reflect_pad": _plane_operator("reflect_pad", reflect_pad.reflect_pad),
+    "reflect_pad_backward": _plane_operator("reflect_pad_backward", reflect_pad.reflect_pad_backward),
+}
+
+
+def _transposed(name: str) -> str:
+    return name.removesuffix("_backward") if name.endswith("_backward") else f"{name}_backward"
+
+
+@directly
+class _Plane(torch.autograd.Function):
+    @staticmethod
+    def forward(x, name, height, width):
+        return _PLANE[name](x, height, width)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, ctx.name, _, _ = inputs
+        ctx.height, ctx.width = x.shape[2:]
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return call(_Plane, gradient, _transposed(ctx.name), ctx.height, ctx.width), None, None, None
+
+
+def reflection_pad(x: Tensor, margin: int) -> Tensor:
+    """`F.pad(x, (margin,) * 4, mode="reflect")`; its gradient is a gather, and repeats to the bit."""
+    _check_margin(x, margin)
+    return call(_Plane, x, "reflect_pad", x.shape[2] + 2 * margin, x.shape[3] + 2 * margin)
+
+
+def blur_down(x: Tensor) -> Tensor:
+    """The filter [1, 2, 1] / 4 along both axes at every other place, reflected at the border; see `BlurDown`."""
+    _check_margin(x, 1)
+    return call(_Plane, x, "blur_down", (x.shape[2] + 1) // 2, (x.shape[3] + 1) // 2)
+
+
+def blur_up(x: Tensor) -> Tensor:
+    """`F.interpolate(x, scale_factor=2, mode="bilinear")`; see `BlurUp`."""
+    return call(_Plane, x, "blur_up", 2 * x.shape[2], 2 * x.shape[3])
+
+
+def _check_margin(x: Tensor, margin: int) -> None:
+    if margin >= min(x.shape[2], x.shape[3]):
+        raise ValueError(
+            f"a picture of {x.shape[2]}x{x.shape[3]} is too small for a reflection of {margin} pixels: both sides must "
+            f"be longer than that"
+        )
+
+
+# Instance norm
+
+_norm_forward = _operator(
+    "instance_norm(Tensor x, Tensor? residual, float eps, float slope, int margin) -> (Tensor, Tensor)",
+    norm.instance_norm,
+    lambda x, residual, eps, slope, margin: (
+        empty_like(x, x.shape[2] + 2 * margin, x.shape[3] + 2 * margin),
+        x.new_empty(x.shape[0], 2, x.shape[1], dtype=torch.float32),
+    ),
+)
+_norm_backward = _operator(
+    "instance_norm_backward(Tensor gradient, Tensor x, Tensor statistics, float slope, int margin) -> Tensor",
+    norm.instance_norm_backward,
+    lambda gradient, x, statistics, slope, margin: empty_like(x, x.shape[2], x.shape[3]),
+)
+
+
+def instance_norm_formula(x: Tensor, eps: float, slope: float, margin: int) -> Tensor:
+    """What the kernels compute of x, in plain PyTorch and float32 at least; differentiable without end."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    apart = wide - wide.mean(dim=(2, 3), keepdim=True)
+    y = apart * torch.rsqrt(apart.square().mean(dim=(2, 3), keepdim=True) + eps)
+    y = y if slope == 1.0 else F.leaky_relu(y, slope)
+    if margin > 0 and obstacle(y.device, y.dtype) is None:
+        y = reflection_pad(y, margin)  # deterministic, unlike the library's
+    elif margin > 0:
+        y = F.pad(y, (margin,) * 4, mode="reflect")
+    return y.to(x.dtype)
+
+
+@directly
+class _InstanceNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(x, residual, eps, slope, margin):
+        return _norm_forward(x, residual, eps, slope, margin)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, _, ctx.eps, ctx.slope, ctx.margin = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, output[1])
+
+    @staticmethod
+    def backward(ctx, gradient, _):
+        if gradient is None:
+            return (None,) * 5
+        x, statistics = ctx.saved_tensors
+        d_x = None
+        if ctx.needs_input_grad[0]:
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+                y = instance_norm_formula(x, ctx.eps, ctx.slope, ctx.margin)
+                (d_x,) = torch.autograd.grad(y, x, gradient, create_graph=True)
+            else:
+                d_x = _norm_backward(gradient, x, statistics, ctx.slope, ctx.margin)
+        return d_x, gradient if ctx.needs_input_grad[1] else None, None, None, None
+
+
+def instance_norm(
+    x: Tensor, eps: float = 1e-5, slope: float = 1.0, margin: int = 0, residual: Tensor | None = None
+) -> Tensor:
+    """Each channel of each picture to mean 0 and variance 1, then what follows in the networks, in one operator.
+
+    Args:
+        x: (images, channels, height, width), bfloat16, float16 or float32, any strides.
+        slope: of the activation for negative values: 1 for none, 0 for ReLU, 0.2 for the published leaky ReLU.
+        margin: of the reflection pad at the end.
+        residual: added at the end, of x's shape and dtype; not together with a margin.
+
+    Returns:
+        (images, channels, height + 2 * margin, width + 2 * margin) in x's dtype and layout.
+    """
+    if margin:
+        _check_margin(x, margin)
+    if residual is not None and (margin or residual.shape != x.shape or residual.dtype != x.dtype):
+        raise ValueError(
+            f"a residual must have the map's shape and dtype and goes with no margin: {tuple(residual.shape)} "
+            f"{residual.dtype} for {tuple(x.shape)} {x.dtype}, margin {margin}"
+        )
+    return call(_InstanceNorm, x, residual, eps, slope, margin)[0]

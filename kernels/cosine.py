@@ -1,0 +1,129 @@
+"""Rows divided by their own length, and the way back: what cosine similarity adds to InfoNCE, for a list of problems.
+
+`cosine_kernel` makes the unit rows of all problems in one launch. `row_gradient_kernel` brings InfoNCE's ready query
+gradients to the rows as they came: times the upstream gradient of their direction, and through the division.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import block_dim, dense_rows, fields_of, launch, narrow
+
+SHORTEST = tl.constexpr(1e-8)
+"""Shorter rows are divided by this (`F.cosine_similarity`), so rows of zeros stay."""
+
+
+class Rows(NamedTuple):
+    """One problem of `cosine_kernel`."""
+
+    rows: Tensor  # (count, dim)
+    unit: Tensor  # (count, dim), contiguous
+    row: int
+    count: int
+    dim: int
+    first_block: int
+
+
+class RowGradient(NamedTuple):
+    """One problem of `row_gradient_kernel`."""
+
+    rows: Tensor  # (count, dim)
+    d_unit: Tensor  # (count, dim), contiguous, as `gradient`
+    gradient: Tensor
+    row: int
+    count: int
+    dim: int
+    direction: int
+    weight: float
+    first_block: int
+
+
+@triton.jit
+def cosine_kernel(problems, COUNT: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr):
+    block = tl.program_id(0).to(tl.int64)
+    one = Rows(*fields_of(problems, block, COUNT))
+    o_m = (block - one.first_block) * BM + tl.arange(0, BM)
+    o_d = tl.arange(0, BD)
+    m_md = (o_m < one.count)[:, None] & (o_d < one.dim)[None, :]
+    x = tl.load(one.rows + o_m[:, None] * one.row + o_d[None, :], mask=m_md, other=0.0).to(tl.float32)  # [BM, BD]
+    length = tl.sqrt(tl.sum(x * x, 1))
+    x /= tl.where(length < SHORTEST, SHORTEST, length)[:, None]
+    tl.store(one.unit + o_m[:, None] * one.dim + o_d[None, :], narrow(x, one.unit.dtype.element_ty), mask=m_md)
+
+
+@triton.jit
+def row_gradient_kernel(
+    problems, upstream, stride, COUNT: tl.constexpr, COSINE: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr
+):
+    block = tl.program_id(0).to(tl.int64)
+    one = RowGradient(*fields_of(problems, block, COUNT))
+    o_m = (block - one.first_block) * BM + tl.arange(0, BM)
+    o_d = tl.arange(0, BD)
+    m_md = (o_m < one.count)[:, None] & (o_d < one.dim)[None, :]
+    o_md = o_m[:, None] * one.dim + o_d[None, :]
+    d = tl.load(one.d_unit + o_md, mask=m_md, other=0.0).to(tl.float32)  # [BM, BD]
+    d *= tl.load(upstream + one.direction.to(tl.int64) * stride).to(tl.float32) * one.weight
+    if COSINE:
+        x = tl.load(one.rows + o_m[:, None] * one.row + o_d[None, :], mask=m_md, other=0.0).to(tl.float32)
+        length = tl.sqrt(tl.sum(x * x, 1))
+        short = length < SHORTEST  # the division is by a constant then
+        # a row of zeros would get a slope of 1e8, which float16 cannot hold; its projection gives it none either
+        inverse = tl.where(length == 0, 0.0, 1.0 / tl.where(short, SHORTEST, length))
+        x *= inverse[:, None]
+        d = (d - x * tl.where(short, 0.0, tl.sum(x * d, 1))[:, None]) * inverse[:, None]
+    tl.store(one.gradient + o_md, narrow(d, one.gradient.dtype.element_ty), mask=m_md)
+
+
+def _block_rows(width: int) -> int:
+    return max(1, 4096 // width)
+
+
+def cosine(rows: Sequence[Tensor]) -> list[Tensor]:
+    """rows / max(|rows|, 1e-8), (count, dim) each, in one launch and in their dtype; lengths are taken in float32."""
+    rows = [dense_rows(r) for r in rows]
+    units = [torch.empty(r.shape, dtype=r.dtype, device=r.device) for r in rows]
+    widest = block_dim(max(r.shape[1] for r in rows))
+    problems: list[Rows] = []
+    block = 0
+    for r, unit in zip(rows, units, strict=True):
+        problems.append(Rows(r, unit, r.stride(0), *r.shape, block))
+        block += triton.cdiv(r.shape[0], _block_rows(widest))
+    launch(
+        cosine_kernel, block, rows[0], tuple(problems), COUNT=len(rows), BM=_block_rows(widest), BD=widest, num_warps=4
+    )  # fmt: skip
+    return units
+
+
+def row_gradients(
+    rows: Sequence[Tensor], d_units: Sequence[Tensor], upstream: Tensor, *, divided: bool
+) -> list[Tensor]:
+    """The gradients of the rows, in their dtype, of a mean over rows, then over layers, in one launch.
+
+    Args:
+        rows: (count, dim) a problem, the directions of a layer one after another.
+        d_units: the gradient of each row's own loss, as `nce_forward` left it.
+        upstream: (directions,), the gradients of the means.
+        divided: `d_units` belong to rows that `cosine` divided by their length.
+    """
+    rows = [dense_rows(r) for r in rows]
+    gradients = [torch.empty(r.shape, dtype=r.dtype, device=r.device) for r in rows]
+    widest = block_dim(max(r.shape[1] for r in rows))
+    directions = upstream.shape[0]
+    problems: list[RowGradient] = []
+    block = 0
+    for i, (r, d, gradient) in enumerate(zip(rows, d_units, gradients, strict=True)):
+        weight = directions / (len(rows) * r.shape[0])
+        problems.append(RowGradient(r, d, gradient, r.stride(0), *r.shape, i % directions, weight, block))
+        block += triton.cdiv(r.shape[0], _block_rows(widest))
+    launch(
+        row_gradient_kernel, block, rows[0], tuple(problems), upstream, upstream.stride(0), COUNT=len(rows),
+        COSINE=divided, BM=_block_rows(widest), BD=widest, num_warps=4,
+    )  # fmt: skip
+    return gradients

@@ -1,0 +1,163 @@
+"""The gradient of keys and extra keys that are not constants: InfoNCE's second, transposed pass.
+
+dL/dk_j = sum_i c_i w_ij q_i, where w_ij is the share of key j in row i's negatives, rebuilt from the logsumexp that
+`nce_forward` left. A block of keys stays on chip while the queries stream past it. The positive's part is subtracted in
+float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import configs
+from .common import LOG2E, architecture, block_dim, bound, dense_rows, dot, fields_of, launch, narrow
+from .nce import weight_strides
+
+
+class KeyProblem(NamedTuple):
+    """One set of groups for the key pass: `keys` stay on chip and the queries stream."""
+
+    keys: Tensor  # (groups, count, dim)
+    queries: Tensor  # (groups, rows, dim)
+    log_weight: Tensor
+    pair_weight: Tensor
+    gradient: Tensor  # (groups, count, dim), contiguous
+    k_group: int
+    k_row: int
+    q_group: int
+    q_row: int
+    l_group: int
+    l_row: int
+    l_col: int
+    w_group: int
+    w_row: int
+    w_col: int
+    count: int
+    rows: int
+    dim: int
+    scale: float
+    first_block: int
+    first_row: int
+
+
+@triton.jit
+def nce_keys_kernel(
+    problems,
+    negative,
+    coefficient,
+    peak,
+    COUNT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+    EXTRA: tl.constexpr,
+    LOG_WEIGHT: tl.constexpr,
+    PAIR_WEIGHT: tl.constexpr,
+):
+    """dk_j = sum_i c_i w_ij q_i, less the positive's part: BM keys stay on chip, BN queries stream.
+
+    The coefficients c_i come divided by their largest (`peak`), and the products carry a factor 2^15, so that float16
+    neither overflows nor goes subnormal.
+    """
+    block = tl.program_id(0).to(tl.int64)
+    one = KeyProblem(*fields_of(problems, block, COUNT))
+    count, rows, dim, scale = one.count, one.rows, one.dim, one.scale
+    block -= one.first_block
+    blocks = tl.cdiv(count, BM)
+    group = block // blocks
+    o_m = (block % blocks) * BM + tl.arange(0, BM)  # keys
+    o_n = tl.arange(0, BN)  # queries
+    o_d = tl.arange(0, BD)
+    m_m = o_m < count
+    m_d = o_d < dim
+    m_md = m_m[:, None] & m_d[None, :]
+    c = scale * LOG2E
+    p_k = one.keys + group * one.k_group + o_m[:, None] * one.k_row + o_d[None, :]
+    k = tl.load(p_k, mask=m_md, other=0.0)  # [BM, BD]
+    acc = tl.zeros([BM, BD], tl.float32)
+    queries = one.queries + group * one.q_group
+    first_row = one.first_row + group * rows
+    for n in range(0, bound(rows), BN):
+        o_q = (n + o_n).to(tl.int64)
+        m_n = o_q < rows
+        q = tl.load(queries + o_q[:, None] * one.q_row + o_d[None, :], mask=m_n[:, None] & m_d[None, :], other=0.0)
+        s = dot(k, tl.trans(q), tl.zeros([BM, BN], tl.float32)) * c
+        m_mn = m_m[:, None] & m_n[None, :]
+        if PAIR_WEIGHT:
+            p_w = one.pair_weight + group * one.w_group + o_q[None, :] * one.w_row + o_m[:, None] * one.w_col
+            weight = tl.load(p_w, mask=m_mn, other=0.0).to(tl.float32)
+            s *= weight
+        if LOG_WEIGHT:
+            p_l = one.log_weight + group * one.l_group + o_q[None, :] * one.l_row + o_m[:, None] * one.l_col
+            s += tl.load(p_l, mask=m_mn, other=0.0).to(tl.float32) * LOG2E
+        lse = tl.load(negative + first_row + o_q, mask=m_n, other=0.0)
+        lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)  # no negatives: weights of zero
+        coef = tl.load(coefficient + first_row + o_q, mask=m_n, other=0.0)
+        if not EXTRA:
+            m_mn = m_mn & (o_m[:, None] != o_q[None, :])
+        w = tl.exp2(tl.where(m_mn, s - lse[None, :], float("-inf")) + 15.0) * coef[None, :]
+        if PAIR_WEIGHT:
+            w *= weight
+        acc = dot(narrow(w, q.dtype), q, acc)
+    factor = tl.load(peak) * scale
+    acc *= factor * (1.0 / 32768.0)
+    if not EXTRA:
+        own = tl.load(queries + o_m[:, None] * one.q_row + o_d[None, :], mask=m_md, other=0.0).to(tl.float32)
+        acc -= own * (tl.load(coefficient + first_row + o_m, mask=m_m, other=0.0) * factor)[:, None]
+    p_d = one.gradient + (group * count + o_m)[:, None] * dim + o_d[None, :]
+    tl.store(p_d, narrow(acc, one.gradient.dtype.element_ty), mask=m_md)
+
+
+def nce_key_gradients(
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    log_weight: Sequence[Tensor],
+    pair_weight: Sequence[Tensor],
+    temperatures: Sequence[float],
+    negative: Tensor,
+    coefficient: Tensor,
+    *,
+    extra: bool,
+) -> list[Tensor]:
+    """The transposed pass: the gradient of every key, in its dtype, from the saved logsumexp.
+
+    Args:
+        keys: (groups, count, dim) a problem. `extra` says that they are extra keys: no row is their positive.
+        negative: (all rows,), logsumexp of the negatives as `nce_forward` returned it.
+        coefficient: float32 (all rows,), upstream gradient times the share of the row's negatives.
+    """
+    queries, keys = ([dense_rows(x) for x in xs] for xs in (queries, keys))
+    first = queries[0]
+    widest = block_dim(max(q.shape[2] for q in queries))
+    peak = coefficient.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+    coefficient = coefficient / peak
+    count = sum(k.shape[0] * k.shape[1] for k in keys)
+    tile = configs.nce_tile(architecture(first.device), first.dtype, widest, count, False)
+    gradients = [torch.empty(k.shape, dtype=k.dtype, device=k.device) for k in keys]
+    problems, block, row = [], 0, 0
+    for i, (q, k) in enumerate(zip(queries, keys, strict=True)):
+        problems.append(
+            KeyProblem(
+                k, q,
+                log_weight[i] if log_weight else q,
+                pair_weight[i] if pair_weight else q,
+                gradients[i],
+                k.stride(0), k.stride(1), q.stride(0), q.stride(1),
+                *weight_strides(log_weight, i), *weight_strides(pair_weight, i),
+                k.shape[1], q.shape[1], q.shape[2], 1.0 / temperatures[i], block, row,
+            )
+        )  # fmt: skip
+        block += k.shape[0] * triton.cdiv(k.shape[1], tile.block_m)
+        row += q.shape[0] * q.shape[1]
+    launch(
+        nce_keys_kernel, block, first, tuple(problems), negative, coefficient, peak,
+        COUNT=len(problems), BM=tile.block_m, BN=tile.block_n, BD=widest, EXTRA=extra,
+        LOG_WEIGHT=bool(log_weight), PAIR_WEIGHT=bool(pair_weight), num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return gradients

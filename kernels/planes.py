@@ -1,0 +1,149 @@
+"""What the kernels of layers share: maps with their strides, tiles of pixels, and reflection at the border.
+
+A tile is BM pixels by BC channels, [BM, BC]. Pixels of a plane are counted row by row in 32 bits (a plane has fewer
+than 2^31 of them), places in memory in 64. Channels-last maps are read and written in whole lines along the channels.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import narrow
+
+MOST_PIXELS = 2**31 - 2**16
+"""Of one plane, so that the last tile still counts in 32 bits."""
+
+
+class Map(NamedTuple):
+    """A (images, channels, height, width) map; the tensor becomes a pointer inside the kernel."""
+
+    data: Tensor
+    image: int
+    channel: int
+    y: int
+    x: int
+
+
+def as_map(x: Tensor) -> Map:
+    """Any strides, those of expanded tensors too."""
+    return Map(x, *x.stride())
+
+
+def lies_channels_last(x: Tensor) -> bool:
+    """The channels of a pixel are neighbours in memory (and x is not plain as well, as with one channel)."""
+    return x.stride(1) == 1 and x.shape[1] > 1 and not x.is_contiguous()
+
+
+def empty_like(x: Tensor, height: int, width: int) -> Tensor:
+    """Room for x's images and channels at another size: channels-last where x is, else plain.
+
+    Written with operators alone, so that it also serves as the shape of an operator traced by the compiler.
+    """
+    layout = torch.channels_last if lies_channels_last(x) else torch.contiguous_format
+    return torch.empty(x.shape[0], x.shape[1], height, width, dtype=x.dtype, device=x.device, memory_format=layout)
+
+
+def rows_join(*maps: Tensor) -> bool:
+    """Each row of pixels begins where the one above ends, in every map: the plane can be read as one long row."""
+    return all(m.shape[2] == 1 or m.stride(2) == m.shape[3] * m.stride(3) for m in maps)
+
+
+def check_plane(*maps: Tensor) -> None:
+    for m in maps:
+        if m.shape[2] * m.shape[3] > MOST_PIXELS:
+            raise ValueError(f"a plane of {m.shape[2]}x{m.shape[3]} pixels is too large for the kernels: use tiles")
+
+
+@triton.jit
+def place(channels, parts, BC: tl.constexpr):
+    """(image, part of the plane, first channel) of this program; neighbours read neighbouring channels."""
+    block = tl.program_id(0)
+    across = tl.cdiv(channels, BC)
+    part = block // across
+    return (part // parts).to(tl.int64), part % parts, (block % across) * BC
+
+
+@triton.jit
+def pixels_from(start, width, FLAT: tl.constexpr, BM: tl.constexpr):
+    """Row and column of BM pixels; with FLAT the plane is one long row."""
+    o_p = start + tl.arange(0, BM)
+    if FLAT:
+        return tl.zeros([BM], tl.int32), o_p
+    else:
+        return o_p // width, o_p % width
+
+
+@triton.jit
+def load_tile(source, image, y, x, m_p, o_c, m_c):
+    """Values at some pixels, in float32, 0 where masked: [BM, BC]."""
+    offset = image * source.image + y.to(tl.int64) * source.y + x.to(tl.int64) * source.x
+    p_s = source.data + offset[:, None] + o_c.to(tl.int64)[None, :] * source.channel
+    return tl.load(p_s, mask=m_p[:, None] & m_c[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_tile(target, value, image, y, x, m_p, o_c, m_c):
+    offset = image * target.image + y.to(tl.int64) * target.y + x.to(tl.int64) * target.x
+    p_t = target.data + offset[:, None] + o_c.to(tl.int64)[None, :] * target.channel
+    tl.store(p_t, narrow(value, target.data.dtype.element_ty), mask=m_p[:, None] & m_c[None, :])
+
+
+@triton.jit
+def reflected(position, size):
+    """Where a position outside of 0..size-1 is mirrored to, the border pixel itself not being repeated."""
+    position = tl.where(position < 0, -position, position)
+    return tl.where(position >= size, 2 * (size - 1) - position, position)
+
+
+@triton.jit
+def load_folded(source, image, start, y, x, m_p, o_c, m_c, height, width, MARGIN: tl.constexpr, BM: tl.constexpr):
+    """The sum of all places of a padded map that show each pixel: the transpose of reflection padding. [BM, BC]
+
+    A pixel is shown at its own place (side 0), and near a border again above the first row (1) or below the last (2),
+    and so for columns: up to nine times. Tiles away from the border find that out from their first and last pixel and
+    read once.
+    """
+    p_s = source.data + image * source.image + (o_c.to(tl.int64) * source.channel)[None, :]
+    mask = m_p[:, None] & m_c[None, :]
+    offset = (y + MARGIN).to(tl.int64) * source.y + (x + MARGIN).to(tl.int64) * source.x
+    acc = tl.load(p_s + offset[:, None], mask=mask, other=0.0).to(tl.float32)
+    if MARGIN > 0:
+        top = start // width
+        bottom = (start + BM - 1) // width
+        left = start % width
+        whole = top != bottom  # such a tile reaches both ends of a row
+        for side_y in tl.static_range(3):
+            near_y = bottom >= 0
+            at_y = y + MARGIN
+            m_y = m_p
+            if side_y == 1:
+                near_y = top <= MARGIN
+                at_y = MARGIN - y
+                m_y = m_p & (y >= 1) & (y <= MARGIN)
+            if side_y == 2:
+                near_y = bottom >= height - 1 - MARGIN
+                at_y = 2 * (height - 1) - y + MARGIN
+                m_y = m_p & (y <= height - 2) & (y >= height - 1 - MARGIN)
+            for side_x in tl.static_range(3):
+                if side_y + side_x > 0:
+                    near = near_y
+                    at_x = x + MARGIN
+                    m_x = m_y
+                    if side_x == 1:
+                        near = near & (whole | (left <= MARGIN))
+                        at_x = MARGIN - x
+                        m_x = m_y & (x >= 1) & (x <= MARGIN)
+                    if side_x == 2:
+                        near = near & (whole | (left + BM - 1 >= width - 1 - MARGIN))
+                        at_x = 2 * (width - 1) - x + MARGIN
+                        m_x = m_y & (x <= width - 2) & (x >= width - 1 - MARGIN)
+                    if near:
+                        offset = at_y.to(tl.int64) * source.y + at_x.to(tl.int64) * source.x
+                        m = m_x[:, None] & m_c[None, :]
+                        acc += tl.load(p_s + offset[:, None], mask=m, other=0.0).to(tl.float32)
+    return acc

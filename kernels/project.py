@@ -1,0 +1,190 @@
+"""Patch rows of unit length from feature maps: gather, project, normalise, for all layers and sides at once.
+
+`project_kernel` reads only the sampled locations, through the map's own strides, and runs Linear-ReLU-Linear in chunks
+of hidden units: a chunk of the first product feeds the second at once, so the hidden rows cross memory only when the
+backward asks for them. The projection itself stays in float32 until it has unit length: it can be as short as 1e-6.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import configs
+from .common import architecture, block_dim, bound, dot, fields_of, launch, long_dot, narrow, number_of
+
+NORM_EPS = tl.constexpr(1e-7)
+
+TRITON_DTYPE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+class Map(NamedTuple):
+    """Where a map (or its gradient) lies; each has its own dtype, strides and alignment."""
+
+    map: Tensor  # (images, channels, height, width)
+    m_image: int
+    m_channel: int
+    m_y: int
+    m_x: int
+    width: int
+
+
+class Layer(NamedTuple):
+    """The rest of one map of `project_kernel`; tensors become pointers inside the kernel."""
+
+    ids: Tensor  # int64, (sets, patches): each set serves `share` images
+    weight1: Tensor  # (hidden, channels)
+    bias1: Tensor
+    weight2: Tensor  # (dim, hidden)
+    bias2: Tensor
+    unit: Tensor  # (images * patches, dim), contiguous
+    i_set: int
+    i_patch: int
+    share: int
+    locations: int
+    patches: int
+    rows: int
+    channels: int
+    dim: int
+    first_block: int
+    first_row: int
+    first_x: int
+
+
+@triton.jit
+def locations_of(one, o_r, m_r):
+    """The location of each row of a layer."""
+    image = o_r // one.patches
+    return tl.load(one.ids + (image // one.share) * one.i_set + (o_r % one.patches) * one.i_patch, mask=m_r, other=0)
+
+
+@triton.jit
+def places_of(one, image, patch, o_c):
+    """Pointers to the channels of a map at these locations of these images."""
+    offset = image * one.m_image + (patch // one.width) * one.m_y + (patch % one.width) * one.m_x
+    return one.map + offset[:, None] + o_c.to(tl.int64)[None, :] * one.m_channel  # [BM, BC]
+
+
+@triton.jit
+def project_kernel(
+    maps,
+    layers,
+    length,
+    x_saved,
+    h_saved,
+    hidden,
+    COUNT: tl.constexpr,
+    SAVED: tl.constexpr,
+    MLP: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BM: tl.constexpr,
+    BC: tl.constexpr,
+    BH: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """Rows of the first SAVED layers also leave their length, sampled and hidden values for the backward."""
+    block = tl.program_id(0).to(tl.int64)
+    number = number_of(layers, block, COUNT)
+    one = Layer(*fields_of(layers, block, COUNT))
+    rows, channels, dim, first_row = one.rows, one.channels, one.dim, one.first_row
+    o_r = (block - one.first_block) * BM + tl.arange(0, BM)
+    m_r = o_r < rows
+    image = o_r // one.patches
+    patch = locations_of(one, o_r, m_r)
+    m_in = m_r & (patch >= 0) & (patch < one.locations)
+    o_c = tl.arange(0, BC)
+    m_c = o_c < channels
+    x = tl.zeros([BM, BC], DTYPE)
+    for i in tl.static_range(COUNT):
+        if number == i:
+            p_x = places_of(maps[i], image, patch, o_c)
+            x = narrow(tl.load(p_x, mask=m_in[:, None] & m_c[None, :], other=0.0), DTYPE)
+    m_saved = (m_r & (number < SAVED))[:, None]
+    if SAVED > 0:
+        tl.store(x_saved + one.first_x + o_r[:, None] * channels + o_c[None, :], x, mask=m_saved & m_c[None, :])
+
+    o_d = tl.arange(0, BD)
+    m_d = o_d < dim
+    if MLP:
+        z = tl.zeros([BM, BD], tl.float32)
+        for h in range(0, bound(hidden), BH):
+            o_h = h + tl.arange(0, BH)
+            m_h = o_h < hidden
+            p_w = one.weight1 + o_h[None, :] * channels + o_c[:, None]
+            w = tl.load(p_w, mask=m_c[:, None] & m_h[None, :], other=0.0)  # [BC, BH]
+            unit_h = long_dot(x, narrow(w, DTYPE), tl.zeros([BM, BH], tl.float32))
+            unit_h += tl.load(one.bias1 + o_h, mask=m_h, other=0.0).to(tl.float32)[None, :]
+            unit_h = narrow(tl.where(unit_h < 0, 0.0, unit_h), DTYPE)
+            if SAVED > 0:
+                p_h = h_saved + (first_row + o_r)[:, None] * hidden + o_h[None, :]
+                tl.store(p_h, unit_h, mask=m_saved & m_h[None, :])
+            p_w = one.weight2 + o_d[None, :] * hidden + o_h[:, None]
+            w = tl.load(p_w, mask=m_h[:, None] & m_d[None, :], other=0.0)  # [BH, BD]
+            z = dot(unit_h, narrow(w, DTYPE), z)
+        z += tl.load(one.bias2 + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
+    else:
+        z = x.to(tl.float32)
+    size = tl.sqrt(tl.sum(z * z, 1))
+    size = tl.where(m_r & (m_in == 0), float("nan"), size)  # a location outside of the map makes its row NaN
+    z *= tl.where(size == 0, 0.0, 1.0 / (size + NORM_EPS))[:, None]
+    p_u = one.unit + o_r[:, None] * dim + o_d[None, :]
+    tl.store(p_u, narrow(z, DTYPE), mask=m_r[:, None] & m_d[None, :])
+    if SAVED > 0:
+        tl.store(length + first_row + o_r, size, mask=m_r & (number < SAVED))
+
+
+def groups_of_four(mlp: Sequence[Tensor], layers: int) -> list[Sequence[Tensor]]:
+    return [mlp[4 * i : 4 * i + 4] for i in range(layers)] if mlp else [()] * layers
+
+
+def project(
+    maps: Sequence[Tensor], ids: Sequence[Tensor], mlp: Sequence[Tensor], dtype: torch.dtype, saved: int
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """All layers in one launch: unit rows, and what the backward of the first `saved` layers needs.
+
+    Args:
+        maps: (images, channels, height, width) each, any strides and floating dtype.
+        ids: int64 (sets, patches) a map; the images share the sets equally, in order.
+        mlp: none, or weight1, bias1, weight2, bias2 of each map in turn, contiguous and of one dtype.
+        dtype: of the products and of the rows.
+
+    Returns:
+        [(images * patches, dim)], float32 lengths, sampled rows, hidden rows (the last three flat, over all layers).
+    """
+    first = maps[0]
+    arch = architecture(first.device)
+    hidden = mlp[0].shape[0] if mlp else 1
+    widest_c = block_dim(max(m.shape[1] for m in maps))
+    dims = [mlp[2].shape[0] if mlp else m.shape[1] for m in maps]
+    all_rows = [m.shape[0] * i.shape[-1] for m, i in zip(maps, ids, strict=True)]
+    tile = configs.project_tile(arch, dtype, max(widest_c, block_dim(max(dims))), sum(all_rows))
+    places, layers, units, block, row, x = [], [], [], 0, 0, 0
+    for m, i, weights, dim, rows in zip(maps, ids, groups_of_four(mlp, len(maps)), dims, all_rows, strict=True):
+        unit = torch.empty(rows, dim, dtype=dtype, device=m.device)
+        units.append(unit)
+        places.append(Map(m, *m.stride(), m.shape[3]))
+        layers.append(
+            Layer(
+                i, *(weights or (unit,) * 4), unit, *i.stride(), m.shape[0] // i.shape[0],
+                m.shape[2] * m.shape[3], i.shape[1], rows, m.shape[1], dim, block, row, x,
+            )
+        )  # fmt: skip
+        block += triton.cdiv(rows, tile.block_m)
+        row += rows
+        x += rows * m.shape[1]
+    kept_x = sum(r * m.shape[1] for r, m in zip(all_rows[:saved], maps, strict=False))
+    kept_rows = sum(all_rows[:saved])
+    length = torch.empty(kept_rows, dtype=torch.float32, device=first.device)
+    x_saved = torch.empty(kept_x, dtype=dtype, device=first.device)
+    h_saved = torch.empty(kept_rows * hidden if mlp else 0, dtype=dtype, device=first.device)
+    launch(
+        project_kernel, block, first, tuple(places), tuple(layers), length, x_saved, h_saved, hidden,
+        COUNT=len(layers), SAVED=saved, MLP=bool(mlp), DTYPE=TRITON_DTYPE[dtype], BM=tile.block_m, BC=widest_c,
+        BH=tile.block_n, BD=block_dim(max(dims)) if mlp else widest_c, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return units, length, x_saved, h_saved

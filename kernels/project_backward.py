@@ -1,0 +1,273 @@
+"""From the gradients of unit rows to those of maps and MLPs, as `project` formed the rows.
+
+`project_backward_kernel` writes the map's gradient by plain stores; rows of the same location are added by
+`merge_kernel` first. No atomics: the same input gives the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import configs
+from .common import architecture, block_dim, bound, dense_rows, dot, fields_of, launch, long_dot, narrow, number_of
+from .project import NORM_EPS, TRITON_DTYPE, Map, groups_of_four, locations_of, places_of
+from .weight_gradient import weight_gradients
+
+
+class LayerGradient(NamedTuple):
+    """One map of `project_backward_kernel` and `merge_kernel`, apart from where its gradient lies."""
+
+    ids: Tensor
+    weight1: Tensor
+    weight2: Tensor
+    unit: Tensor
+    d_unit: Tensor  # (images * patches, dim)
+    i_set: int
+    i_patch: int
+    share: int
+    d_row: int
+    locations: int
+    patches: int
+    rows: int
+    channels: int
+    dim: int
+    weight: float  # of each row's upstream gradient
+    per_direction: int
+    first_block: int
+    first_row: int
+    first_x: int
+
+
+@triton.jit
+def project_backward_kernel(
+    maps,
+    layers,
+    length,
+    h_saved,
+    upstream,
+    upstream_stride,
+    d_z,
+    d_h,
+    d_x,
+    hidden,
+    COUNT: tl.constexpr,
+    MLP: tl.constexpr,
+    UPSTREAM: tl.constexpr,
+    DISTINCT: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BM: tl.constexpr,
+    BC: tl.constexpr,
+    BH: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """From the gradient of unit rows to those of the projection, the hidden rows and the map (or sampled rows)."""
+    block = tl.program_id(0).to(tl.int64)
+    one = LayerGradient(*fields_of(layers, block, COUNT))
+    rows, channels, dim, first_row = one.rows, one.channels, one.dim, one.first_row
+    o_r = (block - one.first_block) * BM + tl.arange(0, BM)
+    m_r = o_r < rows
+    o_d = tl.arange(0, BD)
+    m_rd = m_r[:, None] & (o_d < dim)[None, :]
+    u = tl.load(one.unit + o_r[:, None] * dim + o_d[None, :], mask=m_rd, other=0.0).to(tl.float32)  # [BM, BD]
+    d_u = tl.load(one.d_unit + o_r[:, None] * one.d_row + o_d[None, :], mask=m_rd, other=0.0).to(tl.float32)
+    if UPSTREAM:
+        p_up = upstream + o_r // one.per_direction * upstream_stride
+        d_u *= (tl.load(p_up, mask=m_r, other=0.0).to(tl.float32) * one.weight)[:, None]
+    size = tl.load(length + first_row + o_r, mask=m_r, other=0.0)
+    inverse = tl.where(size == 0, 0.0, 1.0 / tl.where(size == 0, 1.0, size))
+    shrunk = tl.where(size == 0, 0.0, 1.0 / (size + NORM_EPS))
+    z = d_u * shrunk[:, None] - u * (tl.sum(u * d_u, 1) * inverse)[:, None]  # d(x / (|x| + eps))
+    o_c = tl.arange(0, BC)
+    m_c = o_c < channels
+    if MLP:
+        z16 = narrow(z, DTYPE)
+        tl.store(d_z + (first_row + o_r)[:, None] * dim + o_d[None, :], z16, mask=m_rd)
+        x = tl.zeros([BM, BC], tl.float32)
+        for h in range(0, bound(hidden), BH):
+            o_h = h + tl.arange(0, BH)
+            m_h = o_h < hidden
+            m_rh = m_r[:, None] & m_h[None, :]
+            p_w = one.weight2 + o_d[:, None] * hidden + o_h[None, :]
+            w = tl.load(p_w, mask=(o_d < dim)[:, None] & m_h[None, :], other=0.0)  # [BD, BH]
+            g = long_dot(z16, narrow(w, DTYPE), tl.zeros([BM, BH], tl.float32))
+            o_rh = (first_row + o_r)[:, None] * hidden + o_h[None, :]
+            g = narrow(tl.where(tl.load(h_saved + o_rh, mask=m_rh, other=0.0).to(tl.float32) > 0, g, 0.0), DTYPE)
+            tl.store(d_h + o_rh, g, mask=m_rh)
+            p_w = one.weight1 + o_h[:, None] * channels + o_c[None, :]
+            w = tl.load(p_w, mask=m_h[:, None] & m_c[None, :], other=0.0)  # [BH, BC]
+            x = dot(g, narrow(w, DTYPE), x)
+    else:
+        x = z
+    m_rc = m_r[:, None] & m_c[None, :]
+    if DISTINCT:
+        patch = locations_of(one, o_r, m_r)
+        m_rc = m_rc & ((patch >= 0) & (patch < one.locations))[:, None]
+        number = number_of(layers, block, COUNT)
+        for i in tl.static_range(COUNT):
+            if number == i:
+                p_m = places_of(maps[i], o_r // one.patches, patch, o_c)
+                tl.store(p_m, narrow(x, maps[i].map.dtype.element_ty), mask=m_rc)
+    else:
+        tl.store(d_x + one.first_x + o_r[:, None] * channels + o_c[None, :], narrow(x, DTYPE), mask=m_rc)
+
+
+@triton.jit
+def merge_kernel(maps, layers, d_x, COUNT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr):
+    """The map's gradient where locations may repeat: every row stores the sum over the rows of its location.
+
+    Rows of one location store the same bits to the same place, so that their order does not matter.
+    """
+    block = tl.program_id(0).to(tl.int64)
+    one = LayerGradient(*fields_of(layers, block, COUNT))
+    number = number_of(layers, block, COUNT)
+    patches, channels = one.patches, one.channels
+    block -= one.first_block
+    blocks = tl.cdiv(patches, BM)
+    image = block // blocks
+    o_m = (block % blocks) * BM + tl.arange(0, BM)
+    m_m = o_m < patches
+    ids = one.ids + (image // one.share) * one.i_set
+    own = tl.load(ids + o_m * one.i_patch, mask=m_m, other=-1)
+    o_c = tl.arange(0, BC)
+    m_c = o_c < channels
+    acc = tl.zeros([BM, BC], tl.float32)
+    for n in range(0, bound(patches), BN):
+        o_n = (n + tl.arange(0, BN)).to(tl.int64)
+        m_n = o_n < patches
+        other = tl.load(ids + o_n * one.i_patch, mask=m_n, other=-2)
+        same = (own[:, None] == other[None, :]).to(tl.int32)  # [BM, BN]
+        if tl.max(tl.max(same, 1), 0) > 0:
+            p_x = d_x + one.first_x + (image * patches + o_n)[:, None] * channels + o_c[None, :]
+            x = tl.load(p_x, mask=m_n[:, None] & m_c[None, :], other=0.0)
+            acc = dot(narrow(same.to(tl.float32), x.dtype), x, acc)
+    m_mc = (m_m & (own >= 0) & (own < one.locations))[:, None] & m_c[None, :]
+    for i in tl.static_range(COUNT):
+        if number == i:
+            tl.store(places_of(maps[i], image, own, o_c), narrow(acc, maps[i].map.dtype.element_ty), mask=m_mc)
+
+
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float16 rows have their gradients multiplied in bfloat16: 1 / |x| of a short row leaves float16's range."""
+    return torch.bfloat16 if dtype == torch.float16 else dtype
+
+
+class MapLayout(NamedTuple):
+    """All that the backward needs to know of a map, so that its values need not be kept."""
+
+    images: int
+    channels: int
+    height: int
+    width: int
+    channels_last: bool
+    dtype: torch.dtype
+
+    def strides(self) -> tuple[int, int, int, int]:
+        _, c, h, w, channels_last, _ = self
+        return (c * h * w, 1, w * c, c) if channels_last else (c * h * w, h * w, w, 1)
+
+    def bytes(self) -> int:
+        """Room for the gradient in the one zeroed buffer of all maps."""
+        used = self.images * self.channels * self.height * self.width * self.dtype.itemsize
+        return (used + 255) // 256 * 256
+
+
+def map_layout(feature_map: Tensor) -> MapLayout:
+    """Channels-last where the map is, else contiguous."""
+    channels_last = feature_map.is_contiguous(memory_format=torch.channels_last) and not feature_map.is_contiguous()
+    return MapLayout(*feature_map.shape, channels_last, feature_map.dtype)
+
+
+def map_views(buffer: Tensor, maps: Sequence[MapLayout], wanted: Sequence[bool]) -> list[Tensor | None]:
+    """The gradients of the wanted maps inside the buffer."""
+    views: list[Tensor | None] = []
+    start = 0
+    for m, want in zip(maps, wanted, strict=True):
+        if not want:
+            views.append(None)
+            continue
+        typed = buffer.narrow(0, start, m.bytes()).view(m.dtype)
+        views.append(typed.as_strided(m[:4], m.strides(), start // m.dtype.itemsize))
+        start += m.bytes()
+    return views
+
+
+def project_backward(
+    d_units: Sequence[Tensor],
+    upstream: Tensor | None,
+    directions: int,
+    maps: Sequence[MapLayout],
+    ids: Sequence[Tensor],
+    mlp: Sequence[Tensor],
+    units: Sequence[Tensor],
+    length: Tensor,
+    x_saved: Tensor,
+    h_saved: Tensor,
+    *,
+    distinct: bool,
+    wanted: Sequence[bool],
+    weights_wanted: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the maps (bytes, see `map_views`) and of the MLPs (float32, see `weight_views`).
+
+    Args:
+        d_units: (rows, dim) a layer, the gradient of the unit rows; with `upstream` times upstream[direction] over
+            (rows of a direction * layers), the rows being divided among `directions` in order.
+        distinct: no location appears twice in a picture.
+        wanted: which maps need a gradient.
+    """
+    first = units[0]
+    arch = architecture(first.device)
+    d_units = [dense_rows(d) for d in d_units]
+    dtype = gradient_dtype(units[0].dtype)
+    hidden = mlp[0].shape[0] if mlp else 1
+    widest_c = block_dim(max(m.channels for m in maps))
+    widest_d = block_dim(max(u.shape[1] for u in units))
+    total = sum(u.shape[0] for u in units)
+    tile = configs.project_tile(arch, dtype, max(widest_c, widest_d), total)
+    merge = configs.merge_tile(arch, dtype, widest_c)
+    buffer = torch.zeros(
+        sum(m.bytes() for m, want in zip(maps, wanted, strict=True) if want), dtype=torch.uint8, device=first.device
+    )
+    gradients = map_views(buffer, maps, wanted)
+    places, layers, merges, block, merge_block, row, x = [], [], [], 0, 0, 0, 0
+    for k, (m, i, w) in enumerate(zip(maps, ids, groups_of_four(mlp, len(maps)), strict=True)):
+        d_map, unit = gradients[k], units[k]
+        rows, channels = unit.shape[0], m.channels
+        places.append(Map(unit if d_map is None else d_map, *m.strides(), m.width))
+        fields = LayerGradient(
+            i, w[0] if w else unit, w[2] if w else unit, unit, d_units[k], *i.stride(), m.images // i.shape[0],
+            d_units[k].stride(0), 0 if d_map is None else m.height * m.width,  # a map of no locations takes no store
+            i.shape[1], rows, channels, unit.shape[1], directions / (rows * len(maps)), rows // directions,
+            block, row, x,
+        )  # fmt: skip
+        layers.append(fields)
+        merges.append(fields._replace(first_block=merge_block))
+        block += triton.cdiv(rows, tile.block_m)
+        merge_block += m.images * triton.cdiv(i.shape[1], merge.block_m)
+        row += rows
+        x += rows * channels
+    d_z = torch.empty(total * units[0].shape[1] if mlp else 0, dtype=dtype, device=first.device)
+    d_h = torch.empty(total * hidden if mlp else 0, dtype=dtype, device=first.device)
+    d_x = torch.empty(0 if distinct else x_saved.numel(), dtype=dtype, device=first.device)
+    launch(
+        project_backward_kernel, block, first, tuple(places), tuple(layers), length, h_saved,
+        length if upstream is None else upstream, 0 if upstream is None else upstream.stride(0), d_z, d_h, d_x, hidden,
+        COUNT=len(layers), MLP=bool(mlp), UPSTREAM=upstream is not None, DISTINCT=distinct,
+        DTYPE=TRITON_DTYPE[dtype], BM=tile.block_m, BC=widest_c, BH=tile.block_n, BD=widest_d,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    if not distinct and any(wanted):
+        launch(
+            merge_kernel, merge_block, first, tuple(places), tuple(merges), d_x, COUNT=len(merges), BM=merge.block_m,
+            BN=merge.block_n, BC=widest_c, num_warps=merge.warps, num_stages=merge.stages,
+        )  # fmt: skip
+    if not (mlp and weights_wanted):
+        return buffer, torch.empty(0, dtype=torch.float32, device=first.device)
+    rows = [u.shape[0] for u in units]
+    return buffer, weight_gradients(d_z, d_h, h_saved, x_saved, rows, [w.shape for w in mlp])

@@ -1,0 +1,274 @@
+"""Recording a step and replaying it, with a recorder for the CPU in the place of CUDA's (see test_engine_gpu.py)."""
+
+from __future__ import annotations
+
+import random
+import warnings
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastnce.engine.cudagraph import WARM_UP, pick_graph
+from fastnce.engine.optim import OptimOptions
+from fastnce.engine.step import Step
+from fastnce.methods import PRESETS, Batch, Draws
+from fastnce.nce import api
+from tests.test_engine import random_batch, small_method
+from tests.test_methods_more import build, pictures
+
+
+class Tape:
+    """Records a function by running it and taking everything back; replays it into the same losses.
+
+    As with CUDA's graphs, what the function reads from the host when it is recorded stays as it was.
+    """
+
+    def __init__(self):
+        self.step: Step | None = None
+        self.warmed = self.recorded = self.replayed = self.closed = 0
+
+    def warm(self, function):
+        self.warmed += 1
+        return function()
+
+    def record(self, function):
+        self.recorded += 1
+        assert self.step is not None
+        before = {key: tensor.clone() for key, tensor in self.step.state().items()}
+        numbers = torch.get_rng_state()
+        losses = {name: loss.clone() for name, loss in function().items()}
+        for key, tensor in self.step.state().items():
+            tensor.copy_(before[key])
+        torch.set_rng_state(numbers)
+        return (function, losses), losses
+
+    def replay(self, graph):
+        self.replayed += 1
+        function, losses = graph
+        for name, loss in function().items():
+            losses[name].copy_(loss)
+
+    def close(self, graphs):
+        self.closed += len(graphs)
+
+
+def taped(method, **options) -> tuple[Step, Tape]:
+    tape = Tape()
+    tape.step = Step(method, OptimOptions(**options), graph=tape)
+    return tape.step, tape
+
+
+def twins(**options):
+    methods = [small_method(**options) for _ in range(2)]
+    methods[1].load_state_dict(methods[0].state_dict())
+    return methods
+
+
+def one_step(step: Step, number: int, batch: Batch) -> dict[str, torch.Tensor]:
+    """As the loop does it: the host's choices, then the seed of the device's."""
+    rng = random.Random(f"7/{number}")
+    draws = step.method.draw(rng)
+    torch.manual_seed(rng.getrandbits(63))
+    return step.run(batch, draws)
+
+
+def assert_same_state(one: Step, other: Step) -> None:
+    states = one.state(), other.state()
+    assert states[0].keys() == states[1].keys()
+    for key, tensor in states[0].items():
+        assert torch.equal(tensor, states[1][key]), key
+
+
+def test_recorded_steps_are_the_steps():
+    """FastCUT: two kinds of steps, each warmed up by real steps, then recorded once; losses and state bit for bit."""
+    plain, recorded = twins(nce_idt=False, flip_equivariance=True)
+    one = Step(plain, OptimOptions(ema=0.9))
+    other, tape = taped(recorded, ema=0.9)
+    for number in range(14):
+        if number == 9:  # a new epoch's learning rate reaches the recorded step
+            one.set_learning_rate(0.5)
+            other.set_learning_rate(0.5)
+        batch = random_batch()
+        expected, found = one_step(one, number, batch), one_step(other, number, batch)
+        for name, loss in expected.items():
+            assert torch.equal(found[name], loss), (number, name)
+        assert_same_state(one, other)
+    assert (tape.warmed, tape.recorded) == (2 * WARM_UP, 2)
+    assert tape.replayed == 14 - 2 * WARM_UP
+    other.close()
+    assert tape.closed == 2
+
+
+def test_a_recorded_run_is_resumed_exactly():
+    plain, recorded = twins()
+    one, (other, tape) = Step(plain, OptimOptions()), taped(recorded)
+    batches = [random_batch() for _ in range(10)]
+    for number in range(5):
+        one_step(one, number, batches[number])
+        one_step(other, number, batches[number])
+    third, second_tape = taped(small_method())
+    third.load_state({key: tensor.clone() for key, tensor in other.state().items()})
+    # ends the graph, and warms up anew
+    other.load_state({key: tensor.clone() for key, tensor in other.state().items()})
+    assert tape.closed == 1
+    for number in range(5, 10):
+        for step in (one, other, third):
+            one_step(step, number, batches[number])
+    assert_same_state(one, third)
+    assert_same_state(one, other)
+    assert tape.recorded == 2
+    assert second_tape.warmed == WARM_UP
+
+
+def test_the_graph_reads_buffers_of_its_own():
+    step, _ = taped(small_method())
+    for number in range(WARM_UP + 1):
+        one_step(step, number, random_batch())
+    batch = random_batch()
+    losses = one_step(step, 9, batch)
+    kept = {name: loss.clone() for name, loss in losses.items()}
+    batch.a.zero_()  # the loader may take its memory back
+    assert step.graphs.inputs.a.abs().max() > 0
+    again = one_step(step, 10, random_batch())
+    assert all(again[name] is losses[name] for name in losses)  # one place for all replays
+    assert any(not torch.equal(kept[name], losses[name]) for name in losses)
+
+
+def test_what_a_graph_cannot_stand_for_runs_as_it_is():
+    method = small_method(nce_idt=False)
+    step, tape = taped(method)
+    for number in range(WARM_UP + 1):
+        one_step(step, number, random_batch())
+    ids = [[torch.randperm(n)[:16] for n in (38 * 38, 32 * 32, 16 * 16, 8 * 8)]]
+    before = {key: tensor.clone() for key, tensor in step.state().items()}
+    step.run(random_batch(), Draws(patch_ids=ids))
+    with pytest.warns(UserWarning, match=r"run uncaptured: the graphs are for \(1, 3, 32, 32\)"):
+        step.run(random_batch(2), Draws())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step.run(random_batch(2), Draws())  # said once
+        assert tape.replayed == 1
+        step.run(random_batch(), Draws())
+    assert (tape.recorded, tape.replayed) == (1, 2)
+    assert not torch.equal(step.state()["network/G/model.1.weight"], before["network/G/model.1.weight"])
+
+
+@pytest.mark.parametrize("change", ["training", "place", "library"])
+def test_other_settings_are_recorded_anew(change, monkeypatch):
+    method = small_method(nce_idt=False)
+    step, tape = taped(method)
+    for number in range(WARM_UP + 2):
+        one_step(step, number, random_batch())
+    if change == "training":
+        method.eval()
+    elif change == "place":
+        weight = method.generator.model[1].weight
+        weight.data = weight.data.clone()
+    else:
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark", not torch.backends.cudnn.benchmark)
+    with pytest.warns(UserWarning, match="the step is recorded anew: settings, or where its weights lie, have changed"):
+        one_step(step, 9, random_batch())
+    assert tape.closed == 1
+    for number in range(WARM_UP + 1):
+        one_step(step, 10 + number, random_batch())
+    assert (tape.warmed, tape.recorded) == (2 * WARM_UP, 2)
+
+
+def test_a_recording_that_fails_is_said_once_and_training_goes_on():
+    class Broken(Tape):
+        def record(self, function):
+            self.recorded += 1
+            raise RuntimeError("\noperation not permitted when stream is capturing\nand more")
+
+    plain, recorded = twins()
+    tape = Broken()
+    one, other = Step(plain, OptimOptions()), Step(recorded, OptimOptions(), graph=tape)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for number in range(WARM_UP + 3):
+            batch = random_batch()
+            one_step(one, number, batch)
+            one_step(other, number, batch)
+    assert [str(w.message) for w in said] == [
+        "the step runs uncaptured, launch by launch: recording it failed (operation not permitted when stream is "
+        "capturing)"
+    ]
+    assert tape.recorded == 1
+    assert_same_state(one, other)
+
+
+def test_a_step_that_breaks_half_way_leaves_no_trace():
+    """As a recording does: weights that rested must learn again, gradients must not stay behind."""
+    method = small_method()
+    step = Step(method, OptimOptions())
+    real = step.phases[1].loss
+
+    def broken(*args):
+        raise RuntimeError("in the middle")
+
+    step.phases = (step.phases[0], step.phases[1]._replace(loss=broken))
+    with pytest.raises(RuntimeError, match="in the middle"):
+        step.run(random_batch(), Draws())
+    assert all(p.requires_grad and p.grad is None for p in method.parameters())
+    step.phases = (step.phases[0], step.phases[1]._replace(loss=real))
+    step.run(random_batch(), Draws())
+
+
+class AsksTheHost(TorchDispatchMode):
+    """Collects operations that wait for the device or bring something new from the host: neither can be recorded."""
+
+    FORBIDDEN = ("_local_scalar_dense", "nonzero", "lift_fresh", "is_nonzero", "equal", "unique", "masked_select")
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[str] = []
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().removeprefix("aten::").split(".")[0]
+        self.count += 1
+        if name.startswith(self.FORBIDDEN):
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("preset", [*PRESETS, "dcdgan-bank", "cut-monce", "cut-attention", "cut-dropout"])
+def test_a_step_asks_nothing_of_the_host(preset, monkeypatch):
+    """What `Graphs` takes for granted of every method: no random draw, no value and no branch from the host."""
+    name, _, change = preset.partition("-") if preset not in PRESETS else (preset, "", "")
+    options = {
+        "bank": {"external": "bank", "bank_size": 32},
+        "monce": {"weighting": "monce"},
+        "attention": {"selection": "attention"},
+    }.get(change, {})
+    if name in ("sincut",):
+        options["patches"] = 4
+    method = build(name, **options)
+    if change == "dropout":
+        method.generator.model.insert(13, torch.nn.Dropout(0.5))
+    step = Step(method, OptimOptions(ema=0.9), "fp16")
+    batch = pictures(1 if name == "simdcl" else 2)
+    step.run(batch, Draws())  # moments and pools are made
+
+    def drawn(*_, **__):
+        raise AssertionError("a random draw on the host")
+
+    monkeypatch.setattr(api, "_check_patches", lambda *_: None)  # on the CPU alone it looks at the ids
+    for place in ("random", "randint", "uniform", "choice", "shuffle"):
+        monkeypatch.setattr(random, place, drawn)
+    with AsksTheHost() as watch:
+        step.run(batch, Draws())
+    assert watch.count > 100
+    assert not watch.found
+
+
+def test_where_graphs_are_used():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert [pick_graph("auto", device) for device in (cpu, cuda)] == [False, True]
+    assert [pick_graph("false", device) for device in (cpu, cuda)] == [False, False]
+    assert pick_graph("true", cuda)
+    with pytest.raises(ValueError, match=r"run\.graph=true needs a CUDA device, not cpu"):
+        pick_graph("true", cpu)
+    with pytest.raises(ValueError, match=r"run\.graph must be auto, true or false, not 'on'"):
+        pick_graph("on", cpu)

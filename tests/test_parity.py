@@ -1,0 +1,37 @@
+"""benchmarks/parity.py: the same start in every precision, and a file that a reader can plot."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+from PIL import Image
+
+from benchmarks.parity import AGAIN, compare, main
+
+
+def test_runs_side_by_side(folder, tmp_path):
+    pytest.importorskip("matplotlib")
+    options = ["--steps", "3", "--width", "4", "--crop", "32", "--data", str(folder), "--out", str(tmp_path / "out")]
+    assert main(options) == 0
+    with (tmp_path / "out" / "losses.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    found = {name: [row for row in rows if row["run"] == name] for name in ("fp32", AGAIN, "bf16")}
+    assert [[row["step"] for row in run] for run in found.values()] == [["1", "2", "3"]] * 3
+    first = {name: run[0] for name, run in found.items()}
+    assert first[AGAIN]["D_real"] == first["fp32"]["D_real"]  # before any patch is drawn
+    assert first[AGAIN]["NCE"] != first["fp32"]["NCE"]
+    assert float(first["bf16"]["NCE"]) == pytest.approx(float(first["fp32"]["NCE"]), rel=0.02)
+    assert first["bf16"]["NCE"] != first["fp32"]["NCE"]
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["last quarter"]["fp32"]["NCE"]["relative"] == 0
+    assert Image.open(tmp_path / "out" / "losses.png").width > 600
+
+
+def test_the_distance_is_of_the_last_quarter():
+    def run(*values):
+        return [{"step": i, "G": value} for i, value in enumerate(values)]
+
+    found = compare({"fp32": run(9, 9, 9, 9, 9, 9, 2, 4), "bf16": run(0, 0, 0, 0, 0, 0, 3, 6)}, ["G"])
+    assert found["bf16"]["G"] == {"mean": 4.5, "relative": 0.5}
