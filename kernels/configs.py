@@ -105,7 +105,7 @@ def project_tile(arch: str, dtype: torch.dtype, width: int, rows: int) -> Tile:
     if arch.startswith("gfx"):  # four warps for their registers, see `_nce_amd`
         return Tile(16, 16, 4, 1) if width >= 512 or dtype == torch.float32 else Tile(16, 32, 4, 1)
     if dtype == torch.float32:
-        return Tile(16, 16, 8, 1)
+        return Tile(16, 16, 16 if arch in ("sm_90", "sm_120") and width < 512 else 8, 1)
     small = width >= 512 or rows < MANY_ROWS or arch in ("sm_86", "sm_89")
     return Tile(16, 32, 8, 1) if small else Tile(32, 32, 8, 1)
 
@@ -113,7 +113,7 @@ def project_tile(arch: str, dtype: torch.dtype, width: int, rows: int) -> Tile:
 def merge_tile(arch: str, dtype: torch.dtype, width: int) -> Tile:
     """For `merge_kernel`: block_m rows against block_n rows."""
     if dtype == torch.float32:
-        return Tile(16, 16, 4, 1)
+        return Tile(16, 16, 8 if arch == "sm_90" and width < 512 else 4, 1)
     return Tile(16, 32, 8, 1) if width >= 512 else Tile(32, 32, 8, 1)
 
 
