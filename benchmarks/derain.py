@@ -24,7 +24,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastnce.cli import train_run
 from fastnce.config import Config, resolve
 from fastnce.engine.loop import train
 from fastnce.engine.validate import Validation, find_validation
@@ -32,6 +31,7 @@ from fastnce.evaluate.pairs import Pair, find_pairs
 from fastnce.evaluate.quality import KEYS, DerainingMetrics
 from fastnce.inference import load_translator
 from fastnce.methods import Batch, Draws, Group, Method, NetworkOptions, Phase
+from fastnce.training import train_run
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -57,6 +57,7 @@ PAPER = ["loss.lambda_rendered=0"]
 
 VARIANTS: dict[str, list[str]] = {
     "plus": [],
+    "rendered pairs x 0.1": ["loss.lambda_rendered=5"],
     "paper": PAPER,
     "no contrast": [*PAPER, "loss.lambda_nce=0"],
     "no adversary": [*PAPER, "loss.lambda_gan=0"],
@@ -73,6 +74,7 @@ VARIANTS: dict[str, list[str]] = {
         "network.antialias=true",
     ],
     "rendered pairs alone": [
+        "loss.lambda_rendered=5",
         "loss.lambda_nce=0",
         "loss.lambda_gan=0",
         "loss.lambda_color=0",

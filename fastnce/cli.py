@@ -10,25 +10,18 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from . import __version__
-from .config import Config, from_dict, resolve
-from .data import UnpairedData, build_cache
-from .data.rain import RANGES, RainOptions, join_negative, parse_range, parse_ranges, write_rain
-from .data.rained import RainedData
-from .data.single import SinglePictureData
+from .config import from_dict, resolve
+from .data import build_cache
+from .data.rain import RANGES, RainOptions, join_negative, parse_range, write_rain
 from .engine.checkpoint import newest, read_state
-from .engine.distributed import RankLost, Ranks, ranks_of_launcher
+from .engine.distributed import RankLost
 from .engine.launch import launched, processes, start, without
 from .engine.loop import TrainingFailed, pick_device
-from .engine.loop import train as run_training
-from .engine.memory import keep_freed_memory
-from .engine.validate import Validation, find_validation
 from .inference import ProgressLine, load_translator, translate_files
 from .methods import PRESETS
+from .training import check_same_run, side, train_run
 
 TILES_HELP = "auto: whole pictures, exact tiles where memory is too small; exact or fast: always"
 
@@ -60,131 +53,10 @@ def train(arguments: list[str]) -> int:
         raise ValueError(f"fastnce train needs {missing} (or --dry-run)")
     number = 1 if launched() else processes(args.nproc, config.run.device)
     if number > 1:
-        _check_same_run(config, args.out)
+        check_same_run(config, args.out)
         return start(number, ["train", *without(arguments, "--nproc")])
     train_run(config, args.out, quiet=args.quiet)
     return 0
-
-
-def train_run(config: Config, out: Path, *, quiet: bool = False) -> int:
-    """Build everything that a configuration names and train; returns the steps done."""
-    _check_same_run(config, out)
-    with ranks_of_launcher(config.run.device) as ranks:
-        return _train_rank(config, out, ranks, quiet or not ranks.first)
-
-
-def _train_rank(config: Config, out: Path, ranks: Ranks, quiet: bool) -> int:
-    device = pick_device(ranks.device(config.run.device))
-    if device.type == "cpu":
-        keep_freed_memory()
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
-    torch.manual_seed(config.run.seed)
-    method = PRESETS[config.method].method(config.loss, config.network)
-    if config.data.preprocess != "none":
-        method.check(config.data.batch, *_sides(config.data.crop_size))
-    data = open_data(config, device, ranks, quiet)
-    method = method.to(device)
-    if ranks.first:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "config.toml").write_text(config.as_toml(), encoding="utf-8")
-    if not quiet:
-        parameters = sum(p.numel() for p in method.parameters())
-        print(
-            f"{config.method} on {device}: {parameters / 1e6:.1f} M parameters, {data.size_a:,} + {data.size_b:,} "
-            f"pictures, {data.steps_per_epoch:,} steps an epoch; run in {out}"
-        )
-        for path, reason in data.skipped:
-            print(f"skipped {path}: {reason}")
-    validation = _open_validation(config, device, ranks, quiet)
-    return run_training(
-        method,
-        data,
-        config.optim,
-        config.run,
-        out,
-        config=config.as_dict(),
-        batch_size=config.data.batch,
-        quiet=quiet,
-        ranks=ranks,
-        validation=validation,
-    )
-
-
-def _open_validation(config: Config, device: torch.device, ranks: Ranks, quiet: bool) -> Validation | None:
-    if not config.run.validate_every:
-        return None
-    pairs = find_validation(config.data.dir, config.data.validate, config.run.validate_pictures)
-    if pairs:
-        return Validation(pairs, config.network.in_channels, device, ranks)
-    if not quiet:
-        print(f"nothing is validated: {config.data.dir}/test holds no pairs, and data.validate names none")
-    return None
-
-
-def open_data(
-    config: Config, device: torch.device, ranks: Ranks, quiet: bool = False
-) -> UnpairedData | SinglePictureData:
-    """The data set that a configuration names."""
-    options, network = config.data, config.network
-    if network.in_channels != network.out_channels:
-        raise ValueError(
-            f"network.in_channels={network.in_channels} and out_channels={network.out_channels} must be equal: both "
-            f"domains are read with one number of channels"
-        )
-    common: dict[str, Any] = {
-        "channels": network.in_channels,
-        "flip": options.flip,
-        "batch": options.batch,
-        "seed": config.run.seed,
-        "rank": ranks.rank,
-        "world": ranks.world,
-        "device": device,
-    }
-    if not 0 <= options.rain <= 1:
-        raise ValueError(f"data.rain is a share between 0 and 1, not {options.rain:g}")
-    if options.preprocess == "zoom_and_patch":
-        if options.rain:
-            raise ValueError("data.preprocess=zoom_and_patch trains on one picture a domain: leave data.rain at 0")
-        if not isinstance(options.crop_size, int):
-            raise ValueError("data.preprocess=zoom_and_patch takes square crops: data.crop_size must be one number")
-        return SinglePictureData(options.dir, crop_size=options.crop_size, **common)
-    if options.rain:
-        rain = RainOptions(**parse_ranges("data.rain_like", options.rain_like))
-        common |= {"share": options.rain, "rain": rain}
-    return (RainedData if options.rain else UnpairedData)(
-        options.dir,
-        load_size=_side(options.load_size),
-        crop_size=_side(options.crop_size),
-        preprocess=options.preprocess,
-        cache_dir=options.cache_dir or None,
-        skip_bad=options.skip_bad,
-        progress=None if quiet else print,
-        **common,
-    )
-
-
-def _sides(size: int | list[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
-def _side(size: int | list[int]) -> int | tuple[int, int]:
-    return size if isinstance(size, int) else (size[0], size[1])
-
-
-def _check_same_run(config: Config, out: Path) -> None:
-    """A run is continued by the same configuration only."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out}: a file is in the way, a folder is needed")
-    if not any((out / "checkpoints").glob("step-*/state.json")):
-        return
-    state = read_state(newest(out))
-    different = config.differences(state["config"])
-    if different:
-        raise ValueError(
-            f"{out} holds a run with another configuration ({'; '.join(different)}): use the same to continue it, or "
-            f"another --out"
-        )
 
 
 def translate(arguments: list[str]) -> int:
@@ -296,8 +168,8 @@ def cache(arguments: list[str]) -> int:
     config = resolve(args.method, args.config, args.overrides)
     files = build_cache(
         args.data,
-        load_size=_side(config.data.load_size),
-        crop_size=_side(config.data.crop_size),
+        load_size=side(config.data.load_size),
+        crop_size=side(config.data.crop_size),
         channels=config.network.in_channels,
         preprocess=config.data.preprocess,
         cache_dir=config.data.cache_dir or None,

@@ -18,7 +18,7 @@ import torch
 import torch._dynamo.config
 from PIL import Image
 
-from fastnce.cli import main, train_run
+from fastnce.cli import main
 from fastnce.config import resolve
 from fastnce.engine import checkpoint
 from fastnce.engine.checkpoint import Checkpoints, DiskFull, load_generators, newest, read_state
@@ -30,6 +30,7 @@ from fastnce.engine.loop import RunOptions, TrainingFailed, pick_device, train
 from fastnce.engine.optim import LossScale, OptimOptions, ParameterGroup, WeightAverage, schedule
 from fastnce.engine.step import Step
 from fastnce.methods import CUT, Batch, CUTOptions, Draws, NetworkOptions
+from fastnce.training import train_run
 
 SMALL = [
     "network.generator=resnet_4blocks",

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastnce.cli import train_run
 from fastnce.config import resolve
 from fastnce.engine import monitor
 from fastnce.engine.monitor import Alarm, Monitor, response
 from fastnce.methods.base import Batch, Method
+from fastnce.training import train_run
 
 from .test_engine import SMALL
 

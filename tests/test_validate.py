@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastnce.cli import main, train_run
+from fastnce.cli import main
 from fastnce.config import resolve
 from fastnce.engine.checkpoint import Checkpoints, follow, load_generators
 from fastnce.engine.distributed import Ranks
@@ -20,6 +20,7 @@ from fastnce.engine.validate import Validation, find_validation
 from fastnce.evaluate.pairs import find_pairs
 from fastnce.inference import load_translator
 from fastnce.methods import CUT, CUTOptions, NetworkOptions
+from fastnce.training import train_run
 
 SMALL = [
     "network.generator=restorer",

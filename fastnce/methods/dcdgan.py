@@ -52,7 +52,7 @@ class DCDGANOptions(DCLGANOptions):
             lambda_gan=3.0,
             lambda_nce=0.25,
             lambda_idt=0.5,
-            lambda_rendered=5.0,
+            lambda_rendered=50.0,
             rendered_rain=HEAVY_RAIN,
             rendered_side=384,
         )

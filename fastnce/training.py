@@ -1,0 +1,146 @@
+"""Training as a configuration names it: method, data, validation, ranks; what `fastnce train` runs.
+
+from fastnce.config import resolve
+from fastnce.training import train_run
+train_run(resolve("fastcut", overrides=["data.dir=DIR"]), Path("runs/mine"))
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .config import Config
+from .data import UnpairedData
+from .data.rain import RainOptions, parse_ranges
+from .data.rained import RainedData
+from .data.single import SinglePictureData
+from .engine.checkpoint import newest, read_state
+from .engine.distributed import Ranks, ranks_of_launcher
+from .engine.loop import pick_device, train
+from .engine.memory import keep_freed_memory
+from .engine.validate import Validation, find_validation
+from .methods import PRESETS
+
+
+def train_run(config: Config, out: Path, *, quiet: bool = False) -> int:
+    """Build everything that a configuration names and train; returns the steps done."""
+    check_same_run(config, out)
+    with ranks_of_launcher(config.run.device) as ranks:
+        return _train_rank(config, out, ranks, quiet or not ranks.first)
+
+
+def _train_rank(config: Config, out: Path, ranks: Ranks, quiet: bool) -> int:
+    device = pick_device(ranks.device(config.run.device))
+    if device.type == "cpu":
+        keep_freed_memory()
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    torch.manual_seed(config.run.seed)
+    method = PRESETS[config.method].method(config.loss, config.network)
+    if config.data.preprocess != "none":
+        method.check(config.data.batch, *sides(config.data.crop_size))
+    data = open_data(config, device, ranks, quiet)
+    method = method.to(device)
+    if ranks.first:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.toml").write_text(config.as_toml(), encoding="utf-8")
+    if not quiet:
+        parameters = sum(p.numel() for p in method.parameters())
+        print(
+            f"{config.method} on {device}: {parameters / 1e6:.1f} M parameters, {data.size_a:,} + {data.size_b:,} "
+            f"pictures, {data.steps_per_epoch:,} steps an epoch; run in {out}"
+        )
+        for path, reason in data.skipped:
+            print(f"skipped {path}: {reason}")
+    validation = _open_validation(config, device, ranks, quiet)
+    return train(
+        method,
+        data,
+        config.optim,
+        config.run,
+        out,
+        config=config.as_dict(),
+        batch_size=config.data.batch,
+        quiet=quiet,
+        ranks=ranks,
+        validation=validation,
+    )
+
+
+def _open_validation(config: Config, device: torch.device, ranks: Ranks, quiet: bool) -> Validation | None:
+    if not config.run.validate_every:
+        return None
+    pairs = find_validation(config.data.dir, config.data.validate, config.run.validate_pictures)
+    if pairs:
+        return Validation(pairs, config.network.in_channels, device, ranks)
+    if not quiet:
+        print(f"nothing is validated: {config.data.dir}/test holds no pairs, and data.validate names none")
+    return None
+
+
+def open_data(
+    config: Config, device: torch.device, ranks: Ranks, quiet: bool = False
+) -> UnpairedData | SinglePictureData:
+    """The data set that a configuration names."""
+    options, network = config.data, config.network
+    if network.in_channels != network.out_channels:
+        raise ValueError(
+            f"network.in_channels={network.in_channels} and out_channels={network.out_channels} must be equal: both "
+            f"domains are read with one number of channels"
+        )
+    common: dict[str, Any] = {
+        "channels": network.in_channels,
+        "flip": options.flip,
+        "batch": options.batch,
+        "seed": config.run.seed,
+        "rank": ranks.rank,
+        "world": ranks.world,
+        "device": device,
+    }
+    if not 0 <= options.rain <= 1:
+        raise ValueError(f"data.rain is a share between 0 and 1, not {options.rain:g}")
+    if options.preprocess == "zoom_and_patch":
+        if options.rain:
+            raise ValueError("data.preprocess=zoom_and_patch trains on one picture a domain: leave data.rain at 0")
+        if not isinstance(options.crop_size, int):
+            raise ValueError("data.preprocess=zoom_and_patch takes square crops: data.crop_size must be one number")
+        return SinglePictureData(options.dir, crop_size=options.crop_size, **common)
+    if options.rain:
+        rain = RainOptions(**parse_ranges("data.rain_like", options.rain_like))
+        common |= {"share": options.rain, "rain": rain}
+    return (RainedData if options.rain else UnpairedData)(
+        options.dir,
+        load_size=side(options.load_size),
+        crop_size=side(options.crop_size),
+        preprocess=options.preprocess,
+        cache_dir=options.cache_dir or None,
+        skip_bad=options.skip_bad,
+        progress=None if quiet else print,
+        **common,
+    )
+
+
+def sides(size: int | list[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def side(size: int | list[int]) -> int | tuple[int, int]:
+    return size if isinstance(size, int) else (size[0], size[1])
+
+
+def check_same_run(config: Config, out: Path) -> None:
+    """A run is continued by the same configuration only."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out}: a file is in the way, a folder is needed")
+    if not any((out / "checkpoints").glob("step-*/state.json")):
+        return
+    state = read_state(newest(out))
+    different = config.differences(state["config"])
+    if different:
+        raise ValueError(
+            f"{out} holds a run with another configuration ({'; '.join(different)}): use the same to continue it, or "
+            f"another --out"
+        )
