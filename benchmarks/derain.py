@@ -231,12 +231,17 @@ def write(out: Path, rows: list[dict[str, Any]], curves: dict[str, list], facts:
     except ImportError:
         return
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), constrained_layout=True)
+    variants = list(dict.fromkeys(name.rsplit(" ", 1)[0] for name in curves))
     for name, points in curves.items():
-        variant = name.rsplit(" ", 1)[0]
+        variant, seed = name.rsplit(" ", 1)
+        if max(p[1] for p in points[1:]) < points[0][1] - 3:
+            continue  # far below its inputs: it would squeeze the others together
         strong = variant in ("plus", "paper", PAIRED)
         for axis, column in zip(axes, (1, 2), strict=True):
             x, y = [p[0] for p in points], [p[column] for p in points]
-            axis.plot(x, y, marker=".", linewidth=2 if strong else 0.9, label=name)
+            colour = pyplot.get_cmap("tab20")(variants.index(variant) % 20)
+            style = {"linestyle": "-" if seed == "0" else "--", "linewidth": 2 if strong else 0.9, "color": colour}
+            axis.plot(x, y, label=name, **style)
     for axis, label in zip(axes, ("PSNR on Y (dB)", "SSIM on Y"), strict=True):
         axis.set_xlabel("steps")
         axis.set_ylabel(f"held-out {label}")
