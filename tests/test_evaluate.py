@@ -92,7 +92,9 @@ def test_a_batch_and_the_mean():
     a, b = (torch.cat([tensor(picture(s)) for s in seeds]) for seeds in ((0, 1, 2), (3, 4, 5)))
     metrics = DerainingMetrics()
     rows = metrics.update(a, b)
-    assert rows == [DerainingMetrics().update(x, y)[0] for x, y in zip(a.split(1), b.split(1), strict=True)]
+    for row, x, y in zip(rows, a.split(1), b.split(1), strict=True):
+        # float64 sums: some processors' convolutions order those of a batch in another way
+        assert row == pytest.approx(DerainingMetrics().update(x, y)[0], rel=1e-12)
     metrics.update(b[:1], b[1:2])
     assert len(metrics.pictures) == 4
     assert metrics.compute()["ssim_y"] == pytest.approx(np.mean([row["ssim_y"] for row in metrics.pictures]))

@@ -151,7 +151,7 @@ def test_initialisation(init_type):
         torch.testing.assert_close(rows @ rows.T, 0.02**2 * torch.eye(64), atol=1e-6, rtol=0)
     else:
         assert float(convolution.weight.detach().std()) == pytest.approx(expected[init_type], rel=0.03)
-    assert all(float(p.abs().max()) == 0 for name, p in network.named_parameters() if name.endswith("bias"))
+    assert all(float(p.detach().abs().max()) == 0 for name, p in network.named_parameters() if name.endswith("bias"))
 
 
 def test_names_that_do_not_exist():
