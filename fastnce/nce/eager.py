@@ -126,13 +126,13 @@ class _NCERows(torch.autograd.Function):
                 # how much of the row's probability lies on its negatives, divided by T: left to the backward, which
                 # multiplies every row by its upstream gradient anyway
                 share = torch.full_like(margin, scale) if decoupled else torch.sigmoid(margin).mul_(scale)
-                factor = share.div_(total).flatten()
+                factor = share.div_(total).view(-1)
                 _diagonal(weights, block).copy_(total.neg())  # less the positive's own key
                 gradient = torch.bmm(weights, _groups(keys, block))
                 if outside is not None:
                     gradient.baddbmm_(outside, _groups(extra_keys, block))
-                gradient = gradient.flatten(0, 1)
-            done.append((loss.flatten(), negative.flatten(), positive.flatten(), gradient, factor))
+                gradient = gradient.view(-1, gradient.shape[2])
+            done.append((loss.view(-1), negative.view(-1), positive.view(-1), gradient, factor))
         if len(done) == 1:  # nothing to put together
             return done[0]
         return tuple(torch.cat(parts) for parts in zip(*done, strict=True))
@@ -155,6 +155,8 @@ class _NCERows(torch.autograd.Function):
             return (None,) * 9
         gradient, factor, *saved = ctx.saved_tensors
         leaves = saved[:3]
+        if not (torch.is_grad_enabled() or any(ctx.needs_input_grad[1:3])):  # the everyday case, without ceremony
+            return (gradient * (factor * upstream)[:, None]).to(leaves[0].dtype), *(None,) * 8
         gradients: list[Tensor | None] = [None, None, None]
         with torch.no_grad():
             if ctx.needs_input_grad[0]:
@@ -169,7 +171,9 @@ class _NCERows(torch.autograd.Function):
 
 
 def _grouped(groups: int, queries: Tensor, keys: Tensor, extra_keys: Tensor | None) -> list[Any]:
-    return [*(t.unflatten(0, (groups, -1)) for t in _widen(queries, keys)), *_widen(extra_keys)]
+    queries, keys, extra_keys = _widen(queries, keys, extra_keys)
+    shape = (groups, queries.shape[0] // groups, queries.shape[1])
+    return [queries.reshape(shape), keys.reshape(shape), extra_keys]
 
 
 def _key_gradients(
