@@ -88,11 +88,15 @@ def compare(runs: dict[str, Rows], names: list[str]) -> dict[str, Any]:
 
 
 def draw(runs: dict[str, Rows], names: list[str], title: str, file: Path) -> None:
-    """Each loss over steps, a line a run, smoothed over a fortieth of the steps."""
-    import matplotlib
+    """Each loss over steps, a line a run, smoothed over a fortieth of the steps; nothing without matplotlib."""
+    try:
+        import matplotlib
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print(f"no plot, {file.name}: matplotlib is not installed")
+        return
 
     columns = min(3, len(names))
     lines = -(-len(names) // columns)
