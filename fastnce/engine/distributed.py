@@ -50,7 +50,8 @@ class Ranks:
         if self.world > 1:
             with _watch("the first parameters"):
                 for tensor in _tensors(modules):
-                    dist.broadcast(tensor, src=0)
+                    # a parameter as it is would be tied to the exchange in its graph, and keep the group alive
+                    dist.broadcast(tensor.detach(), src=0)
 
     def average(self, tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         """Mean over ranks of each tensor, laid out in memory as `like`; one all-reduce for all of them."""
