@@ -1,8 +1,15 @@
-"""`python -m fastnce ...` is `fastnce ...`."""
+"""`python -m fastnce ...`, the same as `fastnce ...`."""
 
+import os
 import sys
 
 from .cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        # One of several ranks: gloo's threads may still be ending, and the C++ library then aborts a finished process.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
