@@ -244,8 +244,9 @@ def _infonce_providers(context: Context, rows: int, dtype: torch.dtype) -> Itera
             yield _compiled(name, loss, note)
     attention = partial(baselines.sdpa_query_gradient, temperature=TEMPERATURE)
     yield Provider("attention(q, k, k)", attention, note="query gradient only, no loss")
-    chunked = query_gradient(partial(baselines.linear_cross_entropy, temperature=TEMPERATURE))
-    yield Provider("F.linear_cross_entropy", chunked, note="chunked; torch 2.13 and later")
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):  # PyTorch 2.13 and later
+        chunked = query_gradient(partial(baselines.linear_cross_entropy, temperature=TEMPERATURE))
+        yield Provider("F.linear_cross_entropy", chunked, note="chunked")
     for library, loss in _libraries():
         if loss is not None:
             fits = library.linear_memory or _fits(context, rows, width=width)

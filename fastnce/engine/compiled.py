@@ -71,7 +71,10 @@ def _from_compiler(error: Exception) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+    """Its first line and, where the compiler gives one, its explanation: the first line alone is only a heading."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    why = [line.removeprefix("Explanation: ") for line in lines[1:] if line.startswith("Explanation: ")]
+    return ": ".join([lines[0], *why[:1]])[:300]
 
 
 TRACES_GRADIENTS = "trace_autograd_ops"
