@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def _backward_now() -> AbstractContextManager:
     """Within: a backward is compiled together with its forward, not when a loss is first differentiated."""
     name = "force_non_lazy_backward_lowering"
-    if not hasattr(torch._functorch.config, name):  # an older PyTorch
+    if not hasattr(torch._functorch.config, name):  # a private setting: another PyTorch may not have it
         return nullcontext()
     return torch._functorch.config.patch({name: True})
 
@@ -78,7 +78,7 @@ def _reason(error: Exception) -> str:
 
 
 TRACES_GRADIENTS = "trace_autograd_ops"
-"""The compiler's setting that lets it trace `torch.autograd.grad`; PyTorch 2.13 has it."""
+"""The compiler's setting that lets it trace `torch.autograd.grad`; PyTorch 2.11 and 2.13 have it."""
 
 
 class CompiledWhole:

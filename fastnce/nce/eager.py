@@ -146,7 +146,7 @@ class _NCERows(torch.autograd.Function):
         extra = (pair_log_weight, pair_weight, negative, positive)
         if not any(ctx.needs_input_grad[1:3]):
             extra = (None,) * 4  # keys are constants: the ready gradient is all the backward needs
-            leaves = [leaves[0], None, None]  # nor are they kept: a NegativeBank overwrites its keys before the backward
+            leaves = [leaves[0], None, None]  # nor are they kept: a NegativeBank overwrites them before the backward
         ctx.save_for_backward(gradient, factor, *leaves, *extra)
 
     @staticmethod
