@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from fastnce.kernels import configs
+from fastnce.kernels import common, configs
 from torch import Tensor
 
 from fastnce.losses import gradient_penalty, r1_penalty
@@ -271,7 +271,7 @@ def test_choice_and_its_reasons(monkeypatch):
     with pytest.raises(ValueError, match="implementation must be"):
         network(torch.ones(1, 2, 3, 3))
     set_implementation(network, "triton")
-    monkeypatch.setattr(fused.common.INTERPRET, "value", False)
+    monkeypatch.setattr(common.INTERPRET, "value", False)
     with pytest.raises(ValueError, match="on the CPU"):
         network(torch.ones(1, 2, 3, 3))
     names = launches(monkeypatch)

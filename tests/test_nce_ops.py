@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fastnce.kernels import common
 from fastnce.kernels.project_backward import map_layout
 
 from fastnce import PatchNCEHead, PatchNCELoss, PatchSampleF, patch_nce, project_patches
-from fastnce.nce import fused, fused_maps
+from fastnce.nce import fused_maps
 
 from .oracle import DEVICE, Launches, error, unit_rows
 
@@ -116,7 +117,7 @@ def test_choice_and_its_reasons(monkeypatch):
         patch_nce(rows.double().to(DEVICE), rows.double().to(DEVICE), implementation="triton")
     with pytest.raises(ValueError, match="at most 512"):
         patch_nce(torch.ones(4, 513, device=DEVICE), torch.ones(4, 513, device=DEVICE), implementation="triton")
-    monkeypatch.setattr(fused.common.INTERPRET, "value", False)
+    monkeypatch.setattr(common.INTERPRET, "value", False)
     with pytest.raises(ValueError, match="on the CPU"):
         patch_nce(rows, rows, implementation="triton")
     assert patch_nce(rows, rows).isfinite()

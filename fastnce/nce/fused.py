@@ -9,37 +9,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kernels import common, nce, nce_keys
+from .. import operators
+from ..kernels import nce, nce_keys
+from ..operators import operator
 from .autograd import Once, call, directly
 
 MAX_WIDTH = 512
 """Channels or dims that a kernel holds on chip."""
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-_library = torch.library.Library("fastnce", "DEF")
-
-
-def operator(schema: str, run, fake) -> None:
-    """Define `torch.ops.fastnce.<name>`: what it runs on a device, and the shapes that it returns."""
-    name = schema.split("(", 1)[0]
-    _library.define(schema)
-    for key in ("CPU", "CUDA", "XPU"):  # CPU is Triton's interpreter, CUDA is ROCm as well
-        _library.impl(name, run, key)
-    torch.library.register_fake(f"fastnce::{name}", fake, lib=_library)
-
 
 def obstacle(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
     """Why the kernels cannot run on such rows, or None."""
-    if device.type == "cpu" and not common.INTERPRET.value:
-        return "the tensors are on the CPU, and Triton's interpreter is off (TRITON_INTERPRET=1 before the import)"
-    if device.type not in ("cpu", "cuda", "xpu"):
-        return f"there is no kernel for {device.type}"
-    if dtype not in DTYPES:
-        return f"the kernels compute in bfloat16, float16 or float32, not {dtype}"
-    if width > MAX_WIDTH:
+    found = operators.obstacle(device, dtype)
+    if found is None and width > MAX_WIDTH:
         return f"the kernels hold at most {MAX_WIDTH} channels or dims, not {width}"
-    return None
+    return found
 
 
 # InfoNCE of grouped rows

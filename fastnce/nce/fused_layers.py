@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..kernels import cosine, nce
+from ..operators import operator
 from .autograd import Once, call, directly
-from .fused import operator
 
 
 def _layers(queries, keys, extra, temperatures, groups, directions, other, divide, unit, gradient):

@@ -13,8 +13,8 @@ from torch import Tensor
 from ..kernels import nce, project, project_backward, sample
 from ..kernels.project_backward import MapLayout, map_layout, map_views
 from ..kernels.weight_gradient import weight_views
+from ..operators import operator
 from .autograd import Once, call, directly
-from .fused import operator
 
 _MAP_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 

@@ -13,34 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels import blur, common, reflect_pad
+from ..kernels import blur, reflect_pad
 from ..kernels import instance_norm as norm
 from ..kernels.planes import empty_like
 from ..nce.autograd import call, directly
+from ..operators import obstacle, operator
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-_library = torch.library.Library("fastnce", "FRAGMENT")
-
-
-def _operator(schema: str, run, fake) -> Any:
-    name = schema.split("(", 1)[0]
-    _library.define(schema, tags=(torch.Tag.needs_exact_strides,))  # results lie in memory as the arguments do
-    for key in ("CPU", "CUDA", "XPU"):  # CPU is Triton's interpreter, CUDA is ROCm as well
-        _library.impl(name, run, key)
-    torch.library.register_fake(f"fastnce::{name}", fake, lib=_library)
-    return getattr(torch.ops.fastnce, name)
-
-
-def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the kernels cannot run on such maps, or None."""
-    if device.type == "cpu" and not common.INTERPRET.value:
-        return "the tensors are on the CPU, and Triton's interpreter is off (TRITON_INTERPRET=1 before the import)"
-    if device.type not in ("cpu", "cuda", "xpu"):
-        return f"there is no kernel for {device.type}"
-    if dtype not in DTYPES:
-        return f"the kernels take bfloat16, float16 and float32, not {dtype}"
-    return None
+_TAGS = [torch.Tag.needs_exact_strides]  # results lie in memory as the arguments do
 
 
 # Pads and blurs: linear maps of a plane onto one of another size, and their transposes
@@ -50,7 +29,7 @@ def _plane_operator(name: str, run) -> Any:
     def fake(x, height, width):
         return empty_like(x, height, width)
 
-    return _operator(f"{name}(Tensor x, SymInt height, SymInt width) -> Tensor", run, fake)
+    return operator(f"{name}(Tensor x, SymInt height, SymInt width) -> Tensor", run, fake, _TAGS)
 
 
 _PLANE = {
@@ -110,18 +89,20 @@ def _check_margin(x: Tensor, margin: int) -> None:
 
 # Instance norm
 
-_norm_forward = _operator(
+_norm_forward = operator(
     "instance_norm(Tensor x, Tensor? residual, float eps, float slope, int margin) -> (Tensor, Tensor)",
     norm.instance_norm,
     lambda x, residual, eps, slope, margin: (
         empty_like(x, x.shape[2] + 2 * margin, x.shape[3] + 2 * margin),
         x.new_empty(x.shape[0], 2, x.shape[1], dtype=torch.float32),
     ),
+    _TAGS,
 )
-_norm_backward = _operator(
+_norm_backward = operator(
     "instance_norm_backward(Tensor gradient, Tensor x, Tensor statistics, float slope, int margin) -> Tensor",
     norm.instance_norm_backward,
     lambda gradient, x, statistics, slope, margin: empty_like(x, x.shape[2], x.shape[3]),
+    _TAGS,
 )
 
 
