@@ -36,10 +36,11 @@ OPTIONS = list(itertools.product([False, True], [False, True], ["none", "shared"
 
 
 @pytest.mark.parametrize(("log_weight", "weight", "extra", "decoupled"), OPTIONS)
-@pytest.mark.parametrize("block", [1 << 22, 40])
-def test_eager_is_the_definition(log_weight, weight, extra, decoupled, block, monkeypatch):
+@pytest.mark.parametrize("block", [1 << 22, 160, 40])  # all, some groups, some rows at once
+@pytest.mark.parametrize("groups", [1, 3])
+def test_eager_is_the_definition(log_weight, weight, extra, decoupled, groups, block, monkeypatch):
     monkeypatch.setattr(eager, "BLOCK_ELEMENTS", block)
-    groups, rows, dim = 3, 7, 5
+    rows, dim = 7, 5
     q, k, e = (unit_rows(groups, n, dim).requires_grad_() for n in (rows, rows, 4))
     pairs = {
         "pair_log_weight_GSS": torch.randn(groups, rows, rows, dtype=torch.float64) if log_weight else None,

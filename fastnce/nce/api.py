@@ -87,29 +87,25 @@ def patch_nce(
     if detach_keys:
         keys = keys.detach()
     size = queries.shape[0] // groups
-    pair_log_weight = _check_pairs("pair_log_weight", pair_log_weight, groups, size)
-    pair_weight = _check_pairs("pair_weight", pair_weight, groups, size)
+    if pair_log_weight is not None:
+        pair_log_weight = _check_pairs("pair_log_weight", pair_log_weight, groups, size)
+    if pair_weight is not None:
+        pair_weight = _check_pairs("pair_weight", pair_weight, groups, size)
     dtype = _autocast_dtype(queries)
-    if dtype != queries.dtype:
+    if dtype is not queries.dtype:
         queries, keys = queries.to(dtype), keys.to(dtype)
     if extra_keys is not None:
         extra_keys = (extra_keys if extra_keys.dim() == 3 else extra_keys[None]).to(dtype)
-    rows: Any  # the kernels and the eager path take the same arguments
-    options: dict[str, Any] = {"groups": groups, "temperature": float(temperature), "decoupled": decoupled}
-    if _use_triton(implementation, queries.device, dtype, queries.shape[1], size):
-        rows = fused.nce_losses
-        options["unit"] = unit_rows
-    else:
-        rows = eager.nce_losses
-        if extra_keys is not None:
-            extra_keys = extra_keys.expand(groups, -1, -1)
-    weights: dict[str, Any] = {"pair_log_weight_GSS": pair_log_weight, "pair_weight_GSS": pair_weight}
+    triton = _use_triton(implementation, queries.device, dtype, queries.shape[1], size)
+    rows: Any = fused.nce_losses if triton else eager.nce_losses
+    options = groups, float(temperature), decoupled, unit_rows
     with _without_autocast(queries.device):
-        loss, negative, positive = rows(queries, keys, extra_keys, **weights, **options)
+        loss, positive = rows(queries, keys, extra_keys, pair_log_weight, pair_weight, *options)
+        stats = {"logsumexp": (loss + positive).detach(), "positive": positive.detach()} if return_stats else {}
         if symmetric:
-            transposed = {name: None if w is None else w.transpose(1, 2) for name, w in weights.items()}
+            transposed = [None if w is None else w.transpose(1, 2) for w in (pair_log_weight, pair_weight)]
             # the other direction: keys ask, queries answer; with constant keys the gradient still reaches the queries
-            other, _, _ = rows(keys, queries, extra_keys, **transposed, **options)
+            other, _ = rows(keys, queries, extra_keys, *transposed, *options)
             loss = 0.5 * (loss + other)
     if query_weight is not None:
         loss = loss * query_weight.to(loss.dtype)
@@ -118,8 +114,7 @@ def patch_nce(
     elif reduction == "sum":
         loss = loss.sum()
     if return_stats:
-        logsumexp = negative if decoupled else torch.logaddexp(negative, positive)
-        return loss, {"logsumexp": logsumexp.detach(), "positive": positive.detach()}
+        return loss, stats
     return loss
 
 
@@ -275,10 +270,9 @@ def _check_rows(queries, keys, images, negatives, temperature, extra_keys, query
         raise ValueError(
             f"queries and keys must have the same shape, not {tuple(queries.shape)} and {tuple(keys.shape)}"
         )
-    if not queries.is_floating_point() or queries.dtype != keys.dtype:
+    if not queries.dtype.is_floating_point or queries.dtype != keys.dtype:
         raise ValueError(f"queries and keys must share a floating dtype, not {queries.dtype} and {keys.dtype}")
-    others = {"keys": keys, "extra_keys": extra_keys, "query_weight": query_weight}
-    for name, tensor in others.items():
+    for name, tensor in ("keys", keys), ("extra_keys", extra_keys), ("query_weight", query_weight):
         if tensor is not None and tensor.device != queries.device:
             raise ValueError(f"{name} is on {tensor.device}, queries are on {queries.device}: move one of them")
     if negatives not in ("image", "batch"):
@@ -302,9 +296,7 @@ def _check_rows(queries, keys, images, negatives, temperature, extra_keys, query
     return groups
 
 
-def _check_pairs(name: str, weight: Tensor | None, groups: int, size: int) -> Tensor | None:
-    if weight is None:
-        return None
+def _check_pairs(name: str, weight: Tensor, groups: int, size: int) -> Tensor:
     if weight.dim() == 2 and groups == 1:
         weight = weight[None]
     if weight.shape != (groups, size, size):

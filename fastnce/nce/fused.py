@@ -127,15 +127,14 @@ def nce_losses(
     queries: Tensor,
     keys: Tensor,
     extra_keys_GED: Tensor | None = None,
-    *,
-    groups: int,
-    temperature: float,
     pair_log_weight_GSS: Tensor | None = None,
     pair_weight_GSS: Tensor | None = None,
+    groups: int = 1,
+    temperature: float = 0.07,
     decoupled: bool = False,
     unit: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `eager.nce_losses`; extra keys may be (1, count, dim) for all groups; `unit`: rows have unit length."""
+) -> tuple[Tensor, Tensor]:
+    """As `eager.nce_losses`; with `unit` without a running maximum."""
     with_gradient = torch.is_grad_enabled() and queries.requires_grad
     outputs = call(
         _NCERows,
@@ -149,5 +148,5 @@ def nce_losses(
         unit,
         with_gradient,
     )
-    loss, negative, positive = (flat.flatten() for flat in outputs[:3])
-    return loss, negative, positive
+    loss, _, positive, _ = outputs
+    return loss.flatten(), positive.flatten()

@@ -106,7 +106,7 @@ def patch_nce_layers(
                 e = q.detach().unflatten(0, (2, groups, -1)).flip(0).flatten(0, 1)
             else:
                 e = _grouped(extra[here], groups)
-            loss, _, _ = eager.nce_losses(q, k, e, groups=directions * groups, temperature=float(t))
+            loss, _ = eager.nce_losses(q, k, e, groups=directions * groups, temperature=float(t))
             means.append(loss.unflatten(0, (directions, -1)).mean(dim=1))
         return torch.stack(means).mean(dim=0)
 
