@@ -73,13 +73,13 @@ def test_two_ranks_are_one_process_with_twice_the_batch(folder, tmp_path):
     assert one.keys() == other.keys()
     for key, tensor in one.items():
         if key.startswith("network/") and tensor.dim() > 1:  # a bias before a norm has no gradient but noise
-            torch.testing.assert_close(other[key], tensor, rtol=0, atol=2e-6, msg=key)
+            torch.testing.assert_close(other[key], tensor, rtol=0, atol=1e-6, msg=key)
     rows = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two")]
     assert len(rows[1]) == 3  # the first rank alone writes
     for line, other_line in zip(*rows, strict=True):
         first, second = json.loads(line), json.loads(other_line)
         for name in ("G", "NCE", "D_real", "D_fake"):
-            assert second[name] == pytest.approx(first[name], rel=1e-4)
+            assert second[name] == pytest.approx(first[name], rel=1e-5)
 
 
 def test_gathered_negatives_are_those_of_the_whole_batch(folder, tmp_path):
@@ -94,11 +94,11 @@ def test_gathered_negatives_are_those_of_the_whole_batch(folder, tmp_path):
         [json.loads(line)["NCE"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("one", "two")
     ]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     one, other = training_tensors(tmp_path / "one"), training_tensors(tmp_path / "two")
     for key, tensor in one.items():
         if key.startswith("network/") and tensor.dim() > 1:  # a bias before a norm has no gradient but noise
-            torch.testing.assert_close(other[key], tensor, rtol=0, atol=2e-6, msg=key)
+            torch.testing.assert_close(other[key], tensor, rtol=0, atol=1e-6, msg=key)
 
 
 def test_gathering_needs_a_batch_of_negatives():
@@ -134,7 +134,7 @@ def test_one_command_starts_a_process_for_each_device(folder, tmp_path):
     one, other = training_tensors(tmp_path / "one"), training_tensors(tmp_path / "two")
     for key, tensor in one.items():
         if key.startswith("network/") and tensor.dim() > 1:  # a bias before a norm has no gradient but noise
-            torch.testing.assert_close(other[key], tensor, rtol=0, atol=2e-6, msg=key)
+            torch.testing.assert_close(other[key], tensor, rtol=0, atol=1e-6, msg=key)
 
 
 def test_a_failure_of_several_processes_is_the_commands(folder, tmp_path):
