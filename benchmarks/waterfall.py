@@ -32,6 +32,7 @@ class Stage:
     layout: torch.memory_format = torch.contiguous_format
     layers: Literal["eager", "triton"] = "eager"
     loss: Literal["eager", "triton"] = "eager"
+    weights_at_once: bool = False
     compile: bool | str = False
     graph: bool = False
 
@@ -45,8 +46,14 @@ def stages(cuda: bool, loss: bool = True) -> list[Stage]:
     last: dict[str, Any] = half | {"layout": torch.channels_last}
     if not cuda:
         cpu = {"precision": "bf16"}
-        return [Stage("fp32"), Stage("+ bf16", **cpu), Stage("+ channels-last", **cpu, layout=torch.channels_last)]
+        return [
+            Stage("fp32"),
+            Stage("+ bf16", **cpu),
+            Stage("+ weights converted at once", **cpu, weights_at_once=True),
+            Stage("+ channels-last", **cpu, weights_at_once=True, layout=torch.channels_last),
+        ]
     fused: dict[str, Any] = last | {"layers": "triton", "loss": "triton"}
+    all_on: dict[str, Any] = fused | {"weights_at_once": True}
     found = [
         Stage("fp32"),
         Stage("+ TF32", tf32=True),
@@ -54,9 +61,10 @@ def stages(cuda: bool, loss: bool = True) -> list[Stage]:
         Stage("+ channels-last", **last),
         Stage("+ fused norm, pad, blur", **last, layers="triton"),
         Stage("+ fused NCE", **fused),
-        Stage("+ graph", **fused, graph=True),
-        Stage("+ compile", **fused, compile=True, graph=True),
-        Stage("compiled whole", **fused, compile="whole", graph=True),
+        Stage("+ weights converted at once", **all_on),
+        Stage("+ graph", **all_on, graph=True),
+        Stage("+ compile", **all_on, compile=True, graph=True),
+        Stage("compiled whole", **all_on, compile="whole", graph=True),
     ]
     return found if loss else [replace(stage, loss="triton") for stage in found if stage.name != "+ fused NCE"]
 
@@ -110,7 +118,7 @@ def _set_tf32(allowed: bool) -> None:
 
 def switch(step: Step, stage: Stage) -> None:
     """Put a built step into the state of a stage."""
-    step.layout = stage.layout
+    step.layout, step.weights_at_once = stage.layout, stage.weights_at_once
     if stage.layout is torch.channels_last:
         channels_last(step.method)
     else:

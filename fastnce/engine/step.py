@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from .cudagraph import CudaRecorder, Graphs, Recorder, library_settings
 from .distributed import Ranks
 from .optim import LossScale, OptimOptions, ParameterGroup, WeightAverage
 from .recompute import recompute_blocks
+from .weights import converted_weights
 
 
 class Step:
@@ -71,6 +72,8 @@ class Step:
         if precision not in PRECISIONS:
             raise ValueError(f"run.precision must be auto, {', '.join(PRECISIONS)}, not {precision!r}")
         self.device_type, self.dtype = device.type, PRECISIONS[precision]
+        self.weights_at_once = True
+        """Convert a network's weights to 16 bits in one launch; False leaves each to autocast, with equal numbers."""
         self.loss_scale = LossScale(device) if precision == "fp16" else None
         self.bad_steps = torch.zeros((), device=device)
         """Steps that were not finite, in a row up to now."""
@@ -127,11 +130,24 @@ class Step:
             average.update()
         return losses
 
+    def _weights(self, *kinds: str) -> AbstractContextManager:
+        """Within: networks whose names begin with one of `kinds` hold their weights as autocast wants them."""
+        if self.dtype == torch.float32 or not self.weights_at_once:
+            return nullcontext()
+        networks = self.method.networks().items()
+        return converted_weights([network for name, network in networks if name.startswith(kinds)], self.dtype)
+
+    def _trains_generators(self, phase: Phase) -> bool:
+        return any(id(p) in self._made_by for name in phase.groups for p in self.groups[name].parameters)
+
+    def _generate(self, batch: Batch, draws: Draws) -> Outputs:
+        with self._weights("G"), self.autocast():
+            return self.generate(batch, draws)
+
     def _at_once(self, batch: Batch, draws: Draws) -> tuple[Losses, Tensor]:
         losses: Losses = {}
         bad = torch.zeros_like(self.bad_steps)
-        with self.autocast():
-            outputs = self.generate(batch, draws)
+        outputs = self._generate(batch, draws)
         for phase in self.phases:
             gradients, logged = self._differentiate(phase, batch, outputs, draws)
             bad = torch.maximum(bad, self._update(phase, gradients))
@@ -150,12 +166,12 @@ class Step:
         made: list[Outputs | None] = [None] * len(parts)
         for phase in self.phases:
             mean = accumulate.Mean(len(parts))
-            trains = any(id(p) in self._made_by for name in phase.groups for p in self.groups[name].parameters)
+            trains = self._trains_generators(phase)
             for i, (part, drawn) in enumerate(parts):
                 outputs = made[i]
                 if trains or outputs is None:
-                    with torch.set_grad_enabled(trains), self.autocast():
-                        outputs = self.generate(part, drawn)
+                    with torch.set_grad_enabled(trains):
+                        outputs = self._generate(part, drawn)
                 mean.add(*self._differentiate(phase, part, outputs, drawn))
                 if trains and phase is not self.phases[-1]:
                     made[i] = accumulate.detached(outputs)
@@ -170,18 +186,20 @@ class Step:
         """Gradients of a phase's loss with respect to the parameters of its groups, and what it logs."""
         # a compiled loss would compute gradients of the networks that it merely passes through
         resting = [p for name, g in self.groups.items() if name not in phase.groups for p in g.parameters]
+        weights = self._weights("G", "D") if self._trains_generators(phase) else self._weights("D")
         for parameter in resting:
             parameter.requires_grad_(False)
         try:
-            with self.autocast():
-                loss, logged = phase.loss(batch, outputs, draws)
+            with weights:  # in the backward too, where blocks may be computed again
+                with self.autocast():
+                    loss, logged = phase.loss(batch, outputs, draws)
+                if self.loss_scale is not None:
+                    loss = loss * self.loss_scale.scale
+                parameters = [p for name in phase.groups for p in self.groups[name].parameters]
+                return torch.autograd.grad(loss, parameters, allow_unused=True), logged
         finally:
             for parameter in resting:
                 parameter.requires_grad_(True)
-        if self.loss_scale is not None:
-            loss = loss * self.loss_scale.scale
-        parameters = [p for name in phase.groups for p in self.groups[name].parameters]
-        return torch.autograd.grad(loss, parameters, allow_unused=True), logged
 
     def _update(self, phase: Phase, gradients: tuple[Tensor | None, ...]) -> Tensor:
         """Average over ranks and update; 1.0 where a group was skipped because a gradient was not finite, else 0.0."""

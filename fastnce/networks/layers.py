@@ -132,6 +132,16 @@ def channels_last(network: nn.Module) -> None:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
 
+def keep_float32(layer: nn.Module) -> nn.Module:
+    """Mark a layer that computes in float32 whatever autocast says (see `full_precision`)."""
+    layer.computes_float32 = True  # type: ignore[assignment]
+    return layer
+
+
+def keeps_float32(layer: nn.Module) -> bool:
+    return bool(getattr(layer, "computes_float32", False))
+
+
 def full_precision(layer: nn.Module, x: Tensor) -> Tensor:
     """`layer` on x in float32 whatever autocast says: for the last convolution and the tanh of a generator."""
     with own_precision(x):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import own_precision
+from .layers import keep_float32, own_precision
 from .resnet import check_layers
 
 
@@ -98,6 +98,7 @@ class Restorer(nn.Module):
         self.decode1 = nn.Sequential(GatedBlock(fine), GatedBlock(fine))
         self.ending = nn.Conv2d(fine, channels, 3, padding=1)
         nn.init.zeros_(self.ending.weight)
+        keep_float32(self.ending)
         nn.init.zeros_(self.ending.bias)  # type: ignore[arg-type]
         self.widths = [channels, fine, fine, fine, half, half, half, *[quarter] * (1 + middle)]
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import Norm, full_precision, norm_layer
+from .layers import Norm, full_precision, keep_float32, norm_layer
 from .resnet import check_layers
 
 
@@ -25,7 +25,7 @@ class UnetBlock(nn.Module):
         arriving = inner if below is None else 2 * inner
         up += [nn.ConvTranspose2d(arriving, outer, 4, stride=2, padding=1, bias=bias or top)]
         if top:
-            up += [nn.Tanh()]
+            up = [*up[:-1], keep_float32(up[-1]), nn.Tanh()]
         else:
             down = [nn.LeakyReLU(0.2), *down, *([] if below is None else [norm_layer(norm, inner)])]
             up += [norm_layer(norm, outer)]
