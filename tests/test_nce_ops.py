@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from fastnce.kernels import common
@@ -169,6 +171,17 @@ def test_compiles_without_a_break(implementation):
     criterion = PatchNCELoss(implementation=implementation)
     q, k = rows[0].detach(), rows[0].detach().flip(0)
     torch.testing.assert_close(torch.compile(criterion, fullgraph=True, backend="aot_eager")(q, k), criterion(q, k))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "triton"])
+@pytest.mark.parametrize("images", [1, 3])
+def test_a_compiled_gradient_is_the_gradient(implementation, images):
+    """For one group too, whose rows need no view to be grouped."""
+    q, k = unit_rows(24, 16).to(DEVICE).requires_grad_(), unit_rows(24, 16).to(DEVICE)
+    criterion = partial(patch_nce, images=images, implementation=implementation, reduction="sum")
+    compiled = torch.compile(criterion, fullgraph=True, backend="aot_eager")
+    ours, expected = (torch.autograd.grad(2.0 * f(q, k), q)[0] for f in (compiled, criterion))
+    torch.testing.assert_close(ours, expected)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "triton"])

@@ -115,13 +115,15 @@ class _NCERows(torch.autograd.Function):
         done = []
         for block in _blocks(queries, keys, extra_keys):
             loss, positive, slope, factor = _solve(tensors, scale, decoupled, block)
-            gradient = loss.new_empty(0, 0)
+            gradient = loss.new_empty(0, 1)
             if with_gradient:
                 inside, outside = _split(slope, keys)
                 gradient = _product(inside, _groups(keys, block), scale)
                 if outside is not None:
                     gradient += _product(outside, _groups(extra_keys, block), scale)
-            done.append((loss.flatten(), positive.flatten(), gradient.flatten(0, -2), factor.flatten()))
+            # views, also where the shape is right: PyTorch 2.11's compiler mistakes outputs that flatten() hands through
+            gradient = gradient.view(-1, gradient.shape[-1])
+            done.append((loss.view(-1), positive.view(-1), gradient, factor.view(-1)))
         if len(done) == 1:  # nothing to put together
             return done[0]
         return tuple(torch.cat(parts) for parts in zip(*done, strict=True))
