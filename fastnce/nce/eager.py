@@ -121,7 +121,7 @@ class _NCERows(torch.autograd.Function):
                 gradient = _product(inside, _groups(keys, block), scale)
                 if outside is not None:
                     gradient += _product(outside, _groups(extra_keys, block), scale)
-            # views, also where the shape is right: PyTorch 2.11's compiler mistakes outputs that flatten() hands through
+            # views, even where the shape is right: PyTorch 2.11's compiler mistakes outputs that flatten() hands on
             gradient = gradient.view(-1, gradient.shape[-1])
             done.append((loss.view(-1), positive.view(-1), gradient, factor.view(-1)))
         if len(done) == 1:  # nothing to put together
