@@ -73,7 +73,7 @@ class Step:
             raise ValueError(f"run.precision must be auto, {', '.join(PRECISIONS)}, not {precision!r}")
         self.device_type, self.dtype = device.type, PRECISIONS[precision]
         self.weights_at_once = True
-        """Convert a network's weights to 16 bits in one launch; False leaves each to autocast, with equal numbers."""
+        """Convert a network's weights to 16 bits in one call; False leaves each to autocast, with equal numbers."""
         self.loss_scale = LossScale(device) if precision == "fp16" else None
         self.bad_steps = torch.zeros((), device=device)
         """Steps that were not finite, in a row up to now."""

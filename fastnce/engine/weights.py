@@ -1,7 +1,8 @@
 """The weights of a step in 16 bits, made a network at a time.
 
 Autocast converts every weight on its own where it is used, and every gradient on its way back: two of ten launches of
-CUT's step in bf16. The conversions here are the same, from the same numbers, and all of a network's are one launch.
+CUT's step in bf16. The conversions here are the same, from the same numbers, and all of a network's are one call, which
+CUDA splits into few launches.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ except ImportError:  # no Triton for this platform
 
 Norm = Literal["instance", "batch", "none"]
 Implementation = Literal["triton", "eager"] | None
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 def own_precision(x: Tensor) -> AbstractContextManager:
@@ -132,7 +133,7 @@ def channels_last(network: nn.Module) -> None:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
 
-def keep_float32(layer: nn.Module) -> nn.Module:
+def keep_float32(layer: Layer) -> Layer:
     """Mark a layer that computes in float32 whatever autocast says (see `full_precision`)."""
     layer.computes_float32 = True  # type: ignore[assignment]
     return layer

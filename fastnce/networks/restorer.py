@@ -96,9 +96,8 @@ class Restorer(nn.Module):
         self.decode2 = nn.Sequential(GatedBlock(half), GatedBlock(half))
         self.up1 = nn.Sequential(nn.Conv2d(half, 4 * fine, 1, bias=False), nn.PixelShuffle(2))
         self.decode1 = nn.Sequential(GatedBlock(fine), GatedBlock(fine))
-        self.ending = nn.Conv2d(fine, channels, 3, padding=1)
+        self.ending = keep_float32(nn.Conv2d(fine, channels, 3, padding=1))
         nn.init.zeros_(self.ending.weight)
-        keep_float32(self.ending)
         nn.init.zeros_(self.ending.bias)  # type: ignore[arg-type]
         self.widths = [channels, fine, fine, fine, half, half, half, *[quarter] * (1 + middle)]
 

@@ -23,12 +23,12 @@ class UnetBlock(nn.Module):
         down: list[nn.Module] = [nn.Conv2d(in_channels, inner, 4, stride=2, padding=1, bias=bias or top)]
         up: list[nn.Module] = [nn.ReLU(True)]
         arriving = inner if below is None else 2 * inner
-        up += [nn.ConvTranspose2d(arriving, outer, 4, stride=2, padding=1, bias=bias or top)]
+        widen = nn.ConvTranspose2d(arriving, outer, 4, stride=2, padding=1, bias=bias or top)
         if top:
-            up = [*up[:-1], keep_float32(up[-1]), nn.Tanh()]
+            up += [keep_float32(widen), nn.Tanh()]
         else:
             down = [nn.LeakyReLU(0.2), *down, *([] if below is None else [norm_layer(norm, inner)])]
-            up += [norm_layer(norm, outer)]
+            up += [widen, norm_layer(norm, outer)]
         middle = [] if below is None else [below]
         self.model = nn.Sequential(*down, *middle, *up, *([nn.Dropout(0.5)] if dropout else []))
         self.top = top
