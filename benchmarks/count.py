@@ -299,7 +299,8 @@ def count_step(
         for key, value in changes.items():
             setattr(options, key, value)
         method = preset.method(options, NetworkOptions(**{**preset.sections.get("network", {}), **(network or {})}))
-        step = Step(method, OptimOptions(), precision)
+        # one layout, so that counts do not depend on the CPU that counts
+        step = Step(method, OptimOptions(), precision, layout=torch.contiguous_format)
         prepare(step)
         batch = Batch(*(torch.rand(2, images, 3, side, side) * 2 - 1))
         for group in step.groups.values():

@@ -19,7 +19,7 @@ from benchmarks.measure import Context, Provider, Row, measure
 from benchmarks.step import ours, small, step_case
 from fastnce.engine.step import Step
 from fastnce.nce import PatchNCEHead
-from fastnce.networks import channels_last, set_implementation
+from fastnce.networks import set_implementation
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _measured(name: str, images: int, some: list[Stage], title: str, context: Co
 
 
 def _provider(name: str, stage: Stage, context: Context) -> Provider:
-    form: dict[str, Any] = {"compile": stage.compile, "graph": stage.graph}
+    form: dict[str, Any] = {"compile": stage.compile, "graph": stage.graph, "layout": stage.layout}
     call = ours(
         name,
         small(context.quick),
@@ -118,12 +118,7 @@ def _set_tf32(allowed: bool) -> None:
 
 def switch(step: Step, stage: Stage) -> None:
     """Put a built step into the state of a stage."""
-    step.layout, step.weights_at_once = stage.layout, stage.weights_at_once
-    if stage.layout is torch.channels_last:
-        channels_last(step.method)
-    else:
-        for parameter in step.method.parameters():
-            parameter.data = parameter.data.contiguous()
+    step.weights_at_once = stage.weights_at_once
     set_implementation(step.method, stage.layers)
     for module in step.method.modules():
         if isinstance(module, PatchNCEHead):

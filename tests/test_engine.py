@@ -22,7 +22,7 @@ from fastnce.cli import main
 from fastnce.config import resolve
 from fastnce.engine import checkpoint
 from fastnce.engine.checkpoint import Checkpoints, DiskFull, load_generators, newest, read_state
-from fastnce.engine.choices import pick_compile, pick_precision, set_tf32
+from fastnce.engine.choices import pick_compile, pick_layout, pick_precision, set_tf32
 from fastnce.engine.compiled import Compiled
 from fastnce.engine.distributed import Ranks
 from fastnce.engine.log import Pace, clock, save_grid
@@ -85,14 +85,28 @@ def test_channels_last_weights_learn_the_same():
     results = []
     for layout in (torch.contiguous_format, torch.channels_last):
         torch.manual_seed(3)
-        method = small_method().double().to(memory_format=layout)
-        step = Step(method, OptimOptions())
+        method = small_method().double()
+        step = Step(method, OptimOptions(), layout=layout)
+        assert next(p for p in method.parameters() if p.dim() == 4).is_contiguous(memory_format=layout)
         for _ in range(2):
             step.run(random_batch(dtype=torch.float64), Draws())
         # (a bias before an instance norm has gradient 0, of which rounding noise is all there is to compare)
         results.append([p.detach().contiguous() for p in method.parameters() if p.dim() == 4])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=2e-9)  # 1e-5 of the learning rate
+
+
+@pytest.mark.parametrize("amx", [True, False, None])
+def test_the_layout_that_a_device_wants(amx, monkeypatch):
+    if amx is None:
+        monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")  # a later PyTorch may lack it
+    else:
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    found = [pick_layout(device, dtype) for device in (cpu, gpu) for dtype in (torch.float32, torch.bfloat16)]
+    plain, last = torch.contiguous_format, torch.channels_last
+    assert found == [plain, last if amx else plain, last, last]
+    assert Step(small_method(), OptimOptions(), "bf16").layout is found[1]
 
 
 def test_a_step_that_is_not_finite_changes_nothing():

@@ -1,4 +1,4 @@
-"""What a run's settings mean on its device: precision, compilation, TF32."""
+"""What a run's settings mean on its device: precision, compilation, TF32; and which layout of maps it wants."""
 
 from __future__ import annotations
 
@@ -16,6 +16,24 @@ def pick_precision(name: str, device: torch.device) -> str:
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return "bf16"
+
+
+def pick_layout(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
+    """Channels-last on accelerators, and on CPUs whose bf16 products run in matrix units (AMX).
+
+    Other convolutions of a CPU take either layout at the same speed, and everything between them is faster in the plain
+    one (measured: docs/performance.md).
+    """
+    if device.type != "cpu":
+        return torch.channels_last
+    return torch.channels_last if dtype == torch.bfloat16 and has_amx() else torch.contiguous_format
+
+
+def has_amx() -> bool:
+    """Whether this CPU has matrix units that PyTorch may use."""
+    # not a public function, but the only one that PyTorch 2.11 has
+    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return supported is not None and bool(supported())
 
 
 def pick_compile(name: str, device: torch.device) -> bool | str:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..methods.base import Batch, Draws, Losses, Method, Outputs, Phase
 from ..networks import channels_last
 from . import accumulate
-from .choices import PRECISIONS
+from .choices import PRECISIONS, pick_layout
 from .compiled import Compiled, CompiledWhole
 from .cudagraph import CudaRecorder, Graphs, Recorder, library_settings
 from .distributed import Ranks
@@ -33,6 +33,7 @@ class Step:
         ranks: the processes that share the batch.
         graph: record the step in CUDA graphs (see `cudagraph`); or a recorder of one's own.
         recompute: compute the generators' residual blocks again in the backward pass, to save memory.
+        layout: of pictures, maps and the convolutions' weights in memory; None takes what the device computes fastest.
         backend: of `torch.compile`.
     """
 
@@ -46,12 +47,13 @@ class Step:
         *,
         graph: bool | Recorder = False,
         recompute: bool = False,
+        layout: torch.memory_format | None = None,
         backend: str = "inductor",
     ):
+        if precision not in PRECISIONS:
+            raise ValueError(f"run.precision must be auto, {', '.join(PRECISIONS)}, not {precision!r}")
         device = next(method.parameters()).device
-        # A CPU's convolutions take either layout at the same speed, and everything between them is faster in the plain
-        # one; GPUs want channels-last.
-        self.layout = torch.contiguous_format if device.type == "cpu" else torch.channels_last
+        self.layout = layout or pick_layout(device, PRECISIONS[precision])
         if self.layout is torch.channels_last:
             channels_last(method)
         if recompute:
@@ -69,8 +71,6 @@ class Step:
         }
         self.phases = method.phases()
         self.generate: Callable[[Batch, Draws], Outputs] = method.generate
-        if precision not in PRECISIONS:
-            raise ValueError(f"run.precision must be auto, {', '.join(PRECISIONS)}, not {precision!r}")
         self.device_type, self.dtype = device.type, PRECISIONS[precision]
         self.weights_at_once = True
         """Convert a network's weights to 16 bits in one call; False leaves each to autocast, with equal numbers."""
