@@ -171,10 +171,12 @@ class MapLayout(NamedTuple):
         _, c, h, w, channels_last, _ = self
         return (c * h * w, 1, w * c, c) if channels_last else (c * h * w, h * w, w, 1)
 
+    def numel(self) -> int:
+        return self.images * self.channels * self.height * self.width
+
     def bytes(self) -> int:
         """Room for the gradient in the one zeroed buffer of all maps."""
-        used = self.images * self.channels * self.height * self.width * self.dtype.itemsize
-        return (used + 255) // 256 * 256
+        return (self.numel() * self.dtype.itemsize + 255) // 256 * 256
 
 
 def map_layout(feature_map: Tensor) -> MapLayout:
@@ -191,8 +193,13 @@ def map_views(buffer: Tensor, maps: Sequence[MapLayout], wanted: Sequence[bool])
         if not want:
             views.append(None)
             continue
-        typed = buffer.narrow(0, start, m.bytes()).view(m.dtype)
-        views.append(typed.as_strided(m[:4], m.strides(), start // m.dtype.itemsize))
+        # Not `as_strided`, whose offset is that of the storage: a compiler may have put the bytes anywhere.
+        images, channels, height, width, channels_last, dtype = m
+        flat = buffer.narrow(0, start, m.numel() * dtype.itemsize).view(dtype)
+        if channels_last:
+            views.append(flat.view(images, height, width, channels).permute(0, 3, 1, 2))
+        else:
+            views.append(flat.view(images, channels, height, width))
         start += m.bytes()
     return views
 
