@@ -173,6 +173,39 @@ def test_compiles_without_a_break(implementation):
     torch.testing.assert_close(torch.compile(criterion, fullgraph=True, backend="aot_eager")(q, k), criterion(q, k))
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_inductor_finds_every_map_in_the_buffer_of_gradients(layout):
+    """All maps' gradients are views of one buffer, which a compiler may place as it likes."""
+    ours = head()
+    queries, keys = ([m.contiguous(memory_format=layout).detach() for m in maps()] for _ in range(2))
+    ids = ours.draw_ids(keys)
+    leaves = [*(q.requires_grad_() for q in queries), *ours.parameters()]
+    compiled = torch.compile(lambda q, k: ours(q, k, patch_ids=ids), fullgraph=True)
+    found, expected = (torch.autograd.grad(f(queries, keys), leaves) for f in (compiled, partial(ours, patch_ids=ids)))
+    for a, b in zip(found, expected, strict=True):
+        assert error(a, b) <= 5e-6
+
+
+@pytest.mark.parametrize("implementation", ["eager", "triton"])
+def test_a_compiled_function_takes_a_tensor_twice_and_none_that_learns(implementation):
+    """As SimDCL samples its maps twice, and contrasts without gradients inside of a step that has some."""
+
+    def loss(m, mlp):
+        ids = torch.arange(6, device=DEVICE)
+        twice = project_patches([m, m, m], [ids, ids + 5, ids], [mlp] * 3, implementation=implementation)
+        with torch.no_grad():
+            constant = project_patches([m], [ids], [mlp], implementation=implementation)[0]
+        fixed = project_patches([m.detach()], [ids], [[w.detach() for w in mlp]], implementation=implementation)[0]
+        return sum(n * (rows * (constant + fixed).cos()).sum() for n, rows in enumerate(twice, start=1))
+
+    leaves = [maps()[1], torch.randn(16, 8), torch.randn(16), torch.randn(16, 16), torch.randn(16)]
+    leaves = [x.to(DEVICE).requires_grad_() for x in leaves]
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    found, expected = (torch.autograd.grad(f(leaves[0], leaves[1:]), leaves) for f in (compiled, loss))
+    for a, b in zip(found, expected, strict=True):
+        assert error(a, b) <= 5e-6
+
+
 @pytest.mark.parametrize("implementation", ["eager", "triton"])
 @pytest.mark.parametrize("images", [1, 3])
 def test_a_compiled_gradient_is_the_gradient(implementation, images):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 class Once(torch.autograd.Function):
@@ -44,7 +45,25 @@ def directly(cls: Any) -> Any:
 
 
 def call(cls: Any, *inputs: Any) -> Any:
-    """`cls.apply(*inputs)` by the cheaper way where that will do."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    """`cls.apply(*inputs)` by the cheaper way where that will do, and so that a compiler computes the same."""
+    if torch.compiler.is_compiling():
+        if not any(t.requires_grad for t in inputs if isinstance(t, Tensor)) or not torch.is_grad_enabled():
+            return cls.forward(*inputs)  # where PyTorch 2.11 passes functions of variable length a context too many
+        return cls.apply(*_apart(inputs))
+    if torch._C._are_functorch_transforms_active():
         return cls.apply(*inputs)
     return cls.direct.apply(*inputs)
+
+
+def _apart(inputs: tuple[Any, ...]) -> list[Any]:
+    """The same inputs, each tensor once: of one that is passed twice PyTorch 2.11 compiles half the gradient."""
+    seen: list[Tensor] = []
+    result: list[Any] = []
+    for x in inputs:
+        if isinstance(x, Tensor):
+            if any(x is other for other in seen):
+                x = x.view_as(x)
+            else:
+                seen.append(x)
+        result.append(x)
+    return result
