@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 import warnings
+import weakref
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastnce.engine.cudagraph import WARM_UP, pick_graph
+from fastnce.engine.cudagraph import WARM_UP, Graphs, pick_graph
 from fastnce.engine.optim import OptimOptions
 from fastnce.engine.step import Step
 from fastnce.methods import PRESETS, Batch, Draws
@@ -173,6 +174,29 @@ def test_other_settings_are_recorded_anew(change, monkeypatch):
     for number in range(WARM_UP + 1):
         one_step(step, 10 + number, random_batch())
     assert (tape.warmed, tape.recorded) == (2 * WARM_UP, 2)
+
+
+def test_what_a_failed_recording_held_is_free_before_the_step_runs_again():
+    """A recording that memory was too small for would otherwise be followed by a step without any."""
+    held: list[weakref.ref] = []
+    alive: list[bool] = []
+
+    class TooSmall(Tape):
+        def record(self, function):
+            maps = torch.zeros(8)
+            held.append(weakref.ref(maps))
+            raise torch.OutOfMemoryError("out of memory")
+
+    def compute(batch, draws):
+        alive.extend(reference() is not None for reference in held)
+        return {}
+
+    graphs = Graphs(compute, TooSmall(), lambda: 0)
+    for _ in range(WARM_UP):
+        graphs.run(random_batch(), Draws())
+    with pytest.warns(UserWarning, match=r"recording it failed \(out of memory\)"):
+        graphs.run(random_batch(), Draws())
+    assert alive == [False]
 
 
 def test_a_recording_that_fails_is_said_once_and_training_goes_on():

@@ -20,7 +20,7 @@ from PIL import Image
 
 from fastnce.cli import main
 from fastnce.config import resolve
-from fastnce.engine import checkpoint
+from fastnce.engine import checkpoint, loop
 from fastnce.engine.checkpoint import Checkpoints, DiskFull, load_generators, newest, read_state
 from fastnce.engine.choices import pick_compile, pick_layout, pick_precision, set_tf32
 from fastnce.engine.compiled import Compiled
@@ -571,6 +571,52 @@ def test_tf32_is_said_and_set():
     assert set_tf32("true", cpu) == ""
     with pytest.raises(ValueError, match=r"run\.tf32 must be auto, true or false, not 'yes'"):
         set_tf32("yes", cpu)
+
+
+def test_tf32_set_by_the_newer_interface_is_read():
+    code = """
+import torch
+from fastnce.engine.choices import set_tf32
+from fastnce.engine.cudagraph import library_settings
+cuda, found = torch.device("cuda"), []
+for precision in ("ieee", "tf32"):
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cuda.matmul.fp32_precision = precision
+    found.append(library_settings())
+    print(set_tf32("auto", cuda))
+assert found[0] != found[1]
+"""
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    products = [line.split(",")[0] for line in said.splitlines()]
+    assert products == ["TF32 in float32 products: off", "TF32 in float32 products: on"]
+
+
+def test_a_function_of_too_many_shapes_runs_uncompiled(monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    compiled = Compiled(lambda x: x * 2, "eager")
+    with pytest.warns(UserWarning, match="runs uncompiled: "):
+        sums = [compiled(torch.ones(size)).sum().item() for size in range(2, 7)]
+    assert sums == [4, 6, 8, 10, 12]
+    assert compiled.compiled is None
+
+
+@pytest.mark.parametrize(("preprocess", "compile"), [("none", False), ("crop", True)])
+def test_auto_does_not_compile_for_pictures_of_all_sizes(folder, tmp_path, monkeypatch, preprocess, compile):
+    made = []
+
+    class Stop(Exception):
+        pass
+
+    def step(*arguments, **_):
+        made.append(arguments[3])
+        raise Stop
+
+    monkeypatch.setattr(loop, "Step", step)
+    monkeypatch.setattr(loop, "pick_compile", lambda name, device: name == "auto")  # as on a GPU
+    config = small_config(folder, "run.compile=auto", f"data.preprocess={preprocess}", "data.batch=1")
+    with pytest.raises(Stop):
+        train_run(config, tmp_path / "run", quiet=True)
+    assert made == [compile]
 
 
 def test_what_the_compiler_refuses_runs_uncompiled():

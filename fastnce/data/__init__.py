@@ -105,6 +105,11 @@ class UnpairedData:
     def _find_folders(self, root: str | os.PathLike[str], phase: str) -> tuple[Folder, Folder]:
         return domain_folders(root, phase)
 
+    @property
+    def one_size(self) -> bool:
+        """Whether the pictures of all steps are of one size."""
+        return self.target.preprocess != "none"
+
     def batch(self, step: int, *, decaying: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """The pictures of one step: a function of (seed, rank, step) alone.
 

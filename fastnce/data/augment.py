@@ -15,6 +15,13 @@ from .order import Draw
 PINNED = ("cuda", "xpu")  # devices to which page-locked memory is copied asynchronously
 
 
+def send(small: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the CPU on `device`, without waiting for what the device is doing."""
+    if device.type in PINNED:
+        small = small.pin_memory()
+    return small.to(device, non_blocking=True)
+
+
 def gather_crops(flat: torch.Tensor, places: torch.Tensor, height: int, width: int, channels: int) -> torch.Tensor:
     """Cut one window out of each of several pictures.
 
@@ -70,7 +77,7 @@ class PictureStore:
         mirrored = (draw.flip & flip).astype(np.int64)
         first = offset // self.channels
         if self.flat is not None:
-            places = self._send(torch.from_numpy(np.stack([first, columns, top, left, mirrored])))
+            places = send(torch.from_numpy(np.stack([first, columns, top, left, mirrored])), self.device)
             return gather_crops(self.flat, places, height, width, self.channels)
 
         count = len(draw.index)
@@ -83,10 +90,5 @@ class PictureStore:
             windows[i] = picture[top[i] : top[i] + height, left[i] : left[i] + width]
         zero = np.zeros(count, np.int64)
         first = np.arange(count) * (height * width)
-        places = self._send(torch.from_numpy(np.stack([first, zero + width, zero, zero, mirrored])))
+        places = send(torch.from_numpy(np.stack([first, zero + width, zero, zero, mirrored])), self.device)
         return gather_crops(windows.to(self.device, non_blocking=True).view(-1), places, height, width, self.channels)
-
-    def _send(self, places: torch.Tensor) -> torch.Tensor:
-        if self.device.type in PINNED:
-            places = places.pin_memory()
-        return places.to(self.device, non_blocking=True)

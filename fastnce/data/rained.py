@@ -46,6 +46,9 @@ class RainedData(UnpairedData):
         if arguments.get("channels", 3) not in (1, 3):
             raise DataError(f"rain falls on pictures of 1 or 3 channels, not {arguments['channels']}")
         self.share, self.rain = share, rain or RainOptions()
+        if torch.device(arguments.get("device", "cpu")).type != "cpu":
+            # rain is drawn on the CPU and sent in dozens of copies that wait for the device: beside the step, not in it
+            arguments.setdefault("ahead", True)
         super().__init__(root, **arguments)
         self.skipped = list(dict.fromkeys(self.skipped))  # trainB may have been opened for both domains
 

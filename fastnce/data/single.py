@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .augment import send
 from .folder import DataError, Folder, domain_folders, load_image
 from .order import philox_words
 
@@ -121,8 +122,8 @@ class SinglePictureData:
         whole = F.interpolate(picture, (height, width), mode="bilinear", antialias=True, align_corners=False)
         grid = whole[0, :, top : top + rows * crop, left : left + columns * crop]
         grid = grid.unflatten(1, (rows, crop)).unflatten(3, (columns, crop)).permute(1, 3, 0, 2, 4).flatten(0, 1)
-        crops = grid[torch.from_numpy(cells).to(self.device)]
-        crops = torch.where(torch.from_numpy(mirrored).to(self.device)[:, None, None, None], crops.flip(3), crops)
+        crops = grid[send(torch.from_numpy(cells), self.device)]
+        crops = torch.where(send(torch.from_numpy(mirrored), self.device)[:, None, None, None], crops.flip(3), crops)
         return crops.contiguous(memory_format=torch.channels_last)
 
     def zoomed(self, height: int, width: int, y: float, x: float) -> tuple[int, int]:

@@ -56,8 +56,13 @@ def set_tf32(name: str, device: torch.device) -> str:
         return ""
     if name != "auto":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name == "true"
-    on = {
-        "products": torch.backends.cuda.matmul.allow_tf32,
-        "convolutions": torch.backends.cudnn.allow_tf32,
-    }
-    return "TF32 in float32 " + ", ".join(f"{what}: {'on' if used else 'off'}" for what, used in on.items())
+    on = zip(("products", "convolutions"), tf32_allowed(), strict=True)
+    return "TF32 in float32 " + ", ".join(f"{what}: {'on' if used else 'off'}" for what, used in on)
+
+
+def tf32_allowed() -> tuple[bool, bool]:
+    """In products, and in convolutions, on CUDA devices, whichever of PyTorch's two interfaces said so."""
+    # reading `allow_tf32` is an error where a program has set `fp32_precision`
+    libraries = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    products, convolutions = (library.fp32_precision == "tf32" for library in libraries)
+    return products, convolutions

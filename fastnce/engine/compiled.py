@@ -53,21 +53,21 @@ class Compiled:
         try:
             with nullcontext() if self.seconds else _backward_now():  # the setting costs a fraction of a millisecond
                 result = self.compiled(*args)
+            self.seconds = self.seconds or time.perf_counter() - began
+            return result
         except Exception as error:
             if self.seconds and not _from_compiler(error):
                 raise
             warnings.warn(f"{self.name} runs uncompiled: {_reason(error)}", stacklevel=2)
             self.compiled = None
-            return self.function(*args)
-        self.seconds = self.seconds or time.perf_counter() - began
-        return result
+        return self.function(*args)  # out here, where the error and the memory that it holds are gone
 
 
 def _from_compiler(error: Exception) -> bool:
-    """Whether it came while something was compiled, not while it ran."""
-    from torch._dynamo.exc import TorchDynamoException  # importing the compiler takes a second or two
+    """Whether it came while something was compiled, or refused to be compiled again, not while it ran."""
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException  # importing takes a second or two
 
-    return isinstance(error, TorchDynamoException)
+    return isinstance(error, TorchDynamoException | FailOnRecompileLimitHit)
 
 
 def _reason(error: Exception) -> str:
@@ -130,15 +130,15 @@ class CompiledWhole:
             )
             with new:
                 result = self.compiled(batch, draws)
+            self.kinds.add(draws.flip)
+            self.seconds = self.seconds or time.perf_counter() - began
+            return result
         except Exception as error:
             if self.seconds and not _from_compiler(error):
                 raise
             warnings.warn(f"the step is compiled in parts, not whole: {_reason(error)}", stacklevel=2)
             self.usable = False
-            return self.step._at_once(batch, draws)
-        self.kinds.add(draws.flip)
-        self.seconds = self.seconds or time.perf_counter() - began
-        return result
+        return self.step._at_once(batch, draws)
 
     def _trace(self, batch: Batch, draws: Draws) -> tuple[Losses, Tensor]:
         step = self.step

@@ -14,6 +14,7 @@ into buffers that the graph reads), the learning rate, the loss scale, pools and
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..methods.base import Batch, Draws
+from .choices import tf32_allowed
 
 Losses = dict[str, Tensor]
 Compute = Callable[[Batch, Draws], Losses]
@@ -92,13 +94,16 @@ class CudaRecorder:
         except BaseException as error:
             self._recover(graph, generator, clean)
             raise first or error from None  # what broke the recording, not how its end noticed
+        finally:
+            first = None  # its traceback holds this frame: a circle that would keep the failed step's memory
         return graph, losses
 
     def _recover(self, graph: torch.cuda.CUDAGraph, generator: torch.Generator, clean: torch.Generator) -> None:
         """After a failed recording: leave allocator and generator as they were, so that training goes on without it."""
         torch.cuda.synchronize(self.index)
-        with suppress(Exception):  # an invalid capture ends without closing the pool
+        with suppress(Exception):  # an invalid capture ends without closing the pool, nor letting go of it
             torch._C._cuda_endAllocateToPool(self.index, self.pool)
+            torch._C._cuda_releasePool(self.index, self.pool)
         with suppress(RuntimeError):
             graph.reset()
         generator.graphsafe_set_state(clean)  # the state that was in use may believe that it is still recorded
@@ -180,7 +185,10 @@ class Graphs:
                 kind.graph, kind.losses = self.recorder.record(lambda: self.compute(inputs, fixed))
             except Exception as error:
                 self._give_up(error)
-                return self.compute(batch, draws)
+        if self.failed:  # out here, where the error is gone: without what it held, the step may fit into memory
+            gc.collect()
+            torch.cuda.empty_cache()  # nothing where CUDA is not in use
+            return self.compute(batch, draws)
         self.recorder.replay(kind.graph)
         assert kind.losses is not None
         return dict(kind.losses)
@@ -212,8 +220,7 @@ def _kind_of(pictures: Tensor) -> Hashable:
 def library_settings() -> Hashable:
     """What the libraries were told that decides which kernels a step launches."""
     return (
-        torch.backends.cuda.matmul.allow_tf32,
-        torch.backends.cudnn.allow_tf32,
+        *tf32_allowed(),
         torch.backends.cudnn.benchmark,
         torch.backends.cudnn.enabled,
         torch.are_deterministic_algorithms_enabled(),

@@ -142,6 +142,8 @@ class _Run:
         self.images = batch_size * ranks.world
         device = next(method.parameters()).device
         precision, compiled = pick_precision(run.precision, device), pick_compile(run.compile, device)
+        if run.compile == "auto" and not getattr(data, "one_size", True):
+            compiled = False  # every size would be compiled anew, in minutes
         if tf32 := set_tf32(run.tf32, device):
             log.say(tf32)
         self.step = Step(

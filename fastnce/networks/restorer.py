@@ -113,8 +113,9 @@ class Restorer(nn.Module):
                 features.append(x)
                 if encode_only and index == layers[-1]:
                     return features
-        x = self.decode2(self.up2(x) + skips[1])
-        x = self.decode1(self.up1(x) + skips[0])
+        # the sum lies in memory as its first operand does, and a shuffle of pixels leaves channels-last
+        x = self.decode2(skips[1] + self.up2(x))
+        x = self.decode1(skips[0] + self.up1(x))
         with own_precision(x):  # float32 under autocast, as all generators' last convolution
             x = picture + self.ending(x.to(self.ending.weight.dtype))
         return (x, features) if layers else x
