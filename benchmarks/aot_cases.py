@@ -129,6 +129,7 @@ def layer_cases() -> Iterator[tuple[str, Callable[[], object]]]:
         "norm, residual": (256, 64, 1.0, 0, True),
         "norm, leaky ReLU, few pixels": (512, 8, 0.2, 0, False),
         "norm, ragged": (130, 31, 0.0, 1, False),
+        "norm, one pixel": (64, 1, 0.0, 0, False),
     }
     for dtype in (torch.bfloat16, torch.float32):
         for name, (channels, side, slope, margin, residual) in forms.items():
@@ -176,7 +177,7 @@ QUICK = re.compile(
     r"|nce D=256 (float16|float32 everything)|nce (five layers|eight problems, extra keys)|rows: .*"
     r"|sample D=256 (bfloat16|bfloat16 repeated ids|float32|images=64|a set an image, directions)"
     r"|sample without MLP|draw|mean"
-    r"|layer: (norm, ReLU, pad 1|norm, residual|pad 1 C=256|blur C=128) torch.bfloat16"
+    r"|layer: (norm, ReLU, pad 1|norm, residual|norm, one pixel|pad 1 C=256|blur C=128) torch.bfloat16"
 )
 """The forms of the published training steps, and of each kernel the one that needs most: a minute or two on an idle
 machine, where all take ten."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,12 +25,20 @@ def operator(schema: str, run: Any, fake: Any, tags: Sequence[torch.Tag] = ()) -
     return getattr(torch.ops.fastnce, name)
 
 
+@functools.cache
+def _capability(index: int | None) -> tuple[int, int]:
+    """Of a CUDA device; where there is none, that of the newest."""
+    return torch.cuda.get_device_capability(index) if torch.cuda.is_available() else (99, 0)
+
+
 def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot run on such tensors, or None."""
     if device.type == "cpu" and not common.INTERPRET.value:
         return "the tensors are on the CPU, and Triton's interpreter is off (TRITON_INTERPRET=1 before the import)"
     if device.type not in ("cpu", "cuda", "xpu"):
         return f"there is no kernel for {device.type}"
+    if device.type == "cuda" and torch.version.hip is None and (capability := _capability(device.index)) < (8, 0):
+        return f"the kernels need compute capability 8.0, this device has {capability[0]}.{capability[1]}"
     if dtype not in DTYPES:
         return f"the kernels compute in bfloat16, float16 or float32, not {dtype}"
     return None

@@ -95,7 +95,7 @@ def join_kernel(
     p_p = partial + (image * parts + o_s[:, None]) * 2 * channels + o_c[None, :]
     one = tl.load(p_p, mask=mask, other=0.0)  # [BS, BC]
     other = tl.load(p_p + channels, mask=mask, other=0.0)
-    total = pixels.to(tl.float32)
+    total = tl.cast(pixels, tl.float32)  # `pixels` of 1 is a constant, which has no method `to`
     if MOMENTS:
         rest = pixels - tl.minimum(o_s, parts - 1) * span
         count = tl.where(o_s < parts, tl.minimum(rest, span), 0).to(tl.float32)[:, None]

@@ -239,6 +239,12 @@ def nce_forward(
     Returns:
         three float32 (all rows,), problem after problem and group after group; dq in the dtype of the queries.
     """
+    if pair_weight and queries[0].dtype == torch.float16:  # whose range a weight beyond 2 would leave
+        wide = ([x.float() for x in xs] for xs in (queries, keys, extra))
+        *rows, gradients = nce_forward(
+            *wide, log_weight, pair_weight, temperatures, decoupled=decoupled, unit=unit, gradient=gradient
+        )
+        return *rows, [g.half() for g in gradients]
     queries, keys, extra = ([dense_rows(x) for x in xs] for xs in (queries, keys, extra))
     first = queries[0]
     dims = [q.shape[2] for q in queries]

@@ -132,6 +132,12 @@ def nce_key_gradients(
         negative: (all rows,), logsumexp of the negatives as `nce_forward` returned it.
         coefficient: float32 (all rows,), upstream gradient times the share of the row's negatives.
     """
+    if pair_weight and queries[0].dtype == torch.float16:  # as `nce_forward`
+        wide = ([x.float() for x in xs] for xs in (queries, keys))
+        return [
+            g.half()
+            for g in nce_key_gradients(*wide, log_weight, pair_weight, temperatures, negative, coefficient, extra=extra)
+        ]
     queries, keys = ([dense_rows(x) for x in xs] for xs in (queries, keys))
     first = queries[0]
     widest = block_dim(max(q.shape[2] for q in queries))

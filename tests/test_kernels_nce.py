@@ -121,6 +121,15 @@ def test_forms(form, dtype):
     check(q, k, extra=extra, log_weight=log_weight, pair_weight=pair_weight, decoupled=decoupled)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_beyond_the_range_of_float16(dtype):
+    """Whose probabilities have no room for a weight above 2."""
+    q, k = unit_rows(1, 70, 32, dtype=dtype), unit_rows(1, 70, 32, dtype=dtype)
+    check(q, k, pair_weight=torch.full((1, 70, 70), 8.0) / 2.5)
+    *_, d_q = run(q, k, pair_weight=8 * torch.rand(1, 70, 70), unit=True)
+    assert d_q.isfinite().all()
+
+
 def test_shared_extra_keys_of_two_hundred_and_fifty_six():
     q, k = unit_rows(3, 40, 32), unit_rows(3, 40, 32)
     check(q, k, extra=unit_rows(1, 256, 32))
@@ -163,9 +172,9 @@ def test_zero_and_identical_vectors():
 
 
 def test_strided_and_misaligned_rows():
-    wide = unit_rows(1, 70, 131)
+    wide = unit_rows(1, 70, 131).to(DEVICE)  # before it is sliced: the way to a device would pack it
     aligned = wide[:, :, 1:100].contiguous()
-    k = unit_rows(1, 70, 99)
+    k = unit_rows(1, 70, 99).to(DEVICE)
     for q in (wide[:, :, 1:100], aligned.transpose(1, 2).contiguous().transpose(1, 2)):
         assert not q.is_contiguous()
         for ours, theirs in zip(run(q, k, unit=False), run(aligned, k, unit=False), strict=True):

@@ -9,7 +9,7 @@ import torch
 from fastnce.kernels import common
 from fastnce.kernels.project_backward import map_layout
 
-from fastnce import PatchNCEHead, PatchNCELoss, PatchSampleF, patch_nce, project_patches
+from fastnce import PatchNCEHead, PatchNCELoss, PatchSampleF, operators, patch_nce, project_patches
 from fastnce.nce import fused_maps
 
 from .oracle import DEVICE, Launches, error, unit_rows
@@ -171,6 +171,12 @@ def test_compiles_without_a_break(implementation):
     criterion = PatchNCELoss(implementation=implementation)
     q, k = rows[0].detach(), rows[0].detach().flip(0)
     torch.testing.assert_close(torch.compile(criterion, fullgraph=True, backend="aot_eager")(q, k), criterion(q, k))
+
+
+def test_devices_too_old_for_the_kernels(monkeypatch):
+    for capability, why in (((7, 5), "the kernels need compute capability 8.0, this device has 7.5"), ((8, 0), None)):
+        monkeypatch.setattr(operators, "_capability", lambda index, found=capability: found)
+        assert operators.obstacle(torch.device("cuda", 0), torch.bfloat16) == why
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

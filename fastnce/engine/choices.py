@@ -63,6 +63,6 @@ def set_tf32(name: str, device: torch.device) -> str:
 def tf32_allowed() -> tuple[bool, bool]:
     """In products, and in convolutions, on CUDA devices, whichever of PyTorch's two interfaces said so."""
     # reading `allow_tf32` is an error where a program has set `fp32_precision`
-    libraries = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    libraries = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
     products, convolutions = (library.fp32_precision == "tf32" for library in libraries)
     return products, convolutions

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 FIRST_STEP_SECONDS = 300
-"""A first step may compile; after it, a rank that is silent for STEP_SECONDS is taken for dead."""
+"""The first steps may compile; after them, a rank that is silent for STEP_SECONDS is taken for dead."""
 STEP_SECONDS = 100
 
 
@@ -119,7 +119,7 @@ class Ranks:
             )
 
     def settle(self) -> None:
-        """After the first step: from now on a silent rank is noticed sooner."""
+        """When every kind of step has been compiled: from now on a silent rank is noticed sooner."""
         if self.world > 1:
             dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=STEP_SECONDS), dist.group.WORLD)
 

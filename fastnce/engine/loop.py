@@ -27,6 +27,9 @@ from .step import Step
 from .stop import StopRequest
 from .validate import Validation
 
+SETTLED = 20
+"""Steps after which every kind of step (FastCUT's mirrored one) has most likely been compiled."""
+
 STOP_EVERY = 10
 """Steps between the questions of several ranks whether one of them was asked to stop."""
 
@@ -184,10 +187,10 @@ class _Run:
             torch.manual_seed(rng.getrandbits(63))
             losses = self.step.run(batch, draws)
             done += 1
-            if done == started + 1:
+            if done == started + 1 and self.step.compile_seconds:
+                self.log.say(f"compiled, and ran the first step, in {self.step.compile_seconds:.0f} s")
+            if done == started + SETTLED:
                 self.ranks.settle()
-                if self.step.compile_seconds:
-                    self.log.say(f"compiled, and ran the first step, in {self.step.compile_seconds:.0f} s")
             if self.run.monitor_every and done % self.run.monitor_every == 0 and self.ranks.first:
                 self._look()
             if self.validation and (done % self.run.validate_every == 0 or done == self.total):
