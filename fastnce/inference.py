@@ -153,7 +153,7 @@ class Translator:
             hooks = [module.register_forward_hook(record) for module in leaves]
             side = max(64, self.smallest)
             try:
-                self.generator(torch.zeros(1, self.channels, side, side, device=self.device))
+                self.generator(padded.new_zeros(1, self.channels, side, side))
             finally:
                 for hook in hooks:
                     hook.remove()

@@ -10,7 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-if not torch.accelerator.is_available():
+if torch.accelerator.is_available():
+    os.environ.pop("TRITON_INTERPRET", None)
+else:
     # must be set before a kernel is defined
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -25,6 +27,15 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="no GPU here"))
+
+
+def pytest_runtest_teardown(item):
+    """After a fault on a device every further call of the process fails: end here, at the test that made it."""
+    if "gpu" in item.keywords and torch.cuda.is_available():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            pytest.exit(f"the device is lost since {item.nodeid}: {str(error).splitlines()[0]}", returncode=3)
 
 
 def shared_folder() -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import socket
@@ -209,6 +210,7 @@ def test_memory_is_given_back():
         assert not step.graphs.failed
         step.close()
         del step
+    gc.collect()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved() - before < 256 << 20
@@ -233,6 +235,10 @@ def test_a_compiled_step_is_recorded_too(compile):
         for name in ("D_real", "D_fake", "G_GAN"):  # ids are drawn otherwise in compiled code
             torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-4)
     assert not other.graphs.failed
+    if compile == "whole":
+        assert other.whole.usable
+    else:
+        assert all(part.compiled is not None for part in (other.generate, *(phase.loss for phase in other.phases)))
     other.close()
 
 

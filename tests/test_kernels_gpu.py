@@ -6,6 +6,7 @@ there is one: the interpreter is then off.
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -137,7 +138,7 @@ def test_a_device_that_is_not_the_current_one():
 
 
 def test_under_the_sanitizer():
-    tool = shutil.which("compute-sanitizer")
+    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if tool is None:
         pytest.skip("compute-sanitizer is not installed")
     program = (
@@ -147,7 +148,13 @@ def test_under_the_sanitizer():
         "with torch.autocast('cuda', dtype=torch.bfloat16):\n"
         "    h(q, [x.detach() for x in q], directions=2).sum().backward()\n"
     )
-    result = subprocess.run(
-        [tool, "--error-exitcode", "9", sys.executable, "-c", program], capture_output=True, text=True, timeout=150
-    )
+    # each tensor in a block of its own: the sanitizer does not see the borders inside of a cached one
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    command = [tool, "--error-exitcode", "9", sys.executable, "-c", program]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=150, env=environment)
+    except subprocess.TimeoutExpired:
+        pytest.skip("compute-sanitizer takes more than 150 s here")
+    if "Device not supported" in result.stdout:
+        pytest.skip("compute-sanitizer does not support this device")
     assert result.returncode == 0, result.stdout[-3000:]

@@ -36,6 +36,9 @@ def random_map(*shape: int, dtype=torch.float32) -> Tensor:
 def test_instance_norm_at_the_published_sizes(size, dtype):
     images, channels, height, width = size
     x = random_map(*size, dtype=dtype)
+    # what lies on the mean to the last digit may be taken for either side of the activation's corner
+    close = (x.double() - x.double().mean((2, 3), keepdim=True)).abs() < 1e-4
+    x = torch.where(close, x + 0.05, x)
     for slope, margin, residual in (
         (0.0, 1, None),
         (0.0, 3, None),

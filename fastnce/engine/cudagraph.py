@@ -14,6 +14,7 @@ into buffers that the graph reads), the learning rate, the loss scale, pools and
 
 from __future__ import annotations
 
+import functools
 import gc
 import warnings
 from collections.abc import Callable, Hashable, Sequence
@@ -55,12 +56,18 @@ class Recorder(Protocol):
     def close(self, graphs: Sequence[Any]) -> None: ...
 
 
+@functools.cache
+def _stream(index: int) -> torch.cuda.Stream:
+    """One for all recorders of a device: products keep some ten MiB of scratch memory for every stream they ran on."""
+    return torch.cuda.Stream(index)
+
+
 class CudaRecorder:
     """CUDA's own: a side stream for warm-up and recording, and a pool of memory that all graphs share."""
 
     def __init__(self, device: torch.device):
         self.index = torch.cuda.current_device() if device.index is None else device.index
-        self.stream = torch.cuda.Stream(self.index)
+        self.stream = _stream(self.index)
         self.pool = torch.cuda.graph_pool_handle()
 
     def warm(self, function: Callable[[], Losses]) -> Losses:
