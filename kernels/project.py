@@ -103,7 +103,9 @@ def project_kernel(
     for i in tl.static_range(COUNT):
         if number == i:
             p_x = places_of(maps[i], image, patch, o_c)
-            x = narrow(tl.load(p_x, mask=m_in[:, None] & m_c[None, :], other=0.0), DTYPE)
+            # this map's own number, as a multiple of which its channels are read side by side: the picture has three
+            m_x = m_in[:, None] & (o_c < layers[i].channels)[None, :]
+            x = narrow(tl.load(p_x, mask=m_x, other=0.0), DTYPE)
     m_saved = (m_r & (number < SAVED))[:, None]
     if SAVED > 0:
         tl.store(x_saved + one.first_x + o_r[:, None] * channels + o_c[None, :], x, mask=m_saved & m_c[None, :])

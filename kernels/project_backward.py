@@ -104,17 +104,18 @@ def project_backward_kernel(
             x = dot(g, narrow(w, DTYPE), x)
     else:
         x = z
-    m_rc = m_r[:, None] & m_c[None, :]
     if DISTINCT:
         patch = locations_of(one, o_r, m_r)
-        m_rc = m_rc & ((patch >= 0) & (patch < one.locations))[:, None]
+        m_in = m_r & (patch >= 0) & (patch < one.locations)
         number = number_of(layers, block, COUNT)
         for i in tl.static_range(COUNT):
             if number == i:
                 p_m = places_of(maps[i], o_r // one.patches, patch, o_c)
-                tl.store(p_m, narrow(x, maps[i].map.dtype.element_ty), mask=m_rc)
+                m_x = m_in[:, None] & (o_c < layers[i].channels)[None, :]  # its own number, see `project_kernel`
+                tl.store(p_m, narrow(x, maps[i].map.dtype.element_ty), mask=m_x)
     else:
-        tl.store(d_x + one.first_x + o_r[:, None] * channels + o_c[None, :], narrow(x, DTYPE), mask=m_rc)
+        p_x = d_x + one.first_x + o_r[:, None] * channels + o_c[None, :]
+        tl.store(p_x, narrow(x, DTYPE), mask=m_r[:, None] & m_c[None, :])
 
 
 @triton.jit
@@ -146,10 +147,11 @@ def merge_kernel(maps, layers, d_x, COUNT: tl.constexpr, BM: tl.constexpr, BN: t
             p_x = d_x + one.first_x + (image * patches + o_n)[:, None] * channels + o_c[None, :]
             x = tl.load(p_x, mask=m_n[:, None] & m_c[None, :], other=0.0)
             acc = dot(narrow(same.to(tl.float32), x.dtype), x, acc)
-    m_mc = (m_m & (own >= 0) & (own < one.locations))[:, None] & m_c[None, :]
+    m_in = m_m & (own >= 0) & (own < one.locations)
     for i in tl.static_range(COUNT):
         if number == i:
-            tl.store(places_of(maps[i], image, own, o_c), narrow(acc, maps[i].map.dtype.element_ty), mask=m_mc)
+            m_x = m_in[:, None] & (o_c < layers[i].channels)[None, :]
+            tl.store(places_of(maps[i], image, own, o_c), narrow(acc, maps[i].map.dtype.element_ty), mask=m_x)
 
 
 def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
