@@ -1,0 +1,69 @@
+"""Every paper's step compiled around the kernels, which Triton's interpreter runs here: whole, and the same numbers."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from typing import Any
+
+import pytest
+import torch
+
+from fastnce.engine.optim import OptimOptions
+from fastnce.engine.step import Step
+from fastnce.methods import PRESETS, Batch, NetworkOptions
+from fastnce.nce import api
+
+SIDE = 32
+
+
+def method_of(preset: str, changes: dict[str, Any]):
+    """Small, and with weights from which every gradient is far from zero."""
+    options = PRESETS[preset].options()
+    for name, value in {"patches": 12, "projection": 8, "pool_size": 3, **changes}.items():
+        if name in changes or hasattr(options, name):
+            setattr(options, name, value)
+    network = dict(PRESETS[preset].sections.get("network", {}))
+    network |= {"width": 4, "discriminator_width": 4, "discriminator_layers": 1, "resolution": SIDE}
+    if "generator" not in network:
+        network |= {"generator": "resnet_4blocks", "discriminator": "n_layers"}
+        options.nce_layers = [0, 4, 8, 12]
+    torch.manual_seed(1)
+    method = PRESETS[preset].method(options, NetworkOptions(**network))
+    for parameter in method.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return method
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes"),
+    [
+        ("cut", {"weighting": "monce"}),
+        ("dclgan", {"external": "bank", "bank_size": 24}),
+        ("simdcl", {}),
+        ("dcdgan", {}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_step_around_the_kernels_compiles_and_is_the_same(preset, changes, monkeypatch):
+    use = api._use_triton
+    monkeypatch.setattr(api, "_use_triton", lambda name, *rest: use(name or "triton", *rest))
+    use_for_maps = api._use_triton_for_maps
+    monkeypatch.setattr(api, "_use_triton_for_maps", lambda name, *rest: use_for_maps(name or "triton", *rest))
+    methods = [method_of(preset, changes) for _ in range(2)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*uncompiled")
+        steps = [Step(methods[0], OptimOptions()), Step(methods[1], OptimOptions(), compile=True, backend="aot_eager")]
+        torch.manual_seed(2)
+        batch, draws = Batch(*(torch.rand(2, 1, 3, SIDE, SIDE) * 2 - 1)), methods[0].draw(random.Random(0))
+        losses = []
+        for step in steps:
+            torch.manual_seed(3)
+            losses.append(step.run(batch, draws))
+    for name, loss in losses[0].items():
+        torch.testing.assert_close(losses[1][name], loss, rtol=1e-4, atol=1e-5)
+    one, other = (step.state() for step in steps)
+    moments = [key for key, tensor in one.items() if key.endswith("/exp_avg") and tensor.dim() > 1]
+    assert len(moments) > 20
+    for key in moments:
+        assert (other[key] - one[key]).norm() <= 1e-3 * one[key].norm(), key
