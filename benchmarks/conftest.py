@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.measure import Context
+from benchmarks.cases import Context
 from benchmarks.published import find_checkouts
 from fastnce.timing import default_device
 

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.measure import Case, Context, Provider, Row, measure
-from benchmarks.step import ours, pictures, small
+from benchmarks.cases import Case, Context, Provider, Row
+from benchmarks.measure import measure, measure_rest
+from benchmarks.step import our_provider, pictures
 from fastnce.bench import write_pictures
 from fastnce.data import UnpairedData
 
@@ -34,11 +35,13 @@ def data(context: Context) -> Iterator[Row]:
         # A CPU's step at this size takes minutes: one picture at a time, whose rate is the same
         images = BATCH if context.device.type != "cpu" else 1
         rows += measure(_step(images, side, context), context)
-    taken = max((row.images_per_s for row in rows if row.benchmark == "data step" and row.images_per_s), default=None)
-    for row in rows:
-        if taken and row.images_per_s and row.benchmark != "data step":
-            row.note = f"{row.note}; {row.images_per_s / taken:.1f}x what the step takes".removeprefix("; ")
-        yield row
+        rates = (row.images_per_s for row in rows if row.benchmark == "data step" and row.images_per_s)
+        taken = max(rates, default=None)
+        for row in rows:
+            if taken and row.images_per_s and row.benchmark != "data step":
+                row.add_note(f"{row.images_per_s / taken:.1f}x what the step takes")
+            yield row
+        yield from measure_rest(context)  # while the pictures are there
 
 
 def _case(folder: Path, side: int, context: Context) -> Case:
@@ -97,10 +100,8 @@ def _building(folder: Path, side: int, count: int) -> Row:
 
 
 def _step(images: int, side: int, context: Context) -> Case:
-    form = {"graph": True} if context.device.type == "cuda" else {}
     precision = "fp32" if context.device.type == "cpu" else "bf16"
-    call = ours("cut", small(context.quick), context, precision, form=form)
-    provider = Provider("fastnce", call, "captured" if form else "eager", note=f"what takes them, {precision}")
+    provider = our_provider("cut", context, precision, note=f"what takes them, {precision}", graph=True)
     return Case(
         "data step", {"images": images, "side": side}, lambda: pictures(images, side, context.device), [provider]
     )

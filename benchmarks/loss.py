@@ -9,21 +9,26 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastnce import PatchNCEHead, PatchNCELoss, PatchSampleF, patch_nce
 
 from . import baselines
-from .measure import Case, Context, Provider, Row, measure
-from .published import loss_options
+from .cases import Case, Context, Provider, Row
+from .measure import measure
+from .published import Checkout, loss_options
 
 DIM = 256
 TEMPERATURE = 0.07
 OURS = "fastnce"
+PLAIN = "F.normalize + F.cross_entropy"
 OWN_WRITING = "written here, no checkout was given"
 
 
@@ -64,22 +69,56 @@ def _with_graph(providers: list[Provider], context: Context) -> list[Provider]:
     """On a CUDA device the same calls also inside a CUDA graph, as in a captured step."""
     if context.device.type != "cuda":
         return providers
-    return providers + [Provider(p.name, p.call, "graph", p.note) for p in providers if p.mode == "eager"]
+    return providers + [replace(p, mode="graph") for p in providers if p.mode == "eager"]
 
 
-def _compiles(context: Context) -> bool:
-    """Compiling costs seconds a function: on accelerators, where it is the question, and not in the quick run."""
-    return context.device.type != "cpu" and not context.quick
+class CountsGraphs:
+    """A compiled call that knows how many graphs it became: more than one where the compiler had to break off."""
+
+    def __init__(self, call: Callable[..., Any]):
+        self.call, self.graphs = call, 0
+
+    def __call__(self, *args: Any) -> Any:
+        statistics = torch._dynamo.utils.counters["stats"]
+        before = statistics["unique_graphs"]
+        result = self.call(*args)
+        self.graphs += statistics["unique_graphs"] - before
+        return result
+
+    def check(self) -> str:
+        return f"compiled to {self.graphs} graph{'s' * (self.graphs != 1)}"
 
 
-def _compiled(name: str, loss: Callable[[Tensor, Tensor], Tensor], note: str = "") -> Provider:
-    return Provider(name, query_gradient(torch.compile(loss, dynamic=False)), "compile", note)
+def _compiled(name: str, call: Callable[..., Any], note: str = "") -> Provider:
+    counted = CountsGraphs(call)
+    return Provider(name, counted, "compile", note, check=counted.check)
+
+
+def _compiled_loss(name: str, loss: Callable[[Tensor, Tensor], Tensor], note: str = "") -> Provider:
+    return _compiled(name, query_gradient(torch.compile(loss, dynamic=False)), note)
+
+
+def _beside_ours(case: Case, compiled: Provider) -> Case:
+    """The same work by ours and by somebody's compiled code: a case of its own, as compiling may take minutes."""
+    torch._dynamo.reset()  # or the same functions, compiled for other sizes, would count against a limit
+    ours = [replace(p, energy=False) for p in case.providers if p.name == OURS]
+    return replace(case, benchmark=f"{case.benchmark}, compiled", providers=[*ours, compiled])
 
 
 # --- the loss module ---------------------------------------------------------------------------------------------
 
 
 def patchnce_cases(context: Context) -> Iterator[Case]:
+    found = []
+    for case in _patchnce_cases(context):
+        found.append(case)
+        yield case
+    for checkout in context.published[:1] if context.large else ():
+        theirs = checkout.losses()["PatchNCELoss"](loss_options(temperature=TEMPERATURE))
+        yield _beside_ours(found[0], _compiled_loss(f"{checkout.name} PatchNCELoss", theirs, "published"))
+
+
+def _patchnce_cases(context: Context) -> Iterator[Case]:
     patches = 64 if context.quick else 256
     for images in (1,) if context.quick else (1, 4):
         rows = images * patches
@@ -97,8 +136,6 @@ def patchnce_cases(context: Context) -> Iterator[Case]:
                 fits = _fits(context, rows, cosine=name == "PatchNCELoss" and checkout.cosine)
                 call = query_gradient(loss) if fits else _refuse
                 providers.append(Provider(f"{checkout.name} {name}", call, note="published"))
-                if fits and name == "PatchNCELoss" and images == 1 and _compiles(context):
-                    providers.append(_compiled(f"{checkout.name} {name}", loss, "published"))
                 given = True
         if not given:
             cut = partial(baselines.cut_loss, images=images, temperature=TEMPERATURE)
@@ -127,11 +164,12 @@ def layer_shapes(image: int) -> list[tuple[int, int]]:
 def chain_cases(context: Context) -> Iterator[Case]:
     cuda = context.device.type == "cuda"
     image, patches = (32, 16) if context.quick else (256, 256)
+    shapes = layer_shapes(image)
+    found = []
     for images in (1,) if context.quick else (1, 16) if cuda else (1, 4):
-        shapes = layer_shapes(image)
         sampled = sum(images * patches * channels for channels, _ in shapes)
         whole = sum(images * channels * side**2 for channels, side in shapes)
-        yield Case(
+        case = Case(
             "chain",
             {"images": images, "patches": patches, "dim": DIM, "layers": len(shapes), "dtype": "float32"},
             partial(_maps, shapes, images, context.device),
@@ -141,8 +179,16 @@ def chain_cases(context: Context) -> Iterator[Case]:
             + 4.0 * len(shapes) * images * patches**2 * DIM,
             # sampled rows of both sides in, dense gradients of the query maps out
             bytes=4.0 * (2 * sampled + whole),
-            energy=images == 1,
         )
+        found.append(case)
+        yield case
+    for case in found if context.large else ():
+        for checkout in context.published[:1]:
+            images = case.size["images"]
+            if _fits(context, images * patches, checkout.cosine, layers=len(shapes)):
+                sampler, loss = (torch.compile(c, dynamic=False) for c in _classes(checkout, context, shapes, images))
+                call = _as_published(sampler, loss, patches)
+                yield _beside_ours(case, _compiled(f"{checkout.name} classes", call, "published"))
 
 
 def _maps(shapes: list[tuple[int, int]], images: int, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
@@ -161,24 +207,19 @@ def _chain_providers(context: Context, shapes, images: int, patches: int) -> Ite
         loss = head(query_maps, key_maps)
         return loss, *torch.autograd.grad(loss, [*query_maps, *weights])
 
-    yield from _with_graph([Provider(OURS, ours)], context)
+    energy = images == 1
+    yield from _with_graph([Provider(OURS, ours, energy=energy)], context)
     drop_in = PatchSampleF(use_mlp=True, nc=DIM, in_channels=channels).to(context.device)
     criterion = PatchNCELoss(loss_options(images, temperature=TEMPERATURE))
     call = _as_published(drop_in, criterion, patches)
     yield from _with_graph([Provider(f"{OURS}, drop-in classes", call)], context)
     for checkout in context.published:
-        gpus = [context.device.index or 0] if context.device.type == "cuda" else []
-        sampler = checkout.sampler(use_mlp=True, init_type="xavier", nc=DIM, gpu_ids=gpus)
-        sampler.create_mlp([torch.empty(1, c, 1, 1) for c in channels])
         name = f"{checkout.name} classes"
-        if not _fits(context, images * patches, cosine=checkout.cosine):
+        if not _fits(context, images * patches, checkout.cosine, layers=len(shapes)):
             yield Provider(name, _refuse, note="published")
             continue
-        loss = checkout.losses()["PatchNCELoss"](loss_options(images, temperature=TEMPERATURE))
-        yield Provider(name, _as_published(sampler, loss, patches), note="published")
-        if _compiles(context):
-            compiled = _as_published(torch.compile(sampler), torch.compile(loss), patches)
-            yield Provider(name, compiled, "compile", note="published")
+        call = _as_published(*_classes(checkout, context, shapes, images), patches)
+        yield Provider(name, call, note="published", energy=energy)
     if not context.published:
         mlps = head.mlps(len(channels))
 
@@ -186,7 +227,15 @@ def _chain_providers(context: Context, shapes, images: int, patches: int) -> Ite
             loss = baselines.chain(query_maps, key_maps, mlps, patches=patches, temperature=TEMPERATURE)
             return loss, *torch.autograd.grad(loss, [*query_maps, *weights])
 
-        yield Provider("CUT", plain, note=OWN_WRITING)
+        yield Provider("CUT", plain, note=OWN_WRITING, energy=energy)
+
+
+def _classes(checkout: Checkout, context: Context, shapes, images: int) -> tuple[Any, Any]:
+    """Their sampler and their loss."""
+    gpus = [context.device.index or 0] if context.device.type == "cuda" else []
+    sampler = checkout.sampler(use_mlp=True, init_type="xavier", nc=DIM, gpu_ids=gpus)
+    sampler.create_mlp([torch.empty(1, channels, 1, 1) for channels, _ in shapes])
+    return sampler, checkout.losses()["PatchNCELoss"](loss_options(images, temperature=TEMPERATURE))
 
 
 def _as_published(sampler, criterion, patches: int):
@@ -208,17 +257,23 @@ def _as_published(sampler, criterion, patches: int):
 def infonce_cases(context: Context) -> Iterator[Case]:
     cuda = context.device.type == "cuda"
     dtype = torch.bfloat16 if cuda else torch.float32
-    sizes = (64, 128) if context.quick else (256, 1024, 4096, 16384, 65536) if cuda else (256, 1024, 4096)
+    # on a GPU first what the goals are about
+    sizes = (64, 128) if context.quick else (16384, 65536, 256, 1024, 4096) if cuda else (256, 1024, 4096)
+    found = {}
     for rows in sizes:
-        yield Case(
+        found[rows] = case = Case(
             "infonce",
             {"images": 1, "patches": rows, "dim": DIM, "dtype": str(dtype).removeprefix("torch.")},
             partial(unit_rows, rows, DIM, context.device, dtype),
             list(_infonce_providers(context, rows, dtype)),
             flop=4.0 * rows * rows * DIM,
             bytes=3.0 * rows * DIM * dtype.itemsize,
-            energy=rows == 16384,
         )
+        yield case
+    for rows in (1024, 16384) if context.large else ():
+        if rows in found and _fits(context, rows, width=dtype.itemsize):
+            plain = partial(baselines.normalized_cross_entropy, temperature=TEMPERATURE)
+            yield _beside_ours(found[rows], _compiled_loss(PLAIN, plain))
 
 
 def _infonce_providers(context: Context, rows: int, dtype: torch.dtype) -> Iterator[Provider]:
@@ -226,7 +281,8 @@ def _infonce_providers(context: Context, rows: int, dtype: torch.dtype) -> Itera
     absent = [library.name for library, loss in _libraries() if loss is None]
     smallest = rows == (64 if context.quick else 256)  # said once
     note = f"not installed here: {', '.join(absent)}" if absent and smallest else ""
-    yield from _with_graph([Provider(OURS, ours, note=note)], context)
+    energy = rows == 16384
+    yield from _with_graph([Provider(OURS, ours, note=note, energy=energy)], context)
     width = dtype.itemsize
     peers: list[tuple[str, Callable[[Tensor, Tensor], Tensor], str, bool]] = []
     for checkout in context.published:
@@ -236,12 +292,10 @@ def _infonce_providers(context: Context, rows: int, dtype: torch.dtype) -> Itera
         peers.append(("CUT", partial(baselines.cut_loss, temperature=TEMPERATURE), OWN_WRITING, False))
         peers.append(("DCLGAN", partial(baselines.dclgan_loss, temperature=TEMPERATURE), OWN_WRITING, True))
     plain = partial(baselines.normalized_cross_entropy, temperature=TEMPERATURE)
-    peers.append(("F.normalize + F.cross_entropy", plain, "", False))
+    peers.append((PLAIN, plain, "", False))
     for name, loss, note, cosine in peers:
         fits = _fits(context, rows, cosine, width)
-        yield Provider(name, query_gradient(loss) if fits else _refuse, note=note)
-        if fits and loss is plain and rows in (1024, 16384) and _compiles(context):
-            yield _compiled(name, loss, note)
+        yield Provider(name, query_gradient(loss) if fits else _refuse, note=note, energy=energy and loss is plain)
     attention = partial(baselines.sdpa_query_gradient, temperature=TEMPERATURE)
     yield Provider("attention(q, k, k)", attention, note="query gradient only, no loss")
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):  # PyTorch 2.13 and later
@@ -262,10 +316,13 @@ def _libraries() -> Iterator[tuple[baselines.Library, baselines.Loss | None]]:
             yield library, None
 
 
-def _fits(context: Context, rows: int, cosine: bool = False, width: int = 4) -> bool:
-    """Whether an eager loss fits: about six matrices of logits, or four broadcast (rows, rows, dim) products."""
+def _fits(context: Context, rows: int, cosine: bool = False, width: int = 4, layers: int = 1) -> bool:
+    """Whether an eager loss fits: about six matrices of logits, or four broadcast (rows, rows, dim) products, a layer.
+
+    All layers' are alive when the gradient is taken.
+    """
     wanted = 4.0 * rows * rows * DIM * width if cosine else 6.0 * rows * rows * width
-    return wanted < context.free_bytes()
+    return layers * wanted < context.free_bytes()
 
 
 def _refuse(*_):

@@ -70,12 +70,16 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str:
-    """The commit that was measured, with a plus when files differ from it."""
+    """The commit that was measured: FASTNCE_COMMIT, or what git says, with a plus when files differ from it."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=10).stdout.strip()
 
+    if named := os.environ.get("FASTNCE_COMMIT"):
+        return named
     try:
+        if Path(git("rev-parse", "--show-toplevel") or "/") != ROOT:
+            return ""  # an unpacked copy within somebody else's repository
         commit = git("rev-parse", "--short=12", "HEAD")
         return commit + ("+" if commit and git("status", "--porcelain") else "")
     except (OSError, subprocess.TimeoutExpired):

@@ -57,18 +57,30 @@ class _Counter(TorchDispatchMode):
 
 def launches(call: Callable[[], Any], device: torch.device, mode: str) -> int | None:
     """Kernels, copies and fills on the device (CUDA), or operators dispatched, views among them (CPU)."""
+    if mode == "compile":  # it may have to be compiled anew, and on a CPU does not come by the dispatcher
+        return None
     if device.type == "cuda":
         activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
         with torch.profiler.profile(activities=activities) as profile:
             call()
             synchronize(device)
-        # none at all: this machine does not let its kernels be watched
-        return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events()) or None
-    if device.type != "cpu" or mode == "compile":  # compiled code does not come by the dispatcher
+        return device_events(profile) or None  # none at all: this machine does not let its kernels be watched
+    if device.type != "cpu":
         return None
     with _Counter() as counter:
         call()
     return counter.count
+
+
+def device_events(profile: Any) -> int:
+    """What ran on the device, without the spans that a program names, which the profiler shows there too."""
+    on_device = torch.autograd.DeviceType.CUDA
+    try:  # as they come: making Python's objects of all events takes seconds
+        events = profile.profiler.kineto_results.events()
+        return sum(e.device_type() == on_device and not e.is_user_annotation() for e in events)
+    except AttributeError:  # no public interface: another PyTorch may not have it
+        events = profile.events()
+        return sum(e.device_type == on_device and not getattr(e, "is_user_annotation", False) for e in events)
 
 
 def joules(call: Callable[[], Any], device: torch.device, seconds: float = 2.0) -> float | None:

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # so that the kernels can be chosen, on fake tensors, without a GPU
-if str(Path(__file__).resolve().parents[1]) not in sys.path:
+if __name__ == "__main__":
+    # so that the kernels can be chosen, on fake tensors without a GPU; not where this is imported, beside real ones
+    os.environ.setdefault("TRITON_INTERPRET", "1")
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch

@@ -62,13 +62,16 @@ class _StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def find_checkouts(folders: Sequence[str | Path]) -> list[Checkout]:
-    """Each folder is one checkout, or holds several.
+    """Each folder is one checkout, or holds several; one that is not there is left out, and said.
 
     Raises:
         ValueError: a folder that is neither.
     """
     found = []
     for folder in map(Path, folders):
+        if not folder.exists():
+            print(f"warning: {folder} is not there: measured without it", file=sys.stderr)
+            continue
         inside = sorted(folder.iterdir()) if folder.is_dir() else []
         here = [path for path in [folder, *inside] if (path / "models" / "patchnce.py").is_file()]
         if not here:
@@ -141,6 +144,9 @@ class Checkout:
 
         Without `--gpu_ids` the first GPU is used where there is one, else the CPU. Pass `--checkpoints_dir`: their
         parser writes what it parsed there. It also reads `sys.argv`, which is set meanwhile.
+
+        Raises:
+            RuntimeError: their parser does not take the arguments.
         """
         arguments = list(arguments)
         if "--gpu_ids" not in arguments:
@@ -148,7 +154,7 @@ class Checkout:
         kept = sys.argv
         sys.argv = ["train.py", *arguments]
         try:
-            with self.active(), contextlib.redirect_stdout(sys.stderr):
+            with self._running():
                 return importlib.import_module("options.train_options").TrainOptions().parse()
         finally:
             sys.argv = kept
@@ -164,8 +170,17 @@ class Checkout:
         opt = self.options(arguments)
         if not hasattr(torch, "rfft"):
             torch.rfft = _rfft  # type: ignore[attr-defined]  # DCD-GAN's code calls it
-        with self.active(), contextlib.redirect_stdout(sys.stderr):
+        with self._running():
             return importlib.import_module("models").create_model(opt)
+
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[None]:
+        """Their own program: it prints, and where it ends the process it only fails here."""
+        try:
+            with self.active(), contextlib.redirect_stdout(sys.stderr):
+                yield
+        except SystemExit as error:
+            raise RuntimeError(f"{self.name} ended with {error.code}; its words stand above") from error
 
 
 def _rfft(x: torch.Tensor, signal_ndim: int, normalized: bool = False, onesided: bool = True) -> torch.Tensor:

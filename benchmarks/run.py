@@ -8,7 +8,7 @@ python benchmarks/run.py --out DIR --minutes 30          # a CPU takes seconds f
 Each part runs in a process of its own. The time is shared out over the parts in the order of `--list`; what one leaves
 goes to those after it. After each part `results.csv` and `results.json` in DIR hold what there is so far. A part, or
 one of those that it measures, that fails or hangs costs nobody else's figures: it is named last, and what it said is in
-DIR/NAME.log. `--published` takes unpacked checkouts of CUT, DCLGAN or DCD-GAN, or folders that hold some; without it
+DIR/logs.txt. `--published` takes unpacked checkouts of CUT, DCLGAN or DCD-GAN, or folders that hold some; without it
 our own writing of the same mathematics stands in, and the results say so.
 """
 
@@ -19,9 +19,11 @@ import contextlib
 import csv
 import gc
 import importlib
+import itertools
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -35,8 +37,9 @@ if str(ROOT) not in sys.path:
 import torch  # noqa: E402
 
 from benchmarks import plot, watch  # noqa: E402
+from benchmarks.cases import Context, Row  # noqa: E402
 from benchmarks.count import Counts  # noqa: E402
-from benchmarks.measure import OVER, Context, Row  # noqa: E402
+from benchmarks.measure import ALONE, OVER, measure_rest  # noqa: E402
 from benchmarks.published import find_checkouts  # noqa: E402
 from benchmarks.table import table  # noqa: E402
 from fastnce.timing import default_device  # noqa: E402
@@ -52,27 +55,31 @@ class Part:
     seconds: int
 
 
-# the most important first: what is cut off is what comes last
+# the most important first: what is cut off is what comes last, and the compiler takes whatever it is given
 PARTS = [
-    Part("chain", "benchmarks.loss", "chain", 50),
-    Part("infonce", "benchmarks.loss", "infonce", 50),
-    Part("cut", "benchmarks.step", "cut", 80),
-    Part("dual", "benchmarks.step", "dual", 80),
-    Part("fastcut", "benchmarks.step", "fastcut", 30),
-    Part("waterfall", "benchmarks.waterfall", "waterfall", 80),
-    Part("data", "benchmarks.data", "data", 20),
-    Part("growth", "benchmarks.step", "growth", 30),
-    Part("patchnce", "benchmarks.loss", "patchnce", 30),
+    Part("chain", "benchmarks.loss", "chain", 40),
+    Part("infonce", "benchmarks.loss", "infonce", 30),
+    Part("cut", "benchmarks.step", "cut", 100),
+    Part("dual", "benchmarks.step", "dual", 130),
+    Part("fastcut", "benchmarks.step", "fastcut", 25),
+    Part("waterfall", "benchmarks.waterfall", "waterfall", 45),
+    Part("cudnn", "benchmarks.waterfall", "cudnn", 20),
+    Part("data", "benchmarks.data", "data", 12),
+    Part("growth", "benchmarks.step", "growth", 15),
+    Part("patchnce", "benchmarks.loss", "patchnce", 10),
+    Part("compiled", "benchmarks.compiled", "compiled", 150),
 ]
 MACHINE = Part("machine", "benchmarks.machine", "describe", 30)
-MINUTES = 7.5
+MINUTES = 9.0
 LAST_SECONDS = 8.0
 """Kept for the table and the plot."""
 LEAST_SECONDS = 6.0
 """A part that would get less is not begun."""
 GPU_PATIENCE = 120.0
 """Seconds after which the first calls of a provider count as hung on an accelerator; a CPU's step may take as long."""
+FACTS = "machine.json"
 COUNTS = "counts.json"
+LOGS = "logs.txt"
 MACHINE_COLUMNS = ("device", "driver", "torch", "triton", "python", "fastnce", "commit", "date")
 
 
@@ -102,6 +109,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="name the parts and stop")
     parser.add_argument("--part", help=argparse.SUPPRESS)  # for a process that could not be forked
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     options.words = list(sys.argv[1:] if argv is None else argv)
     if not options.list and options.out is None:
@@ -130,7 +138,8 @@ def _run_part(options: argparse.Namespace, part: Part, seconds: float) -> int:
     until = time.monotonic() + seconds
     if torch.cuda._is_in_bad_fork():  # something used CUDA before this process was forked: begin from nothing
         command = [sys.executable, str(Path(__file__).resolve()), *options.words]
-        os.execv(sys.executable, [*command, "--part", part.name, "--seconds", f"{seconds:.1f}"])
+        more = ["--part", part.name, "--seconds", f"{seconds:.1f}", "--work", str(options.work)]
+        os.execv(sys.executable, command + more)
     gc.freeze()  # what was imported stays; collecting before each measurement need not look at it
     # the profiler counts launches of graphs: its library must not be taken down and started again between two of them
     os.environ.setdefault("DISABLE_CUPTI_LAZY_REINIT", "1")
@@ -143,10 +152,10 @@ def _run_part(options: argparse.Namespace, part: Part, seconds: float) -> int:
         from benchmarks import machine
 
         facts = machine.describe(device, options.quick)
-        (options.out / "machine.json").write_text(json.dumps(facts, indent=1) + "\n")
+        (options.work / FACTS).write_text(json.dumps(facts))
         return 0
-    facts = json.loads((options.out / "machine.json").read_text())
-    path = options.out / f"{part.name}.jsonl"
+    facts = json.loads((options.work / FACTS).read_text())
+    path = options.work / f"{part.name}.jsonl"
     earlier = watch.Journal.read(path)
     with path.open("a") as lines:
 
@@ -164,10 +173,11 @@ def _run_part(options: argparse.Namespace, part: Part, seconds: float) -> int:
             refused=earlier.refused,
             done=set(earlier.rows),
             side=options.side,
-            counts=Counts(options.out / COUNTS),
+            counts=Counts(options.work / COUNTS),
             patience=float("inf") if device.type == "cpu" else GPU_PATIENCE,
         )
-        for row in getattr(importlib.import_module(part.module), part.function)(context):
+        function = getattr(importlib.import_module(part.module), part.function)
+        for row in itertools.chain(function(context), measure_rest(context)):
             journal({"row": asdict(row), "key": row.key()})
     return 0
 
@@ -176,26 +186,31 @@ def _run_part(options: argparse.Namespace, part: Part, seconds: float) -> int:
 
 
 def _run_all(options: argparse.Namespace) -> int:
+    with tempfile.TemporaryDirectory(prefix="fastnce-benchmarks-") as folder:
+        options.work = Path(folder)  # journals and what parts tell each other; --out holds results alone
+        return _run_in(options)
+
+
+def _run_in(options: argparse.Namespace) -> int:
     began = time.monotonic()
     end = began + 60 * options.minutes - LAST_SECONDS
     options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / LOGS).unlink(missing_ok=True)
     parts = [p for p in PARTS if not options.only or p.name in options.only]
-    for name in ("machine.json", COUNTS, "count.log"):
-        (options.out / name).unlink(missing_ok=True)
     failed = {}
     outcome = _start(MACHINE, options, min(60.0, (end - began) / 3))
     machine: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError):
-        machine = json.loads((options.out / "machine.json").read_text())
+        machine = json.loads((options.work / FACTS).read_text())
     if outcome.trouble is not None:  # without ceilings there are no floors; times are times all the same
         failed["machine"] = outcome.trouble
     machine["command"] = _command(options)
     machine["published"] = [checkout.name for checkout in options.checkouts]
-    (options.out / "machine.json").write_text(json.dumps(machine, indent=1) + "\n")
+    (options.work / FACTS).write_text(json.dumps(machine))
     counting: int | None = None
     if machine.get("device", "CPU") != "CPU" and not options.quick:
         # beside the first parts, on another core; a CPU that is itself measured is left alone
-        counting = watch.fork(lambda: _count(options), options.out / "count.log")
+        counting = watch.fork(lambda: _count(options), options.work / "count.log")
     rows: list[dict[str, Any]] = []
     status: dict[str, str] = {}
     for index, part in enumerate(parts):
@@ -209,18 +224,16 @@ def _run_all(options: argparse.Namespace) -> int:
             if outcome.restarts:
                 status[part.name] += f"; begun again after {'; '.join(outcome.restarts)}"
             late = sum(OVER in row["note"] for row in outcome.rows)
-            if late:
-                status[part.name] += f"; {late} of {len(outcome.rows)} rows {OVER}"
-            if outcome.trouble is not None or late:
+            alone = sum(ALONE in row["note"] for row in outcome.rows)
+            for count, what in ((late, OVER), (alone, ALONE)):
+                status[part.name] += f"; {count} of {len(outcome.rows)} rows {what}" if count else ""
+            if outcome.trouble is not None or late or alone:
                 failed[part.name] = status[part.name]
             rows += outcome.rows
         write_results(options.out, rows, machine, status)
         print(f"{part.name}: {status[part.name]}", file=sys.stderr, flush=True)
     if counting is not None:
         watch.end(counting)
-        (options.out / "count.log").unlink(missing_ok=True)
-    for name in ("machine.json", COUNTS):  # results.json holds what is in them
-        (options.out / name).unlink(missing_ok=True)
     print(table(rows, machine))
     for line in (*plot.growth(rows), *plot.step_growth(rows)):
         print(line)
@@ -243,7 +256,7 @@ def _count(options: argparse.Namespace) -> int:
     """Work out what the steps cost, ahead of the parts that want to know."""
     from benchmarks import step
 
-    counts = Counts(options.out / COUNTS)
+    counts = Counts(options.work / COUNTS)
     for name, images in step.COUNTED:
         for precision in ("fp32", "bf16"):
             counts.get(name, images, options.side or 256, precision)
@@ -251,16 +264,17 @@ def _count(options: argparse.Namespace) -> int:
 
 
 def _start(part: Part, options: argparse.Namespace, seconds: float) -> watch.Outcome:
-    """Run one part; its log stays only where there is something to read up."""
+    """Run one part; its log is kept only where there is something to read up."""
 
     def work(left: float) -> int:
         return _run_part(options, part, left)
 
-    journal, log = options.out / f"{part.name}.jsonl", options.out / f"{part.name}.log"
+    journal, log = options.work / f"{part.name}.jsonl", options.work / f"{part.name}.log"
     outcome = watch.supervise(work, journal, log, seconds)
-    journal.unlink(missing_ok=True)
-    if outcome.trouble is None and not any("did not run" in row["note"] for row in outcome.rows):
-        log.unlink(missing_ok=True)
+    if outcome.trouble or outcome.restarts or any("did not run" in row["note"] for row in outcome.rows):
+        words = log.read_text(errors="replace") if log.exists() else ""
+        with (options.out / LOGS).open("a") as file:
+            file.write(f"===== {part.name}: {outcome.trouble or 'ran to its end'} =====\n\n{words}\n")
     return outcome
 
 

@@ -3,11 +3,12 @@
 Each provider trains its own networks on the same pictures. The published repositories run their own
 `optimize_parameters`; without one, our own step that shares nothing (keys encoded again) stands in, and the results say
 so. A step is measured after its first ones, which compile, record, tune and fill Adam's moments. FLOP and the least
-traffic of a step are counted (`benchmarks/count.py`), not measured.
+traffic of a step are counted (`benchmarks/count.py`), not measured. Steps through the compiler: `compiled.py`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import random
 import tempfile
 from collections.abc import Callable, Iterator
@@ -17,14 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Case, Context, Provider, Row, measure
+from benchmarks.cases import CAPTURED, Case, Context, Provider, Row
+from benchmarks.measure import measure
 from benchmarks.published import Checkout
 from fastnce.engine.cudagraph import WARM_UP
 from fastnce.engine.optim import OptimOptions
 from fastnce.engine.step import Step
 from fastnce.methods import PRESETS, Batch, Draws, NetworkOptions
 
-COUNTED = [("cut", 1), ("dclgan", 1), ("dcdgan-released", 1), ("dcdgan", 1), ("fastcut", 1), ("cut", 8), ("dclgan", 4)]
+COUNTED = [("cut", 1), ("cut", 8), ("dclgan", 1), ("dcdgan-released", 1), ("dclgan", 4), ("dcdgan", 1), ("fastcut", 1)]
 """Steps at which the parts on a GPU look, to be counted while they do something else."""
 
 PUBLISHED_MODEL = {"cut": "cut", "fastcut": "cut", "dclgan": "dcl", "dcdgan-released": "dcd"}
@@ -36,13 +38,13 @@ FASTCUT_STEPS = 213_400
 
 def cut(context: Context) -> Iterator[Row]:
     """CUT's step beside the published repository's (P5, P6; P11 on a CPU)."""
-    yield from _steps([("cut", 1), ("cut", 8)] if _large(context) else [("cut", 1)], context)
+    yield from _steps([("cut", 1), ("cut", 8)] if context.large else [("cut", 1)], context)
 
 
 def dual(context: Context) -> Iterator[Row]:
     """DCLGAN's and DCD-GAN's steps beside the published repositories' (P7; P12 on a CPU)."""
-    large = [("dclgan", 1), ("dcdgan-released", 1), ("dcdgan", 1), ("dclgan", 4)]
-    yield from _steps(large if _large(context) else [("dcdgan-released", 1)], context)
+    large = [("dclgan", 1), ("dcdgan-released", 1), ("dclgan", 4), ("dcdgan", 1)]
+    yield from _steps(large if context.large else [("dcdgan-released", 1)], context)
 
 
 def fastcut(context: Context) -> Iterator[Row]:
@@ -52,42 +54,23 @@ def fastcut(context: Context) -> Iterator[Row]:
 
 def growth(context: Context) -> Iterator[Row]:
     """Our CUT step against batch size, resolution and patches a layer: how does its cost grow?"""
-    large = _large(context)
+    large = context.large
     batches, sides, patches = ((1, 2, 4, 8), (128, 256, 512), (64, 256, 1024)) if large else ((1, 2), (32, 64), ())
     points = [(b, None, 256) for b in batches] + [(1, s, 256) for s in sides] + [(1, None, p) for p in patches]
-    form = {"graph": True} if context.device.type == "cuda" else {}
+    precision = "fp32" if context.device.type == "cpu" else "bf16"  # what our step would choose here
     for images, side, count in dict.fromkeys((b, s or (256 if large else 32), p) for b, s, p in points):
-        call = ours("cut", small(not large), context, _sixteen(context), form=form, patches=count)
-        mode = "captured" if form else "eager"
+        size = {"images": images, "side": side, "patches": count}
+        provider = our_provider("cut", context, precision, graph=True, network=small(not large), patches=count)
         yield from measure(
-            Case(
-                "growth cut",
-                {"images": images, "side": side, "patches": count},
-                partial(pictures, images, side, context.device),
-                [Provider("fastnce", call, mode, dtype=_products(_sixteen(context), context))],
-            ),
-            context,
+            Case("growth cut", size, partial(pictures, images, side, context.device), [provider]), context
         )
 
 
-def _large(context: Context) -> bool:
-    return context.device.type != "cpu" and not context.quick
-
-
-def _sixteen(context: Context) -> str:
-    """The precision that our step would choose here."""
-    return "fp32" if context.device.type == "cpu" else "bf16"
-
-
 def _steps(cases: list[tuple[str, int]], context: Context, steps: int | None = None) -> Iterator[Row]:
-    """Steps (name, images) beside the published ones; then, as a compiler may be slow, their compiled forms."""
+    """Steps (name, images) beside the published ones."""
     for name, images in cases:
         providers = list(_providers(name, images, context))
         yield from measure(step_case(name, images, context, providers, steps=steps), context)
-    if context.device.type == "cuda" and not context.quick:
-        for name, images in cases:
-            providers = list(_compiled(name, context))
-            yield from measure(step_case(name, images, context, providers, "compiled", steps), context)
 
 
 def step_case(
@@ -95,24 +78,19 @@ def step_case(
     images: int,
     context: Context,
     providers: list[Provider],
-    kind: str = "",
+    title: str = "step",
     steps: int | None = None,
 ) -> Case:
     """A case of whole steps: its FLOP are those of our step, which computes nothing twice."""
     side = step_side(context)
     network = small(context.quick)
+    flop = None
     for provider in providers:
         precision = "bf16" if provider.dtype == "bfloat16" else "fp32"
         flop, provider.bytes = context.counts.get(name, images, side, precision, network)
-    return Case(
-        " ".join(filter(None, ("step", name, kind))),
-        {"images": images, "side": side},
-        partial(pictures, images, side, context.device),
-        providers,
-        flop=flop,
-        energy=_large(context),
-        steps=steps,
-    )
+    size = {"images": images, "side": side}
+    inputs = partial(pictures, images, side, context.device)
+    return Case(f"{title} {name}", size, inputs, providers, flop=flop, steps=steps)
 
 
 def step_side(context: Context) -> int:
@@ -121,7 +99,7 @@ def step_side(context: Context) -> int:
 
 def small(quick: bool) -> dict[str, Any]:
     """Network options of the dry run."""
-    return {"generator": "resnet_4blocks", "width": 8, "discriminator_width": 8} if quick else {}
+    return {"generator": "resnet_6blocks", "width": 8, "discriminator_width": 8} if quick else {}
 
 
 def pictures(images: int, side: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -137,35 +115,121 @@ def _products(precision: str, context: Context) -> str:
 
 
 def _providers(name: str, images: int, context: Context) -> Iterator[Provider]:
-    network, full, half = small(context.quick), _products("fp32", context), _products("bf16", context)
-    yield Provider("fastnce", ours(name, network, context, "fp32"), note=_tf32(context), dtype=full)
-    yield Provider("fastnce bf16", ours(name, network, context, "bf16"), dtype=half)
+    """What the goals are about first."""
     if context.device.type == "cuda":
-        call = ours(name, network, context, "bf16", form={"graph": True})
-        yield Provider("fastnce bf16", call, "captured", dtype=half)
-    model = PUBLISHED_MODEL.get(name)
+        yield our_provider(name, context, "bf16", label="fastnce bf16", graph=True, energy=True)
+    full, model = _products("fp32", context), PUBLISHED_MODEL.get(name)
     for checkout in context.published:
         if model is not None and (checkout.folder / "models" / f"{model}_model.py").is_file():
             call = _theirs(checkout, name, images, context)
-            yield Provider(f"{checkout.name} published", call, note="published", dtype=full)
+            yield Provider(f"{checkout.name} published", call, note="published", dtype=full, energy=True)
             break  # later checkouts carry copies of the earlier papers' models
     else:
-        call = ours(name, network, context, "fp32", reuse_key_features=False)
-        yield Provider("fastnce, nothing shared", call, note="stands in for the published step", dtype=full)
-
-
-def _compiled(name: str, context: Context) -> Iterator[Provider]:
-    network, half = small(context.quick), _products("bf16", context)
-    yield Provider("fastnce bf16", ours(name, network, context, "bf16", form={"graph": True}), "captured", dtype=half)
-    for mode, compile in (("compile", True), ("compile whole", "whole")):
-        call = ours(name, network, context, "bf16", form={"compile": compile, "graph": True})
-        yield Provider("fastnce bf16", call, f"{mode}, captured", dtype=half)
+        yield our_provider(
+            name,
+            context,
+            "fp32",
+            label="fastnce, nothing shared",
+            note="stands in for the published step",
+            energy=True,
+            reuse_key_features=False,
+        )
+    yield our_provider(name, context, "bf16", label="fastnce bf16")
+    yield our_provider(name, context, "fp32", note=_tf32(context))
 
 
 def _tf32(context: Context) -> str:
     if context.device.type != "cuda":
         return ""
     return f"matmul TF32 {torch.backends.cuda.matmul.allow_tf32}, cuDNN TF32 {torch.backends.cudnn.allow_tf32}"
+
+
+@contextlib.contextmanager
+def library_flags(tf32: bool | None = None, benchmark: bool | None = None) -> Iterator[None]:
+    """Within: TF32, and cuDNN trying its kernels (None: as it is); whatever is set in here does not get out."""
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    kept = products.allow_tf32, convolutions.allow_tf32, convolutions.benchmark
+    try:
+        if tf32 is not None:
+            products.allow_tf32 = convolutions.allow_tf32 = tf32
+        if benchmark is not None:
+            convolutions.benchmark = benchmark
+        yield
+    finally:
+        products.allow_tf32, convolutions.allow_tf32, convolutions.benchmark = kept
+
+
+def our_provider(
+    name: str,
+    context: Context,
+    precision: str,
+    *,
+    label: str = "fastnce",
+    note: str = "",
+    energy: bool = False,
+    graph: bool = False,
+    compile: bool | str = False,
+    layout: torch.memory_format | None = None,
+    dtype: str | None = None,
+    **more: Any,
+) -> Provider:
+    """A provider of our step, recorded where there are graphs; `more` are arguments of `OurStep`."""
+    captured = graph and context.device.type == "cuda"
+    call = OurStep(name, context, precision, {"compile": compile, "graph": captured, "layout": layout}, **more)
+    words = ["compile whole" if compile == "whole" else "compile"] * bool(compile) + [CAPTURED] * captured
+    dtype = dtype or _products(precision, context)
+    return Provider(label, call, ", ".join(words) or "eager", note, dtype, energy=energy, check=call.check)
+
+
+class OurStep:
+    """A call that makes one step; the first call builds it and takes it to where it goes on without warming up.
+
+    Args:
+        form: further arguments of `Step`.
+        network: changes to the preset's; default those of the dry run, if this is one.
+        prepare: given the built step.
+        flags: `library_flags` within every call.
+        changes: to the method's options.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        context: Context,
+        precision: str,
+        form: dict[str, Any],
+        *,
+        network: dict[str, Any] | None = None,
+        prepare: Callable[[Step], None] = lambda _: None,
+        flags: dict[str, bool] | None = None,
+        **changes: Any,
+    ):
+        network = small(context.quick) if network is None else network
+        self._build = partial(build, name, network, context.device, precision, form, changes)
+        self._prepare, self._flags = prepare, flags or {}
+        self.step: Step | None = None
+        self._count = 0
+        self._recorded: list[Any] = []
+
+    def __call__(self, a: Tensor, b: Tensor) -> None:
+        with library_flags(**self._flags):
+            if self.step is None:
+                step = self._build()
+                self._prepare(step)
+                warm(step, Batch(a, b))
+                self.step, self._recorded = step, _graphs(step)
+            self._count += 1
+            self.step.run(Batch(a, b), self.step.method.draw(random.Random(self._count)))
+
+    def check(self) -> str:
+        """What a row has to say of it: how long it was compiled, or that it lost its form while it was timed."""
+        if self.step is None:
+            return ""
+        if trouble := obstacle(self.step):
+            return trouble
+        if _graphs(self.step) != self._recorded:
+            return "recorded anew while it was timed"
+        return f"compiled in {self.step.compile_seconds:.0f} s" if self.step.compile_seconds else ""
 
 
 def build(
@@ -181,39 +245,6 @@ def build(
     return Step(method, OptimOptions(**optim), precision, **form)
 
 
-def ours(
-    name: str,
-    network: dict[str, Any],
-    context: Context,
-    precision: str,
-    form: dict[str, Any] | None = None,
-    prepare: Callable[[Step], None] = lambda _: None,
-    before: Callable[[], None] = lambda: None,
-    **changes: Any,
-) -> Callable[[Tensor, Tensor], None]:
-    """A call that makes one step; the first call builds it and takes it to where it goes on without warming up.
-
-    Args:
-        prepare: given the built step.
-        before: called ahead of every step.
-    """
-    state: dict[str, Step] = {}
-    count = [0]
-
-    def call(a: Tensor, b: Tensor) -> None:
-        before()
-        if not state:
-            step = build(name, network, context.device, precision, form or {}, changes)
-            prepare(step)
-            warm(step, Batch(a, b))
-            state["step"] = step
-        count[0] += 1
-        step = state["step"]
-        step.run(Batch(a, b), step.method.draw(random.Random(count[0])))
-
-    return call
-
-
 def warm(step: Step, batch: Batch) -> None:
     """Until graphs are recorded and functions compiled.
 
@@ -224,34 +255,56 @@ def warm(step: Step, batch: Batch) -> None:
     for _ in range(1 if step.graphs is None else WARM_UP + 1):
         for flip in flips:
             step.run(batch, Draws(flip=flip))
-    parts = [step.generate, *(phase.loss for phase in step.phases)]
-    if step.graphs is not None and step.graphs.failed:
-        raise RuntimeError(f"recording failed: {step.graphs.failed}")
-    if any(getattr(part, "compiled", part) is None for part in parts):
-        raise RuntimeError("the compiler refused a part of the step")
+    if trouble := obstacle(step):
+        raise RuntimeError(trouble)
+
+
+def obstacle(step: Step) -> str:
+    """Why a warm step does not run in the form that it was asked for; empty where it does."""
+    if step.graphs is not None:
+        if step.graphs.failed:
+            return f"recording failed: {step.graphs.failed}"
+        if not step.graphs.kinds or None in _graphs(step):
+            return "not captured"
+    if any(getattr(part, "compiled", part) is None for part in (step.generate, *(p.loss for p in step.phases))):
+        return "the compiler refused a part of the step"
     if step.whole is not None and not step.whole.usable:
-        raise RuntimeError("the compiler refused the whole step")
+        return "the compiler refused the whole step"
+    return ""
+
+
+def _graphs(step: Step) -> list[Any]:
+    return [] if step.graphs is None else [kind.graph for kind in step.graphs.kinds.values()]
 
 
 def _theirs(checkout: Checkout, name: str, images: int, context: Context) -> Callable[[Tensor, Tensor], None]:
-    """Their step, as their train.py runs it; built at the first call."""
-    state = {}
+    """Their step, as their train.py runs it; built at the first call.
+
+    Their code turns cuDNN's trying of kernels on for the whole process: it is theirs within their calls alone.
+    """
+    state: dict[str, Any] = {"benchmark": None}
 
     def call(a: Tensor, b: Tensor) -> None:
         data = {"A": a, "B": b, "A_paths": "", "B_paths": ""}
-        if not state:
-            with tempfile.TemporaryDirectory() as folder:
-                width = ["--netG", "resnet_4blocks", "--ngf", "8", "--ndf", "8"] if context.quick else []
-                mode = ["--CUT_mode", "FastCUT"] if name == "fastcut" else []
-                place = ["--checkpoints_dir", folder, "--name", "benchmark", "--dataroot", folder]
-                gpus = ["--gpu_ids", str(context.device.index or 0) if context.device.type == "cuda" else "-1"]
-                size = ["--batch_size", str(images), *width, *mode]
-                built = checkout.model([*place, *gpus, "--model", PUBLISHED_MODEL[name], *size])
-                built.data_dependent_initialize(data)
-                built.setup(built.opt)
-                built.parallelize()
-            state["model"] = built
-        state["model"].set_input(data)
-        state["model"].optimize_parameters()
+        with library_flags(benchmark=state["benchmark"]):
+            if "model" not in state:
+                state["model"] = _their_model(checkout, name, images, context, data)
+                state["benchmark"] = torch.backends.cudnn.benchmark
+            state["model"].set_input(data)
+            state["model"].optimize_parameters()
 
     return call
+
+
+def _their_model(checkout: Checkout, name: str, images: int, context: Context, data: dict[str, Any]) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        width = ["--netG", "resnet_6blocks", "--ngf", "8", "--ndf", "8"] if context.quick else []
+        mode = ["--CUT_mode", "FastCUT"] if name == "fastcut" else []
+        place = ["--checkpoints_dir", folder, "--name", "benchmark", "--dataroot", folder]
+        gpus = ["--gpu_ids", str(context.device.index or 0) if context.device.type == "cuda" else "-1"]
+        size = ["--batch_size", str(images), *width, *mode]
+        built = checkout.model([*place, *gpus, "--model", PUBLISHED_MODEL[name], *size])
+        built.data_dependent_initialize(data)
+        built.setup(built.opt)
+        built.parallelize()
+        return built

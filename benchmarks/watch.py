@@ -2,9 +2,10 @@
 
 The process is forked, so that importing PyTorch is paid once; the parent must not have touched an accelerator.
 
-The process writes a journal, a JSON line an event: `begin` a provider (with the seconds that it may take), `end` it,
-`row`. When it dies or hangs while a provider is begun, that one is refused and the process started again; rows that
-are in the journal are not measured twice.
+The process writes a journal, a JSON line an event: `begin` a provider (with the seconds that it may take), `end` it
+(with its times alone), `timing` of several side by side, `timed`, `row`. When it dies or hangs while a provider is
+begun, that one is refused and the process started again; while several are timed, those that replay graphs are refused,
+or all where none does. Rows that are in the journal are not measured twice.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ class Journal:
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Measured, by `Row.key`."""
     prepared: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Rows of providers whose first calls came to an end; their times may be missing."""
-    begun: dict[str, Any] | None = None
-    """The provider that is in its first calls."""
+    """Rows of providers whose first calls came to an end, with their times alone, if any."""
+    at_work: dict[str, Any] | None = None
+    """The last event, `begin` or `timing`, that has not come to an end."""
     refused: dict[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -50,25 +51,42 @@ class Journal:
         return journal
 
     def take(self, event: dict[str, Any]) -> None:
-        if "begin" in event:
-            self.begun = event
+        if "begin" in event or "timing" in event:
+            self.at_work = event
         elif "end" in event:
-            self.begun = None
-            self.prepared[event["end"]] = event["row"]
+            self.at_work = None
+            if event["row"].get("p50_ms") is not None or event["end"] not in self.prepared:
+                self.prepared[event["end"]] = event["row"]  # a second try that failed takes no figure away
+        elif "timed" in event:
+            self.at_work = None
         elif "refuse" in event:
             self.refused[event["refuse"]] = event["why"]
             self.prepared.setdefault(event["refuse"], event["row"])
-            self.begun = None
+            self.at_work = None
         elif "row" in event:
             self.rows[event["key"]] = event["row"]
 
+    def suspects(self) -> dict[str, dict[str, Any]]:
+        """Rows, by key, of those that were at work last."""
+        if self.at_work is None:
+            return {}
+        if "begin" in self.at_work:
+            return {self.at_work["begin"]: self.at_work["row"]}
+        return {key: self.prepared[key] for key in self.at_work["timing"]}
+
     def all_rows(self) -> Iterator[dict[str, Any]]:
-        """Measured rows, then what is known of providers that were not timed."""
-        yield from self.rows.values()
+        """Measured rows, then what is known of providers that were not timed beside the others."""
+        alone = {key for key, row in self.prepared.items() if row.get("p50_ms") is not None}
+        # a row without times, such as a refused one's, does not take the place of times alone
+        final = {key: row for key, row in self.rows.items() if row.get("p50_ms") is not None or key not in alone}
+        yield from final.values()
         for key, row in self.prepared.items():
-            if key not in self.rows:
-                why = f"did not run: {self.refused[key]}" if key in self.refused else "stopped before it was timed"
-                yield row | {"note": f"{row['note']}; {why}".removeprefix("; ")}
+            if key in final:
+                continue
+            why = "" if key in alone else "stopped before it was timed"
+            if key in self.refused:
+                why = f"{'stopped' if key in alone else 'did not run'}: {self.refused[key]}"
+            yield row | {"note": "; ".join(filter(None, (row["note"], why)))}
 
 
 @dataclass
@@ -96,17 +114,19 @@ def supervise(work: Callable[[float], int], journal: Path, log: Path, seconds: f
         if fault is None:
             break
         left = end - time.monotonic()
-        if state.begun is None:
+        suspects = state.suspects()
+        if not suspects:
             trouble = fault
             break
-        name = state.begun["begin"]
         with journal.open("a") as lines:
-            # a line of its own: the process may have died within one
-            lines.write("\n" + json.dumps({"refuse": name, "why": fault, "row": state.begun["row"]}) + "\n")
+            for key, row in suspects.items():
+                # a line of its own: the process may have died within one
+                lines.write("\n" + json.dumps({"refuse": key, "why": fault, "row": row}) + "\n")
+        reason = f"{' and '.join(suspects)}: {fault}"
         if left < RESTART_SECONDS or len(restarts) == RESTARTS:
-            trouble = f"{name}: {fault}"
+            trouble = reason
             break
-        restarts.append(f"{name}: {fault}")
+        restarts.append(reason)
     return Outcome(list(Journal.read(journal).all_rows()), trouble, restarts)
 
 
@@ -123,12 +143,12 @@ def _once(work: Callable[[float], int], journal: Path, log: Path, end: float) ->
             if now > end:
                 return f"stopped at its limit of {now - began:.0f} s; what it had measured by then is kept"
             if patience is not None and now > patience:
-                return f"hung: it took more than {state.begun['seconds']:.2g} s"  # type: ignore[index]
+                return f"hung: it took more than {state.at_work['seconds']:.2g} s"  # type: ignore[index]
             time.sleep(0.02)
-            before = state.begun
+            before = state.at_work
             position = _follow(journal, position, state)
-            if state.begun is not before:
-                patience = None if state.begun is None else time.monotonic() + state.begun["seconds"]
+            if state.at_work is not before:
+                patience = None if state.at_work is None else time.monotonic() + state.at_work["seconds"]
     finally:
         _stop(process, ended=code is not None)
     if code == 0:

@@ -1,6 +1,6 @@
 """What each part of the speed brings: one training step, one thing more switched on at a time.
 
-python benchmarks/run.py --out DIR --only waterfall
+python benchmarks/run.py --out DIR --only waterfall cudnn
 
 Every stage is a step of its own, built with the library's switches and measured interleaved with the others; a stage
 that this machine or version does not have gets a row that says so. A stage that brings nothing is to be taken out.
@@ -15,8 +15,9 @@ from typing import Any, Literal
 
 import torch
 
-from benchmarks.measure import Context, Provider, Row, measure
-from benchmarks.step import ours, small, step_case
+from benchmarks.cases import Context, Provider, Row
+from benchmarks.measure import measure
+from benchmarks.step import our_provider, step_case
 from fastnce.engine.step import Step
 from fastnce.nce import PatchNCEHead
 from fastnce.networks import set_implementation
@@ -33,12 +34,13 @@ class Stage:
     layers: Literal["eager", "triton"] = "eager"
     loss: Literal["eager", "triton"] = "eager"
     weights_at_once: bool = False
-    compile: bool | str = False
     graph: bool = False
+    cudnn_benchmark: bool = False
+    """cuDNN tries its kernels for each shape, as the published repositories have it."""
 
 
 def stages(cuda: bool, loss: bool = True) -> list[Stage]:
-    """In the order in which they add up. A CPU has neither TF32 nor kernels nor graphs.
+    """In the order in which they add up. A CPU has neither TF32 nor kernels nor graphs. Compilers: `compiled.py`.
 
     `loss`: the method's loss can be told not to use its kernels. DCLGAN's cannot, and has them from the first stage on.
     """
@@ -63,57 +65,52 @@ def stages(cuda: bool, loss: bool = True) -> list[Stage]:
         Stage("+ fused NCE", **fused),
         Stage("+ weights converted at once", **all_on),
         Stage("+ graph", **all_on, graph=True),
-        Stage("+ compile", **all_on, compile=True, graph=True),
-        Stage("compiled whole", **all_on, compile="whole", graph=True),
     ]
     return found if loss else [replace(stage, loss="triton") for stage in found if stage.name != "+ fused NCE"]
 
 
 def waterfall(context: Context) -> Iterator[Row]:
     """What each part of the speed brings, for CUT's and DCD-GAN's step."""
-    large = context.device.type != "cpu" and not context.quick
-    steps = [("cut", 1), ("dcdgan", 1), ("cut", 8)] if large else [("cut", 1)]
     cuda = context.device.type == "cuda"
-    for compiled in (False, True) if cuda else (False,):  # last, as a compiler may be slow; beside the stage before it
-        for name, images in steps:
-            every = stages(cuda, loss=name == "cut")
-            first = sum(not stage.compile for stage in every)
-            some, title = (every[first - 1 :], "waterfall, compiled,") if compiled else (every[:first], "waterfall")
-            yield from _measured(name, images, some, title, context)
+    for name, images in [("cut", 1), ("dcdgan", 1), ("cut", 8)] if context.large else [("cut", 1)]:
+        every = stages(cuda, loss=name == "cut")
+        case = step_case(name, images, context, [_provider(name, stage, context) for stage in every], "waterfall")
+        first, before = None, None
+        for row in measure(case, context):
+            if row.p50_ms is not None:
+                first = first or row.p50_ms
+                gain = f"{first / row.p50_ms:.2f}x the first"
+                gain += f", {before / row.p50_ms:.2f}x the one before" if before else ""
+                row.note = f"{gain}; {row.note}".removesuffix("; ")
+                before = row.p50_ms
+            yield row
 
 
-def _measured(name: str, images: int, some: list[Stage], title: str, context: Context) -> Iterator[Row]:
-    case = step_case(name, images, context, [_provider(name, stage, context) for stage in some])
-    case.benchmark, case.energy = f"{title} {name}", False
-    first, before = None, None
-    for row in measure(case, context):
-        if row.p50_ms is not None:
-            first = first or row.p50_ms
-            gain = f"{first / row.p50_ms:.2f}x the first"
-            gain += f", {before / row.p50_ms:.2f}x the one before" if before else ""
-            row.note = f"{gain}; {row.note}".removesuffix("; ")
-            before = row.p50_ms
-        yield row
+def cudnn(context: Context) -> Iterator[Row]:
+    """CUT's captured step, the waterfall's last, where cuDNN tries its kernels for each shape; nothing on a CPU."""
+    # a process of its own: PyTorch keeps the first kernel that it took for a shape, tried or not, whatever is set later
+    if context.device.type != "cuda":
+        return
+    stage = replace(stages(cuda=True)[-1], name="+ cuDNN benchmark", cudnn_benchmark=True)
+    for images in (1, 8) if context.large else (1,):
+        provider = _provider("cut", stage, context)
+        provider.note = "in a process of its own"
+        yield from measure(step_case("cut", images, context, [provider], "waterfall"), context)
 
 
 def _provider(name: str, stage: Stage, context: Context) -> Provider:
-    form: dict[str, Any] = {"compile": stage.compile, "graph": stage.graph, "layout": stage.layout}
-    call = ours(
+    cuda = context.device.type == "cuda"
+    return our_provider(
         name,
-        small(context.quick),
         context,
         stage.precision,
-        form={key: value for key, value in form.items() if value},
+        label=stage.name,
+        layout=stage.layout,
+        graph=stage.graph,
+        dtype={"bf16": "bfloat16", "fp32": "tf32" if stage.tf32 else "float32"}[stage.precision],
         prepare=partial(switch, stage=stage),
-        before=partial(_set_tf32, stage.tf32) if context.device.type == "cuda" else lambda: None,
+        flags={"tf32": stage.tf32, "benchmark": stage.cudnn_benchmark} if cuda else None,
     )
-    mode = ", ".join(["compile"] * bool(stage.compile) + ["captured"] * stage.graph) or "eager"
-    dtype = {"bf16": "bfloat16", "fp32": "tf32" if stage.tf32 else "float32"}[stage.precision]
-    return Provider(stage.name, call, mode, dtype=dtype)
-
-
-def _set_tf32(allowed: bool) -> None:
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
 
 
 def switch(step: Step, stage: Stage) -> None:

@@ -13,7 +13,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import baselines, count, loss, measure, observe, plot, published, run, step, table, watch, waterfall
+from benchmarks import (
+    baselines,
+    cases,
+    compiled,
+    count,
+    loss,
+    machine,
+    measure,
+    observe,
+    plot,
+    published,
+    run,
+    step,
+    table,
+    watch,
+    waterfall,
+)
 from fastnce import patch_nce, timing
 from fastnce.nce import reference
 
@@ -90,8 +106,7 @@ def test_quick_run_writes_every_row_with_its_machine(quick_run):
         assert text in printed
     assert "x what the step takes" in printed
     assert "growth of a step: time side^" in printed
-    assert not list(out.glob("*.log"))
-    assert not list(out.glob("*.jsonl"))
+    assert {path.name for path in out.iterdir()} <= {"results.csv", "results.json", "infonce.png"}
 
 
 def test_list_names_every_part(capsys):
@@ -100,8 +115,9 @@ def test_list_names_every_part(capsys):
     assert all(part.name in printed for part in run.PARTS)
 
 
-@pytest.mark.parametrize("arguments", [[], ["--out", "x", "--published", "no/such/folder"], ["--only", "nothing"]])
-def test_a_wrong_command_is_one_sentence(arguments, capsys):
+@pytest.mark.parametrize("arguments", [[], ["--out", "x", "--published", "tests"], ["--only", "nothing"]])
+def test_a_wrong_command_is_one_sentence(arguments, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as stopped:
         run.main(arguments)
     assert stopped.value.code == 2
@@ -112,7 +128,8 @@ BROKEN_PARTS = """
 import os, sys, time
 import torch
 from benchmarks import measure as module
-from benchmarks.measure import Case, Provider, Row, measure
+from benchmarks.cases import Case, Provider, Row
+from benchmarks.measure import measure
 
 def good(context):
     yield Row("good", "x", "eager")
@@ -134,10 +151,27 @@ def providers(context):
     def raises(x): raise MemoryError("too large")
     def hangs(x): time.sleep(600)
     def dies(x): os._exit(7)
-    calls = {f.__name__: f for f in (raises, hangs, works, dies)}
+    calls = {f.__name__: f for f in (works, raises, hangs, dies)}
     case = Case("first", {"patches": 3}, lambda: (torch.ones(3),), [Provider(n, f) for n, f in calls.items()])
     yield from measure(case, context)
     yield from measure(Case("second", {}, lambda: (torch.ones(3),), [Provider("works", works)]), context)
+
+def timing(context):
+    def works(x): return x + 1
+    beside = module.time_interleaved
+    def dies_beside(calls, *args, **options):
+        if any("captured" in key for key in calls): os._exit(7)
+        return beside(calls, *args, **options)
+    module.time_interleaved = dies_beside
+    providers = [Provider("eager", works), Provider("graph", works, "captured")]
+    yield from measure(Case("timing", {}, lambda: (torch.ones(3),), providers), context)
+    yield from measure(Case("after", {}, lambda: (torch.ones(3),), providers[:1]), context)
+
+def killed(context):
+    def works(x): return x + 1
+    def hangs(x): time.sleep(600)
+    providers = [Provider("works", works), Provider("hangs", hangs)]
+    yield from measure(Case("killed", {}, lambda: (torch.ones(3),), providers), context)
 """
 
 
@@ -172,17 +206,19 @@ def test_a_part_that_fails_or_hangs_loses_nobody_elses_rows(broken, capsys):
     assert "went wrong" in results["parts"]["bad"]
     assert "stopped at its limit" in results["parts"]["slow"]
     assert results["parts"]["good"].startswith("ran in")
-    words = (out / "bad.log").read_text()
-    assert "much more than one line" in words
-    assert "Traceback" in words
-    assert not (out / "good.log").exists()
+    assert {path.name for path in out.iterdir()} == {"results.csv", "results.json", "logs.txt"}
+    words = (out / "logs.txt").read_text()
+    bad = words[words.index("===== bad: ") : words.index("===== slow: ")]
+    assert "much more than one line" in bad
+    assert "Traceback" in bad
+    assert "===== good" not in words
     complaint = capsys.readouterr().err
     assert "part bad failed" in complaint
     assert "part slow failed" in complaint
 
 
 def test_time_that_is_over_is_said_of_each_part(broken):
-    code, results, _ = broken(["slow", "good", "good"], 0.012)
+    code, results, _ = broken(["slow", "good", "good"], 0.007)  # less than LEAST_SECONDS
     assert code == 1
     assert results["parts"] == {"slow": measure.OVER, "good": measure.OVER}
 
@@ -201,7 +237,33 @@ def test_a_provider_that_hangs_or_ends_the_process_loses_nobody_elses_figures(br
     assert all(rows["first", name]["p50_ms"] is None for name in ("raises", "hangs", "dies"))
     assert code == 0
     assert results["parts"]["providers"].count("hung") == 1
-    assert "MemoryError: too large" in (out / "providers.log").read_text()
+    assert "MemoryError: too large" in (out / "logs.txt").read_text()
+
+
+def test_a_fault_while_several_are_timed_leaves_out_those_with_graphs(broken):
+    code, results, out = broken(["timing"], 0.4)
+    rows = {(row["benchmark"], row["provider"]): row for row in results["rows"]}
+    assert rows["timing", "eager"]["note"] == rows["after", "eager"]["note"] == ""
+    assert rows["timing", "eager"]["p50_ms"] > 0
+    graph = rows["timing", "graph"]
+    assert graph["p50_ms"] > 0
+    assert graph["note"].startswith(f"{measure.ALONE}; stopped: exit code 7")
+    assert rows["after", "eager"]["launches"] > 0
+    assert "begun again after timing () by graph, captured: exit code 7" in results["parts"]["timing"]
+    assert code == 1
+    assert "===== timing: ran to its end =====" in (out / "logs.txt").read_text()
+
+
+def test_times_alone_outlive_the_process(broken, monkeypatch):
+    monkeypatch.setattr(measure, "LEAST_LEFT", 0.2)
+    monkeypatch.setattr(watch, "RESTART_SECONDS", 100.0)
+    code, results, _ = broken(["killed"], 0.07)
+    works, hangs = results["rows"]
+    assert works["p50_ms"] > 0
+    assert works["note"] == measure.ALONE
+    assert hangs["p50_ms"] is None
+    assert "1 of 2 rows alone, not interleaved" in results["parts"]["killed"]
+    assert code == 1
 
 
 @pytest.mark.slow
@@ -219,7 +281,7 @@ def test_a_part_whose_process_cannot_be_forked_begins_from_nothing(tmp_path, mon
 
 def test_what_steps_cost_is_counted_once(tmp_path, monkeypatch):
     monkeypatch.setattr(step, "COUNTED", [("cut", 1)])
-    options = run._parse(["--out", str(tmp_path), "--side", "32"])
+    options = run._parse(["--out", str(tmp_path), "--work", str(tmp_path), "--side", "32"])
     assert run._count(options) == 0
     known = count.Counts(tmp_path / run.COUNTS)
     monkeypatch.setattr(count, "count_step", None)  # nothing is left to count
@@ -253,11 +315,70 @@ def test_rows_of_providers_that_were_not_timed_are_kept():
     ]
 
 
+def test_a_second_try_without_times_takes_no_figure_away():
+    journal = watch.Journal()
+    alone = {"note": measure.ALONE, "p50_ms": 2.0}
+    for event in (
+        {"end": "a", "row": alone},
+        {"end": "b", "row": alone},
+        {"timing": ["a"], "seconds": 1.0},
+    ):
+        journal.take(event)
+    assert journal.suspects() == {"a": alone}
+    for event in (
+        {"refuse": "a", "why": "died", "row": alone},
+        {"row": {"note": "did not run: died", "p50_ms": None}, "key": "a"},
+        {"end": "b", "row": {"note": "did not run: no memory", "p50_ms": None}},
+    ):
+        journal.take(event)
+    assert not journal.suspects()
+    first, second = journal.all_rows()
+    assert first == alone | {"note": f"{measure.ALONE}; stopped: died"}
+    assert second == alone
+    journal.take({"row": {"note": "", "p50_ms": 1.0}, "key": "b"})
+    assert {row["p50_ms"] for row in journal.all_rows()} == {1.0, 2.0}
+
+
+def test_energy_and_launches_come_when_all_times_are_there(monkeypatch):
+    order = []
+
+    def timed(calls, *_, **__):
+        order.append("alone" if list(calls) == [""] else "beside")
+        return {name: [1.0] for name in calls}
+
+    monkeypatch.setattr(measure, "time_interleaved", timed)
+    monkeypatch.setattr(measure, "joules", lambda *_: order.append("joules") or 3.0)
+    monkeypatch.setattr(measure, "launches", lambda *_: order.append("launches") or 7)
+    monkeypatch.setattr(measure, "peak_bytes", lambda *_: 1)
+    context = cases.Context(CPU)
+    calls = [cases.Provider("a", lambda x: x, energy=True), cases.Provider("b", lambda x: x)]
+    rows = []
+    for name in ("one", "two"):
+        rows += measure.measure(cases.Case(name, {"images": 1}, lambda: (torch.ones(3),), calls), context)
+    assert {(row.joules, row.launches) for row in rows} == {(None, None)}
+    again = list(measure.measure_rest(context))
+    assert order == ["alone", "alone", "beside"] * 2 + ["joules"] * 2 + ["launches"] * 4
+    assert {row.key() for row in again} == {row.key() for row in rows}
+    assert [(row.joules, row.launches) for row in rows] == [(3.0, 7), (None, 7)] * 2
+    assert not list(measure.measure_rest(context))
+
+
+def test_a_slow_call_is_timed_alone_by_its_first_one(monkeypatch):
+    called = []
+    monkeypatch.setattr(measure, "SLOW", -1.0)
+    monkeypatch.setattr(measure, "peak_bytes", lambda call, _: call())
+    monkeypatch.setattr(measure, "time_interleaved", lambda calls, *_, **__: {name: [] for name in calls})
+    case = cases.Case("toy", {}, lambda: (torch.ones(3),), [cases.Provider("x", lambda x: called.append(x))])
+    (row,) = measure.measure(case, cases.Context(CPU, quick=True))
+    assert (row.note, row.rounds, len(called)) == (measure.ALONE, 1, 2)
+    assert row.p50_ms > 0
+
+
 def test_nothing_begins_after_the_time_is_over():
     called = []
-    provider = measure.Provider("x", lambda x: called.append(x))
-    case = measure.Case("toy", {}, lambda: (torch.ones(3),), [provider])
-    (row,) = measure.measure(case, measure.Context(CPU, quick=True, until=time.monotonic() + 1.0))
+    provider = cases.Provider("x", lambda x: called.append(x))
+    case = cases.Case("toy", {}, lambda: (torch.ones(3),), [provider])
+    (row,) = measure.measure(case, cases.Context(CPU, quick=True, until=time.monotonic() + 1.0))
     assert (row.note, called) == (measure.OVER, [])
 
 
@@ -269,10 +390,10 @@ def test_slow_calls_stop_at_the_end_of_the_time():
 
 def test_rates_and_floors_of_a_row():
     limits = {"matmul_bfloat16_flop_per_s": 1e9, "copy_bytes_per_s": 1e9, "launch_eager_s": 1e-3}
-    row = measure.Row("toy", "x", "eager", images=4, dtype="bfloat16", p50_ms=2000.0, launches=7, joules=3.0)
-    provider = measure.Provider("x", lambda: None, bytes=1e8)
-    case = measure.Case("toy", {}, tuple, [provider], flop=1e9, bytes=5.0, steps=600)
-    measure._derive(row, case, provider, limits)
+    row = cases.Row("toy", "x", "eager", images=4, dtype="bfloat16", p50_ms=2000.0, launches=7, joules=3.0)
+    provider = cases.Provider("x", lambda: None, bytes=1e8)
+    case = cases.Case("toy", {}, tuple, [provider], flop=1e9, bytes=5.0, steps=600)
+    measure._Ready(row, case, provider, provider.call, 2, provider.call, "").take([4000.0], limits)
     assert (row.steps_per_s, row.images_per_s) == (0.5, 2.0)
     assert (row.floor_ms, row.floor_fraction, row.ceiling_fraction) == (1000.0, 0.5, 0.5)
     assert row.launch_floor_ms == 7.0
@@ -291,11 +412,213 @@ def test_stages_of_the_waterfall_add_one_thing_each():
 
 
 def test_a_table_leaves_out_what_nobody_measured():
-    row = {**vars(measure.Row("toy", "fastnce", "eager", images=2)), "p50_ms": 1.0, "p20_ms": 0.5, "p80_ms": 2.0}
+    row = {**vars(cases.Row("toy", "fastnce", "eager", images=2)), "p50_ms": 1.0, "p20_ms": 0.5, "p80_ms": 2.0}
     header, line = table.table([row], {"device": "CPU"}).splitlines()
     assert header.split() == ["benchmark", "size", "provider", "mode", "ms", "20..80", "%", "x", "ours"]
     assert line.split() == ["toy", "2", "fastnce", "eager", "1.000", "0.500..2.000", "1.00"]
     assert table.table([], {}) == "no rows"
+
+
+class FakeRecorder:
+    """Records nothing and replays nothing."""
+
+    fails = False
+
+    def warm(self, function):
+        return function()
+
+    def record(self, function):
+        if self.fails:
+            raise RuntimeError("no memory for it")
+        return object(), function()
+
+    def replay(self, graph):
+        pass
+
+    def close(self, graphs):
+        pass
+
+
+@pytest.fixture
+def small_step():
+    context = cases.Context(CPU, quick=True)
+    recorder = FakeRecorder()
+    made = step.OurStep("cut", context, "fp32", {"graph": recorder}, patches=16)
+    return made, recorder, step.pictures(1, 32, CPU)
+
+
+def test_a_step_that_is_recorded_anew_says_so(small_step, monkeypatch):
+    made, recorder, pictures = small_step
+    made(*pictures)
+    made(*pictures)
+    assert made.check() == ""
+    with step.library_flags(benchmark=not torch.backends.cudnn.benchmark):
+        with pytest.warns(UserWarning, match="anew"):
+            made(*pictures)
+        assert made.check() == "not captured"
+        for _ in range(step.WARM_UP):
+            made(*pictures)
+        assert made.check() == "recorded anew while it was timed"
+    recorder.fails = True
+    for _ in range(step.WARM_UP):  # outside, with the flag as it was
+        made(*pictures)
+    with pytest.warns(UserWarning, match="uncaptured"):
+        made(*pictures)
+    assert made.check() == "recording failed: no memory for it"
+
+
+def test_a_check_after_the_timing_is_part_of_the_note():
+    provider = cases.Provider("x", lambda x: x, note="first", check=lambda: "not captured")
+    case = cases.Case("toy", {}, lambda: (torch.ones(3),), [provider], steps=1)
+    (row,) = measure.measure(case, cases.Context(CPU, quick=True))
+    assert row.note == "first; not captured; 1 steps: 0.0 minutes"
+
+
+class FakeCheckout:
+    """Their repository as far as a step needs it; its model turns cuDNN's trying of kernels on, as theirs does."""
+
+    name = "fake"
+
+    def __init__(self):
+        self.seen = []
+
+    def model(self, arguments):
+        torch.backends.cudnn.benchmark = True
+        self.opt = None
+        return self
+
+    def data_dependent_initialize(self, data): ...
+
+    def setup(self, opt): ...
+
+    def parallelize(self): ...
+
+    def set_input(self, data): ...
+
+    def optimize_parameters(self):
+        self.seen.append(torch.backends.cudnn.benchmark)
+        if len(self.seen) == 3:
+            raise RuntimeError("out of memory")
+
+
+def test_what_their_code_sets_in_the_library_does_not_reach_ours():
+    checkout = FakeCheckout()
+    call = step._theirs(checkout, "cut", 1, cases.Context(CPU, quick=True))
+    with step.library_flags(benchmark=False):
+        for _ in range(2):
+            call(None, None)
+            assert not torch.backends.cudnn.benchmark
+        with pytest.raises(RuntimeError):
+            call(None, None)
+        assert not torch.backends.cudnn.benchmark
+    assert checkout.seen == [True, True, True]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cut", "dclgan", "dcdgan-released"])
+def test_the_published_step_of_the_dry_run(name):
+    folder = os.environ.get("FASTNCE_PUBLISHED")
+    if folder is None:
+        pytest.skip("no published checkouts: set FASTNCE_PUBLISHED to a folder that holds them")
+    context = cases.Context(CPU, quick=True, published=published.find_checkouts(sorted(Path(folder).iterdir())))
+    provider = next(p for p in step._providers(name, 1, context) if "published" in p.name)
+    (row,) = measure.measure(step.step_case(name, 1, context, [provider]), context)
+    assert row.p50_ms is not None, row.note
+    assert not torch.backends.cudnn.benchmark
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """The cases of a part on a GPU, without running them."""
+
+    def plan(part, module):
+        found = []
+        monkeypatch.setattr(module, "measure", lambda case, context: found.append(case) or iter(()))
+        context = cases.Context(torch.device("cuda"))
+        context.counts.get = lambda *_: (1.0, 2.0)
+        assert not list(part(context))
+        return found
+
+    return plan
+
+
+def test_compilers_come_last_and_the_goals_first(planned):
+    assert run.PARTS[-1].name == "compiled"
+    steps = [case for part in (step.cut, step.dual, step.fastcut) for case in planned(part, step)]
+    assert [(case.benchmark, case.size["images"]) for case in steps] == [
+        ("step cut", 1),
+        ("step cut", 8),
+        ("step dclgan", 1),
+        ("step dcdgan-released", 1),
+        ("step dclgan", 4),
+        ("step dcdgan", 1),
+        ("step fastcut", 1),
+    ]
+    stages = planned(waterfall.waterfall, waterfall)
+    assert not any("compile" in provider.mode for case in steps + stages for provider in case.providers)
+    tried = planned(waterfall.cudnn, waterfall)
+    assert [case.size["images"] for case in tried] == [1, 8]
+    assert all(provider.call._flags["benchmark"] for case in tried for provider in case.providers)
+    assert not any(provider.call._flags["benchmark"] for case in stages for provider in case.providers)
+    for case in steps:
+        first, second, *rest = case.providers
+        assert (first.mode, first.energy, second.energy) == ("captured", True, True)
+        assert second.note == "stands in for the published step"
+        assert not any(provider.energy for provider in rest)
+    by_compiler = planned(compiled.compiled, compiled)
+    assert [(case.benchmark, case.size["images"]) for case in by_compiler] == [
+        ("compiled step cut", 1),
+        ("compiled step fastcut", 1),
+        ("compiled step cut", 8),
+    ]
+    modes = [provider.mode for provider in by_compiler[0].providers]
+    assert modes == ["captured", "compile whole, captured", "compile, captured"]
+
+
+def test_a_compiled_provider_has_a_case_of_its_own(monkeypatch):
+    context = cases.Context(CPU)
+    monkeypatch.setattr(cases.Context, "large", True)
+    found = list(loss.infonce_cases(context))
+    assert [case.benchmark for case in found] == ["infonce"] * 3 + ["infonce, compiled"]
+    assert [provider.mode for provider in found[-1].providers] == ["eager", "compile"]
+    assert found[-1].size == found[1].size
+    assert not any(provider.mode == "compile" for case in found[:3] for provider in case.providers)
+
+
+def test_graphs_of_a_compiled_function_are_counted():
+    def broken(x):
+        x = x + 1
+        torch._dynamo.graph_break()
+        return x * 2
+
+    for function, graphs in ((broken, "2 graphs"), (lambda x: x * 2, "1 graph")):
+        counted = loss.CountsGraphs(torch.compile(function, backend="eager"))
+        for _ in range(2):
+            counted(torch.ones(3))
+        assert counted.check() == f"compiled to {graphs}"
+
+
+def test_memory_of_all_layers_is_asked_for():
+    context = cases.Context(CPU)
+    rows = 256
+    one = 4 * rows * rows * loss.DIM * 4
+    layers = context.free_bytes() // one
+    assert loss._fits(context, rows, cosine=True, layers=layers - 1)
+    assert not loss._fits(context, rows, cosine=True, layers=layers + 1)
+
+
+def test_the_commit_is_not_that_of_a_folder_above(tmp_path, monkeypatch):
+    monkeypatch.delenv("FASTNCE_COMMIT", raising=False)
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    identity = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+    subprocess.run(["git", "-C", str(tmp_path), *identity, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
+    (tmp_path / "inside").mkdir()
+    monkeypatch.setattr(machine, "ROOT", tmp_path / "inside")
+    assert machine._commit() == ""
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    assert len(machine._commit().removesuffix("+")) == 12
+    monkeypatch.setenv("FASTNCE_COMMIT", "abc")
+    assert machine._commit() == "abc"
 
 
 def test_peak_memory_on_the_cpu_is_that_of_the_tensors():
@@ -317,6 +640,42 @@ def test_operators_are_counted():
     assert backward > observe.launches(lambda: (x * 2).sum(), CPU, "eager")
 
 
+def test_spans_that_a_program_names_are_no_launches():
+    cuda, host = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+
+    class Event:
+        def __init__(self, device, named):
+            self.device_type, self.is_user_annotation = (lambda: device), (lambda: named)
+
+    class Profile:
+        class profiler:
+            class kineto_results:
+                @staticmethod
+                def events():
+                    return [Event(cuda, False), Event(cuda, True), Event(cuda, False), Event(host, False)]
+
+    assert observe.device_events(Profile) == 2
+
+    class Public:
+        device_type, is_user_annotation = cuda, False
+
+    class Other:
+        """Of a PyTorch whose profiler holds its results elsewhere."""
+
+        @staticmethod
+        def events():
+            return [Public, Public, Public]
+
+    assert observe.device_events(Other) == 3
+
+
+def test_what_a_profiler_holds_is_read():
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        torch.ones(3) + 1
+    assert profile.profiler.kineto_results.events()  # else launches on a GPU would be counted the slow way
+    assert observe.device_events(profile) == 0
+
+
 def test_interleaved_times_have_a_round_each():
     order = []
     calls = {name: (lambda name=name: order.append(name)) for name in "ab"}
@@ -330,9 +689,9 @@ def test_a_provider_that_raises_gets_a_row_without_figures():
     def broken(x):
         raise MemoryError("too large")
 
-    providers = [measure.Provider("good", lambda x: x + 1), measure.Provider("bad", broken)]
-    case = measure.Case("toy", {"patches": 3}, lambda: (torch.ones(3),), providers)
-    good, bad = measure.measure(case, measure.Context(CPU, quick=True))
+    providers = [cases.Provider("good", lambda x: x + 1), cases.Provider("bad", broken)]
+    case = cases.Case("toy", {"patches": 3}, lambda: (torch.ones(3),), providers)
+    good, bad = measure.measure(case, cases.Context(CPU, quick=True))
     assert good.p50_ms > 0
     assert bad.p50_ms is None
     assert bad.note == "did not run: MemoryError: too large"
@@ -361,7 +720,7 @@ def test_baselines_compute_the_definition(images):
 
 
 def test_every_provider_of_the_chain_does_the_same_work():
-    context = measure.Context(CPU, quick=True)
+    context = cases.Context(CPU, quick=True)
     torch.manual_seed(0)
     (case,) = loss.chain_cases(context)
     inputs = case.make_inputs()
@@ -376,6 +735,20 @@ def test_checkouts_are_found_alone_and_in_a_folder(checkout):
         assert (found.name, found.folder) == ("standin", checkout)
     with pytest.raises(ValueError, match=r"models/patchnce\.py is missing"):
         published.find_checkouts([checkout / "models"])
+
+
+def test_a_checkout_that_is_not_there_is_left_out(checkout, capsys):
+    (found,) = published.find_checkouts([checkout.parent / "nowhere", checkout])
+    assert found.name == "standin"
+    assert "nowhere is not there" in capsys.readouterr().err
+
+
+def test_a_parser_that_ends_the_process_only_fails(checkout):
+    (checkout / "options").mkdir()
+    (checkout / "options" / "__init__.py").write_text("")
+    (checkout / "options" / "train_options.py").write_text("raise SystemExit(2)")
+    with pytest.raises(RuntimeError, match="standin ended with 2"):
+        published.Checkout(checkout).model(["--netG", "unknown"])
 
 
 def test_a_checkout_leaves_the_names_of_others_alone(checkout, monkeypatch):

@@ -1,7 +1,11 @@
 """Counting FLOP, bytes, launches and live memory, held against values worked out by hand and against a measurement."""
 
+import os
 import random
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -113,3 +117,13 @@ def test_bfloat16_moves_less_and_computes_as_much():
     assert half.count.flop == full.count.flop
     assert half.least_bytes < full.least_bytes
     assert 0 < full.least_bytes < full.count.bytes
+
+
+def test_importing_the_prediction_leaves_kernels_to_the_device():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    program = "import os, benchmarks.predict; assert 'TRITON_INTERPRET' not in os.environ"
+    root = Path(__file__).resolve().parents[1]
+    finished = subprocess.run(
+        [sys.executable, "-c", program], cwd=root, env=environment, capture_output=True, text=True
+    )
+    assert finished.returncode == 0, finished.stderr
