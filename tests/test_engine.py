@@ -591,8 +591,8 @@ assert found[0] != found[1]
     assert products == ["TF32 in float32 products: off", "TF32 in float32 products: on"]
 
 
-def test_a_function_of_too_many_shapes_runs_uncompiled(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+@torch._dynamo.config.patch(recompile_limit=2)
+def test_a_function_of_too_many_shapes_runs_uncompiled():
     compiled = Compiled(lambda x: x * 2, "eager")
     with pytest.warns(UserWarning, match="runs uncompiled: "):
         sums = [compiled(torch.ones(size)).sum().item() for size in range(2, 7)]
