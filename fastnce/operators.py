@@ -25,10 +25,17 @@ def operator(schema: str, run: Any, fake: Any, tags: Sequence[torch.Tag] = ()) -
     return getattr(torch.ops.fastnce, name)
 
 
+_NEWEST = (99, 0)
+
+
 @functools.cache
+def _ask(index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index) if torch.cuda.is_available() else _NEWEST
+
+
 def _capability(index: int | None) -> tuple[int, int]:
-    """Of a CUDA device; where there is none, that of the newest."""
-    return torch.cuda.get_device_capability(index) if torch.cuda.is_available() else (99, 0)
+    """Of a CUDA device. Where there is none, and in a function that is traced and can ask for none, the newest's."""
+    return _NEWEST if torch.compiler.is_compiling() else _ask(index)
 
 
 def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -175,8 +175,16 @@ def test_compiles_without_a_break(implementation):
 
 def test_devices_too_old_for_the_kernels(monkeypatch):
     for capability, why in (((7, 5), "the kernels need compute capability 8.0, this device has 7.5"), ((8, 0), None)):
-        monkeypatch.setattr(operators, "_capability", lambda index, found=capability: found)
+        monkeypatch.setattr(operators, "_ask", lambda index, found=capability: found)
         assert operators.obstacle(torch.device("cuda", 0), torch.bfloat16) == why
+
+    def asked(index):
+        raise AssertionError("a traced function asked the device")
+
+    monkeypatch.setattr(operators, "_ask", asked)
+    here = torch.device("cuda", 0)
+    traced = torch.compile(lambda x: x + (operators.obstacle(here, x.dtype) is None), fullgraph=True, backend="eager")
+    assert traced(torch.zeros(1)).item() == 1
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
