@@ -124,7 +124,8 @@ class Context:
         refused: by `Row.key`, why a provider is not to be run again: it hung or took the process down before.
         done: keys of rows that an earlier process of the part has measured.
         patience: seconds that one provider's first calls may take.
-        share: of what is left of the part's time, which they may take at most.
+        share: of what is left of the part's time, which they may take at most; but always `compiling`, if that much
+            is left: kernels may have to be compiled.
         side: of the pictures of steps, where the usual one is not wanted.
         counts: what steps cost, as far as it was worked out already.
         timed: what `measure` leaves for `measure_rest`.
@@ -140,6 +141,7 @@ class Context:
     done: set[str] = field(default_factory=set)
     patience: float = 120.0
     share: float = 0.5
+    compiling: float = 30.0
     side: int | None = None
     counts: Counts = field(default_factory=Counts)
     timed: list[Any] = field(default_factory=list)
@@ -155,7 +157,7 @@ class Context:
 
     def may_take(self) -> float:
         """Seconds after which a provider's first calls count as hung."""
-        return min(self.patience, self.left() * self.share)
+        return min(self.patience, max(self.left() * self.share, self.compiling))
 
     @property
     def seconds(self) -> float:

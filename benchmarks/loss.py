@@ -8,7 +8,8 @@ P1, P2: `chain`, feature maps in, gradients out. P3, P4: `infonce`, loss and que
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -161,27 +162,21 @@ def layer_shapes(image: int) -> list[tuple[int, int]]:
     return [(3, image + 6), (128, image), (256, image // 2), (256, image // 4), (256, image // 4)]
 
 
+HALF = ", bf16"
+"""In the name of a benchmark under autocast in bfloat16, as a training step calls the loss."""
+
+
 def chain_cases(context: Context) -> Iterator[Case]:
     cuda = context.device.type == "cuda"
     image, patches = (32, 16) if context.quick else (256, 256)
     shapes = layer_shapes(image)
     found = []
     for images in (1,) if context.quick else (1, 16) if cuda else (1, 4):
-        sampled = sum(images * patches * channels for channels, _ in shapes)
-        whole = sum(images * channels * side**2 for channels, side in shapes)
-        case = Case(
-            "chain",
-            {"images": images, "patches": patches, "dim": DIM, "layers": len(shapes), "dtype": "float32"},
-            partial(_maps, shapes, images, context.device),
-            list(_chain_providers(context, shapes, images, patches)),
-            # two sides through the MLPs, one of them with its gradient (twice more), and the loss with dq
-            flop=sum(2.0 * images * patches * (c * DIM + DIM * DIM) * 4 for c, _ in shapes)
-            + 4.0 * len(shapes) * images * patches**2 * DIM,
-            # sampled rows of both sides in, dense gradients of the query maps out
-            bytes=4.0 * (2 * sampled + whole),
-        )
-        found.append(case)
-        yield case
+        for half in (True, False) if cuda else (False,):
+            case = chain_case(context, shapes, images, patches, half)
+            if not half:
+                found.append(case)
+            yield case
     for case in found if context.large else ():
         for checkout in context.published[:1]:
             images = case.size["images"]
@@ -191,40 +186,71 @@ def chain_cases(context: Context) -> Iterator[Case]:
                 yield _beside_ours(case, _compiled(f"{checkout.name} classes", call, "published"))
 
 
-def _maps(shapes: list[tuple[int, int]], images: int, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+def chain_case(context: Context, shapes: list[tuple[int, int]], images: int, patches: int, half: bool) -> Case:
+    """The chain for `images` pictures, in float32 or, with `half`, under autocast in bfloat16 on maps of that dtype."""
+    sampled = [images * patches * channels for channels, _ in shapes]
+    whole = [images * channels * side**2 for channels, side in shapes]
+    # the picture, the first map, stays float32 in training too
+    widths = [2.0 if half and layer else 4.0 for layer in range(len(shapes))]
+    dtype = "bfloat16" if half else "float32"
+    return Case(
+        f"chain{HALF}" if half else "chain",
+        {"images": images, "patches": patches, "dim": DIM, "layers": len(shapes), "dtype": dtype},
+        partial(_maps, shapes, images, context.device, half),
+        list(_chain_providers(context, shapes, images, patches, half)),
+        # two sides through the MLPs, one of them with its gradient (twice more), and the loss with dq
+        flop=sum(2.0 * images * patches * (c * DIM + DIM * DIM) * 4 for c, _ in shapes)
+        + 4.0 * len(shapes) * images * patches**2 * DIM,
+        # sampled rows of both sides in, dense gradients of the query maps out
+        bytes=sum(w * (2 * s + m) for w, s, m in zip(widths, sampled, whole, strict=True)),
+    )
+
+
+def _maps(
+    shapes: list[tuple[int, int]], images: int, device: torch.device, half: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Query maps and key maps; as the training step has them, in bfloat16 they lie channels-last."""
+
     def draw() -> list[Tensor]:
-        return [torch.randn(images, channels, side, side, device=device) for channels, side in shapes]
+        maps = [torch.randn(images, channels, side, side, device=device) for channels, side in shapes]
+        if half:
+            maps = [m.contiguous(memory_format=torch.channels_last) for m in maps]
+            maps[1:] = [m.bfloat16() for m in maps[1:]]
+        return maps
 
     return [m.requires_grad_() for m in draw()], draw()
 
 
-def _chain_providers(context: Context, shapes, images: int, patches: int) -> Iterator[Provider]:
+def _chain_providers(context: Context, shapes, images: int, patches: int, half: bool) -> Iterator[Provider]:
     channels = [c for c, _ in shapes]
     head = PatchNCEHead(channels, dim=DIM, patches=patches, temperature=TEMPERATURE).to(context.device)
     weights = list(head.parameters())
+    products = partial(torch.autocast, context.device.type, torch.bfloat16, enabled=half)
 
     def ours(query_maps, key_maps):
-        loss = head(query_maps, key_maps)
+        with products():
+            loss = head(query_maps, key_maps)
         return loss, *torch.autograd.grad(loss, [*query_maps, *weights])
 
     energy = images == 1
     yield from _with_graph([Provider(OURS, ours, energy=energy)], context)
     drop_in = PatchSampleF(use_mlp=True, nc=DIM, in_channels=channels).to(context.device)
     criterion = PatchNCELoss(loss_options(images, temperature=TEMPERATURE))
-    call = _as_published(drop_in, criterion, patches)
+    call = _as_published(drop_in, criterion, patches, products)
     yield from _with_graph([Provider(f"{OURS}, drop-in classes", call)], context)
     for checkout in context.published:
         name = f"{checkout.name} classes"
         if not _fits(context, images * patches, checkout.cosine, layers=len(shapes)):
             yield Provider(name, _refuse, note="published")
             continue
-        call = _as_published(*_classes(checkout, context, shapes, images), patches)
+        call = _as_published(*_classes(checkout, context, shapes, images), patches, products)
         yield Provider(name, call, note="published", energy=energy)
     if not context.published:
         mlps = head.mlps(len(channels))
 
         def plain(query_maps, key_maps):
-            loss = baselines.chain(query_maps, key_maps, mlps, patches=patches, temperature=TEMPERATURE)
+            with products():
+                loss = baselines.chain(query_maps, key_maps, mlps, patches=patches, temperature=TEMPERATURE)
             return loss, *torch.autograd.grad(loss, [*query_maps, *weights])
 
         yield Provider("CUT", plain, note=OWN_WRITING, energy=energy)
@@ -238,14 +264,15 @@ def _classes(checkout: Checkout, context: Context, shapes, images: int) -> tuple
     return sampler, checkout.losses()["PatchNCELoss"](loss_options(images, temperature=TEMPERATURE))
 
 
-def _as_published(sampler, criterion, patches: int):
+def _as_published(sampler, criterion, patches: int, products: Callable[[], AbstractContextManager] = nullcontext):
     """The way their training step calls the two classes (keys first, their ids for the queries), then gradients."""
 
     def call(query_maps, key_maps):
-        keys, ids = sampler(key_maps, patches, None)
-        queries, _ = sampler(query_maps, patches, ids)
-        losses = [criterion(q, k).mean() for q, k in zip(queries, keys, strict=True)]
-        loss = sum(losses[1:], losses[0]) / len(losses)
+        with products():
+            keys, ids = sampler(key_maps, patches, None)
+            queries, _ = sampler(query_maps, patches, ids)
+            losses = [criterion(q, k).mean() for q, k in zip(queries, keys, strict=True)]
+            loss = sum(losses[1:], losses[0]) / len(losses)
         return loss, *torch.autograd.grad(loss, [*query_maps, *sampler.parameters()])
 
     return call
@@ -254,11 +281,15 @@ def _as_published(sampler, criterion, patches: int):
 # --- many rows ---------------------------------------------------------------------------------------------------
 
 
-def infonce_cases(context: Context) -> Iterator[Case]:
+GOALS = (16384, 65536, 256)
+"""Rows that the goals are about: P3, P4, and the published number of patches."""
+
+
+def infonce_cases(context: Context, sizes: Sequence[int] = (*GOALS, 1024, 4096)) -> Iterator[Case]:
+    """Of these sizes on a GPU; fewer and small ones elsewhere."""
     cuda = context.device.type == "cuda"
     dtype = torch.bfloat16 if cuda else torch.float32
-    # on a GPU first what the goals are about
-    sizes = (64, 128) if context.quick else (16384, 65536, 256, 1024, 4096) if cuda else (256, 1024, 4096)
+    sizes = (64, 128) if context.quick else sizes if cuda else (256, 1024, 4096)
     found = {}
     for rows in sizes:
         found[rows] = case = Case(
@@ -283,6 +314,9 @@ def _infonce_providers(context: Context, rows: int, dtype: torch.dtype) -> Itera
     note = f"not installed here: {', '.join(absent)}" if absent and smallest else ""
     energy = rows == 16384
     yield from _with_graph([Provider(OURS, ours, note=note, energy=energy)], context)
+    if context.device.type == "cuda":  # elsewhere the promise changes nothing
+        promised = query_gradient(partial(patch_nce, temperature=TEMPERATURE, unit_rows=True))
+        yield from _with_graph([Provider(f"{OURS}, unit rows", promised)], context)
     width = dtype.itemsize
     peers: list[tuple[str, Callable[[Tensor, Tensor], Tensor], str, bool]] = []
     for checkout in context.published:

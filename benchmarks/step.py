@@ -69,7 +69,7 @@ def growth(context: Context) -> Iterator[Row]:
 def _steps(cases: list[tuple[str, int]], context: Context, steps: int | None = None) -> Iterator[Row]:
     """Steps (name, images) beside the published ones."""
     for name, images in cases:
-        providers = list(_providers(name, images, context))
+        providers = list(step_providers(name, images, context))
         yield from measure(step_case(name, images, context, providers, steps=steps), context)
 
 
@@ -114,8 +114,8 @@ def _products(precision: str, context: Context) -> str:
     return "tf32" if context.device.type == "cuda" and torch.backends.cudnn.allow_tf32 else "float32"
 
 
-def _providers(name: str, images: int, context: Context) -> Iterator[Provider]:
-    """What the goals are about first."""
+def step_providers(name: str, images: int, context: Context) -> Iterator[Provider]:
+    """What the goals are about first: on a GPU ours captured, then the published step or what stands in for it."""
     if context.device.type == "cuda":
         yield our_provider(name, context, "bf16", label="fastnce bf16", graph=True, energy=True)
     full, model = _products("fp32", context), PUBLISHED_MODEL.get(name)

@@ -6,6 +6,8 @@ The process writes a journal, a JSON line an event: `begin` a provider (with the
 (with its times alone), `timing` of several side by side, `timed`, `row`. When it dies or hangs while a provider is
 begun, that one is refused and the process started again; while several are timed, those that replay graphs are refused,
 or all where none does. Rows that are in the journal are not measured twice.
+
+What hangs is told from what compiles on a busy machine by the time that the processor gave it (`Patience`).
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ RESTART_SECONDS = 12.0
 """Below this a new process would hardly get to its first provider: importing and starting a device take that long."""
 GRACE = 2.0
 """Seconds between the moment at which the process should have ended by itself and the signal."""
+IDLE = 8.0
+"""Seconds without any work on the CPU after which a process that is overdue counts as hung."""
 
 
 @dataclass
@@ -135,20 +139,21 @@ def _once(work: Callable[[float], int], journal: Path, log: Path, end: float) ->
     began = time.monotonic()
     start = log.stat().st_size if log.exists() else 0
     process = fork(functools.partial(work, max(1.0, end - began - GRACE)), log)
-    patience = code = None
+    patience: Patience | None = None
+    code = None
     state, position = Journal(), 0
     try:
         while (code := _exit_code(process)) is None:
             now = time.monotonic()
             if now > end:
                 return f"stopped at its limit of {now - began:.0f} s; what it had measured by then is kept"
-            if patience is not None and now > patience:
-                return f"hung: it took more than {state.at_work['seconds']:.2g} s"  # type: ignore[index]
+            if patience is not None and patience.over(now):
+                return f"hung: it took more than {patience.seconds:.2g} s"
             time.sleep(0.02)
             before = state.at_work
             position = _follow(journal, position, state)
             if state.at_work is not before:
-                patience = None if state.at_work is None else time.monotonic() + state.at_work["seconds"]
+                patience = None if state.at_work is None else Patience(process, state.at_work["seconds"])
     finally:
         _stop(process, ended=code is not None)
     if code == 0:
@@ -156,6 +161,44 @@ def _once(work: Callable[[float], int], journal: Path, log: Path, end: float) ->
     lines = log.read_bytes()[start:].decode(errors="replace").strip().splitlines()
     how = f"exit code {code}" if code > 0 else f"killed by {signal.Signals(-code).name}"
     return f"{how}: {lines[-1] if lines else 'it said nothing'}"
+
+
+class Patience:
+    """What a provider may take: `seconds` of the clock and, where more passed, `seconds` of the CPU.
+
+    A compiler that shares its cores with others is not hung: its time on the clock says little. A process that waits
+    for a device in vain either spins, and uses up its time on the CPU, or sleeps, and uses none for `IDLE` seconds.
+    """
+
+    def __init__(self, group: int, seconds: float):
+        self.group, self.seconds = group, seconds
+        self.busy = time.monotonic()
+        """When it was last seen to have used the CPU."""
+        self.due = self.busy + seconds
+        self.at_begin = self.used = cpu_seconds(group)
+        self.ask_at = self.due - IDLE
+
+    def over(self, now: float) -> bool:
+        """Whether it counts as hung."""
+        if now < self.ask_at:
+            return False
+        self.ask_at = now + 0.25  # asking reads a file of every process of the machine
+        used = cpu_seconds(self.group)
+        if used > self.used + 0.01 * IDLE:
+            self.busy, self.used = now, used
+        idle = now - self.busy > min(IDLE, self.seconds)
+        return now > self.due and (idle or used - self.at_begin > self.seconds)
+
+
+def cpu_seconds(group: int) -> float:
+    """Of all processes of a group and those of their children that have ended; 0 where the system does not tell."""
+    ticks = 0
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            fields = path.read_text().rpartition(")")[2].split()
+            if int(fields[2]) == group:
+                ticks += sum(map(int, fields[11:15]))  # its own and its ended children's, in user and in kernel mode
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def fork(work: Callable[[], int], log: Path) -> int:

@@ -3,7 +3,8 @@
 python benchmarks/run.py --out DIR --only waterfall cudnn
 
 Every stage is a step of its own, built with the library's switches and measured interleaved with the others; a stage
-that this machine or version does not have gets a row that says so. A stage that brings nothing is to be taken out.
+that this machine or version does not have gets a row that says so. A stage that brings nothing is to be taken out. On a
+GPU every stage is captured, or Python's time would hide the device's; the last is launched one by one, to show that.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Stage:
     layers: Literal["eager", "triton"] = "eager"
     loss: Literal["eager", "triton"] = "eager"
     weights_at_once: bool = False
-    graph: bool = False
+    graph: bool = True
     cudnn_benchmark: bool = False
     """cuDNN tries its kernels for each shape, as the published repositories have it."""
 
@@ -64,19 +65,27 @@ def stages(cuda: bool, loss: bool = True) -> list[Stage]:
         Stage("+ fused norm, pad, blur", **last, layers="triton"),
         Stage("+ fused NCE", **fused),
         Stage("+ weights converted at once", **all_on),
-        Stage("+ graph", **all_on, graph=True),
+        Stage("all, uncaptured", **all_on, graph=False),
     ]
     return found if loss else [replace(stage, loss="triton") for stage in found if stage.name != "+ fused NCE"]
 
 
 def waterfall(context: Context) -> Iterator[Row]:
     """What each part of the speed brings, for CUT's and DCD-GAN's step."""
-    cuda = context.device.type == "cuda"
     for name, images in [("cut", 1), ("dcdgan", 1), ("cut", 8)] if context.large else [("cut", 1)]:
-        every = stages(cuda, loss=name == "cut")
-        case = step_case(name, images, context, [_provider(name, stage, context) for stage in every], "waterfall")
-        first, before = None, None
-        for row in measure(case, context):
+        yield from fall(name, images, context)
+
+
+def fall(name: str, images: int, context: Context) -> Iterator[Row]:
+    """The stages of one step, each with what it brings.
+
+    Many images' maps of all stages do not fit side by side: they are then measured one after another.
+    """
+    every = stages(context.device.type == "cuda", loss=name == "cut")
+    first, before = None, None
+    for together in [every] if images == 1 else [[stage] for stage in every]:
+        providers = [_provider(name, stage, context) for stage in together]
+        for row in measure(step_case(name, images, context, providers, "waterfall"), context):
             if row.p50_ms is not None:
                 first = first or row.p50_ms
                 gain = f"{first / row.p50_ms:.2f}x the first"
@@ -84,14 +93,16 @@ def waterfall(context: Context) -> Iterator[Row]:
                 row.note = f"{gain}; {row.note}".removesuffix("; ")
                 before = row.p50_ms
             yield row
+        if images > 1:
+            context.timed.clear()  # or its memory would be kept to count launches later
 
 
 def cudnn(context: Context) -> Iterator[Row]:
-    """CUT's captured step, the waterfall's last, where cuDNN tries its kernels for each shape; nothing on a CPU."""
+    """CUT's captured step, with every stage, where cuDNN tries its kernels for each shape; nothing on a CPU."""
     # a process of its own: PyTorch keeps the first kernel that it took for a shape, tried or not, whatever is set later
     if context.device.type != "cuda":
         return
-    stage = replace(stages(cuda=True)[-1], name="+ cuDNN benchmark", cudnn_benchmark=True)
+    stage = replace(stages(cuda=True)[-2], name="+ cuDNN benchmark", cudnn_benchmark=True)
     for images in (1, 8) if context.large else (1,):
         provider = _provider("cut", stage, context)
         provider.note = "in a process of its own"

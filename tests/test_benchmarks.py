@@ -521,7 +521,7 @@ def test_the_published_step_of_the_dry_run(name):
     if folder is None:
         pytest.skip("no published checkouts: set FASTNCE_PUBLISHED to a folder that holds them")
     context = cases.Context(CPU, quick=True, published=published.find_checkouts(sorted(Path(folder).iterdir())))
-    provider = next(p for p in step._providers(name, 1, context) if "published" in p.name)
+    provider = next(p for p in step.step_providers(name, 1, context) if "published" in p.name)
     (row,) = measure.measure(step.step_case(name, 1, context, [provider]), context)
     assert row.p50_ms is not None, row.note
     assert not torch.backends.cudnn.benchmark

@@ -53,7 +53,9 @@ class ParameterGroup:
         dtype = first.dtype if first.device.type == "cpu" else torch.float32
         self.lr = torch.tensor(lr, dtype=dtype, device=first.device)
         on_cuda = first.device.type == "cuda"  # where the step may be recorded in a CUDA graph
-        self.adam = torch.optim.Adam(self.parameters, lr=self.lr, betas=betas, fused=True, capturable=on_cuda)
+        self.adam = torch.optim.Adam(self.parameters, lr=lr, betas=betas, fused=True, capturable=on_cuda)
+        for group in self.adam.param_groups:
+            group["lr"] = self.lr  # only now: Adam looks whether its rate is positive, and would wait for the device
         self.adam._warned_capturable_if_run_uncaptured = True  # and may not: no matter
         self.found_inf = torch.zeros((), device=first.device)
 

@@ -1,0 +1,220 @@
+"""What `check.py` prints last: at most 90 lines of 110 characters, for those who see only the end of an output."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmarks import profiled
+from benchmarks.measure import OVER
+
+LINES, WIDTH = 90, 110
+OURS = "fastnce"
+
+
+@dataclass
+class Outcome:
+    """How a stage went."""
+
+    name: str
+    share: float
+    seconds: float
+    trouble: str = ""
+    lines: list[str] = field(default_factory=list)
+    """What it has to say itself."""
+
+
+@dataclass
+class Report:
+    """Everything that a check has found so far."""
+
+    machine: dict[str, Any] = field(default_factory=dict)
+    stages: list[Outcome] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    smoke: dict[str, Any] = field(default_factory=dict)
+    tests: dict[str, list[str]] = field(default_factory=dict)
+    profile: list[profiled.Line] = field(default_factory=list)
+
+
+def summary(report: Report) -> list[str]:
+    """The sections in turn, each cut to what it may have."""
+    sections = [
+        (2, _head(report)),
+        (12, _stages(report)),
+        (8, _smoke(report)),
+        (8, _tests(report)),
+        (12, _goals(report)),
+        (20, _rows(report)),
+        (15, _profile(report)),
+        (8, _missing(report)),
+    ]
+    lines: list[str] = []
+    for most, section in sections:
+        found = [line[:WIDTH] for line in section]
+        if len(found) > most:
+            found = [*found[: most - 1], f"    ... {len(found) - most + 1} more lines: see the files"]
+        lines += found
+    assert len(lines) <= LINES
+    return lines
+
+
+def _head(report: Report) -> Iterator[str]:
+    m = report.machine
+    versions = [f"{name} {m[name]}" for name in ("driver", "torch", "triton", "python", "commit", "date") if m.get(name)]
+    yield f"== {m.get('device', 'device unknown')}: {', '.join(versions)}"
+    limits = m.get("ceilings", {})
+    if limits:
+        yield (
+            f"ceilings: copy {limits.get('copy_bytes_per_s', 0) / 1e12:.2f} TB/s, bf16 "
+            f"{limits.get('matmul_bfloat16_flop_per_s', 0) / 1e12:.0f}, tf32 "
+            f"{limits.get('matmul_tf32_flop_per_s', 0) / 1e12:.0f}, fp32 "
+            f"{limits.get('matmul_float32_flop_per_s', 0) / 1e12:.0f} TFLOP/s, launch "
+            f"{limits.get('launch_eager_s', 0) * 1e6:.1f} us, in a graph {limits.get('launch_graph_s', 0) * 1e6:.1f} us"
+        )
+
+
+def _stages(report: Report) -> Iterator[str]:
+    for stage in report.stages:
+        said = "; ".join(filter(None, [stage.trouble, *stage.lines])) or "to its end"
+        yield f"{stage.name:10} {stage.seconds:4.0f} of {stage.share:3.0f} s  {said}"
+
+
+def _smoke(report: Report) -> Iterator[str]:
+    checks = report.smoke.get("checks", [])
+    if not checks:
+        return
+    wrong = [check for check in checks if not check["ok"]]
+    yield f"smoke: {len(checks) - len(wrong)} of {len(checks)} right; F.instance_norm: {report.smoke.get('library', '?')}"
+    for check in wrong:
+        yield f"    WRONG {check['name']}: {check['error']:.1e} (gate {check['gate']:.0e})"
+
+
+def _tests(report: Report) -> Iterator[str]:
+    if not report.tests:
+        return
+    counts = {outcome: len(names) for outcome, names in report.tests.items()}
+    yield "tests: " + ", ".join(f"{count} {outcome.lower()}" for outcome, count in sorted(counts.items()))
+    for name in [*report.tests.get("FAILED", []), *report.tests.get("ERROR", [])]:
+        yield f"    {name}"
+
+
+# --- goals ---------------------------------------------------------------------------------------------------------
+
+
+def _goals(report: Report) -> Iterator[str]:
+    """Those of docs/performance.md: what was wanted, what was found."""
+    if not report.rows:
+        return
+
+    def row(benchmark: str, provider: str = "", mode: str = "", **size: Any) -> dict[str, Any] | None:
+        for r in report.rows:
+            fits = r["benchmark"] == benchmark and r["p50_ms"] and all(r[k] == v for k, v in size.items())
+            if fits and (r["provider"] == provider if provider else _is_peer(r)) and (not mode or r["mode"] == mode):
+                return r
+        return None
+
+    def ratio(peer: dict[str, Any] | None, ours: dict[str, Any] | None) -> str:
+        return f"{peer['p50_ms'] / ours['p50_ms']:.2f}x" if peer and ours else "not measured"
+
+    plain = row("chain", images=1)
+    yield (
+        f"P1 chain, beside {_name(plain)}: captured bf16 (30x) "
+        f"{ratio(plain, row('chain, bf16', OURS, 'graph', images=1))}, captured float32 (9x) "
+        f"{ratio(plain, row('chain', OURS, 'graph', images=1))}, uncaptured (4x) "
+        f"{ratio(plain, row('chain', OURS, 'eager', images=1))}"
+    )
+    many = row("chain, bf16", images=16)
+    yield f"P2 chain of 16, bf16, beside {_name(many)} (10x): {ratio(many, row('chain, bf16', OURS, images=16))}"
+    for goal, rows in (("P3", 16384), ("P4", 65536)):
+        default, unit = (row("infonce", name, "eager", patches=rows) for name in (OURS, f"{OURS}, unit rows"))
+        peer = row("infonce", patches=rows)
+        rate = f"{default['ceiling_fraction']:.0%}" if default and default["ceiling_fraction"] else "not measured"
+        memory = f"{default['peak_bytes'] / 2**20:.0f} MiB" if default and default["peak_bytes"] else "not measured"
+        yield (
+            f"{goal} {rows:,} rows: {rate} of the ceiling (60 %), promised unit {ratio(default, unit)} faster, "
+            f"{ratio(peer, default)} {_name(peer)} (6x), memory {memory}"
+        )
+    for goal, name, images, wanted in (
+        ("P5", "cut", 1, "6x"),
+        ("P6", "cut", 8, "3.5x"),
+        ("P7", "dclgan", 1, "6x"),
+        ("P7", "dcdgan-released", 1, "6x"),
+        ("P8", "fastcut", 1, "10 min"),
+    ):
+        ours, peer = row(f"step {name}", f"{OURS} bf16", images=images), row(f"step {name}", images=images)
+        took = f"{ours['p50_ms']:.2f} ms" if ours else "not measured"
+        more = f", {ours['ceiling_fraction']:.0%} of the ceiling" if ours and ours["ceiling_fraction"] else ""
+        if name == "fastcut" and ours:
+            more += f", 213,400 steps: {213_400 * ours['p50_ms'] / 6e4:.1f} minutes"
+        yield f"{goal} {name} B={images} captured {took}{more}; {ratio(peer, ours)} {_name(peer)} ({wanted})"
+
+
+def _is_peer(row: dict[str, Any]) -> bool:
+    """A published implementation, or what stands in for it."""
+    return row["note"].startswith(("published", "written here", "stands in for the published"))
+
+
+def _name(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "the published one"
+    stand_in = "" if row["note"].startswith("published") else " (our own writing, no checkout)"
+    return f"{row['provider'].removesuffix(' published')}{stand_in}"
+
+
+# --- figures -------------------------------------------------------------------------------------------------------
+
+
+def _rows(report: Report) -> Iterator[str]:
+    """A paragraph a case: ms of each provider, the short ones of a captured step by name alone."""
+    cases: dict[str, list[str]] = {}
+    for row in report.rows:
+        if row["p50_ms"] is None:
+            continue
+        title = row["benchmark"]
+        if title.startswith("growth"):  # one paragraph for all sizes
+            label = "x".join(str(row[axis]) for axis in ("images", "side", "patches"))
+        else:
+            size = "x".join(str(row[axis]) for axis in ("images", "side", "patches") if row[axis] is not None)
+            title, label = f"{title} {size}", _label(row)
+        cases.setdefault(title, []).append(f"{label} {_short(row['p50_ms'])}")
+    for title, figures in cases.items():
+        yield from textwrap.wrap(
+            f"{title}, ms: {' | '.join(figures)}", WIDTH, subsequent_indent="    ", break_long_words=False
+        )
+
+
+def _label(row: dict[str, Any]) -> str:
+    name = row["provider"].replace(f"{OURS}, ", "").replace(OURS, "ours")
+    mode = {"eager": "", "captured": " captured"}.get(row["mode"], f" {row['mode']}")
+    return f"{name}{'' if row['benchmark'].startswith(('waterfall', 'data')) else mode}"
+
+
+def _short(ms: float) -> str:
+    return f"{ms:.4g}" if ms >= 0.001 else f"{ms:.1g}"
+
+
+def _profile(report: Report) -> Iterator[str]:
+    steps = dict.fromkeys((line.step, line.images) for line in report.profile)
+    for step, images in steps:
+        lines = [line for line in report.profile if (line.step, line.images) == (step, images)]
+        yield (
+            f"one replay of {step} B={images}: {sum(line.count for line in lines)} launches, "
+            f"{sum(line.microseconds for line in lines) / 1e3:.2f} ms of kernels, busy {lines[0].busy:.0%}"
+        )
+        for line in lines[:4]:
+            yield f"    {line.share:4.0%} {line.count:4}x {line.microseconds:8.0f} us  {line.kernel}"
+
+
+def _missing(report: Report) -> Iterator[str]:
+    """What did not run, and why: each reason once."""
+    reasons: dict[str, list[str]] = {}
+    for row in report.rows:
+        if row["p50_ms"] is None:
+            why = "time was over" if OVER in row["note"] else row["note"].removeprefix("did not run: ")
+            reasons.setdefault(why, []).append(f"{row['benchmark']} {_label(row)}")
+    for why, names in reasons.items():
+        yield f"no figure: {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {why}"
+
+

@@ -1,0 +1,56 @@
+"""The parts of `check.py`: what the goals are about, in a minute or two each.
+
+python benchmarks/check.py --out DIR --only loss steps waterfall compiled
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+from benchmarks.cases import Context, Row
+from benchmarks.loss import GOALS, chain_case, infonce_cases, layer_shapes
+from benchmarks.measure import measure
+from benchmarks.step import FASTCUT_STEPS, our_provider, step_case, step_providers
+from benchmarks.waterfall import fall
+
+STEPS = (("cut", 1), ("cut", 8), ("fastcut", 1), ("dclgan", 1), ("dcdgan-released", 1))
+"""P5, P6, P8, P7."""
+
+
+def loss(context: Context) -> Iterator[Row]:
+    """P1 to P4: the chain of one picture, InfoNCE of 16,384, 65,536 and 256 rows, the chain of 16 pictures."""
+    side, patches = (32, 16) if context.quick else (256, 256)
+    shapes = layer_shapes(side)
+    halves = (True, False) if context.device.type == "cuda" else (False,)
+    for half in halves:
+        yield from measure(chain_case(context, shapes, 1, patches, half), context)
+    for case in infonce_cases(context, GOALS):
+        if not case.benchmark.endswith("compiled"):
+            yield from measure(case, context)
+    for half in halves if context.large else ():
+        yield from measure(chain_case(context, shapes, 16, patches, half), context)
+
+
+def steps(context: Context) -> Iterator[Row]:
+    """P5 to P8: our captured step beside the published one, or beside what stands in for it."""
+    for name, images in STEPS if context.large else STEPS[:1]:
+        providers = list(itertools.islice(step_providers(name, images, context), 2))
+        count = FASTCUT_STEPS if name == "fastcut" else None
+        yield from measure(step_case(name, images, context, providers, steps=count), context)
+
+
+def waterfall(context: Context) -> Iterator[Row]:
+    """What each part of the speed brings to CUT's step, with 1 and with 8 pictures."""
+    for images in (1, 8) if context.large else (1,):
+        yield from fall("cut", images, context)
+
+
+def compiled(context: Context) -> Iterator[Row]:
+    """CUT's captured step through the compiler, in parts, beside the same without it; nothing on a CPU."""
+    if context.device.type != "cuda" or context.quick:
+        return
+    context.patience, context.share = float("inf"), 0.95  # the last thing measured: it may take all that is left
+    forms: tuple[bool, ...] = (False, True)
+    providers = [our_provider("cut", context, "bf16", label="fastnce bf16", graph=True, compile=form) for form in forms]
+    yield from measure(step_case("cut", 1, context, providers, "compiled step"), context)
