@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,25 +35,25 @@ class Report:
     stages: list[Outcome] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
     smoke: dict[str, Any] = field(default_factory=dict)
-    tests: dict[str, list[str]] = field(default_factory=dict)
+    tests: list[dict[str, Any]] = field(default_factory=list)
     profile: list[profiled.Line] = field(default_factory=list)
 
 
 def summary(report: Report) -> list[str]:
     """The sections in turn, each cut to what it may have."""
     sections = [
-        (2, _head(report)),
-        (12, _stages(report)),
-        (8, _smoke(report)),
-        (8, _tests(report)),
-        (12, _goals(report)),
-        (20, _rows(report)),
-        (15, _profile(report)),
-        (8, _missing(report)),
+        (4, _head(report)),
+        (15, _stages(report)),
+        (7, _smoke(report)),
+        (9, _tests(report)),
+        (14, _goals(report)),
+        (22, _rows(report)),
+        (12, _profile(report)),
+        (6, _missing(report)),
     ]
     lines: list[str] = []
     for most, section in sections:
-        found = [line[:WIDTH] for line in section]
+        found = [part for line in section for part in _wrapped(line)]
         if len(found) > most:
             found = [*found[: most - 1], f"    ... {len(found) - most + 1} more lines: see the files"]
         lines += found
@@ -60,9 +61,19 @@ def summary(report: Report) -> list[str]:
     return lines
 
 
+def _wrapped(line: str) -> list[str]:
+    """Three lines at most."""
+    indent = " " * (len(line) - len(line.lstrip()))
+    return textwrap.wrap(
+        line, WIDTH, initial_indent=indent, subsequent_indent=f"{indent}    ", max_lines=3, placeholder=" ..."
+    )
+
+
 def _head(report: Report) -> Iterator[str]:
     m = report.machine
-    versions = [f"{name} {m[name]}" for name in ("driver", "torch", "triton", "python", "commit", "date") if m.get(name)]
+    versions = [
+        f"{name} {m[name]}" for name in ("driver", "torch", "triton", "python", "commit", "date") if m.get(name)
+    ]
     yield f"== {m.get('device', 'device unknown')}: {', '.join(versions)}"
     limits = m.get("ceilings", {})
     if limits:
@@ -86,18 +97,27 @@ def _smoke(report: Report) -> Iterator[str]:
     if not checks:
         return
     wrong = [check for check in checks if not check["ok"]]
-    yield f"smoke: {len(checks) - len(wrong)} of {len(checks)} right; F.instance_norm: {report.smoke.get('library', '?')}"
+    library = report.smoke.get("library", "not asked")
+    yield f"smoke: {len(checks) - len(wrong)} of {len(checks)} right; F.instance_norm: {library}"
     for check in wrong:
         yield f"    WRONG {check['name']}: {check['error']:.1e} (gate {check['gate']:.0e})"
 
 
 def _tests(report: Report) -> Iterator[str]:
-    if not report.tests:
-        return
-    counts = {outcome: len(names) for outcome, names in report.tests.items()}
-    yield "tests: " + ", ".join(f"{count} {outcome.lower()}" for outcome, count in sorted(counts.items()))
-    for name in [*report.tests.get("FAILED", []), *report.tests.get("ERROR", [])]:
-        yield f"    {name}"
+    counts = Counter(test["outcome"] for test in report.tests)
+    if counts:
+        longest = max(report.tests, key=lambda test: test["seconds"])
+        yield (
+            f"tests: {', '.join(f'{count} {outcome}' for outcome, count in sorted(counts.items()))}; the longest took "
+            f"{longest['seconds']:.0f} s: {_test_name(longest)}"
+        )
+    for test in report.tests:
+        if test["outcome"] == "failed":
+            yield f"    FAILED {_test_name(test)}: {test['why']}"
+
+
+def _test_name(test: dict[str, Any]) -> str:
+    return test["name"].removeprefix("tests/test_")
 
 
 # --- goals ---------------------------------------------------------------------------------------------------------
@@ -180,9 +200,7 @@ def _rows(report: Report) -> Iterator[str]:
             title, label = f"{title} {size}", _label(row)
         cases.setdefault(title, []).append(f"{label} {_short(row['p50_ms'])}")
     for title, figures in cases.items():
-        yield from textwrap.wrap(
-            f"{title}, ms: {' | '.join(figures)}", WIDTH, subsequent_indent="    ", break_long_words=False
-        )
+        yield f"{title}, ms: {' | '.join(figures)}"
 
 
 def _label(row: dict[str, Any]) -> str:
@@ -203,8 +221,8 @@ def _profile(report: Report) -> Iterator[str]:
             f"one replay of {step} B={images}: {sum(line.count for line in lines)} launches, "
             f"{sum(line.microseconds for line in lines) / 1e3:.2f} ms of kernels, busy {lines[0].busy:.0%}"
         )
-        for line in lines[:4]:
-            yield f"    {line.share:4.0%} {line.count:4}x {line.microseconds:8.0f} us  {line.kernel}"
+        for line in lines[:3]:
+            yield f"    {line.share:4.0%} {line.count:4}x {line.microseconds:8.0f} us  {line.kernel}"[:WIDTH]
 
 
 def _missing(report: Report) -> Iterator[str]:
@@ -216,5 +234,3 @@ def _missing(report: Report) -> Iterator[str]:
             reasons.setdefault(why, []).append(f"{row['benchmark']} {_label(row)}")
     for why, names in reasons.items():
         yield f"no figure: {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {why}"
-
-

@@ -126,6 +126,7 @@ class Context:
         patience: seconds that one provider's first calls may take.
         share: of what is left of the part's time, which they may take at most; but always `compiling`, if that much
             is left: kernels may have to be compiled.
+        cases: for how many cases the part's time is to last.
         side: of the pictures of steps, where the usual one is not wanted.
         counts: what steps cost, as far as it was worked out already.
         timed: what `measure` leaves for `measure_rest`.
@@ -142,6 +143,7 @@ class Context:
     patience: float = 120.0
     share: float = 0.5
     compiling: float = 30.0
+    cases: int = 8
     side: int | None = None
     counts: Counts = field(default_factory=Counts)
     timed: list[Any] = field(default_factory=list)
@@ -162,7 +164,7 @@ class Context:
     @property
     def seconds(self) -> float:
         """Time that the interleaved rounds of one case may take."""
-        return 0.2 if self.quick else max(0.3, min(5.0, self.left() / 8))
+        return 0.2 if self.quick else max(0.3, min(5.0, self.left() / self.cases))
 
     @property
     def limits(self) -> dict[str, float]:

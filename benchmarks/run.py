@@ -69,6 +69,13 @@ PARTS = [
     Part("patchnce", "benchmarks.loss", "patchnce", 10),
     Part("compiled", "benchmarks.compiled", "compiled", 150),
 ]
+SHORT = [
+    Part("loss", "benchmarks.short", "loss", 55),
+    Part("steps", "benchmarks.short", "steps", 110),
+    Part("fall", "benchmarks.short", "waterfall", 60),
+    Part("one compiled", "benchmarks.short", "compiled", 60),
+]
+"""What `check.py` measures besides."""
 MACHINE = Part("machine", "benchmarks.machine", "describe", 30)
 MINUTES = 9.0
 LAST_SECONDS = 8.0
@@ -85,18 +92,18 @@ MACHINE_COLUMNS = ("device", "driver", "torch", "triton", "python", "fastnce", "
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0 when every part ran to its end, 1 when one did not, 2 for a wrong command."""
-    options = _parse(argv)
+    options = parse(argv)
     if options.list:
         for part in PARTS:
             print(f"{part.name:12} {_summary(part)}")
         return 0
     if options.part:
-        part = next(p for p in [MACHINE, *PARTS] if p.name == options.part)
+        part = next(p for p in [MACHINE, *PARTS, *SHORT] if p.name == options.part)
         return _run_part(options, part, options.seconds)
     return _run_all(options)
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks/run.py", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, metavar="DIR", help="where results.csv, results.json and plots go")
     parser.add_argument("--published", type=Path, nargs="+", default=[], metavar="DIR", help="unpacked checkouts")
@@ -198,7 +205,7 @@ def _run_in(options: argparse.Namespace) -> int:
     (options.out / LOGS).unlink(missing_ok=True)
     parts = [p for p in PARTS if not options.only or p.name in options.only]
     failed = {}
-    outcome = _start(MACHINE, options, min(60.0, (end - began) / 3))
+    outcome = start(MACHINE, options, min(60.0, (end - began) / 3))
     machine: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError):
         machine = json.loads((options.work / FACTS).read_text())
@@ -210,7 +217,7 @@ def _run_in(options: argparse.Namespace) -> int:
     counting: int | None = None
     if machine.get("device", "CPU") != "CPU" and not options.quick:
         # beside the first parts, on another core; a CPU that is itself measured is left alone
-        counting = watch.fork(lambda: _count(options), options.work / "count.log")
+        counting = watch.fork(lambda: count(options), options.work / "count.log")
     rows: list[dict[str, Any]] = []
     status: dict[str, str] = {}
     for index, part in enumerate(parts):
@@ -219,7 +226,7 @@ def _run_in(options: argparse.Namespace) -> int:
         if seconds < LEAST_SECONDS:
             failed[part.name] = status[part.name] = OVER
         else:
-            outcome = _start(part, options, seconds)
+            outcome = start(part, options, seconds)
             status[part.name] = outcome.trouble or f"ran in {time.monotonic() - started:.0f} s"
             if outcome.restarts:
                 status[part.name] += f"; begun again after {'; '.join(outcome.restarts)}"
@@ -252,19 +259,23 @@ def _run_in(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _count(options: argparse.Namespace) -> int:
+def count(options: argparse.Namespace, precisions: Sequence[str] = ("fp32", "bf16")) -> int:
     """Work out what the steps cost, ahead of the parts that want to know."""
     from benchmarks import step
 
     counts = Counts(options.work / COUNTS)
     for name, images in step.COUNTED:
-        for precision in ("fp32", "bf16"):
+        for precision in precisions:
             counts.get(name, images, options.side or 256, precision)
     return 0
 
 
-def _start(part: Part, options: argparse.Namespace, seconds: float) -> watch.Outcome:
-    """Run one part; its log is kept only where there is something to read up."""
+def start(part: Part, options: argparse.Namespace, seconds: float) -> watch.Outcome:
+    """Run one part; its log is kept only where there is something to read up.
+
+    Args:
+        options: what `parse` returned, with `work`, a folder for journals and for what parts tell each other.
+    """
 
     def work(left: float) -> int:
         return _run_part(options, part, left)

@@ -22,6 +22,7 @@ def loss(context: Context) -> Iterator[Row]:
     """P1 to P4: the chain of one picture, InfoNCE of 16,384, 65,536 and 256 rows, the chain of 16 pictures."""
     side, patches = (32, 16) if context.quick else (256, 256)
     shapes = layer_shapes(side)
+    context.cases = 16  # each has many providers, whose first calls take time
     halves = (True, False) if context.device.type == "cuda" else (False,)
     for half in halves:
         yield from measure(chain_case(context, shapes, 1, patches, half), context)

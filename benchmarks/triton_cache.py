@@ -114,7 +114,7 @@ class Compilations:
 
 def build(file: Path, published: Sequence[str] = ()) -> int:
     """Run the check and the tests that it runs, into an empty cache, and pack that; returns how many entries."""
-    from benchmarks.check import tests
+    from benchmarks.check import pytest_command
 
     with tempfile.TemporaryDirectory(prefix="fastnce-cache-") as work:
         cache = Path(work) / "triton"
@@ -125,7 +125,7 @@ def build(file: Path, published: Sequence[str] = ()) -> int:
         program = [sys.executable, str(ROOT / "benchmarks" / "check.py"), "--out", str(Path(work) / "out")]
         more = ["--minutes", "30", *(["--published", *published] if published else [])]
         without = ["--only", "smoke", "loss", "steps", "waterfall", "growth", "data"]
-        for command in ([*program, *more, *without], [*run, *tests()[1:], "--assert=plain"]):
+        for command in ([*program, *more, *without], [*run, *pytest_command(rest=False)[1:], "--assert=plain"]):
             print(" ".join(command), flush=True)
             subprocess.run(command, cwd=ROOT, env=environment, check=False)
         return pack(cache, file)
@@ -133,7 +133,8 @@ def build(file: Path, published: Sequence[str] = ()) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0, or 2 with one sentence where a file is not what it should be."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.triton_cache", description=(__doc__ or "").split("\n")[0])
+    words = (__doc__ or "").split("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.triton_cache", description=words)
     commands = parser.add_subparsers(dest="command", required=True)
     building = commands.add_parser("build", help="compile everything that check.py needs, and pack it")
     building.add_argument("file", type=Path)

@@ -281,8 +281,8 @@ def test_a_part_whose_process_cannot_be_forked_begins_from_nothing(tmp_path, mon
 
 def test_what_steps_cost_is_counted_once(tmp_path, monkeypatch):
     monkeypatch.setattr(step, "COUNTED", [("cut", 1)])
-    options = run._parse(["--out", str(tmp_path), "--work", str(tmp_path), "--side", "32"])
-    assert run._count(options) == 0
+    options = run.parse(["--out", str(tmp_path), "--work", str(tmp_path), "--side", "32"])
+    assert run.count(options) == 0
     known = count.Counts(tmp_path / run.COUNTS)
     monkeypatch.setattr(count, "count_step", None)  # nothing is left to count
     full, half = (known.get("cut", 1, 32, precision) for precision in ("fp32", "bf16"))

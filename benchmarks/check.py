@@ -1,0 +1,283 @@
+"""The most evidence that one call of a GPU can bring, in under ten minutes, and a second look in four more.
+
+python benchmarks/check.py --out DIR --published fetched/cut fetched/dclgan fetched/dcdgan --cache fetched/triton.tar.xz
+python benchmarks/check.py --second --out DIR --data fetched/horse2zebra      # parity, more tests, a training
+python benchmarks/check.py --list
+
+Each stage is a process group of its own with a time of its own; one that fails or hangs costs no other. What was found
+is in DIR after every stage: results.json and results.csv, profile.csv, summary.txt, logs.txt. The last thing printed is
+the summary. Exit code 0 whatever the stages found, 2 for a wrong command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))  # started as a script: the repository is not on the path yet
+
+from benchmarks import brief, outcomes, profiled, run, triton_cache, watch  # noqa: E402
+
+MINUTES, MINUTES_SECOND = 9.6, 4.0
+LAST_SECONDS = 10.0
+"""Kept for the summary."""
+LEAST_SECONDS = 6.0
+OUTCOMES = "outcomes.jsonl"
+LOG_BYTES = 1_500_000
+"""Of each stage's words, the last ones are kept."""
+
+FIRST_TESTS = ("kernels_gpu", "layers_gpu", "weights", "data", "inference", "engine_gpu")
+OF_THE_ENGINE = "(bf16 and (cut or dcdgan)) or random or failed or finite"
+"""Tests of the engine in the first call; the second call has the others."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Something to find out, and its share of the time in seconds; the last one of a plan takes what is left.
+
+    part: of `run.py`'s, which leaves rows; else command: what to execute, given the options.
+    """
+
+    name: str
+    seconds: float
+    part: run.Part | None = None
+    command: Callable[[argparse.Namespace], list[str]] | None = None
+
+
+def pytest_command(rest: bool) -> list[str]:
+    """The command of the tests on a GPU; `rest` takes the engine's others."""
+    files = ["engine_gpu"] if rest else FIRST_TESTS
+    chosen = f"not ({OF_THE_ENGINE})" if rest else f"not engine_gpu or {OF_THE_ENGINE}"
+    command = [sys.executable, "-m", "pytest", "-p", "benchmarks.outcomes", "--tb=short", "-p", "no:cacheprovider"]
+    if _has("xdist"):
+        command += ["-n", str(max(1, min(6, (os.cpu_count() or 1) // 2)))]
+    if _has("pytest_timeout"):
+        command += ["--timeout", "100"]
+    return [*command, "-m", "gpu and not slow", "-k", chosen, *(f"tests/test_{name}.py" for name in files)]
+
+
+def _has(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def _module(name: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", f"benchmarks.{name}", *arguments]
+
+
+def _parity(options: argparse.Namespace) -> list[str]:
+    program = [sys.executable, str(ROOT / "benchmarks" / "parity.py"), "--device", "cuda", "--steps", "2000"]
+    data = ["--data", str(options.data)] if options.data else []
+    return [*program, *data, "--minutes", "1.8", "--out", str(options.out / "parity")]
+
+
+def _training(options: argparse.Namespace) -> list[str]:
+    """FastCUT until the time is over; uncompiled, for the compiler alone would take it all."""
+    place = ["--data", str(options.data or options.work / "pictures"), "--out", str(options.work / "training")]
+    minutes = max(0.1, (options.left() - LAST_SECONDS - 12.0) / 60)  # it starts, and writes its last grid
+    settings = {
+        "data.cache_dir": options.work / "cache",
+        "run.compile": "false",
+        "run.minutes": f"{minutes:.2f}",
+        "run.sample_every": 500,
+        "run.log_every": 200,
+    }
+    return [sys.executable, "-m", "fastnce", "train", "fastcut", *place, *(f"{k}={v}" for k, v in settings.items())]
+
+
+def _part(name: str) -> run.Part:
+    return next(part for part in [run.MACHINE, *run.SHORT, *run.PARTS] if part.name == name)
+
+
+FIRST = [
+    Stage("smoke", 25, command=lambda o: _module("smoke", str(o.work / "smoke.json"))),
+    Stage("tests", 110, command=lambda o: pytest_command(rest=False)),
+    Stage("ceilings", 15, _part("machine")),
+    Stage("loss", 55, _part("loss")),
+    Stage("steps", 110, _part("steps")),
+    Stage("profile", 45, command=lambda o: _module("profiled", str(o.out / "profile.csv"))),
+    Stage("waterfall", 60, _part("fall")),
+    Stage("growth", 22, _part("growth")),
+    Stage("data", 13, _part("data")),
+    Stage("compiled", 60, _part("one compiled")),
+]
+SECOND = [
+    Stage("parity", 115, command=_parity),
+    Stage("tests", 45, command=lambda o: pytest_command(rest=True)),
+    Stage("training", 60, command=_training),
+]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 when it came to its end, whatever it found; 2 for a wrong command."""
+    options = _parse(argv)
+    plan = SECOND if options.second else FIRST
+    if options.list:
+        for stage in plan:
+            print(f"{stage.name:10} {stage.seconds:4.0f} s")
+        return 0
+    with tempfile.TemporaryDirectory(prefix="fastnce-check-", ignore_cleanup_errors=True) as folder:
+        options.work = Path(folder)
+        return _check(options, [stage for stage in plan if not options.only or stage.name in options.only])
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="benchmarks/check.py", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where everything that is found goes")
+    parser.add_argument("--published", nargs="+", default=[], metavar="DIR", help="unpacked checkouts")
+    parser.add_argument("--cache", type=Path, metavar="FILE", help="kernels that benchmarks.triton_cache packed")
+    parser.add_argument("--second", action="store_true", help="parity, the engine's other tests, a training")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="trainA and trainB for --second; default photographs")
+    parser.add_argument("--only", nargs="+", metavar="STAGE", help="these stages alone")
+    parser.add_argument("--minutes", type=float, help=f"for everything; default {MINUTES}, second {MINUTES_SECOND}")
+    parser.add_argument("--device", help="of what is measured; default the accelerator if there is one")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
+    parser.add_argument("--list", action="store_true", help="name the stages and stop")
+    options = parser.parse_args(argv)
+    names = {stage.name for stage in (SECOND if options.second else FIRST)}
+    if unknown := sorted(set(options.only or []) - names):
+        parser.error(f"--only takes {', '.join(sorted(names))}, not {', '.join(unknown)}")
+    if not options.list and options.out is None:
+        parser.error("--out DIR is needed: where shall the results go?")
+    if options.data is not None and not (options.data / "trainA").is_dir():
+        parser.error(f"--data {options.data} has no folder trainA: give the folder that holds trainA and trainB")
+    options.minutes = options.minutes or (MINUTES_SECOND if options.second else MINUTES)
+    if options.cache is not None and not options.cache.is_file():
+        parser.error(f"--cache {options.cache} is not there: python -m benchmarks.triton_cache build makes it")
+    return options
+
+
+def _check(options: argparse.Namespace, plan: list[Stage]) -> int:
+    end = time.monotonic() + 60 * options.minutes
+    options.left = lambda: end - time.monotonic()
+    options.out.mkdir(parents=True, exist_ok=True)
+    for old in ("results.json", "results.csv", "profile.csv", "summary.txt", run.LOGS):
+        (options.out / old).unlink(missing_ok=True)
+    report = brief.Report()
+    _environment(options, report)
+    options.run = _run_options(options)
+    counting = watch.fork(lambda: run.count(options.run, ("bf16", "fp32")), options.work / "count.log")
+    for index, stage in enumerate(plan):
+        later = sum(s.seconds for s in plan[index + 1 :])
+        left = options.left() - LAST_SECONDS
+        seconds = left if stage is plan[-1] else min(stage.seconds, left - 0.5 * later)
+        began = time.monotonic()
+        if seconds < LEAST_SECONDS:
+            outcome = brief.Outcome(stage.name, seconds, 0.0, "not begun: the time is over")
+        else:
+            outcome = _run(stage, options, report, seconds)
+        outcome.seconds = time.monotonic() - began
+        report.stages.append(outcome)
+        _write(options.out, report)
+        said = f"{stage.name}: {outcome.seconds:.0f} of {outcome.share:.0f} s {outcome.trouble}"
+        print(said, file=sys.stderr, flush=True)
+    watch.end(counting)
+    print("\n".join(brief.summary(report)), flush=True)
+    return 0
+
+
+def _environment(options: argparse.Namespace, report: brief.Report) -> None:
+    """Of all stages: where compiled kernels lie, and where the package is."""
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", ""))))
+    os.environ["PYTHONUNBUFFERED"] = "1"
+    os.environ[outcomes.FILE] = str(options.work / OUTCOMES)
+    if options.cache is not None:
+        folder = options.work / "triton"
+        os.environ["TRITON_CACHE_DIR"] = str(folder)
+        report.machine["carried_kernels"] = triton_cache.unpack(options.cache, folder)
+
+
+def _run_options(options: argparse.Namespace) -> argparse.Namespace:
+    """Those that the parts of run.py want."""
+    words = ["--out", str(options.out), *(["--published", *options.published] if options.published else [])]
+    words += ["--quick"] if options.quick else []
+    words += ["--device", options.device] if options.device else []
+    found = run.parse(words)
+    found.work = options.work
+    (options.work / run.FACTS).write_text("{}")  # a part wants it, whether or not the ceilings were measured
+    return found
+
+
+def _run(stage: Stage, options: argparse.Namespace, report: brief.Report, seconds: float) -> brief.Outcome:
+    outcome = brief.Outcome(stage.name, seconds, 0.0)
+    if stage.part is not None:
+        found = run.start(stage.part, options.run, seconds)
+        if stage.part is run.MACHINE:
+            _take_facts(options, report)
+        report.rows += found.rows
+        outcome.trouble = found.trouble or ""
+        measured = sum(row["p50_ms"] is not None for row in found.rows)
+        outcome.lines += [f"{measured} of {len(found.rows)} rows measured"] * bool(found.rows)
+        outcome.lines += [f"begun again: {why}" for why in found.restarts]
+        return outcome
+    assert stage.command is not None
+    log = options.work / f"{stage.name}.log"
+    command = stage.command(options)
+
+    def execute(_: float) -> int:
+        os.chdir(ROOT)
+        os.execv(command[0], command)
+
+    found = watch.supervise(execute, options.work / f"{stage.name}.jsonl", log, seconds)
+    outcome.trouble = found.trouble or ""
+    words = log.read_text(errors="replace") if log.exists() else ""
+    with (options.out / run.LOGS).open("a") as file:
+        file.write(f"===== {stage.name}: {outcome.trouble or 'ran to its end'} =====\n\n{words[-LOG_BYTES:]}\n")
+    _take(stage, options, report, outcome, words)
+    return outcome
+
+
+def _take_facts(options: argparse.Namespace, report: brief.Report) -> None:
+    """The machine, with what the parts after it want to know."""
+    with contextlib.suppress(OSError, ValueError):
+        report.machine |= json.loads((options.work / run.FACTS).read_text())
+    checkouts = [checkout.name for checkout in options.run.checkouts]
+    more = [*(["--published", *checkouts] if checkouts else []), *(["--cache FILE"] if options.cache else [])]
+    report.machine |= {"published": checkouts, "command": " ".join(["python benchmarks/check.py --out DIR", *more])}
+    (options.work / run.FACTS).write_text(json.dumps(report.machine))
+
+
+def _take(stage: Stage, options: argparse.Namespace, report: brief.Report, outcome: brief.Outcome, words: str) -> None:
+    """What a command has left behind or said."""
+    if stage.name == "smoke":
+        with contextlib.suppress(OSError, ValueError):
+            report.smoke = json.loads((options.work / "smoke.json").read_text())
+        if counted := report.smoke.get("compilations"):
+            outcome.lines.append(triton_cache.Counted(**counted).sentence())
+    elif stage.name == "tests":
+        report.tests = outcomes.read(options.work / OUTCOMES)
+    elif stage.name == "profile":
+        report.profile = profiled.read(options.out / "profile.csv")
+    elif stage.name == "training":
+        grids = sorted((options.work / "training" / "samples").glob("*.png"))
+        for grid in grids[-2:]:
+            shutil.copy(grid, options.out / f"fastcut-{grid.name}")
+        lines = [line for line in words.splitlines() if line.strip()]
+        outcome.lines += lines[-1:]
+
+
+def _write(out: Path, report: brief.Report) -> None:
+    """All that is known, so that whatever ends the check now costs only what comes after."""
+    status = {stage.name: stage.trouble or f"ran in {stage.seconds:.0f} s" for stage in report.stages}
+    run.write_results(out, report.rows, report.machine, status)
+    results = json.loads((out / "results.json").read_text())
+    results |= {"stages": [asdict(stage) for stage in report.stages], "smoke": report.smoke, "tests": report.tests}
+    part = out / "results.part"
+    part.write_text(json.dumps(results, indent=1) + "\n")
+    part.replace(out / "results.json")
+    (out / "summary.txt").write_text("\n".join(brief.summary(report)) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
