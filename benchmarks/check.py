@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -129,6 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     with tempfile.TemporaryDirectory(prefix="fastnce-check-", ignore_cleanup_errors=True) as folder:
         options.work = Path(folder)
+        plan = [replace(stage, seconds=options.slower * stage.seconds) for stage in plan]
         return _check(options, [stage for stage in plan if not options.only or stage.name in options.only])
 
 
@@ -141,6 +142,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, metavar="DIR", help="trainA and trainB for --second; default photographs")
     parser.add_argument("--only", nargs="+", metavar="STAGE", help="these stages alone")
     parser.add_argument("--minutes", type=float, help=f"for everything; default {MINUTES}, second {MINUTES_SECOND}")
+    parser.add_argument("--slower", type=float, default=1.0, metavar="TIMES", help="each share that much longer")
     parser.add_argument("--device", help="of what is measured; default the accelerator if there is one")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
     parser.add_argument("--list", action="store_true", help="name the stages and stop")
@@ -152,7 +154,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--out DIR is needed: where shall the results go?")
     if options.data is not None and not (options.data / "trainA").is_dir():
         parser.error(f"--data {options.data} has no folder trainA: give the folder that holds trainA and trainB")
-    options.minutes = options.minutes or (MINUTES_SECOND if options.second else MINUTES)
+    options.minutes = options.minutes or options.slower * (MINUTES_SECOND if options.second else MINUTES)
     if options.cache is not None and not options.cache.is_file():
         parser.error(f"--cache {options.cache} is not there: python -m benchmarks.triton_cache build makes it")
     return options

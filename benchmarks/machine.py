@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -86,10 +87,16 @@ def _commit() -> str:
         return ""
 
 
-def describe(device: torch.device, quick: bool) -> dict[str, Any]:
-    """`facts` and `ceilings`; the clocks again after them, when the device has worked for some seconds."""
+def describe(
+    device: torch.device, quick: bool, tell: Callable[[dict[str, Any]], None] = lambda _: None
+) -> dict[str, Any]:
+    """`facts` and `ceilings`; the clocks again after them, when the device has worked for some seconds.
+
+    tell: given the facts before the ceilings are measured, which may fail.
+    """
     began = time.perf_counter()
     found = facts(device)
+    tell(found)
     found["ceilings"] = ceilings(device, quick)
     nvml = board(device)
     if nvml is not None:

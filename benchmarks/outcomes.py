@@ -1,4 +1,4 @@
-"""A pytest plugin: writes how each test ended as soon as it has, a JSON line each, so that whatever ends pytest loses none.
+"""A pytest plugin: writes how each test ended as soon as it has, a JSON line each. Whatever ends pytest loses none.
 
 FASTNCE_OUTCOMES=FILE.jsonl python -m pytest -p benchmarks.outcomes tests
 """

@@ -158,8 +158,10 @@ def _run_part(options: argparse.Namespace, part: Part, seconds: float) -> int:
     if part is MACHINE:
         from benchmarks import machine
 
-        facts = machine.describe(device, options.quick)
-        (options.work / FACTS).write_text(json.dumps(facts))
+        def tell(found: dict[str, Any]) -> None:
+            (options.work / FACTS).write_text(json.dumps(found))
+
+        tell(machine.describe(device, options.quick, tell))
         return 0
     facts = json.loads((options.work / FACTS).read_text())
     path = options.work / f"{part.name}.jsonl"

@@ -1,0 +1,491 @@
+"""`benchmarks/check.py` loses nothing to a stage that fails or hangs, and says last what matters."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import brief, cases, check, outcomes, profiled, run, short, smoke, step, triton_cache, watch, waterfall
+from fastnce.cli import main as fastnce
+
+from .test_benchmarks import planned  # noqa: F401  # a fixture
+
+ROOT = Path(__file__).resolve().parents[1]
+
+PARTS = """
+from benchmarks.cases import Row
+
+def good(context):
+    yield Row("good", "x", "eager", p50_ms=1.0)
+
+def broken(context):
+    yield Row("broken", "x", "eager", p50_ms=2.0)
+    raise RuntimeError("went wrong")
+"""
+
+
+def python(words: str):
+    return lambda options: [sys.executable, "-c", words.replace("WORK", repr(str(options.work)))]
+
+
+@pytest.fixture
+def checked(tmp_path, monkeypatch):
+    """Runs these stages in place of the plan; returns (exit code, results, folder)."""
+    (tmp_path / "check_parts.py").write_text(PARTS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", "")
+    monkeypatch.setenv(outcomes.FILE, "")
+    monkeypatch.setenv("PYTHONUNBUFFERED", "")
+    monkeypatch.setattr(run, "count", lambda *_: 0)
+    monkeypatch.setattr(check, "LEAST_SECONDS", 0.2)
+    monkeypatch.setattr(watch, "GRACE", 0.1)
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: False)
+
+    def start(*stages, minutes=1.0):
+        monkeypatch.setattr(check, "FIRST", list(stages))
+        out = tmp_path / "out"
+        code = check.main(["--out", str(out), "--quick", "--device", "cpu", "--minutes", str(minutes)])
+        return code, json.loads((out / "results.json").read_text()), out
+
+    return start
+
+
+def test_a_stage_that_fails_or_hangs_costs_no_other(checked, tmp_path, capsys):
+    child = tmp_path / "child"
+    hangs = (
+        "import subprocess, sys, time\n"
+        f"child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        f"open({str(child)!r}, 'w').write(str(child.pid)); print('began', flush=True); time.sleep(600)\n"
+    )
+    part = {name: run.Part(name, "check_parts", name, 1) for name in ("good", "broken")}
+    began = time.monotonic()
+    code, results, out = checked(
+        check.Stage("fails", 20, command=python("print('much to say'); raise SystemExit(3)")),
+        check.Stage("hangs", 3, command=python(hangs)),
+        check.Stage("broken", 20, part["broken"]),
+        check.Stage("good", 20, part["good"]),
+    )
+    assert code == 0
+    assert time.monotonic() - began < 60
+    assert [row["benchmark"] for row in results["rows"]] == ["broken", "good"]
+    troubles = {stage["name"]: stage["trouble"] for stage in results["stages"]}
+    assert list(troubles) == ["fails", "hangs", "broken", "good"]
+    assert troubles["fails"] == "exit code 3: much to say"
+    assert "stopped at its limit" in troubles["hangs"]
+    assert "went wrong" in troubles["broken"]
+    assert troubles["good"] == ""
+    process = Path("/proc", child.read_text(), "stat")  # its group ended with it
+    assert not process.exists() or process.read_text().rpartition(")")[2].split()[0] == "Z"
+    words = (out / "logs.txt").read_text()
+    assert "much to say" in words
+    assert "began" in words
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == (out / "summary.txt").read_text().splitlines()
+    assert any(line.startswith("hangs") for line in printed)
+    assert len(list(out.iterdir())) <= 8
+
+
+def test_what_is_found_is_on_the_disk_after_every_stage(checked, tmp_path):
+    """Whatever ends the check itself costs only what comes after."""
+    seen = tmp_path / "seen"
+    look = f"import shutil; shutil.copy({str(tmp_path / 'out' / 'results.json')!r}, {str(seen)!r})"
+    checked(
+        check.Stage("good", 20, run.Part("good", "check_parts", "good", 1)),
+        check.Stage("look", 20, command=python(look)),
+        check.Stage("later", 20, command=python("pass")),
+    )
+    then = json.loads(seen.read_text())
+    assert [row["benchmark"] for row in then["rows"]] == ["good"]
+    assert [stage["name"] for stage in then["stages"]] == ["good"]
+
+
+def test_time_that_is_over_is_said(checked):
+    code, results, _ = checked(
+        check.Stage("first", 20, command=python("pass")),
+        check.Stage("second", 20, command=python("pass")),
+        minutes=check.LAST_SECONDS / 60 + 0.001,
+    )
+    assert code == 0
+    assert {stage["trouble"] for stage in results["stages"]} == {"not begun: the time is over"}
+
+
+def test_the_shares_leave_room_for_the_summary_and_the_start():
+    for plan, minutes in ((check.FIRST, check.MINUTES), (check.SECOND, check.MINUTES_SECOND)):
+        assert sum(stage.seconds for stage in plan) + check.LAST_SECONDS <= 60 * minutes
+    assert 60 * check.MINUTES <= 590
+    assert check.FIRST[-1].name == "compiled"  # it takes whatever it is given
+    for stage in check.FIRST:
+        assert stage.part is None or stage.part in [run.MACHINE, *run.SHORT, *run.PARTS]  # found again by its name
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["--out", "x", "--only", "nothing"], ["--out", "x", "--cache", "none"], ["--out", "x", "--data", "x"]],
+)
+def test_a_wrong_command_is_one_sentence(arguments, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        check.main(arguments)
+    assert stopped.value.code == 2
+    assert "error: " in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_list_names_the_stages(capsys):
+    assert check.main(["--list"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [stage.name for stage in check.FIRST]
+
+
+@pytest.mark.slow
+def test_a_dry_run_measures_what_a_cpu_can(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "benchmarks/check.py", "--out", str(tmp_path), "--quick", "--device", "cpu"]
+    command += ["--only", "ceilings", "loss", "waterfall", "steps", "--minutes", "4"]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
+    assert finished.returncode == 0, finished.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [stage["trouble"] for stage in results["stages"]] == ["", "", "", ""], finished.stderr
+    assert {row["benchmark"] for row in results["rows"]} == {"chain", "infonce", "step cut", "waterfall cut"}
+    assert all(row["p50_ms"] > 0 for row in results["rows"])
+    assert results["machine"]["ceilings"]["copy_bytes_per_s"] > 0
+    assert str(ROOT) not in json.dumps(results)
+    for words in ("our own writing, no checkout", "P5 cut B=1", "step cut 1x32, ms:"):
+        assert words in finished.stdout
+
+
+# --- the second call ---------------------------------------------------------------------------------------------
+
+
+def test_the_training_of_the_second_call_is_a_command_that_train_takes(tmp_path, capsys):
+    data = tmp_path / "data"
+    for domain in ("trainA", "trainB"):
+        (data / domain).mkdir(parents=True)
+    options = SimpleNamespace(data=data, work=tmp_path, left=lambda: 100.0)
+    command = check._training(options)
+    assert command[:3] == [sys.executable, "-m", "fastnce"]
+    assert fastnce([*command[3:], "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "sample_every = 500" in printed
+    assert 'compile = "false"' in printed
+
+
+# --- what is said last -------------------------------------------------------------------------------------------
+
+
+def row(benchmark, provider, p50, **more):
+    return vars(cases.Row(benchmark, provider, more.pop("mode", "eager"), p50_ms=p50, **more))
+
+
+def large_report() -> brief.Report:
+    report = brief.Report(machine={"device": "A device", "driver": "1" * 300, "torch": "2.11.0"})
+    report.stages = [brief.Outcome(f"stage {i}", 10.0, 9.0, "trouble " * 60) for i in range(40)]
+    report.smoke = {
+        "checks": [{"name": f"check {i} " * 20, "error": None, "gate": 1e-3, "ok": False} for i in range(60)]
+    }
+    report.tests = [
+        {"name": f"tests/test_x.py::test_{i}", "outcome": "failed", "why": "wrong " * 50, "seconds": 1.0}
+        for i in range(99)
+    ]
+    report.rows = [row(f"case {i} {'x' * 99}", f"provider {j}", 1.0, patches=j) for i in range(50) for j in range(9)]
+    report.rows += [row("missing", f"provider {i}", None, note=f"did not run: reason {i}") for i in range(50)]
+    report.profile = [
+        profiled.Line(f"step {i}", 1, "kernel " * 30, 1, 2.0, 0.5, 0.9) for i in range(30) for _ in range(60)
+    ]
+    return report
+
+
+def test_the_summary_fits_whatever_was_found():
+    lines = brief.summary(large_report())
+    assert len(lines) <= brief.LINES
+    assert max(map(len, lines)) <= brief.WIDTH
+    assert sum(len(line) + 1 for line in lines) < 12_000
+    assert any("more lines" in line for line in lines)
+    assert brief.summary(brief.Report())  # nothing found at all
+
+
+def test_goals_are_told_with_what_was_found():
+    report = brief.Report()
+    report.rows = [
+        row("chain", "cut classes", 3.0, images=1, note="published"),
+        row("chain, bf16", "fastnce", 0.05, images=1, mode="graph"),
+        row("chain", "fastnce", 0.5, images=1),
+        row("infonce", "fastnce", 1.0, patches=16384, ceiling_fraction=0.5, peak_bytes=2**20),
+        row("infonce", "fastnce, unit rows", 0.5, patches=16384),
+        row("infonce", "CUT", 8.0, patches=16384, note="written here, no checkout was given"),
+        row("step fastcut", "fastnce bf16", 3.0, images=1, mode="captured"),
+        row("step fastcut", "cut published", 9.0, images=1, note="published"),
+    ]
+    said = "\n".join(brief._goals(report))
+    assert "captured bf16 (30x) 60.00x" in said
+    assert "captured float32 (9x) not measured" in said
+    assert "uncaptured (4x) 6.00x" in said
+    assert "50% of the ceiling (60 %), promised unit 2.00x faster, 8.00x CUT (our own writing, no checkout)" in said
+    assert "3.00 ms, 213,400 steps: 10.7 minutes; 3.00x cut" in said
+
+
+# --- tests as they end -------------------------------------------------------------------------------------------
+
+
+def test_how_each_test_ended_survives_the_end_of_pytest(tmp_path):
+    (tmp_path / "test_some.py").write_text(
+        "import os, pytest\n"
+        "def test_right(): pass\n"
+        "def test_wrong(): assert 1 == 2, 'one is not two'\n"
+        "def test_passed_over(): pytest.skip('not here')\n"
+        "@pytest.fixture\ndef broken(): raise ValueError('no fixture')\n"
+        "def test_without_its_fixture(broken): pass\n"
+        "def test_that_ends_everything(): os._exit(9)\n"
+    )
+    file = tmp_path / "outcomes.jsonl"
+    environment = os.environ | {outcomes.FILE: str(file), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "pytest", "-p", "benchmarks.outcomes", "-p", "no:cacheprovider", str(tmp_path)]
+    assert subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=120).returncode == 9
+    found = {line["name"].split("::")[1]: (line["outcome"], line["why"]) for line in outcomes.read(file)}
+    assert found["test_right"] == ("passed", "")
+    assert found["test_wrong"][0] == "failed"
+    assert "one is not two" in found["test_wrong"][1]
+    assert found["test_passed_over"][0] == "skipped"
+    assert found["test_without_its_fixture"][0] == "failed"
+    assert "no fixture" in found["test_without_its_fixture"][1]
+    assert "test_that_ends_everything" not in found
+
+
+def test_no_test_of_the_engine_is_in_both_calls():
+    commands = [check.pytest_command(rest=rest) for rest in (False, True)]
+    chosen = []
+    for command in commands:
+        collect = [*command, "--collect-only", "-q", "-p", "no:benchmarks.outcomes"]
+        collect = [word for word in collect if word not in ("-n", "1")]
+        listed = subprocess.run(collect, cwd=ROOT, capture_output=True, text=True, timeout=120).stdout.splitlines()
+        chosen.append({line for line in listed if "test_engine_gpu.py::" in line})
+    every = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--collect-only",
+        "-q",
+        "-m",
+        "gpu and not slow",
+        "tests/test_engine_gpu.py",
+    ]
+    listed = subprocess.run(every, cwd=ROOT, capture_output=True, text=True, timeout=120).stdout.splitlines()
+    assert chosen[0] | chosen[1] == {line for line in listed if "::" in line}
+    assert not chosen[0] & chosen[1]
+    assert min(map(len, chosen)) > 5
+
+
+# --- compiled kernels that travel --------------------------------------------------------------------------------
+
+
+def test_a_packed_cache_is_found_where_it_was_unpacked(tmp_path, monkeypatch):
+    from triton import knobs
+    from triton.runtime.cache import FileCacheManager
+
+    monkeypatch.setattr(knobs.cache, "dir", str(tmp_path / "here"))
+    entry = FileCacheManager("KEY")
+    files = {name: entry.put(f"{name} of it", name, binary=False) for name in ("k.cubin", "k.json", "k.ptx", "k.ttir")}
+    entry.put_group("k.json", files)
+    assert triton_cache.pack(tmp_path / "here", tmp_path / "packed.tar.xz") == 1
+
+    there = tmp_path / "other" / "place"
+    assert triton_cache.unpack(tmp_path / "packed.tar.xz", there) == 1
+    for path in (tmp_path / "here").rglob("*"):
+        if path.is_file():
+            path.unlink()  # the first machine is not there
+    monkeypatch.setattr(knobs.cache, "dir", str(there))
+    found = FileCacheManager("KEY").get_group("k.json")
+    assert {name: Path(path).read_text() for name, path in found.items()} == {
+        "k.cubin": "k.cubin of it",
+        "k.json": "k.json of it",
+    }
+
+
+def test_what_is_no_packed_cache_is_one_sentence(tmp_path, capsys):
+    file = tmp_path / "broken.tar.xz"
+    file.write_bytes(b"nothing of the kind")
+    assert triton_cache.main(["unpack", str(file), str(tmp_path / "cache")]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {file} is no packed cache")
+    assert triton_cache.main(["unpack", str(tmp_path / "none"), str(tmp_path / "cache")]) == 2
+
+
+def test_compilations_are_counted():
+    from triton import knobs
+
+    before = knobs.compilation.listener
+    with triton_cache.Compilations() as counting:
+        for hit in (True, False, True):
+            knobs.compilation.listener(src=None, metadata={}, metadata_group={}, times=None, cache_hit=hit)
+    assert knobs.compilation.listener is before
+    assert counting.counted().sentence() == "2 of 3 kernels were in Triton's cache, 1 were compiled"
+
+
+# --- smoke -------------------------------------------------------------------------------------------------------
+
+SMALL = smoke.Size(
+    patches=32,
+    dim=64,
+    channels=(3, 16, 24),
+    sides=(14, 12, 10),
+    map=(20, 10),
+    step_side=32,
+    network={"generator": "resnet_6blocks", "width": 8, "discriminator_width": 8},
+)
+
+
+def test_the_kernels_pass_the_smoke_checks(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(smoke, "default_device", lambda: torch.device("cpu"))
+    assert smoke.main([str(tmp_path / "smoke.json")], SMALL) == 0
+    found = json.loads((tmp_path / "smoke.json").read_text())
+    names = " ".join(check["name"] for check in found["checks"])
+    for kernel in (
+        "nce",
+        "cosine",
+        "chain of 3 layers",
+        "repeated",
+        "norm",
+        "pad",
+        "blur-down",
+        "blur-up",
+        "drawn",
+        "cut",
+    ):
+        assert kernel in names
+    assert all(check["ok"] for check in found["checks"])
+    assert "checks are right" in capsys.readouterr().out
+
+
+def test_a_wrong_kernel_fails_its_smoke_check(tmp_path, monkeypatch):
+    right = smoke.fused.blur_up
+    monkeypatch.setattr(smoke.fused, "blur_up", lambda x: right(x) * 1.01)
+    monkeypatch.setattr(smoke, "GROUPS", (smoke.check_layers,))
+    monkeypatch.setattr(smoke, "default_device", lambda: torch.device("cpu"))
+    assert smoke.main([str(tmp_path / "smoke.json")], SMALL) == 1
+    checks = json.loads((tmp_path / "smoke.json").read_text())["checks"]
+    assert {check["name"].split(",")[0] for check in checks if not check["ok"]} == {"blur-up"}
+
+
+def test_a_check_that_raises_or_compares_zeros_is_a_failed_one(tmp_path, monkeypatch):
+    def raises(device, size):
+        raise RuntimeError("no such kernel")
+        yield
+
+    def zeros(device, size):
+        yield from smoke.compared("zeros", lambda x: 0 * x, lambda x: 0 * x, [torch.ones(3)], (1.0, 1.0))
+
+    monkeypatch.setattr(smoke, "GROUPS", (raises, zeros))
+    monkeypatch.setattr(smoke, "default_device", lambda: torch.device("cpu"))
+    assert smoke.main([str(tmp_path / "smoke.json")], SMALL) == 1
+    checks = json.loads((tmp_path / "smoke.json").read_text())["checks"]
+    assert [check["ok"] for check in checks] == [False, False, False]
+    assert "no such kernel" in checks[0]["name"]
+
+
+# --- the profile -------------------------------------------------------------------------------------------------
+
+
+def test_kernels_are_added_up_by_name(tmp_path):
+    launches = [("a", 0.0, 4.0), ("b", 4.0, 5.0), ("a", 5.0, 7.0), ("c", 9.0, 10.0), ("d", 19.0, 20.0)]
+    lines = profiled.lines_of("cut", 1, [profiled.Launch(*launch) for launch in launches], most=2)
+    assert [(line.kernel, line.count, line.microseconds) for line in lines] == [
+        ("a", 2, 6.0),
+        ("b", 1, 1.0),
+        (profiled.REST, 2, 2.0),
+    ]
+    assert sum(line.share for line in lines) == pytest.approx(1.0)
+    assert {line.busy for line in lines} == {9.0 / 20.0}
+    profiled.write(tmp_path / "profile.csv", lines)
+    assert [line.kernel for line in profiled.read(tmp_path / "profile.csv")] == ["a", "b", profiled.REST]
+    assert profiled.lines_of("cut", 1, []) == []
+
+
+def test_spans_that_a_program_names_are_no_kernels():
+    cuda, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+    events = [
+        SimpleNamespace(
+            name=name, device_type=kind, is_user_annotation=named, time_range=SimpleNamespace(start=1, end=3)
+        )
+        for name, kind, named in (("kernel", cuda, False), ("span", cuda, True), ("operator", cpu, False))
+    ]
+    profile = SimpleNamespace(events=lambda: events)
+    assert profiled.launches_of(profile) == [profiled.Launch("kernel", 1, 3)]
+
+
+# --- what hangs and what compiles --------------------------------------------------------------------------------
+
+
+def seconds_until_hung(monkeypatch, rate, seconds=20.0):
+    """On a clock of its own, for a process that the CPU works for at this rate (a number, or of the time)."""
+    clock = [0.0]
+    used = rate if callable(rate) else lambda now: rate * now
+    monkeypatch.setattr(watch.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(watch, "cpu_seconds", lambda group: used(clock[0]))
+    patience = watch.Patience(1, seconds)
+    while clock[0] < 1000:
+        clock[0] += 0.1
+        if patience.over(clock[0]):
+            return clock[0]
+    return None
+
+
+def test_a_compiler_on_a_busy_machine_is_not_hung(monkeypatch):
+    assert seconds_until_hung(monkeypatch, 0.0) == pytest.approx(20.0, abs=0.5)  # sleeps
+    assert seconds_until_hung(monkeypatch, 1.0) == pytest.approx(20.0, abs=0.5)  # spins
+    assert seconds_until_hung(monkeypatch, 0.25) == pytest.approx(80.0, abs=0.5)  # a quarter of a core
+    # compiles for a while, then waits in vain
+    assert seconds_until_hung(monkeypatch, lambda now: min(0.25 * now, 10.0)) == pytest.approx(48.0, abs=1.0)
+
+
+def test_cpu_time_is_that_of_the_group_and_its_ended_children():
+    burn = "import time\nwhile time.process_time() < 0.4: pass"
+    words = f"import subprocess, sys, time\nsubprocess.run([sys.executable, '-c', {burn!r}])\nprint(flush=True)\n"
+    words += "time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", words], start_new_session=True, stdout=subprocess.PIPE)
+    try:
+        process.stdout.readline()
+        assert watch.cpu_seconds(process.pid) >= 0.4
+        assert watch.cpu_seconds(2**22 + 1) == 0.0  # no such group
+    finally:
+        process.kill()
+        process.wait()
+
+
+# --- what is measured --------------------------------------------------------------------------------------------
+
+
+def test_the_parts_of_the_check_on_a_gpu(planned, monkeypatch):  # noqa: F811
+    found = planned(short.steps, short)
+    assert [(case.benchmark.removeprefix("step "), case.size["images"]) for case in found] == list(short.STEPS)
+    for case in found:
+        ours, theirs = case.providers
+        assert (ours.name, ours.mode) == ("fastnce bf16", "captured")
+        assert theirs.note == "stands in for the published step"
+    cases_of_loss = planned(short.loss, short)
+    assert [(case.benchmark, case.size["patches"], case.size["images"]) for case in cases_of_loss] == [
+        ("chain, bf16", 256, 1),
+        ("chain", 256, 1),
+        ("infonce", 16384, 1),
+        ("infonce", 65536, 1),
+        ("infonce", 256, 1),
+        ("chain, bf16", 256, 16),
+        ("chain", 256, 16),
+    ]
+    assert {p.mode for p in cases_of_loss[0].providers if p.name == "fastnce"} == {"eager", "graph"}
+    assert "fastnce, unit rows" in {p.name for p in cases_of_loss[2].providers}
+    assert [p.mode for case in planned(short.compiled, short) for p in case.providers] == [
+        "captured",
+        "compile, captured",
+    ]
+
+
+def test_every_stage_of_the_waterfall_is_captured(planned):  # noqa: F811
+    monkeypatched = planned(lambda context: waterfall.fall("cut", 1, context), waterfall)
+    assert [p.mode for p in monkeypatched[0].providers] == ["captured"] * 7 + ["eager"]
+    apart = planned(lambda context: waterfall.fall("cut", 8, context), waterfall)
+    assert [len(case.providers) for case in apart] == [1] * 8
+    assert step.step_side(cases.Context(torch.device("cpu"))) == 256
