@@ -169,7 +169,9 @@ def _check(options: argparse.Namespace, plan: list[Stage]) -> int:
     report = brief.Report()
     _environment(options, report)
     options.run = _run_options(options)
-    counting = watch.fork(lambda: run.count(options.run, ("bf16", "fp32")), options.work / "count.log")
+    counting = None
+    if not options.quick and options.device != "cpu":  # a CPU that is itself measured is left alone
+        counting = watch.fork(lambda: run.count(options.run), options.work / "count.log")
     for index, stage in enumerate(plan):
         later = sum(s.seconds for s in plan[index + 1 :])
         left = options.left() - LAST_SECONDS
@@ -184,7 +186,8 @@ def _check(options: argparse.Namespace, plan: list[Stage]) -> int:
         _write(options.out, report)
         said = f"{stage.name}: {outcome.seconds:.0f} of {outcome.share:.0f} s {outcome.trouble}"
         print(said, file=sys.stderr, flush=True)
-    watch.end(counting)
+    if counting is not None:
+        watch.end(counting)
     print("\n".join(brief.summary(report)), flush=True)
     return 0
 

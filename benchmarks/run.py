@@ -261,13 +261,13 @@ def _run_in(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def count(options: argparse.Namespace, precisions: Sequence[str] = ("fp32", "bf16")) -> int:
+def count(options: argparse.Namespace) -> int:
     """Work out what the steps cost, ahead of the parts that want to know."""
     from benchmarks import step
 
     counts = Counts(options.work / COUNTS)
     for name, images in step.COUNTED:
-        for precision in precisions:
+        for precision in ("bf16", "fp32"):
             counts.get(name, images, options.side or 256, precision)
     return 0
 
