@@ -85,7 +85,7 @@ def _parity(options: argparse.Namespace) -> list[str]:
 def _training(options: argparse.Namespace) -> list[str]:
     """FastCUT until the time is over; uncompiled, for the compiler alone would take it all."""
     place = ["--data", str(options.data or options.work / "pictures"), "--out", str(options.work / "training")]
-    minutes = max(0.1, (options.left() - LAST_SECONDS - 12.0) / 60)  # it starts, and writes its last grid
+    minutes = max(0.1, (options.left() - LAST_SECONDS - 25.0) / 60)  # it decodes before, and saves after them
     settings = {
         "data.cache_dir": options.work / "cache",
         "run.compile": "false",

@@ -20,8 +20,8 @@ def pytest_runtest_logreport(report: Any) -> None:
     if WORKER in os.environ or (report.when != "call" and report.outcome == "passed"):
         return
     crash = getattr(report.longrepr, "reprcrash", None)
-    why = str(crash.message if crash else "" if report.outcome == "passed" else report.longrepr).splitlines()
-    line = {"name": report.nodeid, "outcome": report.outcome, "why": why[0][:200] if why else ""}
+    why = " ".join(str(crash.message if crash else "" if report.outcome == "passed" else report.longrepr).split())
+    line = {"name": report.nodeid, "outcome": report.outcome, "why": why[:200]}
     with open(os.environ[FILE], "a") as file:
         file.write(json.dumps(line | {"seconds": round(report.duration, 1)}) + "\n")
 
