@@ -138,17 +138,22 @@ def test_the_shares_leave_room_for_the_summary_and_the_start():
         assert stage.part is None or stage.part in [run.MACHINE, *run.SHORT, *run.PARTS]  # found again by its name
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [[], ["--out", "x", "--only", "nothing"], ["--out", "x", "--cache", "none"], ["--out", "x", "--data", "x"]],
-)
+@pytest.mark.parametrize("arguments", [[], ["--out", "x", "--only", "nothing"], ["--out", "x", "--published", "."]])
 def test_a_wrong_command_is_one_sentence(arguments, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
         check.main(arguments)
     assert stopped.value.code == 2
     assert "error: " in capsys.readouterr().err.splitlines()[-1]
-    assert not list(tmp_path.iterdir())
+
+
+def test_what_was_not_carried_along_is_done_without(checked, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(check, "FIRST", [check.Stage("good", 20, command=python("pass"))])
+    more = ["--cache", str(tmp_path / "none"), "--data", str(tmp_path / "none"), "--published", str(tmp_path / "none")]
+    assert check.main(["--out", str(tmp_path / "out"), "--quick", "--device", "cpu", *more]) == 0
+    said = capsys.readouterr().err
+    assert said.count("warning: ") == 3
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["stages"][0]["trouble"] == ""
 
 
 def test_list_names_the_stages(capsys):
