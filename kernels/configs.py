@@ -97,6 +97,21 @@ MANY_ROWS = 8192
 """From here on the blocks of 64 rows and more fill the processors of a large device."""
 
 
+_NCE_TF32 = {
+    # (architecture, width), for every form
+    ("sm_90", 256): Tile(32, 64, 8, 2),
+}
+
+
+def _nce_tf32(arch: str, width: int) -> Tile:
+    """Blocks of keys lie in shared memory twice: the second product wants them transposed."""
+    if (arch, width) in _NCE_TF32:
+        return _NCE_TF32[arch, width]
+    if SHARED_MEMORY[arch] < 128 * 1024:
+        return {256: Tile(16, 32, 4, 2), 512: Tile(16, 16, 8, 1)}.get(width, Tile(64, 32, 8, 2))
+    return {256: Tile(16, 64, 4, 2), 512: Tile(16, 32, 4, 2)}.get(width, Tile(64, 64, 8, 2))
+
+
 def nce_tile(arch: str, dtype: torch.dtype, width: int, rows: int, form: Form, tf32: bool = False) -> Tile:
     """For the kernels of `nce.py` and `nce_keys.py`.
 
@@ -109,19 +124,15 @@ def nce_tile(arch: str, dtype: torch.dtype, width: int, rows: int, form: Form, t
         return Tile(128, 128, 4, 1)
     if dtype == torch.float32 and not tf32:  # exact products on the vector unit: larger tiles spill
         return Tile(16, 16, 8 if width == 128 and not arch.startswith("gfx") else 4, 1)
-    many = rows >= MANY_ROWS
     if tf32:
-        return _nce_tf32(arch, width, many, form)
+        return _nce_tf32(arch, width)
+    many = rows >= MANY_ROWS
     if arch.startswith("gfx"):
         return _nce_amd(width, many, form)
     tile = _NCE.get((arch, width, many, form))
     if tile is None and form != "any":
         tile = _NCE.get((arch, width, many, None))
     return tile or _nce_default(width, many, form)
-
-
-def _nce_tf32(arch: str, width: int, many: bool, form: Form) -> Tile:
-    return Tile(16, 32, 4, 2)
 
 
 def project_tile(arch: str, dtype: torch.dtype, width: int, rows: int, tf32: bool = False) -> Tile:
@@ -134,7 +145,9 @@ def project_tile(arch: str, dtype: torch.dtype, width: int, rows: int, tf32: boo
     if arch.startswith("gfx"):  # four warps for their registers, see `_nce_amd`
         return Tile(16, 16, 4, 1) if width >= 512 or dtype == torch.float32 else Tile(16, 32, 4, 1)
     if tf32:
-        return Tile(16, 32, 8, 1)
+        if width < 512:
+            return Tile(16, 32, 8, 1)
+        return Tile(16, 16, 8, 1) if SHARED_MEMORY[arch] < 128 * 1024 else Tile(32, 32, 8, 1)
     if dtype == torch.float32:
         return Tile(16, 16, 16 if arch in ("sm_90", "sm_120") and width < 512 else 8, 1)
     small = width >= 512 or rows < MANY_ROWS or arch in ("sm_86", "sm_89")
@@ -151,7 +164,7 @@ def merge_tile(arch: str, dtype: torch.dtype, width: int) -> Tile:
 def weight_gradient_tile(arch: str, dtype: torch.dtype, tf32: bool = False) -> Tile:
     """For `weight_gradient_kernel`: tiles of block_m x block_n weights."""
     if tf32:
-        return Tile(64, 64, 8, 2)
+        return Tile(64, 64, 8 if arch == "sm_90" else 4, 2)
     if dtype == torch.float32:
         return Tile(32, 32, 8, 1)
     # eight warps may have 128 registers each: the compiler misses that by eight bytes for sm_120

@@ -6,10 +6,12 @@ from itertools import cycle
 
 import pytest
 import torch
-from fastnce.kernels import nce, nce_keys
+from fastnce.kernels import nce, nce_keys, project, project_backward, weight_gradient
 from fastnce.kernels.nce_keys import nce_key_gradients
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from benchmarks import aot_cases
 
 from .oracle import (
     DEVICE,
@@ -240,14 +242,21 @@ def test_only_blocks_with_long_rows_stream_their_keys_again(monkeypatch):
     assert online == [True] * 3
 
 
-def options_of(monkeypatch, call, arch="sm_90"):
-    """What a launcher passes on that architecture."""
-    found: dict[str, object] = {}
-    for module in (nce, nce_keys):
+def launches_of(monkeypatch, call, arch="sm_90"):
+    """The options of each kernel that a launcher starts on that architecture."""
+    found: dict[str, dict] = {}
+    for module in (nce, nce_keys, project, project_backward, weight_gradient):
         monkeypatch.setattr(module, "architecture", lambda device: arch)
-        monkeypatch.setattr(module, "launch", lambda *args, **options: found.update(options))
+        monkeypatch.setattr(
+            module, "launch", lambda kernel, *args, **options: found.update({kernel.fn.__name__: options})
+        )
     call()
     return found
+
+
+def options_of(monkeypatch, call):
+    (options,) = launches_of(monkeypatch, call).values()
+    return options
 
 
 def test_the_default_call_takes_the_bounded_form_and_the_large_tile(monkeypatch):
@@ -282,16 +291,25 @@ def library_products(request):
 
 
 def test_products_are_tf32_where_the_library_may_use_it(monkeypatch, library_products):
-    rows = torch.empty(1, 256, 64, device="meta")
     stats = torch.empty(256, device="meta")
-    calls = (
-        lambda rows: patch_nce_rows(rows),
-        lambda rows: nce_key_gradients([rows], [rows], [], [], [0.07], stats, stats, extra=False),
-    )
-    for call in calls:
-        assert options_of(monkeypatch, lambda call=call: call(rows))["PRECISION"] == library_products
-        assert options_of(monkeypatch, lambda call=call: call(rows), "gfx942")["PRECISION"] == "ieee"
-        assert options_of(monkeypatch, lambda call=call: call(rows.bfloat16()))["PRECISION"] == "ieee"
+
+    def every_kernel(dtype):
+        rows = torch.empty(1, 256, 64, dtype=dtype, device="meta")
+        patch_nce_rows(rows)
+        nce_key_gradients([rows], [rows], [], [], [0.07], stats, stats, extra=False)
+        aot_cases._sample(64, (3, 64), dtype=dtype, distinct=False)
+
+    for arch, dtype, expected in (
+        ("sm_90", torch.float32, library_products),
+        ("gfx942", torch.float32, "ieee"),
+        ("sm_90", torch.bfloat16, "ieee"),
+    ):
+        found = launches_of(monkeypatch, lambda dtype=dtype: every_kernel(dtype), arch)
+        assert "PRECISION" not in found.pop("merge_kernel")  # sums rows as they are
+        assert set(found) == {
+            "nce_kernel", "nce_keys_kernel", "project_kernel", "project_backward_kernel", "weight_gradient_kernel",
+        }  # fmt: skip
+        assert {options["PRECISION"] for options in found.values()} == {expected}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -196,9 +196,8 @@ def products(dtype: torch.dtype, device: torch.device) -> str:
     """How rows of this dtype are multiplied there: "exact", "tf32" (as the library allows now), or the 16-bit dtype."""
     if dtype in (torch.bfloat16, torch.float16):
         return str(dtype).removeprefix("torch.")
-    # of the kernels, and of the library's products alike
-    tf32 = fused is not None and fused.precision(fused.architecture(device), dtype) == "tf32"
-    return "tf32" if tf32 else "exact"
+    # the kernels do as the library does
+    return "tf32" if fused is not None and fused.operators.uses_tf32(device, dtype) else "exact"
 
 
 def _cast(mlp: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:

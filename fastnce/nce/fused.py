@@ -11,7 +11,6 @@ from torch import Tensor
 
 from .. import operators
 from ..kernels import nce, nce_keys
-from ..kernels.common import architecture, precision
 from ..operators import operator
 from .autograd import Once, call, directly
 
