@@ -197,16 +197,19 @@ def nce_forward(
     dims = [q.shape[2] for q in queries]
     total = sum(q.shape[0] * q.shape[1] for q in queries)
     weighted = bool(log_weight or pair_weight)
+    arch = architecture(first.device)
+    product = precision(arch, first.dtype)
     # float16 has no room for a row whose logits all lie far below the bound
     online = weighted or min(temperatures) <= UNIT_TEMPERATURE or first.dtype == torch.float16
+    # exact products leave no registers for both forms, and take so long that a running maximum does not show
+    exact = first.dtype == torch.float32 and product == "ieee" and arch != "interpreter"
+    online = online or (exact and not unit)
     checked = not (online or unit)
     form = "online" if online else "checked" if checked else "unit"
     if extra:
         form += ", extra"
     if weighted or any(dim % 16 for dim in dims):
         form = "any"
-    arch = architecture(first.device)
-    product = precision(arch, first.dtype)
     tile = configs.nce_tile(arch, first.dtype, block_dim(max(dims)), total, form, product == "tf32")
     loss, negative, positive = (first.new_empty(total, dtype=torch.float32) for _ in range(3))
     gradients = [torch.empty(q.shape, dtype=q.dtype, device=q.device) for q in queries] if gradient else []
