@@ -78,6 +78,7 @@ def nce_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "nce five maps, many rows, any length", lambda: _forward(more)
     both, most = ([_tensor(images, 256, 256) for _ in range(8)] for images in (1, 16))
     yield "nce eight problems, extra keys", lambda: _forward(both, extra=both, unit=True)
+    yield "nce eight problems, any length, extra keys", lambda: _forward(both, extra=both)
     yield "nce eight problems, many rows, extra keys", lambda: _forward(most, extra=most, unit=True)
     yield "nce eight problems, many rows, any length, extra keys", lambda: _forward(most, extra=most)
     rows = [_tensor(256, 256) for _ in range(8)]

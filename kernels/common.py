@@ -22,7 +22,7 @@ LN2_LOW: tl.constexpr = tl.constexpr(1.4286068203094173e-06)
 
 
 @triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr = "ieee"):
+def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a @ b in float32. The interpreter multiplies bfloat16 as bit patterns, so it gets float32."""
     if INTERPRET:
         return acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
@@ -31,7 +31,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr = "ieee"):
 
 
 @triton.jit
-def long_dot(a, b, acc, PRECISION: tl.constexpr = "ieee"):
+def long_dot(a, b, acc, PRECISION: tl.constexpr):
     """`dot` over many inner values. Exact products hold a whole inner row in registers, so float32 goes in parts."""
     PARTS: tl.constexpr = a.shape[1] // 64
     if INTERPRET or a.dtype != tl.float32 or PARTS < 2 or PRECISION != "ieee":

@@ -69,6 +69,9 @@ _NCE: dict[tuple[str, int, bool, Form | None], Tile] = {
     ("sm_90", 64, True, None): Tile(128, 64, 8, 3),
     # twice the blocks of 32 rows: five layers of 256 rows in both directions are 160, and there are 132 processors
     ("sm_90", 256, False, None): Tile(16, 64, 4, 2),
+    ("sm_90", 256, False, "unit, extra"): Tile(32, 64, 8, 2),
+    ("sm_90", 256, False, "checked, extra"): Tile(32, 64, 8, 2),
+    ("sm_90", 256, False, "online, extra"): Tile(32, 64, 8, 2),
     ("sm_90", 128, False, None): Tile(16, 64, 4, 2),
     ("sm_90", 64, False, None): Tile(16, 64, 4, 2),
     ("sm_100", 128, True, None): Tile(128, 64, 8, 3),

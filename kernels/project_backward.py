@@ -159,7 +159,7 @@ def merge_kernel(maps, layers, d_x, COUNT: tl.constexpr, BM: tl.constexpr, BN: t
         if tl.max(tl.max(same, 1), 0) > 0:
             p_x = d_x + one.first_x + (image * patches + o_n)[:, None] * channels + o_c[None, :]
             x = tl.load(p_x, mask=m_n[:, None] & m_c[None, :], other=0.0)
-            acc = dot(narrow(same.to(tl.float32), x.dtype), x, acc)
+            acc = dot(narrow(same.to(tl.float32), x.dtype), x, acc, "ieee")  # a sum of rows as they are
     m_in = m_m & (own >= 0) & (own < one.locations)
     for i in tl.static_range(COUNT):
         if number == i:
