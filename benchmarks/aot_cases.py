@@ -32,9 +32,16 @@ def nce_cases() -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"nce D={width} few rows", lambda x=few: _forward([x], unit=True)
         yield f"nce D={width} many rows", lambda x=many: _forward([x], unit=True)
         yield f"nce D={width} many rows loss only", lambda x=many: _forward([x], unit=True, gradient=False)
-        yield f"nce D={width} any length", lambda x=many: _forward([x])
         yield f"nce D={width} extra keys", lambda x=many: _forward([x], extra=[x], unit=True)
+        # no promise: the bounded form, and the online one behind a check
+        yield f"nce D={width} any length few rows", lambda x=few: _forward([x])
+        yield f"nce D={width} any length many rows", lambda x=many: _forward([x])
+        yield f"nce D={width} any length loss only", lambda x=many: _forward([x], gradient=False)
         yield f"nce D={width} any length, extra keys", lambda x=many: _forward([x], extra=[x])
+        # too sharp for a bound: the online form alone
+        yield f"nce D={width} sharp few rows", lambda x=few: _forward([x], temperature=0.02)
+        yield f"nce D={width} sharp many rows", lambda x=many: _forward([x], temperature=0.02)
+        yield f"nce D={width} sharp, extra keys", lambda x=many: _forward([x], extra=[x], temperature=0.02)
         yield (
             f"nce D={width} everything",
             lambda x=many, w=weight: _forward([x], extra=[x], log_weight=[w], pair_weight=[w]),
@@ -49,12 +56,31 @@ def nce_cases() -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"nce D={width} float32", lambda x=wide: _forward([x], unit=True)
         yield f"nce D={width} float32 everything", lambda x=wide: _forward([x], extra=[x])
         yield f"nce D={width} float32 keys", lambda x=wide: _keys(x)
-    layers = [_tensor(1, 256, dim) for dim in (3, 64, 128, 256, 256)]
-    yield "nce five layers", lambda: _forward(layers, unit=True)
-    narrow = [layer.float() for layer in layers]
-    yield "nce five layers float32", lambda: _forward(narrow, unit=True)
-    both = [_tensor(1, 256, 256) for _ in range(8)]
+        large = _tensor(1, configs.MANY_ROWS, width, dtype=torch.float32)
+        for size, rows in (("few", wide), ("many", large)):
+            yield f"nce D={width} tf32 {size} rows", _in_tf32(lambda x=rows: _forward([x], unit=True))
+            yield f"nce D={width} tf32 {size} rows any length", _in_tf32(lambda x=rows: _forward([x]))
+            yield f"nce D={width} tf32 {size} rows extra keys", _in_tf32(lambda x=rows: _forward([x], extra=[x]))
+            yield f"nce D={width} tf32 {size} rows keys", _in_tf32(lambda x=rows: _keys(x))
+        yield (
+            f"nce D={width} tf32 everything",
+            _in_tf32(lambda x=large, w=weight: _forward([x], extra=[x], log_weight=[w], pair_weight=[w])),
+        )
+    few, many = ([_tensor(images, 256, 256) for _ in range(5)] for images in (1, 16))
+    yield "nce five layers", lambda: _forward(few, unit=True)
+    yield "nce five layers float32", lambda: _forward([layer.float() for layer in few], unit=True)
+    yield "nce five layers tf32", _in_tf32(lambda: _forward([layer.float() for layer in few], unit=True))
+    yield "nce five layers, many rows", lambda: _forward(many, unit=True)
+    yield "nce five layers, many rows, any length", lambda: _forward(many)
+    uneven, more = ([_tensor(images, 256, dim) for dim in (3, 64, 128, 256, 256)] for images in (1, 16))
+    yield "nce five maps", lambda: _forward(uneven, unit=True)
+    yield "nce five maps, many rows", lambda: _forward(more, unit=True)
+    yield "nce five maps, many rows, any length", lambda: _forward(more)
+    both, most = ([_tensor(images, 256, 256) for _ in range(8)] for images in (1, 16))
     yield "nce eight problems, extra keys", lambda: _forward(both, extra=both, unit=True)
+    yield "nce eight problems, any length, extra keys", lambda: _forward(both, extra=both)
+    yield "nce eight problems, many rows, extra keys", lambda: _forward(most, extra=most, unit=True)
+    yield "nce eight problems, many rows, any length, extra keys", lambda: _forward(most, extra=most)
     rows = [_tensor(256, 256) for _ in range(8)]
     yield "rows: unit length", lambda: cosine.cosine(rows)
     for divided in (True, False):
@@ -66,8 +92,23 @@ def nce_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "nce ragged", lambda: _forward(ragged)
 
 
-def _forward(x, extra=(), log_weight=(), pair_weight=(), **options):
-    return nce.nce_forward(x, x, extra, log_weight, pair_weight, [0.07] * len(x), **options)
+def _forward(x, extra=(), log_weight=(), pair_weight=(), temperature=0.07, **options):
+    return nce.nce_forward(x, x, extra, log_weight, pair_weight, [temperature] * len(x), **options)
+
+
+def _in_tf32(call: Callable[[], object]) -> Callable[[], object]:
+    """The same where the user allows TF32 in products."""
+
+    def allowed() -> None:
+        matmul = torch.backends.cuda.matmul
+        kept = matmul.fp32_precision  # type: ignore[attr-defined]
+        matmul.fp32_precision = "tf32"  # type: ignore[attr-defined]
+        try:
+            call()
+        finally:
+            matmul.fp32_precision = kept  # type: ignore[attr-defined]
+
+    return allowed
 
 
 def _scales() -> torch.Tensor:
@@ -90,6 +131,8 @@ def sample_cases() -> Iterator[tuple[str, Callable[[], object]]]:
                 f"sample D={dim} {name} repeated ids",
                 lambda t=dtype, d=dim, c=channels: _sample(d, c, dtype=t, distinct=False),
             )
+    for dim, channels in ((256, published), (512, wide)):  # repeated ids are summed exactly: that is float32's kernel
+        yield f"sample D={dim} tf32", _in_tf32(lambda d=dim, c=channels: _sample(d, c, dtype=torch.float32))
     yield "sample D=256 images=64", lambda: _sample(256, published, images=64)
     yield "sample D=256 a set an image, directions", lambda: _sample(256, published, images=2, sets=2, directions=2)
     yield "sample without MLP", lambda: _sample(0, published)
@@ -174,8 +217,9 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
 
 QUICK = re.compile(
     r"nce D=\d+ (few rows|many rows)|nce D=(256|512) (everything|keys, everything)"
-    r"|nce D=256 (float16|float32 everything)|nce (five layers|eight problems, extra keys)|rows: .*"
-    r"|sample D=256 (bfloat16|bfloat16 repeated ids|float32|images=64|a set an image, directions)"
+    r"|nce D=256 (any length (few|many) rows|any length, extra keys|sharp many rows|float16|float32 everything)"
+    r"|nce (five layers|five layers tf32|five layers, many rows|eight problems, extra keys)|rows: .*"
+    r"|sample D=256 (bfloat16|bfloat16 repeated ids|float32|tf32|images=64|a set an image, directions)"
     r"|sample without MLP|draw|mean"
     r"|layer: (norm, ReLU, pad 1|norm, residual|norm, one pixel|pad 1 C=256|blur C=128) torch.bfloat16"
 )

@@ -38,6 +38,11 @@ def _capability(index: int | None) -> tuple[int, int]:
     return _NEWEST if torch.compiler.is_compiling() else _ask(index)
 
 
+def uses_tf32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernels' products of such tensors are TF32, as the library allows now."""
+    return common.precision(common.architecture(device), dtype) == "tf32"
+
+
 def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot run on such tensors, or None."""
     if device.type == "cpu" and not common.INTERPRET.value:

@@ -22,20 +22,20 @@ LN2_LOW: tl.constexpr = tl.constexpr(1.4286068203094173e-06)
 
 
 @triton.jit
-def dot(a, b, acc):
+def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a @ b in float32. The interpreter multiplies bfloat16 as bit patterns, so it gets float32."""
     if INTERPRET:
         return acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     else:
-        return tl.dot(a, b, acc, input_precision="ieee")
+        return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
-def long_dot(a, b, acc):
+def long_dot(a, b, acc, PRECISION: tl.constexpr):
     """`dot` over many inner values. Exact products hold a whole inner row in registers, so float32 goes in parts."""
     PARTS: tl.constexpr = a.shape[1] // 64
-    if INTERPRET or a.dtype != tl.float32 or PARTS < 2:
-        return dot(a, b, acc)
+    if INTERPRET or a.dtype != tl.float32 or PARTS < 2 or PRECISION != "ieee":
+        return dot(a, b, acc, PRECISION)
     else:
         a = tl.permute(tl.reshape(a, [a.shape[0], PARTS, 64]), [1, 0, 2])
         b = tl.reshape(b, [PARTS, 64, b.shape[1]])
@@ -104,6 +104,14 @@ def _architecture(kind: str, index: int | None) -> str:
 def architecture(device: torch.device) -> str:
     """sm_90, gfx942, xpu, or interpreter for the CPU."""
     return _architecture(device.type, device.index)
+
+
+def precision(arch: str, dtype: torch.dtype) -> str:
+    """How a kernel multiplies: "tf32" where the user allows that to the library's float32 products, else "ieee"."""
+    if dtype != torch.float32 or not arch.startswith("sm_"):
+        return "ieee"
+    # reading `allow_tf32` is an error where a program has set `fp32_precision`
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
 
 
 def block_dim(dim: int) -> int:

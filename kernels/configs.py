@@ -7,6 +7,7 @@ registers and the shared memory of each.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -35,67 +36,109 @@ SHARED_MEMORY = {
 """Bytes that one block may use."""
 
 
-def _nce_default(width: int, many: bool, plain: bool) -> Tile:
+Form = Literal["unit", "checked", "online", "unit, extra", "checked, extra", "online, extra", "any"]
+"""Of `nce.py`: rows promised to have unit length, checked, or any; with extra keys; "any" is what needs most registers:
+pair weights, the key pass, and rows whose length is no multiple of 16, which no wide load takes."""
+
+
+def _nce_default(width: int, many: bool, form: Form) -> Tile:
     if width >= 512:
         return Tile(32, 32, 8, 2)
-    if width == 256 and not plain:
+    if width == 256 and form == "any":
         return Tile(32, 32, 4, 2)
     return Tile(64, 64, 8, 2) if many else Tile(32, 64, 8, 2)
 
 
-def _nce_amd(width: int, many: bool, plain: bool) -> Tile:
+def _nce_amd(width: int, many: bool, form: Form) -> Tile:
     """Four warps of 64 threads may have 512 registers each, eight only 256."""
     if width <= 128:
         return Tile(32, 32, 4, 1)
-    if width == 256 and plain:
+    if width == 256 and form != "any":
         return Tile(32, 32, 4, 1) if many else Tile(16, 64, 4, 1)
     return Tile(16, 32, 4, 1)
 
 
-_NCE = {
-    # (architecture, width, many rows, plain form): where the default does not fit or a larger tile does
-    ("sm_90", 256, True, True): Tile(128, 64, 8, 3),
-    ("sm_90", 128, True, True): Tile(128, 64, 8, 3),
-    ("sm_90", 64, True, True): Tile(128, 64, 8, 3),
-    ("sm_100", 128, True, True): Tile(128, 64, 8, 3),
-    ("sm_100", 64, True, True): Tile(128, 64, 8, 3),
-    ("sm_120", 64, True, False): Tile(32, 64, 8, 2),
-    ("sm_80", 128, True, False): Tile(32, 64, 8, 2),
-    ("sm_86", 64, True, False): Tile(32, 64, 8, 2),
-    ("sm_89", 64, True, False): Tile(32, 64, 8, 2),
-    ("sm_86", 128, True, False): Tile(32, 64, 8, 2),
-    ("sm_89", 128, True, False): Tile(32, 64, 8, 2),
-    ("sm_86", 128, True, True): Tile(32, 64, 8, 2),
-    ("sm_89", 128, True, True): Tile(32, 64, 8, 2),
-    ("sm_86", 512, True, True): Tile(16, 64, 8, 2),
-    ("sm_86", 512, False, True): Tile(16, 64, 8, 2),
-    ("sm_89", 512, True, True): Tile(16, 64, 8, 2),
-    ("sm_89", 512, False, True): Tile(16, 64, 8, 2),
+_NCE: dict[tuple[str, int, bool, Form | None], Tile] = {
+    # (architecture, width, many rows, form; None: every form but "any"): where the default does not fit, or a larger
+    # tile does
+    ("sm_90", 256, True, None): Tile(128, 64, 8, 3),
+    ("sm_90", 256, True, "unit, extra"): Tile(128, 64, 8, 2),
+    ("sm_90", 256, True, "online, extra"): Tile(128, 64, 8, 2),
+    ("sm_90", 256, True, "checked, extra"): Tile(128, 32, 8, 3),
+    ("sm_90", 128, True, None): Tile(128, 64, 8, 3),
+    ("sm_90", 64, True, None): Tile(128, 64, 8, 3),
+    # twice the blocks of 32 rows: five layers of 256 rows in both directions are 160, and there are 132 processors
+    ("sm_90", 256, False, None): Tile(16, 64, 4, 2),
+    ("sm_90", 256, False, "unit, extra"): Tile(32, 64, 8, 2),
+    ("sm_90", 256, False, "checked, extra"): Tile(32, 64, 8, 2),
+    ("sm_90", 256, False, "online, extra"): Tile(32, 64, 8, 2),
+    ("sm_90", 128, False, None): Tile(16, 64, 4, 2),
+    ("sm_90", 64, False, None): Tile(16, 64, 4, 2),
+    ("sm_100", 128, True, None): Tile(128, 64, 8, 3),
+    ("sm_100", 64, True, "unit"): Tile(128, 64, 8, 3),
+    ("sm_100", 64, True, "online"): Tile(128, 64, 8, 3),
+    ("sm_80", 256, True, "checked, extra"): Tile(32, 64, 8, 2),
+    ("sm_80", 128, True, "any"): Tile(32, 64, 8, 2),
+    ("sm_86", 64, True, "any"): Tile(32, 64, 8, 2),
+    ("sm_89", 64, True, "any"): Tile(32, 64, 8, 2),
+    ("sm_86", 128, True, "any"): Tile(32, 64, 8, 2),
+    ("sm_89", 128, True, "any"): Tile(32, 64, 8, 2),
+    ("sm_86", 128, True, None): Tile(32, 64, 8, 2),
+    ("sm_89", 128, True, None): Tile(32, 64, 8, 2),
+    ("sm_86", 512, True, None): Tile(16, 64, 8, 2),
+    ("sm_86", 512, False, None): Tile(16, 64, 8, 2),
+    ("sm_89", 512, True, None): Tile(16, 64, 8, 2),
+    ("sm_89", 512, False, None): Tile(16, 64, 8, 2),
+    ("sm_120", 256, True, "checked"): Tile(64, 32, 8, 2),
+    ("sm_120", 256, True, "online"): Tile(64, 32, 8, 2),
+    ("sm_120", 256, True, "checked, extra"): Tile(32, 64, 8, 2),
+    ("sm_120", 256, False, "checked"): Tile(16, 64, 8, 2),
+    ("sm_120", 64, True, "any"): Tile(32, 64, 8, 2),
 }
 
 MANY_ROWS = 8192
 """From here on the blocks of 64 rows and more fill the processors of a large device."""
 
 
-def nce_tile(arch: str, dtype: torch.dtype, width: int, rows: int, plain: bool) -> Tile:
-    """For the kernels of `nce.py`.
+_NCE_TF32 = {
+    # (architecture, width), for every form
+    ("sm_90", 256): Tile(32, 64, 8, 2),
+}
+
+
+def _nce_tf32(arch: str, width: int) -> Tile:
+    """Blocks of keys lie in shared memory twice: the second product wants them transposed."""
+    if (arch, width) in _NCE_TF32:
+        return _NCE_TF32[arch, width]
+    if SHARED_MEMORY[arch] < 128 * 1024:
+        return {256: Tile(16, 32, 4, 2), 512: Tile(16, 16, 8, 1)}.get(width, Tile(64, 32, 8, 2))
+    return {256: Tile(16, 64, 4, 2), 512: Tile(16, 32, 4, 2)}.get(width, Tile(64, 64, 8, 2))
+
+
+def nce_tile(arch: str, dtype: torch.dtype, width: int, rows: int, form: Form, tf32: bool = False) -> Tile:
+    """For the kernels of `nce.py` and `nce_keys.py`.
 
     Args:
         width: the padded dim.
         rows: all resident rows of the launch.
-        plain: unit rows without extra keys and pair weights, the form that needs the fewest registers.
+        tf32: float32 on the matrix unit.
     """
     if arch == "interpreter":
         return Tile(128, 128, 4, 1)
-    if dtype == torch.float32:  # exact products on the vector unit: larger tiles spill
+    if dtype == torch.float32 and not tf32:  # exact products on the vector unit: larger tiles spill
         return Tile(16, 16, 8 if width == 128 and not arch.startswith("gfx") else 4, 1)
+    if tf32:
+        return _nce_tf32(arch, width)
     many = rows >= MANY_ROWS
     if arch.startswith("gfx"):
-        return _nce_amd(width, many, plain)
-    return _NCE.get((arch, width, many, plain), _nce_default(width, many, plain))
+        return _nce_amd(width, many, form)
+    tile = _NCE.get((arch, width, many, form))
+    if tile is None and form != "any":
+        tile = _NCE.get((arch, width, many, None))
+    return tile or _nce_default(width, many, form)
 
 
-def project_tile(arch: str, dtype: torch.dtype, width: int, rows: int) -> Tile:
+def project_tile(arch: str, dtype: torch.dtype, width: int, rows: int, tf32: bool = False) -> Tile:
     """For `project_kernel` and its backward: block_m rows, block_n hidden units at a time.
 
     `width` is the padded number of channels or dims, whichever is larger.
@@ -104,6 +147,10 @@ def project_tile(arch: str, dtype: torch.dtype, width: int, rows: int) -> Tile:
         return Tile(64, 64, 4, 1)
     if arch.startswith("gfx"):  # four warps for their registers, see `_nce_amd`
         return Tile(16, 16, 4, 1) if width >= 512 or dtype == torch.float32 else Tile(16, 32, 4, 1)
+    if tf32:
+        if width < 512:
+            return Tile(16, 32, 8, 1)
+        return Tile(16, 16, 8, 1) if SHARED_MEMORY[arch] < 128 * 1024 else Tile(32, 32, 8, 1)
     if dtype == torch.float32:
         return Tile(16, 16, 16 if arch in ("sm_90", "sm_120") and width < 512 else 8, 1)
     small = width >= 512 or rows < MANY_ROWS or arch in ("sm_86", "sm_89")
@@ -117,8 +164,10 @@ def merge_tile(arch: str, dtype: torch.dtype, width: int) -> Tile:
     return Tile(16, 32, 8, 1) if width >= 512 else Tile(32, 32, 8, 1)
 
 
-def weight_gradient_tile(arch: str, dtype: torch.dtype) -> Tile:
+def weight_gradient_tile(arch: str, dtype: torch.dtype, tf32: bool = False) -> Tile:
     """For `weight_gradient_kernel`: tiles of block_m x block_n weights."""
+    if tf32:
+        return Tile(64, 64, 8 if arch == "sm_90" else 4, 2)
     if dtype == torch.float32:
         return Tile(32, 32, 8, 1)
     # eight warps may have 128 registers each: the compiler misses that by eight bytes for sm_120

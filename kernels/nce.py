@@ -4,10 +4,12 @@ The keys are constants of the loss, so dL_i/dq_i = (sum_j p_ij k_j - k_i) / T: a
 block of query rows stays on chip while the keys stream past it once, and no logit reaches memory.
 
 The positive stays out of the 16-bit product: with negatives alone in the sum, loss = softplus(lse_negatives - positive)
-and p_negatives * k_i is subtracted in float32, which keeps the digits of confident rows. Rows of unit length bound the
-logits by 1/T, so exp2(s - ceil(c)) needs no running maximum while 2c stays inside float32's exponent
-(`UNIT_TEMPERATURE`).
-float16 keeps the running maximum even so, and its exponentials are scaled by 2^15 (SHIFT): its exponent has five bits.
+and p_negatives * k_i is subtracted in float32, which keeps the digits of confident rows.
+
+Rows of unit length bound the logits by 1/T, so exp2(s - ceil(c)) needs no running maximum while 2c stays inside
+float32's exponent (`UNIT_TEMPERATURE`). A block takes its rows for such, and looks at their sums in the end: where one
+has left its range the rows were longer, and the block streams the keys once more, with a running maximum.
+float16 has it from the start, and scales its exponentials by 2^15 (SHIFT): its exponent has five bits.
 """
 
 from __future__ import annotations
@@ -30,11 +32,12 @@ from .common import (
     block_dim,
     bound,
     dense_rows,
-    dot,
     fields_of,
     launch,
     narrow,
+    precision,
 )
+from .nce_stream import HIGHEST_TOTAL, LOWEST_TOTAL, log1p, stream
 
 UNIT_TEMPERATURE = 0.023
 """Above this temperature rows of unit length need no running maximum: exp2(-2 log2(e) / T) is a normal float32."""
@@ -70,38 +73,6 @@ class Problem(NamedTuple):
 
 
 @triton.jit
-def _absorb(s, k, weight, total, top, acc, shift, SHIFT: tl.constexpr, ONLINE: tl.constexpr, GRADIENT: tl.constexpr,
-            WEIGHTED: tl.constexpr):  # fmt: skip
-    """Take one block of logits (base 2, -inf where there is no negative) into the running sums."""
-    if ONLINE:
-        new = tl.maximum(top, tl.ceil(tl.max(s, 1)))
-        safe = tl.where(new == float("-inf"), 0.0, new)
-        decay = tl.exp2(top - safe)
-        p = tl.exp2(s - (safe - SHIFT)[:, None])  # [BM, BN]
-        total = total * decay + tl.sum(p, 1)
-        top = new
-        if GRADIENT:
-            acc = acc * decay[:, None]
-    else:
-        p = tl.exp2(s - shift)
-        total += tl.sum(p, 1)
-    if GRADIENT:
-        if WEIGHTED:
-            p *= weight
-        acc = dot(narrow(p, k.dtype), k, acc)
-    return total, top, acc
-
-
-@triton.jit
-def _log1p(x):
-    """log(1 + x) for 0 <= x <= 1 by the series of atanh: the device's logarithm loses the digits of a small x."""
-    z = x / (2.0 + x)
-    y = z * z
-    odd = 1.0 + y * (1 / 3 + y * (1 / 5 + y * (1 / 7 + y * (1 / 9 + y * (1 / 11 + y * (1 / 13 + y * (1 / 15)))))))
-    return 2.0 * z * odd
-
-
-@triton.jit
 def nce_kernel(
     problems,
     loss,
@@ -114,10 +85,12 @@ def nce_kernel(
     SHIFT: tl.constexpr,
     GRADIENT: tl.constexpr,
     ONLINE: tl.constexpr,
+    CHECKED: tl.constexpr,
     EXTRA: tl.constexpr,
     LOG_WEIGHT: tl.constexpr,
     PAIR_WEIGHT: tl.constexpr,
     DECOUPLED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     block = tl.program_id(0).to(tl.int64)
     one = Problem(*fields_of(problems, block, COUNT))
@@ -126,7 +99,6 @@ def nce_kernel(
     blocks = tl.cdiv(rows, BM)
     group = block // blocks
     o_m = (block % blocks) * BM + tl.arange(0, BM)
-    o_n = tl.arange(0, BN)
     o_d = tl.arange(0, BD)
     m_m = o_m < rows
     m_d = o_d < dim
@@ -134,8 +106,6 @@ def nce_kernel(
     c = scale * LOG2E
     queries = one.queries + group * one.q_group
     keys = one.keys + group * one.k_group
-    log_weight = one.log_weight + group * one.l_group
-    pair_weight = one.pair_weight + group * one.w_group
 
     # by chunks, so that a block of queries and one of keys are not held at the same time
     pos = tl.zeros([BM], tl.float32)
@@ -150,41 +120,18 @@ def nce_kernel(
     q = tl.load(queries + o_m[:, None] * one.q_row + o_d[None, :], mask=m_md, other=0.0)  # [BM, BD]
 
     shift = tl.ceil(c) - SHIFT
-    total = tl.zeros([BM], tl.float32)
-    top = tl.full([BM], float("-inf"), tl.float32)
-    acc = tl.zeros([BM, BD], tl.float32)
-    for n in range(0, bound(rows), BN):
-        m_n = n + o_n < rows
-        o_k = (n + o_n).to(tl.int64)
-        p_k = keys + o_k[:, None] * one.k_row + o_d[None, :]
-        k = tl.load(p_k, mask=m_n[:, None] & m_d[None, :], other=0.0)  # [BN, BD]
-        s = dot(q, tl.trans(k), tl.zeros([BM, BN], tl.float32)) * c
-        m_mn = m_m[:, None] & m_n[None, :]
-        if PAIR_WEIGHT:
-            p_w = pair_weight + o_m[:, None] * one.w_row + o_k[None, :] * one.w_col
-            weight = tl.load(p_w, mask=m_mn, other=0.0).to(tl.float32)
-            s *= weight
-        else:
-            weight = s
-        if LOG_WEIGHT:
-            p_l = log_weight + o_m[:, None] * one.l_row + o_k[None, :] * one.l_col
-            s += tl.load(p_l, mask=m_mn, other=0.0).to(tl.float32) * LOG2E
-        s = tl.where(m_n[None, :] & (o_m[:, None] != n + o_n[None, :]), s, float("-inf"))
-        total, top, acc = _absorb(s, k, weight, total, top, acc, shift, SHIFT, ONLINE, GRADIENT, PAIR_WEIGHT)
-    if EXTRA:
-        extra = one.extra + group * one.e_group
-        for n in range(0, bound(one.extras), BN):
-            m_n = n + o_n < one.extras
-            p_k = extra + (n + o_n).to(tl.int64)[:, None] * one.e_row + o_d[None, :]
-            k = tl.load(p_k, mask=m_n[:, None] & m_d[None, :], other=0.0)
-            s = dot(q, tl.trans(k), tl.zeros([BM, BN], tl.float32)) * c
-            s = tl.where(m_n[None, :], s, float("-inf"))
-            total, top, acc = _absorb(s, k, s, total, top, acc, shift, SHIFT, ONLINE, GRADIENT, False)
+    total, offset, acc = stream(
+        one, group, q, o_m, m_m, shift,
+        ONLINE, SHIFT, GRADIENT, EXTRA, LOG_WEIGHT, PAIR_WEIGHT, PRECISION, BM, BN, BD,
+    )  # fmt: skip
+    if CHECKED:
+        safe = (total > LOWEST_TOTAL) & (total < HIGHEST_TOTAL)  # a NaN is not
+        if tl.min(safe.to(tl.int32), 0) == 0:
+            total, offset, acc = stream(
+                one, group, q, o_m, m_m, shift,
+                True, SHIFT, GRADIENT, EXTRA, LOG_WEIGHT, PAIR_WEIGHT, PRECISION, BM, BN, BD,
+            )  # fmt: skip
 
-    if ONLINE:
-        offset = tl.where(top == float("-inf"), 0.0, top) - SHIFT
-    else:
-        offset = tl.zeros([BM], tl.float32) + shift
     none = total == 0  # a row may have no negative at all
     # the shift is a whole number, and log(2) comes in two parts: it cancels against the positive without a trace
     log_total = tl.where(none, float("-inf"), tl.log2(tl.where(none, 1.0, total)) * LN2 + offset * LN2_LOW)
@@ -196,7 +143,7 @@ def nce_kernel(
         row_loss = margin
         share = tl.full([BM], 1.0, tl.float32)
     else:
-        row_loss = tl.where(margin < 0, 0.0, margin) + _log1p(small)
+        row_loss = tl.where(margin < 0, 0.0, margin) + log1p(small)
         share = tl.where(margin > 0, 1.0, small) / (1.0 + small)
     o_row = one.first_row + group * rows + o_m
     tl.store(loss + o_row, row_loss, mask=m_m)
@@ -229,11 +176,11 @@ def nce_forward(
     """All problems in one launch: (loss, logsumexp of the negatives, positive logit) of every row, and dq.
 
     Args:
-        queries, keys: (groups, rows, dim) a problem, 16-bit (or float32 in the interpreter).
+        queries, keys: (groups, rows, dim) a problem; 16-bit or float32.
         extra: none, or (groups, extras, dim) a problem; stride 0 over groups shares them.
         log_weight, pair_weight: none, or (groups, rows, rows) a problem.
         temperatures: one a problem.
-        unit: the rows have unit length (to the rounding of their dtype).
+        unit: the rows have unit length (to the rounding of their dtype): nobody checks whether a sum left its range.
         gradient: form dq as well (else the last list is empty).
 
     Returns:
@@ -249,11 +196,21 @@ def nce_forward(
     first = queries[0]
     dims = [q.shape[2] for q in queries]
     total = sum(q.shape[0] * q.shape[1] for q in queries)
-    bounded = unit and min(temperatures) > UNIT_TEMPERATURE and not log_weight and not pair_weight
+    weighted = bool(log_weight or pair_weight)
+    arch = architecture(first.device)
+    product = precision(arch, first.dtype)
     # float16 has no room for a row whose logits all lie far below the bound
-    online = not bounded or first.dtype == torch.float16
-    plain = not (online or extra)
-    tile = configs.nce_tile(architecture(first.device), first.dtype, block_dim(max(dims)), total, plain)
+    online = weighted or min(temperatures) <= UNIT_TEMPERATURE or first.dtype == torch.float16
+    # exact products leave no registers for both forms, and take so long that a running maximum does not show
+    exact = first.dtype == torch.float32 and product == "ieee" and arch != "interpreter"
+    online = online or (exact and not unit)
+    checked = not (online or unit)
+    form = "online" if online else "checked" if checked else "unit"
+    if extra:
+        form += ", extra"
+    if weighted or any(dim % 16 for dim in dims):
+        form = "any"
+    tile = configs.nce_tile(arch, first.dtype, block_dim(max(dims)), total, form, product == "tf32")
     loss, negative, positive = (first.new_empty(total, dtype=torch.float32) for _ in range(3))
     gradients = [torch.empty(q.shape, dtype=q.dtype, device=q.device) for q in queries] if gradient else []
     problems, block, row = [], 0, 0
@@ -276,8 +233,9 @@ def nce_forward(
         nce_kernel, block, first, tuple(problems), loss, negative, positive,
         COUNT=len(problems), BM=tile.block_m, BN=tile.block_n, BD=block_dim(max(dims)),
         SHIFT=15.0 if first.dtype == torch.float16 else 0.0,
-        GRADIENT=gradient, ONLINE=online, EXTRA=bool(extra), LOG_WEIGHT=bool(log_weight),
-        PAIR_WEIGHT=bool(pair_weight), DECOUPLED=decoupled, num_warps=tile.warps, num_stages=tile.stages,
+        GRADIENT=gradient, ONLINE=online, CHECKED=checked, EXTRA=bool(extra), LOG_WEIGHT=bool(log_weight),
+        PAIR_WEIGHT=bool(pair_weight), DECOUPLED=decoupled, PRECISION=product, num_warps=tile.warps,
+        num_stages=tile.stages,
     )  # fmt: skip
     return loss, negative, positive, gradients
 

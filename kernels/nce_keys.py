@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .common import LOG2E, architecture, block_dim, bound, dense_rows, dot, fields_of, launch, narrow
+from .common import LOG2E, architecture, block_dim, bound, dense_rows, dot, fields_of, launch, narrow, precision
 from .nce import weight_strides
 
 
@@ -59,6 +59,7 @@ def nce_keys_kernel(
     EXTRA: tl.constexpr,
     LOG_WEIGHT: tl.constexpr,
     PAIR_WEIGHT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """dk_j = sum_i c_i w_ij q_i, less the positive's part: BM keys stay on chip, BN queries stream.
 
@@ -87,7 +88,7 @@ def nce_keys_kernel(
         o_q = (n + o_n).to(tl.int64)
         m_n = o_q < rows
         q = tl.load(queries + o_q[:, None] * one.q_row + o_d[None, :], mask=m_n[:, None] & m_d[None, :], other=0.0)
-        s = dot(k, tl.trans(q), tl.zeros([BM, BN], tl.float32)) * c
+        s = dot(k, tl.trans(q), tl.zeros([BM, BN], tl.float32), PRECISION) * c
         m_mn = m_m[:, None] & m_n[None, :]
         if PAIR_WEIGHT:
             p_w = one.pair_weight + group * one.w_group + o_q[None, :] * one.w_row + o_m[:, None] * one.w_col
@@ -104,7 +105,7 @@ def nce_keys_kernel(
         w = tl.exp2(tl.where(m_mn, s - lse[None, :], float("-inf")) + 15.0) * coef[None, :]
         if PAIR_WEIGHT:
             w *= weight
-        acc = dot(narrow(w, q.dtype), q, acc)
+        acc = dot(narrow(w, q.dtype), q, acc, PRECISION)
     factor = tl.load(peak) * scale
     acc *= factor * (1.0 / 32768.0)
     if not EXTRA:
@@ -144,7 +145,9 @@ def nce_key_gradients(
     peak = coefficient.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
     coefficient = coefficient / peak
     count = sum(k.shape[0] * k.shape[1] for k in keys)
-    tile = configs.nce_tile(architecture(first.device), first.dtype, widest, count, False)
+    arch = architecture(first.device)
+    product = precision(arch, first.dtype)
+    tile = configs.nce_tile(arch, first.dtype, widest, count, "any", product == "tf32")
     gradients = [torch.empty(k.shape, dtype=k.dtype, device=k.device) for k in keys]
     problems, block, row = [], 0, 0
     for i, (q, k) in enumerate(zip(queries, keys, strict=True)):
@@ -164,6 +167,7 @@ def nce_key_gradients(
     launch(
         nce_keys_kernel, block, first, tuple(problems), negative, coefficient, peak,
         COUNT=len(problems), BM=tile.block_m, BN=tile.block_n, BD=widest, EXTRA=extra,
-        LOG_WEIGHT=bool(log_weight), PAIR_WEIGHT=bool(pair_weight), num_warps=tile.warps, num_stages=tile.stages,
+        LOG_WEIGHT=bool(log_weight), PAIR_WEIGHT=bool(pair_weight), PRECISION=product,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return gradients

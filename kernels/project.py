@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .common import architecture, block_dim, bound, dot, fields_of, launch, long_dot, narrow, number_of
+from .common import architecture, block_dim, bound, dot, fields_of, launch, long_dot, narrow, number_of, precision
 
 NORM_EPS = tl.constexpr(1e-7)
 
@@ -82,6 +82,7 @@ def project_kernel(
     SAVED: tl.constexpr,
     MLP: tl.constexpr,
     DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BC: tl.constexpr,
     BH: tl.constexpr,
@@ -119,7 +120,7 @@ def project_kernel(
             m_h = o_h < hidden
             p_w = one.weight1 + o_h[None, :] * channels + o_c[:, None]
             w = tl.load(p_w, mask=m_c[:, None] & m_h[None, :], other=0.0)  # [BC, BH]
-            unit_h = long_dot(x, narrow(w, DTYPE), tl.zeros([BM, BH], tl.float32))
+            unit_h = long_dot(x, narrow(w, DTYPE), tl.zeros([BM, BH], tl.float32), PRECISION)
             unit_h += tl.load(one.bias1 + o_h, mask=m_h, other=0.0).to(tl.float32)[None, :]
             unit_h = narrow(tl.where(unit_h < 0, 0.0, unit_h), DTYPE)
             if SAVED > 0:
@@ -127,7 +128,7 @@ def project_kernel(
                 tl.store(p_h, unit_h, mask=m_saved & m_h[None, :])
             p_w = one.weight2 + o_d[None, :] * hidden + o_h[:, None]
             w = tl.load(p_w, mask=m_h[:, None] & m_d[None, :], other=0.0)  # [BH, BD]
-            z = dot(unit_h, narrow(w, DTYPE), z)
+            z = dot(unit_h, narrow(w, DTYPE), z, PRECISION)
         z += tl.load(one.bias2 + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
     else:
         z = x.to(tl.float32)
@@ -164,7 +165,8 @@ def project(
     widest_c = block_dim(max(m.shape[1] for m in maps))
     dims = [mlp[2].shape[0] if mlp else m.shape[1] for m in maps]
     all_rows = [m.shape[0] * i.shape[-1] for m, i in zip(maps, ids, strict=True)]
-    tile = configs.project_tile(arch, dtype, max(widest_c, block_dim(max(dims))), sum(all_rows))
+    product = precision(arch, dtype)
+    tile = configs.project_tile(arch, dtype, max(widest_c, block_dim(max(dims))), sum(all_rows), product == "tf32")
     places, layers, units, block, row, x = [], [], [], 0, 0, 0
     for m, i, weights, dim, rows in zip(maps, ids, groups_of_four(mlp, len(maps)), dims, all_rows, strict=True):
         unit = torch.empty(rows, dim, dtype=dtype, device=m.device)
@@ -186,7 +188,8 @@ def project(
     h_saved = torch.empty(kept_rows * hidden if mlp else 0, dtype=dtype, device=first.device)
     launch(
         project_kernel, block, first, tuple(places), tuple(layers), length, x_saved, h_saved, hidden,
-        COUNT=len(layers), SAVED=saved, MLP=bool(mlp), DTYPE=TRITON_DTYPE[dtype], BM=tile.block_m, BC=widest_c,
-        BH=tile.block_n, BD=block_dim(max(dims)) if mlp else widest_c, num_warps=tile.warps, num_stages=tile.stages,
+        COUNT=len(layers), SAVED=saved, MLP=bool(mlp), DTYPE=TRITON_DTYPE[dtype], PRECISION=product,
+        BM=tile.block_m, BC=widest_c, BH=tile.block_n, BD=block_dim(max(dims)) if mlp else widest_c,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return units, length, x_saved, h_saved

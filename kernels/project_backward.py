@@ -15,7 +15,19 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .common import architecture, block_dim, bound, dense_rows, dot, fields_of, launch, long_dot, narrow, number_of
+from .common import (
+    architecture,
+    block_dim,
+    bound,
+    dense_rows,
+    dot,
+    fields_of,
+    launch,
+    long_dot,
+    narrow,
+    number_of,
+    precision,
+)
 from .project import NORM_EPS, TRITON_DTYPE, Map, groups_of_four, locations_of, places_of
 from .weight_gradient import weight_gradients
 
@@ -61,6 +73,7 @@ def project_backward_kernel(
     UPSTREAM: tl.constexpr,
     DISTINCT: tl.constexpr,
     DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BC: tl.constexpr,
     BH: tl.constexpr,
@@ -95,13 +108,13 @@ def project_backward_kernel(
             m_rh = m_r[:, None] & m_h[None, :]
             p_w = one.weight2 + o_d[:, None] * hidden + o_h[None, :]
             w = tl.load(p_w, mask=(o_d < dim)[:, None] & m_h[None, :], other=0.0)  # [BD, BH]
-            g = long_dot(z16, narrow(w, DTYPE), tl.zeros([BM, BH], tl.float32))
+            g = long_dot(z16, narrow(w, DTYPE), tl.zeros([BM, BH], tl.float32), PRECISION)
             o_rh = (first_row + o_r)[:, None] * hidden + o_h[None, :]
             g = narrow(tl.where(tl.load(h_saved + o_rh, mask=m_rh, other=0.0).to(tl.float32) > 0, g, 0.0), DTYPE)
             tl.store(d_h + o_rh, g, mask=m_rh)
             p_w = one.weight1 + o_h[:, None] * channels + o_c[None, :]
             w = tl.load(p_w, mask=m_h[:, None] & m_c[None, :], other=0.0)  # [BH, BC]
-            x = dot(g, narrow(w, DTYPE), x)
+            x = dot(g, narrow(w, DTYPE), x, PRECISION)
     else:
         x = z
     if DISTINCT:
@@ -146,7 +159,7 @@ def merge_kernel(maps, layers, d_x, COUNT: tl.constexpr, BM: tl.constexpr, BN: t
         if tl.max(tl.max(same, 1), 0) > 0:
             p_x = d_x + one.first_x + (image * patches + o_n)[:, None] * channels + o_c[None, :]
             x = tl.load(p_x, mask=m_n[:, None] & m_c[None, :], other=0.0)
-            acc = dot(narrow(same.to(tl.float32), x.dtype), x, acc)
+            acc = dot(narrow(same.to(tl.float32), x.dtype), x, acc, "ieee")  # a sum of rows as they are
     m_in = m_m & (own >= 0) & (own < one.locations)
     for i in tl.static_range(COUNT):
         if number == i:
@@ -238,7 +251,8 @@ def project_backward(
     widest_c = block_dim(max(m.channels for m in maps))
     widest_d = block_dim(max(u.shape[1] for u in units))
     total = sum(u.shape[0] for u in units)
-    tile = configs.project_tile(arch, dtype, max(widest_c, widest_d), total)
+    product = precision(arch, dtype)
+    tile = configs.project_tile(arch, dtype, max(widest_c, widest_d), total, product == "tf32")
     merge = configs.merge_tile(arch, dtype, widest_c)
     buffer = torch.zeros(
         sum(m.bytes() for m, want in zip(maps, wanted, strict=True) if want), dtype=torch.uint8, device=first.device
@@ -268,7 +282,7 @@ def project_backward(
         project_backward_kernel, block, first, tuple(places), tuple(layers), length, h_saved,
         length if upstream is None else upstream, 0 if upstream is None else upstream.stride(0), d_z, d_h, d_x, hidden,
         COUNT=len(layers), MLP=bool(mlp), UPSTREAM=upstream is not None, DISTINCT=distinct,
-        DTYPE=TRITON_DTYPE[dtype], BM=tile.block_m, BC=widest_c, BH=tile.block_n, BD=widest_d,
+        DTYPE=TRITON_DTYPE[dtype], PRECISION=product, BM=tile.block_m, BC=widest_c, BH=tile.block_n, BD=widest_d,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if not distinct and any(wanted):

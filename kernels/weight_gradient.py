@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .common import architecture, bound, dot, fields_of, launch, narrow
+from .common import architecture, bound, dot, fields_of, launch, narrow, precision
 
 
 class WeightGradient(NamedTuple):
@@ -29,7 +29,9 @@ class WeightGradient(NamedTuple):
 
 
 @triton.jit
-def weight_gradient_kernel(weights, out, COUNT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+def weight_gradient_kernel(
+    weights, out, COUNT: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
+):
     """d_weight = d_out^T inputs with the sums of d_out, by tiles, rows in a fixed order."""
     tile = tl.program_id(0).to(tl.int64)
     one = WeightGradient(*fields_of(weights, tile, COUNT))
@@ -52,7 +54,7 @@ def weight_gradient_kernel(weights, out, COUNT: tl.constexpr, BM: tl.constexpr, 
         b = tl.load(inputs + o_r[:, None] * size_n + o_n[None, :], mask=m_r[:, None] & m_n[None, :], other=0.0)
         if b.dtype != a.dtype:
             b = narrow(b, a.dtype)
-        acc = dot(tl.trans(a), b, acc)
+        acc = dot(tl.trans(a), b, acc, PRECISION)
         total += tl.sum(a.to(tl.float32), 0)
     tl.store(out + o_m[:, None] * size_n + o_n[None, :], acc, mask=m_m[:, None] & m_n[None, :])
     tl.store(out + size_m * size_n + o_m, total, mask=m_m & (tile % across == 0))
@@ -69,7 +71,9 @@ def weight_gradients(
         rows: of each layer.
         shapes: of weight1, bias1, weight2, bias2 of each layer.
     """
-    tile = configs.weight_gradient_tile(architecture(d_z.device), d_z.dtype)
+    arch = architecture(d_z.device)
+    product = precision(arch, d_z.dtype)
+    tile = configs.weight_gradient_tile(arch, d_z.dtype, product == "tf32")
     out = torch.empty(sum(shape.numel() for shape in shapes), dtype=torch.float32, device=d_z.device)
     weights: list[WeightGradient] = []
     block = at = row = x = 0
@@ -81,8 +85,8 @@ def weight_gradients(
         row += count
         x += count * channels
     launch(
-        weight_gradient_kernel, block, out, tuple(weights), out, COUNT=len(weights), BM=tile.block_m, BN=tile.block_n,
-        BK=32, num_warps=tile.warps, num_stages=tile.stages,
+        weight_gradient_kernel, block, out, tuple(weights), out, COUNT=len(weights), PRECISION=product,
+        BM=tile.block_m, BN=tile.block_n, BK=32, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from fastnce import NegativeBank, PatchNCEHead, patch_nce
+from fastnce.nce.api import products
 
 from .oracle import DEVICE, GRADIENT_GATE, error, oracle, unit_rows
 
@@ -125,6 +126,26 @@ def test_every_tile_of_the_table(dim, dtype):
             truth = oracle(q, k, upstream, temperature=0.07)
             assert error(loss.view(groups, rows), truth.loss) <= 1e-5
             assert error(d_q, truth.d_queries) <= GRADIENT_GATE[dtype]
+
+
+@pytest.mark.parametrize("dim", [64, 256, 512])
+def test_float32_is_exact_unless_the_library_may_use_tf32(dim):
+    if not torch.cuda.is_available() or torch.version.hip:
+        pytest.skip("TF32 is of CUDA devices")
+    q, k = unit_rows(1, 1000, dim), unit_rows(1, 1000, dim)
+    truth = oracle(q, k, torch.ones(1, 1000), temperature=0.07)
+    kept = torch.backends.cuda.matmul.fp32_precision
+    errors = {}
+    try:
+        for allowed in ("ieee", "tf32"):
+            torch.backends.cuda.matmul.fp32_precision = allowed
+            leaf = q[0].to(DEVICE).requires_grad_()
+            loss = patch_nce(leaf, k[0].to(DEVICE), reduction="sum", implementation="triton")
+            errors[products(torch.float32, leaf.device)] = error(torch.autograd.grad(loss, leaf)[0], truth.d_queries[0])
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = kept
+    assert errors["exact"] <= GRADIENT_GATE[torch.float32]
+    assert 1e-5 <= errors["tf32"] <= 2e-3
 
 
 def test_a_device_that_is_not_the_current_one():

@@ -6,10 +6,12 @@ from itertools import cycle
 
 import pytest
 import torch
-from fastnce.kernels import nce
+from fastnce.kernels import nce, nce_keys, project, project_backward, weight_gradient
 from fastnce.kernels.nce_keys import nce_key_gradients
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from benchmarks import aot_cases
 
 from .oracle import (
     DEVICE,
@@ -148,6 +150,166 @@ def test_rows_that_are_not_normalised():
     loss, _, _, d_q = run(q, k, unit=False)
     assert error(loss, truth.loss) <= 1e-5
     assert d_q.isfinite().all()
+
+
+def lengths_of(kind: str, rows: int) -> torch.Tensor:
+    """(rows, 1): the same for all, or another length for a few rows of one block of 128, or of each."""
+    if kind == "one long row":
+        lengths = torch.ones(rows)
+        lengths[7] = 30
+    elif kind == "mixed":
+        lengths = torch.tensor([1e-3, 1.0, 3.0, 30.0])[torch.arange(rows) % 4]
+    else:
+        lengths = torch.full((rows,), float(kind))
+    return lengths[:, None]
+
+
+def check_beside_online(q, k, extra, monkeypatch, **options):
+    """The default call within the gates, and no row worse than twice what the running maximum makes of it."""
+    truth = oracle(q, k, torch.ones(q.shape[:2]), extra, temperature=0.07, **options)
+    loss, _, positive, d_q = run(q, k, extra, unit=False, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(nce, "UNIT_TEMPERATURE", torch.inf)
+        online_loss, _, _, online_d_q = run(q, k, extra, unit=False, **options)
+    assert error(positive, truth.positive) <= 1e-5
+    assert error(d_q, truth.d_queries) <= GRADIENT_GATE[q.dtype]
+    for i in range(q.shape[1]):  # row by row: the long ones would hide the short ones
+        for ours, theirs, exact in (
+            (loss, online_loss, truth.loss),
+            (d_q, online_d_q, truth.d_queries),
+        ):
+            assert error(ours[:, i], exact[:, i]) <= max(2 * error(theirs[:, i], exact[:, i]), 2e-6)
+    return loss, truth
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["1e-3", "1", "3", "30", "one long row", "mixed"])
+@pytest.mark.parametrize("extras", [0, 40])
+def test_rows_of_any_length_without_a_promise(kind, dtype, extras, monkeypatch):
+    rows = 200  # two blocks in the interpreter
+    lengths = lengths_of(kind, rows)
+    q, k = ((lengths * unit_rows(1, rows, 64)).to(dtype) for _ in range(2))
+    extra = (float(lengths.max()) * unit_rows(1, extras, 64)).to(dtype) if extras else None
+    loss, truth = check_beside_online(q, k, extra, monkeypatch)
+    assert error(loss, truth.loss) <= LOSS_GATE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [0.1, 1.0, 1.5, 3.0])
+def test_long_rows_whose_negatives_all_lie_opposite(length, dtype, monkeypatch):
+    """Without a promise a sum that underflowed is no sum of zero."""
+    away = unit_rows(1, 1, 64)
+    q, k = (sign * away + 0.3 * unit_rows(1, 60, 64) for sign in (1, -1))
+    q, k = ((length * x / x.norm(dim=-1, keepdim=True)).to(dtype) for x in (q, k))
+    check_beside_online(q, k, None, monkeypatch)
+    check_beside_online(q, k, None, monkeypatch, decoupled=True)
+
+
+@pytest.mark.parametrize("length", [1.0, 30.0])
+def test_a_single_row_without_a_promise(length):
+    q = length * unit_rows(2, 1, 32)
+    loss, negative, _, d_q = run(q, q, unit=False)
+    assert not loss.any()
+    assert (negative == -torch.inf).all()
+    assert not d_q.any()
+    k, extra = q.flip(0), length * unit_rows(2, 9, 32)
+    truth = oracle(q, k, torch.ones(2, 1), extra, temperature=0.07)
+    loss, _, _, d_q = run(q, k, extra, unit=False)
+    assert error(loss, truth.loss) <= 1e-6
+    assert error(d_q, truth.d_queries) <= GRADIENT_GATE[torch.float32]
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="counts in the interpreter")
+def test_only_blocks_with_long_rows_stream_their_keys_again(monkeypatch):
+    online: list[bool] = []
+
+    def counted(*args, stream=nce.stream):
+        online.append(bool(args[6]))
+        return stream(*args)
+
+    monkeypatch.setattr(nce, "stream", counted)
+    q, k = unit_rows(1, 300, 32), unit_rows(1, 300, 32)  # three blocks
+    for lengths, unit, expected in (
+        ([1.0, 1.0, 1.0], False, [False] * 3),
+        ([1.0, 30.0, 1.0], False, [False, False, True, False]),
+        ([1.0, 30.0, 1.0], True, [False] * 3),
+    ):
+        online.clear()
+        run(q * torch.tensor(lengths).repeat_interleave(128)[None, :300, None], k, unit=unit)
+        assert online == expected
+    online.clear()
+    run(q, k, unit=True, temperature=0.02)
+    assert online == [True] * 3
+
+
+def launches_of(monkeypatch, call, arch="sm_90"):
+    """The options of each kernel that a launcher starts on that architecture."""
+    found: dict[str, dict] = {}
+    for module in (nce, nce_keys, project, project_backward, weight_gradient):
+        monkeypatch.setattr(module, "architecture", lambda device: arch)
+        monkeypatch.setattr(
+            module, "launch", lambda kernel, *args, **options: found.update({kernel.fn.__name__: options})
+        )
+    call()
+    return found
+
+
+def options_of(monkeypatch, call):
+    (options,) = launches_of(monkeypatch, call).values()
+    return options
+
+
+def test_the_default_call_takes_the_bounded_form_and_the_large_tile(monkeypatch):
+    rows = torch.empty(1, 16384, 256, dtype=torch.bfloat16, device="meta")
+    default = options_of(monkeypatch, lambda: patch_nce_rows(rows))
+    assert not default["ONLINE"]
+    assert default["CHECKED"]
+    assert (default["BM"], default["BN"], default["num_warps"], default["num_stages"]) == (128, 64, 8, 3)
+    promised = options_of(monkeypatch, lambda: patch_nce_rows(rows, unit=True))
+    assert not promised["ONLINE"]
+    assert not promised["CHECKED"]
+    for other in (
+        options_of(monkeypatch, lambda: patch_nce_rows(rows.half())),
+        options_of(monkeypatch, lambda: patch_nce_rows(rows, temperature=0.02)),
+        options_of(monkeypatch, lambda: patch_nce_rows(rows, unit=True, temperature=0.02)),
+    ):
+        assert other["ONLINE"]
+        assert not other["CHECKED"]
+
+
+def patch_nce_rows(rows, temperature=0.07, **options):
+    nce.nce_forward([rows], [rows], [], [], [], [temperature], **options)
+
+
+@pytest.fixture(params=["ieee", "tf32"])
+def library_products(request):
+    """What the user allows the library's float32 products to be."""
+    kept = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = request.param
+    yield request.param
+    torch.backends.cuda.matmul.fp32_precision = kept
+
+
+def test_products_are_tf32_where_the_library_may_use_it(monkeypatch, library_products):
+    stats = torch.empty(256, device="meta")
+
+    def every_kernel(dtype):
+        rows = torch.empty(1, 256, 64, dtype=dtype, device="meta")
+        patch_nce_rows(rows)
+        nce_key_gradients([rows], [rows], [], [], [0.07], stats, stats, extra=False)
+        aot_cases._sample(64, (3, 64), dtype=dtype, distinct=False)
+
+    for arch, dtype, expected in (
+        ("sm_90", torch.float32, library_products),
+        ("gfx942", torch.float32, "ieee"),
+        ("sm_90", torch.bfloat16, "ieee"),
+    ):
+        found = launches_of(monkeypatch, lambda dtype=dtype: every_kernel(dtype), arch)
+        assert "PRECISION" not in found.pop("merge_kernel")  # sums rows as they are
+        assert set(found) == {
+            "nce_kernel", "nce_keys_kernel", "project_kernel", "project_backward_kernel", "weight_gradient_kernel",
+        }  # fmt: skip
+        assert {options["PRECISION"] for options in found.values()} == {expected}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -70,10 +70,11 @@ def patch_nce(
         detach_keys: keys are constants, as published.
         reduction: "mean" over rows, "sum" or "none".
         return_stats: also return a dict of "logsumexp" and "positive" (logits, (rows,), without gradient).
-        unit_rows: queries, keys and extra keys have unit length (or less), which lets a kernel do without a running
-            maximum. The caller's promise: longer rows may overflow.
+        unit_rows: a promise that no row of queries, keys and extra keys is longer than 1: it saves a kernel the check
+            whether their exponentials stay in range, and longer rows may then overflow.
         implementation: None chooses, "triton" and "eager" insist. Under autocast, float32 rows are taken in its dtype,
-            as a matrix product would; logits and losses stay float32.
+            as a matrix product would; logits and losses stay float32. Float32 rows are multiplied exactly unless
+            the library's products may use TF32 (`torch.set_float32_matmul_precision`): see `products`.
 
     Returns:
         a float32 (float64 for float64 input) scalar, or (rows,) for "none"; with the stats if asked.
@@ -166,7 +167,8 @@ def project_patches(
 
     Returns:
         one (images * patches, dim) a layer, image after image (CUT, `PatchSampleF`), in the dtype of the weights (of
-        the map without MLPs); under autocast in its dtype. The length is taken in float32 whatever the dtype.
+        the map without MLPs); under autocast in its dtype. The length is taken in float32 whatever the dtype, and
+        float32 products are exact unless the library's may use TF32, see `products`.
     """
     _check_patches(maps, patch_ids, mlps, check_ids)
     ids = [i[None] if i.dim() == 1 else i for i in patch_ids]
@@ -188,6 +190,14 @@ def project_patches(
         wide = projected if projected.dtype == torch.float64 else projected.float()
         rows.append(reference.normalize_rows(wide).to(dtype))
     return rows
+
+
+def products(dtype: torch.dtype, device: torch.device) -> str:
+    """How rows of this dtype are multiplied there: "exact", "tf32" (as the library allows now), or the 16-bit dtype."""
+    if dtype in (torch.bfloat16, torch.float16):
+        return str(dtype).removeprefix("torch.")
+    # the kernels do as the library does
+    return "tf32" if fused is not None and fused.operators.uses_tf32(device, dtype) else "exact"
 
 
 def _cast(mlp: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -17,14 +17,13 @@ def _layers(queries, keys, extra, temperatures, groups, directions, other, divid
     if divide:
         units = cosine.cosine([*queries, *keys])
         queries, keys = units[: len(queries)], units[len(queries) :]
+    unit = unit or (divide and (other or not extra))  # extra keys that are given come as they are
     grouped, answers = ([x.unflatten(0, (groups, -1)) for x in side] for side in (queries, keys))
     if other:  # the directions of a layer stand side by side, and there are two
         extra = [grouped[i ^ 1] for i in range(len(grouped))]
     else:
         extra = [e.expand(groups, -1, -1) for e in extra]
-    loss, _, _, gradients = nce.nce_forward(
-        grouped, answers, extra, [], [], temperatures, unit=unit or divide, gradient=gradient
-    )
+    loss, _, _, gradients = nce.nce_forward(grouped, answers, extra, [], [], temperatures, unit=unit, gradient=gradient)
     totals = [sum(rows[i : i + directions]) for i in range(0, len(rows), directions)]
     return nce.mean_by_direction(loss, totals, directions), [g.flatten(0, 1) for g in gradients]
 

@@ -174,7 +174,8 @@ class PatchNCEHead(PatchSampleF):
     """The whole chain: feature maps in, one scalar out, for all layers (and both directions) at once.
 
     Sampling, projection, normalisation and InfoNCE, averaged over patches, then over layers (CUT, eq. 4). It is a
-    `PatchSampleF`, so a published F loads into it.
+    `PatchSampleF`, so a published F loads into it. Float32 products are exact unless the library's may use TF32, see
+    `fastnce.nce.api.products`.
 
     Args:
         in_channels: channels of each layer's map.

@@ -1,0 +1,100 @@
+"""How a block of query rows takes in the keys that stream past it: the loops of `nce_kernel`.
+
+Two forms. The bounded one subtracts one number from every logit, and its partial sums simply add up. The online one
+subtracts each row's running maximum, and rescales what it has whenever that grows: right for rows of any length, but
+with more registers and more work per logit.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .common import LOG2E, bound, dot, narrow
+
+LOWEST_TOTAL = tl.constexpr(2.0**-64)
+HIGHEST_TOTAL = tl.constexpr(2.0**32)
+"""A row's bounded sum between these has all its digits: each term that underflowed is below 2^-62 of it, and its
+products with the keys stay inside float32's range for keys from 2^-38 to 2^95. Unit rows stay below their number."""
+
+
+@triton.jit
+def absorb(s, k, weight, total, top, acc, shift, SHIFT: tl.constexpr, ONLINE: tl.constexpr, GRADIENT: tl.constexpr,
+           WEIGHTED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Take one block of logits (base 2, -inf where there is no negative) into the running sums."""
+    if ONLINE:
+        new = tl.maximum(top, tl.ceil(tl.max(s, 1)))
+        safe = tl.where(new == float("-inf"), 0.0, new)
+        decay = tl.exp2(top - safe)
+        p = tl.exp2(s - (safe - SHIFT)[:, None])  # [BM, BN]
+        total = total * decay + tl.sum(p, 1)
+        top = new
+        if GRADIENT:
+            acc = acc * decay[:, None]
+    else:
+        p = tl.exp2(s - shift)
+        total += tl.sum(p, 1)
+    if GRADIENT:
+        if WEIGHTED:
+            p *= weight
+        acc = dot(narrow(p, k.dtype), k, acc, PRECISION)
+    return total, top, acc
+
+
+@triton.jit
+def stream(one, group, q, o_m, m_m, shift, ONLINE: tl.constexpr, SHIFT: tl.constexpr, GRADIENT: tl.constexpr,
+           EXTRA: tl.constexpr, LOG_WEIGHT: tl.constexpr, PAIR_WEIGHT: tl.constexpr, PRECISION: tl.constexpr,
+           BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):  # fmt: skip
+    """All negatives of the rows `o_m` of a group: the sum of their exponentials, what each row's logits were
+    shifted by, and the sum of their keys times their exponentials."""
+    o_n = tl.arange(0, BN)
+    o_d = tl.arange(0, BD)
+    m_d = o_d < one.dim
+    c = one.scale * LOG2E
+    keys = one.keys + group * one.k_group
+    log_weight = one.log_weight + group * one.l_group
+    pair_weight = one.pair_weight + group * one.w_group
+    total = tl.zeros([BM], tl.float32)
+    top = tl.full([BM], float("-inf"), tl.float32)
+    acc = tl.zeros([BM, BD], tl.float32)
+    for n in range(0, bound(one.rows), BN):
+        m_n = n + o_n < one.rows
+        o_k = (n + o_n).to(tl.int64)
+        p_k = keys + o_k[:, None] * one.k_row + o_d[None, :]
+        k = tl.load(p_k, mask=m_n[:, None] & m_d[None, :], other=0.0)  # [BN, BD]
+        s = dot(q, tl.trans(k), tl.zeros([BM, BN], tl.float32), PRECISION) * c
+        m_mn = m_m[:, None] & m_n[None, :]
+        if PAIR_WEIGHT:
+            p_w = pair_weight + o_m[:, None] * one.w_row + o_k[None, :] * one.w_col
+            weight = tl.load(p_w, mask=m_mn, other=0.0).to(tl.float32)
+            s *= weight
+        else:
+            weight = s
+        if LOG_WEIGHT:
+            p_l = log_weight + o_m[:, None] * one.l_row + o_k[None, :] * one.l_col
+            s += tl.load(p_l, mask=m_mn, other=0.0).to(tl.float32) * LOG2E
+        s = tl.where(m_n[None, :] & (o_m[:, None] != n + o_n[None, :]), s, float("-inf"))
+        total, top, acc = absorb(s, k, weight, total, top, acc, shift, SHIFT, ONLINE, GRADIENT, PAIR_WEIGHT, PRECISION)
+    if EXTRA:
+        extra = one.extra + group * one.e_group
+        for n in range(0, bound(one.extras), BN):
+            m_n = n + o_n < one.extras
+            p_k = extra + (n + o_n).to(tl.int64)[:, None] * one.e_row + o_d[None, :]
+            k = tl.load(p_k, mask=m_n[:, None] & m_d[None, :], other=0.0)
+            s = dot(q, tl.trans(k), tl.zeros([BM, BN], tl.float32), PRECISION) * c
+            s = tl.where(m_n[None, :], s, float("-inf"))
+            total, top, acc = absorb(s, k, s, total, top, acc, shift, SHIFT, ONLINE, GRADIENT, False, PRECISION)
+    if ONLINE:
+        offset = tl.where(top == float("-inf"), 0.0, top) - SHIFT
+    else:
+        offset = tl.zeros([BM], tl.float32) + shift
+    return total, offset, acc
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) for 0 <= x <= 1 by the series of atanh: the device's logarithm loses the digits of a small x."""
+    z = x / (2.0 + x)
+    y = z * z
+    odd = 1.0 + y * (1 / 3 + y * (1 / 5 + y * (1 / 7 + y * (1 / 9 + y * (1 / 11 + y * (1 / 13 + y * (1 / 15)))))))
+    return 2.0 * z * odd
