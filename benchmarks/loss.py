@@ -1,15 +1,14 @@
-"""The contrastive loss: module against module, the whole chain, and InfoNCE from 256 rows to tens of thousands.
+"""The contrastive loss: module against module, and InfoNCE from 256 rows to tens of thousands. Its chain: `chain.py`.
 
-python benchmarks/run.py --out DIR --only patchnce chain infonce
+python benchmarks/run.py --out DIR --only patchnce infonce
 
-P1, P2: `chain`, feature maps in, gradients out. P3, P4: `infonce`, loss and query gradient.
+P3, P4: `infonce`, loss and query gradient.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,12 +18,12 @@ import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastnce import PatchNCEHead, PatchNCELoss, PatchSampleF, patch_nce
+from fastnce import PatchNCELoss, patch_nce
 
 from . import baselines
 from .cases import Case, Context, Provider, Row
 from .measure import measure
-from .published import Checkout, loss_options
+from .published import loss_options
 
 DIM = 256
 TEMPERATURE = 0.07
@@ -36,12 +35,6 @@ OWN_WRITING = "written here, no checkout was given"
 def patchnce(context: Context) -> Iterator[Row]:
     """PatchNCELoss, forward and backward, at the published size: 256 patches of 256 numbers, float32."""
     for case in patchnce_cases(context):
-        yield from measure(case, context)
-
-
-def chain(context: Context) -> Iterator[Row]:
-    """P1, P2: five feature maps a side in, loss and gradients of maps and projector out."""
-    for case in chain_cases(context):
         yield from measure(case, context)
 
 
@@ -66,7 +59,7 @@ def unit_rows(rows: int, dim: int, device: torch.device, dtype: torch.dtype) -> 
     return queries.requires_grad_(), keys
 
 
-def _with_graph(providers: list[Provider], context: Context) -> list[Provider]:
+def with_graph(providers: list[Provider], context: Context) -> list[Provider]:
     """On a CUDA device the same calls also inside a CUDA graph, as in a captured step."""
     if context.device.type != "cuda":
         return providers
@@ -90,16 +83,16 @@ class CountsGraphs:
         return f"compiled to {self.graphs} graph{'s' * (self.graphs != 1)}"
 
 
-def _compiled(name: str, call: Callable[..., Any], note: str = "") -> Provider:
+def compiled(name: str, call: Callable[..., Any], note: str = "") -> Provider:
     counted = CountsGraphs(call)
     return Provider(name, counted, "compile", note, check=counted.check)
 
 
-def _compiled_loss(name: str, loss: Callable[[Tensor, Tensor], Tensor], note: str = "") -> Provider:
-    return _compiled(name, query_gradient(torch.compile(loss, dynamic=False)), note)
+def compiled_loss(name: str, loss: Callable[[Tensor, Tensor], Tensor], note: str = "") -> Provider:
+    return compiled(name, query_gradient(torch.compile(loss, dynamic=False)), note)
 
 
-def _beside_ours(case: Case, compiled: Provider) -> Case:
+def beside_ours(case: Case, compiled: Provider) -> Case:
     """The same work by ours and by somebody's compiled code: a case of its own, as compiling may take minutes."""
     torch._dynamo.reset()  # or the same functions, compiled for other sizes, would count against a limit
     ours = [replace(p, energy=False) for p in case.providers if p.name == OURS]
@@ -116,7 +109,7 @@ def patchnce_cases(context: Context) -> Iterator[Case]:
         yield case
     for checkout in context.published[:1] if context.large else ():
         theirs = checkout.losses()["PatchNCELoss"](loss_options(temperature=TEMPERATURE))
-        yield _beside_ours(found[0], _compiled_loss(f"{checkout.name} PatchNCELoss", theirs, "published"))
+        yield beside_ours(found[0], compiled_loss(f"{checkout.name} PatchNCELoss", theirs, "published"))
 
 
 def _patchnce_cases(context: Context) -> Iterator[Case]:
@@ -134,148 +127,24 @@ def _patchnce_cases(context: Context) -> Iterator[Case]:
         for checkout in context.published:
             for name, cls in checkout.losses().items():
                 loss = cls(loss_options(images, temperature=TEMPERATURE))
-                fits = _fits(context, rows, cosine=name == "PatchNCELoss" and checkout.cosine)
-                call = query_gradient(loss) if fits else _refuse
+                fits = fits_here(context, rows, cosine=name == "PatchNCELoss" and checkout.cosine)
+                call = query_gradient(loss) if fits else refuse
                 providers.append(Provider(f"{checkout.name} {name}", call, note="published"))
                 given = True
         if not given:
             cut = partial(baselines.cut_loss, images=images, temperature=TEMPERATURE)
             dclgan = partial(baselines.dclgan_loss, temperature=TEMPERATURE)
             providers += [Provider("CUT", query_gradient(cut), note=OWN_WRITING)]
-            call = query_gradient(dclgan) if _fits(context, rows, cosine=True) else _refuse
+            call = query_gradient(dclgan) if fits_here(context, rows, cosine=True) else refuse
             providers += [Provider("DCLGAN", call, note=OWN_WRITING)]
         yield Case(
             "patchnce",
             {"images": images, "patches": patches, "dim": DIM, "dtype": "float32"},
             partial(unit_rows, rows, DIM, context.device, torch.float32),
-            _with_graph(providers, context),
+            with_graph(providers, context),
             flop=4.0 * rows * patches * DIM,
             bytes=3.0 * rows * DIM * 4,
         )
-
-
-# --- the chain ---------------------------------------------------------------------------------------------------
-
-
-def layer_shapes(image: int) -> list[tuple[int, int]]:
-    """(channels, side) of the published layers 0, 4, 8, 12, 16 for a square picture."""
-    return [(3, image + 6), (128, image), (256, image // 2), (256, image // 4), (256, image // 4)]
-
-
-HALF = ", bf16"
-"""In the name of a benchmark under autocast in bfloat16, as a training step calls the loss."""
-
-
-def chain_cases(context: Context) -> Iterator[Case]:
-    cuda = context.device.type == "cuda"
-    image, patches = (32, 16) if context.quick else (256, 256)
-    shapes = layer_shapes(image)
-    found = []
-    for images in (1,) if context.quick else (1, 16) if cuda else (1, 4):
-        for half in (True, False) if cuda else (False,):
-            case = chain_case(context, shapes, images, patches, half)
-            if not half:
-                found.append(case)
-            yield case
-    for case in found if context.large else ():
-        for checkout in context.published[:1]:
-            images = case.size["images"]
-            if _fits(context, images * patches, checkout.cosine, layers=len(shapes)):
-                sampler, loss = (torch.compile(c, dynamic=False) for c in _classes(checkout, context, shapes, images))
-                call = _as_published(sampler, loss, patches)
-                yield _beside_ours(case, _compiled(f"{checkout.name} classes", call, "published"))
-
-
-def chain_case(context: Context, shapes: list[tuple[int, int]], images: int, patches: int, half: bool) -> Case:
-    """The chain for `images` pictures, in float32 or, with `half`, under autocast in bfloat16 on maps of that dtype."""
-    sampled = [images * patches * channels for channels, _ in shapes]
-    whole = [images * channels * side**2 for channels, side in shapes]
-    # the picture, the first map, stays float32 in training too
-    widths = [2.0 if half and layer else 4.0 for layer in range(len(shapes))]
-    dtype = "bfloat16" if half else "float32"
-    return Case(
-        f"chain{HALF}" if half else "chain",
-        {"images": images, "patches": patches, "dim": DIM, "layers": len(shapes), "dtype": dtype},
-        partial(_maps, shapes, images, context.device, half),
-        list(_chain_providers(context, shapes, images, patches, half)),
-        # two sides through the MLPs, one of them with its gradient (twice more), and the loss with dq
-        flop=sum(2.0 * images * patches * (c * DIM + DIM * DIM) * 4 for c, _ in shapes)
-        + 4.0 * len(shapes) * images * patches**2 * DIM,
-        # sampled rows of both sides in, dense gradients of the query maps out
-        bytes=sum(w * (2 * s + m) for w, s, m in zip(widths, sampled, whole, strict=True)),
-    )
-
-
-def _maps(
-    shapes: list[tuple[int, int]], images: int, device: torch.device, half: bool
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Query maps and key maps; as the training step has them, in bfloat16 they lie channels-last."""
-
-    def draw() -> list[Tensor]:
-        maps = [torch.randn(images, channels, side, side, device=device) for channels, side in shapes]
-        if half:
-            maps = [m.contiguous(memory_format=torch.channels_last) for m in maps]
-            maps[1:] = [m.bfloat16() for m in maps[1:]]
-        return maps
-
-    return [m.requires_grad_() for m in draw()], draw()
-
-
-def _chain_providers(context: Context, shapes, images: int, patches: int, half: bool) -> Iterator[Provider]:
-    channels = [c for c, _ in shapes]
-    head = PatchNCEHead(channels, dim=DIM, patches=patches, temperature=TEMPERATURE).to(context.device)
-    weights = list(head.parameters())
-    products = partial(torch.autocast, context.device.type, torch.bfloat16, enabled=half)
-
-    def ours(query_maps, key_maps):
-        with products():
-            loss = head(query_maps, key_maps)
-        return loss, *torch.autograd.grad(loss, [*query_maps, *weights])
-
-    energy = images == 1
-    yield from _with_graph([Provider(OURS, ours, energy=energy)], context)
-    drop_in = PatchSampleF(use_mlp=True, nc=DIM, in_channels=channels).to(context.device)
-    criterion = PatchNCELoss(loss_options(images, temperature=TEMPERATURE))
-    call = _as_published(drop_in, criterion, patches, products)
-    yield from _with_graph([Provider(f"{OURS}, drop-in classes", call)], context)
-    for checkout in context.published:
-        name = f"{checkout.name} classes"
-        if not _fits(context, images * patches, checkout.cosine, layers=len(shapes)):
-            yield Provider(name, _refuse, note="published")
-            continue
-        call = _as_published(*_classes(checkout, context, shapes, images), patches, products)
-        yield Provider(name, call, note="published", energy=energy)
-    if not context.published:
-        mlps = head.mlps(len(channels))
-
-        def plain(query_maps, key_maps):
-            with products():
-                loss = baselines.chain(query_maps, key_maps, mlps, patches=patches, temperature=TEMPERATURE)
-            return loss, *torch.autograd.grad(loss, [*query_maps, *weights])
-
-        yield Provider("CUT", plain, note=OWN_WRITING, energy=energy)
-
-
-def _classes(checkout: Checkout, context: Context, shapes, images: int) -> tuple[Any, Any]:
-    """Their sampler and their loss."""
-    gpus = [context.device.index or 0] if context.device.type == "cuda" else []
-    sampler = checkout.sampler(use_mlp=True, init_type="xavier", nc=DIM, gpu_ids=gpus)
-    sampler.create_mlp([torch.empty(1, channels, 1, 1) for channels, _ in shapes])
-    return sampler, checkout.losses()["PatchNCELoss"](loss_options(images, temperature=TEMPERATURE))
-
-
-def _as_published(sampler, criterion, patches: int, products: Callable[[], AbstractContextManager] = nullcontext):
-    """The way their training step calls the two classes (keys first, their ids for the queries), then gradients."""
-
-    def call(query_maps, key_maps):
-        with products():
-            keys, ids = sampler(key_maps, patches, None)
-            queries, _ = sampler(query_maps, patches, ids)
-            losses = [criterion(q, k).mean() for q, k in zip(queries, keys, strict=True)]
-            loss = sum(losses[1:], losses[0]) / len(losses)
-        return loss, *torch.autograd.grad(loss, [*query_maps, *sampler.parameters()])
-
-    return call
 
 
 # --- many rows ---------------------------------------------------------------------------------------------------
@@ -302,9 +171,9 @@ def infonce_cases(context: Context, sizes: Sequence[int] = (*GOALS, 1024, 4096))
         )
         yield case
     for rows in (1024, 16384) if context.large else ():
-        if rows in found and _fits(context, rows, width=dtype.itemsize):
+        if rows in found and fits_here(context, rows, width=dtype.itemsize):
             plain = partial(baselines.normalized_cross_entropy, temperature=TEMPERATURE)
-            yield _beside_ours(found[rows], _compiled_loss(PLAIN, plain))
+            yield beside_ours(found[rows], compiled_loss(PLAIN, plain))
 
 
 def _infonce_providers(context: Context, rows: int, dtype: torch.dtype) -> Iterator[Provider]:
@@ -313,10 +182,10 @@ def _infonce_providers(context: Context, rows: int, dtype: torch.dtype) -> Itera
     smallest = rows == (64 if context.quick else 256)  # said once
     note = f"not installed here: {', '.join(absent)}" if absent and smallest else ""
     energy = rows == 16384
-    yield from _with_graph([Provider(OURS, ours, note=note, energy=energy)], context)
+    yield from with_graph([Provider(OURS, ours, note=note, energy=energy)], context)
     if context.device.type == "cuda":  # elsewhere the promise changes nothing
         promised = query_gradient(partial(patch_nce, temperature=TEMPERATURE, unit_rows=True))
-        yield from _with_graph([Provider(f"{OURS}, unit rows", promised)], context)
+        yield from with_graph([Provider(f"{OURS}, unit rows", promised)], context)
     width = dtype.itemsize
     peers: list[tuple[str, Callable[[Tensor, Tensor], Tensor], str, bool]] = []
     for checkout in context.published:
@@ -328,8 +197,8 @@ def _infonce_providers(context: Context, rows: int, dtype: torch.dtype) -> Itera
     plain = partial(baselines.normalized_cross_entropy, temperature=TEMPERATURE)
     peers.append((PLAIN, plain, "", False))
     for name, loss, note, cosine in peers:
-        fits = _fits(context, rows, cosine, width)
-        yield Provider(name, query_gradient(loss) if fits else _refuse, note=note, energy=energy and loss is plain)
+        fits = fits_here(context, rows, cosine, width)
+        yield Provider(name, query_gradient(loss) if fits else refuse, note=note, energy=energy and loss is plain)
     attention = partial(baselines.sdpa_query_gradient, temperature=TEMPERATURE)
     yield Provider("attention(q, k, k)", attention, note="query gradient only, no loss")
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):  # PyTorch 2.13 and later
@@ -337,8 +206,8 @@ def _infonce_providers(context: Context, rows: int, dtype: torch.dtype) -> Itera
         yield Provider("F.linear_cross_entropy", chunked, note="chunked")
     for library, loss in _libraries():
         if loss is not None:
-            fits = library.linear_memory or _fits(context, rows, width=width)
-            yield Provider(library.name, query_gradient(loss) if fits else _refuse, note=library.note)
+            fits = library.linear_memory or fits_here(context, rows, width=width)
+            yield Provider(library.name, query_gradient(loss) if fits else refuse, note=library.note)
 
 
 def _libraries() -> Iterator[tuple[baselines.Library, baselines.Loss | None]]:
@@ -350,7 +219,7 @@ def _libraries() -> Iterator[tuple[baselines.Library, baselines.Loss | None]]:
             yield library, None
 
 
-def _fits(context: Context, rows: int, cosine: bool = False, width: int = 4, layers: int = 1) -> bool:
+def fits_here(context: Context, rows: int, cosine: bool = False, width: int = 4, layers: int = 1) -> bool:
     """Whether an eager loss fits: about six matrices of logits, or four broadcast (rows, rows, dim) products, a layer.
 
     All layers' are alive when the gradient is taken.
@@ -359,5 +228,5 @@ def _fits(context: Context, rows: int, cosine: bool = False, width: int = 4, lay
     return layers * wanted < context.free_bytes()
 
 
-def _refuse(*_):
+def refuse(*_):
     raise MemoryError("its intermediates are larger than what a provider may take here")

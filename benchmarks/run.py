@@ -57,7 +57,7 @@ class Part:
 
 # the most important first: what is cut off is what comes last, and the compiler takes whatever it is given
 PARTS = [
-    Part("chain", "benchmarks.loss", "chain", 40),
+    Part("chain", "benchmarks.chain", "chain", 40),
     Part("infonce", "benchmarks.loss", "infonce", 30),
     Part("cut", "benchmarks.step", "cut", 100),
     Part("dual", "benchmarks.step", "dual", 130),

@@ -9,7 +9,8 @@ import itertools
 from collections.abc import Iterator
 
 from benchmarks.cases import Context, Row
-from benchmarks.loss import GOALS, chain_case, infonce_cases, layer_shapes
+from benchmarks.chain import chain_case, layer_shapes
+from benchmarks.loss import GOALS, infonce_cases
 from benchmarks.measure import measure
 from benchmarks.step import FASTCUT_STEPS, our_provider, step_case, step_providers
 from benchmarks.waterfall import fall

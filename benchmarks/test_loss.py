@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
 
-from benchmarks import loss
+from benchmarks import chain, loss
 from fastnce.timing import synchronize
 
 
@@ -39,5 +39,5 @@ def test_infonce(benchmark, work):
 
 
 test_patchnce.cases = loss.patchnce_cases
-test_chain.cases = loss.chain_cases
+test_chain.cases = chain.chain_cases
 test_infonce.cases = loss.infonce_cases

@@ -16,6 +16,7 @@ import torch
 from benchmarks import (
     baselines,
     cases,
+    chain,
     compiled,
     count,
     loss,
@@ -603,8 +604,8 @@ def test_memory_of_all_layers_is_asked_for():
     rows = 256
     one = 4 * rows * rows * loss.DIM * 4
     layers = context.free_bytes() // one
-    assert loss._fits(context, rows, cosine=True, layers=layers - 1)
-    assert not loss._fits(context, rows, cosine=True, layers=layers + 1)
+    assert loss.fits_here(context, rows, cosine=True, layers=layers - 1)
+    assert not loss.fits_here(context, rows, cosine=True, layers=layers + 1)
 
 
 def test_the_commit_is_not_that_of_a_folder_above(tmp_path, monkeypatch):
@@ -722,7 +723,7 @@ def test_baselines_compute_the_definition(images):
 def test_every_provider_of_the_chain_does_the_same_work():
     context = cases.Context(CPU, quick=True)
     torch.manual_seed(0)
-    (case,) = loss.chain_cases(context)
+    (case,) = chain.chain_cases(context)
     inputs = case.make_inputs()
     results = [provider.call(*inputs) for provider in case.providers]
     shapes = [[tuple(t.shape) for t in result] for result in results]

@@ -14,8 +14,8 @@ import torch
 from benchmarks import (
     brief,
     cases,
+    chain,
     check,
-    loss,
     outcomes,
     profiled,
     run,
@@ -476,7 +476,7 @@ def test_the_parts_of_the_check_on_a_gpu(planned, monkeypatch):  # noqa: F811
         ours, theirs = case.providers
         assert (ours.name, ours.mode) == ("fastnce bf16", "captured")
         assert theirs.note == "stands in for the published step"
-    monkeypatch.setattr(loss, "_chain_providers", lambda *_: iter(()))  # they would be built on the device
+    monkeypatch.setattr(chain, "_chain_providers", lambda *_: iter(()))  # they would be built on the device
     monkeypatch.setattr(cases.Context, "free_bytes", lambda _: 2**36)
     cases_of_loss = planned(short.loss, short)
     assert [(case.benchmark, case.size["patches"], case.size["images"]) for case in cases_of_loss] == [
