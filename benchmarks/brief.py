@@ -53,12 +53,20 @@ def summary(report: Report) -> list[str]:
     ]
     lines: list[str] = []
     for most, section in sections:
-        found = [part for line in section for part in _wrapped(line)]
+        found = [part for line in _told(section) for part in _wrapped(line)]
         if len(found) > most:
             found = [*found[: most - 1], f"    ... {len(found) - most + 1} more lines: see the files"]
         lines += found
     assert len(lines) <= LINES
     return lines
+
+
+def _told(section: Iterator[str]) -> Iterator[str]:
+    """The lines of a section; one about the fault, where what was found is not as it should be."""
+    try:
+        yield from section
+    except Exception as error:  # the other sections are worth having, and so is the exit code
+        yield f"a section of this summary failed: {type(error).__name__}: {error}"
 
 
 def _wrapped(line: str) -> list[str]:

@@ -114,7 +114,7 @@ FIRST = [
     Stage("steps", 110, _part("steps")),
     Stage("profile", 45, command=lambda o: _module("profiled", str(o.out / "profile.csv"))),
     Stage("waterfall", 60, _part("fall")),
-    Stage("growth", 22, _part("growth")),
+    Stage("growth", 22, _part("grow")),
     Stage("data", 13, _part("data")),
     Stage("compiled", 60, _part("one compiled")),
 ]

@@ -73,6 +73,7 @@ SHORT = [
     Part("loss", "benchmarks.short", "loss", 55),
     Part("steps", "benchmarks.short", "steps", 110),
     Part("fall", "benchmarks.short", "waterfall", 60),
+    Part("grow", "benchmarks.short", "growth", 22),
     Part("one compiled", "benchmarks.short", "compiled", 60),
 ]
 """What `check.py` measures besides."""

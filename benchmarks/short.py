@@ -13,6 +13,7 @@ from benchmarks.chain import chain_case, layer_shapes
 from benchmarks.loss import GOALS, infonce_cases
 from benchmarks.measure import measure
 from benchmarks.step import FASTCUT_STEPS, our_provider, step_case, step_providers
+from benchmarks.step import growth as step_growth
 from benchmarks.waterfall import fall
 
 STEPS = (("cut", 1), ("cut", 8), ("fastcut", 1), ("dclgan", 1), ("dcdgan-released", 1))
@@ -44,8 +45,15 @@ def steps(context: Context) -> Iterator[Row]:
 
 def waterfall(context: Context) -> Iterator[Row]:
     """What each part of the speed brings to CUT's step, with 1 and with 8 pictures."""
+    context.cases = 32  # building sixteen steps takes most of the time
     for images in (1, 8) if context.large else (1,):
         yield from fall("cut", images, context)
+
+
+def growth(context: Context) -> Iterator[Row]:
+    """Our CUT step against batch size, resolution and patches a layer."""
+    context.cases = 24
+    yield from step_growth(context)
 
 
 def compiled(context: Context) -> Iterator[Row]:

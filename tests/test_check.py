@@ -228,6 +228,14 @@ def test_the_summary_fits_whatever_was_found():
     assert brief.summary(brief.Report())  # nothing found at all
 
 
+def test_a_faulty_section_costs_no_other():
+    report = brief.Report(machine={"device": "A device", "ceilings": "none"})
+    report.stages = [brief.Outcome("smoke", 10.0, 9.0)]
+    lines = brief.summary(report)
+    assert "a section of this summary failed: AttributeError" in lines[1]
+    assert lines[2].startswith("smoke")
+
+
 def test_goals_are_told_with_what_was_found():
     report = brief.Report()
     report.rows = [
