@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastnce.engine.cudagraph import WARM_UP, Graphs, pick_graph
-from fastnce.engine.optim import OptimOptions
+from fastnce.engine.optim import OptimOptions, ParameterGroup
 from fastnce.engine.step import Step
 from fastnce.methods import PRESETS, Batch, Draws
 from fastnce.nce import api
@@ -284,6 +284,18 @@ def test_a_step_asks_nothing_of_the_host(preset, monkeypatch):
     with AsksTheHost() as watch:
         step.run(batch, Draws())
     assert watch.count > 100
+    assert not watch.found
+
+
+def test_an_update_to_be_traced_asks_nothing_of_the_host():
+    """What is compiled as part of the step is recorded with it."""
+    layer = torch.nn.Linear(5, 3)
+    group = ParameterGroup((layer,), 1e-2, (0.5, 0.999))
+    group.prepare()
+    gradients, scale = tuple(torch.randn_like(p) for p in layer.parameters()), torch.tensor(1024.0)
+    with AsksTheHost() as watch:
+        group.update_traced(gradients, scale)
+    assert watch.count > 10
     assert not watch.found
 
 
