@@ -484,6 +484,24 @@ def test_a_whole_compiled_step_is_one_graph_and_the_same():
             torch.testing.assert_close(other[key], tensor, rtol=1e-7, atol=2e-9, msg=key)
 
 
+@pytest.mark.skipif(not hasattr(torch._dynamo.config, "trace_autograd_ops"), reason="PyTorch does not trace gradients")
+def test_a_whole_step_that_is_compiled_anew_stays_whole():
+    """Whatever the reason: later steps are run without the setting that compiling needs."""
+    torch._dynamo.reset()
+    step = Step(small_method(nce_idt=False), OptimOptions(), compile="whole", backend="aot_eager")
+    graphs = []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*not whole")
+        for number in range(3):
+            if number == 1:
+                step.method.options.lambda_gan = 2.0
+            step.run(random_batch(), Draws())
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] < graphs[1] == graphs[2]
+    assert step.whole is not None
+    assert step.whole.usable
+
+
 @pytest.mark.parametrize("kind", [torch.float64, torch.float32])
 def test_the_update_that_a_compiler_traces_is_adams(kind):
     layers = [torch.nn.Linear(5, 3).to(kind) for _ in range(2)]

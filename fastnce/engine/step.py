@@ -134,6 +134,7 @@ class Step:
     def compute(self, batch: Batch, draws: Draws) -> Losses:
         """`run`, launch by launch: what is recorded. Nothing in here waits for the device or asks it."""
         batch = Batch(*(pictures.contiguous(memory_format=self.layout) for pictures in batch))
+        self.method.prepare(batch)
         if self.whole is not None and self.whole.usable:
             losses, bad = self.whole(batch, draws)
         elif self.options.accumulate > 1:
