@@ -31,6 +31,7 @@ from fastnce.engine.optim import LossScale, OptimOptions, ParameterGroup, Weight
 from fastnce.engine.step import Step
 from fastnce.methods import CUT, Batch, CUTOptions, Draws, NetworkOptions
 from fastnce.training import train_run
+from tests.test_methods_more import build
 
 SMALL = [
     "network.generator=resnet_4blocks",
@@ -78,6 +79,20 @@ def test_the_schedule_is_the_published_one(full, decay):
         assert 2e-4 * schedule(epoch, full, decay) == pytest.approx(published.get_last_lr()[0], rel=1e-12)
         adam.step()
         published.step()
+
+
+def test_a_pool_lies_as_the_pictures_do_also_from_a_checkpoint():
+    """Judged together with real pictures, others that lie differently would change the layout of both."""
+    methods = [build("cyclegan", pool_size=2, network={"generator": "resnet_4blocks"}).float() for _ in range(2)]
+    steps = [Step(method, OptimOptions(), layout=torch.channels_last) for method in methods]
+    steps[0].run(random_batch(2), Draws())
+    steps[1].load_state({key: tensor.contiguous() for key, tensor in steps[0].state().items()})
+    steps[1].run(random_batch(2), Draws())
+    for method, step in zip(methods, steps, strict=True):
+        assert method.pool_b.pictures.is_contiguous(memory_format=torch.channels_last)
+        place = method.pool_b.pictures.data_ptr()
+        step.run(random_batch(2), Draws())
+        assert method.pool_b.pictures.data_ptr() == place
 
 
 def test_channels_last_weights_learn_the_same():

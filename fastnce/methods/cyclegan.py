@@ -49,18 +49,24 @@ class ImagePool(nn.Module):
         self.register_buffer("count", torch.zeros(1, dtype=torch.long))
 
     def prepare(self, like: Tensor, channels: int) -> None:
-        """Make room for pictures like these, with so many channels, unless it is there; ValueError for another size."""
+        """Make room for pictures like these, with so many channels, unless it is there; ValueError for another size.
+
+        They lie in memory as these do, also those of a checkpoint, which does not tell: what is judged together with
+        pictures of another layout would be computed in the slower one.
+        """
         shape = (channels, *like.shape[2:])
-        if self.size == 0 or self.pictures.shape[1:] == shape:
+        if self.size == 0:
             return
-        if self.pictures.numel():
+        if not self.pictures.numel():
+            self.pictures = like.new_zeros(self.size, *shape)
+        elif self.pictures.shape[1:] != shape:
             raise ValueError(
                 f"a pool of {tuple(self.pictures.shape[1:])} pictures cannot take {shape}: all crops of a run must be "
                 f"of one size, or loss.pool_size=0"
             )
-        kept = like.new_zeros(self.size, *shape)
         channels_last = like.is_contiguous(memory_format=torch.channels_last)
-        self.pictures = kept.to(memory_format=torch.channels_last) if channels_last else kept
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.pictures = self.pictures.contiguous(memory_format=layout)
 
     @torch.no_grad()
     def forward(self, fakes: Tensor, uniform: Tensor | None = None) -> Tensor:
@@ -73,7 +79,8 @@ class ImagePool(nn.Module):
         fakes = fakes.detach()
         if self.size == 0:
             return fakes
-        self.prepare(fakes, fakes.shape[1])
+        if self.pictures.shape[1:] != fakes.shape[1:]:
+            self.prepare(fakes, fakes.shape[1])
         if uniform is None:
             uniform = torch.rand(len(fakes), 2, device=fakes.device)
         judged = []
