@@ -1,6 +1,6 @@
 """The whole step in CUDA graphs: one launch in place of some thousand, so that the host no longer sets the pace.
 
-    graphs = Graphs(step.compute, CudaRecorder(device), settings=..., say=...)
+    graphs = Graphs(step.compute, CudaRecorder(device), settings=..., places=...)
     losses = graphs.run(batch, draws)
 
 The first steps of each kind run as they are, on a side stream, and count as training steps; the next one is recorded
