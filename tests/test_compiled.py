@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import warnings
 from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.config
+import torch.fx
+from torch._dynamo.backends.common import aot_autograd
 
+from fastnce import networks
+from fastnce.engine.compiled import TRACES_GRADIENTS
 from fastnce.engine.optim import OptimOptions
 from fastnce.engine.step import Step
-from fastnce.methods import PRESETS, Batch, NetworkOptions
+from fastnce.methods import PRESETS, Batch, Draws, NetworkOptions
 from fastnce.nce import api
+from fastnce.networks.restorer import Restorer
 
 SIDE = 32
 
@@ -67,3 +74,39 @@ def test_a_step_around_the_kernels_compiles_and_is_the_same(preset, changes, mon
     assert len(moments) > 20
     for key in moments:
         assert (other[key] - one[key]).norm() <= 1e-3 * one[key].norm(), key
+
+
+ASKS = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "_unique", "equal")
+"""Operators that give the host a value, or a shape, that is on the device: recording them in a CUDA graph fails."""
+
+
+@pytest.mark.skipif(not hasattr(torch._dynamo.config, TRACES_GRADIENTS), reason="this PyTorch does not trace gradients")
+@pytest.mark.parametrize("preset", ["cut", *(pytest.param(p, marks=pytest.mark.slow) for p in PRESETS if p != "cut")])
+def test_the_whole_graph_asks_nothing_of_the_device(preset, monkeypatch):
+    """In what is handed to the compiler: an operator may take a tensor of one element for a number, and read it.
+
+    It is compiled once: nothing that a first step makes is new to the second.
+    """
+    found: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs):
+        found.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(networks, "Restorer", functools.partial(Restorer, middle=2))
+    changes = {"sincut": {"patches": 4}, "dcdgan-plus": {"rendered_rain": "layers=1", "nce_layers": [4, 8]}}
+    method = method_of(preset, changes.get(preset, {}))
+    step = Step(method, OptimOptions(), "bf16", "whole", backend=aot_autograd(fw_compiler=keep))
+    images = 1 if preset == "simdcl" else 2
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            step.run(Batch(*(torch.rand(2, images, 3, SIDE, SIDE) * 2 - 1)), Draws())
+    if preset == "sincut" and any("`requires_grad_()`" in str(w.message) for w in said):
+        pytest.skip("this PyTorch (2.11) does not trace what R1 asks: a gradient with respect to the pictures")
+    assert step.whole is not None
+    assert step.whole.usable
+    assert len(found) == 1
+    called = [node.target for node in found[0].graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+    assert len(called) > 500
+    assert not [target for target in called if target.name().split("::")[1].split(".")[0] in ASKS]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import warnings
 import weakref
@@ -11,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastnce.engine.cudagraph import WARM_UP, Graphs, pick_graph
-from fastnce.engine.optim import OptimOptions
+from fastnce.engine.optim import OptimOptions, ParameterGroup
 from fastnce.engine.step import Step
 from fastnce.methods import PRESETS, Batch, Draws
 from fastnce.nce import api
@@ -176,6 +177,54 @@ def test_other_settings_are_recorded_anew(change, monkeypatch):
     assert (tape.warmed, tape.recorded) == (2 * WARM_UP, 2)
 
 
+def moved(owner, name: str) -> None:
+    """The same numbers at another place; `owner` is a dict or an object."""
+    if isinstance(owner, dict):
+        owner[name] = owner[name].clone()
+    else:
+        setattr(owner, name, getattr(owner, name).clone())
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        *("moments", "rate", "average", "pool", "count", "bank", "loss scale", "bad"),
+        "a loaded group",
+    ],
+)
+def test_state_that_moved_is_recorded_anew(what):
+    """A replay would write to where it was: that memory is another's by now, and what is there now would not learn."""
+    preset = "cyclegan" if what in ("pool", "count") else "dclgan"
+    changes = {"external": "bank", "bank_size": 8, "pool_size": 2, "nce_layers": [0, 4]}
+    method = build(preset, network={"generator": "resnet_4blocks"}, **changes).float()
+    tape = Tape()
+    precision = "fp16" if what == "loss scale" else "fp32"
+    step = tape.step = Step(method, OptimOptions(ema=0.9), precision, graph=tape)
+    numbers = itertools.count()
+    batch = pictures()
+    batch = Batch(batch.a.float(), batch.b.float())
+    for _ in range(WARM_UP + 2):
+        one_step(step, next(numbers), batch)
+    assert (tape.recorded, tape.replayed) == (1, 2)
+    moments = list(step.groups["G"].adam.state.values())[-1]
+    {
+        "moments": lambda: [moved(moments, key) for key in moments],
+        "rate": lambda: moved(step.groups["D"], "lr"),
+        "average": lambda: moved(step.averages["G_B"].average, "model.1.bias"),
+        "pool": lambda: moved(method.pool_b, "pictures"),
+        "count": lambda: moved(method.pool_b, "count"),
+        "bank": lambda: moved(method.bank_b, "rows_1"),
+        "loss scale": lambda: moved(step.loss_scale, "scale"),
+        "bad": lambda: moved(step, "bad_steps"),
+        "a loaded group": lambda: step.groups["D"].load_state(step.groups["D"].state()),
+    }[what]()
+    with pytest.warns(UserWarning, match="the step is recorded anew"):
+        one_step(step, next(numbers), batch)
+    for _ in range(WARM_UP + 1):
+        one_step(step, next(numbers), batch)
+    assert (tape.closed, tape.recorded, tape.replayed) == (1, 2, 4)
+
+
 def test_what_a_failed_recording_held_is_free_before_the_step_runs_again():
     """A recording that memory was too small for would otherwise be followed by a step without any."""
     held: list[weakref.ref] = []
@@ -284,6 +333,18 @@ def test_a_step_asks_nothing_of_the_host(preset, monkeypatch):
     with AsksTheHost() as watch:
         step.run(batch, Draws())
     assert watch.count > 100
+    assert not watch.found
+
+
+def test_an_update_to_be_traced_asks_nothing_of_the_host():
+    """What is compiled as part of the step is recorded with it."""
+    layer = torch.nn.Linear(5, 3)
+    group = ParameterGroup((layer,), 1e-2, (0.5, 0.999))
+    group.prepare()
+    gradients, scale = tuple(torch.randn_like(p) for p in layer.parameters()), torch.tensor(1024.0)
+    with AsksTheHost() as watch:
+        group.update_traced(gradients, scale)
+    assert watch.count > 10
     assert not watch.found
 
 

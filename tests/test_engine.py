@@ -31,6 +31,7 @@ from fastnce.engine.optim import LossScale, OptimOptions, ParameterGroup, Weight
 from fastnce.engine.step import Step
 from fastnce.methods import CUT, Batch, CUTOptions, Draws, NetworkOptions
 from fastnce.training import train_run
+from tests.test_methods_more import build
 
 SMALL = [
     "network.generator=resnet_4blocks",
@@ -78,6 +79,20 @@ def test_the_schedule_is_the_published_one(full, decay):
         assert 2e-4 * schedule(epoch, full, decay) == pytest.approx(published.get_last_lr()[0], rel=1e-12)
         adam.step()
         published.step()
+
+
+def test_a_pool_lies_as_the_pictures_do_also_from_a_checkpoint():
+    """Judged together with real pictures, others that lie differently would change the layout of both."""
+    methods = [build("cyclegan", pool_size=2, network={"generator": "resnet_4blocks"}).float() for _ in range(2)]
+    steps = [Step(method, OptimOptions(), layout=torch.channels_last) for method in methods]
+    steps[0].run(random_batch(2), Draws())
+    steps[1].load_state({key: tensor.contiguous() for key, tensor in steps[0].state().items()})
+    steps[1].run(random_batch(2), Draws())
+    for method, step in zip(methods, steps, strict=True):
+        assert method.pool_b.pictures.is_contiguous(memory_format=torch.channels_last)
+        place = method.pool_b.pictures.data_ptr()
+        step.run(random_batch(2), Draws())
+        assert method.pool_b.pictures.data_ptr() == place
 
 
 def test_channels_last_weights_learn_the_same():
@@ -482,6 +497,24 @@ def test_a_whole_compiled_step_is_one_graph_and_the_same():
     for key, tensor in one.items():
         if tensor.dim() > 1:  # a bias before a norm has no gradient but noise
             torch.testing.assert_close(other[key], tensor, rtol=1e-7, atol=2e-9, msg=key)
+
+
+@pytest.mark.skipif(not hasattr(torch._dynamo.config, "trace_autograd_ops"), reason="PyTorch does not trace gradients")
+def test_a_whole_step_that_is_compiled_anew_stays_whole():
+    """Whatever the reason: later steps are run without the setting that compiling needs."""
+    torch._dynamo.reset()
+    step = Step(small_method(nce_idt=False), OptimOptions(), compile="whole", backend="aot_eager")
+    graphs = []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*not whole")
+        for number in range(3):
+            if number == 1:
+                step.method.options.lambda_gan = 2.0
+            step.run(random_batch(), Draws())
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] < graphs[1] == graphs[2]
+    assert step.whole is not None
+    assert step.whole.usable
 
 
 @pytest.mark.parametrize("kind", [torch.float64, torch.float32])

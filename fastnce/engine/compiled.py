@@ -124,12 +124,7 @@ class CompiledWhole:
         """Update every network; returns losses, and 1.0 where a gradient was not finite."""
         began = time.perf_counter()
         try:
-            # a new kind of step is compiled; the setting itself costs a fraction of a millisecond
-            new = (
-                torch._dynamo.config.patch({TRACES_GRADIENTS: True}) if draws.flip not in self.kinds else nullcontext()
-            )
-            with new:
-                result = self.compiled(batch, draws)
+            result = self._compiled(batch, draws)
             self.kinds.add(draws.flip)
             self.seconds = self.seconds or time.perf_counter() - began
             return result
@@ -139,6 +134,18 @@ class CompiledWhole:
             warnings.warn(f"the step is compiled in parts, not whole: {_reason(error)}", stacklevel=2)
             self.usable = False
         return self.step._at_once(batch, draws)
+
+    def _compiled(self, batch: Batch, draws: Draws) -> tuple[Losses, Tensor]:
+        """The setting that compiling needs costs a fraction of a millisecond: known kinds do without."""
+        if draws.flip in self.kinds:
+            try:
+                return self.compiled(batch, draws)
+            except Exception as error:
+                if not _from_compiler(error):
+                    raise
+        # a new kind; or a known one that is compiled anew, which has not run by the time it fails
+        with torch._dynamo.config.patch({TRACES_GRADIENTS: True}):
+            return self.compiled(batch, draws)
 
     def _trace(self, batch: Batch, draws: Draws) -> tuple[Losses, Tensor]:
         step = self.step

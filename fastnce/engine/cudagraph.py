@@ -1,6 +1,6 @@
 """The whole step in CUDA graphs: one launch in place of some thousand, so that the host no longer sets the pace.
 
-    graphs = Graphs(step.compute, CudaRecorder(device), settings=..., say=...)
+    graphs = Graphs(step.compute, CudaRecorder(device), settings=..., places=...)
     losses = graphs.run(batch, draws)
 
 The first steps of each kind run as they are, on a side stream, and count as training steps; the next one is recorded
@@ -145,7 +145,9 @@ class Graphs:
     Args:
         compute: the step. It changes its state in place, computes on the device alone and returns losses.
         recorder: of the device.
-        settings: everything else that decides what is launched, and where the state lies; cheap, asked at every step.
+        settings: everything else that decides what is launched; cheap, asked at every step.
+        places: where the state lies that the step reads and writes; cheap, asked at every step that is recorded. The
+            warm-up may still make parts of it.
         layout: of the pictures in memory.
     """
 
@@ -154,12 +156,15 @@ class Graphs:
         compute: Compute,
         recorder: Recorder,
         settings: Callable[[], Hashable],
+        places: Callable[[], Hashable] = tuple,
         layout: torch.memory_format = torch.contiguous_format,
     ):
-        self.compute, self.recorder, self.settings, self.layout = compute, recorder, settings, layout
+        self.compute, self.recorder, self.layout = compute, recorder, layout
+        self.settings, self.places = settings, places
         self.kinds: dict[bool, _Kind] = {}
         self.inputs: Batch | None = None
         self._was: Hashable = None
+        self._lay: Hashable = None
         self._said: set[str] = set()
         self.failed = ""
         """Why nothing is recorded any more; empty while all is well."""
@@ -169,7 +174,8 @@ class Graphs:
         if self.failed or draws.patch_ids is not None:
             return self.compute(batch, draws)
         settings = self.settings()
-        if settings != self._was:
+        recorded = any(kind.graph is not None for kind in self.kinds.values())
+        if settings != self._was or (recorded and self.places() != self._lay):
             if self.kinds:
                 self._once("settings", "the step is recorded anew: settings, or where its weights lie, have changed")
                 self.reset()
@@ -190,6 +196,7 @@ class Graphs:
         if kind.graph is None:
             try:
                 kind.graph, kind.losses = self.recorder.record(lambda: self.compute(inputs, fixed))
+                self._lay = self.places()
             except Exception as error:
                 self._give_up(error)
         if self.failed:  # out here, where the error is gone: without what it held, the step may fit into memory

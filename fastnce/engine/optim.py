@@ -112,7 +112,8 @@ class ParameterGroup:
                 slopes = list(torch._foreach_mul(slopes, scale.reciprocal()))
             # what is not finite must not reach the moments, not even times 0
             slopes = [torch.where(bad, torch.zeros_like(g), g) for g in slopes]
-            torch._foreach_add_(steps, keep.float())
+            # one a step count: a lone tensor of one element would be read as a number, which waits for the device
+            torch._foreach_add_(steps, [keep.float()] * len(steps))
             count = steps[0].clamp_min(1.0).double()
             towards = torch._foreach_sub(slopes, means)
             torch._foreach_mul_(towards, keep * (1.0 - beta1))

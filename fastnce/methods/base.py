@@ -178,6 +178,10 @@ class Method(nn.Module):
         """The random choices that the host makes for one step."""
         return Draws()
 
+    def prepare(self, batch: Batch) -> None:
+        """Make state whose size follows from the pictures', unless it is there. It is called before every step: a step
+        that made some would be compiled twice, without it and with it."""
+
     def generate(self, batch: Batch, draws: Draws) -> Outputs:
         """Everything that the phases share: translated pictures and kept features."""
         raise NotImplementedError

@@ -44,9 +44,29 @@ class ImagePool(nn.Module):
         if size < 0:
             raise ValueError(f"pool_size must be at least 0, not {size}")
         self.size = size
-        # Made at the first use, because the size of the pictures is known only then.
+        # Made by `prepare`, because the size of the pictures is known only then.
         self.register_buffer("pictures", torch.empty(0))
         self.register_buffer("count", torch.zeros(1, dtype=torch.long))
+
+    def prepare(self, like: Tensor, channels: int) -> None:
+        """Make room for pictures like these, with so many channels, unless it is there; ValueError for another size.
+
+        They lie in memory as these do, also those of a checkpoint, which does not tell: what is judged together with
+        pictures of another layout would be computed in the slower one.
+        """
+        shape = (channels, *like.shape[2:])
+        if self.size == 0:
+            return
+        if not self.pictures.numel():
+            self.pictures = like.new_zeros(self.size, *shape)
+        elif self.pictures.shape[1:] != shape:
+            raise ValueError(
+                f"a pool of {tuple(self.pictures.shape[1:])} pictures cannot take {shape}: all crops of a run must be "
+                f"of one size, or loss.pool_size=0"
+            )
+        channels_last = like.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.pictures = self.pictures.contiguous(memory_format=layout)
 
     @torch.no_grad()
     def forward(self, fakes: Tensor, uniform: Tensor | None = None) -> Tensor:
@@ -60,14 +80,7 @@ class ImagePool(nn.Module):
         if self.size == 0:
             return fakes
         if self.pictures.shape[1:] != fakes.shape[1:]:
-            if self.pictures.numel():
-                raise ValueError(
-                    f"a pool of {tuple(self.pictures.shape[1:])} pictures cannot take {tuple(fakes.shape[1:])}: all "
-                    f"crops of a run must be of one size, or loss.pool_size=0"
-                )
-            kept = fakes.new_zeros(self.size, *fakes.shape[1:])
-            channels_last = fakes.is_contiguous(memory_format=torch.channels_last)
-            self.pictures = kept.to(memory_format=torch.channels_last) if channels_last else kept
+            self.prepare(fakes, fakes.shape[1])
         if uniform is None:
             uniform = torch.rand(len(fakes), 2, device=fakes.device)
         judged = []
@@ -115,6 +128,11 @@ class TwoWay(Method):
 
     def extra_state_modules(self) -> dict[str, nn.Module]:
         return {"pool_A": self.pool_a, "pool_B": self.pool_b} if self.pool_a.size else {}
+
+    def prepare(self, batch: Batch) -> None:
+        """Pools: a fake has its input's size, and the channels of the domain that it is made for."""
+        self.pool_b.prepare(batch.a, batch.b.shape[1])
+        self.pool_a.prepare(batch.b, batch.a.shape[1])
 
     def groups(self) -> dict[str, Group]:
         return {
