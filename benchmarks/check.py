@@ -40,7 +40,7 @@ LOG_BYTES = 1_500_000
 
 FIRST_TESTS = ("kernels_gpu", "layers_gpu", "weights", "data", "inference", "engine_gpu")
 OF_THE_ENGINE = "(bf16 and (cut or dcdgan)) or random or failed or finite"
-"""Tests of the engine in the first call; the second call has the others."""
+"""Tests of the engine in the first call; the second call has the others, and whole runs."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Stage:
 
 def pytest_command(rest: bool) -> list[str]:
     """The command of the tests on a GPU; `rest` takes the engine's others."""
-    files = ["engine_gpu"] if rest else FIRST_TESTS
+    files = ("engine_gpu", "recorded_run") if rest else FIRST_TESTS
     chosen = f"not ({OF_THE_ENGINE})" if rest else f"not engine_gpu or {OF_THE_ENGINE}"
     command = [sys.executable, "-m", "pytest", "-p", "benchmarks.outcomes", "--tb=short", "-p", "no:cacheprovider"]
     if _has("xdist"):

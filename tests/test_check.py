@@ -296,7 +296,7 @@ def test_each_test_of_the_engine_is_in_one_of_the_calls():
     kept, rest = (check.pytest_command(rest=rest) for rest in (False, True))
     assert kept[kept.index("-k") + 1] == f"not engine_gpu or {check.OF_THE_ENGINE}"
     assert rest[rest.index("-k") + 1] == f"not ({check.OF_THE_ENGINE})"
-    assert [word for word in rest if word.endswith(".py")] == ["tests/test_engine_gpu.py"]
+    assert [word for word in rest if word.endswith(".py")] == ["tests/test_engine_gpu.py", "tests/test_recorded_run.py"]
 
 
 # --- compiled kernels that travel --------------------------------------------------------------------------------
