@@ -69,15 +69,17 @@ _NCE: dict[tuple[str, int, bool, Form | None], Tile] = {
     ("sm_90", 64, True, None): Tile(128, 64, 8, 3),
     # twice the blocks of 32 rows: five layers of 256 rows in both directions are 160, and there are 132 processors
     ("sm_90", 256, False, None): Tile(16, 64, 4, 2),
+    ("sm_90", 256, False, "checked"): Tile(16, 64, 8, 2),
     ("sm_90", 256, False, "unit, extra"): Tile(32, 64, 8, 2),
-    ("sm_90", 256, False, "checked, extra"): Tile(32, 64, 8, 2),
     ("sm_90", 256, False, "online, extra"): Tile(32, 64, 8, 2),
     ("sm_90", 128, False, None): Tile(16, 64, 4, 2),
     ("sm_90", 64, False, None): Tile(16, 64, 4, 2),
     ("sm_100", 128, True, None): Tile(128, 64, 8, 3),
     ("sm_100", 64, True, "unit"): Tile(128, 64, 8, 3),
-    ("sm_100", 64, True, "online"): Tile(128, 64, 8, 3),
+    ("sm_100", 64, True, "checked, extra"): Tile(32, 64, 8, 2),
+    ("sm_100", 256, False, "online"): Tile(16, 64, 8, 2),
     ("sm_80", 256, True, "checked, extra"): Tile(32, 64, 8, 2),
+    ("sm_80", 128, True, "unit, extra"): Tile(32, 64, 8, 2),
     ("sm_80", 128, True, "any"): Tile(32, 64, 8, 2),
     ("sm_86", 64, True, "any"): Tile(32, 64, 8, 2),
     ("sm_89", 64, True, "any"): Tile(32, 64, 8, 2),
@@ -103,6 +105,7 @@ MANY_ROWS = 8192
 _NCE_TF32 = {
     # (architecture, width), for every form
     ("sm_90", 256): Tile(32, 64, 8, 2),
+    ("sm_100", 128): Tile(32, 64, 8, 2),
 }
 
 
