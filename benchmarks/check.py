@@ -267,8 +267,8 @@ def _take(stage: Stage, options: argparse.Namespace, report: brief.Report, outco
     if stage.name == "smoke":
         with contextlib.suppress(OSError, ValueError):
             report.smoke = json.loads((options.work / "smoke.json").read_text())
-        if counted := report.smoke.get("compilations"):
-            outcome.lines.append(triton_cache.Counted(**counted).sentence())
+        counted = triton_cache.Counted(**report.smoke.get("compilations", {})).sentence()
+        outcome.lines += [counted] * (counted not in outcome.trouble)
     elif stage.name == "tests":
         report.tests = outcomes.read(options.work / OUTCOMES)
     elif stage.name == "profile":
