@@ -124,8 +124,8 @@ class Context:
         refused: by `Row.key`, why a provider is not to be run again: it hung or took the process down before.
         done: keys of rows that an earlier process of the part has measured.
         patience: seconds that one provider's first calls may take.
-        share: of what is left of the part's time, which they may take at most; but always `compiling`, if that much
-            is left: kernels may have to be compiled.
+        share: of what is left of the part's time, which they may take at most.
+        compiling: seconds that they may take whatever is left: kernels may have to be compiled.
         cases: for how many cases the part's time is to last.
         side: of the pictures of steps, where the usual one is not wanted.
         counts: what steps cost, as far as it was worked out already.

@@ -124,7 +124,8 @@ def _chain_providers(context: Context, shapes, images: int, patches: int, half: 
             yield Provider(name, refuse, note="published")
             continue
         call = _as_published(*_classes(checkout, context, shapes, images), patches, products)
-        yield Provider(name, call, note="published", energy=energy)
+        note = "published classes, under our autocast" if half else "published"
+        yield Provider(name, call, note=note, energy=energy)
     if not context.published:
         mlps = head.mlps(len(channels))
 

@@ -1,4 +1,4 @@
-"""The most evidence that one call of a GPU can bring, in under ten minutes, and a second look in four more.
+"""Everything worth measuring on a GPU within ten minutes, and a second program of four.
 
 python benchmarks/check.py --out DIR --published fetched/cut fetched/dclgan fetched/dcdgan --cache fetched/triton.tar.xz
 python benchmarks/check.py --second --out DIR --data fetched/horse2zebra      # parity, more tests, a training
@@ -20,17 +20,21 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+BEGAN = time.monotonic()
+"""Before PyTorch is imported, which may take its time from a cold disk."""
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # started as a script: the repository is not on the path yet
 
 from benchmarks import brief, outcomes, profiled, run, triton_cache, watch  # noqa: E402
+from benchmarks.published import find_checkouts  # noqa: E402
 
-MINUTES, MINUTES_SECOND = 9.6, 4.0
+MINUTES, MINUTES_SECOND = 9.5, 4.0
 LAST_SECONDS = 10.0
 """Kept for the summary."""
 LEAST_SECONDS = 6.0
@@ -45,7 +49,9 @@ OF_THE_ENGINE = "(bf16 and (cut or dcdgan)) or random or failed or finite"
 
 @dataclass(frozen=True)
 class Stage:
-    """Something to find out, and its share of the time in seconds; the last one of a plan takes what is left.
+    """Something to find out, and its share of the time in seconds.
+
+    It may also take half of what the stages before it have left; the last one of a plan takes all that is left.
 
     part: of `run.py`'s, which leaves rows; else command: what to execute, given the options.
     """
@@ -79,7 +85,7 @@ def _module(name: str, *arguments: str) -> list[str]:
 def _parity(options: argparse.Namespace) -> list[str]:
     program = [sys.executable, str(ROOT / "benchmarks" / "parity.py"), "--device", "cuda", "--steps", "2000"]
     data = ["--data", str(options.data)] if options.data else []
-    return [*program, *data, "--minutes", "1.8", "--out", str(options.out / "parity")]
+    return [*program, *data, "--minutes", f"{1.4 * options.slower:g}", "--out", str(options.out / "parity")]
 
 
 def _training(options: argparse.Namespace) -> list[str]:
@@ -119,15 +125,17 @@ FIRST = [
     Stage("compiled", 60, _part("one compiled")),
 ]
 SECOND = [
-    Stage("parity", 115, command=_parity),
+    Stage("ceilings", 15, _part("machine")),
+    Stage("parity", 110, command=_parity),
     Stage("tests", 45, command=lambda o: pytest_command(rest=True)),
-    Stage("training", 60, command=_training),
+    Stage("training", 55, command=_training),
 ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0 when it came to its end, whatever it found; 2 for a wrong command."""
     options = _parse(argv)
+    options.began = BEGAN if argv is None else time.monotonic()
     plan = SECOND if options.second else FIRST
     if options.list:
         for stage in plan:
@@ -158,7 +166,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--only takes {', '.join(sorted(names))}, not {', '.join(unknown)}")
     if not options.list and options.out is None:
         parser.error("--out DIR is needed: where shall the results go?")
-    # a call of a GPU is too rare to be lost to something that was not carried along
+    for name in ("out", "cache", "data"):  # commands run in the root, wherever this was started
+        if getattr(options, name) is not None:
+            setattr(options, name, getattr(options, name).absolute())
     if options.data is not None and not (options.data / "trainA").is_dir():
         print(f"warning: {options.data} has no folder trainA: done with the demo's photographs", file=sys.stderr)
         options.data = None
@@ -167,7 +177,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _check(options: argparse.Namespace, plan: list[Stage]) -> int:
-    end = time.monotonic() + 60 * options.minutes
+    end = options.began + 60 * options.minutes
     options.left = lambda: end - time.monotonic()
     options.out.mkdir(parents=True, exist_ok=True)
     for old in ("results.json", "results.csv", "profile.csv", "summary.txt", run.LOGS):
@@ -179,17 +189,24 @@ def _check(options: argparse.Namespace, plan: list[Stage]) -> int:
     if not options.quick and options.device != "cpu":  # a CPU that is itself measured is left alone
         counting = watch.fork(lambda: run.count(options.run), options.work / "count.log")
     for index, stage in enumerate(plan):
-        later = sum(s.seconds for s in plan[index + 1 :])
         left = options.left() - LAST_SECONDS
-        seconds = left if stage is plan[-1] else min(stage.seconds, left - 0.5 * later)
+        spare = left - sum(s.seconds for s in plan[index:])
+        seconds = left if stage is plan[-1] else min(left, stage.seconds + 0.5 * max(0.0, spare))
         began = time.monotonic()
         if seconds < LEAST_SECONDS:
             outcome = brief.Outcome(stage.name, seconds, 0.0, "not begun: the time is over")
         else:
-            outcome = _run(stage, options, report, seconds)
+            try:
+                outcome = _run(stage, options, report, seconds)
+            except Exception as error:  # of this program: the other stages are worth having
+                traceback.print_exc()
+                outcome = brief.Outcome(stage.name, seconds, 0.0, f"{type(error).__name__}: {error}")
         outcome.seconds = time.monotonic() - began
         report.stages.append(outcome)
-        _write(options.out, report)
+        try:
+            _write(options.out, report)
+        except Exception:  # such as a full disk: the summary is printed all the same
+            traceback.print_exc()
         said = f"{stage.name}: {outcome.seconds:.0f} of {outcome.share:.0f} s {outcome.trouble}"
         print(said, file=sys.stderr, flush=True)
     if counting is not None:
@@ -214,13 +231,23 @@ def _environment(options: argparse.Namespace, report: brief.Report) -> None:
 
 def _run_options(options: argparse.Namespace) -> argparse.Namespace:
     """Those that the parts of run.py want."""
-    words = ["--out", str(options.out), *(["--published", *options.published] if options.published else [])]
+    there = [folder for folder in options.published if _checkout(folder)]
+    words = ["--out", str(options.out), *(["--published", *there] if there else [])]
     words += ["--quick"] if options.quick else []
     words += ["--device", options.device] if options.device else []
     found = run.parse(words)
     found.work = options.work
     (options.work / run.FACTS).write_text("{}")  # a part wants it, whether or not the ceilings were measured
     return found
+
+
+def _checkout(folder: str) -> bool:
+    """Whether the folder is a checkout, or holds some; what is incomplete costs only what needs it."""
+    try:
+        return bool(find_checkouts([folder]))
+    except ValueError as error:
+        print(f"warning: {error}: measured without it", file=sys.stderr)
+        return False
 
 
 def _run(stage: Stage, options: argparse.Namespace, report: brief.Report, seconds: float) -> brief.Outcome:
@@ -257,7 +284,8 @@ def _take_facts(options: argparse.Namespace, report: brief.Report) -> None:
     with contextlib.suppress(OSError, ValueError):
         report.machine |= json.loads((options.work / run.FACTS).read_text())
     checkouts = [checkout.name for checkout in options.run.checkouts]
-    more = [*(["--published", *checkouts] if checkouts else []), *(["--cache FILE"] if options.cache else [])]
+    more = ["--second"] * options.second + (["--published", *checkouts] if checkouts else [])
+    more += ["--cache", "FILE"] * bool(options.cache) + (["--only", *options.only] if options.only else [])
     report.machine |= {"published": checkouts, "command": " ".join(["python benchmarks/check.py --out DIR", *more])}
     (options.work / run.FACTS).write_text(json.dumps(report.machine))
 
@@ -277,19 +305,16 @@ def _take(stage: Stage, options: argparse.Namespace, report: brief.Report, outco
         grids = sorted((options.work / "training" / "samples").glob("*.png"))
         for grid in grids[-2:]:
             shutil.copy(grid, options.out / f"fastcut-{grid.name}")
-        lines = [line for line in words.splitlines() if line.strip()]
-        outcome.lines += lines[-1:]
+        outcome.lines += [line for line in words.splitlines() if line.strip()][-1:]
+    elif stage.name == "parity":
+        outcome.lines += [" ".join(line.split()) for line in words.splitlines() if line.strip()][-4:]
 
 
 def _write(out: Path, report: brief.Report) -> None:
     """All that is known, so that whatever ends the check now costs only what comes after."""
     status = {stage.name: stage.trouble or f"ran in {stage.seconds:.0f} s" for stage in report.stages}
-    run.write_results(out, report.rows, report.machine, status)
-    results = json.loads((out / "results.json").read_text())
-    results |= {"stages": [asdict(stage) for stage in report.stages], "smoke": report.smoke, "tests": report.tests}
-    part = out / "results.part"
-    part.write_text(json.dumps(results, indent=1) + "\n")
-    part.replace(out / "results.json")
+    stages = [asdict(stage) for stage in report.stages]
+    run.write_results(out, report.rows, report.machine, status, stages=stages, smoke=report.smoke, tests=report.tests)
     (out / "summary.txt").write_text("\n".join(brief.summary(report)) + "\n")
 
 

@@ -190,7 +190,8 @@ def _infonce_providers(context: Context, rows: int, dtype: torch.dtype) -> Itera
     peers: list[tuple[str, Callable[[Tensor, Tensor], Tensor], str, bool]] = []
     for checkout in context.published:
         published = checkout.losses()["PatchNCELoss"](loss_options(temperature=TEMPERATURE))
-        peers.append((f"{checkout.name} PatchNCELoss", published, "published", checkout.cosine))
+        given = "published" if dtype == torch.float32 else "published class, given bfloat16 rows"
+        peers.append((f"{checkout.name} PatchNCELoss", published, given, checkout.cosine))
     if not context.published:
         peers.append(("CUT", partial(baselines.cut_loss, temperature=TEMPERATURE), OWN_WRITING, False))
         peers.append(("DCLGAN", partial(baselines.dclgan_loss, temperature=TEMPERATURE), OWN_WRITING, True))

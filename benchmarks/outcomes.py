@@ -5,6 +5,7 @@ FASTNCE_OUTCOMES=FILE.jsonl python -m pytest -p benchmarks.outcomes tests
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -28,5 +29,9 @@ def pytest_runtest_logreport(report: Any) -> None:
 
 def read(file: Path) -> list[dict[str, Any]]:
     """The last word on each test; none where there is no file."""
-    lines = file.read_text().splitlines() if file.exists() else []
-    return list({line["name"]: line for line in map(json.loads, lines)}.values())
+    found = {}
+    for words in file.read_text().splitlines() if file.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):  # a line that a killed process did not finish
+            line = json.loads(words)
+            found[line["name"]] = line
+    return list(found.values())

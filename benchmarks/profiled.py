@@ -9,8 +9,10 @@ A line a kernel, the longest first, at most 60 a step and one for the rest; the 
 from __future__ import annotations
 
 import csv
+import gc
 import os
 import sys
+import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
@@ -78,15 +80,17 @@ def launches_of(profile: Any) -> list[Launch]:
 
 def replayed(name: str, images: int, device: torch.device, network: dict[str, Any], side: int) -> list[Launch]:
     """The launches of one replay of our step in bfloat16."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities):  # its library is there before a graph is made
+        torch.ones(1, device=device).add_(1)
+        torch.cuda.synchronize(device)
     step = build(name, network, device, "bf16", {"graph": True}, {})
     batch = Batch(*pictures(images, side, device))
     warm(step, batch)
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    for _ in range(2):  # the first one starts the profiler's library
+    torch.cuda.synchronize(device)
+    with torch.profiler.profile(activities=activities) as profile:
+        step.run(batch, Draws())
         torch.cuda.synchronize(device)
-        with torch.profiler.profile(activities=activities) as profile:
-            step.run(batch, Draws())
-            torch.cuda.synchronize(device)
     launches = launches_of(profile)
     step.close()
     return launches
@@ -121,11 +125,19 @@ def read(file: Path) -> list[Line]:
 
 def main(arguments: Sequence[str], network: dict[str, Any] | None = None, side: int = 256) -> int:
     """Profile and write; 1 where a step fails, or the profiler sees nothing."""
-    os.environ.setdefault("TEARDOWN_CUPTI", "0")  # or the second use of the profiler in a process may see no graphs
+    # or the second use of the profiler in a process may see no graphs
+    os.environ.setdefault("TEARDOWN_CUPTI", "0")
+    os.environ.setdefault("DISABLE_CUPTI_LAZY_REINIT", "1")
     found: list[Line] = []
     missing = 0
     for name, images in STEPS:
-        lines = lines_of(name, images, replayed(name, images, torch.device("cuda"), network or {}, side))
+        try:
+            lines = lines_of(name, images, replayed(name, images, torch.device("cuda"), network or {}, side))
+        except Exception:  # such as out of memory: the other steps are worth having
+            traceback.print_exc()
+            lines = []
+        gc.collect()
+        torch.cuda.empty_cache()
         found += lines
         write(Path(arguments[0]), found)
         missing += not lines

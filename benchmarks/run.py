@@ -305,16 +305,24 @@ def _command(options: argparse.Namespace) -> str:
     return " ".join(words)
 
 
-def write_results(out: Path, rows: list[dict[str, Any]], machine: dict[str, Any], status: dict[str, str]) -> None:
-    """results.csv (a line a row, empty where not measured) and results.json (the same, with the machine)."""
+def write_results(
+    out: Path, rows: list[dict[str, Any]], machine: dict[str, Any], status: dict[str, str], **more: Any
+) -> None:
+    """results.json, with the machine and `more`; results.csv, a line a row, empty where not measured, if there are any.
+
+    Whatever ends the process meanwhile, each file is whole: as it was before, or as it is now.
+    """
     columns = [f.name for f in fields(Row)]
-    with (out / "results.csv").open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*columns, *MACHINE_COLUMNS])
-        for row in rows:
-            writer.writerow([row[name] for name in columns] + [machine.get(name) for name in MACHINE_COLUMNS])
-    results = {"machine": machine, "parts": status, "rows": rows}
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    if rows:
+        with (out / "results.csv.part").open("w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow([*columns, *MACHINE_COLUMNS])
+            for row in rows:
+                writer.writerow([row[name] for name in columns] + [machine.get(name) for name in MACHINE_COLUMNS])
+        (out / "results.csv.part").replace(out / "results.csv")
+    results = {"machine": machine, "parts": status, "rows": rows, **more}
+    (out / "results.json.part").write_text(json.dumps(results, indent=1) + "\n")
+    (out / "results.json.part").replace(out / "results.json")
 
 
 if __name__ == "__main__":

@@ -230,7 +230,7 @@ def check_steps(device: torch.device, size: Size) -> Iterator[Result]:
                 for key, tensor in recorded.state().items():
                     tensor.copy_(state[key])
             expected, found = (_losses(step, batch, number) for step in (plain, recorded))
-            worst = max(worst, *(abs(found[key] - loss) / max(abs(loss), 0.1) for key, loss in expected.items()))
+            worst = max(worst, *(abs(found[key] - loss) / (1.0 + abs(loss)) for key, loss in expected.items()))
         trouble = "" if recorded.graphs is None else recorded.graphs.failed
         yield f"{name}: recorded step{f' failed: {trouble}' if trouble else ''}", worst, 0.0 if trouble else 2e-2
         for step in (plain, recorded):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -63,12 +64,12 @@ def unpack(file: Path, folder: Path) -> int:
     try:
         with tarfile.open(file) as archive:
             archive.extractall(folder, filter="data")
-    except (OSError, tarfile.TarError) as error:
+        for path in folder.glob(f"*/{GROUP}*"):
+            names = json.loads(path.read_text())["child_paths"]
+            path.write_text(json.dumps({"child_paths": {name: str(path.parent / name) for name in names}}))
+            count += 1
+    except (OSError, EOFError, lzma.LZMAError, tarfile.TarError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} is no packed cache of compiled kernels: {error}") from None
-    for path in folder.glob(f"*/{GROUP}*"):
-        names = json.loads(path.read_text())["child_paths"]
-        path.write_text(json.dumps({"child_paths": {name: str(path.parent / name) for name in names}}))
-        count += 1
     return count
 
 

@@ -35,9 +35,8 @@ def pytest_runtest_teardown(item):
         try:
             torch.cuda.synchronize()
         except RuntimeError as error:
-            if (
-                "PYTEST_XDIST_WORKER" in os.environ
-            ):  # pytest-xdist then starts another worker for the tests that are left
+            # pytest-xdist then starts another worker for the tests that are left
+            if "PYTEST_XDIST_WORKER" in os.environ:
                 os._exit(3)
             pytest.exit(f"the device is lost since {item.nodeid}: {str(error).splitlines()[0]}", returncode=3)
 

@@ -177,7 +177,7 @@ class Graphs:
         recorded = any(kind.graph is not None for kind in self.kinds.values())
         if settings != self._was or (recorded and self.places() != self._lay):
             if self.kinds:
-                self._once("settings", "the step is recorded anew: settings, or where its weights lie, have changed")
+                self._once("settings", "the step is recorded anew: settings, or where its state lies, have changed")
                 self.reset()
             self._was = settings
         if self.inputs is None:

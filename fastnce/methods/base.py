@@ -179,8 +179,10 @@ class Method(nn.Module):
         return Draws()
 
     def prepare(self, batch: Batch) -> None:
-        """Make state whose size follows from the pictures', unless it is there. It is called before every step: a step
-        that made some would be compiled twice, without it and with it."""
+        """Make state whose size follows from the pictures', unless it is there.
+
+        Called before every step, so that a compiled step never makes state itself.
+        """
 
     def generate(self, batch: Batch, draws: Draws) -> Outputs:
         """Everything that the phases share: translated pictures and kept features."""
