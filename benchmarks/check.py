@@ -186,7 +186,7 @@ def _check(options: argparse.Namespace, plan: list[Stage]) -> int:
     _environment(options, report)
     options.run = _run_options(options)
     counting = None
-    if not options.quick and options.device != "cpu":  # a CPU that is itself measured is left alone
+    if not (options.second or options.quick or options.device == "cpu"):  # a CPU that is measured is left alone
         counting = watch.fork(lambda: run.count(options.run), options.work / "count.log")
     for index, stage in enumerate(plan):
         left = options.left() - LAST_SECONDS
