@@ -170,7 +170,7 @@ def merge_tile(arch: str, dtype: torch.dtype, width: int) -> Tile:
 def weight_gradient_tile(arch: str, dtype: torch.dtype, tf32: bool = False) -> Tile:
     """For `weight_gradient_kernel`: tiles of block_m x block_n weights."""
     if tf32:
-        return Tile(64, 64, 8 if arch == "sm_90" else 4, 2)
+        return Tile(64, 64, 8, 2) if arch == "sm_90" else Tile(32, 64, 4, 2)
     if dtype == torch.float32:
         return Tile(32, 32, 8, 1)
     # eight warps may have 128 registers each: the compiler misses that by eight bytes for sm_120
