@@ -95,6 +95,7 @@ _NCE: dict[tuple[str, int, bool, Form | None], Tile] = {
     ("sm_120", 256, True, "checked"): Tile(64, 32, 8, 2),
     ("sm_120", 256, True, "online"): Tile(64, 32, 8, 2),
     ("sm_120", 256, True, "checked, extra"): Tile(32, 64, 8, 2),
+    ("sm_120", 256, True, "online, extra"): Tile(32, 64, 8, 2),
     ("sm_120", 256, False, "checked"): Tile(16, 64, 8, 2),
     ("sm_120", 64, True, "any"): Tile(32, 64, 8, 2),
 }
@@ -108,6 +109,7 @@ _NCE_TF32 = {
     ("sm_90", 256): Tile(32, 64, 8, 2),
     ("sm_100", 128): Tile(32, 64, 8, 2),
     ("sm_100", 256): Tile(32, 64, 8, 2),
+    ("sm_120", 128): Tile(32, 64, 8, 2),
 }
 
 
@@ -153,7 +155,7 @@ def project_tile(arch: str, dtype: torch.dtype, width: int, rows: int, tf32: boo
     if arch.startswith("gfx"):  # four warps for their registers, see `_nce_amd`
         return Tile(16, 16, 4, 1) if width >= 512 or dtype == torch.float32 else Tile(16, 32, 4, 1)
     if tf32:
-        return Tile(16, 32 if width < 512 else 16, 8, 1)
+        return Tile(16, 32, 8, 1) if width < 512 else Tile(16, 16, 4, 1)
     if dtype == torch.float32:
         return Tile(16, 16, 16 if arch in ("sm_90", "sm_120") and width < 512 else 8, 1)
     small = width >= 512 or rows < MANY_ROWS or arch in ("sm_86", "sm_89")
