@@ -77,6 +77,7 @@ _NCE: dict[tuple[str, int, bool, Form | None], Tile] = {
     ("sm_100", 128, True, None): Tile(128, 64, 8, 3),
     ("sm_100", 64, True, "unit"): Tile(128, 64, 8, 3),
     ("sm_100", 64, True, "checked, extra"): Tile(32, 64, 8, 2),
+    ("sm_100", 256, True, "checked, extra"): Tile(64, 32, 8, 2),
     ("sm_100", 256, False, "online"): Tile(16, 64, 8, 2),
     ("sm_80", 256, True, "checked, extra"): Tile(32, 64, 8, 2),
     ("sm_80", 128, True, "unit, extra"): Tile(32, 64, 8, 2),
@@ -94,6 +95,7 @@ _NCE: dict[tuple[str, int, bool, Form | None], Tile] = {
     ("sm_120", 256, True, "checked"): Tile(64, 32, 8, 2),
     ("sm_120", 256, True, "online"): Tile(64, 32, 8, 2),
     ("sm_120", 256, True, "checked, extra"): Tile(32, 64, 8, 2),
+    ("sm_120", 256, True, "online, extra"): Tile(32, 64, 8, 2),
     ("sm_120", 256, False, "checked"): Tile(16, 64, 8, 2),
     ("sm_120", 64, True, "any"): Tile(32, 64, 8, 2),
 }
@@ -106,6 +108,8 @@ _NCE_TF32 = {
     # (architecture, width), for every form
     ("sm_90", 256): Tile(32, 64, 8, 2),
     ("sm_100", 128): Tile(32, 64, 8, 2),
+    ("sm_100", 256): Tile(32, 64, 8, 2),
+    ("sm_120", 128): Tile(32, 64, 8, 2),
 }
 
 
@@ -151,9 +155,7 @@ def project_tile(arch: str, dtype: torch.dtype, width: int, rows: int, tf32: boo
     if arch.startswith("gfx"):  # four warps for their registers, see `_nce_amd`
         return Tile(16, 16, 4, 1) if width >= 512 or dtype == torch.float32 else Tile(16, 32, 4, 1)
     if tf32:
-        if width < 512:
-            return Tile(16, 32, 8, 1)
-        return Tile(16, 16, 8, 1) if SHARED_MEMORY[arch] < 128 * 1024 else Tile(32, 32, 8, 1)
+        return Tile(16, 32, 8, 1) if width < 512 else Tile(16, 16, 4, 1)
     if dtype == torch.float32:
         return Tile(16, 16, 16 if arch in ("sm_90", "sm_120") and width < 512 else 8, 1)
     small = width >= 512 or rows < MANY_ROWS or arch in ("sm_86", "sm_89")
@@ -170,7 +172,7 @@ def merge_tile(arch: str, dtype: torch.dtype, width: int) -> Tile:
 def weight_gradient_tile(arch: str, dtype: torch.dtype, tf32: bool = False) -> Tile:
     """For `weight_gradient_kernel`: tiles of block_m x block_n weights."""
     if tf32:
-        return Tile(64, 64, 8 if arch == "sm_90" else 4, 2)
+        return Tile(64, 64, 8, 2) if arch == "sm_90" else Tile(32, 64, 4, 2)
     if dtype == torch.float32:
         return Tile(32, 32, 8, 1)
     # eight warps may have 128 registers each: the compiler misses that by eight bytes for sm_120
