@@ -81,7 +81,7 @@ ASKS = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "_uniqu
 
 
 @pytest.mark.skipif(not hasattr(torch._dynamo.config, TRACES_GRADIENTS), reason="this PyTorch does not trace gradients")
-@pytest.mark.parametrize("preset", ["cut", "fastcut", "cyclegan", "sincut", "dcdgan"])
+@pytest.mark.parametrize("preset", ["cut", "cyclegan", "sincut"])
 def test_the_whole_graph_asks_nothing_of_the_device(preset, monkeypatch):
     """In what is handed to the compiler: an operator may take a tensor of one element for a number, and read it.
 
