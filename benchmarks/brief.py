@@ -195,10 +195,15 @@ def _is_peer(row: dict[str, Any]) -> bool:
     return row["note"].startswith(("published", "written here", "stands in for the published"))
 
 
+def _stands_in(row: dict[str, Any]) -> bool:
+    """A peer that is our own writing of a published implementation."""
+    return _is_peer(row) and not row["note"].startswith("published")
+
+
 def _name(row: dict[str, Any] | None) -> str:
     if row is None:
         return "the published one"
-    stand_in = "" if row["note"].startswith("published") else " (our own writing, no checkout)"
+    stand_in = " (our own writing, no checkout)" if _stands_in(row) else ""
     return f"{row['provider'].removesuffix(' published')}{stand_in}"
 
 
@@ -208,7 +213,7 @@ def _name(row: dict[str, Any] | None) -> str:
 def _rows(report: Report) -> Iterator[str]:
     """A paragraph a case: ms of each provider."""
     cases: dict[str, list[str]] = {}
-    if any(_is_peer(row) and not row["note"].startswith("published") for row in report.rows):
+    if any(map(_stands_in, report.rows)):
         yield "* our own writing of the published mathematics: no checkout was given"
     for row in report.rows:
         if row["p50_ms"] is None:
@@ -226,7 +231,7 @@ def _rows(report: Report) -> Iterator[str]:
 
 def _label(row: dict[str, Any]) -> str:
     name = row["provider"].replace(f"{OURS}, ", "").replace(OURS, "ours")
-    name += "*" if _is_peer(row) and not row["note"].startswith("published") else ""
+    name += "*" if _stands_in(row) else ""
     mode = "" if row["mode"] == "eager" else f" {row['mode']}"
     return f"{name}{'' if row['benchmark'].startswith(('waterfall', 'data')) else mode}"
 

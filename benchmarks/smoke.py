@@ -273,7 +273,7 @@ def main(arguments: Sequence[str], size: Size | None = None) -> int:
     failed = 0
 
     def write() -> None:
-        found["compilations"] = asdict(compilations.counted())
+        found["compilations"] = asdict(compilations.counted)
         part = file.with_suffix(".part")
         part.write_text(json.dumps(found))
         part.replace(file)
@@ -290,7 +290,7 @@ def main(arguments: Sequence[str], size: Size | None = None) -> int:
     found["library"] = library.note
     write()
     print(library.line())
-    print(f"{len(checks) - failed} of {len(checks)} checks are right; {compilations.counted().sentence()}")
+    print(f"{len(checks) - failed} of {len(checks)} checks are right; {compilations.counted.sentence()}")
     return 1 if failed else 0
 
 

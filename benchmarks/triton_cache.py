@@ -91,10 +91,7 @@ class Compilations:
     """Within: counts the kernels that Triton compiles or finds in its cache."""
 
     def __init__(self) -> None:
-        self._counted = Counted()
-
-    def counted(self) -> Counted:
-        return self._counted
+        self.counted = Counted()
 
     def __enter__(self) -> Compilations:
         from triton import knobs
@@ -109,8 +106,8 @@ class Compilations:
         knobs.compilation.listener = self._before
 
     def _listen(self, *, cache_hit: bool, **_: Any) -> None:
-        self._counted.asked += 1
-        self._counted.compiled += not cache_hit
+        self.counted.asked += 1
+        self.counted.compiled += not cache_hit
 
 
 def build(file: Path, published: Sequence[str] = ()) -> int:

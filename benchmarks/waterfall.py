@@ -102,7 +102,7 @@ def cudnn(context: Context) -> Iterator[Row]:
     # a process of its own: PyTorch keeps the first kernel that it took for a shape, tried or not, whatever is set later
     if context.device.type != "cuda":
         return
-    stage = replace(stages(cuda=True)[-2], name="+ cuDNN benchmark", cudnn_benchmark=True)
+    stage = replace(stages(cuda=True)[-1], name="+ cuDNN benchmark", cudnn_benchmark=True, graph=True)
     for images in (1, 8) if context.large else (1,):
         provider = _provider("cut", stage, context)
         provider.note = "in a process of its own"

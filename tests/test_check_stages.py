@@ -58,7 +58,7 @@ def test_compilations_are_counted():
         for hit in (True, False, True):
             knobs.compilation.listener(src=None, metadata={}, metadata_group={}, times=None, cache_hit=hit)
     assert knobs.compilation.listener is before
-    assert counting.counted().sentence() == "2 of 3 kernels were in Triton's cache, 1 were compiled"
+    assert counting.counted.sentence() == "2 of 3 kernels were in Triton's cache, 1 were compiled"
 
 
 # --- smoke -------------------------------------------------------------------------------------------------------

@@ -306,6 +306,14 @@ class AsksTheHost(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def test_a_group_of_parameters_is_built_without_waiting_for_the_device():
+    """Adam looks whether its learning rate is positive: not at the one that lies on the device."""
+    with AsksTheHost() as asked:
+        group = ParameterGroup((torch.nn.Linear(3, 2),), 2e-4, (0.5, 0.999))
+    assert "_local_scalar_dense" not in asked.found
+    assert all(options["lr"] is group.lr for options in group.adam.param_groups)
+
+
 @pytest.mark.parametrize("preset", [*PRESETS, "dcdgan-bank", "cut-monce", "cut-attention", "cut-dropout"])
 def test_a_step_asks_nothing_of_the_host(preset, monkeypatch):
     """What `Graphs` takes for granted of every method: no random draw, no value and no branch from the host."""
