@@ -10,9 +10,10 @@ from collections.abc import Iterator
 
 from benchmarks.cases import Context, Row
 from benchmarks.chain import chain_case, layer_shapes
+from benchmarks.compiled import forms_of
 from benchmarks.loss import GOALS, infonce_cases
 from benchmarks.measure import measure
-from benchmarks.step import FASTCUT_STEPS, our_provider, step_case, step_providers
+from benchmarks.step import FASTCUT_STEPS, step_case, step_providers
 from benchmarks.step import growth as step_growth
 from benchmarks.waterfall import fall
 
@@ -60,9 +61,5 @@ def growth(context: Context) -> Iterator[Row]:
 
 def compiled(context: Context) -> Iterator[Row]:
     """CUT's captured step through the compiler, in parts, beside the same without it; nothing on a CPU."""
-    if context.device.type != "cuda" or context.quick:
-        return
-    context.patience, context.share = float("inf"), 0.95  # the last thing measured: it may take all that is left
-    forms: tuple[bool, ...] = (False, True)
-    providers = [our_provider("cut", context, "bf16", label="fastnce bf16", graph=True, compile=form) for form in forms]
-    yield from measure(step_case("cut", 1, context, providers, "compiled step"), context)
+    if context.device.type == "cuda" and not context.quick:
+        yield from forms_of("cut", 1, (False, True), context)

@@ -16,6 +16,7 @@ from benchmarks import (
     cases,
     chain,
     check,
+    compiled,
     outcomes,
     profiled,
     run,
@@ -355,7 +356,7 @@ def test_the_parts_of_the_check_on_a_gpu(planned, monkeypatch):  # noqa: F811
         ("infonce", 256, 1),
     ]
     assert "fastnce, unit rows" in {p.name for p in cases_of_loss[2].providers}
-    assert [p.mode for case in planned(short.compiled, short) for p in case.providers] == [
+    assert [p.mode for case in planned(short.compiled, compiled) for p in case.providers] == [
         "captured",
         "compile, captured",
     ]
