@@ -82,7 +82,7 @@ def _head(report: Report) -> Iterator[str]:
     versions = [
         f"{name} {m[name]}" for name in ("driver", "torch", "triton", "python", "commit", "date") if m.get(name)
     ]
-    yield f"== {m.get('device', 'device unknown')}: {', '.join(versions)}"
+    yield f"== {m.get('device', 'machine not asked, the stage ceilings does')}: {', '.join(versions)}"
     limits = m.get("ceilings", {})
     if limits:
         yield (
@@ -151,14 +151,14 @@ def _goals(report: Report) -> Iterator[str]:
     if any(ours):
         half, full, uncaptured = (ratio(plain, found) for found in ours)
         yield (
-            f"P1 chain, beside {_name(plain)}: captured bf16 (30x) {half}, captured float32 (9x) {full}, uncaptured "
-            f"(4x) {uncaptured}"
+            f"P1 chain, beside {_name(plain)}: captured bf16 {half} (goal 30x), captured float32 {full} (9x), "
+            f"uncaptured {uncaptured} (4x)"
         )
     ours = [row("chain, bf16", OURS, mode, images=16) for mode in ("graph", "eager")]
     if any(ours):
         plain = row("chain, bf16", images=16)
         captured, uncaptured = (ratio(plain, found) for found in ours)
-        yield f"P2 chain of 16, bf16, beside {_name(plain)} (10x): captured {captured}, uncaptured {uncaptured}"
+        yield f"P2 chain of 16, bf16, beside {_name(plain)}: captured {captured} (goal 10x), uncaptured {uncaptured}"
     for goal, rows in (("P3", 16384), ("P4", 65536)):
         default, unit = (row("infonce", name, "eager", patches=rows) for name in (OURS, f"{OURS}, unit rows"))
         if default is None:
@@ -167,8 +167,8 @@ def _goals(report: Report) -> Iterator[str]:
         rate = f"{default['ceiling_fraction']:.0%}" if default["ceiling_fraction"] else "not measured"
         memory = f"{default['peak_bytes'] / 2**20:.0f} MiB" if default["peak_bytes"] else "not measured"
         yield (
-            f"{goal} {rows:,} rows: {rate} of the ceiling (60 %), with unit_rows {ratio(default, unit)}, beside "
-            f"{_name(peer)} (6x) {ratio(peer, default)}, memory {memory}"
+            f"{goal} {rows:,} rows: {rate} of the ceiling (goal 60 %), with unit_rows {ratio(default, unit)}, beside "
+            f"{_name(peer)} {ratio(peer, default)} (goal 6x), memory {memory}"
         )
     for goal, name, images, wanted in (
         ("P5", "cut", 1, "6x"),
@@ -186,7 +186,7 @@ def _goals(report: Report) -> Iterator[str]:
             more += f", 213,400 steps: {213_400 * step['p50_ms'] / 6e4:.1f} minutes"
         yield (
             f"{goal} {name} B={images} {step['mode']} {step['p50_ms']:.2f} ms{more}; {ratio(peer, step)} {_name(peer)} "
-            f"({wanted})"
+            f"(goal {wanted})"
         )
 
 

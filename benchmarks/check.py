@@ -140,6 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.list:
         for stage in plan:
             print(f"{stage.name:10} {stage.seconds:4.0f} s")
+        print(f"{'':10} {sum(stage.seconds for stage in plan):4.0f} s of {60 * options.minutes:.0f}")
         return 0
     with tempfile.TemporaryDirectory(prefix="fastnce-check-", ignore_cleanup_errors=True) as folder:
         options.work = Path(folder)
@@ -166,6 +167,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--only takes {', '.join(sorted(names))}, not {', '.join(unknown)}")
     if not options.list and options.out is None:
         parser.error("--out DIR is needed: where shall the results go?")
+    if options.out is not None and options.out.exists() and not options.out.is_dir():
+        parser.error(f"--out {options.out} is a file: name a folder for the results")
+    for name in ("minutes", "slower"):
+        if getattr(options, name) is not None and not getattr(options, name) > 0:
+            parser.error(f"--{name} must be above 0, not {getattr(options, name):g}")
     for name in ("out", "cache", "data"):  # commands run in the root, wherever this was started
         if getattr(options, name) is not None:
             setattr(options, name, getattr(options, name).absolute())
@@ -207,7 +213,7 @@ def _check(options: argparse.Namespace, plan: list[Stage]) -> int:
             _write(options.out, report)
         except Exception:  # such as a full disk: the summary is printed all the same
             traceback.print_exc()
-        said = f"{stage.name}: {outcome.seconds:.0f} of {outcome.share:.0f} s {outcome.trouble}"
+        said = f"{stage.name}: {outcome.seconds:.0f} of {outcome.share:.0f} s {outcome.trouble or 'to its end'}"
         print(said, file=sys.stderr, flush=True)
     if counting is not None:
         watch.end(counting)
@@ -305,7 +311,8 @@ def _take(stage: Stage, options: argparse.Namespace, report: brief.Report, outco
         grids = sorted((options.work / "training" / "samples").glob("*.png"))
         for grid in grids[-2:]:
             shutil.copy(grid, options.out / f"fastcut-{grid.name}")
-        outcome.lines += [line for line in words.splitlines() if line.strip()][-1:]
+        said = [line for line in words.splitlines() if line.strip()][-1:]
+        outcome.lines += [line.removesuffix("; the same command continues") for line in said]
     elif stage.name == "parity":
         outcome.lines += [" ".join(line.split()) for line in words.splitlines() if line.strip()][-4:]
 

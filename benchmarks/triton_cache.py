@@ -60,16 +60,23 @@ def unpack(file: Path, folder: Path) -> int:
         ValueError: there is no such file, or it is not one that `pack` has written.
     """
     folder = folder.resolve()
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: name a folder for the kernels")
+    if not file.exists():
+        raise ValueError(f"{file} is not there: `python -m benchmarks.triton_cache build` makes it")
     count = 0
     try:
         with tarfile.open(file) as archive:
+            if not any(Path(name).name.startswith(GROUP) for name in archive.getnames()):
+                raise ValueError("there is no kernel in it")
             archive.extractall(folder, filter="data")
         for path in folder.glob(f"*/{GROUP}*"):
             names = json.loads(path.read_text())["child_paths"]
             path.write_text(json.dumps({"child_paths": {name: str(path.parent / name) for name in names}}))
             count += 1
     except (OSError, EOFError, lzma.LZMAError, tarfile.TarError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} is no packed cache of compiled kernels: {error}") from None
+        why = str(error).splitlines()[0].removesuffix(":") if str(error) else type(error).__name__
+        raise ValueError(f"{file} is no packed cache of compiled kernels ({why})") from None
     return count
 
 
@@ -111,9 +118,16 @@ class Compilations:
 
 
 def build(file: Path, published: Sequence[str] = ()) -> int:
-    """Run the check and the tests that it runs, into an empty cache, and pack that; returns how many entries."""
+    """Run the check and the tests that it runs, into an empty cache, and pack that; returns how many entries.
+
+    Raises:
+        ValueError: PyTorch finds no CUDA device here, so that nothing would be compiled.
+    """
     from benchmarks.check import pytest_command
 
+    asked = [sys.executable, "-c", "import torch; raise SystemExit(not torch.cuda.is_available())"]
+    if subprocess.run(asked, capture_output=True, check=False).returncode:
+        raise ValueError("PyTorch finds no CUDA device: build needs one, or libraries that stand in for CUDA's")
     with tempfile.TemporaryDirectory(prefix="fastnce-cache-") as work:
         cache = Path(work) / "triton"
         environment = os.environ | {"TRITON_CACHE_DIR": str(cache), "TRITON_STORE_BINARY_ONLY": "1"}
@@ -135,11 +149,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.triton_cache", description=words)
     commands = parser.add_subparsers(dest="command", required=True)
     building = commands.add_parser("build", help="compile everything that check.py needs, and pack it")
-    building.add_argument("file", type=Path)
-    building.add_argument("--published", nargs="+", default=[], metavar="DIR")
+    building.add_argument("file", type=Path, help="the archive to write")
+    building.add_argument("--published", nargs="+", default=[], metavar="DIR", help="checkouts that check.py is given")
     unpacking = commands.add_parser("unpack", help="into a folder that TRITON_CACHE_DIR names")
-    unpacking.add_argument("file", type=Path)
-    unpacking.add_argument("folder", type=Path)
+    unpacking.add_argument("file", type=Path, help="an archive that build has written")
+    unpacking.add_argument("folder", type=Path, help="where the kernels go")
     options = parser.parse_args(arguments)
     try:
         if options.command == "build":

@@ -167,13 +167,23 @@ def test_the_shares_leave_room_for_the_summary_and_the_start():
         assert stage.part is None or stage.part in [run.MACHINE, *run.SHORT, *run.PARTS]  # found again by its name
 
 
-@pytest.mark.parametrize("arguments", [[], ["--out", "x", "--only", "nothing"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--out", "x", "--only", "nothing"],
+        ["--out", "file"],
+        *(["--out", "x", "--minutes", n] for n in ("0", "-1")),
+    ],
+)
 def test_a_wrong_command_is_one_sentence(arguments, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("kept")
     with pytest.raises(SystemExit) as stopped:
         check.main(arguments)
     assert stopped.value.code == 2
     assert "error: " in capsys.readouterr().err.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_what_was_not_carried_along_is_done_without(checked, tmp_path, capsys, monkeypatch):
@@ -190,7 +200,9 @@ def test_what_was_not_carried_along_is_done_without(checked, tmp_path, capsys, m
 
 def test_list_names_the_stages(capsys):
     assert check.main(["--list"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [stage.name for stage in check.FIRST]
+    *stages, total = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in stages] == [stage.name for stage in check.FIRST]
+    assert total.split() == ["515", "s", "of", "570"]
 
 
 @pytest.mark.slow
@@ -281,11 +293,11 @@ def test_goals_are_told_with_what_was_found():
         row("step fastcut", "cut published", 9.0, images=1, note="published"),
     ]
     said = "\n".join(brief._goals(report))
-    assert "captured bf16 (30x) 60.00x" in said
-    assert "captured float32 (9x) ?" in said
-    assert "uncaptured (4x) 6.00x" in said
+    assert "captured bf16 60.00x (goal 30x)" in said
+    assert "captured float32 ? (9x)" in said
+    assert "uncaptured 6.00x (4x)" in said
     assert (
-        "50% of the ceiling (60 %), with unit_rows 2.00x, beside CUT (our own writing, no checkout) (6x) 8.00x" in said
+        "50% of the ceiling (goal 60 %), with unit_rows 2.00x, beside CUT (our own writing, no checkout) 8.00x" in said
     )
     assert "3.00 ms, 213,400 steps: 10.7 minutes; 3.00x cut" in said
 

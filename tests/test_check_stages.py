@@ -43,11 +43,24 @@ def test_what_is_no_packed_cache_is_one_sentence(tmp_path, capsys):
     (tmp_path / "here" / "KEY").mkdir(parents=True)
     (tmp_path / "here" / "KEY" / "k.cubin").write_bytes(bytes(range(256)) * 40)
     triton_cache.pack(tmp_path / "here", whole)
-    for words in (b"nothing of the kind", whole.read_bytes()[:150]):
+    # the last has a file, but no entry that Triton would find
+    for words in (b"nothing of the kind", whole.read_bytes()[:150], whole.read_bytes()):
         file.write_bytes(words)
         assert triton_cache.main(["unpack", str(file), str(tmp_path / "cache")]) == 2
-        assert capsys.readouterr().err.startswith(f"error: {file} is no packed cache")
+        (said,) = capsys.readouterr().err.splitlines()
+        assert said.startswith(f"error: {file} is no packed cache")
+        assert not (tmp_path / "cache").exists()
+    assert triton_cache.main(["unpack", str(whole), str(file)]) == 2
+    assert "is a file" in capsys.readouterr().err
     assert triton_cache.main(["unpack", str(tmp_path / "none"), str(tmp_path / "cache")]) == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here: it would build for minutes")
+def test_nothing_is_built_without_a_device(tmp_path, capsys):
+    assert triton_cache.main(["build", str(tmp_path / "kernels.tar.xz")]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("error: PyTorch finds no CUDA device")
+    assert not list(tmp_path.iterdir())
 
 
 def test_compilations_are_counted():
