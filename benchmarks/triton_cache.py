@@ -123,6 +123,7 @@ def build(file: Path, published: Sequence[str] = ()) -> int:
     Raises:
         ValueError: PyTorch finds no CUDA device here, so that nothing would be compiled.
     """
+    from benchmarks import outcomes
     from benchmarks.check import pytest_command
 
     asked = [sys.executable, "-c", "import torch; raise SystemExit(not torch.cuda.is_available())"]
@@ -131,6 +132,7 @@ def build(file: Path, published: Sequence[str] = ()) -> int:
     with tempfile.TemporaryDirectory(prefix="fastnce-cache-") as work:
         cache = Path(work) / "triton"
         environment = os.environ | {"TRITON_CACHE_DIR": str(cache), "TRITON_STORE_BINARY_ONLY": "1"}
+        environment[outcomes.FILE] = str(Path(work) / "outcomes.jsonl")
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", ""))))
         # where nothing computes, a test fails at its first comparison: without assertions it goes on to its next kernel
         run = [sys.executable, "-O", "-W", "ignore"]

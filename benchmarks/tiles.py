@@ -1,0 +1,238 @@
+"""Which tiles are fastest on this GPU: every candidate measured, for the table in `kernels/configs.py`.
+
+python benchmarks/tiles.py --out FILE.json               # about a minute where the kernels are compiled already
+python benchmarks/tiles.py --out FILE.json --only nce    # works whose name begins so
+
+Each work is done with the tile of the table first. A candidate whose result differs from that one's is named wrong, one
+that the device refuses is named with the reason. The three fastest are measured once more, in turn with the tile of the
+table, before anything is printed: a difference below a few percent is noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from fastnce import PatchNCEHead  # noqa: E402
+from fastnce.timing import capture, default_device, synchronize, time_interleaved  # noqa: E402
+from kernels import blur, configs, instance_norm, nce  # noqa: E402
+from kernels.configs import Tile  # noqa: E402
+
+SAME = 2e-2
+"""Relative difference up to which two tiles of 16-bit sums gave the same."""
+BEST = 3
+
+
+@dataclass
+class Work:
+    """Something that kernels do, whose tile is to be chosen."""
+
+    name: str
+    chooser: str
+    """The function of `kernels.configs` that answers with a tile."""
+    candidates: Sequence[Tile]
+    call: Callable[..., Any]
+    inputs: list[tuple] = field(default_factory=lambda: [()])
+
+
+@dataclass
+class Found:
+    """One tile of a work. ms: None where it did not run, and `why`; again_ms: in turn with the others."""
+
+    work: str
+    tile: Tile | None
+    ms: float | None = None
+    again_ms: float | None = None
+    why: str = ""
+
+
+def tiles(ms: Sequence[int], ns: Sequence[int], warps: Sequence[int], stages: Sequence[int]) -> list[Tile]:
+    return [Tile(*sizes) for sizes in itertools.product(ms, ns, warps, stages)]
+
+
+def unit_rows(groups: int, rows: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return F.normalize(torch.randn(groups, rows, 256, device=device), dim=2).to(dtype)
+
+
+def nce_works(device: torch.device, quick: bool) -> Iterator[Work]:
+    """InfoNCE of many rows, and of five layers in two directions."""
+    large = 256 if quick else 16384
+    many = [(unit_rows(1, large, device), unit_rows(1, large, device))]
+    layers = [
+        ([unit_rows(2, 256, device) for _ in range(5)], [unit_rows(2, 256, device) for _ in range(5)]) for _ in range(8)
+    ]
+    wide = [*tiles((128,), (32, 64, 128), (8,), (2, 3, 4)), *tiles((64,), (64, 128), (4, 8), (2, 3))]
+    small = [*tiles((16,), (64, 128), (4, 8), (2, 3)), *tiles((32, 64), (64,), (4, 8), (2, 3))]
+    for form, unit, temperature in (("unit", True, 0.07), ("checked", False, 0.07), ("online", False, 0.01)):
+
+        def one(q: Tensor, k: Tensor, unit=unit, temperature=temperature) -> Any:
+            return nce.nce_forward([q], [k], [], [], [], [temperature], decoupled=False, unit=unit, gradient=True)
+
+        def five(q: Sequence[Tensor], k: Sequence[Tensor], unit=unit, temperature=temperature) -> Any:
+            return nce.nce_forward(q, k, [], [], [], [temperature] * 5, decoupled=False, unit=unit, gradient=True)
+
+        yield Work(f"nce {large} rows, {form}", "nce_tile", wide, one, many)
+        if form != "online":
+            yield Work(f"nce 5 layers, {form}", "nce_tile", small, five, layers)
+
+
+def chain_works(device: torch.device, quick: bool) -> Iterator[Work]:
+    """Sampling and projection of the five published layers with their gradients, in bfloat16."""
+    side = 32 if quick else 256
+    shapes = [(3, side + 6), (128, side), (256, side // 2), (256, side // 4), (256, side // 4)]
+    head = PatchNCEHead([c for c, _ in shapes], dim=256, patches=16 if quick else 256).to(device)
+
+    def maps() -> list[Tensor]:
+        drawn = [torch.randn(1, c, s, s, device=device, dtype=torch.bfloat16) for c, s in shapes]
+        return [m.contiguous(memory_format=torch.channels_last) for m in drawn]
+
+    pairs = [([m.requires_grad_() for m in maps()], maps()) for _ in range(1 if quick else 4)]
+    weights = list(head.parameters())
+
+    def call(queries: list[Tensor], keys: list[Tensor]) -> Any:
+        torch.manual_seed(0)
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = head(queries, keys)
+        return loss, *torch.autograd.grad(loss, [*queries, *weights])
+
+    project = tiles((16, 32, 64), (16, 32, 64), (4, 8), (1,))
+    yield Work("chain, project", "project_tile", project, call, pairs)
+    products = tiles((32, 64), (32, 64), (4, 8), (2, 3))
+    yield Work("chain, weight gradient", "weight_gradient_tile", products, call, pairs)
+
+
+def layer_works(device: torch.device, quick: bool) -> Iterator[Work]:
+    """Norms and blurs of the published generator's maps, channels-last in bfloat16."""
+    candidates = [
+        Tile(elements // channels, channels, warps, 1)
+        for elements, channels, warps in itertools.product((1024, 2048, 4096), (32, 64, 128), (4, 8))
+    ]
+
+    def drawn(channels: int, side: int) -> Tensor:
+        x = torch.randn(1, channels, side, side, device=device, dtype=torch.bfloat16)
+        return x.contiguous(memory_format=torch.channels_last)
+
+    for channels, side in ((256, 64), (128, 128), (64, 256)):
+        side = 16 if quick else side
+        fit = [tile for tile in candidates if tile.block_n <= channels]
+        inputs = [(drawn(channels, side),) for _ in range(1 if quick else 16)]
+        norm = [(x, instance_norm.moments(x, 1e-5)) for (x,) in inputs]
+        size = f"{channels}x{side}x{side}"
+
+        def forward(x: Tensor) -> Any:
+            return instance_norm.instance_norm(x, None, 1e-5, 0.0, 1)[0]
+
+        def backward(x: Tensor, statistics: Tensor) -> Any:
+            return instance_norm.instance_norm_backward(x, x, statistics, 0.0, 0)
+
+        def folded(padded: Tensor, x: Tensor, statistics: Tensor) -> Any:
+            return instance_norm.instance_norm_backward(padded, x, statistics, 0.0, 1)
+
+        yield Work(f"norm {size}", "layer_tile", fit, forward, inputs)
+        yield Work(f"norm backward {size}", "layer_tile", fit, backward, norm)
+        if channels == 256:
+            padded = [(drawn(channels, side + 2), *pair) for pair in norm]
+            yield Work(f"norm backward {size}, padded", "layer_tile", fit, folded, padded)
+        else:
+            half = (side + 1) // 2
+            yield Work(f"blur down {size}", "layer_tile", fit, lambda x, h=half: blur.blur_down(x, h, h), inputs)
+            twice = 2 * side
+            yield Work(f"blur up {size}", "layer_tile", fit, lambda x, h=twice: blur.blur_up(x, h, h), inputs)
+
+
+GROUPS = {"nce": nce_works, "chain": chain_works, "layers": layer_works}
+
+
+def flat(result: Any) -> Tensor:
+    """All numbers of a result, one after another."""
+    if isinstance(result, Tensor):
+        return result.detach().float().flatten()
+    return torch.cat([flat(part) for part in result]) if result else torch.empty(0)
+
+
+def measured(work: Work, device: torch.device, seconds: float) -> list[Found]:
+    """The tile of the table (no tile), then every candidate; the best ones once more."""
+    expected, ready, found = None, {}, []
+    for tile in (None, *work.candidates):
+        result = Found(work.name, tile)
+        found.append(result)
+        chosen = getattr(configs, work.chooser) if tile is None else lambda *_, tile=tile, **__: tile
+        try:
+            with mock.patch.object(configs, work.chooser, chosen):
+                values = flat(work.call(*work.inputs[0]))
+                synchronize(device)
+                call = capture(work.call, work.inputs) if device.type == "cuda" else lambda: work.call(*work.inputs[0])
+            expected = values if expected is None else expected
+            apart = ((values - expected).norm() / expected.norm()).item()
+            if not apart <= SAME:
+                result.why = f"wrong: {apart:.1e} apart"
+            times = time_interleaved({"": call}, device, seconds, least_ms=2.0)[""]
+            result.ms = sorted(times)[len(times) // 2] / len(work.inputs)
+            ready[id(result)] = call
+        except Exception as error:  # too much shared memory, say
+            result.why = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+    fastest = sorted((f for f in found[1:] if f.ms is not None and not f.why), key=lambda f: f.ms or 0.0)[:BEST]
+    again = [f for f in (found[0], *fastest) if id(f) in ready]
+    times = time_interleaved({str(id(f)): ready[id(f)] for f in again}, device, 4 * seconds, least_ms=5.0)
+    for f in again:
+        ordered = sorted(times[str(id(f))])
+        f.again_ms = ordered[len(ordered) // 2] / len(work.inputs)
+    return found
+
+
+def line(found: Sequence[Found]) -> str:
+    """The table's tile and the best candidates."""
+    ran = [f for f in found[1:] if f.again_ms is not None]
+    ran.sort(key=lambda f: f.again_ms or 0.0)
+    said = [f"{f.again_ms * 1e3:.1f} us {tuple(asdict(f.tile).values())}" for f in ran if f.again_ms and f.tile]
+    today = found[0].again_ms
+    return f"{found[0].work}: {f'{today * 1e3:.1f} us' if today else found[0].why} | {' | '.join(said)}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0; the file is written anew after each work."""
+    parser = argparse.ArgumentParser(prog="benchmarks/tiles.py", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON of everything measured")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="works whose name begins so")
+    parser.add_argument("--seconds", type=float, default=0.03, help="a candidate; default 0.03")
+    parser.add_argument("--minutes", type=float, default=5.0, help="nothing begins after them; default 5")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
+    options = parser.parse_args(argv)
+    device = default_device()
+    torch.manual_seed(0)
+    began, everything = time.monotonic(), []
+    for group in GROUPS.values():
+        for work in group(device, options.quick):
+            if options.only and not work.name.startswith(tuple(options.only)):
+                continue
+            if time.monotonic() - began > 60 * options.minutes:
+                print(f"{work.name}: not begun, the time is over", flush=True)
+                continue
+            found = measured(work, device, options.seconds)
+            print(line(found), flush=True)
+            everything += [asdict(f) for f in found]
+            part = options.out.with_suffix(".part")
+            part.write_text(json.dumps(everything, indent=1))
+            os.replace(part, options.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
