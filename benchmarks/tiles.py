@@ -28,12 +28,12 @@ if str(ROOT) not in sys.path:
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from fastnce.kernels import blur, configs, instance_norm, nce  # noqa: E402
+from fastnce.kernels.configs import Tile  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from fastnce import PatchNCEHead  # noqa: E402
 from fastnce.timing import capture, default_device, synchronize, time_interleaved  # noqa: E402
-from kernels import blur, configs, instance_norm, nce  # noqa: E402
-from kernels.configs import Tile  # noqa: E402
 
 SAME = 2e-2
 """Relative difference up to which two tiles of 16-bit sums gave the same."""

@@ -169,7 +169,7 @@ def test_a_deterministic_step_on_the_device():
     environment = {
         **os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NVIDIA_TF32_OVERRIDE": "0", "PYTHONPATH": str(root)
     }  # fmt: skip
-    program = "from tests.test_layers_gpu import check_a_deterministic_step; check_a_deterministic_step(repeat=True)"
+    program = "from tests.maps import check_a_deterministic_step; check_a_deterministic_step(repeat=True)"
     result = subprocess.run(
         [sys.executable, "-c", program], cwd=root, env=environment, capture_output=True, text=True, timeout=300
     )
