@@ -42,6 +42,9 @@ from .nce_stream import HIGHEST_TOTAL, LOWEST_TOTAL, log1p, stream
 UNIT_TEMPERATURE = 0.023
 """Above this temperature rows of unit length need no running maximum: exp2(-2 log2(e) / T) is a normal float32."""
 
+LARGEST_STRIDE = 2**23
+"""Of rows whose block of at most 128 has its places in 32 bits."""
+
 
 class Problem(NamedTuple):
     """One set of groups for the query pass; tensors become pointers inside the kernel."""
@@ -90,6 +93,7 @@ def nce_kernel(
     LOG_WEIGHT: tl.constexpr,
     PAIR_WEIGHT: tl.constexpr,
     DECOUPLED: tl.constexpr,
+    EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     block = tl.program_id(0).to(tl.int64)
@@ -122,14 +126,14 @@ def nce_kernel(
     shift = tl.ceil(c) - SHIFT
     total, offset, acc = stream(
         one, group, q, o_m, m_m, shift,
-        ONLINE, SHIFT, GRADIENT, EXTRA, LOG_WEIGHT, PAIR_WEIGHT, PRECISION, BM, BN, BD,
+        ONLINE, SHIFT, GRADIENT, EXTRA, LOG_WEIGHT, PAIR_WEIGHT, EVEN, PRECISION, BM, BN, BD,
     )  # fmt: skip
     if CHECKED:
         safe = (total > LOWEST_TOTAL) & (total < HIGHEST_TOTAL)  # a NaN is not
         if tl.min(safe.to(tl.int32), 0) == 0:
             total, offset, acc = stream(
                 one, group, q, o_m, m_m, shift,
-                True, SHIFT, GRADIENT, EXTRA, LOG_WEIGHT, PAIR_WEIGHT, PRECISION, BM, BN, BD,
+                True, SHIFT, GRADIENT, EXTRA, LOG_WEIGHT, PAIR_WEIGHT, EVEN, PRECISION, BM, BN, BD,
             )  # fmt: skip
 
     none = total == 0  # a row may have no negative at all
@@ -213,6 +217,15 @@ def nce_forward(
     tile = configs.nce_tile(arch, first.dtype, block_dim(max(dims)), total, form, product == "tf32")
     loss, negative, positive = (first.new_empty(total, dtype=torch.float32) for _ in range(3))
     gradients = [torch.empty(q.shape, dtype=q.dtype, device=q.device) for q in queries] if gradient else []
+    width = block_dim(max(dims))
+    even = (
+        first.element_size() == 2
+        and form != "any"
+        and all(
+            x.shape[2] == width and x.shape[1] % tile.block_n == 0 and x.stride(1) < LARGEST_STRIDE
+            for x in [*keys, *extra]
+        )
+    )
     problems, block, row = [], 0, 0
     for i, (q, k) in enumerate(zip(queries, keys, strict=True)):
         e = extra[i] if extra else k
@@ -231,10 +244,10 @@ def nce_forward(
         row += q.shape[0] * q.shape[1]
     launch(
         nce_kernel, block, first, tuple(problems), loss, negative, positive,
-        COUNT=len(problems), BM=tile.block_m, BN=tile.block_n, BD=block_dim(max(dims)),
+        COUNT=len(problems), BM=tile.block_m, BN=tile.block_n, BD=width,
         SHIFT=15.0 if first.dtype == torch.float16 else 0.0,
         GRADIENT=gradient, ONLINE=online, CHECKED=checked, EXTRA=bool(extra), LOG_WEIGHT=bool(log_weight),
-        PAIR_WEIGHT=bool(pair_weight), DECOUPLED=decoupled, PRECISION=product, num_warps=tile.warps,
+        PAIR_WEIGHT=bool(pair_weight), DECOUPLED=decoupled, EVEN=even, PRECISION=product, num_warps=tile.warps,
         num_stages=tile.stages,
     )  # fmt: skip
     return loss, negative, positive, gradients
