@@ -155,6 +155,17 @@ def layer_works(device: torch.device, quick: bool) -> Iterator[Work]:
             yield Work(f"blur down {size}", "layer_tile", fit, lambda x, h=half: blur.blur_down(x, h, h), inputs)
             twice = 2 * side
             yield Work(f"blur up {size}", "layer_tile", fit, lambda x, h=twice: blur.blur_up(x, h, h), inputs)
+            halved = [(drawn(channels, half),) for _ in inputs]
+            doubled = [(drawn(channels, twice),) for _ in inputs[::4]]
+
+            def down_back(x: Tensor, s: int = side) -> Tensor:
+                return blur.blur_down_backward(x, s, s)
+
+            def up_back(x: Tensor, s: int = side) -> Tensor:
+                return blur.blur_up_backward(x, s, s)
+
+            yield Work(f"blur down backward {size}", "layer_tile", fit, down_back, halved)
+            yield Work(f"blur up backward {size}", "layer_tile", fit, up_back, doubled)
 
 
 GROUPS = {"nce": nce_works, "chain": chain_works, "layers": layer_works}

@@ -189,21 +189,30 @@ LAYER_SPLITS = 256
 """The most parts of one plane: a second, small launch joins them."""
 
 
+_LAYER_SM_90 = {1: (4096, 32, 4), 2: (4096, 32, 4), 3: (2048, 32, 4), 4: (2048, 64, 4), 9: (1024, 64, 8)}
+"""Elements, channels and warps of a tile by `reads`, measured on an H100."""
+
+
 def layer_tile(arch: str, channels: int, channels_last: bool, reads: int = 1) -> Tile:
     """For the kernels of `instance_norm.py`, `blur.py` and `reflect_pad.py`: block_m pixels by block_n channels.
 
     Whole lines of memory along the channels (64 of 16 bits are 128 bytes), or along the pixels of plain maps; fewer
     elements where each is put together from many reads, or where no read takes several at once.
+
+    Args:
+        reads: of each element; 3 where it is one, and near a border up to nine.
     """
+    elements, widest, warps = _LAYER_SM_90.get(reads, (2048, 64, 8)) if arch == "sm_90" else (0, 64, 0)
+    if not elements:
+        elements, warps = (4096, 4) if reads == 1 else (2048, 8)
     block_n = 1
-    while block_n < min(channels, 64 if channels_last else 4):
+    while block_n < min(channels, widest if channels_last else 4):
         block_n *= 2
     if arch == "interpreter":  # its time goes by operations: few large programs
         return Tile(8192 // block_n, block_n, 4, 1)
     if channels % 16 or not channels_last:
-        elements = 1024 if reads <= 2 else 512 if reads <= 9 else 256
-        return Tile(elements // block_n, block_n, 4, 1)
-    return Tile(4096 // block_n, block_n, 4, 1) if reads == 1 else Tile(2048 // block_n, block_n, 8, 1)
+        elements, warps = 1024 if reads <= 2 else 512 if reads <= 9 else 256, 4
+    return Tile(elements // block_n, block_n, warps, 1)
 
 
 def layer_splits(arch: str, programs: int, tiles: int) -> int:

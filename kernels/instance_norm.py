@@ -283,7 +283,7 @@ def instance_norm_backward(gradient: Tensor, x: Tensor, statistics: Tensor, slop
     images, channels, height, width = x.shape
     check_plane(gradient)
     arch = architecture(x.device)
-    tile = configs.layer_tile(arch, channels, lies_channels_last(x), reads=9 if margin else 2)
+    tile = configs.layer_tile(arch, channels, lies_channels_last(x), reads=3 if margin else 2)
     parts, tiles = _split(x, arch, tile)
     pixels = height * width
     flat = margin == 0 and rows_join(x, gradient)

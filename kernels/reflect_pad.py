@@ -81,7 +81,7 @@ def reflect_pad_backward(gradient: Tensor, height: int, width: int) -> Tensor:
     check_plane(gradient)
     out = empty_like(gradient, height, width)
     images, channels = gradient.shape[:2]
-    tile = configs.layer_tile(architecture(gradient.device), channels, lies_channels_last(gradient), reads=9)
+    tile = configs.layer_tile(architecture(gradient.device), channels, lies_channels_last(gradient), reads=3)
     parts = triton.cdiv(height * width, tile.block_m)
     launch(
         reflect_pad_backward_kernel, images * parts * triton.cdiv(channels, tile.block_n), gradient, as_map(gradient),

@@ -264,7 +264,7 @@ def test_the_default_call_takes_the_bounded_form_and_the_large_tile(monkeypatch)
     default = options_of(monkeypatch, lambda: patch_nce_rows(rows))
     assert not default["ONLINE"]
     assert default["CHECKED"]
-    assert (default["BM"], default["BN"], default["num_warps"], default["num_stages"]) == (128, 64, 8, 3)
+    assert (default["BM"], default["BN"], default["num_warps"]) == (128, 64, 8)
     promised = options_of(monkeypatch, lambda: patch_nce_rows(rows, unit=True))
     assert not promised["ONLINE"]
     assert not promised["CHECKED"]
