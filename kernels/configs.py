@@ -103,6 +103,9 @@ _NCE: dict[tuple[str, int, bool, Form | None], Tile] = {
     ("sm_120", 64, True, "any"): Tile(32, 64, 8, 2),
 }
 
+_NCE_RAGGED = {("sm_90", 256, True, "checked"): Tile(128, 64, 8, 3)}
+"""Where the masks of keys that do not fill their blocks take the registers of another number of stages."""
+
 MANY_ROWS = 8192
 """From here on the blocks of 64 rows and more fill the processors of a large device."""
 
@@ -126,13 +129,16 @@ def _nce_tf32(arch: str, width: int) -> Tile:
     return {256: Tile(16, 64, 4, 2), 512: Tile(16, 32, 4, 2)}.get(width, Tile(64, 64, 8, 2))
 
 
-def nce_tile(arch: str, dtype: torch.dtype, width: int, rows: int, form: Form, tf32: bool = False) -> Tile:
+def nce_tile(
+    arch: str, dtype: torch.dtype, width: int, rows: int, form: Form, tf32: bool = False, ragged: bool = False
+) -> Tile:
     """For the kernels of `nce.py` and `nce_keys.py`.
 
     Args:
         width: the padded dim.
         rows: all resident rows of the launch.
         tf32: float32 on the matrix unit.
+        ragged: some block of keys is not full; blocks have the same sizes either way.
     """
     if arch == "interpreter":
         return Tile(128, 128, 4, 1)
@@ -143,7 +149,8 @@ def nce_tile(arch: str, dtype: torch.dtype, width: int, rows: int, form: Form, t
     many = rows >= MANY_ROWS
     if arch.startswith("gfx"):
         return _nce_amd(width, many, form)
-    tile = _NCE.get((arch, width, many, form))
+    tile = _NCE_RAGGED.get((arch, width, many, form)) if ragged else None
+    tile = tile or _NCE.get((arch, width, many, form))
     if tile is None and form != "any":
         tile = _NCE.get((arch, width, many, None))
     return tile or _nce_default(width, many, form)

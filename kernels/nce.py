@@ -15,6 +15,7 @@ float16 has it from the start, and scales its exponentials by 2^15 (SHIFT): its 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -214,18 +215,17 @@ def nce_forward(
         form += ", extra"
     if weighted or any(dim % 16 for dim in dims):
         form = "any"
-    tile = configs.nce_tile(arch, first.dtype, block_dim(max(dims)), total, form, product == "tf32")
+    width = block_dim(max(dims))
+    tile_of = partial(configs.nce_tile, arch, first.dtype, width, total, form, product == "tf32")
+    tile = tile_of()
     loss, negative, positive = (first.new_empty(total, dtype=torch.float32) for _ in range(3))
     gradients = [torch.empty(q.shape, dtype=q.dtype, device=q.device) for q in queries] if gradient else []
-    width = block_dim(max(dims))
-    even = (
-        first.element_size() == 2
-        and form != "any"
-        and all(
-            x.shape[2] == width and x.shape[1] % tile.block_n == 0 and x.stride(1) < LARGEST_STRIDE
-            for x in [*keys, *extra]
-        )
+    # measured on sm_90; elsewhere the same code would need more registers than there are
+    even = arch in ("sm_90", "interpreter") and first.element_size() == 2 and form != "any"
+    even = even and all(
+        x.shape[2] == width and x.shape[1] % tile.block_n == 0 and x.stride(1) < LARGEST_STRIDE for x in [*keys, *extra]
     )
+    tile = tile if even else tile_of(ragged=True)
     problems, block, row = [], 0, 0
     for i, (q, k) in enumerate(zip(queries, keys, strict=True)):
         e = extra[i] if extra else k

@@ -66,7 +66,8 @@ def stream(one, group, q, o_m, m_m, shift, ONLINE: tl.constexpr, SHIFT: tl.const
     o_n = tl.arange(0, BN)
     o_d = tl.arange(0, BD)
     m_d = o_d < one.dim
-    own = o_m.to(tl.int32)[:, None]  # compared with every key: 64 bits would take twice the instructions
+    # compared with every key: 64 bits take twice the instructions
+    own = o_m.to(tl.int32) if EVEN else o_m
     c = one.scale * LOG2E
     keys = one.keys + group * one.k_group
     log_weight = one.log_weight + group * one.l_group
@@ -89,10 +90,8 @@ def stream(one, group, q, o_m, m_m, shift, ONLINE: tl.constexpr, SHIFT: tl.const
         if LOG_WEIGHT:
             p_l = log_weight + o_m[:, None] * one.l_row + o_k[None, :] * one.l_col
             s += tl.load(p_l, mask=m_mn, other=0.0).to(tl.float32) * LOG2E
-        negative = own != n + o_n[None, :]
-        if not EVEN:
-            negative = negative & m_n[None, :]
-        s = tl.where(negative, s, float("-inf"))
+        negative = own[:, None] != n + o_n[None, :]
+        s = tl.where(negative if EVEN else m_n[None, :] & negative, s, float("-inf"))
         total, top, acc = absorb(s, k, weight, total, top, acc, shift, SHIFT, ONLINE, GRADIENT, PAIR_WEIGHT, PRECISION)
     if EXTRA:
         extra = one.extra + group * one.e_group
