@@ -279,11 +279,8 @@ def run_one(modules: Sequence[nn.Module], position: int, x: Tensor, kept: Contai
     if not _bias_is_cancelled(modules, position, kept):
         return module(x)
     if isinstance(module, nn.ConvTranspose2d):
-        stride, padding, output_padding = module.stride, module.padding, module.output_padding
-        assert not isinstance(padding, str)
-        return F.conv_transpose2d(
-            x, module.weight, None, stride, padding, output_padding, module.groups, module.dilation
-        )
+        more = (module.output_padding, module.groups, module.dilation)
+        return F.conv_transpose2d(x, module.weight, None, module.stride, module.padding, *more)  # type: ignore[arg-type]
     assert isinstance(module, nn.Conv2d)
     return module._conv_forward(x, module.weight, None)
 
