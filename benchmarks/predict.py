@@ -30,6 +30,7 @@ import torch
 
 from benchmarks import baselines
 from benchmarks.count import Count, Counted, Work, count_step
+from benchmarks.step import with_all_biases
 from fastnce.engine.recompute import recompute_blocks
 from fastnce.methods import dclgan
 from fastnce.nce import PatchNCEHead
@@ -149,7 +150,7 @@ def predict(name: str, images: int, side: int, device: Device, **more: Any) -> I
         times = (1e3 * t for t in seconds)
         return Prediction(name, images, form, count.flop / 1e9, count.bytes / 1e9, count.launches, *times)
 
-    twice = count_step(name, images, side, "fp32", reuse_key_features=False, **more)
+    twice = count_step(name, images, side, "fp32", reuse_key_features=False, prepare=with_all_biases, **more)
     if name != "dcdgan":  # of which nothing was released
         twice.count.works += published_loss(name, images).works
         yield line("as published, float32", twice)

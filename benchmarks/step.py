@@ -1,9 +1,10 @@
 """Whole training steps: P5, P6, P7 and P8 of the goals on a GPU, P11 and P12 on a CPU; and how their cost grows.
 
 Each provider trains its own networks on the same pictures. The published repositories run their own
-`optimize_parameters`; without one, our own step that shares nothing (keys encoded again) stands in, and the results say
-so. A step is measured after its first ones, which compile, record, tune and fill Adam's moments. FLOP and the least
-traffic of a step are counted (`benchmarks/count.py`), not measured. Steps through the compiler: `compiled.py`.
+`optimize_parameters`; without one, our own step that shares nothing (keys encoded again) and adds every bias stands in,
+and the results say so. A step is measured after its first ones, which compile, record, tune and fill Adam's moments.
+FLOP and the least traffic of a step are counted (`benchmarks/count.py`), not measured. Steps through the compiler:
+`compiled.py`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from fastnce.engine.cudagraph import WARM_UP
 from fastnce.engine.optim import OptimOptions
 from fastnce.engine.step import Step
 from fastnce.methods import PRESETS, Batch, Draws, NetworkOptions
+from fastnce.networks import leave_out_biases
 
 COUNTED = [("cut", 1), ("cut", 8), ("dclgan", 1), ("dcdgan-released", 1), ("dclgan", 4), ("dcdgan", 1), ("fastcut", 1)]
 """Steps at which the parts on a GPU look, to be counted while they do something else."""
@@ -132,10 +134,16 @@ def step_providers(name: str, images: int, context: Context) -> Iterator[Provide
             label="fastnce, nothing shared",
             note="stands in for the published step",
             energy=True,
+            prepare=with_all_biases,
             reuse_key_features=False,
         )
     yield our_provider(name, context, "bf16", label="fastnce bf16")
     yield our_provider(name, context, "fp32", note=_tf32(context))
+
+
+def with_all_biases(step: Step) -> None:
+    """Add every bias, as the published networks do, also where a norm takes it away."""
+    leave_out_biases(step.method, False)
 
 
 def _tf32(context: Context) -> str:

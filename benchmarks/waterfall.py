@@ -21,7 +21,7 @@ from benchmarks.measure import measure
 from benchmarks.step import our_provider, step_case
 from fastnce.engine.step import Step
 from fastnce.nce import PatchNCEHead
-from fastnce.networks import set_implementation
+from fastnce.networks import leave_out_biases, set_implementation
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class Stage:
     layers: Literal["eager", "triton"] = "eager"
     loss: Literal["eager", "triton"] = "eager"
     weights_at_once: bool = False
+    no_cancelled_biases: bool = False
+    """Convolutions leave out a bias that the norm after them takes away."""
     graph: bool = True
     cudnn_benchmark: bool = False
     """cuDNN tries its kernels for each shape, as the published repositories have it."""
@@ -48,15 +50,19 @@ def stages(cuda: bool, loss: bool = True) -> list[Stage]:
     half: dict[str, Any] = {"tf32": True, "precision": "bf16"}
     last: dict[str, Any] = half | {"layout": torch.channels_last}
     if not cuda:
-        cpu = {"precision": "bf16"}
+        cpu: dict[str, Any] = {"precision": "bf16"}
+        at_once = cpu | {"weights_at_once": True}
+        without = at_once | {"no_cancelled_biases": True}
         return [
             Stage("fp32"),
             Stage("+ bf16", **cpu),
-            Stage("+ weights converted at once", **cpu, weights_at_once=True),
-            Stage("+ channels-last", **cpu, weights_at_once=True, layout=torch.channels_last),
+            Stage("+ weights converted at once", **at_once),
+            Stage("+ no biases that norms cancel", **without),
+            Stage("+ channels-last", **without, layout=torch.channels_last),
         ]
     fused: dict[str, Any] = last | {"layers": "triton", "loss": "triton"}
-    all_on: dict[str, Any] = fused | {"weights_at_once": True}
+    at_once: dict[str, Any] = fused | {"weights_at_once": True}
+    all_on: dict[str, Any] = at_once | {"no_cancelled_biases": True}
     found = [
         Stage("fp32"),
         Stage("+ TF32", tf32=True),
@@ -64,7 +70,8 @@ def stages(cuda: bool, loss: bool = True) -> list[Stage]:
         Stage("+ channels-last", **last),
         Stage("+ fused norm, pad, blur", **last, layers="triton"),
         Stage("+ fused NCE", **fused),
-        Stage("+ weights converted at once", **all_on),
+        Stage("+ weights converted at once", **at_once),
+        Stage("+ no biases that norms cancel", **all_on),
         Stage("all, uncaptured", **all_on, graph=False),
     ]
     return found if loss else [replace(stage, loss="triton") for stage in found if stage.name != "+ fused NCE"]
@@ -127,6 +134,7 @@ def _provider(name: str, stage: Stage, context: Context) -> Provider:
 def switch(step: Step, stage: Stage) -> None:
     """Put a built step into the state of a stage."""
     step.weights_at_once = stage.weights_at_once
+    leave_out_biases(step.method, stage.no_cancelled_biases)
     set_implementation(step.method, stage.layers)
     for module in step.method.modules():
         if isinstance(module, PatchNCEHead):

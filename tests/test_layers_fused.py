@@ -56,9 +56,8 @@ def outputs_and_gradients(network, x, **options) -> list[Tensor]:
     result = network(x, **options)
     outputs = [result] if isinstance(result, Tensor) else [result[0], *result[1]]
     loss = torch.stack([(y * torch.randn(y.shape).to(y)).sum() / y.numel() ** 0.5 for y in outputs]).sum()
-    # (a bias before an instance norm has gradient 0, of which rounding noise is all there is to compare)
-    leaves = [x, *(p for p in network.parameters() if p.dim() == 4)]
-    return [*outputs, *torch.autograd.grad(loss, leaves)]
+    gradients = torch.autograd.grad(loss, [x, *network.parameters()], allow_unused=True)
+    return [*outputs, *(g for g in gradients if g is not None)]
 
 
 NETWORKS = {

@@ -34,6 +34,8 @@ def schedule(epoch: int, n_epochs: int, n_epochs_decay: int) -> float:
 class ParameterGroup:
     """The parameters that one Adam updates, from gradients given rather than accumulated.
 
+    A parameter whose gradient is None keeps its value, its moments and its count, and nothing is launched for it.
+
     Args:
         modules: whose parameters to update.
         lr: base learning rate, multiplied by the schedule.
@@ -73,6 +75,8 @@ class ParameterGroup:
             if gradient is not None and gradient.stride() != parameter.stride():
                 gradient = torch.empty_like(parameter, requires_grad=False).copy_(gradient)
             parameter.grad = gradient
+        if not self.adam.state:
+            self.prepare()  # of every parameter: what a checkpoint holds does not depend on which have a gradient
         norm = torch.nn.utils.get_total_norm([g for g in gradients if g is not None])
         self.found_inf.copy_(norm.isfinite().logical_not())
         self.adam.grad_scale, self.adam.found_inf = scale, self.found_inf  # type: ignore[attr-defined]
@@ -84,7 +88,7 @@ class ParameterGroup:
         return self.found_inf
 
     def prepare(self) -> None:
-        """Make the moments that Adam itself would make at its first step: `update_traced` changes them in place."""
+        """Make the moments that Adam itself would make at its first step; `update_traced` changes them in place."""
         for parameter in self.parameters:
             if not self.adam.state[parameter]:
                 self.adam.state[parameter] = {

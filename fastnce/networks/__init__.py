@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..initialise import init_weights
-from .layers import BlurDown, BlurUp, InstanceNorm, Norm, channels_last, set_implementation
+from .layers import BlurDown, BlurUp, InstanceNorm, Norm, channels_last, leave_out_biases, set_implementation
 from .patchgan import PatchGAN, PixelGAN
 from .resnet import ResnetGenerator
 from .restorer import Restorer
@@ -107,5 +107,6 @@ __all__ = [
     "build_generator",
     "channels_last",
     "init_weights",
+    "leave_out_biases",
     "set_implementation",
 ]

@@ -56,6 +56,17 @@ def set_implementation(network: nn.Module, implementation: Implementation) -> No
             module.implementation = implementation
 
 
+def leave_out_biases(network: nn.Module, leave_out: bool = True) -> None:
+    """Whether convolutions in `network` compute without a bias that an instance norm right after them takes away.
+
+    They do unless this says otherwise. Such a bias keeps its value and gets no gradient (None, not zeros): a wrapper
+    that waits for every parameter's gradient, such as PyTorch's DistributedDataParallel, wants False here.
+    """
+    for module in network.modules():
+        if isinstance(module, InstanceNorm):
+            module.leaves_out_biases = leave_out
+
+
 class InstanceNorm(FusedLayer):
     """Instance normalisation without parameters: each channel of each picture to mean 0 and variance 1 (eps 1e-5).
 
@@ -63,6 +74,9 @@ class InstanceNorm(FusedLayer):
     CPU, at batch size 1, it returns a wrong input gradient when the incoming gradient is channels-last, and patch
     sampling produces such gradients (tests/test_layers.py shows both).
     """
+
+    leaves_out_biases = True
+    """See `leave_out_biases`."""
 
     def __init__(self, channels: int, eps: float = 1e-5):
         super().__init__()
@@ -252,13 +266,43 @@ def _follower(modules: Sequence[nn.Module], position: int, kept: Container[int])
     return None if module._forward_hooks or module._forward_pre_hooks else module
 
 
+def run_one(modules: Sequence[nn.Module], position: int, x: Tensor, kept: Container[int] = ()) -> Tensor:
+    """What the module at `position` makes of x: a convolution without its bias where the norm after it takes that away.
+
+    The norm subtracts each channel's mean, and with it what the bias has added: no output depends on such a bias, and
+    its gradient is zero but for rounding.
+
+    Args:
+        kept: as for `run_from`: a convolution whose own output is wanted adds its bias.
+    """
+    module = modules[position]
+    if not _bias_is_cancelled(modules, position, kept):
+        return module(x)
+    if isinstance(module, nn.ConvTranspose2d):
+        more = (module.output_padding, module.groups, module.dilation)
+        return F.conv_transpose2d(x, module.weight, None, module.stride, module.padding, *more)  # type: ignore[arg-type]
+    assert isinstance(module, nn.Conv2d)
+    return module._conv_forward(x, module.weight, None)
+
+
+def _bias_is_cancelled(modules: Sequence[nn.Module], position: int, kept: Container[int]) -> bool:
+    module = modules[position]
+    if type(module) not in (nn.Conv2d, nn.ConvTranspose2d):  # a subclass may do something else with its bias
+        return False
+    norm = _follower(modules, position + 1, kept)
+    if not isinstance(norm, InstanceNorm) or not norm.leaves_out_biases:
+        return False
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return not any(hooks) and "forward" not in module.__dict__
+
+
 def run_all(modules: Sequence[nn.Module], x: Tensor, residual: Tensor | None = None) -> Tensor:
     """`modules` one after the other, plus the residual, in as few kernels as there are for them."""
     first = 0
     while first < len(modules):
         run = run_from(modules, first, x)
         if run is None:
-            x = modules[first](x)
+            x = run_one(modules, first, x)
             first += 1
             continue
         norm = modules[first]

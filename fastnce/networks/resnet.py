@@ -7,7 +7,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .layers import BlurDown, BlurUp, Norm, ReflectionPad, full_precision, keep_float32, norm_layer, run_all, run_from
+from .layers import (
+    BlurDown,
+    BlurUp,
+    Norm,
+    ReflectionPad,
+    full_precision,
+    keep_float32,
+    norm_layer,
+    run_all,
+    run_from,
+    run_one,
+)
 
 
 class ResnetBlock(nn.Module):
@@ -114,7 +125,7 @@ class ResnetGenerator(nn.Module):
             if run is not None:
                 x = modules[index](x, run.slope, run.margin)
             else:
-                x = full_precision(modules[index], x) if index >= last else modules[index](x)
+                x = full_precision(modules[index], x) if index >= last else run_one(modules, index, x, layers)
             length = 1 if run is None else run.length
             if index - 1 in layers and isinstance(modules[index], nn.ReLU):
                 features[-1] = x

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import Norm, full_precision, keep_float32, norm_layer
+from .layers import Norm, full_precision, keep_float32, norm_layer, run_one
 from .resnet import check_layers
 
 
@@ -40,13 +40,16 @@ class UnetBlock(nn.Module):
             # Published: this LeakyReLU works in place, so the skip connection carries its result.
             x = F.leaky_relu(x, 0.2)
         y = x
-        for layer in list(self.model)[0 if self.top else 1 :]:
+        modules = list(self.model)
+        for index in range(0 if self.top else 1, len(modules)):
+            layer = modules[index]
             if isinstance(layer, UnetBlock):
                 y = layer(y, depth + 1, layers, features, encode_only)
             else:
                 last = self.top and isinstance(layer, nn.ConvTranspose2d | nn.Tanh)
-                y = full_precision(layer, y) if last else layer(y)
-                if isinstance(layer, nn.Conv2d) and depth + 1 in layers:
+                tapped = isinstance(layer, nn.Conv2d) and depth + 1 in layers
+                y = full_precision(layer, y) if last else run_one(modules, index, y, [index] if tapped else ())
+                if tapped:
                     features.append(y)
             if encode_only and len(features) == len(layers):
                 return y
