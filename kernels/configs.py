@@ -207,3 +207,26 @@ def layer_splits(arch: str, programs: int, tiles: int) -> int:
     """Into how many parts to split a reduction over `tiles` tiles, when there are `programs` of them side by side."""
     wanted = 4 if arch == "interpreter" else LAYER_PROGRAMS
     return max(1, min(LAYER_SPLITS, tiles, wanted // max(programs, 1)))
+
+
+def few_outputs_tile(
+    arch: str, dtype: torch.dtype, kernel: Literal["forward", "map", "weight"], tf32: bool = False
+) -> Tile:
+    """For the products of `few_outputs.py` and `few_outputs_backward.py`.
+
+    "forward": block_m pixels in each of block_n rows of outputs, which share the rows of x that they read; "map": block_m
+    pixels by at most block_n channels; "weight": block_m pixels at a time, at most block_n columns.
+    """
+    if arch == "interpreter":
+        return {"forward": Tile(128, 2, 4, 1), "map": Tile(256, 64, 4, 1), "weight": Tile(256, 512, 4, 1)}[kernel]
+    stages = 1 if arch.startswith("gfx") else 3
+    if dtype == torch.float32 and not tf32:
+        return {"forward": Tile(32, 1, 4, 1), "map": Tile(32, 64, 4, 1), "weight": Tile(32, 32, 4, 1)}[kernel]
+    if kernel == "forward":
+        return Tile(128, 1, 4, stages)
+    return Tile(128, 64, 4, stages) if kernel == "map" else Tile(64, 128, 4, stages)
+
+
+def few_outputs_pack_tile(arch: str) -> Tile:
+    """For what `few_outputs.py` and `few_outputs_backward.py` do around their products: block_m places at a time."""
+    return Tile(8192 if arch == "interpreter" else 256, 1, 4, 1)
