@@ -174,11 +174,11 @@ def few_outputs_join_kernel(
     else:
         o_o = tl.arange(0, OUT)
         b = (block - programs).to(tl.int64)
-        total = tl.zeros([OUT], tl.float32)
-        for s in range(0, bound(rows), BS):
-            p_t = totals + (b * rows + s + o_s)[:, None] * OUT + o_o[None, :]
-            total += tl.sum(tl.load(p_t, mask=(s + o_s < rows)[:, None] & (o_o < OUT)[None, :], other=0.0), 0)
-        tl.store(d_bias + b * OUT + o_o, total, mask=b * OUT + o_o < outputs)
+        summed = tl.zeros([OUT], tl.float32)
+        for r in range(0, bound(rows), BS):
+            p_t = totals + (b * rows + r + o_s)[:, None] * OUT + o_o[None, :]
+            summed += tl.sum(tl.load(p_t, mask=(r + o_s < rows)[:, None] & (o_o < OUT)[None, :], other=0.0), 0)
+        tl.store(d_bias + b * OUT + o_o, summed, mask=b * OUT + o_o < outputs)
 
 
 def _packed_gradient(
