@@ -101,17 +101,19 @@ def _forward(x, extra=(), log_weight=(), pair_weight=(), temperature=0.07, **opt
 
 def _in_tf32(call: Callable[[], object]) -> Callable[[], object]:
     """The same where the user allows TF32 in products."""
+    return partial(_in_precision, "tf32", call)
 
-    def allowed() -> None:
-        matmul = torch.backends.cuda.matmul
-        kept = matmul.fp32_precision  # type: ignore[attr-defined]
-        matmul.fp32_precision = "tf32"  # type: ignore[attr-defined]
-        try:
-            call()
-        finally:
-            matmul.fp32_precision = kept  # type: ignore[attr-defined]
 
-    return allowed
+def _in_precision(precision: str, call: Callable[[], object]) -> None:
+    libraries = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    kept = [library.fp32_precision for library in libraries]
+    try:
+        for library in libraries:
+            library.fp32_precision = precision
+        call()
+    finally:
+        for library, before in zip(libraries, kept, strict=True):
+            library.fp32_precision = before
 
 
 def _scales() -> torch.Tensor:
@@ -225,10 +227,10 @@ def few_outputs_cases() -> Iterator[tuple[str, Callable[[], object]]]:
         weight = weight.to(memory_format=torch.channels_last)
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             x = _map(channels, side + kernel - 1 - 2 * padding, dtype)
-            call = partial(_few_outputs, x, weight, padding)
+            call = partial(_in_precision, "ieee", partial(_few_outputs, x, weight, padding))
             yield f"few outputs: {name} {str(dtype).removeprefix('torch.')}", call
             if dtype == torch.float32:
-                yield f"few outputs: {name} tf32", _in_tf32(call)
+                yield f"few outputs: {name} tf32", _in_tf32(partial(_few_outputs, x, weight, padding))
 
 
 def _few_outputs(x: torch.Tensor, weight: torch.Tensor, padding: int) -> None:

@@ -31,6 +31,8 @@ OUT: tl.constexpr = tl.constexpr(4)
 """Output channels of a program: with both parts of a bfloat16 pair they are one load of 16 bytes."""
 MOST_OUTPUTS = 16
 MOST_TAPS = 7
+PACKED = 1024
+"""Weights that a program of `pack_weight_kernel` lays out."""
 
 
 class Geometry(NamedTuple):
@@ -66,20 +68,26 @@ class Geometry(NamedTuple):
         return triton.cdiv(self.outputs, OUT.value)
 
 
+def obstacle(outputs: int, channels: int, kernel: int, width: int) -> str | None:
+    """Why the kernels do not take weights of this shape, or None."""
+    if 1 <= outputs <= MOST_OUTPUTS and channels >= 1 and kernel == width and kernel % 2 and kernel <= MOST_TAPS:
+        return None
+    return (
+        f"weights are (outputs, channels, kernel, kernel) with at most {MOST_OUTPUTS} outputs and an odd kernel of at "
+        f"most {MOST_TAPS}, not {(outputs, channels, kernel, width)}"
+    )
+
+
 def geometry(x: Tensor, weight: Tensor, padding: int) -> Geometry:
     """ValueError where the kernels cannot compute such a convolution."""
-    outputs, channels, kernel, wide = weight.shape
-    if not (1 <= outputs <= MOST_OUTPUTS and kernel == wide and kernel % 2 and kernel <= MOST_TAPS):
-        raise ValueError(
-            f"weights must be for at most {MOST_OUTPUTS} outputs, square, odd and at most {MOST_TAPS} wide, "
-            f"not {tuple(weight.shape)}"
-        )
+    if (why := obstacle(*weight.shape)) is not None:
+        raise ValueError(why)
+    outputs, channels, kernel, _ = weight.shape
     if x.shape[1] != channels:
         raise ValueError(f"the map has {x.shape[1]} channels, the weights are for {channels}")
     found = Geometry(kernel, padding, channels, outputs, x.shape[2], x.shape[3])
     if padding < 0 or found.out_height < 1 or found.out_width < 1:
         raise ValueError(f"padding {padding} and a kernel of {kernel} leave nothing of {x.shape[2]}x{x.shape[3]} pixels")
-    check_plane(x)
     return found
 
 
@@ -95,6 +103,11 @@ def padded_taps(kernel: int, pair: bool) -> int:
 
 def channel_block(channels: int) -> int:
     return min(64, max(16, triton.next_power_of_2(channels)))
+
+
+def reads_lines(x: Tensor) -> bool:
+    """Its channels can be read 16 bytes at a time."""
+    return x.stride(1) == 1 and x.shape[1] % 16 == 0
 
 
 @triton.jit
@@ -211,12 +224,18 @@ def packed_weight(weight: Tensor, pair: bool, rows: int, tf32: bool) -> Tensor:
     total = triton.cdiv(outputs, OUT.value) * OUT.value * (kernel + rows - 1) * padded * rows * taps
     dtype = torch.bfloat16 if pair else torch.float32
     out = torch.empty(total * (1 + pair), dtype=dtype, device=weight.device)
-    tile = configs.few_outputs_pack_tile(architecture(weight.device))
     launch(
-        pack_weight_kernel, triton.cdiv(total, tile.block_m), out, as_map(weight), out, channels, outputs, total,
-        K=kernel, KX=taps, PAIR=pair, ROWS=rows, PADDED=padded, TF32=tf32, BM=tile.block_m, num_warps=tile.warps,
+        pack_weight_kernel, triton.cdiv(total, PACKED), out, as_map(weight), out, channels, outputs, total,
+        K=kernel, KX=taps, PAIR=pair, ROWS=rows, PADDED=padded, TF32=tf32, BM=PACKED, num_warps=4,
     )  # fmt: skip
     return out
+
+
+def empty_output(x: Tensor, size: Geometry) -> Tensor:
+    """Room for the float32 output: channels-last where x is, else plain."""
+    layout = torch.channels_last if lies_channels_last(x) else torch.contiguous_format
+    shape = (x.shape[0], size.outputs, size.out_height, size.out_width)
+    return torch.empty(shape, dtype=torch.float32, device=x.device, memory_format=layout)
 
 
 def few_outputs(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
@@ -232,11 +251,12 @@ def few_outputs(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) ->
         float32 (images, outputs, height + 2 * padding - kernel + 1, and so on), channels-last where x is.
     """
     size = geometry(x, weight, padding)
+    check_plane(x)
     arch = architecture(x.device)
     pair = is_pair(x.dtype)
-    multiply = precision(arch, x.dtype)
-    out = empty_output(x, size.outputs, size.out_height, size.out_width)
-    tile = configs.few_outputs_tile(arch, x.dtype, "forward", multiply == "tf32")
+    multiply = precision(arch, x.dtype, convolution=True)
+    out = empty_output(x, size)
+    tile = configs.few_outputs_tile(arch, x.dtype, "forward", multiply == "tf32", reads_lines(x))
     rows, block = tile.block_n, channel_block(size.channels)
     packed = packed_weight(weight, pair, rows, multiply == "tf32")
     places = triton.cdiv(size.out_height, rows) * size.span
@@ -250,11 +270,3 @@ def few_outputs(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) ->
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
-
-
-def empty_output(x: Tensor, outputs: int, height: int, width: int) -> Tensor:
-    """Room for float32 results at x's images: channels-last where x is, else plain."""
-    layout = torch.channels_last if lies_channels_last(x) else torch.contiguous_format
-    return torch.empty(x.shape[0], outputs, height, width, dtype=torch.float32, device=x.device, memory_format=layout)
-
-

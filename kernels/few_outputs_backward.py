@@ -22,7 +22,18 @@ from torch import Tensor
 
 from . import configs
 from .common import architecture, bound, dot, launch, narrow, precision
-from .few_outputs import OUT, Geometry, channel_block, geometry, is_pair, padded_taps, pair_of, product, to_tf32
+from .few_outputs import (
+    OUT,
+    Geometry,
+    channel_block,
+    geometry,
+    is_pair,
+    padded_taps,
+    pair_of,
+    product,
+    reads_lines,
+    to_tf32,
+)
 from .planes import as_map, check_plane, empty_like, rows_join
 
 
@@ -181,6 +192,10 @@ def few_outputs_join_kernel(
         tl.store(d_bias + b * OUT + o_o, summed, mask=b * OUT + o_o < outputs)
 
 
+JOINED = 64
+"""Weights of a program of `few_outputs_join_kernel`."""
+
+
 def _packed_gradient(
     gradient: Tensor, size: Geometry, wide: bool, pairs: bool, totals: bool, tf32: bool, margin: int
 ) -> tuple[Tensor, Tensor, Tensor, int]:
@@ -208,9 +223,10 @@ def _packed_gradient(
     return whole, halves, sums, length
 
 
-def _map_gradient(wide: Tensor, x: Tensor, weight: Tensor, size: Geometry, length: int, multiply: str) -> Tensor:
-    out = empty_like(x, size.height, size.width)
-    tile = configs.few_outputs_tile(architecture(x.device), x.dtype, "map", multiply == "tf32")
+def _map_gradient(
+    wide: Tensor, x: Tensor, weight: Tensor, out: Tensor, size: Geometry, length: int, multiply: str
+) -> None:
+    tile = configs.few_outputs_tile(architecture(x.device), x.dtype, "map", multiply == "tf32", reads_lines(x))
     block = min(tile.block_n, channel_block(size.channels))
     pixels = size.span * size.rows
     parts = triton.cdiv(pixels, tile.block_m)
@@ -220,14 +236,13 @@ def _map_gradient(wide: Tensor, x: Tensor, weight: Tensor, size: Geometry, lengt
         size.blocks, K=size.kernel, KX=padded_taps(size.kernel, False), PADDING=size.padding, PRECISION=multiply,
         BM=tile.block_m, BC=block, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return out
 
 
 def _weight_sums(packed: Tensor, x: Tensor, size: Geometry, length: int, multiply: str) -> Tensor:
     """float32 (parts, outputs, kernel, kernel, channels)."""
     arch = architecture(x.device)
     pair = is_pair(x.dtype)
-    tile = configs.few_outputs_tile(arch, x.dtype, "weight", multiply == "tf32")
+    tile = configs.few_outputs_tile(arch, x.dtype, "weight", multiply == "tf32", reads_lines(x))
     taps, block = padded_taps(size.kernel, pair), channel_block(size.channels)
     columns = size.blocks * size.kernel * taps * (1 + pair) * OUT.value
     width = min(tile.block_n, triton.next_power_of_2(columns))
@@ -249,6 +264,17 @@ def _weight_sums(packed: Tensor, x: Tensor, size: Geometry, length: int, multipl
     return partial
 
 
+def empty_gradients(
+    x: Tensor, weight: Tensor, of_x: bool, of_weight: bool, of_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for what is wanted, of no elements for what is not."""
+    return (
+        empty_like(x, x.shape[2], x.shape[3]) if of_x else x.new_empty(0),
+        torch.empty_like(weight, dtype=torch.float32) if of_weight else weight.new_empty(0, dtype=torch.float32),
+        x.new_empty(weight.shape[0] if of_bias else 0, dtype=torch.float32),
+    )
+
+
 def few_outputs_backward(
     gradient: Tensor, x: Tensor, weight: Tensor, padding: int, of_x: bool, of_weight: bool, of_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -258,25 +284,26 @@ def few_outputs_backward(
     dtype and strides.
     """
     size = geometry(x, weight, padding)
-    check_plane(gradient)
+    check_plane(x, gradient)
     arch = architecture(x.device)
     pair = is_pair(x.dtype)
-    multiply = precision(arch, x.dtype)
+    multiply = precision(arch, x.dtype, convolution=True)
     narrow_result = "tf32" if pair and arch.startswith("sm_") else multiply
     taps = max(padded_taps(size.kernel, False), padded_taps(size.kernel, pair))
     wide, pairs, totals, length = _packed_gradient(
         gradient, size, of_x or (of_weight and not pair), of_weight and pair, of_bias, narrow_result == "tf32", taps
     )
-    d_x = _map_gradient(wide, x, weight, size, length, narrow_result) if of_x else x.new_empty(0)
-    d_weight = torch.empty_like(weight, dtype=torch.float32) if of_weight else wide.new_empty(0)
-    d_bias = torch.empty(size.outputs if of_bias else 0, dtype=torch.float32, device=x.device)
+    d_x, d_weight, d_bias = empty_gradients(x, weight, of_x, of_weight, of_bias)
+    if of_x:
+        _map_gradient(wide, x, weight, d_x, size, length, narrow_result)
+    if not (of_weight or of_bias):
+        return d_x, d_weight, d_bias
     partial = _weight_sums(pairs if pair else wide, x, size, length, multiply) if of_weight else totals
-    tile = configs.few_outputs_pack_tile(arch)
     elements = weight.numel() if of_weight else 0
-    programs = triton.cdiv(elements, 64)
+    programs = triton.cdiv(elements, JOINED)
     launch(
         few_outputs_join_kernel, programs + (size.blocks if of_bias else 0), x, partial, totals,
         as_map(d_weight if of_weight else weight), d_bias, size.channels, size.outputs, elements, partial.shape[0],
-        totals.shape[1] if of_bias else 0, programs, K=size.kernel, BS=64, BE=64, num_warps=tile.warps,
+        totals.shape[1] if of_bias else 0, programs, K=size.kernel, BS=64, BE=JOINED, num_warps=4,
     )  # fmt: skip
     return d_x, d_weight, d_bias
