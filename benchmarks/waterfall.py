@@ -22,6 +22,7 @@ from benchmarks.step import our_provider, step_case
 from fastnce.engine.step import Step
 from fastnce.nce import PatchNCEHead
 from fastnce.networks import set_implementation
+from fastnce.networks.layers import LastConvolution
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Stage:
     precision: str = "fp32"
     layout: torch.memory_format = torch.contiguous_format
     layers: Literal["eager", "triton"] = "eager"
+    last: Literal["eager", "triton"] = "eager"
+    """The generator's last convolution, which `layers` leaves out."""
     loss: Literal["eager", "triton"] = "eager"
     weights_at_once: bool = False
     graph: bool = True
@@ -55,14 +58,17 @@ def stages(cuda: bool, loss: bool = True) -> list[Stage]:
             Stage("+ weights converted at once", **cpu, weights_at_once=True),
             Stage("+ channels-last", **cpu, weights_at_once=True, layout=torch.channels_last),
         ]
-    fused: dict[str, Any] = last | {"layers": "triton", "loss": "triton"}
+    layers: dict[str, Any] = last | {"layers": "triton"}
+    ending: dict[str, Any] = layers | {"last": "triton"}
+    fused: dict[str, Any] = ending | {"loss": "triton"}
     all_on: dict[str, Any] = fused | {"weights_at_once": True}
     found = [
         Stage("fp32"),
         Stage("+ TF32", tf32=True),
         Stage("+ bf16", **half),
         Stage("+ channels-last", **last),
-        Stage("+ fused norm, pad, blur", **last, layers="triton"),
+        Stage("+ fused norm, pad, blur", **layers),
+        Stage("+ last convolution", **ending),
         Stage("+ fused NCE", **fused),
         Stage("+ weights converted at once", **all_on),
         Stage("all, uncaptured", **all_on, graph=False),
@@ -129,5 +135,7 @@ def switch(step: Step, stage: Stage) -> None:
     step.weights_at_once = stage.weights_at_once
     set_implementation(step.method, stage.layers)
     for module in step.method.modules():
+        if isinstance(module, LastConvolution):
+            module.implementation = stage.last
         if isinstance(module, PatchNCEHead):
             module.implementation = stage.loss

@@ -214,8 +214,8 @@ def few_outputs_tile(
 ) -> Tile:
     """For the products of `few_outputs.py` and `few_outputs_backward.py`.
 
-    "forward": block_m pixels in each of block_n rows of outputs, which share the rows of x that they read; "map": block_m
-    pixels by at most block_n channels; "weight": block_m pixels at a time, at most block_n columns.
+    "forward": block_m pixels in each of block_n rows of outputs, which share the rows of x that they read; "map":
+    block_m pixels by at most block_n channels; "weight": block_m pixels at a time, at most block_n columns.
 
     Args:
         dtype: of the map.
@@ -232,7 +232,7 @@ def few_outputs_tile(
     if kernel == "forward":
         return Tile(64 if arch == "sm_120" and dtype == torch.float16 else 128, 1, 4, stages)
     if kernel == "map":
-        return Tile(64 if arch == "sm_100" else 128, 64, 4, stages)
+        return Tile(64, 64, 8, stages) if arch == "sm_100" else Tile(128, 64, 4, stages)
     return Tile(64, 128, 4, stages)
 
 

@@ -1,9 +1,10 @@
 """Convolutions with few output channels, as the last one of a generator: 16-bit maps in, float32 out.
 
 A matrix product for each tap would read x kernel^2 times over and leave most of the matrix unit's columns empty. Here
-the columns of one product are all taps of a kernel's row times four outputs: x is read once for each of the kernel's
-rows, Y[p, tap, o] = sum over rows i and channels of x[p + row i] w[o, i, tap], and the output is the sum of Y over taps,
-each moved along the row by its place: out[p, o] = sum over taps of Y[p + tap, tap, o].
+the columns of one product are all taps of a kernel's row, times four outputs, so x is read once per row of the kernel:
+
+    Y[p, tap, o] = sum over rows i and channels c of x[p + row i, c] w[o, c, i, tap]
+    out[p, o] = sum over taps of Y[p + tap, tap, o]
 
 Pixels are counted row by row in the padded picture, `span` to a row, so that a move along the row is a move by one in
 that count; what runs over the end of a row belongs to no output. A program computes OUT outputs.
@@ -87,7 +88,9 @@ def geometry(x: Tensor, weight: Tensor, padding: int) -> Geometry:
         raise ValueError(f"the map has {x.shape[1]} channels, the weights are for {channels}")
     found = Geometry(kernel, padding, channels, outputs, x.shape[2], x.shape[3])
     if padding < 0 or found.out_height < 1 or found.out_width < 1:
-        raise ValueError(f"padding {padding} and a kernel of {kernel} leave nothing of {x.shape[2]}x{x.shape[3]} pixels")
+        raise ValueError(
+            f"padding {padding} and a kernel of {kernel} leave nothing of {x.shape[2]}x{x.shape[3]} pixels"
+        )
     return found
 
 
@@ -189,7 +192,7 @@ def few_outputs_kernel(
     p_w = weight + block * ((K + ROWS - 1) * CHUNKS * BC * N) + o_c[:, None] * N + o_n[None, :]
     m_x = (column >= 0) & (column < width) & (o_p < places)
     acc = tl.zeros([BM, N], tl.float32)
-    for step in range(0, (K + ROWS - 1) * CHUNKS):
+    for step in range((K + ROWS - 1) * CHUNKS):
         i = step // CHUNKS
         c = step % CHUNKS * BC
         mask = m_x & (row + i >= 0) & (row + i < height)

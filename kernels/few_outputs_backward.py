@@ -52,7 +52,7 @@ def pack_gradient_kernel(
     total = tl.zeros([OUT], tl.float32)
     p_g = gradient.data + image * gradient.image + (o * gradient.channel)[None, :]
     first = (block * images + image) * length
-    for t in range(0, bound(tiles)):
+    for t in range(bound(tiles)):
         o_j = (part * tiles + t) * BM + tl.arange(0, BM)
         m_j = (o_j < length)[:, None] & (o_o < OUT)[None, :]
         o_p = tl.maximum(o_j - front, 0)
@@ -93,7 +93,7 @@ def map_gradient_kernel(
     p_w = weight.data + (o_n % OUT).to(tl.int64)[:, None] * weight.image + o_c.to(tl.int64)[None, :] * weight.channel
     p_w += (K - 1 - tap).to(tl.int64)[:, None] * weight.x
     acc = tl.zeros([BM, BC], tl.float32)
-    for step in range(0, bound(blocks) * K):
+    for step in range(bound(blocks) * K):
         i = step % K  # a row of the turned kernel
         b = step // K
         b_g = tl.load(p_g + (b * tl.cast(images, tl.int64) * length + i * span) * OUT, mask=m_p[:, None], other=0.0)
@@ -116,9 +116,9 @@ def few_outputs_sums_kernel(
     K: tl.constexpr, KX: tl.constexpr, PARTS: tl.constexpr, PADDING: tl.constexpr, FLAT: tl.constexpr,
     PRECISION: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """A part of the pixels of all images, BC channels by BN columns of G; `partial` is (parts, outputs, K, K, channels).
+    """A part of the pixels of all images, BC channels by BN columns of G.
 
-    `tiles` of BK pixels make an image, `each` of them a part. Programs that read the same pixels are neighbours.
+    `partial` is (parts, outputs, K, K, channels). `tiles` of BK pixels make an image, `each` of them a part. Programs that read the same pixels are neighbours.
     """
     LINE: tl.constexpr = KX * PARTS * OUT
     block = tl.program_id(0)
@@ -134,13 +134,15 @@ def few_outputs_sums_kernel(
     p_g = packed + (b * images * length + i * span) * (PARTS * OUT) + o_n % LINE
     p_x = x.data + o_c.to(tl.int64) * x.channel
     acc = tl.zeros([BC, BN], tl.float32)
-    for t in range(0, bound(each)):
+    for t in range(bound(each)):
         tile = part * each + t
         image = (tile // tiles).to(tl.int64)
         o_p = tile % tiles * BK + tl.arange(0, BK)
         m_p = (o_p < pixels) & (image < images)
         b_g = tl.load(
-            p_g[None, :] + ((image * length + o_p) * (PARTS * OUT))[:, None], mask=m_p[:, None] & m_n[None, :], other=0.0
+            p_g[None, :] + ((image * length + o_p) * (PARTS * OUT))[:, None],
+            mask=m_p[:, None] & m_n[None, :],
+            other=0.0,
         )
         if FLAT:
             offset = image * x.image + o_p.to(tl.int64) * x.x

@@ -186,8 +186,8 @@ def _few_outputs_gradients(gradient, x, weight, padding, of_x, of_weight, of_bia
 
 
 _few_outputs_backward = operator(
-    "few_outputs_backward(Tensor gradient, Tensor x, Tensor weight, int padding, bool of_x, bool of_weight, bool of_bias)"
-    " -> (Tensor, Tensor, Tensor)",
+    "few_outputs_backward(Tensor gradient, Tensor x, Tensor weight, int padding, bool of_x, bool of_weight, "
+    "bool of_bias) -> (Tensor, Tensor, Tensor)",
     few_outputs_backward.few_outputs_backward,
     _few_outputs_gradients,
     _TAGS,

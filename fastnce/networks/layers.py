@@ -154,10 +154,11 @@ class LastConvolution(FusedLayer, nn.Conv2d):
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int, padding: int = 0):
         super().__init__(in_channels, out_channels, kernel, padding=padding)
+        self.margin = padding
 
     def forward(self, x: Tensor) -> Tensor:
         if fused is not None and fused.few_outputs_obstacle(self.weight) is None and self.fused(x):
-            return fused.few_outputs_convolution(x, self.weight, self.bias, self.padding[0])
+            return fused.few_outputs_convolution(x, self.weight, self.bias, self.margin)
         with own_precision(x):
             return super().forward(x.to(self.weight.dtype) if x.dtype in (torch.bfloat16, torch.float16) else x)
 
