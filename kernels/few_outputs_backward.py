@@ -118,7 +118,8 @@ def few_outputs_sums_kernel(
 ):  # fmt: skip
     """A part of the pixels of all images, BC channels by BN columns of G.
 
-    `partial` is (parts, outputs, K, K, channels). `tiles` of BK pixels make an image, `each` of them a part. Programs that read the same pixels are neighbours.
+    `partial` is (parts, outputs, K, K, channels). `tiles` of BK pixels make an image, `each` of them a part. Programs
+    that read the same pixels are neighbours.
     """
     LINE: tl.constexpr = KX * PARTS * OUT
     block = tl.program_id(0)
