@@ -53,12 +53,15 @@ class Build:
             return f"needs {self.shared_bytes} bytes of shared memory, {self.arch} has {limit}"
         if self.spill_bytes:
             return f"spills {self.spill_bytes} bytes"
-        if not (self.matrix_instructions or any(name in self.case for name in WITHOUT_PRODUCTS)):
+        none = any(name in self.case for name in WITHOUT_PRODUCTS) or self.kernel in KERNELS_WITHOUT_PRODUCTS
+        if not (self.matrix_instructions or none):
             return "does not use the matrix unit"
         return None
 
 
 WITHOUT_PRODUCTS = ("float32", "without MLP", "draw", "mean", "rows:", "layer:")
+"""Cases, and kernels of any case, that multiply no matrices, or not on the matrix unit."""
+KERNELS_WITHOUT_PRODUCTS = ("pack_weight_kernel", "pack_gradient_kernel", "few_outputs_join_kernel")
 
 
 class _NamedDriver:

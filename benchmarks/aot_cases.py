@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from fastnce.kernels import (
     blur,
     configs,
     cosine,
+    few_outputs,
+    few_outputs_backward,
     instance_norm,
     nce,
     nce_keys,
@@ -109,17 +112,19 @@ def _forward(x, extra=(), log_weight=(), pair_weight=(), temperature=0.07, **opt
 
 def _in_tf32(call: Callable[[], object]) -> Callable[[], object]:
     """The same where the user allows TF32 in products."""
+    return partial(_in_precision, "tf32", call)
 
-    def allowed() -> None:
-        matmul = torch.backends.cuda.matmul
-        kept = matmul.fp32_precision  # type: ignore[attr-defined]
-        matmul.fp32_precision = "tf32"  # type: ignore[attr-defined]
-        try:
-            call()
-        finally:
-            matmul.fp32_precision = kept  # type: ignore[attr-defined]
 
-    return allowed
+def _in_precision(precision: str, call: Callable[[], object]) -> None:
+    libraries = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    kept = [library.fp32_precision for library in libraries]
+    try:
+        for library in libraries:
+            library.fp32_precision = precision
+        call()
+    finally:
+        for library, before in zip(libraries, kept, strict=True):
+            library.fp32_precision = before
 
 
 def _scales() -> torch.Tensor:
@@ -220,10 +225,36 @@ def _blurs(x: torch.Tensor) -> None:
     blur.blur_up_backward(blur.blur_up(x, 2 * height, 2 * width), height, width)
 
 
+def few_outputs_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Last convolutions of generators: the ResNet's, the restorer's, and others that the kernels take."""
+    forms = {
+        "64 to 3, 7x7": (64, 256, 3, 7, 0),
+        "32 to 3, 3x3, padded": (32, 256, 3, 3, 1),
+        "256 to 16, 5x5": (256, 64, 16, 5, 0),
+        "65 to 1, 1x1": (65, 31, 1, 1, 0),
+    }
+    for name, (channels, side, outputs, kernel, padding) in forms.items():
+        weight = _tensor(outputs, channels, kernel, kernel, dtype=torch.float32)
+        weight = weight.to(memory_format=torch.channels_last)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            x = _map(channels, side + kernel - 1 - 2 * padding, dtype)
+            call = partial(_in_precision, "ieee", partial(_few_outputs, x, weight, padding))
+            yield f"few outputs: {name} {str(dtype).removeprefix('torch.')}", call
+            if dtype == torch.float32:
+                yield f"few outputs: {name} tf32", _in_tf32(partial(_few_outputs, x, weight, padding))
+
+
+def _few_outputs(x: torch.Tensor, weight: torch.Tensor, padding: int) -> None:
+    bias = _tensor(weight.shape[0], dtype=torch.float32)
+    y = few_outputs.few_outputs(x, weight, bias, padding)
+    few_outputs_backward.few_outputs_backward(y, x, weight, padding, True, True, True)
+
+
 def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield from nce_cases()
     yield from sample_cases()
     yield from layer_cases()
+    yield from few_outputs_cases()
 
 
 QUICK = re.compile(
@@ -233,6 +264,7 @@ QUICK = re.compile(
     r"|sample D=256 (bfloat16|bfloat16 repeated ids|float32|tf32|images=64|a set an image, directions)"
     r"|sample without MLP|draw|mean"
     r"|layer: (norm, ReLU, pad 1|norm, residual|norm, one pixel|pad 1 C=256|blur C=128) torch.bfloat16"
+    r"|few outputs: 64 to 3, 7x7 (bfloat16|float16|float32|tf32)|few outputs: 256 to 16, 5x5 bfloat16"
 )
 """The forms of the published training steps, and of each kernel the one that needs most: a minute or two on an idle
 machine, where all take ten."""

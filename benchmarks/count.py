@@ -65,7 +65,8 @@ READ_TWICE = {
 
 OURS = {
     "head": 5, "project": 1, "project_backward": 4, "nce_forward": 1, "nce_keys": 1, "nce_layers": 3,
-    "row_gradients": 1, "draw_ids": 2, "instance_norm": 3, "instance_norm_backward": 3,
+    "row_gradients": 1, "draw_ids": 2, "instance_norm": 3, "instance_norm_backward": 3, "few_outputs": 2,
+    "few_outputs_backward": 4,
 }  # fmt: skip
 """Launches of our own operators that take more than one."""
 
@@ -168,7 +169,7 @@ class Count(TorchDispatchMode):
     def _work(self, func, args, kwargs, out, written: list[Tensor]) -> Work:
         packet = func.overloadpacket
         formula = flop_registry.get(packet)
-        flop = float(formula(*args, **kwargs, out_val=out)) if formula else 0.0
+        flop = float(formula(*args, **kwargs, out_val=out)) if formula else _our_flop(packet, args, out)
         wide = [t for t in _tensors(out) if t.is_floating_point()] or _tensors((args, kwargs)) or written
         dtype = max((t for t in wide), key=lambda t: t.numel()).dtype
         name = func.name().split("::")[1].split(".")[0]
@@ -180,6 +181,15 @@ class Count(TorchDispatchMode):
             dtype,
             _tiles(packet, args, out),
         )
+
+
+def _our_flop(packet, args, out) -> float:
+    """Of the operators of ours that are convolutions."""
+    if packet.__name__ == "few_outputs":
+        return 2.0 * out[:, :1].numel() * args[1].numel()
+    if packet.__name__ == "few_outputs_backward":
+        return 2.0 * args[0][:, :1].numel() * args[2].numel() * sum(args[4:6])
+    return 0.0
 
 
 def _tensors(nested: Any) -> list[Tensor]:

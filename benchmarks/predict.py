@@ -105,7 +105,7 @@ def fused_loss(step: Any) -> None:
 
 
 def fused(step: Any) -> None:
-    """Loss, norms, pads and blurs by kernels, as a GPU's step has them."""
+    """Loss, norms, pads, blurs and last convolutions by kernels, as a GPU's step has them."""
     fused_loss(step)
     set_implementation(step.method, "triton")
 

@@ -33,7 +33,9 @@ from fastnce.networks import fused
 from fastnce.timing import default_device, synchronize
 
 LAYER_GATES = {torch.float32: 5e-6, torch.bfloat16: 4e-3}
-"""Of pads, blurs and norms: one rounding of the result."""
+"""Of pads, blurs and norms, and of a convolution's map gradient: one rounding of the result."""
+SUM_GATES = {torch.float32: 5e-6, torch.bfloat16: 3e-5}
+"""Of a convolution's float32 results: factors of 17 bits, in sums that a matrix unit cuts. (TF32: 3e-4.)"""
 CHAIN_GATE = 1e-2
 """Of the chain's loss and step's losses in bfloat16, whose rows are rounded before they are compared."""
 
@@ -204,6 +206,27 @@ def check_layers(device: torch.device, size: Size) -> Iterator[Result]:
         )
 
 
+def check_last_convolution(device: torch.device, size: Size) -> Iterator[Result]:
+    """A generator's last convolution: float32 out of either precision."""
+    for dtype in (torch.bfloat16, torch.float32):
+        x = torch.randn(1, 64, size.sides[0], size.sides[0], device=device)
+        x = F.relu(x).to(dtype, memory_format=torch.channels_last)
+        weight, bias = 0.02 * torch.randn(3, 64, 7, 7, device=device), torch.randn(3, device=device)
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        name, sums = f"last convolution, {_short(dtype)}", SUM_GATES[dtype]
+        yield from compared(
+            name, fused.few_outputs_convolution, lambda x, w, b: F.conv2d(x, w, b), [x, weight, bias],
+            (sums, LAYER_GATES[dtype]),
+        )  # fmt: skip
+        yield from compared(
+            f"{name}, weights alone",
+            lambda w, b, x=x: fused.few_outputs_convolution(x, w, b),
+            lambda w, b, x=x: F.conv2d(x.double(), w, b),
+            [weight, bias],
+            (sums, sums),
+        )
+
+
 def _normalised(x: Tensor) -> Tensor:
     apart = x - x.mean((2, 3), keepdim=True)
     return apart / (apart.square().mean((2, 3), keepdim=True) + 1e-5).sqrt()
@@ -246,7 +269,7 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-GROUPS = (check_rows, check_chain, check_layers, check_steps)
+GROUPS = (check_rows, check_chain, check_layers, check_last_convolution, check_steps)
 
 
 def results(device: torch.device, size: Size) -> Iterator[Result]:

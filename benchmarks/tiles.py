@@ -28,7 +28,7 @@ if str(ROOT) not in sys.path:
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from fastnce.kernels import blur, configs, instance_norm, nce  # noqa: E402
+from fastnce.kernels import blur, configs, few_outputs, few_outputs_backward, instance_norm, nce  # noqa: E402
 from fastnce.kernels.configs import Tile  # noqa: E402
 from torch import Tensor  # noqa: E402
 
@@ -168,7 +168,47 @@ def layer_works(device: torch.device, quick: bool) -> Iterator[Work]:
             yield Work(f"blur up backward {size}", "layer_tile", fit, up_back, doubled)
 
 
-GROUPS = {"nce": nce_works, "chain": chain_works, "layers": layer_works}
+def few_outputs_works(device: torch.device, quick: bool) -> Iterator[Work]:
+    """The ResNet generator's last convolution on two padded pictures, in bfloat16."""
+    side = 22 if quick else 262
+    forward = [
+        *tiles((64, 128), (1, 2), (4,), (2, 3, 4)),
+        *tiles((256,), (1,), (8,), (2, 3)),
+        *tiles((128,), (2, 4), (8,), (2, 3)),
+        *tiles((64,), (4,), (4,), (2, 3)),
+    ]
+    map_gradient = [*tiles((64, 128), (64,), (4,), (1, 2, 3, 4)), *tiles((128, 256), (64,), (8,), (2, 3))]
+    weight_gradient = [
+        *tiles((64, 128), (64, 128), (4,), (2, 3, 4)),
+        *tiles((64, 128), (256,), (8,), (2, 3)),
+        *tiles((64,), (128, 512), (8,), (3,)),
+        *tiles((64,), (256,), (4,), (3,)),
+    ]
+    inputs, gradients = [], []
+    for _ in range(1 if quick else 6):
+        x = torch.randn(2, 64, side, side, device=device, dtype=torch.bfloat16)
+        x = x.contiguous(memory_format=torch.channels_last)
+        weight, bias = torch.randn(3, 64, 7, 7, device=device), torch.randn(3, device=device)
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        inputs.append((x, weight, bias))
+        gradients.append((torch.randn_like(few_outputs.few_outputs(x, weight, bias, 0)), x, weight))
+
+    def of_map(gradient: Tensor, x: Tensor, weight: Tensor) -> Any:
+        return few_outputs_backward.few_outputs_backward(gradient, x, weight, 0, True, False, False)[0]
+
+    def of_weight(gradient: Tensor, x: Tensor, weight: Tensor) -> Any:
+        return few_outputs_backward.few_outputs_backward(gradient, x, weight, 0, False, True, True)[1:]
+
+    def value(x: Tensor, weight: Tensor, bias: Tensor) -> Any:
+        return few_outputs.few_outputs(x, weight, bias, 0)
+
+    name, chooser = f"last convolution 2x64x{side}x{side}", "few_outputs_tile"
+    yield Work(f"{name}, forward", chooser, forward, value, inputs)
+    yield Work(f"{name}, map's gradient", chooser, map_gradient, of_map, gradients)
+    yield Work(f"{name}, weight's gradient", chooser, weight_gradient, of_weight, gradients)
+
+
+GROUPS = {"nce": nce_works, "chain": chain_works, "layers": layer_works, "few outputs": few_outputs_works}
 
 
 def flat(result: Any) -> Tensor:

@@ -22,6 +22,7 @@ from benchmarks.step import our_provider, step_case
 from fastnce.engine.step import Step
 from fastnce.nce import PatchNCEHead
 from fastnce.networks import leave_out_biases, set_implementation
+from fastnce.networks.layers import LastConvolution
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Stage:
     precision: str = "fp32"
     layout: torch.memory_format = torch.contiguous_format
     layers: Literal["eager", "triton"] = "eager"
+    last: Literal["eager", "triton"] = "eager"
+    """The generator's last convolution, which `layers` leaves out."""
     loss: Literal["eager", "triton"] = "eager"
     weights_at_once: bool = False
     no_cancelled_biases: bool = False
@@ -60,7 +63,9 @@ def stages(cuda: bool, loss: bool = True) -> list[Stage]:
             Stage("+ no biases that norms cancel", **without),
             Stage("+ channels-last", **without, layout=torch.channels_last),
         ]
-    fused: dict[str, Any] = last | {"layers": "triton", "loss": "triton"}
+    layers: dict[str, Any] = last | {"layers": "triton"}
+    ending: dict[str, Any] = layers | {"last": "triton"}
+    fused: dict[str, Any] = ending | {"loss": "triton"}
     at_once: dict[str, Any] = fused | {"weights_at_once": True}
     all_on: dict[str, Any] = at_once | {"no_cancelled_biases": True}
     found = [
@@ -68,7 +73,8 @@ def stages(cuda: bool, loss: bool = True) -> list[Stage]:
         Stage("+ TF32", tf32=True),
         Stage("+ bf16", **half),
         Stage("+ channels-last", **last),
-        Stage("+ fused norm, pad, blur", **last, layers="triton"),
+        Stage("+ fused norm, pad, blur", **layers),
+        Stage("+ last convolution", **ending),
         Stage("+ fused NCE", **fused),
         Stage("+ weights converted at once", **at_once),
         Stage("+ no biases that norms cancel", **all_on),
@@ -137,5 +143,7 @@ def switch(step: Step, stage: Stage) -> None:
     leave_out_biases(step.method, stage.no_cancelled_biases)
     set_implementation(step.method, stage.layers)
     for module in step.method.modules():
+        if isinstance(module, LastConvolution):
+            module.implementation = stage.last
         if isinstance(module, PatchNCEHead):
             module.implementation = stage.loss

@@ -106,12 +106,16 @@ def architecture(device: torch.device) -> str:
     return _architecture(device.type, device.index)
 
 
-def precision(arch: str, dtype: torch.dtype) -> str:
-    """How a kernel multiplies: "tf32" where the user allows that to the library's float32 products, else "ieee"."""
+def precision(arch: str, dtype: torch.dtype, convolution: bool = False) -> str:
+    """How a kernel multiplies: "tf32" where the user allows that to the library's float32 products, else "ieee".
+
+    PyTorch keeps apart what it allows to convolutions (TF32 unless told otherwise) and to other products.
+    """
     if dtype != torch.float32 or not arch.startswith("sm_"):
         return "ieee"
     # reading `allow_tf32` is an error where a program has set `fp32_precision`
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
+    allowed = torch.backends.cudnn.conv if convolution else torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    return "tf32" if allowed.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
 
 
 def block_dim(dim: int) -> int:

@@ -226,3 +226,35 @@ def layer_splits(arch: str, programs: int, tiles: int) -> int:
     """Into how many parts to split a reduction over `tiles` tiles, when there are `programs` of them side by side."""
     wanted = 4 if arch == "interpreter" else LAYER_PROGRAMS
     return max(1, min(LAYER_SPLITS, tiles, wanted // max(programs, 1)))
+
+
+def few_outputs_tile(
+    arch: str, dtype: torch.dtype, kernel: Literal["forward", "map", "weight"], tf32: bool = False, lines: bool = True
+) -> Tile:
+    """For the products of `few_outputs.py` and `few_outputs_backward.py`.
+
+    "forward": block_m pixels in each of block_n rows of outputs, which share the rows of x that they read; "map":
+    block_m pixels by at most block_n channels; "weight": block_m pixels at a time, at most block_n columns.
+
+    Args:
+        dtype: of the map.
+        tf32: a float32 map on the matrix unit.
+        lines: a pixel's channels can be read 16 bytes at a time.
+    """
+    if arch == "interpreter":
+        return {"forward": Tile(128, 2, 4, 1), "map": Tile(256, 64, 4, 1), "weight": Tile(256, 512, 4, 1)}[kernel]
+    if dtype == torch.float32 and not tf32:
+        return {"forward": Tile(32, 1, 4, 1), "map": Tile(32, 64, 4, 1), "weight": Tile(32, 32, 4, 1)}[kernel]
+    if not lines:
+        return {"forward": Tile(64, 1, 4, 1), "map": Tile(64, 32, 4, 1), "weight": Tile(64, 128, 4, 1)}[kernel]
+    stages = 1 if arch.startswith("gfx") else 3
+    if kernel == "forward":
+        return Tile(64 if arch == "sm_120" and dtype == torch.float16 else 128, 1, 4, stages)
+    if kernel == "map":
+        return Tile(64, 64, 8, stages) if arch == "sm_100" else Tile(128, 64, 4, stages)
+    return Tile(64, 128, 4, stages)
+
+
+def few_outputs_pack_tile(arch: str) -> Tile:
+    """For `pack_gradient_kernel`: block_m pixels at a time."""
+    return Tile(8192 if arch == "interpreter" else 256, 1, 4, 1)

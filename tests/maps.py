@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from fastnce.kernels import blur, common, instance_norm, reflect_pad
+from fastnce.kernels import blur, common, few_outputs, few_outputs_backward, instance_norm, reflect_pad
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -81,7 +81,7 @@ def launches(monkeypatch) -> list[str]:
         names.append(kernel.fn.__name__)
         common.launch(kernel, *args, **options)
 
-    for module in (instance_norm, blur, reflect_pad):
+    for module in (instance_norm, blur, reflect_pad, few_outputs, few_outputs_backward):
         monkeypatch.setattr(module, "launch", counted)
     return names
 

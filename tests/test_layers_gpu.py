@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from fastnce.kernels import instance_norm
+from fastnce.kernels import few_outputs, few_outputs_backward, instance_norm
 from torch import Tensor
 
 from fastnce.networks import PatchGAN, ResnetGenerator, channels_last, set_implementation
@@ -95,6 +95,46 @@ def test_more_than_2_to_the_31_elements():
         truth, d_truth = norm_truth(x[:, some], 0.0, 1, None, y[:, some])
         assert error(y[:, some], truth) <= GATE[torch.bfloat16]
         assert error(d_x[:, some], d_truth) <= GATE[torch.bfloat16]
+
+
+FEW_OUTPUTS = (
+    # channels, side, outputs, kernel, padding
+    (64, 262, 3, 7, 0), (32, 256, 3, 3, 1), (65, 61, 1, 7, 0), (256, 64, 16, 5, 2), (3, 128, 4, 3, 0), (16, 40, 3, 1, 0)
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+@pytest.mark.parametrize("dtype", GATE)
+@pytest.mark.parametrize("size", FEW_OUTPUTS, ids=str)
+def test_few_outputs_beside_the_library(size, dtype, tf32, record_property):
+    """Sums of 16-bit maps are ten times as exact as the library's TF32; everything repeats to the bit."""
+    channels, side, outputs, kernel, padding = size
+    x = torch.randn(2, channels, side, side, device=DEVICE).relu().to(dtype, memory_format=torch.channels_last)
+    weight = 0.05 * torch.randn(outputs, channels, kernel, kernel, device=DEVICE)
+    bias = torch.randn(outputs, device=DEVICE)
+    leaves = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
+    y = F.conv2d(*leaves, padding=padding)
+    upstream = torch.randn(y.shape, device=DEVICE)
+    truth = [y, *torch.autograd.grad(y, leaves, upstream.double())]
+    results = []
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32):
+        for _ in range(2):
+            ours = few_outputs.few_outputs(x, weight, bias, padding)
+            backward = few_outputs_backward.few_outputs_backward
+            results.append([ours, *backward(upstream, x, weight, padding, True, True, True)])
+        wide = [t.float().requires_grad_() for t in (x, weight.detach(), bias.detach())]
+        library = F.conv2d(*wide, padding=padding)
+        theirs = [library, *torch.autograd.grad(library, wide, upstream)]
+    errors = [
+        (error(ours, exact), error(other, exact)) for ours, other, exact in zip(results[0], theirs, truth, strict=True)
+    ]
+    print(f"{size} {dtype} TF32 {tf32}: ours and the library's", errors)
+    record_property("errors", str(errors))
+    sums = 3e-5 if dtype != torch.float32 else 5e-4 if tf32 else 5e-6
+    of_map = GATE[dtype] if dtype != torch.float32 else sums
+    for (ours, _), gate in zip(errors, (sums, of_map, sums, 5e-6), strict=True):
+        assert ours <= gate
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def networks() -> list[tuple[torch.nn.Module, Tensor]]:

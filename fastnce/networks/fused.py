@@ -1,8 +1,8 @@
-"""The kernels of the layers as PyTorch operators with gradients: instance norm with its neighbours, pads and blurs.
+"""The layers' kernels as PyTorch operators with gradients: norms with their neighbours, pads, blurs, last convolutions.
 
 The operators (`torch.ops.fastnce.*`) have fakes, so that `torch.compile` traces through them without a break. Pads and
 blurs are linear: each is the gradient of its transpose, so they can be differentiated as often as one likes. The
-gradient of a norm's gradient (R1 and WGAN-GP penalties) is left to plain PyTorch.
+gradient of a norm's or convolution's gradient (R1 and WGAN-GP penalties) is left to plain PyTorch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels import blur, reflect_pad
+from ..kernels import blur, few_outputs, few_outputs_backward, reflect_pad
 from ..kernels import instance_norm as norm
 from ..kernels.planes import empty_like
 from ..nce.autograd import call, directly
@@ -169,3 +169,81 @@ def instance_norm(
             f"{residual.dtype} for {tuple(x.shape)} {x.dtype}, margin {margin}"
         )
     return call(_InstanceNorm, x, residual, eps, slope, margin)[0]
+
+
+# Convolutions with few output channels
+
+_few_outputs_forward = operator(
+    "few_outputs(Tensor x, Tensor weight, Tensor? bias, int padding) -> Tensor",
+    few_outputs.few_outputs,
+    lambda x, weight, bias, padding: few_outputs.empty_output(x, few_outputs.geometry(x, weight, padding)),
+    _TAGS,
+)
+
+
+def _few_outputs_gradients(gradient, x, weight, padding, of_x, of_weight, of_bias):
+    return few_outputs_backward.empty_gradients(x, weight, of_x, of_weight, of_bias)
+
+
+_few_outputs_backward = operator(
+    "few_outputs_backward(Tensor gradient, Tensor x, Tensor weight, int padding, bool of_x, bool of_weight, "
+    "bool of_bias) -> (Tensor, Tensor, Tensor)",
+    few_outputs_backward.few_outputs_backward,
+    _few_outputs_gradients,
+    _TAGS,
+)
+
+
+@directly
+class _FewOutputs(torch.autograd.Function):
+    @staticmethod
+    def forward(x, weight, bias, padding):
+        return _few_outputs_forward(x, weight, bias, padding)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, bias, ctx.padding = inputs
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        if gradient is None:
+            return (None,) * 4
+        x, weight = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            y = F.conv2d(x.float(), weight.float(), padding=ctx.padding)
+            sources = [t for t, of in zip((x, weight), wanted, strict=False) if of]
+            found = iter(torch.autograd.grad(y, sources, gradient, create_graph=True) if sources else ())
+            d_x, d_weight = (next(found) if of else None for of in wanted[:2])
+            return d_x, d_weight, gradient.sum((0, 2, 3)).to(ctx.dtypes[1]) if wanted[2] else None, None
+        d_x, d_weight, d_bias = _few_outputs_backward(gradient, x, weight, ctx.padding, *wanted)
+        return (
+            d_x if wanted[0] else None,
+            d_weight.to(ctx.dtypes[0]) if wanted[1] else None,
+            d_bias.to(ctx.dtypes[1]) if wanted[2] else None,
+            None,
+        )
+
+
+def few_outputs_obstacle(weight: Tensor) -> str | None:
+    """Why `few_outputs_convolution` does not take such weights, or None."""
+    return few_outputs.obstacle(*weight.shape)
+
+
+def few_outputs_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int = 0) -> Tensor:
+    """`F.conv2d(x.float(), weight, bias, padding=padding)` for few output channels, without a float32 copy of x.
+
+    Args:
+        x: (images, channels, height, width), bfloat16, float16 or float32, any strides.
+        weight: (outputs, channels, kernel, kernel), see `few_outputs_obstacle`; float32, or of 16 bits.
+        bias: (outputs,), or none.
+        padding: zeros on each side.
+
+    Returns:
+        float32 (images, outputs, height + 2 * padding - kernel + 1, and so on), channels-last where x is.
+    """
+    few_outputs.geometry(x, weight, padding)
+    return call(_FewOutputs, x, weight, bias, padding)

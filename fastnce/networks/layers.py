@@ -48,7 +48,7 @@ class FusedLayer(nn.Module):
 
 
 def set_implementation(network: nn.Module, implementation: Implementation) -> None:
-    """How all the norms, pads and blurs in `network` compute: see `FusedLayer`. (Not its contrastive loss.)"""
+    """How the norms, pads, blurs and last convolutions in `network` compute: see `FusedLayer`. (Not its loss.)"""
     if implementation not in (None, "triton", "eager"):
         raise ValueError(f'implementation must be None, "triton" or "eager", not {implementation!r}')
     for module in network.modules():
@@ -157,8 +157,30 @@ def keeps_float32(layer: nn.Module) -> bool:
     return bool(getattr(layer, "computes_float32", False))
 
 
+class LastConvolution(FusedLayer, nn.Conv2d):
+    """A generator's last convolution, of stride 1: to float32, whatever autocast says and whatever comes in.
+
+    The kernels take at most 16 output channels and odd kernels of at most 7, and read 16-bit maps as they are.
+    Everything else is the library's, on a float32 copy, also where "triton" insists on kernels.
+    """
+
+    computes_float32 = True  # see `keep_float32`
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, padding: int = 0):
+        super().__init__(in_channels, out_channels, kernel, padding=padding)
+        self.margin = padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        if fused is not None and fused.few_outputs_obstacle(self.weight) is None and self.fused(x):
+            return fused.few_outputs_convolution(x, self.weight, self.bias, self.margin)
+        with own_precision(x):
+            return super().forward(x.to(self.weight.dtype) if x.dtype in (torch.bfloat16, torch.float16) else x)
+
+
 def full_precision(layer: nn.Module, x: Tensor) -> Tensor:
     """`layer` on x in float32 whatever autocast says: for the last convolution and the tanh of a generator."""
+    if isinstance(layer, LastConvolution):
+        return layer(x)
     with own_precision(x):
         return layer(x.float() if x.dtype in (torch.bfloat16, torch.float16) else x)
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from .layers import (
     BlurDown,
     BlurUp,
+    LastConvolution,
     Norm,
     ReflectionPad,
     full_precision,
-    keep_float32,
     norm_layer,
     run_all,
     run_from,
@@ -96,7 +96,7 @@ class ResnetGenerator(nn.Module):
             else:
                 layers += [nn.ConvTranspose2d(channels, half, 3, stride=2, padding=1, output_padding=1, bias=bias)]
             layers += [norm_layer(norm, half), nn.ReLU(True)]
-        layers += [ReflectionPad(3), keep_float32(nn.Conv2d(width, out_channels, 7)), nn.Tanh()]
+        layers += [ReflectionPad(3), LastConvolution(width, out_channels, 7), nn.Tanh()]
         self.model = nn.Sequential(*layers)
         self.out_channels = out_channels
         # The encoder's features depend on the picture alone: they may be kept from the pass that made the output.

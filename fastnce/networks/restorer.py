@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import keep_float32, own_precision
+from .layers import LastConvolution, own_precision
 from .resnet import check_layers
 
 
@@ -96,7 +96,7 @@ class Restorer(nn.Module):
         self.decode2 = nn.Sequential(GatedBlock(half), GatedBlock(half))
         self.up1 = nn.Sequential(nn.Conv2d(half, 4 * fine, 1, bias=False), nn.PixelShuffle(2))
         self.decode1 = nn.Sequential(GatedBlock(fine), GatedBlock(fine))
-        self.ending = keep_float32(nn.Conv2d(fine, channels, 3, padding=1))
+        self.ending = LastConvolution(fine, channels, 3, padding=1)
         nn.init.zeros_(self.ending.weight)
         nn.init.zeros_(self.ending.bias)  # type: ignore[arg-type]
         self.widths = [channels, fine, fine, fine, half, half, half, *[quarter] * (1 + middle)]
@@ -116,8 +116,7 @@ class Restorer(nn.Module):
         # the sum lies in memory as its first operand does, and a shuffle of pixels leaves channels-last
         x = self.decode2(skips[1] + self.up2(x))
         x = self.decode1(skips[0] + self.up1(x))
-        with own_precision(x):  # float32 under autocast, as all generators' last convolution
-            x = picture + self.ending(x.to(self.ending.weight.dtype))
+        x = picture + self.ending(x)
         return (x, features) if layers else x
 
     def feature_channels(self, layers: Sequence[int]) -> list[int]:
