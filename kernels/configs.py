@@ -244,7 +244,8 @@ def few_outputs_tile(
     if arch == "interpreter":
         return {"forward": Tile(128, 2, 4, 1), "map": Tile(256, 64, 4, 1), "weight": Tile(256, 512, 4, 1)}[kernel]
     if dtype == torch.float32 and not tf32:
-        return {"forward": Tile(32, 1, 4, 1), "map": Tile(32, 64, 4, 1), "weight": Tile(32, 32, 4, 1)}[kernel]
+        warps = 4 if lines else 8
+        return {"forward": Tile(32, 1, warps, 1), "map": Tile(32, 64, 4, 1), "weight": Tile(32, 32, 4, 1)}[kernel]
     if not lines:
         return {"forward": Tile(64, 1, 4, 1), "map": Tile(64, 32, 4, 1), "weight": Tile(64, 128, 4, 1)}[kernel]
     stages = 1 if arch.startswith("gfx") else 3
