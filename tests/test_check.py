@@ -287,6 +287,7 @@ def test_goals_are_told_with_what_was_found():
         row("chain, bf16", "fastnce", 0.05, images=1, mode="graph"),
         row("chain", "fastnce", 0.5, images=1),
         row("infonce", "fastnce", 1.0, patches=16384, ceiling_fraction=0.5, peak_bytes=2**20),
+        row("infonce", "fastnce", 0.7, patches=16384, mode="graph", ceiling_fraction=0.7),
         row("infonce", "fastnce, unit rows", 0.5, patches=16384),
         row("infonce", "CUT", 8.0, patches=16384, note="written here, no checkout was given"),
         row("step fastcut", "fastnce bf16", 3.0, images=1, mode="captured"),
@@ -296,9 +297,8 @@ def test_goals_are_told_with_what_was_found():
     assert "captured bf16 60.00x (goal 30x)" in said
     assert "captured float32 ? (9x)" in said
     assert "uncaptured 6.00x (4x)" in said
-    assert (
-        "50% of the ceiling (goal 60 %), with unit_rows 2.00x, beside CUT (our own writing, no checkout) 8.00x" in said
-    )
+    assert "50% of the ceiling, captured 70% (goal 60 %), with unit_rows 2.00x, beside CUT (our own writing, " in said
+    assert "no checkout) 8.00x (goal 6x), memory 1 MiB" in said
     assert "3.00 ms, 213,400 steps: 10.7 minutes; 3.00x cut" in said
 
 
