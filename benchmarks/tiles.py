@@ -180,7 +180,8 @@ def few_outputs_works(device: torch.device, quick: bool) -> Iterator[Work]:
     map_gradient = [*tiles((64, 128), (64,), (4,), (1, 2, 3, 4)), *tiles((128, 256), (64,), (8,), (2, 3))]
     weight_gradient = [
         *tiles((64, 128), (64, 128), (4,), (2, 3, 4)),
-        *tiles((64, 128), (256,), (8,), (2, 3)),
+        *tiles((64,), (256,), (8,), (2, 3)),
+        *tiles((128,), (256,), (8,), (2,)),
         *tiles((64,), (128, 512), (8,), (3,)),
         *tiles((64,), (256,), (4,), (3,)),
     ]

@@ -253,7 +253,8 @@ def few_outputs_tile(
         return Tile(64 if arch == "sm_120" and dtype == torch.float16 else 128, 1, 4, stages)
     if kernel == "map":
         return Tile(64, 64, 8, stages) if arch == "sm_100" else Tile(128, 64, 4, stages)
-    return Tile(64, 128, 4, stages)
+    # with two stages in shared memory all programs of two pictures are there at once
+    return Tile(64, 64 if dtype == torch.float16 and arch in ("sm_86", "sm_89") else 128, 4, min(stages, 2))
 
 
 def few_outputs_pack_tile(arch: str) -> Tile:
