@@ -247,12 +247,12 @@ def few_outputs_tile(
         warps = 4 if lines else 8
         return {"forward": Tile(32, 1, warps, 1), "map": Tile(32, 64, 4, 1), "weight": Tile(32, 32, 4, 1)}[kernel]
     if not lines:
-        return {"forward": Tile(64, 1, 4, 1), "map": Tile(64, 32, 4, 1), "weight": Tile(64, 128, 4, 1)}[kernel]
+        return {"forward": Tile(32, 1, 4, 1), "map": Tile(64, 32, 4, 1), "weight": Tile(64, 128, 4, 1)}[kernel]
     stages = 1 if arch.startswith("gfx") else 3
     if kernel == "forward":
-        return Tile(64 if arch == "sm_120" and dtype == torch.float16 else 128, 1, 4, stages)
+        return Tile(128, 1, 8 if arch == "sm_120" else 4, stages)
     if kernel == "map":
-        return Tile(64, 64, 8, stages) if arch == "sm_100" else Tile(128, 64, 4, stages)
+        return Tile(64, 64, 8, stages) if arch in ("sm_100", "sm_120") else Tile(128, 64, 4, stages)
     # with two stages in shared memory all programs of two pictures are there at once
     return Tile(64, 64 if dtype == torch.float16 and arch in ("sm_86", "sm_89") else 128, 4, min(stages, 2))
 
