@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable
 
 import torch
@@ -110,8 +111,9 @@ def precision(arch: str, dtype: torch.dtype, convolution: bool = False) -> str:
     """How a kernel multiplies: "tf32" where the user allows that to the library's float32 products, else "ieee".
 
     PyTorch keeps apart what it allows to convolutions (TF32 unless told otherwise) and to other products.
+    NVIDIA_TF32_OVERRIDE=0 forbids it to NVIDIA's libraries, and so to the kernels.
     """
-    if dtype != torch.float32 or not arch.startswith("sm_"):
+    if dtype != torch.float32 or not arch.startswith("sm_") or os.environ.get("NVIDIA_TF32_OVERRIDE") == "0":
         return "ieee"
     # reading `allow_tf32` is an error where a program has set `fp32_precision`
     allowed = torch.backends.cudnn.conv if convolution else torch.backends.cuda.matmul  # type: ignore[attr-defined]

@@ -69,7 +69,7 @@ _NCE: dict[tuple[str, int, bool, Form | None], Tile] = {
     ("sm_90", 128, True, None): Tile(128, 64, 8, 3),
     ("sm_90", 64, True, None): Tile(128, 64, 8, 3),
     ("sm_90", 256, False, "unit"): Tile(32, 64, 4, 3),
-    ("sm_90", 256, False, "checked"): Tile(16, 128, 8, 2),
+    ("sm_90", 256, False, "checked"): Tile(16, 64, 4, 3),,
     ("sm_90", 256, False, "online"): Tile(16, 128, 8, 2),
     ("sm_90", 256, False, "checked, extra"): Tile(32, 64, 8, 2),
     ("sm_90", 256, False, "unit, extra"): Tile(32, 64, 8, 2),
@@ -103,8 +103,11 @@ _NCE: dict[tuple[str, int, bool, Form | None], Tile] = {
     ("sm_120", 64, True, "any"): Tile(32, 64, 8, 2),
 }
 
-_NCE_RAGGED = {("sm_90", 256, True, "checked"): Tile(128, 64, 8, 3)}
-"""Where the masks of keys that do not fill their blocks take the registers of another number of stages."""
+_NCE_RAGGED = {
+    ("sm_90", 256, True, "checked"): Tile(128, 64, 8, 3),
+    ("sm_90", 256, False, "checked"): Tile(16, 64, 8, 2),
+}
+"""Where masks of keys that do not fill their blocks leave no registers: the same blocks, by other warps or stages."""
 
 MANY_ROWS = 8192
 """From here on the blocks of 64 rows and more fill the processors of a large device."""
@@ -169,6 +172,8 @@ def project_tile(arch: str, dtype: torch.dtype, width: int, rows: int, tf32: boo
         return Tile(16, 32, 8, 1) if width < 512 else Tile(16, 16, 4, 1)
     if dtype == torch.float32:
         return Tile(16, 16, 16 if arch in ("sm_90", "sm_120") and width < 512 else 8, 1)
+    if arch == "sm_90" and width == 256 and rows < MANY_ROWS:
+        return Tile(32, 64, 8, 1)
     small = width >= 512 or rows < MANY_ROWS or arch in ("sm_86", "sm_89")
     return Tile(16, 32, 8, 1) if small else Tile(32, 32, 8, 1)
 
@@ -186,8 +191,8 @@ def weight_gradient_tile(arch: str, dtype: torch.dtype, tf32: bool = False) -> T
         return Tile(64, 64, 8, 2) if arch == "sm_90" else Tile(32, 64, 4, 2)
     if dtype == torch.float32:
         return Tile(32, 32, 8, 1)
-    # eight warps may have 128 registers each: the compiler misses that by eight bytes for sm_120
-    return Tile(64, 64, 4 if arch == "sm_120" else 8, 2)
+    # measured on sm_90; of sm_120's registers eight warps have 128 each, eight bytes too few
+    return Tile(64, 64, 4 if arch in ("sm_90", "sm_120") else 8, 2)
 
 
 LAYER_PROGRAMS = 512
