@@ -4,7 +4,7 @@ python benchmarks/predict.py            # some minutes on a CPU; prints the tabl
 python benchmarks/predict.py --only steps --names cut --images 1
 
 Nothing is computed: steps run on fake tensors (`benchmarks/count.py`). FLOP, bytes and launches are those of our own
-code, the rates below are assumptions, and the times are the former over the latter. A prediction is no measurement.
+code, and the times are those over the rates below. A prediction is no measurement.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ from fastnce.networks import set_implementation
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU. Every figure is an assumption until it is measured; the defaults are what is usual on an H200.
+    """A GPU. Bandwidth, rates of products and the cost of launches are an H100's, measured
+    (`benchmarks/results/h100-2026-11-26/`); what its convolutions reach of them, and what its cache brings, is assumed.
 
     Args:
         bandwidth: bytes a second that a large copy reaches; cached: the same where all of an operator's data, at most
@@ -50,16 +51,16 @@ class Device:
         eager, node: seconds that a launch costs the host, and a node in a CUDA graph.
     """
 
-    bandwidth: float = 4.0e12
-    cached: float = 4.0e12
+    bandwidth: float = 3.0e12
+    cached: float = 3.0e12
     cache: float = 40e6
-    bfloat16: float = 790e12
-    tf32: float = 395e12
+    bfloat16: float = 779e12
+    tf32: float = 406e12
     products: float = 0.7
     few: float = 0.5
     multiprocessors: int = 132
-    eager: float = 4.5e-6
-    node: float = 1.5e-6
+    eager: float = 8.2e-6
+    node: float = 1.2e-6
 
     def seconds(self, work: Work) -> float:
         """Of one operator on the device: the longest of arithmetic, traffic and its launches."""
