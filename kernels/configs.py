@@ -83,6 +83,7 @@ _NCE: dict[tuple[str, int, bool, Form | None], Tile] = {
     ("sm_100", 256, True, "checked, extra"): Tile(64, 32, 8, 2),
     ("sm_100", 256, False, "online"): Tile(16, 64, 8, 2),
     ("sm_80", 256, True, "checked, extra"): Tile(32, 64, 8, 2),
+    ("sm_80", 256, False, "checked"): Tile(16, 64, 8, 2),
     ("sm_80", 128, True, "unit, extra"): Tile(32, 64, 8, 2),
     ("sm_80", 128, True, "any"): Tile(32, 64, 8, 2),
     ("sm_86", 64, True, "any"): Tile(32, 64, 8, 2),
