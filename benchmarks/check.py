@@ -68,7 +68,7 @@ def pytest_command(rest: bool) -> list[str]:
     chosen = f"not ({OF_THE_ENGINE})" if rest else f"not engine_gpu or {OF_THE_ENGINE}"
     command = [sys.executable, "-m", "pytest", "-p", "benchmarks.outcomes", "--tb=short", "-p", "no:cacheprovider"]
     if _has("xdist"):
-        command += ["-n", str(max(1, min(6, (os.cpu_count() or 1) // 2)))]
+        command += ["-n", str(max(1, min(12, 3 * (os.cpu_count() or 1) // 4)))]
     if _has("pytest_timeout"):
         command += ["--timeout", "100"]
     return [*command, "-m", "gpu and not slow", "-k", chosen, *(f"tests/test_{name}.py" for name in files)]
