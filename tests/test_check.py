@@ -378,4 +378,4 @@ def test_every_stage_of_the_waterfall_is_captured(planned):  # noqa: F811
     monkeypatched = planned(lambda context: waterfall.fall("cut", 1, context), waterfall)
     assert [p.mode for p in monkeypatched[0].providers] == ["captured"] * 9 + ["eager"]
     apart = planned(lambda context: waterfall.fall("cut", 8, context), waterfall)
-    assert [len(case.providers) for case in apart] == [1] * 9
+    assert [len(case.providers) for case in apart] == [1] * 10
