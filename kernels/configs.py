@@ -86,6 +86,8 @@ _NCE: dict[tuple[str, int, bool, Form | None], Tile] = {
     ("sm_80", 256, False, "checked"): Tile(16, 64, 8, 2),
     ("sm_80", 128, True, "unit, extra"): Tile(32, 64, 8, 2),
     ("sm_80", 128, True, "any"): Tile(32, 64, 8, 2),
+    ("sm_86", 256, False, "checked"): Tile(16, 64, 8, 2),
+    ("sm_89", 256, False, "checked"): Tile(16, 64, 8, 2),
     ("sm_86", 64, True, "any"): Tile(32, 64, 8, 2),
     ("sm_89", 64, True, "any"): Tile(32, 64, 8, 2),
     ("sm_86", 128, True, "any"): Tile(32, 64, 8, 2),
