@@ -1,4 +1,4 @@
-"""What training steps should cost on a GPU that is not here: counted work, and assumed rates.
+"""What training steps should cost on a GPU that need not be here: counted work over its rates.
 
 python benchmarks/predict.py            # some minutes on a CPU; prints the tables of docs/performance.md
 python benchmarks/predict.py --only steps --names cut --images 1

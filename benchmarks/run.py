@@ -47,7 +47,7 @@ from fastnce.timing import default_device  # noqa: E402
 
 @dataclass(frozen=True)
 class Part:
-    """A function of a module here, `(Context) -> Iterator[Row]`, and its share of the time, in seconds of an H200."""
+    """A function of a module here, `(Context) -> Iterator[Row]`, and its share of the time, in seconds of a GPU."""
 
     name: str
     module: str

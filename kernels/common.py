@@ -111,7 +111,7 @@ def precision(arch: str, dtype: torch.dtype, convolution: bool = False) -> str:
     """How a kernel multiplies: "tf32" where the user allows that to the library's float32 products, else "ieee".
 
     PyTorch keeps apart what it allows to convolutions (TF32 unless told otherwise) and to other products.
-    NVIDIA_TF32_OVERRIDE=0 forbids it to NVIDIA's libraries, and so to the kernels.
+    NVIDIA_TF32_OVERRIDE=0 forbids it to NVIDIA's libraries, and so here.
     """
     if dtype != torch.float32 or not arch.startswith("sm_") or os.environ.get("NVIDIA_TF32_OVERRIDE") == "0":
         return "ieee"

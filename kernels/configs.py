@@ -97,6 +97,7 @@ _NCE: dict[tuple[str, int, bool, Form | None], Tile] = {
     ("sm_86", 512, True, None): Tile(16, 64, 8, 2),
     ("sm_86", 512, False, None): Tile(16, 64, 8, 2),
     ("sm_89", 512, True, None): Tile(16, 32, 4, 2),
+    ("sm_89", 512, True, "checked, extra"): Tile(16, 64, 8, 2),
     ("sm_89", 512, False, None): Tile(16, 32, 4, 2),
     ("sm_120", 256, True, "checked"): Tile(64, 32, 8, 2),
     ("sm_120", 256, True, "online"): Tile(64, 32, 8, 2),
@@ -144,7 +145,7 @@ def nce_tile(
         width: the padded dim.
         rows: all resident rows of the launch.
         tf32: float32 on the matrix unit.
-        ragged: some block of keys is not full; blocks have the same sizes either way.
+        ragged: keys are loaded with masks; blocks have the same sizes either way.
     """
     if arch == "interpreter":
         return Tile(128, 128, 4, 1)

@@ -10,9 +10,11 @@ Pixels are counted row by row in the padded picture, `span` to a row, so that a 
 that count; what runs over the end of a row belongs to no output. A program computes OUT outputs.
 
 Weights are not rounded to 16 bits: they are two of bfloat16, w = high + low, exact to 2^-17. Both are columns of the
-same product, so x is read once and stays as it lies in memory. (TF32 keeps 2^-12, costs as much time, and wants x
+same product, so x is read once and stays as it lies in memory. (TF32 keeps 2^-11, costs as much time, and wants x
 widened in registers.) x of float16 is a sum of two of bfloat16 as well, without any error. Float32 maps are multiplied
 exactly, or in TF32 where the library may do that, rounded to nearest: the matrix unit alone would cut digits off.
+
+An infinity in a 16-bit map becomes NaN in the outputs that see it: the low part of a weight may be zero.
 """
 
 from __future__ import annotations

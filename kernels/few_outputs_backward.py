@@ -8,9 +8,9 @@ pixel after the row above. With the kernel turned by 180 degrees (ky', kx'):
     d_x[p, c] = sum over ky', kx', o of G[p + ky' span, kx', o] w[o, ky', kx', c]
     d_w[o, ky', kx', c] = sum over p of G[p + ky' span, kx', o] x[p, c]
 
-The first is in TF32, its factors rounded to nearest (its result is rounded to x's 16 bits), and exact for float32 maps
-unless the library may use TF32. In the second g is two of bfloat16, exact to 2^-17, and x as it lies in memory. Sums
-over pixels are split into parts that a second launch adds up in a fixed order.
+For 16-bit maps the first is in TF32 whatever the library may use, its factors rounded to nearest: its result is rounded
+to 16 bits. For float32 maps it is exact unless the library may use TF32. In the second g is two of bfloat16, exact to
+2^-17, and x as it lies in memory. Sums over pixels are split into parts that a second launch adds up in a fixed order.
 """
 
 from __future__ import annotations
@@ -253,7 +253,7 @@ def _weight_sums(packed: Tensor, x: Tensor, size: Geometry, length: int, multipl
     tiles = triton.cdiv(pixels, tile.block_m)
     programs = triton.cdiv(columns, width) * triton.cdiv(size.channels, block)
     every = tiles * x.shape[0]
-    each = triton.cdiv(every, configs.layer_splits(arch, programs, every))
+    each = max(1, triton.cdiv(every, configs.layer_splits(arch, programs, every)))  # no pictures: no parts
     parts = triton.cdiv(every, each)
     partial = torch.empty(
         parts, size.outputs, size.kernel, size.kernel, size.channels, dtype=torch.float32, device=x.device

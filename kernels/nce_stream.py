@@ -45,8 +45,8 @@ def absorb(s, k, weight, total, top, acc, shift, SHIFT: tl.constexpr, ONLINE: tl
 def load_keys(keys, n, count, stride, o_n, o_d, m_d, EVEN: tl.constexpr):
     """Keys n, n + 1, ... of `count`: [BN, BD].
 
-    EVEN: the block is full, so that loads need no predicates, which cost a fifth of the time, and its places fit into
-    32 bits, half the registers.
+    EVEN: every block is full and every key as long as the tile is wide, so that loads need no predicates; places inside
+    a block fit into 32 bits, half the registers.
     """
     if EVEN:
         k = tl.load(keys + tl.cast(n, tl.int64) * stride + (o_n[:, None] * stride + o_d[None, :]))

@@ -154,6 +154,27 @@ def replace_forward(conv, norm):
     conv.forward = lambda x: x
 
 
+class Undo:
+    """Stands for a hook's handle."""
+
+    def __init__(self, remove):
+        self.remove = remove
+
+
+def own_forward_of_the_norm(conv, norm):
+    norm.forward = lambda x, *args: 2 * x
+    return Undo(lambda: norm.__dict__.pop("forward"))
+
+
+class OtherNorm(InstanceNorm):
+    """A subclass may do anything."""
+
+
+def another_norm(conv, norm):
+    norm.__class__ = OtherNorm
+    return Undo(lambda: setattr(norm, "__class__", InstanceNorm))
+
+
 HOOKS = {
     "forward hook": lambda conv, norm: conv.register_forward_hook(note),
     "forward pre-hook": lambda conv, norm: conv.register_forward_pre_hook(note),
@@ -162,6 +183,8 @@ HOOKS = {
     "pre-hook of the norm": lambda conv, norm: norm.register_forward_pre_hook(note),
     "hook of the norm": lambda conv, norm: norm.register_forward_hook(note),
     "its own forward": replace_forward,
+    "the norm's own forward": own_forward_of_the_norm,
+    "another norm": another_norm,
 }
 
 

@@ -217,7 +217,7 @@ def test_places_beyond_32_bits():
 def test_what_the_kernels_do_not_take():
     x = random_map(1, 4, 5, 5)
     for shape in ((17, 4, 3, 3), (3, 4, 4, 4), (3, 4, 3, 5), (3, 4, 9, 9)):
-        assert "at most 16 outputs" in fused.few_outputs_obstacle(torch.empty(shape))
+        assert "at most 16 outputs" in few_outputs.obstacle(*shape)
         with pytest.raises(ValueError, match="at most 16 outputs"):
             fused.few_outputs_convolution(x, torch.empty(shape), None)
     with pytest.raises(ValueError, match="4 channels, the weights are for 5"):

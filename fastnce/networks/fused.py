@@ -214,7 +214,8 @@ class _FewOutputs(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            y = F.conv2d(x.float(), weight.float(), padding=ctx.padding)
+            with torch.autocast(x.device.type, enabled=False):
+                y = F.conv2d(x.float(), weight.float(), padding=ctx.padding)
             sources = [t for t, of in zip((x, weight), wanted, strict=False) if of]
             found = iter(torch.autograd.grad(y, sources, gradient, create_graph=True) if sources else ())
             d_x, d_weight = (next(found) if of else None for of in wanted[:2])
@@ -228,9 +229,9 @@ class _FewOutputs(torch.autograd.Function):
         )
 
 
-def few_outputs_obstacle(weight: Tensor) -> str | None:
-    """Why `few_outputs_convolution` does not take such weights, or None."""
-    return few_outputs.obstacle(*weight.shape)
+def few_outputs_obstacle(outputs: int, channels: int, kernel: int) -> str | None:
+    """Why `few_outputs_convolution` does not take weights of this shape, or None."""
+    return few_outputs.obstacle(outputs, channels, kernel, kernel)
 
 
 def few_outputs_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int = 0) -> Tensor:

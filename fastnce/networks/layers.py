@@ -161,7 +161,8 @@ class LastConvolution(FusedLayer, nn.Conv2d):
     """A generator's last convolution, of stride 1: to float32, whatever autocast says and whatever comes in.
 
     The kernels take at most 16 output channels and odd kernels of at most 7, and read 16-bit maps as they are.
-    Everything else is the library's, on a float32 copy, also where "triton" insists on kernels.
+    Everything else is the library's, in float32 (float64 where the map or the weights are), also where "triton" insists
+    on kernels.
     """
 
     computes_float32 = True  # see `keep_float32`
@@ -169,12 +170,15 @@ class LastConvolution(FusedLayer, nn.Conv2d):
     def __init__(self, in_channels: int, out_channels: int, kernel: int, padding: int = 0):
         super().__init__(in_channels, out_channels, kernel, padding=padding)
         self.margin = padding
+        self.few = fused is not None and fused.few_outputs_obstacle(out_channels, in_channels, kernel) is None
 
     def forward(self, x: Tensor) -> Tensor:
-        if fused is not None and fused.few_outputs_obstacle(self.weight) is None and self.fused(x):
-            return fused.few_outputs_convolution(x, self.weight, self.bias, self.margin)
+        weight, bias = self.weight, self.bias  # once: a parametrization computes at each look
+        if self.few and self.fused(x):
+            return fused.few_outputs_convolution(x, weight, bias, self.margin)
         with own_precision(x):
-            return super().forward(x.to(self.weight.dtype) if x.dtype in (torch.bfloat16, torch.float16) else x)
+            dtype = torch.float64 if torch.float64 in (x.dtype, weight.dtype) else torch.float32
+            return self._conv_forward(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
 def full_precision(layer: nn.Module, x: Tensor) -> Tensor:
@@ -312,7 +316,7 @@ def _bias_is_cancelled(modules: Sequence[nn.Module], position: int, kept: Contai
     if type(module) not in (nn.Conv2d, nn.ConvTranspose2d):  # a subclass may do something else with its bias
         return False
     norm = _follower(modules, position + 1, kept)
-    if not isinstance(norm, InstanceNorm) or not norm.leaves_out_biases:
+    if type(norm) is not InstanceNorm or "forward" in norm.__dict__ or not norm.leaves_out_biases:
         return False
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return not any(hooks) and "forward" not in module.__dict__
