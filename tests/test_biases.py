@@ -166,6 +166,11 @@ def own_forward_of_the_norm(conv, norm):
     return Undo(lambda: norm.__dict__.pop("forward"))
 
 
+def compiled_by_itself(conv, norm):
+    conv.compile(backend="eager")
+    return Undo(lambda: setattr(conv, "_compiled_call_impl", None))
+
+
 class OtherNorm(InstanceNorm):
     """A subclass may do anything."""
 
@@ -183,6 +188,7 @@ HOOKS = {
     "pre-hook of the norm": lambda conv, norm: norm.register_forward_pre_hook(note),
     "hook of the norm": lambda conv, norm: norm.register_forward_hook(note),
     "its own forward": replace_forward,
+    "compiled by itself": compiled_by_itself,
     "the norm's own forward": own_forward_of_the_norm,
     "another norm": another_norm,
 }

@@ -319,7 +319,7 @@ def _bias_is_cancelled(modules: Sequence[nn.Module], position: int, kept: Contai
     if type(norm) is not InstanceNorm or "forward" in norm.__dict__ or not norm.leaves_out_biases:
         return False
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return not any(hooks) and "forward" not in module.__dict__
+    return not any(hooks) and "forward" not in module.__dict__ and module._compiled_call_impl is None
 
 
 def run_all(modules: Sequence[nn.Module], x: Tensor, residual: Tensor | None = None) -> Tensor:
