@@ -10,7 +10,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m fastnce demo
 
 test: lint
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n auto --maxprocesses 8 --dist worksteal
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
