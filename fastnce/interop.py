@@ -38,11 +38,13 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
-    except pickle.UnpicklingError:
-        raise ValueError(f"{path}: holds Python objects besides tensors, which are never loaded") from None
     except MemoryError:
         raise
     except Exception as error:  # damaged content raises nearly anything
+        if isinstance(error, pickle.UnpicklingError):
+            if "GLOBAL" in str(error):  # what names a class or a function
+                raise ValueError(f"{path}: holds Python objects besides tensors, which are never loaded") from None
+            error = ValueError("its content is of another kind, or damaged")
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"{path}: not a PyTorch weight file ({reason})") from None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
@@ -84,18 +86,8 @@ def load_weights(network: nn.Module, state: dict[str, Tensor], name: str = "the 
         except (RuntimeError, KeyError, IndexError) as error:
             raise ValueError(f"{name} does not fit: {' '.join(str(error).split())}") from None
         return
-    _check_fit(network, state, name)
-    network.load_state_dict(_without_stale(network, state))
-
-
-def _without_stale(network: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     wanted = network.state_dict()
-    return {k: t for k, t in state.items() if k in wanted or k.rsplit(".", 1)[-1] not in STALE}
-
-
-def _check_fit(network: nn.Module, state: dict[str, Tensor], name: str) -> None:
-    """ValueError lists the keys and shapes that differ."""
-    wanted, state = network.state_dict(), _without_stale(network, state)
+    state = {k: t for k, t in state.items() if k in wanted or k.rsplit(".", 1)[-1] not in STALE}
     problems = [f"{key} is missing" for key in wanted if key not in state]
     problems += [f"{key} is not in this network" for key in state if key not in wanted]
     problems += [
@@ -106,6 +98,7 @@ def _check_fit(network: nn.Module, state: dict[str, Tensor], name: str) -> None:
     if problems:
         more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
         raise ValueError(f"{name} does not fit: {'; '.join(problems[:6])}{more}")
+    network.load_state_dict(state)
 
 
 def network_from_weights(state: dict[str, Tensor], name: str = "the file") -> nn.Module:
@@ -120,15 +113,12 @@ def network_from_weights(state: dict[str, Tensor], name: str = "the file") -> nn
     if any(key.startswith("mlp_") for key in state):
         raise ValueError(f"{name}: holds a projector (F), not a generator or discriminator")
     try:
-        with torch.device("meta"):  # shapes may ask for any size: compare before memory is taken
-            outline = _build(state)
-    except (KeyError, IndexError, ZeroDivisionError, ValueError, RuntimeError):
+        network = _build(state)
+    except (KeyError, IndexError, ZeroDivisionError, ValueError):
         raise ValueError(
             f"{name} is not a published ResNet, U-Net, StyleGAN2 or PatchGAN, nor a restorer: it begins with "
             f"{sorted(state)[:3]}"
         ) from None
-    _check_fit(outline, state, name)
-    network = _build(state)
     load_weights(network, state, name)
     return network.eval()
 
@@ -136,6 +126,14 @@ def network_from_weights(state: dict[str, Tensor], name: str = "the file") -> nn
 def _build(state: dict[str, Tensor]) -> nn.Module:
     """The network that these names and shapes are of, with other weights; KeyError and so on where there is none."""
     norm = _norm(state)
+    numbers = sum(tensor.numel() for tensor in state.values())
+
+    def width_of(first: Tensor) -> int:
+        """A network has more weights than its width squared: what a shape alone claims takes no memory."""
+        if not 0 < first.shape[0] ** 2 < numbers:
+            raise KeyError("weights for such a width")
+        return first.shape[0]
+
     if any(".conv_block." in key for key in state):
         first, last = state["model.1.weight"], state[f"model.{max(_indices(state, 'model.'))}.weight"]
         places = {int(key.split(".")[1]) for key in state if ".conv_block." in key}
@@ -143,7 +141,7 @@ def _build(state: dict[str, Tensor]) -> nn.Module:
         return ResnetGenerator(
             first.shape[1],
             last.shape[0],
-            first.shape[0],
+            width_of(first),
             len(places),
             norm,
             dropout=any(key.endswith(".conv_block.6.weight") and t.dim() == 4 for key, t in state.items()),
@@ -155,28 +153,28 @@ def _build(state: dict[str, Tensor]) -> nn.Module:
         downs = 1
         while f"model.model.1{'.model.3' * (downs - 1)}.model.1.weight" in state:
             downs += 1
-        return UnetGenerator(first.shape[1], state["model.model.3.weight"].shape[1], downs, first.shape[0], norm)
+        return UnetGenerator(first.shape[1], state["model.model.3.weight"].shape[1], downs, width_of(first), norm)
     if "decoder.convs.0.conv1.0.weight" in state:
         first, widened = state["encoder.convs.1.0.weight"], state["encoder.convs.2.conv2.1.weight"]
         last = state[f"decoder.convs.{max(_indices(state, 'decoder.convs.'))}.0.weight"]
         blocks = 2 * (max(_indices(state, "encoder.convs.")) - 2)
-        widths = first.shape[0], widened.shape[0]
+        widths = width_of(first), width_of(widened)
         return StyleGAN2Generator(first.shape[1], last.shape[0], blocks=blocks, widths=widths)
     if "encoder.1.weight" in state:
         first = state["encoder.1.weight"]
-        return Restorer(first.shape[1], first.shape[0], middle=max(_indices(state, "encoder.")) - 7)
+        return Restorer(first.shape[1], width_of(first), middle=max(_indices(state, "encoder.")) - 7)
     if "final_linear.0.weight" in state:
         first, level = state["convs.0.0.weight"], max(_indices(state, "convs.")) + 2
         # At 256 there are as many channels as the width says; below, the width times a power of two, cut off at 384.
         at_256 = state[f"convs.{level - 8}.conv2.1.weight"] if level > 8 else first
-        width = -(-at_256.shape[0] // 2 ** (8 - min(level, 8)))
+        width = -(-width_of(at_256) // 2 ** (8 - min(level, 8)))
         return StyleGAN2Discriminator(first.shape[1], width, 2**level)
     if "net.0.weight" in state:
-        return PixelGAN(state["net.0.weight"].shape[1], state["net.0.weight"].shape[0], norm)
+        return PixelGAN(state["net.0.weight"].shape[1], width_of(state["net.0.weight"]), norm)
     first = state["model.0.weight"]
     convolutions = sum(tensor.dim() == 4 for key, tensor in state.items() if key.endswith(".weight"))
     antialias = any(key.endswith(".filt") for key in state)
-    return PatchGAN(first.shape[1], first.shape[0], convolutions - 2, norm, antialias)
+    return PatchGAN(first.shape[1], width_of(first), convolutions - 2, norm, antialias)
 
 
 def _norm(state: dict[str, Tensor]) -> Norm:

@@ -19,7 +19,7 @@ def open_streams() -> None:
         if stream is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  (for the process's life)
         elif mode == "w" and getattr(stream, "errors", None) in ("strict", "surrogateescape"):
-            with suppress(AttributeError):  # a stand-in that knows no encoding
+            with suppress(AttributeError, OSError, ValueError):  # a stand-in that knows no encoding; nobody reads
                 stream.reconfigure(errors="backslashreplace")
 
 
