@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 FULL = Path("/dev/full")
+"""To be opened and printed to; never given to a command as a file, which a fault might replace."""
 NO_ROOM = os.strerror(errno.ENOSPC)
 
 

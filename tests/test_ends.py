@@ -176,24 +176,10 @@ def test_training_outlives_its_terminal(folder, tmp_path, monkeypatch, capsys):
     arguments = ["train", "fastcut", "--data", str(folder), "--out", str(tmp_path / "run"), *small, "run.steps=2"]
     with monkeypatch.context() as patch, broken_pipe() as pipe:
         patch.setattr(sys, "stdout", pipe)
-        patch.setattr(cli, "train_run", lambda config, out, quiet: trained(config, out))
         assert main(arguments) == 0
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step-00000002"
     assert "step" in (tmp_path / "run" / "log.txt").read_text()
     assert capsys.readouterr().err == ""
-
-
-def trained(config, out: Path) -> int:
-    """As `train_run`, whose own first line is not yet the log's."""
-    from fastnce.engine.distributed import Ranks
-    from fastnce.engine.loop import train
-    from fastnce.methods import PRESETS
-    from fastnce.training import open_data
-
-    device = torch.device("cpu")
-    method = PRESETS[config.method].method(config.loss, config.network)
-    data = open_data(config, device, Ranks(), quiet=True)
-    return train(method, data, config.optim, config.run, out, config=config.as_dict(), batch_size=1)
 
 
 # ---- memory ----
