@@ -15,12 +15,13 @@ from . import __version__
 from .config import from_dict, resolve
 from .data import build_cache
 from .data.rain import RANGES, RainOptions, join_negative, parse_range, write_rain
-from .engine.checkpoint import newest, read_state
+from .engine.checkpoint import load_generators, open_checkpoint
 from .engine.distributed import RankLost
 from .engine.launch import launched, processes, start, without
 from .engine.loop import TrainingFailed, pick_device
-from .inference import ProgressLine, load_translator, translate_files
+from .inference import ProgressLine, load_translator, out_of_memory, translate_files
 from .methods import PRESETS
+from .streams import flush, open_streams, sentence_of, stdout_takes, tell
 from .training import check_same_run, side, train_run
 
 TILES_HELP = "auto: whole pictures, exact tiles where memory is too small; exact or fast: always"
@@ -184,7 +185,7 @@ def cache(arguments: list[str]) -> int:
 def export(arguments: list[str]) -> int:
     """Write a run's networks as the published code's files, latest_net_G.pth and so on."""
     parser = _parser("export", export.__doc__ or "")
-    parser.add_argument("run", type=Path, metavar="RUN")
+    parser.add_argument("run", type=Path, metavar="RUN", help="or a checkpoint: RUN/checkpoints/best")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--label", default="latest", help="first part of the file names")
     args = parser.parse_args(arguments)
@@ -192,14 +193,16 @@ def export(arguments: list[str]) -> int:
 
     from .interop import load_weights, save_published
 
-    folder = newest(args.run)
-    config = from_dict(read_state(folder)["config"])
+    folder, state = open_checkpoint(args.run)
+    config = from_dict(state["config"])
     networks = PRESETS[config.method].method(config.loss, config.network).networks()
     tensors = load_file(folder / "training.safetensors")
     for name, network in networks.items():
         prefix = f"network/{name}/"
         weights = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
         load_weights(network, weights, str(folder))
+    for name, weights in load_generators(folder).items():  # averaged, where the run keeps an average
+        load_weights(networks[name], weights, str(folder))
     for path in save_published(networks, args.out, args.label):
         print(path)
     return 0
@@ -251,7 +254,36 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 
 def main(arguments: list[str] | None = None) -> int:
     """The entry point; returns the exit code."""
+    open_streams()
     arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        code = run(arguments)
+    except SystemExit as end:  # argparse, after what it had to say
+        raise SystemExit(flush(int(end.code or 0))) from None
+    except KeyboardInterrupt:
+        code = tell("stopped by Ctrl-C", 130)
+    except ValueError as error:  # DataError among them: the user's to mend
+        code = tell(str(error), 2)
+    except OSError as error:
+        code = 2
+        if error.filename is not None or stdout_takes():
+            tell(sentence_of(error), code)
+        elif isinstance(error, BrokenPipeError):  # as of a program that this ends: what it was to do is not all done
+            code = 0 if arguments[:1] == ["methods"] else 141
+    except TrainingFailed as error:
+        code = tell(str(error), 1)
+    except RankLost as error:
+        flush(tell(str(error), 1))
+        os._exit(1)  # the library's threads abort a process that ends in order without its peer
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        code = tell(f"memory does not suffice ({str(error).partition(chr(10))[0] or type(error).__name__})", 1)
+    return flush(code)
+
+
+def run(arguments: list[str]) -> int:
+    """Hand over to a command; returns its exit code."""
     command = arguments[0] if arguments else "--help"
     if command in ("-h", "--help", "help"):
         print("usage: fastnce COMMAND ...   (fastnce COMMAND --help tells more)\n")
@@ -263,26 +295,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(__version__)
         return 0
     if command not in COMMANDS:
-        print(f"fastnce: unknown command {command!r}; one of {', '.join(COMMANDS)}", file=sys.stderr)
-        return 2
-    try:
-        return COMMANDS[command](arguments[1:])
-    except ValueError as error:  # DataError among them: the user's to mend
-        print(f"fastnce: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # the reader of our output, such as head, has seen enough
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (nothing more to flush at exit)
-        return 0
-    except OSError as error:
-        print(f"fastnce: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
-        return 2
-    except TrainingFailed as error:
-        print(f"fastnce: {error}", file=sys.stderr)
-        return 1
-    except RankLost as error:
-        print(f"fastnce: {error}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os._exit(1)  # the library's threads abort a process that ends in order without its peer
+        return tell(f"unknown command {command!r}; one of {', '.join(COMMANDS)}", 2)
+    return COMMANDS[command](arguments[1:])
 
 
 if __name__ == "__main__":

@@ -6,9 +6,11 @@ picture = translator(load_image("horse.jpg")[None])    # any size
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +20,8 @@ from torch import Tensor, nn
 
 from .config import from_dict
 from .data import DataError, find_images
-from .engine.checkpoint import follow, load_generators, newest, read_state
+from .engine.checkpoint import follow, load_generators, open_checkpoint
+from .evaluate.quality import FLOATS, check_range
 from .interop import load_weights, network_from_weights, read_weights
 from .networks import channels_last
 from .photographs import Photograph, check_format, read_photograph, write_photograph
@@ -70,19 +73,33 @@ class Translator:
         self.factor: int = getattr(generator, "factor", 1)
         self.smallest: int = getattr(generator, "smallest", self.factor)
         # the convolution that sees the picture, whatever its class
-        self.channels = next(p for p in generator.parameters() if p.dim() == 4).shape[1]
+        first = next(p for p in generator.parameters() if p.dim() == 4)
+        self.channels, self.dtype = first.shape[1], first.dtype
         self.out_channels: int = getattr(generator, "out_channels", self.channels)
         self._bytes_per_pixel = 0.0
 
     @torch.inference_mode()
     def __call__(self, pictures: Tensor) -> Tensor:
-        """(images, channels, height, width) in [-1, 1] to the same size, float32 on the CPU.
+        """Floats (images, channels, height, width) in [-1, 1] to the same size, float32 in [-1, 1] on the CPU.
+
+        What a generator puts outside of [-1, 1] is clipped, as it is in a file.
 
         Raises:
-            ValueError: another shape, or a picture that does not fit into memory even in tiles.
+            ValueError: another shape, dtype or range, or a picture that does not fit into memory even in tiles.
         """
-        if pictures.dim() != 4 or pictures.shape[1] != self.channels:
-            raise ValueError(f"pictures must be (images, {self.channels}, height, width), not {tuple(pictures.shape)}")
+        self._check(pictures)
+        return self._translate(pictures.to(self.dtype)).clamp(-1, 1)
+
+    def _check(self, pictures: Tensor) -> None:
+        wanted = f"pictures must be (images, {self.channels}, height, width)"
+        if not isinstance(pictures, Tensor) or pictures.dtype not in FLOATS:
+            kind = pictures.dtype if isinstance(pictures, Tensor) else type(pictures).__name__
+            raise ValueError(f"{wanted}, floats in [-1, 1], not {kind}: fastnce.data.load_image(path)[None] is")
+        if pictures.dim() != 4 or pictures.shape[1] != self.channels or 0 in pictures.shape:
+            raise ValueError(f"{wanted}, not {tuple(pictures.shape)}")
+        check_range(pictures)
+
+    def _translate(self, pictures: Tensor) -> Tensor:
         height, width = pictures.shape[2:]
         padded = pad_to_multiple(pictures, self.factor, self.smallest)
         if self.tiles == "auto" or max(padded.shape[2:]) <= self.tile_size:
@@ -90,7 +107,7 @@ class Translator:
             if result is not None:
                 return result[:, :, :height, :width]
             if len(padded) > 1:
-                return torch.cat([self(picture) for picture in pictures.split(1)])
+                return torch.cat([self._translate(picture) for picture in pictures.split(1)])
         return torch.cat([self._tiled(picture)[:, :, :height, :width] for picture in padded.split(1)])
 
     def _whole(self, padded: Tensor) -> Tensor | None:
@@ -103,7 +120,7 @@ class Translator:
             x = padded.to(self.device).contiguous(memory_format=self.layout)
             return self.generator(x).float().cpu()
         except RuntimeError as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
         self._release()
         return None
@@ -128,7 +145,7 @@ class Translator:
                     output = translate_exact(self.generator, padded, tile, self.device)
                 return output.float().cpu()
             except RuntimeError as problem:
-                if not _out_of_memory(problem):
+                if not out_of_memory(problem):
                     raise
             self._release()
             if tile // 2 < SMALLEST_TILE:
@@ -178,7 +195,10 @@ def available_memory() -> int | None:
     return min(rooms) if rooms else None
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
+def out_of_memory(error: BaseException) -> bool:
+    """Whether this says that the process's or the device's memory does not suffice."""
+    if isinstance(error, MemoryError):
+        return True
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
@@ -196,7 +216,7 @@ def pad_to_multiple(pictures: Tensor, factor: int, smallest: int = 1) -> Tensor:
 
 
 def load_translator(
-    source: str | Path,
+    source: str | os.PathLike[str],
     device: torch.device | str = "cpu",
     generator: str = "",
     *,
@@ -216,8 +236,7 @@ def load_translator(
     """
     source = follow(Path(source))
     if source.is_dir():
-        folder = source if (source / "state.json").exists() else newest(source)
-        state = read_state(folder)
+        folder, state = open_checkpoint(source)
         weights = load_generators(folder)
         name = generator or next(iter(weights))
         if name not in weights:
@@ -227,6 +246,8 @@ def load_translator(
         return Translator(network, device, tiles=tiles, tile_size=tile_size, say=say)
     if not source.exists():
         raise ValueError(f"{source}: no such run or file")
+    if generator:
+        raise ValueError(f"{source} holds one generator, so there is no {generator!r} to choose: name the file itself")
     network = network_from_weights(read_weights(source), str(source))
     if not hasattr(network, "factor"):
         raise ValueError(f"{source}: holds a discriminator; translation needs a generator (..._net_G.pth)")
@@ -235,8 +256,8 @@ def load_translator(
 
 def translate_files(
     translator: Translator,
-    source: Path,
-    out: Path,
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
     suffix: str = ".png",
     *,
     batch: int = 1,
@@ -248,22 +269,35 @@ def translate_files(
     Alpha and colour profile are carried over where the format holds them.
 
     Args:
+        source: a picture, or a folder; pictures in `out` are not translated again where that lies in it.
+        out: a folder, made if need be. Files in it may be replaced, but never a picture of `source`.
         suffix: the format of the files written.
         batch: how many pictures of one size to translate at once.
         bits: 8, 16, or None: as the source where the format can (see `check_format`).
         progress: called with "done/total, images/s" after each picture.
 
     Raises:
-        ValueError: no picture there, or a format that cannot hold what is asked for. Pictures that cannot be used are
-            all named, after the others were written.
+        ValueError: no picture there, a format that cannot hold what is asked for, or a picture that its translation
+            would replace; nothing is written then. Pictures that cannot be used are all named, after the others were
+            written. A disk that refuses a file ends it at once, with the file's name and how many were written.
     """
     if batch < 1:
         raise ValueError(f"batch must be at least 1, not {batch}")
     check_format(suffix, bits, translator.out_channels)
+    source, out = Path(source), Path(out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: a file is in the way, a folder is needed")
     pictures = find_images(source) if source.is_dir() else [source]
+    top, own = os.path.realpath(source), os.path.realpath(out)
+    if own.startswith(f"{top}{os.sep}"):
+        pictures = [path for path in pictures if not os.path.realpath(path.parent / "x").startswith(f"{own}{os.sep}")]
     if not pictures:
         raise ValueError(f"{source}: no pictures here")
-    root = source if source.is_dir() else source.parent
+    targets = _targets(pictures, source if source.is_dir() else source.parent, out, suffix)
+    originals = {os.path.realpath(path) for path in pictures}
+    lost = [target for target in targets.values() if os.path.realpath(target) in originals]
+    if lost:
+        raise ValueError(f"{lost[0]} is a picture to be translated and would be replaced: write to another folder")
     written: list[Path] = []
     bad: list[str] = []
     waiting: dict[tuple[int, ...], list[tuple[Path, Path, Photograph]]] = {}  # by size
@@ -276,24 +310,32 @@ def translate_files(
         except ValueError as error:
             bad.extend(f"{path}: {error}" for path, _, _ in group)
             return
-        for result, (_, target, photograph) in zip(results, group, strict=True):
-            write_photograph(result, target, photograph, bits)
-            written.append(target)
+        for result, (path, target, photograph) in zip(results, group, strict=True):
+            if not torch.isfinite(result).all():
+                bad.append(f"{path}: the generator makes numbers of it that are not finite; nothing was written")
+                continue
+            try:
+                write_photograph(result, target, photograph, bits)
+            except DataError as error:
+                bad.append(str(error))
+            except OSError as error:
+                done = f"{len(written)} of {len(pictures)} pictures were written"
+                bad.append(f"{target}: {error.strerror or error}; {done}")
+                if error.errno is None:  # the format's, not the disk's: others may do
+                    continue
+                raise DataError("\n".join(bad)) from error
+            else:
+                written.append(target)
         if progress is not None:
             rate = len(written) / (time.perf_counter() - begin)
             progress(f"{len(written)}/{len(pictures)} pictures, {rate:.2f} images/s")
 
-    taken: set[Path] = set()
-    for path in pictures:
+    for path, target in targets.items():
         try:
             photograph = read_photograph(path, translator.channels)
         except DataError as error:
             bad.append(str(error))
             continue
-        target = (out / path.relative_to(root)).with_suffix(suffix)
-        if target in taken:  # a.jpg beside a.png
-            target = target.with_name(f"{path.name}{suffix}")
-        taken.add(target)
         size = tuple(photograph.pixels.shape)
         waiting.setdefault(size, []).append((path, target, photograph))
         if len(waiting[size]) == batch:
@@ -307,8 +349,24 @@ def translate_files(
     return written
 
 
+def _targets(pictures: list[Path], root: Path, out: Path, suffix: str) -> dict[Path, Path]:
+    """The file that each picture's translation is written to."""
+    targets: dict[Path, Path] = {}
+    taken: set[Path] = set()
+    for path in pictures:
+        target = (out / path.relative_to(root)).with_suffix(suffix)
+        if target in taken:  # a.jpg beside a.png
+            target = target.with_name(f"{path.name}{suffix}")
+        taken.add(target)
+        targets[path] = target
+    return targets
+
+
 class ProgressLine:
-    """A line on stderr, rewritten in place; where stderr is no terminal, a line every ten seconds."""
+    """A line on stderr, rewritten in place; where stderr is no terminal, a line every ten seconds.
+
+    Nothing that happens to these lines, such as a closed pipe, ends the work that they tell of.
+    """
 
     EVERY = 10.0
 
@@ -318,19 +376,24 @@ class ProgressLine:
 
     def __call__(self, text: str) -> None:
         if self._live:
-            print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
+            self._write(f"\r{text}\x1b[K")
         elif time.monotonic() - self._last >= self.EVERY:
-            print(text, file=sys.stderr, flush=True)
+            self._write(f"{text}\n")
             self._last = time.monotonic()
 
     def say(self, sentence: str) -> None:
         """A line that stays, on stdout."""
         self.clear()
-        print(sentence, flush=True)
+        with suppress(OSError):
+            print(sentence, flush=True)
 
     def clear(self) -> None:
         if self._live:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            self._write("\r\x1b[K")
+
+    def _write(self, text: str) -> None:
+        with suppress(OSError):
+            print(text, end="", file=sys.stderr, flush=True)
 
     def __enter__(self) -> ProgressLine:
         return self

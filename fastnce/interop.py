@@ -6,13 +6,24 @@ generator = network_from_weights(state)
 
 from __future__ import annotations
 
+import io
 import pickle
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from .networks import PatchGAN, PixelGAN, ResnetGenerator, UnetGenerator
+from .networks import (
+    Norm,
+    PatchGAN,
+    PixelGAN,
+    ResnetGenerator,
+    Restorer,
+    StyleGAN2Discriminator,
+    StyleGAN2Generator,
+    UnetGenerator,
+)
+from .writing import write_whole
 
 STALE = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -27,23 +38,53 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
-    except pickle.UnpicklingError:
-        raise ValueError(f"{path}: holds Python objects besides tensors, which are never loaded") from None
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a PyTorch weight file ({str(error).splitlines()[0]})") from None
-    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged content raises nearly anything
+        if isinstance(error, pickle.UnpicklingError):
+            if "GLOBAL" in str(error):  # what names a class or a function
+                raise ValueError(f"{path}: holds Python objects besides tensors, which are never loaded") from None
+            error = ValueError("its content is of another kind, or damaged")
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{path}: not a PyTorch weight file ({reason})") from None
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{path}: not a state dict (names with tensors), but a {type(state).__name__}")
+    for key, tensor in state.items():
+        if not isinstance(key, str):
+            raise ValueError(f"{path}: not a state dict: {key!r} is a name in it, which must be text")
+        problem = _oddity(key, tensor)
+        if problem:
+            raise ValueError(f"{path}: {key} {problem}")
     return {key.removeprefix("module."): tensor for key, tensor in state.items()}
 
 
+def _oddity(key: str, tensor: Tensor) -> str:
+    """What keeps a tensor from being weights; empty where nothing does."""
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+        return "is sparse, quantised or without values, which weights are not"
+    if not tensor.is_floating_point() and not key.endswith("num_batches_tracked"):
+        return f"holds {tensor.dtype}, weights are floats"
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        return f"claims {tensor.numel():,} numbers and holds fewer"
+    return ""
+
+
 def load_weights(network: nn.Module, state: dict[str, Tensor], name: str = "the file") -> None:
-    """Load a published state dict; ValueError lists the keys and shapes that differ.
+    """Load a published state dict; ValueError lists the keys and shapes that differ, or names weights that are not
+    finite.
 
     InstanceNorm statistics, which old files carry and no network uses, are dropped.
     """
+    broken = [key for key, tensor in state.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+        raise ValueError(f"{name}: {broken[0]}{more} holds numbers that are not finite (NaN or infinity)")
     projector_to_be_built = getattr(network, "mlp_init", True) is False
     if projector_to_be_built:
-        network.load_state_dict(state)
+        try:
+            network.load_state_dict(state)
+        except (RuntimeError, KeyError, IndexError) as error:
+            raise ValueError(f"{name} does not fit: {' '.join(str(error).split())}") from None
         return
     wanted = network.state_dict()
     state = {k: t for k, t in state.items() if k in wanted or k.rsplit(".", 1)[-1] not in STALE}
@@ -61,69 +102,114 @@ def load_weights(network: nn.Module, state: dict[str, Tensor], name: str = "the 
 
 
 def network_from_weights(state: dict[str, Tensor], name: str = "the file") -> nn.Module:
-    """Build the published generator or discriminator that this state dict belongs to, and load it.
+    """Build the generator or discriminator that this state dict belongs to, and load it.
 
-    What weights cannot tell is taken as published: instance norm where there is no batch norm, no dropout.
+    Names and shapes decide. What they cannot tell makes no difference to a trained network: dropout of a U-Net, and the
+    resolution that a StyleGAN2 generator was trained at.
+
+    Raises:
+        ValueError: a projector, or no network that is known.
     """
-    # Batch norm has weights of one dimension besides its statistics; instance norm has none.
-    batch = any(k.endswith("running_mean") and k.replace("running_mean", "weight") in state for k in state)
-    norm = "batch" if batch else "instance"
-    network: nn.Module
+    if any(key.startswith("mlp_") for key in state):
+        raise ValueError(f"{name}: holds a projector (F), not a generator or discriminator")
     try:
-        if any(".conv_block." in key for key in state):
-            first, last = state["model.1.weight"], max(_indices(state))
-            blocks = len({key.split(".")[1] for key in state if ".conv_block." in key})
-            filters = [int(key.split(".")[1]) for key in state if key.endswith(".filt")]
-            block = next(int(key.split(".")[1]) for key in state if ".conv_block." in key)
-            dropout = any(key.endswith(".conv_block.6.weight") and t.dim() == 4 for key, t in state.items())
-            network = ResnetGenerator(
-                first.shape[1],
-                state[f"model.{last}.weight"].shape[0],
-                first.shape[0],
-                blocks,
-                norm,  # type: ignore[arg-type]
-                dropout,
-                antialias=any(index < block for index in filters),
-                antialias_up=any(index > block for index in filters),
-            )
-        elif "model.model.0.weight" in state:
-            first = state["model.model.0.weight"]
-            depth = 0
-            while f"model.model.1{'.model.3' * depth}.model.1.weight" in state:
-                depth += 1
-            downs = depth + 1
-            network = UnetGenerator(first.shape[1], state["model.model.3.weight"].shape[1], downs, first.shape[0], norm)  # type: ignore[arg-type]
-        elif "net.0.weight" in state:
-            network = PixelGAN(state["net.0.weight"].shape[1], state["net.0.weight"].shape[0], norm)  # type: ignore[arg-type]
-        elif "model.0.weight" in state and state["model.0.weight"].dim() == 4:
-            first = state["model.0.weight"]
-            convolutions = sum(tensor.dim() == 4 for key, tensor in state.items() if key.endswith(".weight"))
-            antialias = any(key.endswith(".filt") for key in state)
-            network = PatchGAN(first.shape[1], first.shape[0], convolutions - 2, norm, antialias)  # type: ignore[arg-type]
-        else:
-            raise KeyError("no known layout")
-    except (KeyError, IndexError, ValueError):
+        network = _build(state)
+    except (KeyError, IndexError, ZeroDivisionError, ValueError):
         raise ValueError(
-            f"{name} is not a published ResNet, U-Net or PatchGAN: it begins with {sorted(state)[:3]}"
+            f"{name} is not a published ResNet, U-Net, StyleGAN2 or PatchGAN, nor a restorer: it begins with "
+            f"{sorted(state)[:3]}"
         ) from None
     load_weights(network, state, name)
     return network.eval()
 
 
-def _indices(state: dict[str, Tensor]) -> list[int]:
-    return [int(key.split(".")[1]) for key in state if key.startswith("model.") and key.split(".")[1].isdigit()]
+def _build(state: dict[str, Tensor]) -> nn.Module:
+    """The network that these names and shapes are of, with other weights; KeyError and so on where there is none."""
+    norm = _norm(state)
+    numbers = sum(tensor.numel() for tensor in state.values())
+
+    def width_of(first: Tensor) -> int:
+        """A network has more weights than its width squared: what a shape alone claims takes no memory."""
+        if not 0 < first.shape[0] ** 2 < numbers:
+            raise KeyError("weights for such a width")
+        return first.shape[0]
+
+    if any(".conv_block." in key for key in state):
+        first, last = state["model.1.weight"], state[f"model.{max(_indices(state, 'model.'))}.weight"]
+        places = {int(key.split(".")[1]) for key in state if ".conv_block." in key}
+        filters = [int(key.split(".")[1]) for key in state if key.endswith(".filt")]
+        return ResnetGenerator(
+            first.shape[1],
+            last.shape[0],
+            width_of(first),
+            len(places),
+            norm,
+            dropout=any(key.endswith(".conv_block.6.weight") and t.dim() == 4 for key, t in state.items()),
+            antialias=any(index < min(places) for index in filters),
+            antialias_up=any(index > min(places) for index in filters),
+        )
+    if "model.model.0.weight" in state:
+        first = state["model.model.0.weight"]
+        downs = 1
+        while f"model.model.1{'.model.3' * (downs - 1)}.model.1.weight" in state:
+            downs += 1
+        return UnetGenerator(first.shape[1], state["model.model.3.weight"].shape[1], downs, width_of(first), norm)
+    if "decoder.convs.0.conv1.0.weight" in state:
+        first, widened = state["encoder.convs.1.0.weight"], state["encoder.convs.2.conv2.1.weight"]
+        last = state[f"decoder.convs.{max(_indices(state, 'decoder.convs.'))}.0.weight"]
+        blocks = 2 * (max(_indices(state, "encoder.convs.")) - 2)
+        widths = width_of(first), width_of(widened)
+        return StyleGAN2Generator(first.shape[1], last.shape[0], blocks=blocks, widths=widths)
+    if "encoder.1.weight" in state:
+        first = state["encoder.1.weight"]
+        return Restorer(first.shape[1], width_of(first), middle=max(_indices(state, "encoder.")) - 7)
+    if "final_linear.0.weight" in state:
+        first, level = state["convs.0.0.weight"], max(_indices(state, "convs.")) + 2
+        # At 256 there are as many channels as the width says; below, the width times a power of two, cut off at 384.
+        at_256 = state[f"convs.{level - 8}.conv2.1.weight"] if level > 8 else first
+        width = -(-width_of(at_256) // 2 ** (8 - min(level, 8)))
+        return StyleGAN2Discriminator(first.shape[1], width, 2**level)
+    if "net.0.weight" in state:
+        return PixelGAN(state["net.0.weight"].shape[1], width_of(state["net.0.weight"]), norm)
+    first = state["model.0.weight"]
+    convolutions = sum(tensor.dim() == 4 for key, tensor in state.items() if key.endswith(".weight"))
+    antialias = any(key.endswith(".filt") for key in state)
+    return PatchGAN(first.shape[1], width_of(first), convolutions - 2, norm, antialias)
+
+
+def _norm(state: dict[str, Tensor]) -> Norm:
+    """Batch norm has weights and statistics. Published convolutions have biases before instance norm alone."""
+    if any(key.endswith("running_mean") and key.replace("running_mean", "weight") in state for key in state):
+        return "batch"
+    convolutions = [key for key, tensor in state.items() if key.endswith(".weight") and tensor.dim() == 4]
+    return "instance" if all(key.replace(".weight", ".bias") in state for key in convolutions) else "none"
+
+
+def _indices(state: dict[str, Tensor], prefix: str) -> list[int]:
+    """The numbers that follow `prefix` in the names."""
+    found = (key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix))
+    return [int(index) for index in found if index.isdigit()]
 
 
 def save_published(networks: dict[str, nn.Module], folder: str | Path, label: str = "latest") -> list[Path]:
-    """Write `{label}_net_{name}.pth` for each network, as the published code reads them; returns the paths."""
+    """Write `{label}_net_{name}.pth` for each network, as the published code reads them; returns the paths.
+
+    Raises:
+        ValueError: a label that is no part of a file name, or a file in the folder's place.
+        OSError: it names the file that could not be written; those before it are whole.
+    """
     folder = Path(folder)
+    if not label or Path(label).name != label:
+        raise ValueError(f"label must be the first part of a file name, such as latest or 400, not {label!r}")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: a file is in the way, a folder is needed")
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, network in networks.items():
         path = folder / f"{label}_net_{name}.pth"
-        temporary = path.with_suffix(".pth.partial")
-        torch.save({key: tensor.detach().cpu() for key, tensor in network.state_dict().items()}, temporary)
-        temporary.replace(path)
+        packed = io.BytesIO()  # PyTorch's own writer hides what the disk said
+        torch.save({key: tensor.detach().cpu() for key, tensor in network.state_dict().items()}, packed)
+        write_whole(path, packed.getvalue())
         paths.append(path)
     return paths
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .data import DataError, load_image, save_image
 from .data.folder import probe_picture
+from .writing import named
 
 ALPHA = (".png", ".webp", ".tif", ".tiff")
 PROFILE = (".png", ".webp", ".tif", ".tiff", ".jpg", ".jpeg")
@@ -100,6 +101,8 @@ def write_photograph(result: Tensor, path: Path, source: Photograph, bits: int |
         os.replace(temporary, path)
     except KeyError as error:
         raise DataError(f"{path}: {error}") from error
+    except OSError as error:
+        raise named(error, path) from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -25,6 +25,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from ..writing import named
+
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".npy")
 EXIF_ORIENTATION = 0x0112
 
@@ -290,7 +292,7 @@ def save_image(image: torch.Tensor, path: str | os.PathLike[str]) -> None:
 
     Raises:
         DataError: the shape or the suffix does not fit.
-        OSError: the disk is full or may not be written; nothing is left behind.
+        OSError: the disk is full or may not be written; it names the file, and nothing is left behind.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -321,6 +323,8 @@ def save_image(image: torch.Tensor, path: str | os.PathLike[str]) -> None:
                     raise  # the disk, not the format
                 raise DataError(f"{path}: {error}") from error
         os.replace(temporary, path)
+    except OSError as error:
+        raise named(error, path) from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -133,8 +133,8 @@ def render_rain(
 
 
 def write_rain(
-    source: Path,
-    out: Path,
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
     options: RainOptions | None = None,
     *,
     seed: int = 0,
@@ -157,6 +157,7 @@ def write_rain(
     Raises:
         DataError: no picture, too few, a folder in the way or a file that cannot be read. Nothing is written then.
     """
+    source, out = Path(source), Path(out)
     options = options or RainOptions()
     files = find_images(source) if source.is_dir() else [source]
     needed = test + (2 if unpaired else 1 if not test else 0)
@@ -172,6 +173,8 @@ def write_rain(
     kinds = ["test"] * test + (["rainy"] * half + ["clean"] * len(files) if unpaired else ["pair"] * len(files))
     kind_of = dict(zip(order, kinds, strict=False))
 
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out}: a file is in the way, a folder is needed")
     for folder in sorted({f.split("/")[0] for kind in set(kind_of.values()) for f in parts[kind] if f}):
         if (out / folder).exists():
             raise DataError(f"{out / folder} is there already: take another folder for --out")

@@ -176,6 +176,20 @@ def newest(run: Path) -> Path:
     return checkpoints[-1]
 
 
+def open_checkpoint(source: Path) -> tuple[Path, dict[str, Any]]:
+    """The folder and `state.json` of a checkpoint; of a run the newest, of RUN/checkpoints/best what it names.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    source = follow(source)
+    folder = source if (source / "state.json").exists() else newest(source)
+    try:
+        return folder, read_state(folder)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder}: a damaged checkpoint ({error})") from None
+
+
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

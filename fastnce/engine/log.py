@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
+
+from ..writing import write_whole
 
 
 class RunLog:
@@ -39,11 +42,9 @@ class RunLog:
 
     def say(self, sentence: str) -> None:
         """One line to the terminal and to log.txt."""
-        if self._open_line:
-            print()
-            self._open_line = False
+        self._end_line()
         if not self._quiet:
-            print(sentence, flush=True)
+            self._print(f"{sentence}\n")
         self._text.write(sentence + "\n")
         self._text.flush()
 
@@ -52,10 +53,10 @@ class RunLog:
         self._text.write(line + "\n")
         self._text.flush()
         if self._live:
-            print(f"\r{line}\x1b[K", end="", flush=True)
+            self._print(f"\r{line}\x1b[K")
             self._open_line = True
         elif not self._quiet:
-            print(line, flush=True)
+            self._print(f"{line}\n")
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """One JSON object a line; numbers that are not finite become strings, so that every line parses."""
@@ -66,9 +67,20 @@ class RunLog:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
 
-    def close(self) -> None:
+    def _end_line(self) -> None:
         if self._open_line:
-            print()
+            self._print("\n")
+            self._open_line = False
+
+    def _print(self, text: str) -> None:
+        """A terminal that is gone, or a reader such as head that has seen enough, does not end a run."""
+        try:
+            print(text, end="", flush=True)
+        except OSError:
+            self._quiet, self._live = True, False
+
+    def close(self) -> None:
+        self._end_line()
         self._text.close()
         self._metrics.close()
         if self._board is not None:
@@ -143,9 +155,9 @@ def save_grid(pictures: dict[str, Tensor], path: Path, margin: int = 4) -> None:
             canvas.paste(_to_image(picture), (x, header + row * (height + margin)))
         x += width + margin
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}")
-    canvas.save(partial, format="PNG")
-    partial.replace(path)
+    packed = io.BytesIO()
+    canvas.save(packed, format="PNG")
+    write_whole(path, packed.getvalue())
 
 
 def _to_image(picture: Tensor) -> Image.Image:

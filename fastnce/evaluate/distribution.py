@@ -47,11 +47,14 @@ def fid_kid(
         "fid", "kid" and "kid_std".
 
     Raises:
-        ValueError: torch-fidelity is not installed, its weights cannot be had, or there are too few pictures.
+        ValueError: torch-fidelity is not installed, its weights cannot be had, there are too few pictures, or others.
     """
     require_fidelity()
     from torch_fidelity import calculate_metrics
 
+    for picture in (*outputs, *reference):
+        if picture.dtype != torch.uint8 or picture.dim() != 3 or picture.shape[0] != 3:
+            raise ValueError(f"FID takes uint8 (3, height, width), not {picture.dtype} {tuple(picture.shape)}")
     if min(len(outputs), len(reference)) < 2:
         raise ValueError(f"FID needs at least two pictures of each set, not {len(outputs)} and {len(reference)}")
     one_size = len({tuple(picture.shape) for picture in (*outputs, *reference)}) == 1

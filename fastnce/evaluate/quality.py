@@ -3,7 +3,7 @@
 ::
 
     metrics = DerainingMetrics()
-    metrics.update(output, truth)  # (B, 3, H, W) in [-1, 1], or uint8
+    metrics.update(output, truth)  # (B, 3, H, W), float in [-1, 1], uint8 or uint16
     metrics.compute()              # {"psnr_y": 31.8, "ssim_y": 0.94, "psnr_rgb": 30.2, "ssim_rgb": 0.93}
 
 Pictures are rounded to 8 bits first, as if they had been written to a file. Y is MATLAB's
@@ -19,17 +19,39 @@ import math
 import torch
 from torch import Tensor
 
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 KEYS = ("psnr_y", "ssim_y", "psnr_rgb", "ssim_rgb")
 WINDOW, SIGMA = 11, 1.5
 C1, C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 
 
 def to_levels(pictures: Tensor, value_range: tuple[float, float] = (-1.0, 1.0)) -> Tensor:
-    """Float pictures to what an 8-bit file would hold: float64 of whole numbers from 0 to 255; uint8 as it is."""
+    """Pictures to what an 8-bit file would hold: float64 of whole numbers from 0 to 255.
+
+    Args:
+        pictures: float in `value_range` (values somewhat outside are clipped), uint8 (0 to 255) or uint16 (0 to 65535).
+
+    Raises:
+        ValueError: another dtype, or floats too far outside to be pictures in this range.
+    """
     if pictures.dtype == torch.uint8:
         return pictures.double()
+    if pictures.dtype == torch.uint16:
+        return pictures.double().div(257).round()
     low, high = value_range
+    check_range(pictures, value_range)
     return pictures.double().sub(low).mul(255 / (high - low)).round().clamp(0, 255)
+
+
+def check_range(pictures: Tensor, value_range: tuple[float, float] = (-1.0, 1.0)) -> None:
+    """ValueError where pictures are no floats in this range. They may go beyond it by half its width; NaN passes."""
+    low, high = value_range
+    if pictures.dtype not in FLOATS:
+        raise ValueError(f"pictures must be floats from {low:g} to {high:g}, uint8 or uint16, not {pictures.dtype}")
+    least, most = (limit.item() for limit in pictures.aminmax()) if pictures.numel() else value_range
+    beyond = (high - low) / 2
+    if least < low - beyond or most > high + beyond:
+        raise ValueError(f"float pictures must lie in [{low:g}, {high:g}]; these reach from {least:g} to {most:g}")
 
 
 def luma(levels: Tensor) -> Tensor:
@@ -39,10 +61,23 @@ def luma(levels: Tensor) -> Tensor:
         levels: (images, 3, height, width), 0 to 255.
 
     Returns:
-        (images, 1, height, width) of the same dtype.
+        (images, 1, height, width) of the same dtype; float64 for integers and for floats of 16 bits.
     """
+    (levels,) = _measurable(levels)
     weight = torch.tensor([65.481, 128.553, 24.966], dtype=levels.dtype, device=levels.device) / 255
     return 16 + torch.einsum("bchw,c->bhw", levels, weight)[:, None]
+
+
+def _measurable(*pictures: Tensor) -> list[Tensor]:
+    """Levels in a dtype that squares them without overflow."""
+    if len({tuple(levels.shape) for levels in pictures}) > 1:
+        raise ValueError(f"output {tuple(pictures[0].shape)} and truth {tuple(pictures[1].shape)} must have one shape")
+    for levels in pictures:
+        if levels.dtype == torch.bool or levels.is_complex():
+            raise ValueError(f"levels must be numbers from 0 to 255, not {levels.dtype}")
+        if levels.numel() and levels.min() < 0:
+            raise ValueError(f"levels go from 0 to 255, these begin at {levels.min().item():g}: see DerainingMetrics")
+    return [x if x.dtype in (torch.float32, torch.float64) else x.double() for x in pictures]
 
 
 def psnr(output: Tensor, truth: Tensor) -> Tensor:
@@ -53,7 +88,11 @@ def psnr(output: Tensor, truth: Tensor) -> Tensor:
 
     Returns:
         (images,)
+
+    Raises:
+        ValueError: two shapes, or values below 0, which are no levels.
     """
+    output, truth = _measurable(output, truth)
     error = (output - truth).square().mean(dim=(1, 2, 3))
     return 10 * torch.log10(255**2 / error)
 
@@ -69,7 +108,11 @@ def ssim(output: Tensor, truth: Tensor) -> Tensor:
 
     Returns:
         (images, channels)
+
+    Raises:
+        ValueError: smaller pictures, two shapes, or values below 0, which are no levels.
     """
+    output, truth = _measurable(output, truth)
     if min(output.shape[2:]) < WINDOW:
         raise ValueError(f"SSIM needs pictures of at least {WINDOW}x{WINDOW}, not {tuple(output.shape[2:])}")
     return torch.stack([_ssim(x, y) for x, y in zip(output.unbind(1), truth.unbind(1), strict=True)], dim=1)
@@ -105,7 +148,7 @@ class DerainingMetrics:
     On RGB, PSNR is over all channels at once and SSIM the mean of the three. Grey pictures count as R = G = B.
 
     Args:
-        value_range: what black and white are in float pictures; uint8 needs none.
+        value_range: what black and white are in float pictures; uint8 (0 to 255) and uint16 (0 to 65535) need none.
     """
 
     def __init__(self, value_range: tuple[float, float] = (-1.0, 1.0)):
@@ -120,12 +163,15 @@ class DerainingMetrics:
         """Count pictures; returns the measures of these.
 
         Args:
-            output, truth: (images, 1 or 3, height, width) or without the first dimension; float in `value_range`
-                (values outside are clipped) or uint8; any device; sides of at least 11.
+            output, truth: (images, 1 or 3, height, width) or without the first dimension; as `to_levels` takes them;
+                any device; sides of at least 11.
 
         Raises:
-            ValueError: shapes that differ or do not fit.
+            ValueError: shapes that differ or do not fit, other dtypes, and floats far outside `value_range`.
         """
+        for pictures in (output, truth):
+            if not isinstance(pictures, Tensor):
+                raise ValueError(f"output and truth must be tensors, not {type(pictures).__name__}")
         if output.shape != truth.shape:
             raise ValueError(f"output {tuple(output.shape)} and truth {tuple(truth.shape)} must have one shape")
         if output.dim() not in (3, 4) or output.shape[-3] not in (1, 3):

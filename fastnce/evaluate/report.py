@@ -10,7 +10,7 @@ import csv
 import io
 import json
 import math
-import uuid
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ..data import DataError, find_images, load_image
+from ..writing import write_whole
 from .distribution import fid_kid, require_fidelity
 from .pairs import Pair, find_pairs
 from .quality import KEYS, DerainingMetrics, to_levels
@@ -86,15 +87,15 @@ def _finite(value: Any) -> Any:
 
 
 def evaluate(
-    data: Path,
+    data: str | os.PathLike[str],
     translate: Translate | None = None,
     *,
     channels: int = 3,
     device: torch.device | str = "cpu",
     fid: bool = False,
-    json_file: Path | None = None,
-    csv_file: Path | None = None,
-    sheet: Path | None = None,
+    json_file: str | os.PathLike[str] | None = None,
+    csv_file: str | os.PathLike[str] | None = None,
+    sheet: str | os.PathLike[str] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Report:
     """Measure a test set; nothing is written unless everything was measured.
@@ -110,15 +111,14 @@ def evaluate(
     Raises:
         ValueError: DataError among them: no such set, pictures that cannot be read, an extra that is missing.
     """
-    for file in (json_file, csv_file, sheet):
-        if file is not None and not file.absolute().parent.is_dir():
-            raise ValueError(f"{file}: there is no folder {file.absolute().parent} to write it into")
-        if file is not None and file.is_dir():
-            raise ValueError(f"{file} is a folder; name a file in it")
+    data = Path(data)
+    json_file, csv_file, sheet = (None if file is None else Path(file) for file in (json_file, csv_file, sheet))
+    _check_writable([file for file in (json_file, csv_file, sheet) if file is not None])
     if sheet is not None and sheet.suffix.lower() != ".png":
         raise ValueError(f"--sheet {sheet}: the contact sheet is a PNG, name it {sheet.stem}.png")
     if fid:
         require_fidelity()
+    drawn = b""
     if (data / "testA").is_dir() and (data / "testB").is_dir():
         if not fid or csv_file or sheet:
             raise DataError(
@@ -127,24 +127,44 @@ def evaluate(
             )
         report = _unpaired(data, translate, channels, device, progress)
     else:
-        report = _paired(data, translate, channels, device, fid, sheet, progress)
-    if json_file is not None:
-        _write(json_file, lambda path: path.write_text(report.as_json(), encoding="utf-8"))
-    if csv_file is not None:
-        _write(csv_file, lambda path: path.write_text(report.as_csv(), encoding="utf-8"))
+        pairs = find_pairs(data)
+        report = _paired(data, pairs, translate, channels, device, fid, progress)
+        if sheet is not None:
+            drawn = _sheet(pairs, report.pictures, translate, channels)
+    try:
+        for file, text in ((json_file, report.as_json), (csv_file, report.as_csv)):
+            if file is not None:  # bytes of a name that are no Unicode become \\udcXX, which JSON reads back
+                write_whole(file, text().encode("utf-8", "backslashreplace"))
+        if sheet is not None:
+            write_whole(sheet, drawn)
+    except OSError as error:  # an hour's work: not lost for want of a few kilobytes
+        raise OSError(error.errno, f"{error.strerror}; measured: {report.summary()}", error.filename) from error
     return report
+
+
+def _check_writable(files: list[Path]) -> None:
+    """ValueError for what can be known before anything is measured."""
+    for file in files:
+        folder = file.absolute().parent
+        if not folder.is_dir():
+            raise ValueError(f"{file}: there is no folder {folder} to write it into")
+        if file.is_dir():
+            raise ValueError(f"{file} is a folder; name a file in it")
+        if not os.access(file if file.exists() and not file.is_file() else folder, os.W_OK):
+            raise ValueError(f"{file} cannot be written: {folder} allows no new files")
+    if len({os.path.realpath(file) for file in files}) < len(files):
+        raise ValueError(f"the reports need files of their own, not {', '.join(map(str, files))}")
 
 
 def _paired(
     data: Path,
+    pairs: list[Pair],
     translate: Translate | None,
     channels: int,
     device: torch.device | str,
     fid: bool,
-    sheet: Path | None,
     progress: Callable[[str], None] | None,
 ) -> Report:
-    pairs = find_pairs(data)
     metrics, inputs = DerainingMetrics(), DerainingMetrics()
     pictures: list[dict[str, Any]] = []
     made: list[Tensor] = []
@@ -165,8 +185,6 @@ def _paired(
     before = mean if translate is None else inputs.compute()
     if fid:
         mean = {**mean, **fid_kid(made, real, device)}
-    if sheet is not None:
-        _sheet(sheet, pairs, pictures, translate, channels)
     return Report(str(data), mean, before, pictures)
 
 
@@ -189,13 +207,13 @@ def _unpaired(
 
 
 def _for_inception(picture: Tensor) -> Tensor:
+    if not torch.isfinite(picture).all():
+        raise ValueError("the generator makes numbers that are not finite: there is no FID of those")
     return to_levels(picture[0]).to(torch.uint8).expand(3, -1, -1).cpu()
 
 
-def _sheet(
-    path: Path, pairs: list[Pair], pictures: list[dict[str, Any]], translate: Translate | None, channels: int
-) -> None:
-    """Input, output, truth and difference of up to 12 pictures, from the lowest PSNR on Y to the highest."""
+def _sheet(pairs: list[Pair], pictures: list[dict[str, Any]], translate: Translate | None, channels: int) -> bytes:
+    """A PNG: input, output, truth and difference of up to 12 pictures, from the lowest PSNR on Y to the highest."""
     order = sorted(range(len(pairs)), key=lambda i: pictures[i]["psnr_y"])
     count = min(SHEET_ROWS, len(order))
     chosen = [order[round(i * (len(order) - 1) / max(count - 1, 1))] for i in range(count)]
@@ -206,7 +224,8 @@ def _sheet(
         apart = (to_levels(output) - to_levels(clean)).abs() * DIFFERENCE_GAIN
         levels = [to_levels(rainy), to_levels(output), to_levels(clean), apart.clamp(max=255)]
         row = pictures[index]
-        title = f"{row['name']}: {row['psnr_y']:.2f} dB / {row['ssim_y']:.4f} on Y"
+        name = row["name"].encode("utf-8", "backslashreplace").decode()
+        title = f"{name}: {row['psnr_y']:.2f} dB / {row['ssim_y']:.4f} on Y"
         rows.append((title, [_thumbnail(picture) for picture in levels]))
     margin, line = 6, 14
     names = ("input", "output", "truth", f"|output - truth| x {DIFFERENCE_GAIN}")
@@ -223,7 +242,9 @@ def _sheet(
         for left, thumbnail in zip(lefts, thumbnails, strict=True):
             canvas.paste(thumbnail, (left, top + line))
         top += line + thumbnails[0].height + margin
-    _write(path, lambda partial: canvas.save(partial, format="PNG"))
+    packed = io.BytesIO()
+    canvas.save(packed, format="PNG")
+    return packed.getvalue()
 
 
 def _thumbnail(levels: Tensor) -> Image.Image:
@@ -231,13 +252,3 @@ def _thumbnail(levels: Tensor) -> Image.Image:
     image = Image.fromarray(pixels)
     image.thumbnail((SHEET_SIDE, SHEET_SIDE), Image.Resampling.LANCZOS)
     return image
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    """The file appears whole or not at all."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        write(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -166,9 +166,11 @@ class StyleGAN2Generator(nn.Module):
 
     Args:
         in_channels, out_channels: of the pictures.
-        width: published `ngf`; at the crops' resolution there are `width * 512 / resolution` channels, at most 512.
+        width: published `ngf`; at the crops' resolution there are `width * 512 / resolution` channels, at most 512
+            below 64.
         resolution: side of the crops that it is trained on, which decides the number of channels.
         blocks: residual blocks between halving and doubling, an even number.
+        widths: channels at the crops' resolution and at half of it, in place of what `width` and `resolution` say.
 
     Feature layers are positions in `encoder.convs`: 0 is the picture, 1 its 1x1 convolution, 2 the halving block, from
     3 on one residual block each.
@@ -178,11 +180,25 @@ class StyleGAN2Generator(nn.Module):
     features_repeat = True  # noise is in the decoder only
 
     def __init__(
-        self, in_channels: int = 3, out_channels: int = 3, width: int = 10, resolution: int = 64, blocks: int = 6
+        self,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        width: int = 10,
+        resolution: int = 64,
+        blocks: int = 6,
+        *,
+        widths: tuple[int, int] | None = None,
     ):
         super().__init__()
         level = log2_resolution(resolution)
-        fine, coarse = (min(512, round(2 ** (14 - l) * width / 32)) for l in (level, level - 1))
+
+        def channels(l: int) -> int:
+            wanted = round(2 ** (14 - l) * width / 32)
+            return min(512, wanted) if l < 6 else wanted
+
+        fine, coarse = widths or (channels(level), channels(level - 1))
+        if fine < 1:
+            raise ValueError(f"network.width={width} leaves no channel at resolution={resolution}")
         self.encoder = _Convs(
             [nn.Identity(), conv_layer(in_channels, fine, 1), ResBlock(fine, coarse, halve=True)]
             + [ResBlock(coarse, coarse, halve=False) for _ in range(blocks // 2)]
@@ -192,6 +208,7 @@ class StyleGAN2Generator(nn.Module):
             + [StyledConv(coarse, fine), conv_layer(fine, out_channels, 1)]
         )
         self.channels = [in_channels, fine] + [coarse] * (1 + blocks // 2)
+        self.out_channels = out_channels
 
     def forward(self, x: Tensor, layers: Sequence[int] = (), encode_only: bool = False):
         """As `ResnetGenerator.forward`; sides must be even."""
@@ -234,6 +251,8 @@ class StyleGAN2Discriminator(nn.Module):
             wanted = int(2 ** (14 - l) * width / 64)
             return min(384, wanted) if l < 6 else wanted
 
+        if channels(level) < 1:
+            raise ValueError(f"network.discriminator_width={width} leaves no channel at resolution={resolution}")
         self.side = 2**level
         self.convs = nn.Sequential(
             conv_layer(in_channels, channels(level), 1),

@@ -20,7 +20,7 @@ class UnetBlock(nn.Module):
     ):
         super().__init__()
         bias = norm == "instance"
-        down: list[nn.Module] = [nn.Conv2d(in_channels, inner, 4, stride=2, padding=1, bias=bias or top)]
+        down: list[nn.Module] = [nn.Conv2d(in_channels, inner, 4, stride=2, padding=1, bias=bias)]
         up: list[nn.Module] = [nn.ReLU(True)]
         arriving = inner if below is None else 2 * inner
         widen = nn.ConvTranspose2d(arriving, outer, 4, stride=2, padding=1, bias=bias or top)

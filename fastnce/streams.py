@@ -1,0 +1,57 @@
+"""Where a command's words go: streams that are closed, full, or lack a character, and errors told in one sentence."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from contextlib import suppress
+
+
+def open_streams() -> None:
+    """Make standard streams safe to print to.
+
+    A closed one becomes the null device: its number would go to the next file that is opened, and what a library prints
+    into that file. Characters that the encoding lacks are printed as escapes.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  (for the process's life)
+        elif mode == "w" and getattr(stream, "errors", None) in ("strict", "surrogateescape"):
+            with suppress(AttributeError, OSError, ValueError):  # a stand-in that knows no encoding; nobody reads
+                stream.reconfigure(errors="backslashreplace")
+
+
+def tell(sentence: str, code: int) -> int:
+    """Print one sentence on stderr, if that can be; returns the exit code."""
+    with suppress(OSError, ValueError):
+        print(f"fastnce: {sentence}", file=sys.stderr, flush=True)
+    return code
+
+
+def sentence_of(error: OSError) -> str:
+    """The file and what the system says of it. Files that are written aside are named as they will be."""
+    name = "" if error.filename is None else re.sub(r"\.partial-[0-9a-f]{32}/", "", f"{os.fsdecode(error.filename)}: ")
+    return f"{name}{error.strerror or error}"
+
+
+def stdout_takes() -> bool:
+    """Whether everything printed so far got out."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def flush(code: int) -> int:
+    """Empty stdout while its errors can still be told; returns the exit code."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError) as error:
+        with suppress(OSError, ValueError):  # what is left in the buffer must not be tried again at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):  # the reader, such as head, has seen enough
+            code = tell(f"standard output: {getattr(error, 'strerror', None) or error}", code or 2)
+    return code

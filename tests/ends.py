@@ -1,0 +1,74 @@
+"""What the tests of ends share: commands on small pictures, and disks that fill up."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+FULL = Path("/dev/full")
+"""To be opened and printed to; never given to a command as a file, which a fault might replace."""
+NO_ROOM = os.strerror(errno.ENOSPC)
+
+
+def write(folder: Path, *names: str) -> Path:
+    for seed, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(seed).integers(0, 256, (12, 16, 3), np.uint8)).save(path)
+    return folder
+
+
+def commands(model: Path, photos: Path, pairs: Path, out: Path) -> dict[str, list[str]]:
+    """Those that write pictures."""
+    found = {
+        "translate": ["translate", model, photos, "--out", out, "--device", "cpu"],
+        "rain": ["rain", photos, "--out", out],
+        "unpair": ["unpair", pairs, "--out", out],
+        "evaluate": [
+            "evaluate",
+            "--inputs-only",
+            "--data",
+            pairs,
+            "--sheet",
+            out.with_suffix(".png"),
+            "--device",
+            "cpu",
+        ],
+    }
+    return {name: [str(argument) for argument in arguments] for name, arguments in found.items()}
+
+
+def one_sentence(capsys) -> str:
+    message = capsys.readouterr().err
+    assert message.startswith("fastnce: ")
+    assert message.count("\n") == 1
+    return message
+
+
+def left(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def failing_second(monkeypatch, error: BaseException) -> None:
+    """The second picture that is saved gets half of its bytes, then the error."""
+    count, save = iter(range(1000)), Image.Image.save
+
+    def half(self, target, *args, **kwargs):
+        if next(count) == 1:
+            if isinstance(target, str | os.PathLike):
+                Path(target).write_bytes(b"half")
+            raise error
+        save(self, target, *args, **kwargs)
+
+    monkeypatch.setattr(Image.Image, "save", half)
+
+
+def half_or_whole(write_bytes, path: Path, data: bytes, fails: bool) -> int:
+    if not fails:
+        return write_bytes(path, data)
+    write_bytes(path, data[:100])
+    raise OSError(errno.ENOSPC, NO_ROOM)
