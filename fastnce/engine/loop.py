@@ -5,6 +5,7 @@ The random choices of a step follow from (seed, rank, step) alone, so a run that
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..methods.base import Batch, Method
@@ -23,6 +25,7 @@ from .distributed import Ranks
 from .log import Pace, RunLog, Silence, clock, save_grid
 from .monitor import Monitor
 from .optim import OptimOptions, schedule
+from .progress import Progress, check_batch
 from .step import Step
 from .stop import StopRequest
 from .validate import Validation
@@ -51,6 +54,9 @@ class RunOptions:
         False, "compute the generators' residual blocks again in the backward pass: less memory, more time"
     )
     steps: int = option(0, "stop after this many steps in all; 0 runs the whole schedule")
+    change_batch: bool = option(
+        False, "continue with another data.batch times processes: the place in the epochs is kept, optim.lr is as it is"
+    )
     minutes: float = option(0.0, "save and stop after this time, to be continued; 0 sets no limit")
     log_every: int = option(100, "steps between progress lines (losses are read only then)")
     sample_every: int = option(1000, "steps between sample grids; 0 makes none")
@@ -117,13 +123,14 @@ def train(
         data: as `UnpairedData`.
         folder: the run's; the same call with the same folder continues where it stopped.
         config: stored in every checkpoint, for translation to rebuild the networks.
-        batch_size: of this rank, for the images a second.
+        batch_size: pictures of each domain a step of this rank: for the images a second and the place in the epochs.
         ranks: the processes that share the run; the first one writes.
         validation: measured every `run.validate_every` steps; decides which checkpoint `best` names.
 
     Raises:
         TrainingFailed: too many steps in a row were not finite.
-        ValueError: the checkpoint in the folder does not belong to this method or data.
+        ValueError: the checkpoint in the folder does not belong to this method or data, or had another batch (of all
+            ranks) and `run.change_batch` is off.
     """
     ranks = ranks or Ranks()
     log = RunLog(folder, run.tensorboard, quiet) if ranks.first else Silence()
@@ -142,7 +149,9 @@ class _Run:
     def __init__(self, method, data, optim, run, folder, config, batch_size, log, ranks, validation=None):
         self.method, self.data, self.optim, self.run = method, data, optim, run
         self.folder, self.config, self.log, self.ranks = folder, config, log, ranks
-        self.images = batch_size * ranks.world
+        self.batch_size = batch_size
+        epochs = optim.n_epochs + optim.n_epochs_decay
+        self.progress = Progress(epochs, data.steps_per_epoch, batch_size * ranks.world, ranks.world)
         device = next(method.parameters()).device
         precision, compiled = pick_precision(run.precision, device), pick_compile(run.compile, device)
         if run.compile == "auto" and not getattr(data, "one_size", True):
@@ -160,15 +169,20 @@ class _Run:
         )
         self.device = self.step.bad_steps.device
         self.checkpoints = Checkpoints(folder / "checkpoints", run.keep, log.say)
-        scheduled = (optim.n_epochs + optim.n_epochs_decay) * data.steps_per_epoch
-        self.total = min(run.steps, scheduled) if run.steps else scheduled
         self.saved_at = self.validated_at = -1
         self.sample_batch: Batch | None = None
         self.monitor = Monitor()
         self.validation: Validation | None = validation if run.validate_every and validation else None
 
+    @property
+    def total(self) -> int:
+        """Steps after which the run ends."""
+        return min(self.run.steps or self.progress.total, self.progress.total)
+
     def go(self, stop: StopRequest) -> int:
         done = self._resume()
+        if done >= self.total:
+            return done
         state = [*self.method.networks().values(), *self.method.extra_state_modules().values()]
         self.ranks.broadcast(state)
         self._begin_validation(done)
@@ -176,11 +190,11 @@ class _Run:
         self.began, self.why = time.monotonic(), ""
         self.method.train()
         while done < self.total and not self._asked_to_stop(stop, done):
-            if done // self.data.steps_per_epoch != epoch:
-                epoch = done // self.data.steps_per_epoch
+            if self.progress.epoch(done) != epoch:
+                epoch = self.progress.epoch(done)
                 self.step.set_learning_rate(schedule(epoch, self.optim.n_epochs, self.optim.n_epochs_decay))
             began = time.perf_counter()
-            batch = Batch(*self.data.batch(done, decaying=epoch >= self.optim.n_epochs))
+            batch = Batch(*self.data.batch(self.progress.place(done), decaying=epoch >= self.optim.n_epochs))
             pace.step(time.perf_counter() - began)
             rng = random.Random(f"{self.run.seed}/{done}")
             draws = self.method.draw(rng)
@@ -226,20 +240,41 @@ class _Run:
                 f"{path} was trained on other pictures (files were added, removed or changed since): restore them, or "
                 f"train into another --out"
             )
+        done, stored = state["step"], state.get("progress")
+        if not self.run.change_batch:
+            check_batch(stored, self.batch_size, self.ranks.world, str(path), self._split_matters)
+        self.progress = self.progress.resumed(done, stored)
+        if done > self.progress.total:  # only without `stored`
+            raise ValueError(
+                f"{path} is beyond the {self.progress.total:,} steps of the schedule: it had a smaller batch of all "
+                f"ranks, which this older checkpoint does not name; continue with as many processes as then"
+            )
         self.step.load_state(tensors)
-        self.saved_at = state["step"]
-        self.log.say(f"continuing from {path} (step {state['step']:,} of {self.total:,})")
-        return state["step"]
+        self.saved_at = done
+        if done < self.total:
+            self.log.say(f"continuing from {path} (step {done:,} of {self.total:,})")
+        elif done == self.progress.total:
+            self.log.say(f"nothing is left to do: the schedule of {self.progress.epochs:,} epochs is done ({path})")
+        else:
+            self.log.say(f"nothing is left to do: run.steps={self.run.steps} and step {done:,} is done ({path})")
+        if stored is not None and stored["batch"] != self.progress.batch and done < self.total:
+            self.log.say(
+                f"the batch is {self.progress.batch} pictures from here on, {stored['batch']} before: epoch "
+                f"{self.progress.epoch(done) + 1} goes on where it was; optim.lr is as it was"
+            )
+        return done
+
+    def _split_matters(self) -> str:
+        return self.method.whole_batch(ranks=True)
 
     def _report(self, done: int, epoch: int, losses: dict[str, Tensor], pace: Pace) -> None:
         names = list(losses)
         stacked = torch.stack([losses[name].float() for name in names] + [self.step.bad_steps.float()])
         *values, bad = self.ranks.mean(stacked).tolist()
-        found = pace.read(self.images, self.total - done)
+        found = pace.read(self.progress.batch, self.total - done)
         rate = next(iter(self.step.groups.values()))
-        epochs = self.optim.n_epochs + self.optim.n_epochs_decay
         line = (
-            f"epoch {epoch + 1}/{epochs} step {done:,}/{self.total:,} | {found['images_per_second']:.2f} images/s, "
+            f"epoch {epoch + 1}/{self.progress.epochs} step {done:,}/{self.total:,} | {found['images_per_second']:.2f} images/s, "
             f"data {found['data_share']:.0%}, ETA {clock(found['seconds_left'])} | "
             + " ".join(f"{name} {value:.3f}" for name, value in zip(names, values, strict=True))
             + (f" | {bad:.0f} steps in a row skipped: not finite" if bad else "")
@@ -255,7 +290,7 @@ class _Run:
             done,
             logged
             | self.monitor.metrics()
-            | {"epoch": epoch, "lr": learning_rate, "skipped_steps": bad}
+            | {"epoch": epoch, "pictures": self.progress.seen(done), "lr": learning_rate, "skipped_steps": bad}
             | {key: found[key] for key in ("images_per_second", "data_share")},
         )
         if bad >= self.optim.max_bad_steps:
@@ -297,7 +332,8 @@ class _Run:
 
     def _samples(self) -> Batch:
         if self.sample_batch is None:
-            self.sample_batch = Batch(*self.data.samples(max(self.run.samples, 2)))
+            columns = self.data.samples(max(self.run.samples, 2))
+            self.sample_batch = Batch(*(_padded(column, self.method) for column in columns))
         return self.sample_batch
 
     def _sample(self, done: int) -> None:
@@ -323,6 +359,7 @@ class _Run:
             return
         state = {
             "data": self.data.digest(),
+            "progress": self.progress.state(done),
             "generators": [name for name in self.method.networks() if name.startswith("G")],
             "config": self.config,
         }
@@ -332,3 +369,12 @@ class _Run:
             self.checkpoints.save(done, self.step.generators(), self.step.state(), state, best=best)
         except DiskFull as error:
             self.log.say(f"{error.strerror}; training goes on")
+
+
+def _padded(pictures: Tensor, method: Method) -> Tensor:
+    """Sample pictures whose right and lower border is repeated up to sides that every generator takes."""
+    generators = [network for name, network in method.networks().items() if name.startswith("G")]
+    factor = math.lcm(*(getattr(network, "factor", 1) for network in generators))
+    least = max((getattr(network, "smallest", 1) for network in generators), default=1)
+    bottom, right = (max(side + -side % factor, least + -least % factor) - side for side in pictures.shape[2:])
+    return F.pad(pictures, (0, right, 0, bottom), mode="replicate") if bottom or right else pictures

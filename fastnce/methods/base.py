@@ -157,11 +157,16 @@ class Method(nn.Module):
                         f"crops of {height}x{width} do not fit network {name}, change data.crop_size ({reason})"
                     ) from None
 
-    def whole_batch(self) -> str:
-        """Why a batch cannot be computed in parts, as a clause; empty where each picture is a matter of its own."""
+    def whole_batch(self, *, ranks: bool = False) -> str:
+        """Why a batch cannot be computed in parts, as a clause; empty where each picture is a matter of its own.
+
+        Args:
+            ranks: the parts are the shares of several ranks, which may exchange their keys.
+        """
         if any(isinstance(module, nn.BatchNorm2d) for module in self.modules()):
             return "batch norm takes its statistics over the whole batch (network.norm=instance does not)"
-        if getattr(self.options, "negatives", "image") == "batch":
+        exchanged = ranks and getattr(self.options, "gather_negatives", False)
+        if getattr(self.options, "negatives", "image") == "batch" and not exchanged:
             return "loss.negatives=batch contrasts pictures of the whole batch (loss.negatives=image does not)"
         if getattr(self.options, "external", "none") == "bank":
             return "loss.external=bank would show a part what the parts before it put in the bank"
