@@ -86,7 +86,7 @@ _MAY_CHANGE = {
     *(("data", key) for key in ("dir", "cache_dir", "skip_bad", "validate")),
     *(("optim", key) for key in ("max_bad_steps", "accumulate")),
 }
-"""Keys that a resumed run may change besides `run`'s: they do not change what is computed (`accumulate`: to rounding)."""
+"""Keys that a resumed run may change besides `run`'s: they do not change what is computed (to rounding)."""
 
 
 def resolve(method: str, file: Path | None = None, overrides: list[str] | None = None) -> Config:

@@ -5,7 +5,6 @@ The random choices of a step follow from (seed, rank, step) alone, so a run that
 
 from __future__ import annotations
 
-import math
 import random
 import time
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..methods.base import Batch, Method
@@ -26,6 +24,7 @@ from .log import Pace, RunLog, Silence, clock, save_grid
 from .monitor import Monitor
 from .optim import OptimOptions, schedule
 from .progress import Progress, check_batch
+from .samples import padded, translated
 from .step import Step
 from .stop import StopRequest
 from .validate import Validation
@@ -149,7 +148,6 @@ class _Run:
     def __init__(self, method, data, optim, run, folder, config, batch_size, log, ranks, validation=None):
         self.method, self.data, self.optim, self.run = method, data, optim, run
         self.folder, self.config, self.log, self.ranks = folder, config, log, ranks
-        self.batch_size = batch_size
         epochs = optim.n_epochs + optim.n_epochs_decay
         self.progress = Progress(epochs, data.steps_per_epoch, batch_size * ranks.world, ranks.world)
         device = next(method.parameters()).device
@@ -174,13 +172,9 @@ class _Run:
         self.monitor = Monitor()
         self.validation: Validation | None = validation if run.validate_every and validation else None
 
-    @property
-    def total(self) -> int:
-        """Steps after which the run ends."""
-        return min(self.run.steps or self.progress.total, self.progress.total)
-
     def go(self, stop: StopRequest) -> int:
         done = self._resume()
+        self.total = self.progress.end(self.run.steps)
         if done >= self.total:
             return done
         state = [*self.method.networks().values(), *self.method.extra_state_modules().values()]
@@ -242,30 +236,13 @@ class _Run:
             )
         done, stored = state["step"], state.get("progress")
         if not self.run.change_batch:
-            check_batch(stored, self.batch_size, self.ranks.world, str(path), self._split_matters)
+            check_batch(stored, self.progress.batch, self.ranks.world, str(path), self.method)
         self.progress = self.progress.resumed(done, stored)
-        if done > self.progress.total:  # only without `stored`
-            raise ValueError(
-                f"{path} is beyond the {self.progress.total:,} steps of the schedule: it had a smaller batch of all "
-                f"ranks, which this older checkpoint does not name; continue with as many processes as then"
-            )
         self.step.load_state(tensors)
         self.saved_at = done
-        if done < self.total:
-            self.log.say(f"continuing from {path} (step {done:,} of {self.total:,})")
-        elif done == self.progress.total:
-            self.log.say(f"nothing is left to do: the schedule of {self.progress.epochs:,} epochs is done ({path})")
-        else:
-            self.log.say(f"nothing is left to do: run.steps={self.run.steps} and step {done:,} is done ({path})")
-        if stored is not None and stored["batch"] != self.progress.batch and done < self.total:
-            self.log.say(
-                f"the batch is {self.progress.batch} pictures from here on, {stored['batch']} before: epoch "
-                f"{self.progress.epoch(done) + 1} goes on where it was; optim.lr is as it was"
-            )
+        for sentence in self.progress.told(done, self.run.steps, stored, str(path)):
+            self.log.say(sentence)
         return done
-
-    def _split_matters(self) -> str:
-        return self.method.whole_batch(ranks=True)
 
     def _report(self, done: int, epoch: int, losses: dict[str, Tensor], pace: Pace) -> None:
         names = list(losses)
@@ -273,8 +250,9 @@ class _Run:
         *values, bad = self.ranks.mean(stacked).tolist()
         found = pace.read(self.progress.batch, self.total - done)
         rate = next(iter(self.step.groups.values()))
+        epochs = self.progress.epochs
         line = (
-            f"epoch {epoch + 1}/{self.progress.epochs} step {done:,}/{self.total:,} | {found['images_per_second']:.2f} images/s, "
+            f"epoch {epoch + 1}/{epochs} step {done:,}/{self.total:,} | {found['images_per_second']:.2f} images/s, "
             f"data {found['data_share']:.0%}, ETA {clock(found['seconds_left'])} | "
             + " ".join(f"{name} {value:.3f}" for name, value in zip(names, values, strict=True))
             + (f" | {bad:.0f} steps in a row skipped: not finite" if bad else "")
@@ -325,30 +303,25 @@ class _Run:
             better = validation.measure(self.method)
         self.method.train()
         self.validated_at = done
-        self.log.metrics(done, validation.metrics())
+        self.log.metrics(done, {"pictures": self.progress.seen(done)} | validation.metrics())
         self.log.say(f"step {done:,}: {validation.short()} on Y{', the best so far' if better else ''}")
         if better:
             self._save(done, best=True)
 
     def _samples(self) -> Batch:
         if self.sample_batch is None:
-            columns = self.data.samples(max(self.run.samples, 2))
-            self.sample_batch = Batch(*(_padded(column, self.method) for column in columns))
+            self.sample_batch = padded(self.method, *self.data.samples(max(self.run.samples, 2)))
         return self.sample_batch
 
     def _sample(self, done: int) -> None:
         samples = Batch(*(column[: self.run.samples] for column in self._samples()))
         self.method.eval()
         with torch.no_grad(), self.step.averaged():
-            pictures: dict[str, list[Tensor]] = {}
-            for i in range(len(samples.a)):  # one at a time: a grid costs no more memory than a step
-                one = Batch(samples.a[i : i + 1], samples.b[i : i + 1])
-                for name, picture in self.method.pictures(one).items():
-                    pictures.setdefault(name, []).append(picture)
+            pictures = translated(self.method, samples)
         self.method.train()
         path = self.folder / "samples" / f"step-{done:08d}.png"
         try:
-            save_grid({name: torch.cat(column) for name, column in pictures.items()}, path)
+            save_grid(pictures, path)
         except OSError as error:
             self.log.say(f"{path}: no sample grid ({error.strerror}); training goes on")
 
@@ -369,12 +342,3 @@ class _Run:
             self.checkpoints.save(done, self.step.generators(), self.step.state(), state, best=best)
         except DiskFull as error:
             self.log.say(f"{error.strerror}; training goes on")
-
-
-def _padded(pictures: Tensor, method: Method) -> Tensor:
-    """Sample pictures whose right and lower border is repeated up to sides that every generator takes."""
-    generators = [network for name, network in method.networks().items() if name.startswith("G")]
-    factor = math.lcm(*(getattr(network, "factor", 1) for network in generators))
-    least = max((getattr(network, "smallest", 1) for network in generators), default=1)
-    bottom, right = (max(side + -side % factor, least + -least % factor) - side for side in pictures.shape[2:])
-    return F.pad(pictures, (0, right, 0, bottom), mode="replicate") if bottom or right else pictures

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+
+from ..methods.base import Method
 
 
 @dataclass(frozen=True)
@@ -55,57 +56,77 @@ class Progress:
         place = {"epoch": epoch, "pictures": steps * self.batch, "seen": self.seen(done)}
         return {"batch": self.batch, "ranks": self.ranks, **place}
 
+    def end(self, steps: int) -> int:
+        """Steps after which a run ends; `steps` is its own limit, 0 for none."""
+        return min(steps or self.total, self.total)
+
     def resumed(self, done: int, stored: dict[str, int] | None) -> Progress:
         """This schedule from a checkpoint on; `stored` is its `state`, None where it is older than that.
 
-        Pictures that a smaller batch had seen of a step that is now begun are seen twice in this epoch, at most a
-        batch less one.
+        Of the pictures that the last batches have shown in this epoch, fewer than one new batch are shown again.
+
+        Raises:
+            ValueError: an older checkpoint that cannot have had this batch.
         """
         if stored is None:
+            if done > self.total:
+                raise ValueError(
+                    f"the checkpoint is at step {done:,}, beyond the {self.total:,} of the schedule: it had a smaller "
+                    f"batch, which it is too old to name; continue with as many processes as then"
+                )
             return self
         steps = min(stored["pictures"] // self.batch, self.steps_per_epoch)
         place = stored["epoch"] * self.steps_per_epoch + steps
         extra = stored["seen"] - done * self.batch
         return Progress(self.epochs, self.steps_per_epoch, self.batch, self.ranks, place - done, extra)
 
+    def told(self, done: int, steps: int, stored: dict[str, int] | None, where: str) -> list[str]:
+        """What to say when a run is continued from the checkpoint `where`, with `end(steps)` as its end."""
+        if done >= self.end(steps):
+            done_with = f"{self.epochs:,} epochs are" if done >= self.total else f"run.steps={steps} is"
+            return [f"nothing is left to do: {done_with} done, {where} is at step {done:,}"]
+        said = [f"continuing from {where} (step {done:,} of {self.end(steps):,})"]
+        if stored is not None and stored["batch"] != self.batch:
+            said.append(
+                f"steps of {self.batch} pictures from here on, {stored['batch']} before: epoch {self.epoch(done) + 1} "
+                f"goes on where it was, optim.lr stays as it was"
+            )
+        return said
+
 
 def check_batch(
-    stored: dict[str, int] | None, batch: int, ranks: int, where: str, whole_batch: Callable[[], str] = lambda: ""
+    stored: dict[str, int] | None, batch: int, ranks: int, where: str, method: Method | Callable[[], Method]
 ) -> None:
     """Refuse to continue with another batch than a checkpoint's, which would move the schedule and change the run.
 
     Args:
         stored: the checkpoint's `Progress.state`; None allows everything.
-        batch: of each rank.
+        batch: of all ranks.
         ranks: processes now.
         where: names the run.
-        whole_batch: why the share of one process matters, see `Method.whole_batch`; asked where it has changed.
+        method: or what makes it, for where only the share of each process has changed.
 
     Raises:
         ValueError: says what would continue the run.
     """
-    if stored is None:
+    if stored is None or (stored["batch"] == batch and stored["ranks"] == ranks):
         return
     old, before = stored["batch"], stored["ranks"]
-    if batch * ranks != old:
-        reason = f"steps of {batch * ranks} pictures"
-    elif ranks != before and (clause := whole_batch()):
-        reason = f"another share for each process, and {clause}"
+    ways = [_split(before, old)]
+    if batch != old:
+        change = f"this would take steps of {batch}"
+        ways += [_split(ranks, old)] if old % ranks == 0 and ranks != before else []
     else:
-        return
-    same = _split(before, old // before)
-    if batch * ranks != old and old % ranks == 0 and ranks != before:
-        same += f", or {_split(ranks, old // ranks)},"
+        reason = (method if isinstance(method, Method) else method()).whole_batch(ranks=True)
+        if not reason:
+            return
+        change = f"this would share them otherwise, which counts: {reason}"
     raise ValueError(
-        f"{where} was trained in steps of {old} pictures ({_processes(before)} with data.batch={old // before}), and "
-        f"this would be {reason} ({_processes(ranks)} with data.batch={batch}): continue with {same} or allow it with "
-        f"run.change_batch=true, which keeps the place in the epochs and leaves optim.lr as it is"
+        f"{where} was trained in steps of {old} pictures ({_split(before, old)}), and {change} "
+        f"({_split(ranks, batch)}): continue with {', or '.join(ways)}, or allow it with run.change_batch=true (the "
+        f"place in the epochs is kept, optim.lr stays as it is)"
     )
 
 
 def _split(ranks: int, batch: int) -> str:
-    return f"--nproc {ranks} data.batch={batch}"
-
-
-def _processes(ranks: int) -> str:
-    return "1 process" if ranks == 1 else f"{ranks} processes"
+    return f"--nproc {ranks} data.batch={batch // ranks}"
