@@ -188,7 +188,7 @@ def check_same_run(config: Config, out: Path, processes: int = 1) -> None:
         return
     state, _ = found
     stored = state.get("progress")
-    different = config.differences(state["config"], any_batch=stored is not None)
+    different = config.differences(state.get("config", {}), any_batch=stored is not None)
     if different:
         raise ValueError(
             f"{out} holds a run with another configuration ({'; '.join(different)}): use the same to continue it, or "

@@ -153,6 +153,8 @@ class Checkpoints:
 def read_state(path: Path) -> dict[str, Any]:
     """`state.json` of a checkpoint, after comparing its files with the digests in it; ValueError when they differ."""
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    if not isinstance(state, dict) or not {"step", "sha256"} <= state.keys():
+        raise ValueError("state.json is not what was written")
     for name, digest in state["sha256"].items():
         if _digest(path / name) != digest:
             raise ValueError(f"{name} is not what was written")

@@ -88,7 +88,7 @@ class Progress:
         said = [f"continuing from {where} (step {done:,} of {self.end(steps):,})"]
         if stored is not None and stored["batch"] != self.batch:
             said.append(
-                f"steps of {self.batch} pictures from here on, {stored['batch']} before: epoch {self.epoch(done) + 1} "
+                f"{_steps(self.batch)} from here on, of {stored['batch']} before: epoch {self.epoch(done) + 1} "
                 f"goes on where it was, optim.lr stays as it was"
             )
         return said
@@ -114,7 +114,7 @@ def check_batch(
     old, before = stored["batch"], stored["ranks"]
     ways = [_split(before, old)]
     if batch != old:
-        change = f"this would take steps of {batch}"
+        change = f"this would take {_steps(batch)}"
         ways += [_split(ranks, old)] if old % ranks == 0 and ranks != before else []
     else:
         reason = (method if isinstance(method, Method) else method()).whole_batch(ranks=True)
@@ -122,10 +122,14 @@ def check_batch(
             return
         change = f"this would share them otherwise, which counts: {reason}"
     raise ValueError(
-        f"{where} was trained in steps of {old} pictures ({_split(before, old)}), and {change} "
+        f"{where} was trained in {_steps(old)} ({_split(before, old)}), and {change} "
         f"({_split(ranks, batch)}): continue with {', or '.join(ways)}, or allow it with run.change_batch=true (the "
         f"place in the epochs is kept, optim.lr stays as it is)"
     )
+
+
+def _steps(batch: int) -> str:
+    return f"steps of {batch} {'picture' if batch == 1 else 'pictures'} a domain"
 
 
 def _split(ranks: int, batch: int) -> str:
