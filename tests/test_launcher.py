@@ -115,5 +115,8 @@ def test_others_that_never_start(environment, monkeypatch):
         raise dist.DistStoreError("Timed out after 301 seconds waiting for clients. 1/2 clients joined.")
 
     monkeypatch.setattr(dist, "init_process_group", silent)
-    with pytest.raises(RankLost, match=r"waited for the others to start \(Timed out after 301"), ranks_of_launcher("cpu"):
+    with (
+        pytest.raises(RankLost, match=r"waited for the others to start \(Timed out after 301"),
+        ranks_of_launcher("cpu"),
+    ):
         pass

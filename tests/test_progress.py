@@ -170,7 +170,11 @@ def test_another_batch_is_refused_and_nothing_changes(tmp_path, together):
     go(tmp_path, 2, 1, 5)
     before = {path: path.read_bytes() for path in sorted((tmp_path / "checkpoints").rglob("*")) if path.is_file()}
     for ranks, batch, ways in (
-        (1, 1, "continue with --nproc 2 data.batch=1, or --nproc 1 data.batch=2, or allow it with run.change_batch=true"),
+        (
+            1,
+            1,
+            "continue with --nproc 2 data.batch=1, or --nproc 1 data.batch=2, or allow it with run.change_batch=true",
+        ),
         (2, 2, "continue with --nproc 2 data.batch=1, or allow it"),
         (3, 1, "continue with --nproc 2 data.batch=1, or allow it"),
     ):
