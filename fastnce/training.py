@@ -23,19 +23,19 @@ from .engine.checkpoint import Checkpoints
 from .engine.distributed import Ranks, ranks_of_launcher, read_ranks
 from .engine.loop import pick_device, train
 from .engine.memory import keep_freed_memory
-from .engine.progress import check_batch
+from .engine.progress import check_batch, check_pictures
 from .engine.validate import Validation, find_validation
 from .methods import PRESETS, Method
 
 
 def train_run(config: Config, out: Path, *, quiet: bool = False) -> int:
     """Build everything that a configuration names and train; returns the steps done."""
-    check_same_run(config, out, read_ranks().world)
+    state = check_same_run(config, out, read_ranks().world)
     with ranks_of_launcher(config.run.device) as ranks:
-        return _train_rank(config, out, ranks, quiet or not ranks.first)
+        return _train_rank(config, out, ranks, quiet or not ranks.first, state)
 
 
-def _train_rank(config: Config, out: Path, ranks: Ranks, quiet: bool) -> int:
+def _train_rank(config: Config, out: Path, ranks: Ranks, quiet: bool, state: dict[str, Any] | None) -> int:
     device = pick_device(ranks.device(config.run.device))
     if device.type == "cpu":
         keep_freed_memory()
@@ -44,6 +44,8 @@ def _train_rank(config: Config, out: Path, ranks: Ranks, quiet: bool) -> int:
     torch.manual_seed(config.run.seed)
     method = build_method(config)
     data = open_checked(config, method, device, ranks, quiet)
+    if state is not None:
+        check_pictures(state, data.digest(), str(out))
     validation = _open_validation(config, device, ranks, quiet)
     method = method.to(device)
     if ranks.first:
@@ -179,13 +181,20 @@ def side(size: int | list[int]) -> int | tuple[int, int]:
     return size if isinstance(size, int) else (size[0], size[1])
 
 
-def check_same_run(config: Config, out: Path, processes: int = 1) -> None:
-    """A run is continued by the same configuration only, and with the same batch of all processes."""
+def check_same_run(config: Config, out: Path, processes: int = 1) -> dict[str, Any] | None:
+    """A run is continued by the same configuration only, and with the same batch of all processes.
+
+    Returns:
+        the state of the newest checkpoint; None where the run begins.
+
+    Raises:
+        ValueError: it is another run, or all its checkpoints are damaged.
+    """
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: a file is in the way, a folder is needed")
     found = Checkpoints(out / "checkpoints", log=lambda sentence: None).state()
     if found is None:
-        return
+        return None
     state, _ = found
     stored = state.get("progress")
     different = config.differences(state.get("config", {}), any_batch=stored is not None)
@@ -196,3 +205,4 @@ def check_same_run(config: Config, out: Path, processes: int = 1) -> None:
         )
     if not config.run.change_batch:
         check_batch(stored, config.data.batch * processes, processes, str(out), lambda: build_method(config, "meta"))
+    return state

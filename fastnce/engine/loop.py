@@ -23,7 +23,7 @@ from .distributed import Ranks
 from .log import Pace, RunLog, Silence, clock, save_grid
 from .monitor import Monitor
 from .optim import OptimOptions, schedule
-from .progress import Progress, check_batch
+from .progress import Progress, check_batch, check_pictures
 from .samples import padded, translated
 from .step import Step
 from .stop import StopRequest
@@ -228,12 +228,7 @@ class _Run:
         if found is None:
             return 0
         tensors, state, path = found
-        digest = self.data.digest()
-        if state.get("data") != digest:
-            raise ValueError(
-                f"{path} was trained on other pictures (files were added, removed or changed since): restore them, or "
-                f"train into another --out"
-            )
+        check_pictures(state, self.data.digest(), str(path))
         done, stored = state["step"], state.get("progress")
         if not self.run.change_batch:
             check_batch(stored, self.progress.batch, self.ranks.world, str(path), self.method)

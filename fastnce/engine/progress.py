@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from ..methods.base import Method
 
@@ -92,6 +93,15 @@ class Progress:
                 f"goes on where it was, optim.lr stays as it was"
             )
         return said
+
+
+def check_pictures(state: dict[str, Any], digest: str, where: str) -> None:
+    """ValueError where a checkpoint's state does not name the pictures of this digest."""
+    if state.get("data") != digest:
+        raise ValueError(
+            f"{where} was trained on other pictures (files were added, removed or changed since): restore them, or "
+            f"train into another --out"
+        )
 
 
 def check_batch(
