@@ -13,7 +13,6 @@ from pathlib import Path
 
 from . import __version__
 from .config import from_dict, resolve
-from .data import build_cache
 from .data.rain import RANGES, RainOptions, join_negative, parse_range, write_rain
 from .engine.checkpoint import load_generators, open_checkpoint
 from .engine.distributed import RankLost
@@ -22,7 +21,7 @@ from .engine.loop import TrainingFailed, pick_device
 from .inference import ProgressLine, load_translator, out_of_memory, translate_files
 from .methods import PRESETS
 from .streams import flush, open_streams, sentence_of, stdout_takes, tell
-from .training import check_same_run, side, train_run
+from .training import cache_run, check_same_run, train_run
 
 TILES_HELP = "auto: whole pictures, exact tiles where memory is too small; exact or fast: always"
 
@@ -54,7 +53,7 @@ def train(arguments: list[str]) -> int:
         raise ValueError(f"fastnce train needs {missing} (or --dry-run)")
     number = 1 if launched() else processes(args.nproc, config.run.device)
     if number > 1:
-        check_same_run(config, args.out)
+        check_same_run(config, args.out, number)
         return start(number, ["train", *without(arguments, "--nproc")])
     train_run(config, args.out, quiet=args.quiet)
     return 0
@@ -159,26 +158,25 @@ def unpair(arguments: list[str]) -> int:
 
 
 def cache(arguments: list[str]) -> int:
-    """Decode and resize the pictures of DIR ahead of training."""
+    """Decode and resize the pictures of DIR ahead of training, and check them as `fastnce train` does."""
     parser = _parser("cache", cache.__doc__ or "")
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="folder with trainA, trainB")
     parser.add_argument("--config", type=Path, metavar="FILE")
-    parser.add_argument("--method", default="cut", help="whose preset to start from")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    args = parser.parse_intermixed_args(arguments)
-    config = resolve(args.method, args.config, args.overrides)
-    files = build_cache(
-        args.data,
-        load_size=side(config.data.load_size),
-        crop_size=side(config.data.crop_size),
-        channels=config.network.in_channels,
-        preprocess=config.data.preprocess,
-        cache_dir=config.data.cache_dir or None,
-        skip_bad=config.data.skip_bad,
-        progress=print,
+    parser.add_argument("--method", metavar="METHOD", help="the same as METHOD in front")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="[METHOD] section.key=value", help="as for fastnce train; METHOD is cut if none"
     )
-    for path, size in files:
-        print(f"{path}  {size / 2**20:.1f} MiB")
+    args = parser.parse_intermixed_args(arguments)
+    named = args.overrides.pop(0) if args.overrides and "=" not in args.overrides[0] else args.method or "cut"
+    if args.method not in (None, named):
+        raise ValueError(f"fastnce cache takes one method, not {named} and --method {args.method}")
+    config = resolve(named, args.config, args.overrides)
+    if args.data is not None:
+        config.data.dir = str(args.data)
+    if not config.data.dir:
+        raise ValueError("fastnce cache needs --data DIR")
+    for line in cache_run(config):
+        print(line)
     return 0
 
 

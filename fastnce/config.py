@@ -62,8 +62,12 @@ class Config:
                 lines.append(f"{key} = {_toml(value)}".ljust(36) + f"  # {consequence}")
         return "\n".join(lines) + "\n"
 
-    def differences(self, other: dict[str, Any]) -> list[str]:
-        """Keys, apart from `run`'s, whose values differ from a stored configuration, as "key: stored, now"."""
+    def differences(self, other: dict[str, Any], *, any_batch: bool = False) -> list[str]:
+        """Keys, apart from `run`'s, whose values differ from a stored configuration, as "key: stored, now".
+
+        Args:
+            any_batch: leave `data.batch` out: what counts is that of all ranks (`fastnce.engine.progress.check_batch`).
+        """
         mine = self.as_dict()
         if mine["method"] != other.get("method"):
             return [f"method: {other.get('method')}, now {mine['method']}"]
@@ -72,13 +76,17 @@ class Config:
             for key, value in mine[section].items():
                 stored = other.get(section, {}).get(key)
                 free = (section == "run" and key != "seed") or (section, key) in _MAY_CHANGE
+                free = free or (any_batch and (section, key) == ("data", "batch"))
                 if stored != value and not free:
                     found.append(f"{section}.{key}: {stored}, now {value}")
         return found
 
 
-_MAY_CHANGE = {*(("data", key) for key in ("dir", "cache_dir", "skip_bad", "validate")), ("optim", "max_bad_steps")}
-"""Keys that a resumed run may change besides `run`'s: they do not change what is computed."""
+_MAY_CHANGE = {
+    *(("data", key) for key in ("dir", "cache_dir", "skip_bad", "validate")),
+    *(("optim", key) for key in ("max_bad_steps", "accumulate")),
+}
+"""Keys that a resumed run may change besides `run`'s: they do not change what is computed (to rounding)."""
 
 
 def resolve(method: str, file: Path | None = None, overrides: list[str] | None = None) -> Config:

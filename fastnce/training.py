@@ -7,6 +7,7 @@ train_run(resolve("fastcut", overrides=["data.dir=DIR"]), Path("runs/mine"))
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,32 +18,35 @@ from .data import UnpairedData
 from .data.rain import RainOptions, parse_ranges
 from .data.rained import RainedData
 from .data.single import SinglePictureData
-from .engine.checkpoint import newest, read_state
-from .engine.distributed import Ranks, ranks_of_launcher
+from .engine.accumulate import check_parts
+from .engine.checkpoint import Checkpoints
+from .engine.distributed import Ranks, ranks_of_launcher, read_ranks
 from .engine.loop import pick_device, train
 from .engine.memory import keep_freed_memory
+from .engine.progress import check_batch, check_pictures
 from .engine.validate import Validation, find_validation
-from .methods import PRESETS
+from .methods import PRESETS, Method
 
 
 def train_run(config: Config, out: Path, *, quiet: bool = False) -> int:
     """Build everything that a configuration names and train; returns the steps done."""
-    check_same_run(config, out)
+    state = check_same_run(config, out, read_ranks().world)
     with ranks_of_launcher(config.run.device) as ranks:
-        return _train_rank(config, out, ranks, quiet or not ranks.first)
+        return _train_rank(config, out, ranks, quiet or not ranks.first, state)
 
 
-def _train_rank(config: Config, out: Path, ranks: Ranks, quiet: bool) -> int:
+def _train_rank(config: Config, out: Path, ranks: Ranks, quiet: bool, state: dict[str, Any] | None) -> int:
     device = pick_device(ranks.device(config.run.device))
     if device.type == "cpu":
         keep_freed_memory()
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     torch.manual_seed(config.run.seed)
-    method = PRESETS[config.method].method(config.loss, config.network)
-    if config.data.preprocess != "none":
-        method.check(config.data.batch, *sides(config.data.crop_size))
-    data = open_data(config, device, ranks, quiet)
+    method = build_method(config)
+    data = open_checked(config, method, device, ranks, quiet)
+    if state is not None:
+        check_pictures(state, data.digest(), str(out))
+    validation = _open_validation(config, device, ranks, quiet)
     method = method.to(device)
     if ranks.first:
         out.mkdir(parents=True, exist_ok=True)
@@ -55,7 +59,6 @@ def _train_rank(config: Config, out: Path, ranks: Ranks, quiet: bool) -> int:
         )
         for path, reason in data.skipped:
             print(f"skipped {path}: {reason}")
-    validation = _open_validation(config, device, ranks, quiet)
     return train(
         method,
         data,
@@ -79,6 +82,53 @@ def _open_validation(config: Config, device: torch.device, ranks: Ranks, quiet: 
     if not quiet:
         print(f"nothing is validated: {config.data.dir}/test holds no pairs, and data.validate names none")
     return None
+
+
+def build_method(config: Config, device: str = "cpu") -> Method:
+    """The method that a configuration names; on "meta" its weights take no memory and no time."""
+    with torch.device(device):
+        return PRESETS[config.method].method(config.loss, config.network)
+
+
+def open_checked(
+    config: Config, method: Method, device: torch.device, ranks: Ranks, quiet: bool = False
+) -> UnpairedData | SinglePictureData:
+    """`open_data`, and everything that would end a run later is refused now.
+
+    Raises:
+        ValueError: options that do not go together, pictures that cannot be read, or whose size does not fit.
+    """
+    options, parts = config.data, config.optim.accumulate
+    method.check_options(options.batch)
+    check_parts(method, parts)
+    if options.batch % parts:
+        raise ValueError(f"data.batch={options.batch} cannot be computed in optim.accumulate={parts} equal parts")
+    if options.preprocess != "none":
+        method.check(options.batch, *sides(options.crop_size))
+    data = open_data(config, device, ranks, quiet)
+    if options.preprocess == "none" and isinstance(data, UnpairedData):
+        a, b = (
+            {size: f"pictures of {size[0]}x{size[1]}, such as {file}," for size, file in sizes.items()}
+            for sizes in data.sizes()
+        )
+        method.check_sizes(options.batch, a, b, "resize the pictures or set data.preprocess=resize_and_crop")
+    if config.run.sample_every or config.run.monitor_every:
+        data.samples(max(config.run.samples, 2))  # a picture that cannot be read is named now, not at step 500
+    return data
+
+
+def cache_run(config: Config) -> Iterator[str]:
+    """Make the caches that training with this configuration reads; yields what to say of them, a line a file."""
+    data = open_checked(config, build_method(config, "meta"), torch.device("cpu"), Ranks())
+    before = data.cached()
+    after = data.cached(decaying=True) if config.optim.n_epochs_decay else {}
+    for path, size in {**before, **after}.items():
+        halves = [name for name, files in (("before", before), ("while", after)) if path in files]
+        yield f"{path}  {size / 2**20:.1f} MiB, read {' and '.join(halves)} the learning rate falls"
+    if not before:
+        yield "nothing is cached: data.preprocess=zoom_and_patch reads its two pictures when training starts"
+    for path, reason in data.skipped:
+        yield f"skipped {path}: {reason}"
 
 
 def open_data(
@@ -131,16 +181,28 @@ def side(size: int | list[int]) -> int | tuple[int, int]:
     return size if isinstance(size, int) else (size[0], size[1])
 
 
-def check_same_run(config: Config, out: Path) -> None:
-    """A run is continued by the same configuration only."""
+def check_same_run(config: Config, out: Path, processes: int = 1) -> dict[str, Any] | None:
+    """A run is continued by the same configuration only, and with the same batch of all processes.
+
+    Returns:
+        the state of the newest checkpoint; None where the run begins.
+
+    Raises:
+        ValueError: it is another run, or all its checkpoints are damaged.
+    """
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: a file is in the way, a folder is needed")
-    if not any((out / "checkpoints").glob("step-*/state.json")):
-        return
-    state = read_state(newest(out))
-    different = config.differences(state["config"])
+    found = Checkpoints(out / "checkpoints", log=lambda sentence: None).state()
+    if found is None:
+        return None
+    state, _ = found
+    stored = state.get("progress")
+    different = config.differences(state.get("config", {}), any_batch=stored is not None)
     if different:
         raise ValueError(
             f"{out} holds a run with another configuration ({'; '.join(different)}): use the same to continue it, or "
             f"another --out"
         )
+    if not config.run.change_batch:
+        check_batch(stored, config.data.batch * processes, processes, str(out), lambda: build_method(config, "meta"))
+    return state

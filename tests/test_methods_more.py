@@ -396,7 +396,7 @@ def test_wrong_options_are_one_sentence(preset, changes, message):
         ("cyclegan", {}, (1, 4, 4), "do not fit network"),
         ("dclgan", {"lambda_gan": 0, "lambda_nce": 0, "lambda_idt": 0}, (1, 32, 32), "every term has weight 0"),
         ("simdcl", {}, (2, 64, 64), "data.batch must be 1, not 2"),
-        ("simdcl", {"patches": 100}, (1, 32, 32), "layer 12 has only 64 locations in a 32x32 crop"),
+        ("simdcl", {"patches": 100}, (1, 32, 32), "layer 12 has only 64 locations in crops of 32x32"),
         ("dcdgan", {"patches": 1, "external": "none"}, (1, 32, 32), "nothing to contrast"),
     ],
 )

@@ -145,6 +145,25 @@ class UnpairedData:
             self._stores.clear()  # two variants at once would take twice the budget
         self._stores[target] = self._stored(caches)
 
+    def sizes(self) -> tuple[dict[tuple[int, int], Path], dict[tuple[int, int], Path]]:
+        """(height, width) of the pictures that batches hold of A and of B, each with a file that gives it.
+
+        They are the same before and after the learning rate decays.
+        """
+        found: list[dict[tuple[int, int], Path]] = []
+        for folder, store in zip(self._folders, next(iter(self._stores.values())), strict=True):
+            sizes: dict[tuple[int, int], Path] = {}
+            for (file, _, _), (_, height, width) in zip(folder.files, store.cache.index.tolist(), strict=True):
+                sizes.setdefault(self.target.crop if self.one_size else (height, width), file)
+            found.append(sizes)
+        return found[0], found[1]
+
+    def cached(self, *, decaying: bool = False) -> dict[Path, int]:
+        """The cache files that `batch(decaying=...)` reads, made if need be, each with its bytes."""
+        self.prepare(decaying=decaying)
+        stores = self._stores[self.target.decaying() if decaying else self.target]
+        return {store.cache.path: store.cache.path.stat().st_size for store in stores}
+
     def _stored(self, caches: list[PictureCache]) -> list[PictureStore]:
         resident = sum(cache.pixels.nbytes for cache in caches) <= self.cache_budget
         return [PictureStore(cache, self.device, resident) for cache in caches]

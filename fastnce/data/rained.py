@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,11 @@ class RainedData(UnpairedData):
         if caches[0].path != caches[1].path:
             return super()._stored(caches)
         return super()._stored(caches[1:]) * 2  # one copy on the device
+
+    def sizes(self) -> tuple[dict[tuple[int, int], Path], dict[tuple[int, int], Path]]:
+        """As `UnpairedData.sizes`; a picture of A may be one of B under rain."""
+        a, b = super().sizes()
+        return {**b, **a}, b
 
     def _make(self, step: int, decaying: bool) -> tuple[torch.Tensor, torch.Tensor]:
         a, b = super()._make(step, decaying)

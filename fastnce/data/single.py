@@ -106,6 +106,10 @@ class SinglePictureData:
     def prepare(self, *, decaying: bool = False) -> None:
         """Nothing: both pictures are in memory."""
 
+    def cached(self, *, decaying: bool = False) -> dict[Path, int]:
+        """No file: the pictures are read anew by every run."""
+        return {}
+
     def _crops(self, picture: Tensor, stream: int, step: int) -> Tensor:
         crop = self.crop
         height, width = picture.shape[2:]

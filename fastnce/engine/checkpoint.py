@@ -16,13 +16,14 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 Log = Callable[[str], None]
+Found = TypeVar("Found")
 
 
 class DiskFull(OSError):
@@ -68,9 +69,12 @@ class Checkpoints:
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
+            (partial / "state.json").touch()
+            mode = (partial / "state.json").stat().st_mode & 0o777  # as the umask has it
             digests = {}
             for name, part in tensors.items():
                 save_file({key: t.detach().cpu().contiguous() for key, t in part.items()}, partial / name)
+                (partial / name).chmod(mode)  # the library lets nobody else read what it writes
                 digests[name] = _flush_and_digest(partial / name)
             text = json.dumps({"step": step, "sha256": digests, **state}, indent=1)
             (partial / "state.json").write_text(text, encoding="utf-8")
@@ -123,11 +127,22 @@ class Checkpoints:
 
         A damaged one is passed over with a sentence; when all are damaged, a ValueError says so.
         """
+
+        def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], Path]:
+            state = read_state(path)
+            return load_file(path / "training.safetensors"), state, path
+
+        return self._newest(read)
+
+    def state(self) -> tuple[dict[str, Any], Path] | None:
+        """As `load`, without the tensors."""
+        return self._newest(lambda path: (read_state(path), path))
+
+    def _newest(self, read: Callable[[Path], Found]) -> Found | None:
         found = self.steps()
         for path in reversed(found):
             try:
-                state = read_state(path)
-                return load_file(path / "training.safetensors"), state, path
+                return read(path)
             except (OSError, ValueError, SafetensorError) as error:
                 self.log(f"{path}: damaged ({error}), trying the one before")
         if found:
@@ -138,6 +153,8 @@ class Checkpoints:
 def read_state(path: Path) -> dict[str, Any]:
     """`state.json` of a checkpoint, after comparing its files with the digests in it; ValueError when they differ."""
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    if not isinstance(state, dict) or not {"step", "sha256"} <= state.keys():
+        raise ValueError("state.json is not what was written")
     for name, digest in state["sha256"].items():
         if _digest(path / name) != digest:
             raise ValueError(f"{name} is not what was written")

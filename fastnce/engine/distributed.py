@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -138,22 +139,65 @@ def _watch(what: str) -> Iterator[None]:
         raise RankLost(f"another rank is gone or silent: waited for {what} ({reason})") from None
 
 
+def read_ranks() -> Ranks:
+    """What the launcher's variables say, before anything is connected; `Ranks()` where there are none.
+
+    Raises:
+        ValueError: a variable is missing or out of range, so that the processes would wait for each other in vain.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        return Ranks()
+    world = _number("WORLD_SIZE", 1)
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ and world > 1]
+    if missing:
+        raise ValueError(f"WORLD_SIZE={world}, but {', '.join(missing)} is not set: start with torchrun")
+    ranks = Ranks(_number("RANK", 0, world - 1), world, _number("LOCAL_RANK", 0, world - 1))
+    if world == 1:
+        return Ranks()
+    _number("MASTER_PORT", 1, 65535)
+    address = os.environ["MASTER_ADDR"]
+    try:
+        socket.getaddrinfo(address, None)
+    except (OSError, UnicodeError) as error:
+        if getattr(error, "errno", None) != socket.EAI_AGAIN:  # a name server that is late is not the user's mistake
+            raise ValueError(f"MASTER_ADDR={address!r} names no machine: start with torchrun") from None
+    return ranks
+
+
+def _number(name: str, least: int, most: int | None = None) -> int:
+    """A variable of the launcher; the least value where it is not set."""
+    text = os.environ.get(name, str(least))
+    if text.isdecimal() and int(text) >= least and (most is None or int(text) <= most):
+        return int(text)
+    limit = f"from {least} on" if most is None else f"from {least} to {most}"
+    why = f" (WORLD_SIZE={most + 1})" if most is not None and name.endswith("RANK") else ""
+    raise ValueError(f"{name}={text!r} must be a whole number {limit}{why}: start with torchrun")
+
+
 @contextmanager
 def ranks_of_launcher(device: str) -> Iterator[Ranks]:
     """The ranks that torchrun (or SLURM through it) started, connected; `Ranks()` where there is no launcher."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
-        yield Ranks()
+    ranks = read_ranks()
+    if ranks.world == 1:
+        yield ranks
         return
-    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if missing:
-        raise ValueError(f"WORLD_SIZE={world}, but {', '.join(missing)} is not set: start with torchrun")
-    ranks = Ranks(int(os.environ["RANK"]), world, int(os.environ.get("LOCAL_RANK", "0")))
     on_cpu = device == "cpu" or not torch.accelerator.is_available()
     backend = "gloo" if on_cpu else dist.get_default_backend_for_device(ranks.device(device))
     if not on_cpu:
+        there = torch.accelerator.device_count()
+        if ranks.local >= there:
+            raise ValueError(
+                f"LOCAL_RANK={ranks.local}, but {there} accelerators are here, numbered from 0: start fewer processes, "
+                f"or set run.device=cpu"
+            )
         torch.accelerator.set_device_index(ranks.local)
-    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=FIRST_STEP_SECONDS))
+    try:
+        with _watch("the others to start"):
+            dist.init_process_group(backend, timeout=datetime.timedelta(seconds=FIRST_STEP_SECONDS))
+    except RankLost as error:
+        if "EADDRINUSE" in str(error):
+            raise ValueError(f"MASTER_PORT={os.environ['MASTER_PORT']} is another program's: name a free one") from None
+        raise
     try:
         yield ranks
     except RankLost:

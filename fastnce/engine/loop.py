@@ -23,6 +23,8 @@ from .distributed import Ranks
 from .log import Pace, RunLog, Silence, clock, save_grid
 from .monitor import Monitor
 from .optim import OptimOptions, schedule
+from .progress import Progress, check_batch, check_pictures
+from .samples import padded, translated
 from .step import Step
 from .stop import StopRequest
 from .validate import Validation
@@ -51,6 +53,9 @@ class RunOptions:
         False, "compute the generators' residual blocks again in the backward pass: less memory, more time"
     )
     steps: int = option(0, "stop after this many steps in all; 0 runs the whole schedule")
+    change_batch: bool = option(
+        False, "continue with another data.batch times processes: the place in the epochs is kept, optim.lr is as it is"
+    )
     minutes: float = option(0.0, "save and stop after this time, to be continued; 0 sets no limit")
     log_every: int = option(100, "steps between progress lines (losses are read only then)")
     sample_every: int = option(1000, "steps between sample grids; 0 makes none")
@@ -117,13 +122,14 @@ def train(
         data: as `UnpairedData`.
         folder: the run's; the same call with the same folder continues where it stopped.
         config: stored in every checkpoint, for translation to rebuild the networks.
-        batch_size: of this rank, for the images a second.
+        batch_size: pictures of each domain a step of this rank: for the images a second and the place in the epochs.
         ranks: the processes that share the run; the first one writes.
         validation: measured every `run.validate_every` steps; decides which checkpoint `best` names.
 
     Raises:
         TrainingFailed: too many steps in a row were not finite.
-        ValueError: the checkpoint in the folder does not belong to this method or data.
+        ValueError: the checkpoint in the folder does not belong to this method or data, or had another batch (of all
+            ranks) and `run.change_batch` is off.
     """
     ranks = ranks or Ranks()
     log = RunLog(folder, run.tensorboard, quiet) if ranks.first else Silence()
@@ -142,7 +148,8 @@ class _Run:
     def __init__(self, method, data, optim, run, folder, config, batch_size, log, ranks, validation=None):
         self.method, self.data, self.optim, self.run = method, data, optim, run
         self.folder, self.config, self.log, self.ranks = folder, config, log, ranks
-        self.images = batch_size * ranks.world
+        epochs = optim.n_epochs + optim.n_epochs_decay
+        self.progress = Progress(epochs, data.steps_per_epoch, batch_size * ranks.world, ranks.world)
         device = next(method.parameters()).device
         precision, compiled = pick_precision(run.precision, device), pick_compile(run.compile, device)
         if run.compile == "auto" and not getattr(data, "one_size", True):
@@ -160,8 +167,6 @@ class _Run:
         )
         self.device = self.step.bad_steps.device
         self.checkpoints = Checkpoints(folder / "checkpoints", run.keep, log.say)
-        scheduled = (optim.n_epochs + optim.n_epochs_decay) * data.steps_per_epoch
-        self.total = min(run.steps, scheduled) if run.steps else scheduled
         self.saved_at = self.validated_at = -1
         self.sample_batch: Batch | None = None
         self.monitor = Monitor()
@@ -169,6 +174,9 @@ class _Run:
 
     def go(self, stop: StopRequest) -> int:
         done = self._resume()
+        self.total = self.progress.end(self.run.steps)
+        if done >= self.total:
+            return done
         state = [*self.method.networks().values(), *self.method.extra_state_modules().values()]
         self.ranks.broadcast(state)
         self._begin_validation(done)
@@ -176,11 +184,11 @@ class _Run:
         self.began, self.why = time.monotonic(), ""
         self.method.train()
         while done < self.total and not self._asked_to_stop(stop, done):
-            if done // self.data.steps_per_epoch != epoch:
-                epoch = done // self.data.steps_per_epoch
+            if self.progress.epoch(done) != epoch:
+                epoch = self.progress.epoch(done)
                 self.step.set_learning_rate(schedule(epoch, self.optim.n_epochs, self.optim.n_epochs_decay))
             began = time.perf_counter()
-            batch = Batch(*self.data.batch(done, decaying=epoch >= self.optim.n_epochs))
+            batch = Batch(*self.data.batch(self.progress.place(done), decaying=epoch >= self.optim.n_epochs))
             pace.step(time.perf_counter() - began)
             rng = random.Random(f"{self.run.seed}/{done}")
             draws = self.method.draw(rng)
@@ -220,24 +228,24 @@ class _Run:
         if found is None:
             return 0
         tensors, state, path = found
-        digest = self.data.digest()
-        if state.get("data") != digest:
-            raise ValueError(
-                f"{path} was trained on other pictures (files were added, removed or changed since): restore them, or "
-                f"train into another --out"
-            )
+        check_pictures(state, self.data.digest(), str(path))
+        done, stored = state["step"], state.get("progress")
+        if not self.run.change_batch:
+            check_batch(stored, self.progress.batch, self.ranks.world, str(path), self.method)
+        self.progress = self.progress.resumed(done, stored)
         self.step.load_state(tensors)
-        self.saved_at = state["step"]
-        self.log.say(f"continuing from {path} (step {state['step']:,} of {self.total:,})")
-        return state["step"]
+        self.saved_at = done
+        for sentence in self.progress.told(done, self.run.steps, stored, str(path)):
+            self.log.say(sentence)
+        return done
 
     def _report(self, done: int, epoch: int, losses: dict[str, Tensor], pace: Pace) -> None:
         names = list(losses)
         stacked = torch.stack([losses[name].float() for name in names] + [self.step.bad_steps.float()])
         *values, bad = self.ranks.mean(stacked).tolist()
-        found = pace.read(self.images, self.total - done)
+        found = pace.read(self.progress.batch, self.total - done)
         rate = next(iter(self.step.groups.values()))
-        epochs = self.optim.n_epochs + self.optim.n_epochs_decay
+        epochs = self.progress.epochs
         line = (
             f"epoch {epoch + 1}/{epochs} step {done:,}/{self.total:,} | {found['images_per_second']:.2f} images/s, "
             f"data {found['data_share']:.0%}, ETA {clock(found['seconds_left'])} | "
@@ -255,7 +263,7 @@ class _Run:
             done,
             logged
             | self.monitor.metrics()
-            | {"epoch": epoch, "lr": learning_rate, "skipped_steps": bad}
+            | {"epoch": epoch, "pictures": self.progress.seen(done), "lr": learning_rate, "skipped_steps": bad}
             | {key: found[key] for key in ("images_per_second", "data_share")},
         )
         if bad >= self.optim.max_bad_steps:
@@ -290,29 +298,25 @@ class _Run:
             better = validation.measure(self.method)
         self.method.train()
         self.validated_at = done
-        self.log.metrics(done, validation.metrics())
+        self.log.metrics(done, {"pictures": self.progress.seen(done)} | validation.metrics())
         self.log.say(f"step {done:,}: {validation.short()} on Y{', the best so far' if better else ''}")
         if better:
             self._save(done, best=True)
 
     def _samples(self) -> Batch:
         if self.sample_batch is None:
-            self.sample_batch = Batch(*self.data.samples(max(self.run.samples, 2)))
+            self.sample_batch = padded(self.method, *self.data.samples(max(self.run.samples, 2)))
         return self.sample_batch
 
     def _sample(self, done: int) -> None:
         samples = Batch(*(column[: self.run.samples] for column in self._samples()))
         self.method.eval()
         with torch.no_grad(), self.step.averaged():
-            pictures: dict[str, list[Tensor]] = {}
-            for i in range(len(samples.a)):  # one at a time: a grid costs no more memory than a step
-                one = Batch(samples.a[i : i + 1], samples.b[i : i + 1])
-                for name, picture in self.method.pictures(one).items():
-                    pictures.setdefault(name, []).append(picture)
+            pictures = translated(self.method, samples)
         self.method.train()
         path = self.folder / "samples" / f"step-{done:08d}.png"
         try:
-            save_grid({name: torch.cat(column) for name, column in pictures.items()}, path)
+            save_grid(pictures, path)
         except OSError as error:
             self.log.say(f"{path}: no sample grid ({error.strerror}); training goes on")
 
@@ -323,6 +327,7 @@ class _Run:
             return
         state = {
             "data": self.data.digest(),
+            "progress": self.progress.state(done),
             "generators": [name for name in self.method.networks() if name.startswith("G")],
             "config": self.config,
         }

@@ -6,8 +6,9 @@ step, then each phase's loss in the paper's order, and updates the phase's param
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -99,6 +100,8 @@ class Group(NamedTuple):
     betas: tuple[float, float] | None = None
 
 
+Sizes = Mapping[tuple[int, int], str]
+"""(height, width) of pictures, each with what a message calls them, in the plural."""
 Losses = dict[str, Tensor]
 Outputs = dict[str, Any]
 
@@ -133,35 +136,61 @@ class Method(nn.Module):
         return {}
 
     def check(self, batch_size: int, height: int, width: int) -> None:
-        """Refuse crops that cannot be trained on, before anything is computed; subclasses add what they need.
+        """Refuse crops that cannot be trained on: `check_options`, then `check_sizes` of this one size."""
+        self.check_options(batch_size)
+        crops = {(height, width): f"crops of {height}x{width}"}
+        self.check_sizes(batch_size, crops, crops, "change data.crop_size")
+
+    def check_options(self, batch_size: int) -> None:
+        """Refuse options that do not go together, whatever the pictures' sizes; subclasses add what they need.
+
+        Raises:
+            ValueError: a sentence that names the options.
+        """
+        if batch_size < 1:
+            raise ValueError(f"data.batch must be at least 1, not {batch_size}")
+
+    def check_sizes(self, batch_size: int, a: Sizes, b: Sizes, remedy: str) -> None:
+        """Refuse pictures of a size that cannot be trained on, before anything is computed; subclasses add to it.
 
         Shapes are traced on the meta device: nothing is allocated.
+
+        Args:
+            a, b: the sizes of each domain; any of A's may meet any of B's in a step.
+            remedy: what to do about a size that does not fit.
 
         Raises:
             ValueError: sides that a generator cannot take, or pictures too small for one of the networks.
         """
-        if batch_size < 1:
-            raise ValueError(f"data.batch must be at least 1, not {batch_size}")
         for name, network in self.networks().items():
+            sizes = self.sizes_of(name, a, b)
             factor = getattr(network, "factor", 1)
-            if height % factor or width % factor:
-                raise ValueError(
-                    f"crops of {height}x{width} do not fit generator {name}: both sides must be multiples of {factor}"
-                )
-            if name[0] in "GD":
+            for (height, width), what in sizes.items():
+                if height % factor or width % factor:
+                    raise ValueError(
+                        f"{what} do not fit generator {name}: both sides must be multiples of {factor}; {remedy}"
+                    )
+            for height, width in extremes(sizes) if name[0] in "GD" else ():
                 try:
                     trace_shapes(network, batch_size, height, width)
                 except (RuntimeError, ValueError) as error:
-                    reason = str(error).splitlines()[0]
-                    raise ValueError(
-                        f"crops of {height}x{width} do not fit network {name}, change data.crop_size ({reason})"
-                    ) from None
+                    what, reason = sizes[height, width], str(error).splitlines()[0]
+                    raise ValueError(f"{what} do not fit network {name}, {remedy} ({reason})") from None
 
-    def whole_batch(self) -> str:
-        """Why a batch cannot be computed in parts, as a clause; empty where each picture is a matter of its own."""
+    def sizes_of(self, name: str, a: Sizes, b: Sizes) -> Sizes:
+        """The sizes of the pictures that a network sees."""
+        return {**a, **b}
+
+    def whole_batch(self, *, ranks: bool = False) -> str:
+        """Why a batch cannot be computed in parts, as a clause; empty where each picture is a matter of its own.
+
+        Args:
+            ranks: the parts are the shares of several ranks, which may exchange their keys.
+        """
         if any(isinstance(module, nn.BatchNorm2d) for module in self.modules()):
             return "batch norm takes its statistics over the whole batch (network.norm=instance does not)"
-        if getattr(self.options, "negatives", "image") == "batch":
+        exchanged = ranks and getattr(self.options, "gather_negatives", False)
+        if getattr(self.options, "negatives", "image") == "batch" and not exchanged:
             return "loss.negatives=batch contrasts pictures of the whole batch (loss.negatives=image does not)"
         if getattr(self.options, "external", "none") == "bank":
             return "loss.external=bank would show a part what the parts before it put in the bank"
@@ -213,6 +242,56 @@ def trace_shapes(network: nn.Module, images: int, height: int, width: int, **arg
     pictures = torch.empty(images, first.shape[1], height, width, device="meta", dtype=first.dtype)
     with torch.no_grad():
         return functional_call(network, {k: t.to("meta") for k, t in state.items()}, (pictures,), arguments)
+
+
+def extremes(sizes: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The sizes than which none is smaller, and those than which none is larger: what is too small or too large for a
+    network is among them, and a data set may have thousands."""
+    found: dict[tuple[int, int], None] = {}
+    for sign in (1, -1):
+        least = math.inf
+        for height, width in sorted(sizes, key=lambda size: (sign * size[0], sign * size[1])):
+            if sign * width < least:
+                least = sign * width
+                found[height, width] = None
+    return list(found)
+
+
+def drawn_rows(generator: nn.Module, layers: Sequence[int], patches: int, sizes: Sizes) -> dict[str, list[int]]:
+    """How many locations of each layer are contrasted, for pictures of the extreme sizes, by what they are called.
+
+    Args:
+        patches: drawn at most; 0 takes all.
+    """
+    rows = {}
+    for height, width in extremes(sizes):
+        maps = trace_shapes(generator, 1, height, width, layers=layers, encode_only=True)
+        locations = [m.shape[2] * m.shape[3] for m in maps]
+        rows[sizes[height, width]] = [min(n, patches or n) for n in locations]
+    return rows
+
+
+def check_contrast(rows: dict[str, list[int]], layers: Sequence[int], alone: bool, alike: str, remedy: str) -> None:
+    """Refuse sizes whose maps leave nothing to contrast, or give other counts of rows where they must be alike.
+
+    Args:
+        rows: as `drawn_rows`.
+        alone: a location has negatives of its own picture only.
+        alike: why the counts must be alike, as a clause; empty where they need not.
+    """
+    first, counts = next(iter(rows.items()))
+    for what, found in rows.items():
+        for layer, count, other in zip(layers, found, counts, strict=True):
+            if alone and count == 1:
+                raise ValueError(
+                    f"{what} have a single location at layer {layer} of loss.nce_layers, which leaves nothing to "
+                    f"contrast: leave the layer out, or {remedy}"
+                )
+            if alike and count != other:
+                raise ValueError(
+                    f"{what} give {count} locations at layer {layer} and {first} give {other}, but {alike}: lower "
+                    f"loss.patches to {min(count, other)}, or {remedy}"
+                )
 
 
 def together(network: nn.Module, pictures: Sequence[Tensor], *, independent: bool, **arguments: Any) -> list[Any]:

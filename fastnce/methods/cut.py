@@ -15,7 +15,20 @@ from ..nce import PatchNCEHead
 from ..nce.api import Negatives
 from ..nce.variants import Weighting, attention_patch_ids, dense_patch_ids, weighted_contrast
 from ..options import option
-from .base import Batch, Draws, Group, Losses, Method, NetworkOptions, Outputs, Phase, check_choices
+from .base import (
+    Batch,
+    Draws,
+    Group,
+    Losses,
+    Method,
+    NetworkOptions,
+    Outputs,
+    Phase,
+    Sizes,
+    check_choices,
+    check_contrast,
+    drawn_rows,
+)
 
 
 @dataclass
@@ -116,21 +129,44 @@ class CUT(Method):
         if self.options.gather_negatives:
             self.head.others = others
 
-    def check(self, batch_size: int, height: int, width: int) -> None:
+    def check_options(self, batch_size: int) -> None:
+        super().check_options(batch_size)
         options = self.options
+        if not (options.lambda_gan > 0 or options.lambda_nce > 0):
+            raise ValueError("every term has weight 0: set loss.lambda_gan or loss.lambda_nce above 0")
         if options.lambda_nce > 0 and options.patches == 1 and (options.negatives == "image" or batch_size == 1):
             raise ValueError(
                 f"there is nothing to contrast with loss.patches=1, loss.negatives={options.negatives} and "
                 f"data.batch={batch_size}: draw more patches, or contrast within a batch of several crops"
             )
-        super().check(batch_size, height, width)
+
+    def check_sizes(self, batch_size: int, a: Sizes, b: Sizes, remedy: str) -> None:
+        options = self.options
+        if self.contrasts_both and len(both := list({**a, **b}.values())) > 1:
+            raise ValueError(
+                f"{both[0]} and {both[1]} cannot go through G in one batch, as loss.nce_idt=true has it: {remedy}, or "
+                f"set loss.nce_idt=false"
+            )
+        super().check_sizes(batch_size, a, b, remedy)
+        if options.lambda_nce > 0:
+            rows = drawn_rows(self.generator, self.layers, options.patches, self.sizes_of("G", a, b))
+            alike = "loss.gather_negatives=true exchanges as many with every rank" if options.gather_negatives else ""
+            check_contrast(rows, self.layers, options.negatives == "image" or batch_size == 1, alike, remedy)
+
+    def sizes_of(self, name: str, a: Sizes, b: Sizes) -> Sizes:
+        return super().sizes_of(name, a, b) if name == "D" or self.contrasts_both else a
+
+    @property
+    def contrasts_both(self) -> bool:
+        """Whether the generator sees B too, in one batch with A."""
+        return self.options.nce_idt and self.options.lambda_nce > 0
 
     def draw(self, rng: random.Random) -> Draws:
         return Draws(flip=self.options.flip_equivariance and rng.random() < 0.5)
 
     def generate(self, batch: Batch, draws: Draws) -> Outputs:
         options, generator = self.options, self.generator
-        both = options.nce_idt and options.lambda_nce > 0
+        both = self.contrasts_both
         if both and batch.a.shape != batch.b.shape:
             raise ValueError(
                 f"A {tuple(batch.a.shape)} and B {tuple(batch.b.shape)} go through G in one batch: crop both to one "

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..losses import GANMode, gan_loss
 from ..options import option
-from .base import Batch, Draws, Group, Losses, Method, NetworkOptions, Outputs, Phase, check_choices, together
+from .base import Batch, Draws, Group, Losses, Method, NetworkOptions, Outputs, Phase, Sizes, check_choices, together
 
 
 @dataclass
@@ -133,6 +133,16 @@ class TwoWay(Method):
         """Pools: a fake has its input's size, and the channels of the domain that it is made for."""
         self.pool_b.prepare(batch.a, batch.b.shape[1])
         self.pool_a.prepare(batch.b, batch.a.shape[1])
+
+    def check_sizes(self, batch_size: int, a: Sizes, b: Sizes, remedy: str) -> None:
+        for sizes in (a, b):
+            if self.pool_a.size and len(sizes) > 1:
+                first, second = list(sizes.values())[:2]
+                raise ValueError(
+                    f"loss.pool_size={self.pool_a.size} remembers fakes of one size, and the domain has {first} and "
+                    f"{second}: {remedy}, or set loss.pool_size=0"
+                )
+        super().check_sizes(batch_size, a, b, remedy)
 
     def groups(self) -> dict[str, Group]:
         return {

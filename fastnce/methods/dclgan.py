@@ -15,7 +15,19 @@ from ..nce.api import Negatives
 from ..nce.reference import normalize_rows
 from ..networks import init_weights
 from ..options import option
-from .base import Batch, Draws, Group, Losses, NetworkOptions, Outputs, Phase, check_choices, trace_shapes
+from .base import (
+    Batch,
+    Draws,
+    Group,
+    Losses,
+    NetworkOptions,
+    Outputs,
+    Phase,
+    Sizes,
+    check_choices,
+    check_contrast,
+    drawn_rows,
+)
 from .cyclegan import TwoWay
 
 
@@ -97,17 +109,27 @@ class DCLGAN(TwoWay):
         banks = {"bank_A": self.bank_a, "bank_B": self.bank_b}
         return super().extra_state_modules() | {name: bank for name, bank in banks.items() if bank is not None}
 
-    def check(self, batch_size: int, height: int, width: int) -> None:
+    def check_options(self, batch_size: int) -> None:
+        super().check_options(batch_size)
         options = self.options
-        alone = options.patches == 1 and (options.negatives == "image" or batch_size == 1)
-        if options.lambda_nce > 0 and alone and options.external == "none":
+        if options.lambda_nce > 0 and options.patches == 1 and self._alone(batch_size):
             raise ValueError(
                 f"there is nothing to contrast with loss.patches=1, loss.negatives={options.negatives} and "
                 f"data.batch={batch_size}: draw more patches, or take external negatives"
             )
         if not (options.lambda_gan > 0 or options.lambda_nce > 0 or options.lambda_idt > 0):
             raise ValueError("every term has weight 0: set loss.lambda_gan, loss.lambda_nce or loss.lambda_idt above 0")
-        super().check(batch_size, height, width)
+
+    def check_sizes(self, batch_size: int, a: Sizes, b: Sizes, remedy: str) -> None:
+        super().check_sizes(batch_size, a, b, remedy)
+        if self.options.lambda_nce > 0:
+            rows = drawn_rows(self.generator_a, self.layers, self.options.patches, {**a, **b})
+            alike = "both directions contrast as many"
+            check_contrast(rows, self.layers, self._alone(batch_size), alike, remedy)
+
+    def _alone(self, batch_size: int) -> bool:
+        """Whether a location has negatives of its own picture only."""
+        return self.options.external == "none" and (self.options.negatives == "image" or batch_size == 1)
 
     def groups(self):
         groups = super().groups()
@@ -263,17 +285,21 @@ class SimDCL(DCLGAN):
     def networks(self):
         return super().networks() | {f"F{i}": mapping for i, mapping in enumerate(self.mappings, start=3)}
 
-    def check(self, batch_size: int, height: int, width: int) -> None:
+    def check_options(self, batch_size: int) -> None:
+        super().check_options(batch_size)
         if batch_size != 1:
             raise ValueError(f"SimDCL compares the codes of single pictures: data.batch must be 1, not {batch_size}")
-        super().check(batch_size, height, width)
-        maps = trace_shapes(self.generator_a, 1, height, width, layers=self.layers, encode_only=True)
-        locations, layer = min((m.shape[2] * m.shape[3], layer) for m, layer in zip(maps, self.layers, strict=True))
-        if locations < self.options.patches:
-            raise ValueError(
-                f"SimDCL stacks loss.patches={self.options.patches} codes of every layer, and layer {layer} has only "
-                f"{locations} locations in a {height}x{width} crop: take larger crops or fewer patches"
-            )
+
+    def check_sizes(self, batch_size: int, a: Sizes, b: Sizes, remedy: str) -> None:
+        super().check_sizes(batch_size, a, b, remedy)
+        patches = self.options.patches
+        for what, rows in drawn_rows(self.generator_a, self.layers, patches, {**a, **b}).items():
+            locations, layer = min(zip(rows, self.layers, strict=True))
+            if locations < patches:
+                raise ValueError(
+                    f"SimDCL stacks loss.patches={patches} codes of every layer, and layer {layer} has only "
+                    f"{locations} locations in {what}: take fewer patches, or {remedy}"
+                )
 
     def contrast(self, batch: Batch, outputs: Outputs, draws: Draws) -> Losses:
         options = self.options
