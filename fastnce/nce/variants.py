@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from . import checks
 from .api import patch_nce, project_patches
-from .modules import PatchNCEHead
+from .head import PatchNCEHead
 from .reference import normalize_rows
 
 Weighting = Literal["none", "monce", "hdce"]
