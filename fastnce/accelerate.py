@@ -133,8 +133,9 @@ def _sampler_like(published) -> type[fastnce.PatchSampleF]:
         """The published sampler: same call, same state_dict."""
 
         def __init__(self, use_mlp=False, init_type="normal", init_gain=0.02, nc=256, gpu_ids=()):
-            super().__init__(use_mlp, init_type, init_gain, nc, gpu_ids)
-            self.gpu_ids = gpu_ids
+            super().__init__(use_mlp, nc=nc)
+            # the checkout's own init_net reads these, and may know more of them
+            self.init_type, self.init_gain, self.gpu_ids = init_type, init_gain, gpu_ids
 
         def create_mlp(self, feats: Sequence[Tensor]) -> None:
             # Same order of random draws and the checkout's own init_net: from one seed, the same weights.

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .nce import checks
+
 GANMode = Literal["lsgan", "vanilla", "wgangp", "nonsaturating", "hinge"]
 GAN_MODES: tuple[str, ...] = get_args(GANMode)
 
@@ -25,11 +27,19 @@ def gan_loss(
       The code of DCLGAN uses the discriminator's form for the generator too: that is `for_generator=False`.
 
     Args:
-        prediction: any shape, no sigmoid applied.
-        target_is_real: whether the output should say "real".
+        prediction: any shape but an empty one, a floating dtype, no sigmoid applied.
+        target_is_real: whether the output should say "real": True or False.
         mode: one of `GAN_MODES`.
         for_generator: matters for "hinge" only.
+
+    Raises:
+        ValueError: anything else.
     """
+    checks.tensor("prediction", prediction)
+    if prediction.numel() == 0:
+        raise ValueError(f"prediction must not be empty: {tuple(prediction.shape)}")
+    if not isinstance(target_is_real, bool):
+        raise ValueError(f"target_is_real must be True or False, not {checks.shown(target_is_real)}")
     if prediction.dtype in (torch.bfloat16, torch.float16):
         prediction = prediction.float()
     if mode == "lsgan":
@@ -54,7 +64,15 @@ def r1_penalty(judged: Tensor, pictures: Tensor) -> Tensor:
 
     Returns:
         a scalar that is differentiable with respect to the discriminator.
+
+    Raises:
+        ValueError: tensors that carry no gradient, or are none.
     """
+    for name, value in ("judged", judged), ("pictures", pictures):
+        checks.tensor(name, value)
+        # (a compiler knows the two only once it has traced the step)
+        if not torch.compiler.is_compiling() and not (value.requires_grad and value.numel()):
+            raise ValueError(f"{name} must require a gradient and hold something: judged is computed from pictures")
     (slope,) = torch.autograd.grad(judged.sum(), pictures, create_graph=True)
     return slope.square().flatten(1).sum(1).mean()
 
@@ -66,7 +84,13 @@ def gradient_penalty(discriminator: nn.Module, real: Tensor, fake: Tensor, mix: 
         discriminator: on (images, channels, height, width).
         real, fake: of one shape; constants.
         mix: (images,) in [0, 1], how much of each is real; drawn unless given.
+
+    Raises:
+        ValueError: pictures that differ in shape or device, or a mix of another shape.
     """
+    checks.same_shape("real", real, "fake", fake, dims=4)
+    if mix is not None:
+        checks.same_shape("mix", mix, "the first pixel of each picture", real[:, 0, 0, 0])
     if mix is None:
         mix = torch.rand(len(real), device=real.device, dtype=real.dtype)
     pictures = torch.lerp(fake.detach(), real.detach(), mix.view(-1, 1, 1, 1)).requires_grad_()
@@ -82,11 +106,15 @@ def channel_cycle_loss(reconstruction: Tensor, picture: Tensor) -> Tensor:
     sqrt(dr^2 + dg^2 + db^2). With equal weights it is the number of channels times the mean absolute difference.
 
     Args:
-        reconstruction, picture: (images, channels, height, width).
+        reconstruction, picture: (images, channels, height, width), of one shape, each of any floating dtype.
 
     Returns:
         a scalar.
+
+    Raises:
+        ValueError: pictures that differ in shape or device.
     """
+    checks.same_shape("reconstruction", reconstruction, "picture", picture, dims=4)
     return (reconstruction - picture).abs().mean(dim=(0, 2, 3)).sum()
 
 
@@ -98,11 +126,15 @@ def frequency_cycle_loss(reconstruction: Tensor, picture: Tensor) -> Tensor:
     transform is computed in float32 at least.
 
     Args:
-        reconstruction, picture: (images, channels, height, width).
+        reconstruction, picture: (images, channels, height, width), of one shape, each of any floating dtype.
 
     Returns:
         a scalar, float32 or float64.
+
+    Raises:
+        ValueError: pictures that differ in shape or device.
     """
+    checks.same_shape("reconstruction", reconstruction, "picture", picture, dims=4)
     width = picture.shape[3]
     dtype = torch.float64 if reconstruction.dtype == torch.float64 else torch.float32
     x, y = (torch.fft.rfft2(p.to(dtype), norm="ortho") for p in (reconstruction, picture))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -72,10 +74,74 @@ def test_enqueue_compiles_without_a_break():
         (lambda: NegativeBank(0, [2]), "size"),
         (lambda: NegativeBank(2, []), "dims"),
         (lambda: NegativeBank(2, [2], torch.int64), "dtype"),
-        (lambda: NegativeBank(2, [2]).enqueue([]), "one a layer"),
+        (lambda: NegativeBank(2, [2]).enqueue([]), "one per layer"),
         (lambda: NegativeBank(2, [2]).enqueue([torch.ones(1, 3)]), "must be"),
     ],
 )
 def test_mistakes_are_named(make, word):
     with pytest.raises(ValueError, match=word):
+        make()
+
+
+def unchanged(bank, make):
+    """What `make` raises; the bank holds what it held."""
+    before = {name: tensor.clone() for name, tensor in bank.state_dict().items()}
+    with pytest.raises((ValueError, RuntimeError)) as caught:
+        make()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in bank.state_dict().items())
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        (torch.ones(2, 4), r"rows[1] must be (count, 3), not (2, 4)"),
+        (torch.ones(3), r"rows[1] must be (count, 3), not (3,)"),
+        (torch.ones(2, 3, dtype=torch.int64), "rows[1] must have a floating dtype, not torch.int64"),
+        (torch.ones(2, 3, dtype=torch.complex64), "rows[1] must have a floating dtype, not torch.complex64"),
+        (torch.ones(2, 3, device="meta"), "rows[1] is on meta, the bank on cpu"),
+        ([[1.0, 2.0, 3.0]], "rows[1] must be a tensor, not a list"),
+        (None, "rows[1] must be a tensor, not None"),
+    ],
+)
+def test_a_refused_enqueue_writes_no_layer(wrong, sentence):
+    bank = NegativeBank(4, [2, 3])
+    assert sentence in unchanged(bank, lambda: bank.enqueue([torch.ones(2, 2), wrong]))
+    assert "rows must be a list" in unchanged(bank, lambda: bank.enqueue(torch.ones(2, 2, 3)))
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected", "size", "no tensor"])
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_refused_load_changes_nothing(change, assign):
+    bank, other = NegativeBank(4, [2, 3]), NegativeBank(4, [2, 3])
+    other.enqueue([torch.ones(2, 2), torch.ones(3, 3)])
+    state = dict(other.state_dict())
+    if change == "missing":
+        del state["pointer"]
+    else:
+        state |= {
+            "unexpected": {"rows_2": torch.ones(4, 2)},
+            "size": {"rows_1": torch.ones(5, 3)},
+            "no tensor": {"rows_1": None},
+        }[change]
+    sentence = unchanged(bank, lambda: bank.load_state_dict(state, assign=assign))
+    assert {"missing": "pointer", "unexpected": "rows_2"}.get(change, "rows_1") in sentence
+    if change in ("missing", "unexpected"):
+        bank.load_state_dict(state, strict=False, assign=assign)
+        assert torch.equal(bank.keys()[1], other.keys()[1])
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: NegativeBank(2.5, [2]), "size must be a whole number of at least 1, not 2.5"),
+        (lambda: NegativeBank(True, [2]), "size must be a whole number"),
+        (lambda: NegativeBank(2, 3), "dims must be a list of widths, one per layer, not 3"),
+        (lambda: NegativeBank(2, [3, 0]), "dims[1] must be at least 1, not 0"),
+        (lambda: NegativeBank(2, [3, "4"]), "dims[1] must be a whole number of at least 1, not '4'"),
+        (lambda: NegativeBank(2, [3], "float32"), "dtype must be a floating dtype, not float32"),
+    ],
+)
+def test_what_a_bank_cannot_be_made_of(make, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
         make()

@@ -15,7 +15,7 @@ from fastnce.engine.cudagraph import WARM_UP, Graphs, pick_graph
 from fastnce.engine.optim import OptimOptions, ParameterGroup
 from fastnce.engine.step import Step
 from fastnce.methods import PRESETS, Batch, Draws
-from fastnce.nce import api
+from fastnce.nce import checks
 from tests.test_engine import random_batch, small_method
 from tests.test_methods_more import build, pictures
 
@@ -335,7 +335,7 @@ def test_a_step_asks_nothing_of_the_host(preset, monkeypatch):
     def drawn(*_, **__):
         raise AssertionError("a random draw on the host")
 
-    monkeypatch.setattr(api, "_check_patches", lambda *_: None)  # on the CPU alone it looks at the ids
+    monkeypatch.setattr(checks, "ids", lambda *_: None)  # on the CPU alone it looks at the ids
     for place in ("random", "randint", "uniform", "choice", "shuffle"):
         monkeypatch.setattr(random, place, drawn)
     with AsksTheHost() as watch:

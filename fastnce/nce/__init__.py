@@ -2,8 +2,9 @@
 
 from .api import patch_nce, project_patches, sample_patch_ids
 from .bank import NegativeBank
+from .head import PatchNCEHead
 from .layers import patch_nce_layers
-from .modules import PatchNCEHead, PatchNCELoss, PatchSampleF
+from .modules import PatchNCELoss, PatchSampleF
 
 __all__ = [
     "NegativeBank",

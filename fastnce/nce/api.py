@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import eager, reference
+from . import checks, eager, reference
 
 try:
     from . import fused, fused_maps
@@ -21,8 +21,10 @@ except ImportError:  # no Triton for this platform
     fused = fused_maps = None  # type: ignore[assignment]
 
 Negatives = Literal["image", "batch"]
+NEGATIVES = ("image", "batch")
 Reduction = Literal["mean", "sum", "none"]
 Implementation = Literal["triton", "eager"] | None
+IMPLEMENTATIONS = (None, "triton", "eager")
 
 FLOAT32_ROWS = 1024
 """Up to so many rows a group, float32 runs in the kernels by choice: few launches matter more than the exact products,
@@ -55,13 +57,15 @@ def patch_nce(
 
     Args:
         queries, keys: (rows, dim), rows = images * patches, image after image; any floating dtype, the same for both.
-        images: number of pictures that the rows come from.
+        images: number of pictures that the rows come from, at least 1; it divides the rows.
         negatives: "image" contrasts within a picture (CUT, FastCUT), "batch" within all rows (SinCUT, DCLGAN).
-        temperature: T > 0.
+        temperature: T, a number from 1e-30 to 1e30. To learn it, pass `queries / T` and `temperature=1.0`: T may then
+            be a tensor and gets its gradient through the queries.
         extra_keys: more negatives: (count, dim) for all groups or (groups, count, dim); groups is `images` for
-            "image", 1 for "batch". They receive a gradient when they require one.
+            "image", 1 for "batch". They receive a gradient when they require one. Like the weights below they may have
+            any floating dtype and lie on the device of the queries.
         pair_log_weight: (groups, rows of a group, rows of a group), added to the logits of negatives: MoNCE's weights
-            as logarithms (Zhan et al., CVPR 2022). The diagonal is ignored. Constant.
+            as logarithms (Zhan et al., CVPR 2022). -inf leaves a negative out. The diagonal is ignored. Constant.
         pair_weight: the same shape, multiplies the logits of negatives: hDCE's relation weights (Jung et al.,
             CVPR 2022). The diagonal is ignored. Constant.
         query_weight: (rows,), multiplies each row's loss (adaptive supervised PatchNCE, Li et al., MICCAI 2023).
@@ -82,16 +86,16 @@ def patch_nce(
     Raises:
         ValueError: an argument that makes no sense, or an implementation that cannot run here.
     """
-    groups = _check_rows(queries, keys, images, negatives, temperature, extra_keys, query_weight, decoupled)
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f'reduction must be "mean", "sum" or "none", not {reduction!r}')
+    groups = checks.rows(queries, keys, images, negatives, extra_keys, query_weight, decoupled)
+    temperature = checks.temperature(temperature)
+    checks.choice("reduction", reduction, ("mean", "sum", "none"))
     if detach_keys:
         keys = keys.detach()
     size = queries.shape[0] // groups
     if pair_log_weight is not None:
-        pair_log_weight = _check_pairs("pair_log_weight", pair_log_weight, groups, size)
+        pair_log_weight = checks.pairs("pair_log_weight", pair_log_weight, queries, groups, size)
     if pair_weight is not None:
-        pair_weight = _check_pairs("pair_weight", pair_weight, groups, size)
+        pair_weight = checks.pairs("pair_weight", pair_weight, queries, groups, size)
     dtype = _autocast_dtype(queries)
     if dtype is not queries.dtype:
         queries, keys = queries.to(dtype), keys.to(dtype)
@@ -99,7 +103,7 @@ def patch_nce(
         extra_keys = (extra_keys if extra_keys.dim() == 3 else extra_keys[None]).to(dtype)
     triton = _use_triton(implementation, queries.device, dtype, queries.shape[1], size)
     rows: Any = fused.nce_losses if triton else eager.nce_losses
-    options = groups, float(temperature), decoupled, unit_rows
+    options = groups, temperature, decoupled, unit_rows
     with _without_autocast(queries.device):
         loss, positive = rows(queries, keys, extra_keys, pair_log_weight, pair_weight, *options)
         stats = {"logsumexp": (loss + positive).detach(), "positive": positive.detach()} if return_stats else {}
@@ -136,10 +140,12 @@ def sample_patch_ids(
 
     Returns:
         int64 (patches,) or (images, patches).
+
+    Raises:
+        ValueError: a count that is not a whole number of at least 1.
     """
-    if locations < 1 or patches < 1:
-        raise ValueError(f"locations and patches must be at least 1, not {locations} and {patches}")
-    shape = (locations,) if images is None else (images, locations)
+    locations, patches = checks.count("locations", locations), checks.count("patches", patches)
+    shape = (locations,) if images is None else (checks.count("images", images), locations)
     scores = torch.rand(shape, device=device, generator=generator)
     return scores.topk(min(patches, locations), dim=-1, sorted=False).indices
 
@@ -156,10 +162,11 @@ def project_patches(
     """Rows of every map at its ids, through its two-layer MLP if given, divided by their length plus 1e-7.
 
     Args:
-        maps: one (images, channels, height, width) a layer.
+        maps: one (images, channels, height, width) a layer, of any floating dtype, all on one device.
         patch_ids: one (patches,) for all images, or (sets, patches), a layer: the images share the sets equally, in
-            order (sets = images: each its own).
-        mlps: one (weight1 (dim, channels), bias1, weight2 (dim, dim), bias2) a layer, as in `nn.Linear`.
+            order (sets = images: each its own). int64, on the device of the maps.
+        mlps: one (weight1 (dim, channels), bias1, weight2 (dim, dim), bias2) a layer, as in `nn.Linear`, all of one
+            dtype.
         distinct_ids: no location appears twice in a set; the backward is then one launch shorter.
         check_ids: look whether all ids lie inside of their maps. On the CPU this is always done, elsewhere it waits for
             the device; unchecked, a row from outside is NaN or stops the device.
@@ -169,8 +176,14 @@ def project_patches(
         one (images * patches, dim) a layer, image after image (CUT, `PatchSampleF`), in the dtype of the weights (of
         the map without MLPs); under autocast in its dtype. The length is taken in float32 whatever the dtype, and
         float32 products are exact unless the library's may use TF32, see `products`.
+
+    Raises:
+        ValueError: lists that do not fit together, and tensors of another shape, dtype or device than the above.
     """
-    _check_patches(maps, patch_ids, mlps, check_ids)
+    checks.maps("maps", maps)
+    checks.ids(patch_ids, maps, check_ids)
+    if mlps is not None:
+        checks.mlps(mlps, maps)
     ids = [i[None] if i.dim() == 1 else i for i in patch_ids]
     dtypes = [_autocast_dtype(m) if mlps is None else _autocast_dtype(mlps[0][0]) for m in maps]
     if _use_triton_for_maps(implementation, maps, mlps, dtypes, max(i.shape[1] for i in ids)):
@@ -205,33 +218,6 @@ def _cast(mlp: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, 
     return weight1, bias1, weight2, bias2
 
 
-def _check_patches(maps, patch_ids, mlps, check_ids: bool) -> None:
-    if len(maps) == 0 or len(maps) != len(patch_ids) or (mlps is not None and len(mlps) != len(maps)):
-        raise ValueError(
-            f"one set of patch ids (and one MLP) a map is needed: {len(maps)} maps, {len(patch_ids)} sets of ids"
-            + ("" if mlps is None else f", {len(mlps)} MLPs")
-        )
-    for layer, (feature_map, ids) in enumerate(zip(maps, patch_ids, strict=True)):
-        if feature_map.dim() != 4:
-            raise ValueError(f"map {layer} must be (images, channels, height, width), not {tuple(feature_map.shape)}")
-        images = feature_map.shape[0]
-        if ids.dim() not in (1, 2) or 0 in ids.shape or (ids.dim() == 2 and images % ids.shape[0]):
-            wanted = f"(patches,) or ({images}, patches)"
-            raise ValueError(f"patch_ids {layer} must be {wanted}, not {tuple(ids.shape)}")
-        if ids.dtype != torch.int64 or ids.device != feature_map.device:
-            wanted = f"int64 on {feature_map.device}"
-            raise ValueError(f"patch_ids {layer} must be {wanted}, not {ids.dtype} on {ids.device}")
-        locations = feature_map.shape[2] * feature_map.shape[3]
-        if check_ids or (ids.device.type == "cpu" and not torch.compiler.is_compiling()):
-            low, high = int(ids.min()), int(ids.max())
-            if low < 0 or high >= locations:
-                raise ValueError(f"patch_ids {layer} must lie in 0..{locations - 1}, but reach from {low} to {high}")
-        if mlps is not None and mlps[layer][0].shape[1] != feature_map.shape[1]:
-            raise ValueError(
-                f"MLP {layer} takes {mlps[layer][0].shape[1]} channels, map {layer} has {feature_map.shape[1]}"
-            )
-
-
 def _autocast_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype in which a matrix product would take this tensor."""
     kind = tensor.device.type
@@ -249,8 +235,7 @@ def _without_autocast(device: torch.device):
 
 def _use_triton(name: Implementation, device: torch.device, dtype: torch.dtype, width: int, rows: int) -> bool:
     """Whether the kernels compute this; a ValueError where they must and cannot."""
-    if name not in (None, "triton", "eager"):
-        raise ValueError(f'implementation must be None, "triton" or "eager", not {name!r}')
+    checks.choice("implementation", name, IMPLEMENTATIONS)
     if name == "eager" or (name is None and device.type == "cpu"):
         return False
     obstacle = "Triton is not installed" if fused is None else fused.obstacle(device, dtype, width)
@@ -260,55 +245,12 @@ def _use_triton(name: Implementation, device: torch.device, dtype: torch.dtype, 
 
 
 def _use_triton_for_maps(name: Implementation, maps, mlps, dtypes: list[torch.dtype], patches: int) -> bool:
-    """The same for the sampling kernels, which want one dtype, and MLPs of one shape and dtype, for all layers."""
-    weights = [] if mlps is None else [w for four in mlps for w in four]
-    width = max([m.shape[1] for m in maps] + [four[2].shape[0] for four in mlps or []])
-    alike = len(set(dtypes)) == 1 and len({w.dtype for w in weights}) <= 1
-    alike = alike and len({(four[2].shape[0], four[2].shape[1]) for four in mlps or []}) <= 1
+    """The same for the sampling kernels, which want one dtype, and MLPs of one shape, for all layers."""
+    second = {four[2].shape for four in mlps or []}
+    width = max([m.shape[1] for m in maps] + [shape[0] for shape in second])
+    alike = len(set(dtypes)) == 1 and len(second) <= 1
     if not alike and name == "triton":
         raise ValueError(
             "implementation='triton' cannot run here: layers differ in dtype or in the width of their MLPs"
         )
     return _use_triton(name, maps[0].device, dtypes[0], width, patches) and alike
-
-
-def _check_rows(queries, keys, images, negatives, temperature, extra_keys, query_weight, decoupled) -> int:
-    """Refuse what makes no sense; return the number of groups."""
-    if queries.dim() != 2 or keys.dim() != 2:
-        raise ValueError(f"queries and keys must be (rows, dim), not {tuple(queries.shape)} and {tuple(keys.shape)}")
-    if queries.shape != keys.shape:
-        raise ValueError(
-            f"queries and keys must have the same shape, not {tuple(queries.shape)} and {tuple(keys.shape)}"
-        )
-    if not queries.dtype.is_floating_point or queries.dtype != keys.dtype:
-        raise ValueError(f"queries and keys must share a floating dtype, not {queries.dtype} and {keys.dtype}")
-    for name, tensor in ("keys", keys), ("extra_keys", extra_keys), ("query_weight", query_weight):
-        if tensor is not None and tensor.device != queries.device:
-            raise ValueError(f"{name} is on {tensor.device}, queries are on {queries.device}: move one of them")
-    if negatives not in ("image", "batch"):
-        raise ValueError(f'negatives must be "image" or "batch", not {negatives!r}')
-    if not temperature > 0:
-        raise ValueError(f"temperature must be greater than 0, not {temperature}")
-    rows, dim = queries.shape
-    if rows == 0 or dim == 0:
-        raise ValueError(f"queries are empty: {tuple(queries.shape)}")
-    if images < 1 or rows % images:
-        raise ValueError(f"{rows} rows cannot be shared equally among images={images}")
-    groups = images if negatives == "image" else 1
-    if extra_keys is not None:
-        shape = tuple(extra_keys.shape)
-        if extra_keys.dim() not in (2, 3) or shape[-1] != dim or (len(shape) == 3 and shape[0] != groups) or 0 in shape:
-            raise ValueError(f"extra_keys must be (count, {dim}) or ({groups}, count, {dim}), not {shape}")
-    if query_weight is not None and query_weight.shape != (rows,):
-        raise ValueError(f"query_weight must be ({rows},), not {tuple(query_weight.shape)}")
-    if decoupled and rows == groups and extra_keys is None:
-        raise ValueError("decoupled needs at least one negative a row: there is one patch a group and no extra keys")
-    return groups
-
-
-def _check_pairs(name: str, weight: Tensor, groups: int, size: int) -> Tensor:
-    if weight.dim() == 2 and groups == 1:
-        weight = weight[None]
-    if weight.shape != (groups, size, size):
-        raise ValueError(f"{name} must be ({groups}, {size}, {size}), not {tuple(weight.shape)}")
-    return weight.detach()

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from . import checks
 from .reference import normalize_rows
 
 
@@ -23,10 +24,13 @@ class NegativeBank(nn.Module):
     for the device, so a CUDA graph may hold `enqueue`.
 
     Args:
-        size: rows kept a layer.
-        dims: width of the rows of each layer.
-        dtype: of the rows kept; give it that of the queries.
+        size: rows kept a layer, at least 1.
+        dims: width of the rows of each layer, at least 1.
+        dtype: of the rows kept, a floating one; give it that of the queries.
         generator: for the random rows.
+
+    Raises:
+        ValueError: a value that makes no sense.
     """
 
     pointer: Tensor
@@ -41,12 +45,11 @@ class NegativeBank(nn.Module):
         generator: torch.Generator | None = None,
     ):
         super().__init__()
-        if size < 1 or not dims or min(dims) < 1:
-            raise ValueError(f"size and dims must be at least 1, not {size} and {list(dims)}")
-        if not dtype.is_floating_point:
+        self.size = checks.count("size", size)
+        checks.listed("dims", dims, "widths, one per layer")
+        self.dims = [checks.count(f"dims[{layer}]", dim) for layer, dim in enumerate(dims)]
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ValueError(f"dtype must be a floating dtype, not {dtype}")
-        self.size = size
-        self.dims = list(dims)
         for layer, dim in enumerate(self.dims):
             rows = normalize_rows(torch.randn(size, dim, device=device, generator=generator))
             self.register_buffer(f"rows_{layer}", rows.to(dtype))
@@ -62,17 +65,29 @@ class NegativeBank(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, rows: Sequence[Tensor]) -> None:
-        """Put one (count, dim) of keys a layer in the place of the oldest; of more than `size` rows, the last ones."""
-        if len(rows) != len(self.dims):
-            raise ValueError(f"rows must be {len(self.dims)} tensors, one a layer, not {len(rows)}")
+        """Put one (count, dim) of keys a layer in the place of the oldest; of more than `size` rows, the last ones.
+
+        Raises:
+            ValueError: rows of another shape, of no floating dtype or on another device; the bank stays as it was.
+        """
+        checks.listed("rows", rows, "tensors, one per layer", len(self.dims))
         for layer, (new, kept) in enumerate(zip(rows, self.keys(), strict=True)):
+            checks.tensor(f"rows[{layer}]", new)
             if new.dim() != 2 or new.shape[1] != self.dims[layer]:
-                raise ValueError(f"rows {layer} must be (count, {self.dims[layer]}), not {tuple(new.shape)}")
+                raise ValueError(f"rows[{layer}] must be (count, {self.dims[layer]}), not {tuple(new.shape)}")
+            if new.device != kept.device:
+                raise ValueError(f"rows[{layer}] is on {new.device}, the bank on {kept.device}: move one of them")
+        for layer, (new, kept) in enumerate(zip(rows, self.keys(), strict=True)):
             new = new[-self.size :].to(kept.dtype)
             start = self.pointer[layer]
             places = (start + torch.arange(new.shape[0], device=kept.device)) % self.size
             kept.index_copy_(0, places, new)
             start.copy_((start + new.shape[0]) % self.size)
+
+    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+        """As `nn.Module.load_state_dict`, but where that raises after having loaded a part, this loads nothing."""
+        checks.state(self, state_dict, strict)
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def extra_repr(self) -> str:
         return f"size={self.size}, dims={self.dims}"

@@ -6,12 +6,12 @@ nce1, nce2 = patch_nce_layers([q1, q2], [k1, k2], images=batch, cosine=True)   #
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from . import api, eager
+from . import api, checks, eager
 from .api import Implementation, Negatives
 
 try:
@@ -58,27 +58,29 @@ def patch_nce_layers(
     Raises:
         ValueError: lists that do not fit together, and what `patch_nce` refuses.
     """
-    directions, layers = len(queries), len(queries[0]) if queries else 0
-    nested = [queries, keys] if extra_keys is None or extra_keys == "other" else [queries, keys, extra_keys]
-    if layers == 0 or any(len(side) != directions or any(len(rows) != layers for rows in side) for side in nested):
-        raise ValueError("queries, keys and extra_keys must hold the same directions and layers, at least one each")
-    if extra_keys == "other" and directions != 2:
+    other = isinstance(extra_keys, str) and extra_keys == "other"
+    nested: dict[str, Any] = {"queries": queries, "keys": keys}
+    if not (extra_keys is None or other):
+        nested["extra_keys"] = extra_keys
+    directions, layers = checks.nested(nested)
+    if other and directions != 2:
         raise ValueError(f'extra_keys="other" wants two directions, not {directions}')
-    temperatures = [temperature] * layers if isinstance(temperature, float | int) else list(temperature)
-    if len(temperatures) != layers:
-        raise ValueError(f"temperature must be one number or {layers}, not {len(temperatures)}")
+    temperatures = checks.temperatures(temperature, layers)
     # flat lists, the directions of a layer one after another
     asking, answers = ([side[d][i] for i in range(layers) for d in range(directions)] for side in (queries, keys))
     dtypes = {api._autocast_dtype(q) for q in asking}
     asking, answers = ([x.to(api._autocast_dtype(x)) for x in side] for side in (asking, answers))
     extra: list[Tensor | None] = [None] * len(asking)
-    if isinstance(extra_keys, Sequence) and extra_keys != "other":
-        extra = [extra_keys[d][i].to(asking[0].dtype) for i in range(layers) for d in range(directions)]
+    if "extra_keys" in nested:
+        extra = [nested["extra_keys"][d][i].to(asking[0].dtype) for i in range(layers) for d in range(directions)]
     groups = 0
     for i, (q, k, e) in enumerate(zip(asking, answers, extra, strict=True)):
-        groups = api._check_rows(q, k, images, negatives, temperatures[i // directions], e, None, False)
-        if q.shape != asking[i - i % directions].shape:
-            raise ValueError(f"the directions of layer {i // directions} must have queries of one shape")
+        groups = checks.rows(q, k, images, negatives, e, None, False)
+        first = asking[i - i % directions]
+        if q.shape != first.shape or q.dtype != first.dtype:
+            raise ValueError(f"the directions of layer {i // directions} must have queries of one shape and dtype")
+        if q.device != asking[0].device:
+            raise ValueError(f"queries are on {asking[0].device} and {q.device}: move one of them")
     width, size = max(q.shape[1] for q in asking), max(q.shape[0] for q in asking) // groups
     wanted = api._use_triton(implementation, asking[0].device, asking[0].dtype, width, size)
     if wanted and len(dtypes) > 1 and implementation == "triton":
@@ -92,7 +94,7 @@ def patch_nce_layers(
                 temperatures=[t for t in temperatures for _ in range(directions)],
                 groups=groups,
                 directions=directions,
-                other=extra_keys == "other",
+                other=other,
                 divide=cosine,
                 unit=unit_rows,
             )
@@ -102,11 +104,11 @@ def patch_nce_layers(
             q, k = torch.cat(asking[here]), torch.cat(answers[here]).detach()
             if cosine:
                 q, k = cosine_rows(q), cosine_rows(k)
-            if extra_keys == "other":
+            if other:
                 e = q.detach().unflatten(0, (2, groups, -1)).flip(0).flatten(0, 1)
             else:
                 e = _grouped(extra[here], groups)
-            loss, _ = eager.nce_losses(q, k, e, groups=directions * groups, temperature=float(t))
+            loss, _ = eager.nce_losses(q, k, e, groups=directions * groups, temperature=t)
             means.append(loss.unflatten(0, (directions, -1)).mean(dim=1))
         return torch.stack(means).mean(dim=0)
 

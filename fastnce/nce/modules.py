@@ -1,21 +1,25 @@
-"""The contrastive operation as modules: the two published classes, drop-in, and the whole chain in one.
+"""The two published classes, drop-in. (`head` has the whole chain in one module.)
 
 criterion = PatchNCELoss(opt)                 # in place of models.patchnce.PatchNCELoss
 netF = PatchSampleF(use_mlp=True, nc=256)     # in place of models.networks.PatchSampleF
-head = PatchNCEHead([3, 128, 256, 256, 256])  # maps in, scalar out
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import numbers
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..initialise import init_weights
-from . import api
+from ..initialise import INIT_TYPES, init_weights
+from . import api, checks
 from .api import Implementation, Negatives, patch_nce, project_patches, sample_patch_ids
 from .reference import normalize_rows
+
+MLPs = list[tuple[Tensor, Tensor, Tensor, Tensor]] | None
+"""What `project_patches` takes as `mlps`."""
 
 
 class PatchNCELoss(nn.Module):
@@ -23,7 +27,11 @@ class PatchNCELoss(nn.Module):
 
     Args:
         opt: the published options object (`nce_T`, `batch_size`, `nce_includes_all_negatives_from_minibatch`), or None.
+            They are read here, once. A number is taken for the temperature.
         temperature, negatives: the same without an `opt`; "image" contrasts within a picture, "batch" within all rows.
+
+    Raises:
+        ValueError: an option that `opt` lacks, or a value that makes no sense.
     """
 
     def __init__(
@@ -36,13 +44,21 @@ class PatchNCELoss(nn.Module):
     ):
         super().__init__()
         self.opt = opt
-        self.images: int = 1
+        images: Any = 1
         if opt is not None:
-            temperature = opt.nce_T
-            negatives = "batch" if opt.nce_includes_all_negatives_from_minibatch else "image"
-            self.images = opt.batch_size
-        self.temperature = temperature
+            if (temperature, negatives) != (0.07, "image"):
+                raise ValueError("temperature and negatives come from opt: give either an opt or them, not both")
+            if isinstance(opt, numbers.Real | Tensor) and not isinstance(opt, bool):
+                temperature, self.opt = opt, None  # type: ignore[assignment]
+            else:
+                temperature = _option(opt, "nce_T")
+                negatives = "batch" if _option(opt, "nce_includes_all_negatives_from_minibatch") else "image"
+                images = 1 if negatives == "batch" else checks.count("opt.batch_size", _option(opt, "batch_size"))
+        self.images: int = images
+        self.temperature = checks.temperature(temperature)
+        checks.choice("negatives", negatives, api.NEGATIVES)
         self.negatives: Negatives = negatives
+        checks.choice("implementation", implementation, api.IMPLEMENTATIONS)
         self.implementation: Implementation = implementation
 
     def forward(self, feat_q: Tensor, feat_k: Tensor, images: int | None = None) -> Tensor:
@@ -50,7 +66,7 @@ class PatchNCELoss(nn.Module):
         return patch_nce(
             feat_q,
             feat_k,
-            images=images or self.images,
+            images=self.images if images is None else images,
             negatives=self.negatives,
             temperature=self.temperature,
             reduction="none",
@@ -61,16 +77,24 @@ class PatchNCELoss(nn.Module):
         return f"temperature={self.temperature}, negatives={self.negatives!r}"
 
 
+def _option(opt: Any, name: str) -> Any:
+    if not hasattr(opt, name):
+        raise ValueError(
+            f"opt has no {name}: it must be the published options, or leave it out and give temperature= and negatives="
+        )
+    return getattr(opt, name)
+
+
 class PatchSampleF(nn.Module):
     """The published patch sampler and projector F: same call, same `state_dict` keys (`mlp_0.0.weight`, ...).
 
     The MLPs are made at the first call, as published, or at once when `in_channels` is given: an optimiser and a
-    compiler want the latter. Loading a `state_dict` makes them too.
+    compiler want the latter. Loading a `state_dict` makes them too; it takes all of it or, with an error, nothing.
 
     Args:
         use_mlp: project through Linear-ReLU-Linear; otherwise only sample and normalise.
         init_type, init_gain: normal, xavier, kaiming or orthogonal, and its gain.
-        nc: width of the projection.
+        nc: width of the projection, at least 1.
         gpu_ids: accepted for the published signature; the MLPs follow the device of the maps.
         in_channels: channels of each layer's map.
     """
@@ -88,45 +112,84 @@ class PatchSampleF(nn.Module):
     ):
         super().__init__()
         self.use_mlp = use_mlp
+        checks.choice("init_type", init_type, INIT_TYPES)
         self.init_type = init_type
-        self.init_gain = init_gain
-        self.nc = nc
+        self.init_gain = checks.number("init_gain", init_gain, 0.0, 1e30)
+        self.nc = checks.count("nc", nc)
         self.mlp_init = False
+        checks.choice("implementation", implementation, api.IMPLEMENTATIONS)
         self.implementation: Implementation = implementation
-        if use_mlp and in_channels is not None:
-            self._create(in_channels)
+        if in_channels is not None:
+            checks.listed("in_channels", in_channels, "channels, one number per layer")
+            for layer, channels in enumerate(in_channels):
+                checks.count(f"in_channels[{layer}]", channels)
+            if use_mlp:
+                self._create(in_channels)
 
     def _create(self, in_channels: Sequence[int], like: Tensor | None = None) -> None:
-        for layer, channels in enumerate(in_channels):
+        mlps = []
+        for channels in in_channels:
             mlp = nn.Sequential(nn.Linear(channels, self.nc), nn.ReLU(), nn.Linear(self.nc, self.nc))
             init_weights(mlp, self.init_type, self.init_gain)
             if like is not None:
                 mlp.to(device=like.device, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
+            mlps.append(mlp)
+        for layer, mlp in enumerate(mlps):  # all or none
             self.add_module(f"mlp_{layer}", mlp)
         self.mlp_init = True
 
     def create_mlp(self, feats: Sequence[Tensor]) -> None:
         """Make the MLPs for these maps (the published name)."""
+        checks.maps("feats", feats)
         self._create([feat.shape[1] for feat in feats], like=feats[0])
 
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
         if self.use_mlp and not self.mlp_init:
-            layers = sum(key.startswith(f"{prefix}mlp_") and key.endswith(".0.weight") for key in state_dict)
-            weights = [state_dict[f"{prefix}mlp_{layer}.0.weight"] for layer in range(layers)]
-            if weights:
-                self.nc = weights[0].shape[0]
-                self._create([weight.shape[1] for weight in weights])
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+            own = {key.removeprefix(prefix): t for key, t in state_dict.items() if key.startswith(f"{prefix}mlp_")}
+            if own and not self._create_for(own):
+                found = ", ".join(f"{key} {tuple(getattr(t, 'shape', ()))}" for key, t in sorted(own.items()))
+                errors.append(f"the sampler needs weight and bias of mlp_0.0, mlp_0.2, ... of one width, not {found}")
+                return
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+
+    def _create_for(self, state: dict[str, Tensor]) -> bool:
+        """Make the MLPs that these tensors belong to; False, and nothing is made, where they belong to none."""
+        shapes = {name: tuple(t.shape) if isinstance(t, Tensor) else () for name, t in state.items()}
+        firsts = [shapes.get(f"mlp_{layer}.0.weight", ()) for layer in range(len(shapes) // 4)]
+        if not firsts or any(len(first) != 2 or first[0] != firsts[0][0] for first in firsts):
+            return False
+        nc = firsts[0][0]
+        wanted: dict[str, tuple[int, ...]] = {}
+        for layer, first in enumerate(firsts):
+            wanted |= {f"mlp_{layer}.0.weight": first, f"mlp_{layer}.0.bias": (nc,)}
+            wanted |= {f"mlp_{layer}.2.weight": (nc, nc), f"mlp_{layer}.2.bias": (nc,)}
+        if shapes != wanted:
+            return False
+        self.nc = nc
+        self._create([channels for _, channels in firsts])
+        return True
 
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
-        if self.use_mlp and not self.mlp_init:  # children must exist before the recursion lists them
-            self._load_from_state_dict(dict(state_dict), "", {}, False, [], [], [])
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        """As `nn.Module.load_state_dict`, but where that raises after having loaded a part, this loads nothing."""
+        if self.mlp_init or not self.use_mlp:
+            checks.state(self, state_dict, strict)
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        nc = self.nc
+        try:
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        except Exception:
+            self.nc, self.mlp_init = nc, False
+            for name in [name for name in self._modules if name.startswith("mlp_")]:
+                delattr(self, name)
+            raise
 
-    def mlps(self, layers: int) -> list[tuple[Tensor, Tensor, Tensor, Tensor]] | None:
+    def mlps(self, layers: int) -> MLPs:
         """The weights of the first `layers` MLPs in the form that `project_patches` takes; None without MLPs."""
         if not self.use_mlp:
             return None
+        if not hasattr(self, f"mlp_{layers - 1}"):
+            have = sum(name.startswith("mlp_") for name in self._modules)
+            raise ValueError(f"{layers} layers were given, but the projector has MLPs for {have}")
         found = [self.get_submodule(f"mlp_{layer}") for layer in range(layers)]
         return [(mlp[0].weight, mlp[0].bias, mlp[2].weight, mlp[2].bias) for mlp in found]  # type: ignore[index]
 
@@ -136,28 +199,40 @@ class PatchSampleF(nn.Module):
         """Sample, project and normalise every layer.
 
         Args:
-            feats: one (images, channels, height, width) map a layer.
+            feats: one (images, channels, height, width) map a layer, of a floating dtype.
             num_patches: rows a picture; 0 takes every location and returns maps (see below).
-            patch_ids: locations to take, one set a layer, in place of drawing them.
+            patch_ids: locations to take, one set a layer, in place of drawing them: tensors, arrays or lists of whole
+                numbers of any width.
 
         Returns:
             ([(images * patches, nc)] a layer, [ids] a layer). With `num_patches=0` the first list holds
             (images, nc, height, width) maps, divided by their length *over locations*, as the published code does.
+
+        Raises:
+            ValueError: maps or ids that do not fit; a sampler that had no MLPs yet has none then.
         """
-        if self.use_mlp and not self.mlp_init:
-            self.create_mlp(feats)
+        checks.maps("feats", feats)
+        num_patches = checks.count("num_patches", num_patches, least=0)
         if num_patches == 0:
+            if self.use_mlp and not self.mlp_init:
+                self.create_mlp(feats)
             return self._whole_maps(feats), [torch.empty(0, dtype=torch.long) for _ in feats]
         if patch_ids is None:
             ids = [sample_patch_ids(f.shape[2] * f.shape[3], num_patches, device=f.device) for f in feats]
         else:
-            ids = [torch.as_tensor(i, dtype=torch.long, device=f.device) for i, f in zip(patch_ids, feats, strict=True)]
+            ids = checks.whole_ids(patch_ids, feats)
+        if self.use_mlp and not self.mlp_init:
+            checks.ids(ids, feats)  # what is refused leaves no MLPs
+            self.create_mlp(feats)
         rows = project_patches(
             feats, ids, self.mlps(len(feats)), distinct_ids=patch_ids is None, implementation=self.implementation
         )
         return rows, ids
 
     def _whole_maps(self, feats: Sequence[Tensor]) -> list[Tensor]:
+        mlps = self.mlps(len(feats))
+        if mlps is not None:
+            checks.mlps(mlps, feats)
         maps = []
         for layer, feat in enumerate(feats):
             rows = feat.permute(0, 2, 3, 1).flatten(1, 2)
@@ -168,170 +243,3 @@ class PatchSampleF(nn.Module):
 
     def extra_repr(self) -> str:
         return f"use_mlp={self.use_mlp}, nc={self.nc}"
-
-
-class PatchNCEHead(PatchSampleF):
-    """The whole chain: feature maps in, one scalar out, for all layers (and both directions) at once.
-
-    Sampling, projection, normalisation and InfoNCE, averaged over patches, then over layers (CUT, eq. 4). It is a
-    `PatchSampleF`, so a published F loads into it. Float32 products are exact unless the library's may use TF32, see
-    `fastnce.nce.api.products`.
-
-    Args:
-        in_channels: channels of each layer's map.
-        dim: width of the projection.
-        patches: locations drawn a picture and layer; all of them where a map has fewer.
-        temperature: T > 0, one for all layers or one a layer.
-        negatives: "image" or "batch", see `patch_nce`.
-        ids_per_image: draw locations for each picture rather than one set for all (published: one set).
-    """
-
-    def __init__(
-        self,
-        in_channels: Sequence[int],
-        dim: int = 256,
-        patches: int = 256,
-        temperature: float | Sequence[float] = 0.07,
-        *,
-        negatives: Negatives = "image",
-        use_mlp: bool = True,
-        ids_per_image: bool = False,
-        init_type: str = "xavier",
-        init_gain: float = 0.02,
-        implementation: Implementation = None,
-    ):
-        super().__init__(use_mlp, init_type, init_gain, dim, in_channels=in_channels, implementation=implementation)
-        self.layers = len(in_channels)
-        self.patches = patches
-        self.temperatures = [temperature] * self.layers if isinstance(temperature, float | int) else list(temperature)
-        if len(self.temperatures) != self.layers:
-            raise ValueError(f"temperature must be one number or {self.layers}, not {len(self.temperatures)}")
-        self.negatives: Negatives = negatives
-        self.ids_per_image = ids_per_image
-        self.others: Callable[[Tensor], Tensor] | None = None
-        """Several ranks: a constant to those that the others have, (...) -> (ranks - 1, ...); more negatives then."""
-
-    def draw_ids(self, maps: Sequence[Tensor], directions: int = 1) -> list[Tensor]:
-        """Fresh locations for each layer of these maps, on their device: a set a direction, or a picture.
-
-        (patches,) for one set, else (sets, patches). The kernels draw for all layers at once and otherwise than
-        `sample_patch_ids` does: the same seed gives other locations.
-        """
-        sets = maps[0].shape[0] if self.ids_per_image else directions
-        locations = [m.shape[2] * m.shape[3] for m in maps]
-        if self._fused(maps):
-            ids = api.fused_maps.draw_ids(locations, self.patches, sets, maps[0].device)
-            return [i[0] for i in ids] if sets == 1 else ids
-        images = None if sets == 1 else sets
-        return [
-            sample_patch_ids(n, self.patches, images=images, device=m.device)
-            for n, m in zip(locations, maps, strict=True)
-        ]
-
-    def _fused(self, maps: Sequence[Tensor]) -> bool:
-        mlps = self.mlps(self.layers)
-        dtypes = [api._autocast_dtype(m if mlps is None else mlps[0][0]) for m in maps]
-        return api._use_triton_for_maps(self.implementation, maps, mlps, dtypes, self.patches)
-
-    def forward(  # type: ignore[override]
-        self,
-        query_maps: Sequence[Tensor],
-        key_maps: Sequence[Tensor],
-        *,
-        patch_ids: Sequence[Tensor] | Sequence[Sequence[Tensor]] | None = None,
-        directions: int = 1,
-        key_projector: PatchSampleF | None = None,
-    ) -> Tensor:
-        """One (images, channels, height, width) map a layer and side; returns the scalar loss, or one a direction.
-
-        Args:
-            patch_ids: locations to take, one set a layer, (patches,) or (images, patches), in place of drawing them.
-                With several directions also one such list a direction.
-            directions: the images are this many losses of equal size, one after another (CUT: NCE(x, G(x)), then the
-                identity NCE(y, G(y))), each with its own locations and, for "batch", its own negatives.
-            key_projector: projects the keys with its own weights (DCLGAN: F of the other domain); default this one's.
-
-        Returns:
-            a scalar, or (directions,) for more than one: each the mean over rows, then over layers.
-        """
-        if len(query_maps) != self.layers or len(key_maps) != self.layers:
-            raise ValueError(f"{self.layers} maps a side are needed, not {len(query_maps)} and {len(key_maps)}")
-        images = query_maps[0].shape[0]
-        if directions < 1 or images % directions:
-            raise ValueError(f"{images} images cannot be shared equally among directions={directions}")
-        if patch_ids is None:
-            ids = self.draw_ids(key_maps, directions)
-        else:
-            ids = self._given_ids(patch_ids, images, directions)
-        projector = key_projector or self
-        mlps, key_mlps = self.mlps(self.layers), projector.mlps(self.layers)
-        groups = images if self.negatives == "image" else directions
-        if self.others is None and self._fused(query_maps) and self._fused_keys(key_maps, mlps, key_mlps):
-            api._check_patches(query_maps, ids, mlps, False)
-            api._check_patches(key_maps, ids, key_mlps, False)
-            means = api.fused_maps.head_loss(
-                query_maps,
-                key_maps,
-                [i[None] if i.dim() == 1 else i for i in ids],
-                mlps,
-                key_mlps,
-                temperatures=self.temperatures,
-                groups=groups,
-                directions=directions,
-                dtype=api._autocast_dtype(query_maps[0] if mlps is None else mlps[0][0]),
-                distinct=patch_ids is None,
-            )
-            return means if directions > 1 else means.view(())
-        own = patch_ids is None
-        with torch.no_grad():
-            keys = project_patches(key_maps, ids, key_mlps, distinct_ids=own, implementation=self.implementation)
-        queries = project_patches(query_maps, ids, mlps, distinct_ids=own, implementation=self.implementation)
-        external = [None] * self.layers if self.others is None else self._others_keys(keys, groups)
-        losses = [
-            patch_nce(
-                q,
-                k,
-                images=groups,
-                temperature=temperature,
-                extra_keys=extra,
-                reduction="none",
-                unit_rows=True,
-                implementation=self.implementation,
-            )
-            .unflatten(0, (directions, -1))
-            .mean(dim=1)
-            for q, k, extra, temperature in zip(queries, keys, external, self.temperatures, strict=True)
-        ]
-        means = torch.stack(losses).mean(dim=0)
-        return means if directions > 1 else means[0]
-
-    def _others_keys(self, keys: Sequence[Tensor], groups: int) -> list[Tensor]:
-        """The other ranks' keys of each layer, (groups, count, dim), from one exchange for all layers."""
-        assert self.others is not None
-        sizes = [len(rows) for rows in keys]
-        every = self.others(torch.cat(list(keys))).split(sizes, dim=1)  # (ranks - 1, rows, dim) a layer
-        return [rows.unflatten(1, (groups, -1)).transpose(0, 1).flatten(1, 2) for rows in every]
-
-    def _fused_keys(self, maps: Sequence[Tensor], mlps, key_mlps) -> bool:
-        """Whether the key side fits into the same launch as the query side."""
-        if mlps is None or key_mlps is None:
-            return mlps is None and key_mlps is None
-        return all(
-            k.shape == w.shape and k.dtype == w.dtype
-            for four, other in zip(mlps, key_mlps, strict=True)
-            for w, k in zip(four, other, strict=True)
-        )
-
-    def _given_ids(self, patch_ids, images: int, directions: int) -> list[Tensor]:
-        """The caller's locations as one tensor a layer."""
-        if all(isinstance(ids, Tensor) for ids in patch_ids):
-            return list(patch_ids)
-        if len(patch_ids) != directions or any(len(ids) != self.layers for ids in patch_ids):
-            raise ValueError(f"patch_ids must hold {directions} lists (one a direction) of {self.layers} tensors")
-        share = images // directions
-        return [
-            torch.stack(layer)  # one set a direction
-            if all(ids.dim() == 1 for ids in layer)
-            else torch.cat([ids.expand(share, -1) if ids.dim() == 1 else ids for ids in layer])
-            for layer in zip(*patch_ids, strict=True)
-        ]

@@ -1,0 +1,205 @@
+"""The contrastive operation as one module: maps in, scalar out.
+
+head = PatchNCEHead([3, 128, 256, 256, 256])
+loss = head(query_maps, key_maps)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from . import api, checks
+from .api import Implementation, Negatives, patch_nce, project_patches, sample_patch_ids
+from .modules import MLPs, PatchSampleF
+
+
+class PatchNCEHead(PatchSampleF):
+    """The whole chain: feature maps in, one scalar out, for all layers (and both directions) at once.
+
+    Sampling, projection, normalisation and InfoNCE, averaged over patches, then over layers (CUT, eq. 4). It is a
+    `PatchSampleF`, so a published F loads into it. Float32 products are exact unless the library's may use TF32, see
+    `fastnce.nce.api.products`.
+
+    Args:
+        in_channels: channels of each layer's map.
+        dim: width of the projection.
+        patches: locations drawn a picture and layer; all of them where a map has fewer.
+        temperature: T, from 1e-30 to 1e30, one for all layers or one a layer.
+        negatives: "image" or "batch", see `patch_nce`.
+        ids_per_image: draw locations for each picture rather than one set for all (published: one set).
+
+    Raises:
+        ValueError: a value that makes no sense, here and not at the first call.
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        dim: int = 256,
+        patches: int = 256,
+        temperature: float | Sequence[float] = 0.07,
+        *,
+        negatives: Negatives = "image",
+        use_mlp: bool = True,
+        ids_per_image: bool = False,
+        init_type: str = "xavier",
+        init_gain: float = 0.02,
+        implementation: Implementation = None,
+    ):
+        checks.listed("in_channels", in_channels, "channels, one number per layer")
+        dim = checks.count("dim", dim)
+        super().__init__(use_mlp, init_type, init_gain, dim, in_channels=in_channels, implementation=implementation)
+        self.layers = len(in_channels)
+        self.patches = checks.count("patches", patches)
+        self.temperatures = checks.temperatures(temperature, self.layers)
+        checks.choice("negatives", negatives, api.NEGATIVES)
+        self.negatives: Negatives = negatives
+        self.ids_per_image = ids_per_image
+        self.others: Callable[[Tensor], Tensor] | None = None
+        """Several ranks: a constant to those that the others have, (...) -> (ranks - 1, ...); more negatives then."""
+
+    def draw_ids(self, maps: Sequence[Tensor], directions: int = 1) -> list[Tensor]:
+        """Fresh locations for each layer of these maps, on their device: a set a direction, or a picture.
+
+        (patches,) for one set, else (sets, patches). The kernels draw for all layers at once and otherwise than
+        `sample_patch_ids` does: the same seed gives other locations.
+        """
+        checks.maps("maps", maps, self.layers)
+        return self._draw_ids(maps, checks.directions(directions, maps[0].shape[0]), self.mlps(self.layers))
+
+    def _draw_ids(self, maps: Sequence[Tensor], directions: int, mlps: MLPs) -> list[Tensor]:
+        sets = maps[0].shape[0] if self.ids_per_image else directions
+        locations = [m.shape[2] * m.shape[3] for m in maps]
+        if self._fused(maps, mlps):
+            ids = api.fused_maps.draw_ids(locations, self.patches, sets, maps[0].device)
+            return [i[0] for i in ids] if sets == 1 else ids
+        images = None if sets == 1 else sets
+        return [
+            sample_patch_ids(n, self.patches, images=images, device=m.device)
+            for n, m in zip(locations, maps, strict=True)
+        ]
+
+    def _fused(self, maps: Sequence[Tensor], mlps: MLPs) -> bool:
+        dtypes = [api._autocast_dtype(m if mlps is None else mlps[0][0]) for m in maps]
+        return api._use_triton_for_maps(self.implementation, maps, mlps, dtypes, self.patches)
+
+    def forward(  # type: ignore[override]
+        self,
+        query_maps: Sequence[Tensor],
+        key_maps: Sequence[Tensor],
+        *,
+        patch_ids: Sequence[Tensor] | Sequence[Sequence[Tensor]] | None = None,
+        directions: int = 1,
+        key_projector: PatchSampleF | None = None,
+    ) -> Tensor:
+        """One (images, channels, height, width) map a layer and side; returns the scalar loss, or one a direction.
+
+        A query's positive is the key at its own location: the maps of a layer have the same images, height and width on
+        both sides. Their channels are those of the MLPs; without MLPs both sides share channels and dtype.
+
+        Args:
+            patch_ids: locations to take, one set a layer, (patches,) or (images, patches), in place of drawing them.
+                With several directions also one such list a direction.
+            directions: the images are this many losses of equal size, one after another (CUT: NCE(x, G(x)), then the
+                identity NCE(y, G(y))), each with its own locations and, for "batch", its own negatives.
+            key_projector: projects the keys with its own weights (DCLGAN: F of the other domain); default this one's.
+
+        Returns:
+            a scalar, or (directions,) for more than one: each the mean over rows, then over layers.
+
+        Raises:
+            ValueError: sides that do not correspond, ids that do not fit, and what `patch_nce` refuses.
+        """
+        if key_projector is not None and not isinstance(key_projector, PatchSampleF):
+            raise ValueError(f"key_projector must be a PatchSampleF or None, not {checks.shown(key_projector)}")
+        projector = self if key_projector is None else key_projector
+        mlps, key_mlps = self.mlps(self.layers), projector.mlps(self.layers)
+        images = self.images_of(query_maps, key_maps, projected=mlps is not None and key_mlps is not None)
+        directions = checks.directions(directions, images)
+        if patch_ids is None:
+            ids = self._draw_ids(key_maps, directions, mlps)
+        else:
+            ids = self.given_ids(patch_ids, images, directions)
+        groups = images if self.negatives == "image" else directions
+        if self.others is None and self._fused(query_maps, mlps) and self._fused_keys(key_maps, mlps, key_mlps):
+            checks.ids(ids, query_maps)
+            for given, maps in ((mlps, query_maps), (key_mlps, key_maps)):
+                if given is not None:
+                    checks.mlps(given, maps)
+            means = api.fused_maps.head_loss(
+                query_maps,
+                key_maps,
+                [i[None] if i.dim() == 1 else i for i in ids],
+                mlps,
+                key_mlps,
+                temperatures=self.temperatures,
+                groups=groups,
+                directions=directions,
+                dtype=api._autocast_dtype(query_maps[0] if mlps is None else mlps[0][0]),
+                distinct=patch_ids is None,
+            )
+            return means if directions > 1 else means.view(())
+        own = patch_ids is None
+        with torch.no_grad():
+            keys = project_patches(key_maps, ids, key_mlps, distinct_ids=own, implementation=self.implementation)
+        queries = project_patches(query_maps, ids, mlps, distinct_ids=own, implementation=self.implementation)
+        external = [None] * self.layers if self.others is None else self._others_keys(keys, groups)
+        losses = [
+            patch_nce(
+                q,
+                k,
+                images=groups,
+                temperature=temperature,
+                extra_keys=extra,
+                reduction="none",
+                unit_rows=True,
+                implementation=self.implementation,
+            )
+            .unflatten(0, (directions, -1))
+            .mean(dim=1)
+            for q, k, extra, temperature in zip(queries, keys, external, self.temperatures, strict=True)
+        ]
+        means = torch.stack(losses).mean(dim=0)
+        return means if directions > 1 else means[0]
+
+    def _others_keys(self, keys: Sequence[Tensor], groups: int) -> list[Tensor]:
+        """The other ranks' keys of each layer, (groups, count, dim), from one exchange for all layers."""
+        assert self.others is not None
+        sizes = [len(rows) for rows in keys]
+        every = self.others(torch.cat(list(keys))).split(sizes, dim=1)  # (ranks - 1, rows, dim) a layer
+        return [rows.unflatten(1, (groups, -1)).transpose(0, 1).flatten(1, 2) for rows in every]
+
+    def _fused_keys(self, maps: Sequence[Tensor], mlps, key_mlps) -> bool:
+        """Whether the key side fits into the same launch as the query side."""
+        if mlps is None or key_mlps is None:
+            return mlps is None and key_mlps is None
+        return all(
+            k.shape == w.shape and k.dtype == w.dtype
+            for four, other in zip(mlps, key_mlps, strict=True)
+            for w, k in zip(four, other, strict=True)
+        )
+
+    def images_of(self, query_maps: Sequence[Tensor], key_maps: Sequence[Tensor], projected: bool) -> int:
+        """How many images the sides have; a ValueError where they do not correspond."""
+        images = checks.sides(query_maps, key_maps, self.layers, channels=not projected)
+        for layer, (q, k) in enumerate(zip(query_maps, key_maps, strict=True)):
+            if not projected and q.dtype != k.dtype and api._autocast_dtype(q) != api._autocast_dtype(k):
+                raise ValueError(f"query and key map {layer} must have one dtype, not {q.dtype} and {k.dtype}")
+        return images
+
+    def given_ids(self, patch_ids, images: int, directions: int) -> list[Tensor]:
+        """The caller's locations as one tensor a layer: (patches,), or (sets, patches) of which images share each."""
+        checks.listed("patch_ids", patch_ids, "tensors, one per layer, or of such lists, one per direction")
+        if all(isinstance(ids, Tensor) for ids in patch_ids):
+            return list(patch_ids)
+        share = images // directions
+        checks.ids_by_direction(patch_ids, directions, self.layers, share)
+        return [
+            torch.stack(layer)  # one set a direction
+            if all(ids.dim() == 1 for ids in layer)
+            else torch.cat([ids.expand(share, -1) if ids.dim() == 1 else ids for ids in layer])
+            for layer in zip(*patch_ids, strict=True)
+        ]
