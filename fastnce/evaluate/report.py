@@ -10,7 +10,6 @@ import csv
 import io
 import json
 import math
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ..data import DataError, find_images, load_image
+from ..data.folder import partial_name
 from .distribution import fid_kid, require_fidelity
 from .pairs import Pair, find_pairs
 from .quality import KEYS, DerainingMetrics, to_levels
@@ -235,7 +235,7 @@ def _thumbnail(levels: Tensor) -> Image.Image:
 
 def _write(path: Path, write: Callable[[Path], Any]) -> None:
     """The file appears whole or not at all."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    partial = partial_name(path)
     try:
         write(partial)
         partial.replace(path)
