@@ -89,6 +89,7 @@ def evaluate(
     data: Path,
     translate: Translate | None = None,
     *,
+    rain_side: str = "right",
     channels: int = 3,
     device: torch.device | str = "cpu",
     fid: bool = False,
@@ -101,6 +102,7 @@ def evaluate(
 
     Args:
         data: a paired set (see `find_pairs`), or testA and testB for FID alone.
+        rain_side: the half of strips that is rainy, "right" or "left".
         translate: the model; None measures the inputs themselves.
         channels: that the model takes.
         device: where the measures are computed.
@@ -127,7 +129,7 @@ def evaluate(
             )
         report = _unpaired(data, translate, channels, device, progress)
     else:
-        report = _paired(data, translate, channels, device, fid, sheet, progress)
+        report = _paired(find_pairs(data, rain_side), data, translate, channels, device, fid, sheet, progress)
     if json_file is not None:
         _write(json_file, lambda path: path.write_text(report.as_json(), encoding="utf-8"))
     if csv_file is not None:
@@ -136,6 +138,7 @@ def evaluate(
 
 
 def _paired(
+    pairs: list[Pair],
     data: Path,
     translate: Translate | None,
     channels: int,
@@ -144,7 +147,6 @@ def _paired(
     sheet: Path | None,
     progress: Callable[[str], None] | None,
 ) -> Report:
-    pairs = find_pairs(data)
     metrics, inputs = DerainingMetrics(), DerainingMetrics()
     pictures: list[dict[str, Any]] = []
     made: list[Tensor] = []
