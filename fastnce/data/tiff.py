@@ -10,10 +10,12 @@ from typing import Any, BinaryIO
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, SAMPLES, PLANAR = 256, 257, 258, 259, 262, 277, 284
+FILL_ORDER = 266
 STRIPS, TILES = 273, 324  # where they begin
 COLOUR_MAP, INK_SET, EXTRA_SAMPLES, SAMPLE_FORMAT, SUBSAMPLING, REFERENCE = 320, 332, 338, 339, 530, 532
 PLAIN, JPEG = 1, 7
-COMPRESSIONS = (PLAIN, 2, 3, 4, 5, JPEG, 8, 32773, 32946, 34925, 50000)  # with fax, LZW, Deflate, PackBits, LZMA, Zstd
+FAX = (2, 3, 4)
+COMPRESSIONS = (PLAIN, *FAX, 5, JPEG, 8, 32773, 32946, 34925, 50000)  # with LZW, Deflate, PackBits, LZMA and Zstd
 WHITE_IS_ZERO, GREY, RGB, PALETTE, CMYK, YCBCR = 0, 1, 2, 3, 5, 6
 COLOURS = {WHITE_IS_ZERO: 1, GREY: 1, RGB: 3, PALETTE: 1, CMYK: 4, YCBCR: 3}
 DEPTHS = {
@@ -72,13 +74,17 @@ def refusal(tags: Mapping[int, Any]) -> str:
     if 0 in _several(tags, STRIPS) + _several(tags, TILES):
         return "leaves tiles out (a sparse TIFF); all of them should be written"
     if planar != 1 and samples > 1:
-        if compression == PLAIN and 16 in bits:
+        strange = extra and (photometric != RGB or extra not in ((1,), (2,)))
+        if strange or (compression == PLAIN and (16 in bits or extra == (1,))):
             return (
-                "holds uncompressed 16-bit planes one after the other, which PIL reads as noise; interleaved samples "
-                "(PlanarConfiguration 1), Deflate, or .npy are read"
+                f"holds {max(bits)}-bit planes one after the other, which PIL misreads; interleaved samples "
+                "(PlanarConfiguration 1), planes without extra samples in Deflate, or .npy are read"
             )
         if compression == JPEG or photometric == YCBCR:
             return "holds JPEG or YCbCr planes one after the other; PlanarConfiguration 1 (interleaved) is read"
+    if tags.get(FILL_ORDER, 1) != 1 and compression not in FAX:
+        if compression != PLAIN or not (photometric == GREY or (photometric == WHITE_IS_ZERO and max(bits) < 8)):
+            return "holds the bits of its bytes in reverse; FillOrder 1 is read"
     return ""
 
 

@@ -262,9 +262,13 @@ def _warn_of_rain_side(pairs: list[Pair], root: Path) -> None:
 def streaks(first: Tensor, second: Tensor) -> float:
     """Above 0 where the first of two pictures of one scene, (1, height, width), shows rain and the second does not.
 
-    Streaks are bright and thin across: what differs between the two, less its mean over 9 pixels of the row, has few
-    large values of the rainy one's sign and many small ones of the other. The mean of its cubes tells which.
+    Streaks are bright and thin across. So each picture less its means over 9 pixels of a row, divided by the spread of
+    what is left (haze takes contrast away), differs from the other by few large values of the rainy one's sign and many
+    small ones of the other sign; the mean of their cubes tells which.
     """
-    apart = first - second
-    fine = apart - F.avg_pool2d(apart, (1, 9), stride=1, padding=(0, 4), count_include_pad=False)
-    return float(fine.double().pow(3).mean())
+    fine = [
+        picture - F.avg_pool2d(picture, (1, 9), stride=1, padding=(0, 4), count_include_pad=False)
+        for picture in (first.double(), second.double())
+    ]
+    first, second = (part / part.std().clamp(min=1e-6) for part in fine)
+    return float((first - second).pow(3).mean())
