@@ -82,9 +82,9 @@ def refusal(tags: Mapping[int, Any]) -> str:
             )
         if compression == JPEG or photometric == YCBCR:
             return "holds JPEG or YCbCr planes one after the other; PlanarConfiguration 1 (interleaved) is read"
-    if tags.get(FILL_ORDER, 1) != 1 and compression not in FAX:
-        if compression != PLAIN or not (photometric == GREY or (photometric == WHITE_IS_ZERO and max(bits) < 8)):
-            return "holds the bits of its bytes in reverse; FillOrder 1 is read"
+    reversible = compression == PLAIN and (photometric == GREY or (photometric == WHITE_IS_ZERO and max(bits) < 8))
+    if tags.get(FILL_ORDER, 1) != 1 and compression not in FAX and not reversible:
+        return "holds the bits of its bytes in reverse; FillOrder 1 is read"
     return ""
 
 
