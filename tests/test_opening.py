@@ -47,7 +47,7 @@ def test_one_transparent_colour(tmp_path, depth, kind):
     """The pixels of exactly that colour; a 16-bit colour cannot be told at 8 bits, which is said."""
     path = tmp_path / "x.png"
     pixels = RNG.integers(0, 2**depth, (9, 11, 3 if kind == 2 else 1))
-    pixels[4, 5] = pixels[0, 0]
+    pixels[4, 5] = pixels[0, 0] = 2**depth - 1 if depth < 8 else pixels[0, 0]
     png(path, pixels, depth, kind, tuple(pixels[4, 5]))
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")

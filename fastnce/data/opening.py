@@ -131,8 +131,10 @@ def alpha_of(image: Image.Image) -> np.ndarray | None:
     """(height, width) uint8 of a decoded picture; None where it has no transparency."""
     if not image.has_transparency_data:
         return None
-    if image.mode.startswith("I"):  # one transparent grey, which PIL looks for among 8-bit values
-        return np.where(np.asarray(image) == image.info["transparency"], 0, 255).astype(np.uint8)
+    key = image.info.get("transparency")
+    if isinstance(key, int) and (image.mode in ("1", "L") or image.mode.startswith("I")):
+        # one transparent grey: PIL looks for it among 8-bit values, and some versions not rightly among bits
+        return np.where(np.asarray(image) == (bool(key) if image.mode == "1" else key), 0, 255).astype(np.uint8)
     return np.asarray(image.convert("RGBA").getchannel("A"))
 
 
