@@ -18,6 +18,7 @@ from .engine.checkpoint import load_generators, open_checkpoint
 from .engine.distributed import RankLost
 from .engine.launch import launched, processes, start, without
 from .engine.loop import TrainingFailed, pick_device
+from .evaluate.pairs import RAIN_SIDE_HELP, RAIN_SIDES
 from .inference import ProgressLine, load_translator, out_of_memory, translate_files
 from .methods import PRESETS
 from .streams import flush, open_streams, sentence_of, stdout_takes, tell
@@ -93,6 +94,7 @@ def evaluate(arguments: list[str]) -> int:
     parser = _parser("evaluate", evaluate.__doc__ or "")
     parser.add_argument("model", type=Path, nargs="?", metavar="RUN|FILE.pth")
     parser.add_argument("--data", type=Path, required=True, metavar="TEST", help="rain/ and norain/; testA and testB")
+    parser.add_argument("--rain-side", default="right", choices=RAIN_SIDES, help=RAIN_SIDE_HELP)
     parser.add_argument("--inputs-only", action="store_true", help="measure the inputs, without a model")
     parser.add_argument("--generator", default="", help="of a method with two: G_A (A to B, default) or G_B")
     parser.add_argument("--fid", action="store_true", help="also FID and KID (needs the extra eval)")
@@ -114,6 +116,7 @@ def evaluate(arguments: list[str]) -> int:
         report = measure(
             args.data,
             translator,
+            rain_side=args.rain_side,
             channels=translator.channels if translator is not None else 3,
             device=device,
             fid=args.fid,

@@ -30,6 +30,7 @@ class DataOptions:
     rain: float = option(0.0, "share of A's pictures that are B's with rendered rain; 1 needs no trainA")
     rain_like: str = option("", "that rain, e.g. density=0.1:0.3,angle=-40:40; empty: the ranges of fastnce rain")
     validate: str = option("", "held-out pairs for run.validate_every; empty: the data folder's test, if it pairs")
+    rain_side: str = option("right", "half of held-out strips that is rainy, right or left")
     batch: int = option(1, "pictures of each domain a step")
     skip_bad: bool = option(False, "pass over pictures that cannot be read instead of stopping")
     cache_dir: str = option("", "where decoded pictures are kept; empty: .fastnce-cache in the data folder")
@@ -83,7 +84,7 @@ class Config:
 
 
 _MAY_CHANGE = {
-    *(("data", key) for key in ("dir", "cache_dir", "skip_bad", "validate")),
+    *(("data", key) for key in ("dir", "cache_dir", "skip_bad", "validate", "rain_side")),
     *(("optim", key) for key in ("max_bad_steps", "accumulate")),
 }
 """Keys that a resumed run may change besides `run`'s: they do not change what is computed (to rounding)."""

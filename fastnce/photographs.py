@@ -1,24 +1,26 @@
 """Photographs as users have them: what a translation must carry over besides the pixels.
 
-The EXIF orientation is applied when a file is read. Alpha is kept aside and put back; a colour profile is kept when it
-is one of the kind of picture that is written (RGB or grey). Other metadata is not carried over.
+The EXIF orientation is applied when a file is read. Alpha is kept aside and put back, but not beside 16 bits, where PIL
+cannot write it (a warning says so); a colour profile is kept when it is one of the kind of picture that is written (RGB
+or grey). Other metadata is not carried over.
 """
 
 from __future__ import annotations
 
 import os
-import uuid
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from .data import DataError, load_image, save_image
-from .data.folder import probe_picture
+from .data.folder import as_tensor, match_channels, partial_name, probe_picture
+from .data.opening import alpha_of, decoded, decoding
 from .writing import named
 
 ALPHA = (".png", ".webp", ".tif", ".tiff")
@@ -43,18 +45,16 @@ class Photograph:
     profile: bytes | None = None
 
 
-def read_photograph(path: Path, channels: int) -> Photograph:
+def read_photograph(path: str | os.PathLike[str], channels: int) -> Photograph:
     """DataError as `load_image`."""
-    pixels = load_image(path, channels)
-    bits = probe_picture(path)[2]
+    path = Path(path)
     if path.suffix.lower() == ".npy":
-        return Photograph(pixels, bits)
-    alpha = None
-    with Image.open(path) as opened:
-        profile = opened.info.get("icc_profile")
-        if channels in (1, 3) and bits == 8 and opened.has_transparency_data:
-            alpha = np.asarray(ImageOps.exif_transpose(opened).convert("RGBA").getchannel("A"))
-    return Photograph(pixels, bits, alpha, profile)
+        return Photograph(load_image(path, channels), probe_picture(path)[2])
+    with decoding(path):
+        image, head = decoded(path)
+        alpha = alpha_of(image) if channels in (1, 3) else None
+        profile = image.info.get("icc_profile")
+        return Photograph(as_tensor(match_channels(image, head, channels, path)), head.bits, alpha, profile)
 
 
 def check_format(suffix: str, bits: int | None, channels: int) -> None:
@@ -72,7 +72,7 @@ def _holds_16(suffix: str, channels: int) -> bool:
     return suffix == ".npy" or (suffix in GREY_16 and channels == 1)
 
 
-def write_photograph(result: Tensor, path: Path, source: Photograph, bits: int | None = None) -> None:
+def write_photograph(result: Tensor, path: str | os.PathLike[str], source: Photograph, bits: int | None = None) -> None:
     """Write (channels, height, width) in [-1, 1] with the alpha and the profile of its source.
 
     Args:
@@ -81,9 +81,13 @@ def write_photograph(result: Tensor, path: Path, source: Photograph, bits: int |
     Raises:
         DataError, OSError: as `save_image`; the file appears whole or not at all.
     """
+    path = Path(path)
     suffix, channels = path.suffix.lower(), result.shape[0]
     deep = bits == 16 or (bits is None and source.bits == 16 and _holds_16(suffix, channels))
-    alpha = source.alpha if suffix in ALPHA and not deep and channels in (1, 3) else None
+    alpha = source.alpha if suffix in ALPHA and channels in (1, 3) else None
+    if deep and alpha is not None:
+        alpha = None
+        warnings.warn("16 bits are written without alpha, which PIL cannot add; 8 bits would keep it", stacklevel=2)
     profile = source.profile if suffix in PROFILE and _fits(source.profile, channels) else None
     if not deep and alpha is None and profile is None:
         save_image(result, path)
@@ -92,7 +96,7 @@ def write_photograph(result: Tensor, path: Path, source: Photograph, bits: int |
     scaled = torch.nan_to_num(result.detach().float().add(1).mul(peak / 2), nan=0.0).round().clamp(0, peak)
     pixels = scaled.permute(1, 2, 0).cpu().numpy().astype(kind)  # (H, W, C)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}{suffix}")
+    temporary = partial_name(path)
     try:
         if suffix == ".npy":
             np.save(temporary, pixels)

@@ -76,7 +76,8 @@ def _train_rank(config: Config, out: Path, ranks: Ranks, quiet: bool, state: dic
 def _open_validation(config: Config, device: torch.device, ranks: Ranks, quiet: bool) -> Validation | None:
     if not config.run.validate_every:
         return None
-    pairs = find_validation(config.data.dir, config.data.validate, config.run.validate_pictures)
+    options = config.data
+    pairs = find_validation(options.dir, options.validate, config.run.validate_pictures, options.rain_side)
     if pairs:
         return Validation(pairs, config.network.in_channels, device, ranks)
     if not quiet:

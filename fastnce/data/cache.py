@@ -27,7 +27,7 @@ import numpy as np
 
 from .folder import DataError, Folder, domain_folders, pair, probe_picture, read_picture, resize_picture
 
-FORMAT = 1  # of the files; also covers decoding: change it whenever the same source would give other pixels
+FORMAT = 2  # of the files; also covers decoding: change it whenever the same source would give other pixels
 PREPROCESS = ("resize_and_crop", "crop", "scale_width_and_crop", "scale_shortside_and_crop", "none")
 Progress = Callable[[str], None]
 

@@ -1,38 +1,34 @@
 """Picture files: find them, decode them, resize them, write them.
 
-PNG, JPEG, WebP, BMP, TIFF, PPM and PGM are decoded by PIL; ``.npy`` holds an array (H, W) or (H, W, C) of uint8 or
-uint16 and is the way to more than four channels. What is done to a file before anything else sees it:
+PNG, JPEG, WebP, BMP, TIFF, PPM and PGM are decoded by PIL, and no other format, whatever a file is called; ``.npy``
+holds an array (H, W) or (H, W, C) of uint8 or uint16 and is the way to more than four channels. What is done to a file
+before anything else sees it:
 
 - the EXIF orientation is applied (the published loaders do not), and only the first frame of several is read;
 - ``channels=3``: grey is repeated, a palette is looked up, alpha is dropped;
 - ``channels=1``: colour becomes ITU-R 601 luma (PIL's mode L);
 - any other number must be the file's own.
 
-16 bits are kept for grey PNG, TIFF, PGM and for ``.npy``. PIL reads 16-bit *colour* files at 8 bits (the high byte of
-each sample); that is said once as a warning, and ``.npy`` is the way to keep them.
+16 bits are kept for grey PNG, TIFF, PGM and for ``.npy``. PIL reads 16-bit *colour* files, and grey ones with alpha, at
+8 bits (the high byte of each sample; PPM is rounded); that is said once as a warning, and ``.npy`` is the way to keep
+them. TIFF is read as its tags say: grey of either polarity with 1 to 16 bits, palettes, RGB and CMYK of 8 or 16, YCbCr
+in JPEG; what PIL would misread is refused (see `tiff`).
 """
 
 import os
 import uuid
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from ..writing import named
+from .opening import DataError, Head, decoded, decoding, opened, pixel_limit, too_large
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".npy")
-EXIF_ORIENTATION = 0x0112
-
-
-class DataError(ValueError):
-    """Pictures or folders that cannot be used; the message says which, why, and what would be right."""
 
 
 def find_images(folder: str | os.PathLike[str]) -> list[Path]:
@@ -67,8 +63,9 @@ class Folder:
     files: list[tuple[Path, int, int]]
 
     @classmethod
-    def listed(cls, path: Path) -> "Folder":
+    def listed(cls, path: str | os.PathLike[str]) -> "Folder":
         """Raises DataError where there is no picture in the folder."""
+        path = Path(path)
         files: list[tuple[Path, int, int]] = []
         for file in find_images(path):
             try:
@@ -124,96 +121,37 @@ def read_picture(path: str | os.PathLike[str], channels: int = 3) -> np.ndarray:
         (height, width, channels) uint8, or uint16 where the file holds 16 bits and they can be kept.
 
     Raises:
-        DataError: missing, empty, truncated, enormous, or with channels that do not match.
+        DataError: missing, empty, truncated, enormous, of a kind that is not read, or with channels that do not match.
     """
     path = Path(path)
-    with _decoding(path):
+    with decoding(path):
         if path.suffix.lower() == ".npy":
             return _match_array(np.array(_map_array(path)), channels, path)
-        with Image.open(path) as opened:
-            _warn_of_lost_bits(opened)
-            image = ImageOps.exif_transpose(opened)
-            image.load()
-        if image.mode == "I" or image.mode.startswith("I;16"):
-            return _match_array(_sixteen_bits(image, path), channels, path)
-        return _match_image(image, channels, path)
+        return match_channels(*decoded(path), channels, path)
 
 
 def probe_picture(path: str | os.PathLike[str]) -> tuple[int, int, int]:
-    """(height, width, bits) from the head of a file, without decoding it; bits is 8 or 16.
+    """(height, width, bits) as `read_picture` gives them, from the head of a file; bits is 8 or 16.
 
     Raises:
         DataError: as `read_picture`, as far as the head shows it.
     """
     path = Path(path)
-    with _decoding(path):
+    with decoding(path):
         if path.suffix.lower() == ".npy":
             array = _map_array(path)
             return array.shape[0], array.shape[1], 8 * array.dtype.itemsize
-        with Image.open(path) as image:
-            width, height = image.size
-            if image.getexif().get(EXIF_ORIENTATION, 1) >= 5:
-                width, height = height, width
-            return height, width, 16 if image.mode == "I" or image.mode.startswith("I;16") else 8
+        with opened(path) as (_, head):
+            return head.height, head.width, head.bits
 
 
-@contextmanager
-def _decoding(path: Path) -> Iterator[None]:
-    """Turn whatever a decoder raises on a bad file into one sentence that names the file."""
-    try:
-        if path.stat().st_size == 0:
-            raise DataError(f"{path} is empty (0 bytes)")
-        yield
-    except DataError:
-        raise
-    except FileNotFoundError:
-        raise DataError(f"there is no file {path}") from None
-    except Image.DecompressionBombError as error:
-        raise DataError(
-            f"{path} is too large: {str(error).split(',')[0]}; raise PIL.Image.MAX_IMAGE_PIXELS if it is to be read"
-        ) from error
-    except UnidentifiedImageError:
-        raise DataError(f"{path} is not a picture: its content is of no format that can be read") from None
-    except Exception as error:  # decoders raise nearly anything on damaged content: SyntaxError, struct.error, ...
-        raise DataError(f"{path} cannot be decoded: {str(error) or type(error).__name__}") from error
-
-
-def _map_array(path: Path) -> np.ndarray:
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
-    if not isinstance(array, np.ndarray) or array.ndim not in (2, 3) or array.dtype not in (np.uint8, np.uint16):
-        kind = f"{array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else "several arrays"
-        raise DataError(f"{path} holds {kind}; it should hold uint8 or uint16 of shape (H, W) or (H, W, C)")
-    if 0 in array.shape:
-        raise DataError(f"{path} holds no pixels: its shape is {array.shape}")
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and array.shape[0] * array.shape[1] > 2 * limit:
-        raise DataError(
-            f"{path} is too large: {array.shape[1]}x{array.shape[0]} pixels exceed the limit of {2 * limit}; "
-            "raise PIL.Image.MAX_IMAGE_PIXELS if it is to be read"
-        )
-    return array
-
-
-def _warn_of_lost_bits(opened: Image.Image) -> None:
-    """A mode such as RGB with a raw mode such as RGB;16B means that PIL drops the low byte of every sample."""
-    if not opened.mode.startswith("I") and any(";16" in str(tile[3]) for tile in getattr(opened, "tile", [])):
-        warnings.warn(
-            "16-bit colour pictures are read at 8 bits (PIL keeps the high byte); store them as .npy to keep 16 bits",
-            stacklevel=2,
-        )
-
-
-def _sixteen_bits(image: Image.Image, path: Path) -> np.ndarray:
-    array = np.asarray(image)
-    if array.min() < 0 or array.max() > 65535:
-        raise DataError(f"{path} holds 32-bit values from {array.min()} to {array.max()}; 8 and 16 bits are read")
-    return array.astype(np.uint16)
-
-
-def _match_image(image: Image.Image, channels: int, path: Path) -> np.ndarray:
-    if image.mode == "F":
-        raise DataError(f"{path} holds 32-bit floats; 8 and 16 bit integers are read")
+def match_channels(image: Image.Image, head: Head, channels: int, path: Path) -> np.ndarray:
+    """A decoded picture as (height, width, channels) uint8 or uint16; DataError where it has others."""
+    if head.bits == 16:
+        array = np.asarray(image).astype(np.uint16)
+        return _match_array(65535 - array if head.inverted else array, channels, path)
     if channels in (1, 3):
+        image.info.pop("transparency", None)  # dropped with alpha; PIL would look for it in each conversion
         image = image.convert("L" if channels == 1 else "RGB")
     elif image.mode in ("P", "PA"):
         image = image.convert("RGBA" if image.mode == "PA" or "transparency" in image.info else "RGB")
@@ -225,6 +163,19 @@ def _match_image(image: Image.Image, channels: int, path: Path) -> np.ndarray:
             f"{path} has {bands} channels ({image.mode}), which cannot be made to match channels={channels}"
         )
     return np.array(image).reshape(image.height, image.width, channels)
+
+
+def _map_array(path: Path) -> np.ndarray:
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    if not isinstance(array, np.ndarray) or array.ndim not in (2, 3) or array.dtype not in (np.uint8, np.uint16):
+        kind = f"{array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else "several arrays"
+        raise DataError(f"{path} holds {kind}; it should hold uint8 or uint16 of shape (H, W) or (H, W, C)")
+    if 0 in array.shape:
+        raise DataError(f"{path} holds no pixels: its shape is {array.shape}")
+    pixels, limit = array.shape[0] * array.shape[1], pixel_limit()
+    if limit is not None and pixels > limit:
+        raise DataError(too_large(path, pixels))
+    return array
 
 
 def _match_array(array: np.ndarray, channels: int, path: Path) -> np.ndarray:
@@ -280,6 +231,11 @@ def load_image(
     picture = read_picture(path, channels)
     if size is not None:
         picture = resize_picture(picture, *pair("size", size))
+    return as_tensor(picture)
+
+
+def as_tensor(picture: np.ndarray) -> torch.Tensor:
+    """(H, W, C) uint8 or uint16 as float32 (C, H, W) in [-1, 1]."""
     half = 127.5 if picture.dtype == np.uint8 else 32767.5
     return torch.from_numpy(picture.astype(np.float32)).permute(2, 0, 1).contiguous().div_(half).sub_(1)
 
@@ -305,7 +261,7 @@ def save_image(image: torch.Tensor, path: str | os.PathLike[str]) -> None:
     scaled = torch.nan_to_num(image.detach().float().add(1).mul(127.5), nan=0.0).round().clamp(0, 255)
     pixels = scaled.to(torch.uint8).permute(1, 2, 0).cpu().contiguous().numpy()  # (H, W, C)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}{suffix}")
+    temporary = partial_name(path)
     try:
         if suffix == ".npy":
             np.save(temporary, pixels)
@@ -327,6 +283,11 @@ def save_image(image: torch.Tensor, path: str | os.PathLike[str]) -> None:
         raise named(error, path) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def partial_name(path: Path) -> Path:
+    """Where a file is written before it is renamed: short, as `path` may have the longest name that the disk allows."""
+    return path.with_name(f".{uuid.uuid4().hex}{path.suffix.lower()}")
 
 
 def pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:

@@ -24,13 +24,14 @@ MEASURE = "psnr_y"
 """Decides which checkpoint is the best."""
 
 
-def find_validation(data: str, validate: str, limit: int = 0) -> list[Pair]:
+def find_validation(data: str, validate: str, limit: int = 0, rain_side: str = "right") -> list[Pair]:
     """The pairs that a run is validated on.
 
     Args:
         data: the run's data folder, whose subfolder `test` is tried where `validate` is empty.
         validate: a folder of pairs in any layout that `fastnce evaluate` knows.
         limit: at most so many, spread evenly over the set; 0 takes all.
+        rain_side: the half of strips that is rainy, "right" or "left".
 
     Returns:
         pairs in the order of their names; none where `validate` is empty and DIR/test does not pair.
@@ -38,13 +39,14 @@ def find_validation(data: str, validate: str, limit: int = 0) -> list[Pair]:
     Raises:
         DataError: `validate` names a folder that does not pair.
     """
-    from ..evaluate.pairs import find_pairs
+    from ..evaluate.pairs import check_rain_side, find_pairs
 
+    check_rain_side(rain_side)
     if validate:
-        pairs = find_pairs(validate)
+        pairs = find_pairs(validate, rain_side)
     else:
         try:
-            pairs = find_pairs(Path(data) / "test")
+            pairs = find_pairs(Path(data) / "test", rain_side)
         except DataError:
             return []
     if limit < 0:

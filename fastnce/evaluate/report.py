@@ -90,6 +90,7 @@ def evaluate(
     data: str | os.PathLike[str],
     translate: Translate | None = None,
     *,
+    rain_side: str = "right",
     channels: int = 3,
     device: torch.device | str = "cpu",
     fid: bool = False,
@@ -102,6 +103,7 @@ def evaluate(
 
     Args:
         data: a paired set (see `find_pairs`), or testA and testB for FID alone.
+        rain_side: the half of strips that is rainy, "right" or "left".
         translate: the model; None measures the inputs themselves.
         channels: that the model takes.
         device: where the measures are computed.
@@ -127,7 +129,7 @@ def evaluate(
             )
         report = _unpaired(data, translate, channels, device, progress)
     else:
-        pairs = find_pairs(data)
+        pairs = find_pairs(data, rain_side)
         report = _paired(data, pairs, translate, channels, device, fid, progress)
         if sheet is not None:
             drawn = _sheet(pairs, report.pictures, translate, channels)

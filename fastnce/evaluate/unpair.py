@@ -13,11 +13,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..data import DataError, save_image
-from .pairs import find_pairs
+from .pairs import RAIN_SIDE_HELP, RAIN_SIDES, find_pairs
 
 
 def write_unpaired(
-    pairs: Path, out: Path, test: Path | None = None, progress: Callable[[str], None] | None = None
+    pairs: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    test: str | os.PathLike[str] | None = None,
+    progress: Callable[[str], None] | None = None,
+    rain_side: str = "right",
 ) -> dict[str, int]:
     """Write `trainA` (rainy) and `trainB` (clean) of different scenes, and pairs to `test/rain` and `test/norain`.
 
@@ -27,6 +31,7 @@ def write_unpaired(
     Args:
         pairs, test: folders in any layout that `find_pairs` knows.
         out: must not hold these folders yet.
+        rain_side: the half of strips that is rainy (see `find_pairs`).
 
     Returns:
         folder -> pictures in it.
@@ -34,11 +39,12 @@ def write_unpaired(
     Raises:
         DataError: no pairs, fewer than two scenes, or a folder in the way. Nothing is written then.
     """
-    found = find_pairs(pairs)
+    out = Path(out)
+    found = find_pairs(pairs, rain_side)
     scenes = {clean: place for place, clean in enumerate(sorted({pair.clean for pair in found}))}
     if len(scenes) < 2:
         raise DataError(f"{pairs} holds one scene; two at least make rainy and clean pictures of different ones")
-    held_out = find_pairs(test) if test is not None else []
+    held_out = find_pairs(test, rain_side) if test is not None else []
     tops = ["trainA", "trainB", *(["test"] if held_out else [])]
     for top in tops:
         if (out / top).exists():
@@ -82,8 +88,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("pairs", type=Path, metavar="PAIRS", help="rain/ and norain/, strips, ... as fastnce evaluate")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="receives trainA and trainB")
     parser.add_argument("--test", type=Path, metavar="PAIRS", help="more pairs, written to DIR/test")
+    parser.add_argument("--rain-side", default="right", choices=RAIN_SIDES, help=RAIN_SIDE_HELP)
     args = parser.parse_args(arguments)
     with ProgressLine() as line:
-        counts = write_unpaired(args.pairs, args.out, args.test, progress=line)
+        counts = write_unpaired(args.pairs, args.out, args.test, line, args.rain_side)
     print(f"written to {args.out}: {', '.join(f'{count} in {folder}' for folder, count in sorted(counts.items()))}")
     return 0

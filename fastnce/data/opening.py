@@ -1,0 +1,173 @@
+"""Open picture files: which formats, how large, and what their heads say."""
+
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from . import tiff
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM")  # no others: PIL runs a program to read EPS
+EXIF_ORIENTATION = 0x0112
+LIMIT = "FASTNCE_MAX_PIXELS"
+
+
+class DataError(ValueError):
+    """Pictures or folders that cannot be used; the message says which, why, and what would be right."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """What is known before decoding.
+
+    Args:
+        height, width: once the orientation is applied.
+        bits: of the array that is read, 8 or 16.
+        raw: PIL's name for the samples as they are stored, such as "RGB;16B".
+        lost: samples of 16 bits are read at 8.
+        inverted: 16-bit grey whose 0 is white, which PIL does not invert.
+    """
+
+    height: int
+    width: int
+    bits: int
+    raw: str
+    lost: bool
+    inverted: bool
+
+
+@contextmanager
+def decoding(path: Path) -> Iterator[None]:
+    """Turn whatever a decoder raises on a bad file into one sentence that names the file."""
+    try:
+        if path.stat().st_size == 0:
+            raise DataError(f"{path} is empty (0 bytes)")
+        yield
+    except DataError:
+        raise
+    except FileNotFoundError:
+        raise DataError(f"there is no file {path}") from None
+    except Image.DecompressionBombError as error:
+        raise DataError(too_large(path, int(re.findall(r"\d+", str(error))[0]))) from error
+    except Exception as error:  # decoders raise nearly anything on damaged content: SyntaxError, struct.error, ...
+        raise DataError(f"{path} cannot be decoded: {str(error) or type(error).__name__}") from error
+
+
+def pixel_limit() -> int | None:
+    """Pixels of the largest picture that is read: FASTNCE_MAX_PIXELS, or twice PIL's own limit; None for no limit.
+
+    PIL holds to it for the rest of the process.
+    """
+    text = os.environ.get(LIMIT, "")
+    if text:
+        if not text.isdecimal() or int(text) == 0:
+            raise DataError(f"{LIMIT}={text!r} should be a whole number of pixels above 0")
+        Image.MAX_IMAGE_PIXELS = (int(text) + 1) // 2  # PIL refuses twice as many
+    if not any(entry[2] is Image.DecompressionBombWarning for entry in warnings.filters):
+        # PIL warns from half of the limit on; whoever set a filter for it keeps that one
+        warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning, append=True)
+    return None if Image.MAX_IMAGE_PIXELS is None else 2 * Image.MAX_IMAGE_PIXELS
+
+
+def too_large(path: Path, pixels: int) -> str:
+    return (
+        f"{path} is too large: {pixels} pixels exceed the limit of {pixel_limit()}; make it smaller, or set the "
+        f"environment variable {LIMIT}={pixels} where such pictures are wanted"
+    )
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[tuple[Image.Image, Head]]:
+    """A picture that is not decoded yet, and its head.
+
+    Through a file object, not by name: PIL maps files that it opens by name, those of TIFF with the wrong size.
+
+    Raises:
+        DataError: a format or kind that is not read.
+    """
+    pixel_limit()
+    with path.open("rb") as file:
+        try:
+            image = Image.open(file, formats=FORMATS)
+        except UnidentifiedImageError:
+            why = tiff.refusal_of_file(file)
+            if not why:
+                why = "is not a picture that can be read: it holds no PNG, JPEG, WebP, BMP, TIFF, PPM or PGM"
+            raise DataError(f"{path} {why}") from None
+        with image:
+            yield image, _head(image, path)
+
+
+def decoded(path: Path) -> tuple[Image.Image, Head]:
+    """A whole picture, its orientation applied; its transparent colour, if it has one, is on the scale of its pixels.
+
+    Raises:
+        DataError: as `opened`, or the content does not agree with the head.
+    """
+    with opened(path) as (image, head):
+        if head.lost:
+            warnings.warn(
+                "16-bit colour pictures are read at 8 bits (PIL keeps the high byte); store them as .npy to keep 16",
+                stacklevel=2,
+            )
+        _mend_transparency(image, head, path)
+        image.load()
+        upright = ImageOps.exif_transpose(image)
+    if upright.size != (head.width, head.height):
+        found = f"{upright.width}x{upright.height}"
+        raise DataError(f"{path} was decoded to {found} pixels and its head says {head.width}x{head.height}")
+    if upright.mode == "La":  # which nothing converts
+        upright = upright.convert("LA")
+    return upright, head
+
+
+def alpha_of(image: Image.Image) -> np.ndarray | None:
+    """(height, width) uint8 of a decoded picture; None where it has no transparency."""
+    if not image.has_transparency_data:
+        return None
+    key = image.info.get("transparency")
+    if isinstance(key, int) and (image.mode in ("1", "L") or image.mode.startswith("I")):
+        # one transparent grey: PIL looks for it among 8-bit values, and some versions not rightly among bits
+        return np.where(np.asarray(image) == (bool(key) if image.mode == "1" else key), 0, 255).astype(np.uint8)
+    return np.asarray(image.convert("RGBA").getchannel("A"))
+
+
+def _head(image: Image.Image, path: Path) -> Head:
+    tiles = getattr(image, "tile", [])
+    raw = str(tiles[0][3]) if tiles else ""  # before anything decodes the picture and empties them
+    width, height = image.size
+    lost = not image.mode.startswith("I") and ";16" in raw
+    inverted = False
+    if image.format == "TIFF":
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        if why := tiff.refusal(tags):
+            raise DataError(f"{path} {why}")
+        width, height = tags[tiff.WIDTH], tags[tiff.HEIGHT]  # some versions of PIL have turned the size, some have not
+        deep, photometric = tiff.bits_of(tags) == 16, tags[tiff.PHOTOMETRIC]
+        lost = deep and photometric not in (tiff.WHITE_IS_ZERO, tiff.GREY)
+        inverted = deep and photometric == tiff.WHITE_IS_ZERO
+    elif image.format == "PPM" and image.mode == "RGB":
+        largest = re.findall(r"\d+", raw)  # its largest value stands beside the name
+        lost = bool(largest) and int(largest[-1]) > 255
+    if image.mode == "F":
+        raise DataError(f"{path} holds 32-bit floats; 8 and 16 bit integers are read")
+    if image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8):  # PNG may hold it behind the pixels
+        width, height = height, width
+    return Head(height, width, 16 if image.mode.startswith("I") else 8, raw, lost, inverted)
+
+
+def _mend_transparency(image: Image.Image, head: Head, path: Path) -> None:
+    key = image.info.get("transparency")
+    if image.format != "PNG" or key is None:
+        return
+    if head.raw in ("L;2", "L;4"):  # PIL scales the pixels to 8 bits and leaves the transparent grey as it is
+        image.info["transparency"] = key * {"L;2": 85, "L;4": 17}[head.raw]
+    elif image.mode == "RGB" and head.lost:
+        del image.info["transparency"]
+        warnings.warn(f"{path}: its transparent colour has 16 bits and is left out (PIL reads 8 of them)", stacklevel=3)
