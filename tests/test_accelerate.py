@@ -288,7 +288,9 @@ def test_the_replaced_sampler_takes_the_published_calls(imported):
     (networks,) = imported("cut", "networks")
     accelerate.patch(networks)
     maps = [torch.randn(2, 3, 6, 5), torch.randn(2, 4, 3, 3)]
-    sampler = networks.PatchSampleF(use_mlp=True, init_type="xavier", init_gain=0.02, nc=8, gpu_ids=[])
+    # a way to begin that only the checkout's own init_net knows
+    sampler = networks.PatchSampleF(use_mlp=True, init_type="their own", init_gain=0.02, nc=8, gpu_ids=[])
+    assert sampler.init_type == "their own"
     assert isinstance(sampler, fastnce.PatchSampleF)
     assert not list(sampler.parameters())
     rows, ids = sampler(maps)

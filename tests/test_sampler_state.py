@@ -37,6 +37,18 @@ def test_a_call_that_is_refused_makes_no_mlps():
             sampler(maps(3, 6), 0)
 
 
+def test_one_seed_gives_the_published_weights():
+    """The MLPs are drawn before the locations, layer by layer."""
+    torch.manual_seed(3)
+    first = PatchSampleF(nc=4)
+    first(maps(3, 5), 6)  # (the maps are drawn first)
+    torch.manual_seed(3)
+    maps(3, 5)
+    again = PatchSampleF(nc=4, in_channels=[3, 5])
+    for name, weight in again.state_dict().items():
+        assert torch.equal(first.state_dict()[name], weight)
+
+
 @pytest.mark.parametrize("built", [False, True])
 @pytest.mark.parametrize("change", ["missing", "unexpected", "size", "width", "hole", "no tensor"])
 def test_a_refused_load_changes_nothing(built, change):

@@ -150,11 +150,12 @@ def rows(
     return groups
 
 
-def groups_of(name: str, groups: Any, total: int) -> int:
+def groups_of(name: str, value: Any, total: int) -> int:
     """A count that divides the rows."""
-    if count(name, groups) and total % groups:
+    groups = count(name, value)
+    if total % groups:
         raise ValueError(f"{total} rows cannot be shared equally among {name}={groups}")
-    return count(name, groups)
+    return groups
 
 
 def _beside(name: str, value: Any, queries: Tensor) -> None:

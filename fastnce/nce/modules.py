@@ -213,19 +213,17 @@ class PatchSampleF(nn.Module):
         """
         checks.maps("feats", feats)
         num_patches = checks.count("num_patches", num_patches, least=0)
-        if num_patches == 0:
-            if self.use_mlp and not self.mlp_init:
-                self.create_mlp(feats)
-            return self._whole_maps(feats), [torch.empty(0, dtype=torch.long) for _ in feats]
-        if patch_ids is None:
-            ids = [sample_patch_ids(f.shape[2] * f.shape[3], num_patches, device=f.device) for f in feats]
-        else:
-            ids = checks.whole_ids(patch_ids, feats)
+        given = None if patch_ids is None or num_patches == 0 else checks.whole_ids(patch_ids, feats)
         if self.use_mlp and not self.mlp_init:
-            checks.ids(ids, feats)  # what is refused leaves no MLPs
+            if given is not None:
+                checks.ids(given, feats)  # what is refused leaves no MLPs
             self.create_mlp(feats)
+        if num_patches == 0:
+            return self._whole_maps(feats), [torch.empty(0, dtype=torch.long) for _ in feats]
+        # drawn after the MLPs are made, as published: one seed gives the same weights
+        ids = given or [sample_patch_ids(f.shape[2] * f.shape[3], num_patches, device=f.device) for f in feats]
         rows = project_patches(
-            feats, ids, self.mlps(len(feats)), distinct_ids=patch_ids is None, implementation=self.implementation
+            feats, ids, self.mlps(len(feats)), distinct_ids=given is None, implementation=self.implementation
         )
         return rows, ids
 

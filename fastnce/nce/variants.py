@@ -42,7 +42,7 @@ def _similarity(x: Tensor, y: Tensor) -> Tensor:
 def _codes(queries: Tensor, keys: Tensor, images: int) -> tuple[Tensor, Tensor]:
     """Both as (images, rows of an image, dim), float32 or float64."""
     checks.same_shape("queries", queries, "keys", keys, dims=2)
-    checks.groups_of("images", images, queries.shape[0])
+    images = checks.groups_of("images", images, queries.shape[0])
     return _wide(queries).unflatten(0, (images, -1)), _wide(keys).unflatten(0, (images, -1))
 
 
