@@ -106,7 +106,7 @@ class CUT(Method):
         self.head = PatchNCEHead(
             self.generator.feature_channels(self.layers),
             options.projection,
-            options.patches,
+            options.patches or 1,  # 0 takes every location: they are given, not drawn
             options.temperatures or options.temperature,
             negatives=options.negatives,
             init_type=network.init_type,
