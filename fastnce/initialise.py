@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+INIT_TYPES = ("normal", "xavier", "kaiming", "orthogonal")
+
 
 def init_weights(network: nn.Module, init_type: str = "xavier", gain: float = 0.02) -> nn.Module:
     """Published initialisation: weights of convolutions and linear layers as named, biases 0, batch norm N(1, gain)."""

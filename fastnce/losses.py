@@ -19,7 +19,7 @@ def gan_loss(
 
     - "lsgan": squared distance to 1 or 0 (Mao et al., ICCV 2017).
     - "vanilla": binary cross-entropy with logits (Goodfellow et al., NeurIPS 2014).
-    - "wgangp": minus the mean for real, the mean for fake (Gulrajani et al., NeurIPS 2017; its penalty is separate).
+    - "wgangp": minus the mean for real, the mean for fake (Gulrajani et al., NeurIPS 2017; its penalty is `gradient_penalty`).
     - "nonsaturating": softplus (StyleGAN2).
     - "hinge": relu(1 -+ prediction) for the discriminator; with `for_generator` minus the mean (Lim and Ye, 2017).
       The code of DCLGAN uses the discriminator's form for the generator too: that is `for_generator=False`.
@@ -65,8 +65,19 @@ def gradient_penalty(discriminator: nn.Module, real: Tensor, fake: Tensor, mix: 
     Args:
         discriminator: on (images, channels, height, width).
         real, fake: of one shape; constants.
-        mix: (images,) in [0, 1], how much of each is real; drawn unless given.
+        mix: (images,) in [0, 1], how much of each is real; drawn on their device unless given.
+
+    Returns:
+        a scalar that is differentiable with respect to the discriminator.
+
+    Raises:
+        ValueError: real and fake pictures of different sizes, between which there is nothing.
     """
+    if real.shape != fake.shape:
+        raise ValueError(
+            f"gan_mode=wgangp mixes real pictures {tuple(real.shape)} and fake ones {tuple(fake.shape)} for its "
+            f"penalty: crop both to one size (data.crop_size), or set loss.lambda_gp=0"
+        )
     if mix is None:
         mix = torch.rand(len(real), device=real.device, dtype=real.dtype)
     pictures = torch.lerp(fake.detach(), real.detach(), mix.view(-1, 1, 1, 1)).requires_grad_()
