@@ -19,7 +19,7 @@ def gan_loss(
 
     - "lsgan": squared distance to 1 or 0 (Mao et al., ICCV 2017).
     - "vanilla": binary cross-entropy with logits (Goodfellow et al., NeurIPS 2014).
-    - "wgangp": minus the mean for real, the mean for fake (Gulrajani et al., NeurIPS 2017; its penalty is `gradient_penalty`).
+    - "wgangp": minus the mean for real, the mean for fake (Gulrajani et al., NeurIPS 2017); `gradient_penalty` besides.
     - "nonsaturating": softplus (StyleGAN2).
     - "hinge": relu(1 -+ prediction) for the discriminator; with `for_generator` minus the mean (Lim and Ye, 2017).
       The code of DCLGAN uses the discriminator's form for the generator too: that is `for_generator=False`.

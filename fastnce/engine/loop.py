@@ -15,14 +15,17 @@ import torch
 from torch import Tensor
 
 from ..methods.base import Batch, Method
-from ..options import option
+from ..options import check, option
+from .accumulate import check_parts
 from .checkpoint import Checkpoints, DiskFull
 from .choices import PRECISIONS, pick_compile, pick_precision, set_tf32
 from .cudagraph import pick_graph
 from .distributed import Ranks
 from .log import Pace, RunLog, Silence, clock, save_grid
+from .memory import out_of_memory
 from .monitor import Monitor
 from .optim import OptimOptions, schedule
+from .recompute import blocks_of
 from .step import Step
 from .stop import StopRequest
 from .validate import Validation
@@ -102,6 +105,8 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type == "meta":
+            raise RuntimeError("it holds no numbers")
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
@@ -135,20 +140,50 @@ def train(
         validation: measured every `run.validate_every` steps; decides which checkpoint `best` names.
 
     Raises:
-        TrainingFailed: too many steps in a row were not finite.
-        ValueError: the checkpoint in the folder does not belong to this method or data.
+        TrainingFailed: too many steps in a row were not finite, or memory is too small.
+        ValueError: the checkpoint in the folder does not belong to this method or data; or options that cannot be,
+            before anything is written.
     """
     ranks = ranks or Ranks()
+    check_run(method, optim, run)
     log = RunLog(folder, run.tensorboard, quiet) if ranks.first else Silence()
     try:
         with StopRequest() as stop:
             training = _Run(method, data, optim, run, folder, config or {}, batch_size, log, ranks, validation)
             try:
                 return training.go(stop)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                raise TrainingFailed(too_large(error)) from None
             finally:
                 training.step.close()
     finally:
         log.close()
+
+
+def check_run(method: Method, optim: OptimOptions, run: RunOptions) -> None:
+    """Refuse options that are out of range, or that this method on its device cannot follow; ValueError names one."""
+    check(optim, "optim")
+    check(run, "run")
+    check_parts(method, optim.accumulate)
+    pick_graph(run.graph, next(method.parameters()).device)
+    if run.checkpoint_activations:
+        blocks_of(method)
+
+
+def too_large(error: BaseException) -> str:
+    """A sentence for an allocation that failed."""
+    reason = (str(error).splitlines() or [""])[0][:200]
+    return (
+        f"memory is too small for this training; lower data.batch, data.crop_size or network.width, raise "
+        f"optim.accumulate, or set run.checkpoint_activations=true ({reason})"
+    )
+
+
+def due(every: int, done: int) -> bool:
+    """Whether something that comes every so many steps comes after this one; 0 is never."""
+    return every > 0 and done % every == 0
 
 
 class _Run:
@@ -204,15 +239,16 @@ class _Run:
                 self.log.say(f"compiled, and ran the first step, in {self.step.compile_seconds:.0f} s")
             if done == started + SETTLED:
                 self.ranks.settle()
-            if self.run.monitor_every and done % self.run.monitor_every == 0 and self.ranks.first:
+            if due(self.run.monitor_every, done) and self.ranks.first:
                 self._look()
-            if self.validation and (done % self.run.validate_every == 0 or done == self.total):
+            if self.validation and (due(self.run.validate_every, done) or done == self.total):
                 self._validate(done, self.validation)
-            if done % self.run.log_every == 0 or done == self.total:
+            if due(self.run.log_every, done) or done == self.total:
                 self._report(done, epoch, losses, pace)
-            if self.run.sample_every and (done % self.run.sample_every == 0 or done == self.total) and self.ranks.first:
+            grids = self.run.sample_every if self.run.samples and self.ranks.first else 0
+            if due(grids, done) or (grids and done == self.total):
                 self._sample(done)
-            if done % self.run.save_every == 0 and self.saved_at != done:
+            if due(self.run.save_every, done) and self.saved_at != done:
                 self._save(done)
         if self.saved_at != done and done > 0:
             self._save(done)
