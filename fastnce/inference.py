@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .config import from_dict
 from .data import DataError, find_images
 from .engine.checkpoint import follow, load_generators, newest, read_state
+from .engine.memory import available_memory, out_of_memory
 from .interop import load_weights, network_from_weights, read_weights
 from .networks import channels_last
 from .photographs import Photograph, check_format, read_photograph, write_photograph
@@ -103,7 +104,7 @@ class Translator:
             x = padded.to(self.device).contiguous(memory_format=self.layout)
             return self.generator(x).float().cpu()
         except RuntimeError as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
         self._release()
         return None
@@ -128,7 +129,7 @@ class Translator:
                     output = translate_exact(self.generator, padded, tile, self.device)
                 return output.float().cpu()
             except RuntimeError as problem:
-                if not _out_of_memory(problem):
+                if not out_of_memory(problem):
                     raise
             self._release()
             if tile // 2 < SMALLEST_TILE:
@@ -159,27 +160,6 @@ class Translator:
                     hook.remove()
             self._bytes_per_pixel = 2 * 4 * widest / side**2  # twice: skips, and what convolutions need for themselves
         return self._bytes_per_pixel * padded.shape[0] * padded.shape[2] * padded.shape[3]
-
-
-def available_memory() -> int | None:
-    """Bytes that this process can still have: the system's and its control group's; None where neither is known."""
-    rooms = []
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                rooms.append(1024 * int(line.split()[1]))
-    except OSError:
-        pass
-    try:
-        group = Path("/sys/fs/cgroup")
-        rooms.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):  # no group, or "max"
-        pass
-    return min(rooms) if rooms else None
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def pad_to_multiple(pictures: Tensor, factor: int, smallest: int = 1) -> Tensor:

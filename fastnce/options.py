@@ -41,9 +41,14 @@ def describe(options: Any) -> dict[str, tuple[Any, str]]:
     return {f.name: (getattr(options, f.name), f.metadata.get("help", "")) for f in fields(options)}
 
 
-@functools.cache
-def kinds(options: type) -> dict[str, tuple[Any, Accepts]]:
+def kinds(options: Any) -> dict[str, tuple[Any, Accepts]]:
     """Name -> (type, what it takes) of an options dataclass; a `Literal` is a text with these choices."""
+    kind: Any = type(options)
+    return _kinds(kind)
+
+
+@functools.cache
+def _kinds(options: Any) -> dict[str, tuple[Any, Accepts]]:
     hints, found = get_type_hints(options), {}
     for f in fields(options):
         hint, accepts = hints[f.name], f.metadata.get("accepts", Accepts())
@@ -59,13 +64,13 @@ def check(options: Any, section: str) -> None:
     Raises:
         ValueError: the first such value, by its key in `section`.
     """
-    for key in kinds(type(options)):
+    for key in kinds(options):
         check_value(options, key, getattr(options, key), f"{section}.{key}")
 
 
 def check_value(options: Any, key: str, value: Any, name: str, shown: str = "") -> None:
     """Refuse a value for one key; `name` and `shown` are what the sentence calls the two."""
-    hint, accepts = kinds(type(options))[key]
+    hint, accepts = kinds(options)[key]
     if not _fits(hint, accepts, value):
         raise ValueError(f"{name} must be {wanted(options, key)}, not {shown or _shown(value)}")
 
@@ -73,7 +78,7 @@ def check_value(options: Any, key: str, value: Any, name: str, shown: str = "") 
 def converted(options: Any, key: str, value: Any) -> Any:
     """A value of a file or a command line as the option holds it: 3.0 is 3 for a whole number, 1 is 1.0 for another,
     and true is "true" where that is one of the choices. What fits nothing is returned as it is."""
-    hint, accepts = kinds(type(options))[key]
+    hint, accepts = kinds(options)[key]
     if isinstance(value, list):
         element = float if hint == list[float] else int
         return [_number(element, one) for one in value]
@@ -85,20 +90,20 @@ def converted(options: Any, key: str, value: Any) -> Any:
 
 def wanted(options: Any, key: str) -> str:
     """What a key takes, as the end of a sentence: "a whole number from 1 to 1,024"."""
-    hint, accepts = kinds(type(options))[key]
+    hint, accepts = kinds(options)[key]
     if accepts.choices:
         return "one of " + ", ".join(f'"{choice}"' for choice in accepts.choices)
     names: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
     names |= {list[int]: "a list of whole numbers", list[float]: "a list of numbers"}
     kind = names.get(hint, "a whole number or [height, width], each")
     end = ", each larger than the one before" if accepts.ascending else ""
-    example = next(f.default_factory() for f in fields(options) if f.name == key) if get_origin(hint) is list else []
+    example = getattr(type(options)(), key) if get_origin(hint) is list else []
     return f"{kind}{_bounds(accepts)}{end}{f', like {example}' if example else ''}"
 
 
 def range_of(options: Any, key: str) -> str:
     """The same without its kind, for lists of options: "1 to 1,024"; empty where the consequence says it already."""
-    _, accepts = kinds(type(options))[key]
+    _, accepts = kinds(options)[key]
     consequence = describe(options)[key][1]
     if accepts.choices:
         return "" if all(choice in consequence for choice in accepts.choices) else ", ".join(accepts.choices)

@@ -12,30 +12,39 @@ from typing import Any
 
 import torch
 
-from .config import Config
+from .config import Config, check, plan, sides
 from .data import UnpairedData
 from .data.rain import RainOptions, parse_ranges
 from .data.rained import RainedData
 from .data.single import SinglePictureData
 from .engine.checkpoint import newest, read_state
+from .engine.choices import pick_precision
 from .engine.distributed import Ranks, ranks_of_launcher
-from .engine.loop import pick_device, train
-from .engine.memory import keep_freed_memory
+from .engine.loop import TrainingFailed, check_run, pick_device, too_large, train
+from .engine.memory import check_room, keep_freed_memory, out_of_memory
+from .engine.recompute import recompute_blocks
 from .engine.validate import Validation, find_validation
 from .methods import PRESETS
 
 
 def train_run(config: Config, out: Path, *, quiet: bool = False) -> int:
     """Build everything that a configuration names and train; returns the steps done."""
+    check(config)
     check_same_run(config, out)
     with ranks_of_launcher(config.run.device) as ranks:
-        return _train_rank(config, out, ranks, quiet or not ranks.first)
+        try:
+            return _train_rank(config, out, ranks, quiet or not ranks.first)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            raise TrainingFailed(too_large(error)) from None
 
 
 def _train_rank(config: Config, out: Path, ranks: Ranks, quiet: bool) -> int:
     device = pick_device(ranks.device(config.run.device))
     if device.type == "cpu":
         keep_freed_memory()
+    check_whole(config, device)
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     torch.manual_seed(config.run.seed)
@@ -68,6 +77,24 @@ def _train_rank(config: Config, out: Path, ranks: Ranks, quiet: bool) -> int:
         ranks=ranks,
         validation=validation,
     )
+
+
+def check_whole(config: Config, device: torch.device) -> None:
+    """Refuse what cannot be trained, before anything is written or takes memory.
+
+    Raises:
+        ValueError: options out of range, that contradict each other or the device, or that memory is too small for.
+    """
+    planned = plan(config)
+    check_run(planned, config.optim, config.run, device)
+    if config.run.checkpoint_activations:
+        recompute_blocks(planned)
+    size = None if config.data.preprocess == "none" else sides(config.data.crop_size)
+    if size is not None:
+        planned.check(config.data.batch, *size)
+    sixteen_bits = pick_precision(config.run.precision, device) != "fp32"
+    part = config.data.batch // config.optim.accumulate
+    check_room(planned, part, size, device=device, sixteen_bits=sixteen_bits)
 
 
 def _open_validation(config: Config, device: torch.device, ranks: Ranks, quiet: bool) -> Validation | None:
@@ -121,10 +148,6 @@ def open_data(
         progress=None if quiet else print,
         **common,
     )
-
-
-def sides(size: int | list[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def side(size: int | list[int]) -> int | tuple[int, int]:

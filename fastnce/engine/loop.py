@@ -5,6 +5,7 @@ The random choices of a step follow from (seed, rank, step) alone, so a run that
 
 from __future__ import annotations
 
+import importlib.util
 import random
 import time
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from .choices import PRECISIONS, pick_compile, pick_precision, set_tf32
 from .cudagraph import pick_graph
 from .distributed import Ranks
 from .log import Pace, RunLog, Silence, clock, save_grid
-from .memory import out_of_memory
+from .memory import LESS, out_of_memory
 from .monitor import Monitor
 from .optim import OptimOptions, schedule
 from .recompute import blocks_of
@@ -145,7 +146,7 @@ def train(
             before anything is written.
     """
     ranks = ranks or Ranks()
-    check_run(method, optim, run)
+    check_run(method, optim, run, next(method.parameters()).device)
     log = RunLog(folder, run.tensorboard, quiet) if ranks.first else Silence()
     try:
         with StopRequest() as stop:
@@ -162,12 +163,14 @@ def train(
         log.close()
 
 
-def check_run(method: Method, optim: OptimOptions, run: RunOptions) -> None:
-    """Refuse options that are out of range, or that this method on its device cannot follow; ValueError names one."""
+def check_run(method: Method, optim: OptimOptions, run: RunOptions, device: torch.device) -> None:
+    """Refuse options that are out of range, or that this method cannot follow on a device; ValueError names one."""
     check(optim, "optim")
     check(run, "run")
+    if run.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ValueError("run.tensorboard needs TensorBoard: pip install 'fastnce[tensorboard]'")
     check_parts(method, optim.accumulate)
-    pick_graph(run.graph, next(method.parameters()).device)
+    pick_graph(run.graph, device)
     if run.checkpoint_activations:
         blocks_of(method)
 
@@ -175,10 +178,7 @@ def check_run(method: Method, optim: OptimOptions, run: RunOptions) -> None:
 def too_large(error: BaseException) -> str:
     """A sentence for an allocation that failed."""
     reason = (str(error).splitlines() or [""])[0][:200]
-    return (
-        f"memory is too small for this training; lower data.batch, data.crop_size or network.width, raise "
-        f"optim.accumulate, or set run.checkpoint_activations=true ({reason})"
-    )
+    return f"memory is too small for this training ({reason}): {LESS}"
 
 
 def due(every: int, done: int) -> bool:
