@@ -12,13 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from . import __version__
-from .config import from_dict, resolve
+from .config import check, from_dict, plan, resolve
 from .data import build_cache
 from .data.rain import RANGES, RainOptions, join_negative, parse_range, write_rain
 from .engine.checkpoint import newest, read_state
 from .engine.distributed import RankLost
 from .engine.launch import launched, processes, start, without
 from .engine.loop import TrainingFailed, pick_device
+from .engine.memory import out_of_memory
 from .inference import ProgressLine, load_translator, translate_files
 from .methods import PRESETS
 from .training import check_same_run, side, train_run
@@ -45,7 +46,9 @@ def train(arguments: list[str]) -> int:
     config = resolve(args.method, args.config, args.overrides)
     if args.data is not None:
         config.data.dir = str(args.data)
+        check(config)
     if args.dry_run:
+        plan(config)
         print(config.as_toml(), end="")
         return 0
     if not config.data.dir or args.out is None:
@@ -53,6 +56,7 @@ def train(arguments: list[str]) -> int:
         raise ValueError(f"fastnce train needs {missing} (or --dry-run)")
     number = 1 if launched() else processes(args.nproc, config.run.device)
     if number > 1:
+        plan(config)  # here, where what is wrong is said once
         check_same_run(config, args.out)
         return start(number, ["train", *without(arguments, "--nproc")])
     train_run(config, args.out, quiet=args.quiet)
@@ -283,6 +287,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"fastnce: {error}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(1)  # the library's threads abort a process that ends in order without its peer
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        print(f"fastnce: memory is too small for this ({(str(error).splitlines() or [''])[0][:200]})", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .data.cache import PREPROCESS
-from .data.rain import parse_ranges
+from .data.rain import RainOptions, parse_ranges
 from .engine.loop import RunOptions
 from .engine.optim import OptimOptions
 from .methods import PRESETS, Method, NetworkOptions, Preset
@@ -153,7 +153,14 @@ def check(config: Config) -> None:
         raise ValueError(
             f"data.batch={data.batch} cannot be computed in optim.accumulate={optim.accumulate} equal parts"
         )
-    parse_ranges("data.rain_like", data.rain_like)
+    for name, text in (
+        ("data.rain_like", data.rain_like),
+        ("loss.rendered_rain", getattr(config.loss, "rendered_rain", "")),
+    ):
+        try:
+            RainOptions(**parse_ranges(name, text))
+        except ValueError as error:
+            raise ValueError(f"{name}: {str(error).removeprefix(f'{name}: ')}") from None
     _check_sides(data)
 
 

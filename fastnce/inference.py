@@ -28,6 +28,8 @@ from .windows import steps_of
 
 Tiles = Literal["auto", "exact", "fast"]
 SMALLEST_TILE = 128
+MOST_AT_ONCE = 1_024
+"""Pictures of a batch; four batches of them may wait in memory."""
 
 
 class Translator:
@@ -237,8 +239,8 @@ def translate_files(
         ValueError: no picture there, or a format that cannot hold what is asked for. Pictures that cannot be used are
             all named, after the others were written.
     """
-    if batch < 1:
-        raise ValueError(f"batch must be at least 1, not {batch}")
+    if not 1 <= batch <= MOST_AT_ONCE:
+        raise ValueError(f"batch must be from 1 to {MOST_AT_ONCE:,} pictures, not {batch}")
     check_format(suffix, bits, translator.out_channels)
     pictures = find_images(source) if source.is_dir() else [source]
     if not pictures:

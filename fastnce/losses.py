@@ -59,6 +59,16 @@ def r1_penalty(judged: Tensor, pictures: Tensor) -> Tensor:
     return slope.square().flatten(1).sum(1).mean()
 
 
+def leave_uncompiled() -> None:
+    """In a function that is compiled: stop, so that it runs as it is.
+
+    For second derivatives through the layers' kernels: a compiler takes the operator of a first derivative for a
+    constant, and would leave the second one out without a word.
+    """
+    if torch.compiler.is_compiling():
+        torch._dynamo.graph_break(msg="a penalty differentiates the discriminator twice")
+
+
 def gradient_penalty(discriminator: nn.Module, real: Tensor, fake: Tensor, mix: Tensor | None = None) -> Tensor:
     """WGAN-GP's penalty: (slope length - 1)^2 between real and fake (Gulrajani et al., NeurIPS 2017), unweighted.
 
@@ -73,6 +83,7 @@ def gradient_penalty(discriminator: nn.Module, real: Tensor, fake: Tensor, mix: 
     Raises:
         ValueError: real and fake pictures of different sizes, between which there is nothing.
     """
+    leave_uncompiled()
     if real.shape != fake.shape:
         raise ValueError(
             f"gan_mode=wgangp mixes real pictures {tuple(real.shape)} and fake ones {tuple(fake.shape)} for its "

@@ -20,9 +20,12 @@ def processes(text: str, device: str) -> int:
     there = torch.accelerator.device_count() if device != "cpu" else 0
     if text == "auto":
         return max(1, there)
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"--nproc must be auto or a number of processes from 1 on, not {text!r}")
-    number = int(text)
+    most = max(there, 8 * (os.cpu_count() or 1))
+    number = int(text) if text.isdecimal() and len(text) < 10 else 0
+    if number < 1:
+        raise ValueError(f"--nproc must be auto or a number of processes from 1 on, not {text[:60]!r}")
+    if number > most:
+        raise ValueError(f"--nproc {number} is too many for this machine, which can be shared by {most} at most")
     if number > 1 and device != "cpu" and number > there:
         raise ValueError(
             f"--nproc {number} wants an accelerator for each process, and {there} are there: fewer, or run.device=cpu"

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..losses import GANMode, gan_loss, gradient_penalty, r1_penalty
+from ..losses import GANMode, gan_loss, gradient_penalty, leave_uncompiled, r1_penalty
 from ..nce.api import Negatives
+from ..networks.layers import FusedLayer
 from ..options import option
 from .base import MOST_PATCHES, WEIGHT, Batch, Draws, Losses, NetworkOptions, Outputs, check_options
 from .cut import CUT, CUTOptions
@@ -49,11 +50,14 @@ class SinCUT(CUT):
                 f"loss.nce_idt=true and loss.lambda_nce above 0, or loss.lambda_identity=0"
             )
         super().__init__(options, network)
+        self.kernels_judge = any(isinstance(module, FusedLayer) for module in self.discriminator.modules())
 
     def d_loss(self, batch: Batch, outputs: Outputs, draws: Draws) -> tuple[Tensor, Losses]:
         options = self.options
         if options.lambda_r1 == 0:
             return super().d_loss(batch, outputs, draws)
+        if self.kernels_judge:
+            leave_uncompiled()
         # Apart, because the penalty's two backward passes would otherwise run over the fakes as well.
         real, fake = batch.b.detach().requires_grad_(), outputs["fake_B"].detach()
         judged_fake, judged_real = self.discriminator(fake), self.discriminator(real)
