@@ -183,6 +183,8 @@ class StyleGAN2Generator(nn.Module):
         super().__init__()
         level = log2_resolution(resolution)
         fine, coarse = (min(512, round(2 ** (14 - l) * width / 32)) for l in (level, level - 1))
+        if fine < 1:
+            raise ValueError(f"network.width={width} leaves no channels at network.resolution={resolution}: raise it")
         self.encoder = _Convs(
             [nn.Identity(), conv_layer(in_channels, fine, 1), ResBlock(fine, coarse, halve=True)]
             + [ResBlock(coarse, coarse, halve=False) for _ in range(blocks // 2)]
@@ -234,6 +236,10 @@ class StyleGAN2Discriminator(nn.Module):
             wanted = int(2 ** (14 - l) * width / 64)
             return min(384, wanted) if l < 6 else wanted
 
+        if channels(level) < 1:
+            raise ValueError(
+                f"network.discriminator_width={width} leaves no channels at network.resolution={resolution}: raise it"
+            )
         self.side = 2**level
         self.convs = nn.Sequential(
             conv_layer(in_channels, channels(level), 1),
