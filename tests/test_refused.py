@@ -56,7 +56,7 @@ WRONG = [
     ("cut", ["run.device=meta"], "run.device=meta cannot be used here"),
     ("cut", ["run.device="], "run.device= cannot be used here"),
     ("cut", ["network.width=60000"], "take at least"),
-    ("cut", ["data.batch=20000"], "a step of 20000 pictures of 32x32 takes at least"),
+    ("cut", ["data.batch=20000"], "a step with 20000 pictures of 32x32 at once takes at least"),
     ("cyclegan", ["loss.pool_size=1000000"], "loss.pool_size"),
 ]
 
@@ -204,7 +204,7 @@ def test_room_for_weights_and_for_a_step(monkeypatch):
         monkeypatch.setattr(memory, "available_memory", lambda least=least: least)
         memory.check_room(planned(), 2, (32, 32), device=cpu, sixteen_bits=bits)
         monkeypatch.setattr(memory, "available_memory", lambda least=least: least - 1)
-        with pytest.raises(ValueError, match="a step of 2 pictures of 32x32"):
+        with pytest.raises(ValueError, match="a step with 2 pictures of 32x32"):
             memory.check_room(planned(), 2, (32, 32), device=cpu, sixteen_bits=bits)
     monkeypatch.setattr(memory, "available_memory", lambda: 4 * weights + buffers - 1)
     with pytest.raises(ValueError, match="lower network.width"):

@@ -111,8 +111,8 @@ def check_room(
     needed += sum(b.nbytes for b in method.buffers()) - before
     if needed > room:
         raise ValueError(
-            f"a step of {images} pictures of {height}x{width} takes at least {_gib(needed)} of memory, and "
-            f"{_gib(room)} are there: {LESS}"
+            f"a step with {images} {'picture' if images == 1 else 'pictures'} of {height}x{width} at once takes at "
+            f"least {_gib(needed)} of memory, and {_gib(room)} are there: {LESS}"
         )
 
 

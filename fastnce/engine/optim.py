@@ -14,7 +14,7 @@ from ..options import option
 class OptimOptions:
     """Learning rate, its schedule, and the average of weights."""
 
-    lr: float = option(2e-4, "Adam's learning rate during the first n_epochs", low=1e-12, high=10)
+    lr: float = option(2e-4, "Adam's learning rate during the first n_epochs", low=1e-12, high=1e38)
     beta1: float = option(0.5, "Adam's first moment; 0.5 as in every paper here", low=0, below=1)
     beta2: float = option(0.999, "Adam's second moment", low=0, below=1)
     n_epochs: int = option(200, "epochs at the full learning rate; an epoch is the larger domain once", low=0)
