@@ -93,7 +93,7 @@ def wanted(options: Any, key: str) -> str:
     hint, accepts = kinds(options)[key]
     if accepts.choices:
         return "one of " + ", ".join(f'"{choice}"' for choice in accepts.choices)
-    names: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    names: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text in UTF-8"}
     names |= {list[int]: "a list of whole numbers", list[float]: "a list of numbers"}
     kind = names.get(hint, "a whole number or [height, width], each")
     end = ", each larger than the one before" if accepts.ascending else ""

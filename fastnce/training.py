@@ -18,10 +18,11 @@ from .data.rain import RainOptions, parse_ranges
 from .data.rained import RainedData
 from .data.single import SinglePictureData
 from .engine.checkpoint import newest, read_state
+from .engine.checks import check_run
 from .engine.choices import pick_precision
 from .engine.distributed import Ranks, ranks_of_launcher
-from .engine.loop import TrainingFailed, check_run, pick_device, too_large, train
-from .engine.memory import check_room, keep_freed_memory, out_of_memory
+from .engine.loop import TrainingFailed, pick_device, train
+from .engine.memory import check_room, keep_freed_memory, out_of_memory, too_large
 from .engine.recompute import recompute_blocks
 from .engine.validate import Validation, find_validation
 from .methods import PRESETS

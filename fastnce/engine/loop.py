@@ -5,7 +5,6 @@ The random choices of a step follow from (seed, rank, step) alone, so a run that
 
 from __future__ import annotations
 
-import importlib.util
 import random
 import time
 from dataclasses import dataclass
@@ -16,17 +15,16 @@ import torch
 from torch import Tensor
 
 from ..methods.base import Batch, Method
-from ..options import check, option
-from .accumulate import check_parts
+from ..options import option
 from .checkpoint import Checkpoints, DiskFull
+from .checks import check_run
 from .choices import PRECISIONS, pick_compile, pick_precision, set_tf32
 from .cudagraph import pick_graph
 from .distributed import Ranks
 from .log import Pace, RunLog, Silence, clock, save_grid
-from .memory import LESS, out_of_memory
+from .memory import out_of_memory, too_large
 from .monitor import Monitor
 from .optim import OptimOptions, schedule
-from .recompute import blocks_of
 from .step import Step
 from .stop import StopRequest
 from .validate import Validation
@@ -161,24 +159,6 @@ def train(
                 training.step.close()
     finally:
         log.close()
-
-
-def check_run(method: Method, optim: OptimOptions, run: RunOptions, device: torch.device) -> None:
-    """Refuse options that are out of range, or that this method cannot follow on a device; ValueError names one."""
-    check(optim, "optim")
-    check(run, "run")
-    if run.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise ValueError("run.tensorboard needs TensorBoard: pip install 'fastnce[tensorboard]'")
-    check_parts(method, optim.accumulate)
-    pick_graph(run.graph, device)
-    if run.checkpoint_activations:
-        blocks_of(method)
-
-
-def too_large(error: BaseException) -> str:
-    """A sentence for an allocation that failed."""
-    reason = (str(error).splitlines() or [""])[0][:200]
-    return f"memory is too small for this training ({reason}): {LESS}"
 
 
 def due(every: int, done: int) -> bool:

@@ -55,6 +55,12 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
+def too_large(error: BaseException) -> str:
+    """A sentence for an allocation that failed."""
+    reason = (str(error).splitlines() or [""])[0][:200]
+    return f"memory is too small for this training ({reason}): {LESS}"
+
+
 def kept_bytes(network: nn.Module, pictures: Tensor) -> int:
     """What autograd keeps of a pass of `network` for its backward, besides the parameters; both on the meta device."""
     own = {id(p) for p in network.parameters()}
