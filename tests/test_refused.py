@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastnce.cli import main
+from fastnce.data import UnpairedData
 from fastnce.engine import memory
 from fastnce.engine.launch import processes
 from fastnce.engine.loop import RunOptions, TrainingFailed, due, pick_device, train
@@ -166,8 +167,9 @@ def test_memory_that_runs_out_is_a_sentence(folder, tmp_path, capsys, monkeypatc
             raise error
 
         monkeypatch.setattr(Step, "run", fail)
+        data = UnpairedData(folder, load_size=36, crop_size=32)
         with pytest.raises(TrainingFailed, match="memory is too small"):
-            train_run(small_config(folder), tmp_path / "other", quiet=True)
+            train(small_method(), data, OptimOptions(), RunOptions(), tmp_path / "other", quiet=True)
 
 
 def test_other_errors_are_not_about_memory(folder, tmp_path, monkeypatch):
