@@ -220,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         device = default_device(args.device)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()  # which meta has not
     except (RuntimeError, AssertionError) as error:
         parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
     torch.manual_seed(0)

@@ -12,14 +12,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from . import __version__
-from .config import from_dict, resolve
+from .config import check, from_dict, plan, resolve
 from .data.rain import RANGES, RainOptions, join_negative, parse_range, write_rain
 from .engine.checkpoint import load_generators, open_checkpoint
 from .engine.distributed import RankLost
 from .engine.launch import launched, processes, start, without
 from .engine.loop import TrainingFailed, pick_device
+from .engine.memory import out_of_memory
 from .evaluate.pairs import RAIN_SIDE_HELP, RAIN_SIDES
-from .inference import ProgressLine, load_translator, out_of_memory, translate_files
+from .inference import ProgressLine, load_translator, translate_files
 from .methods import PRESETS
 from .streams import flush, open_streams, sentence_of, stdout_takes, tell
 from .training import cache_run, check_same_run, train_run
@@ -46,7 +47,9 @@ def train(arguments: list[str]) -> int:
     config = resolve(args.method, args.config, args.overrides)
     if args.data is not None:
         config.data.dir = str(args.data)
+        check(config)
     if args.dry_run:
+        plan(config)
         print(config.as_toml(), end="")
         return 0
     if not config.data.dir or args.out is None:
@@ -54,6 +57,7 @@ def train(arguments: list[str]) -> int:
         raise ValueError(f"fastnce train needs {missing} (or --dry-run)")
     number = 1 if launched() else processes(args.nproc, config.run.device)
     if number > 1:
+        plan(config)  # here, where what is wrong is said once
         check_same_run(config, args.out, number)
         return start(number, ["train", *without(arguments, "--nproc")])
     train_run(config, args.out, quiet=args.quiet)

@@ -5,35 +5,55 @@ from __future__ import annotations
 import difflib
 import json
 import tomllib
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from .data.cache import PREPROCESS
+from .data.rain import RainOptions, parse_ranges
 from .engine.loop import RunOptions
 from .engine.optim import OptimOptions
-from .methods import PRESETS, NetworkOptions, Preset
-from .options import describe, option
+from .evaluate.pairs import RAIN_SIDES
+from .methods import PRESETS, Method, NetworkOptions, Preset
+from .options import check as check_options
+from .options import check_value, converted, describe, option, range_of
+
+MOST_SIDE = 16_384
+"""Of pictures in pixels: one of that size takes 3 GiB as float32."""
 
 
 @dataclass
 class DataOptions:
     """Where pictures come from and how they are cut (see `fastnce.data.UnpairedData`)."""
 
-    dir: str = option("", "folder with trainA and trainB (testA, testB for samples)")
-    load_size: int | list[int] = option(286, "resize to this before cropping, one side or [height, width]")
-    crop_size: int | list[int] = option(256, "side of the crops, or [height, width]; multiples of 4")
+    dir: str = option("", "folder with trainA and trainB (testA, testB for samples)", anything=True)
+    load_size: int | list[int] = option(
+        286, "resize to this before cropping, one side or [height, width]", low=1, high=MOST_SIDE
+    )
+    crop_size: int | list[int] = option(
+        256, "side of the crops, or [height, width]; multiples of 4", low=1, high=MOST_SIDE
+    )
     preprocess: str = option(
         "resize_and_crop",
         "resize_and_crop, crop, scale_width_and_crop, scale_shortside_and_crop, none (whole pictures), zoom_and_patch",
+        choices=(*PREPROCESS, "zoom_and_patch"),
     )
     flip: bool = option(True, "mirror half of the pictures")
-    rain: float = option(0.0, "share of A's pictures that are B's with rendered rain; 1 needs no trainA")
-    rain_like: str = option("", "that rain, e.g. density=0.1:0.3,angle=-40:40; empty: the ranges of fastnce rain")
-    validate: str = option("", "held-out pairs for run.validate_every; empty: the data folder's test, if it pairs")
-    rain_side: str = option("right", "half of held-out strips that is rainy, right or left")
-    batch: int = option(1, "pictures of each domain a step")
+    rain: float = option(0.0, "share of A's pictures that are B's with rendered rain; 1 needs no trainA", low=0, high=1)
+    rain_like: str = option(
+        "", "that rain, e.g. density=0.1:0.3,angle=-40:40; empty: the ranges of fastnce rain", anything=True
+    )
+    validate: str = option(
+        "", "held-out pairs for run.validate_every; empty: the data folder's test, if it pairs", anything=True
+    )
+    rain_side: str = option("right", "half of held-out strips that is rainy, right or left", choices=RAIN_SIDES)
+    batch: int = option(1, "pictures of each domain a step", low=1, high=65_536)
     skip_bad: bool = option(False, "pass over pictures that cannot be read instead of stopping")
-    cache_dir: str = option("", "where decoded pictures are kept; empty: .fastnce-cache in the data folder")
+    cache_dir: str = option(
+        "", "where decoded pictures are kept; empty: .fastnce-cache in the data folder", anything=True
+    )
 
 
 @dataclass
@@ -55,12 +75,14 @@ class Config:
         return {"method": self.method, **sections}
 
     def as_toml(self) -> str:
-        """The configuration as a TOML file that `--config` takes, with what each key does."""
+        """The configuration as a TOML file that `--config` takes, with what each key does and accepts."""
         lines = [f"method = {_toml(self.method)}"]
         for section in self.SECTIONS:
             lines += ["", f"[{section}]"]
             for key, (value, consequence) in describe(getattr(self, section)).items():
-                lines.append(f"{key} = {_toml(value)}".ljust(36) + f"  # {consequence}")
+                accepted = range_of(getattr(self, section), key)
+                accepted = f" [{accepted}]" if accepted else ""
+                lines.append(f"{key} = {_toml(value)}".ljust(36) + f"  # {consequence}{accepted}")
         return "\n".join(lines) + "\n"
 
     def differences(self, other: dict[str, Any], *, any_batch: bool = False) -> list[str]:
@@ -75,7 +97,7 @@ class Config:
         found = []
         for section in self.SECTIONS:
             for key, value in mine[section].items():
-                stored = other.get(section, {}).get(key)
+                stored = other.get(section, {}).get(key, _absent(self.method, section, key, other))
                 free = (section == "run" and key != "seed") or (section, key) in _MAY_CHANGE
                 free = free or (any_batch and (section, key) == ("data", "batch"))
                 if stored != value and not free:
@@ -94,23 +116,25 @@ def resolve(method: str, file: Path | None = None, overrides: list[str] | None =
     """The configuration of a method after its preset, a file and overrides.
 
     Raises:
-        ValueError: an unknown method or key (with the nearest known one), or a value of the wrong kind.
+        ValueError: an unknown method or key (with the nearest known one), or what `check` refuses.
     """
     if method not in PRESETS:
         raise ValueError(f"unknown method {method!r}{_nearest(method, list(PRESETS))}; known: {', '.join(PRESETS)}")
     config = from_preset(method, PRESETS[method])
     if file is not None:
         try:
-            stored = tomllib.loads(file.read_text(encoding="utf-8"))
+            stored = tomllib.loads(file.read_text(encoding="utf-8-sig"))
         except OSError as error:
             raise ValueError(f"--config {file}: {error.strerror}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # of numbers too long and lists too deep too
             raise ValueError(f"--config {file}: not TOML: {error}") from None
         if stored.pop("method", method) != method:
             raise ValueError(f"--config {file} is for another method than {method}")
         for section, values in stored.items():
             if not isinstance(values, dict):
                 raise ValueError(f"--config {file}: {section!r} must be in a section{_nearest_key(config, section)}")
+            if section not in Config.SECTIONS and not values:
+                raise ValueError(f"--config {file}: unknown section {section!r}; known: {', '.join(Config.SECTIONS)}")
             for key, value in values.items():
                 _set(config, f"{section}.{key}", value, f"--config {file}")
     for text in overrides or []:
@@ -118,7 +142,68 @@ def resolve(method: str, file: Path | None = None, overrides: list[str] | None =
         if not equals:
             raise ValueError(f"{text!r}: write section.key=value{_nearest_key(config, name)}")
         _set(config, name.strip(), value.strip(), "", parse=True)
+    check(config)
     return config
+
+
+def check(config: Config) -> None:
+    """Refuse a configuration with a value outside of its range, or with values that contradict each other.
+
+    Only what the configuration alone tells: not whether networks, pictures and this machine go with it.
+
+    Raises:
+        ValueError: the first key that is wrong, its value, and what is accepted.
+    """
+    for section in Config.SECTIONS:
+        check_options(getattr(config, section), section)
+    data, optim = config.data, config.optim
+    if optim.n_epochs + optim.n_epochs_decay < 1:
+        raise ValueError("optim.n_epochs=0 and optim.n_epochs_decay=0 leave nothing to train: one must be at least 1")
+    if data.batch % optim.accumulate:
+        raise ValueError(
+            f"data.batch={data.batch} cannot be computed in optim.accumulate={optim.accumulate} equal parts"
+        )
+    for name, text in (
+        ("data.rain_like", data.rain_like),
+        ("loss.rendered_rain", getattr(config.loss, "rendered_rain", "")),
+    ):
+        try:
+            RainOptions(**parse_ranges(name, text))
+        except ValueError as error:
+            raise ValueError(f"{name}: {str(error).removeprefix(f'{name}: ')}") from None
+    _check_sides(data)
+
+
+def _check_sides(data: DataOptions) -> None:
+    """Those that crops are cut by: of whole pictures and of SinCUT's, `fastnce.data` decides."""
+    if data.preprocess in ("none", "zoom_and_patch"):
+        return
+    (load_height, load_width), (height, width) = (sides(size) for size in (data.load_size, data.crop_size))
+    if height % 4 or width % 4:
+        raise ValueError(f"data.crop_size={data.crop_size} must have sides that are multiples of 4")
+    if data.preprocess == "crop":  # where load_size has no part
+        return
+    if load_width < width or (load_height < height and data.preprocess != "scale_width_and_crop"):
+        raise ValueError(
+            f"data.load_size={data.load_size} is too small for data.crop_size={data.crop_size}: it must be at least as "
+            f"large"
+        )
+
+
+def sides(size: int | list[int]) -> tuple[int, int]:
+    """(height, width) of an option that holds one side or two."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def plan(config: Config) -> Method:
+    """The method that a checked configuration names, on the meta device: no memory, no random numbers.
+
+    Raises:
+        ValueError: what `check` refuses, or options that do not go together with the networks.
+    """
+    check(config)
+    with torch.device("meta"):
+        return PRESETS[config.method].method(config.loss, config.network)
 
 
 def from_preset(method: str, preset: Preset) -> Config:
@@ -131,16 +216,34 @@ def from_preset(method: str, preset: Preset) -> Config:
 
 
 def from_dict(stored: dict[str, Any]) -> Config:
-    """What `as_dict` gave; keys of other versions are ignored."""
+    """What `as_dict` gave; keys of other versions are ignored.
+
+    Only the network's values are looked at: runs of other versions may have had what would be refused today, and their
+    generators translate as before.
+
+    Raises:
+        ValueError: not such a dictionary, an unknown method, or a network that cannot be.
+    """
+    if not isinstance(stored, dict):
+        raise ValueError(f"a stored configuration must be a table of sections, not {type(stored).__name__}")
     if stored.get("method") not in PRESETS:
         raise ValueError(f"unknown method {stored.get('method')!r}; known: {', '.join(PRESETS)}")
     config = from_preset(stored["method"], PRESETS[stored["method"]])
     for section in Config.SECTIONS:
-        target = getattr(config, section)
-        for key, value in stored.get(section, {}).items():
-            if hasattr(target, key):
-                setattr(target, key, value)
+        target, values = getattr(config, section), stored.get(section, {})
+        if not isinstance(values, dict):
+            raise ValueError(f"a stored configuration's {section} must be a table of keys, not {values!r}")
+        for key in {f.name for f in fields(target)} & values.keys():
+            setattr(target, key, values[key])
+    check_options(config.network, "network")
     return config
+
+
+def _absent(method: str, section: str, key: str, other: dict[str, Any]) -> Any:
+    """What a run of a version without this key did: what the preset says today, but for WGAN-GP's penalty."""
+    if key == "lambda_gp" and other.get("loss", {}).get("gan_mode") == "wgangp":
+        return 0.0
+    return getattr(getattr(from_preset(method, PRESETS[method]), section), key)
 
 
 def _keys(config: Config) -> list[str]:
@@ -161,35 +264,15 @@ def _nearest_key(config: Config, name: str) -> str:
 def _set(config: Config, name: str, value: Any, where: str, parse: bool = False) -> None:
     where = f"{where}: " if where else ""
     section, _, key = name.partition(".")
-    target = getattr(config, section, None) if section in Config.SECTIONS else None
-    if not is_dataclass(target) or key not in {f.name for f in fields(target)}:
+    target = getattr(config, section) if section in Config.SECTIONS else None
+    if target is None or key not in {f.name for f in fields(target)}:
         raise ValueError(f"{where}unknown key {name!r}{_nearest_key(config, name)}")
-    old = getattr(target, key)
-    annotation = str({f.name: f.type for f in fields(target)}[key])
+    text = value if parse else ""
     if parse:
-        value = _parse(value, old)
-    numbers = isinstance(value, int | float) and not isinstance(value, bool)
-    if isinstance(old, bool):
-        fits, wanted = isinstance(value, bool), "true or false"
-    elif "int | list[int]" in annotation:
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        pair = isinstance(value, list) and len(value) == 2 and all(isinstance(v, int) for v in value)
-        fits, wanted = whole or pair, "a whole number or [height, width]"
-    elif isinstance(old, int):
-        fits, wanted = numbers and int(value) == value, "a whole number"
-        value = int(value) if fits else value
-    elif isinstance(old, float):
-        fits, wanted = numbers, "a number"
-        value = float(value) if fits else value
-    elif isinstance(old, list):
-        kind = "float" if "float" in annotation else "int"
-        good = (int, float) if kind == "float" else int
-        fits = isinstance(value, list) and all(isinstance(v, good) and not isinstance(v, bool) for v in value)
-        wanted = f"a list of {'numbers' if kind == 'float' else 'whole numbers'}, like {_toml(old)}"
-    else:
-        fits, wanted = isinstance(value, str), "text"
-    if not fits:
-        raise ValueError(f"{where}{name} must be {wanted}, not {value!r}")
+        value = _parse(value, getattr(target, key))
+    value = converted(target, key, value)
+    shown = "" if isinstance(value, str) or len(text) > 60 else text  # as it was written: [1, 2,] and 1e-3
+    check_value(target, key, value, f"{where}{name}", shown)
     setattr(target, key, value)
 
 
@@ -200,9 +283,11 @@ def _parse(text: str, old: Any) -> Any:
     if isinstance(old, list) and not text.startswith("["):
         text = f"[{text}]"
     lowered = {"true": "true", "false": "false", "yes": "true", "no": "false", "on": "true", "off": "false"}
+    if "#" in text or "\n" in text:  # a comment, or a second key
+        return text
     try:
         return tomllib.loads(f"value = {lowered.get(text.lower(), text)}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 
@@ -210,7 +295,7 @@ def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
-    if isinstance(value, list):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # which JSON may hold, TOML not
+    if isinstance(value, list | tuple):
         return f"[{', '.join(_toml(v) for v in value)}]"
     return repr(value)

@@ -70,12 +70,14 @@ def main(arguments: list[str] | None = None) -> int:
     from .cli import train_run  # the demo is a user of the command line's own function
     from .inference import load_translator
 
+    if args.steps < 1:
+        raise ValueError(f"--steps must be at least 1, not {args.steps}")
     began = time.perf_counter()
     folder = args.out / "photographs"
-    write_folders(folder)
     epochs = f"optim.n_epochs={max(1, args.steps // len(DAY))}"
     config = resolve("fastcut", None, [*SETTINGS, epochs, "optim.n_epochs_decay=0", f"run.minutes={args.minutes}"])
     config.data.dir = str(folder)
+    write_folders(folder)
     steps = train_run(config, args.out)
 
     translator = load_translator(args.out, pick_device("auto"))

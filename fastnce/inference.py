@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .config import from_dict
 from .data import DataError, find_images
 from .engine.checkpoint import follow, load_generators, open_checkpoint
+from .engine.memory import available_memory, out_of_memory
 from .evaluate.quality import FLOATS, check_range
 from .interop import load_weights, network_from_weights, read_weights
 from .networks import channels_last
@@ -30,6 +31,8 @@ from .windows import steps_of
 
 Tiles = Literal["auto", "exact", "fast"]
 SMALLEST_TILE = 128
+MOST_AT_ONCE = 1_024
+"""Pictures of a batch; four batches of them may wait in memory."""
 
 
 class Translator:
@@ -178,30 +181,6 @@ class Translator:
         return self._bytes_per_pixel * padded.shape[0] * padded.shape[2] * padded.shape[3]
 
 
-def available_memory() -> int | None:
-    """Bytes that this process can still have: the system's and its control group's; None where neither is known."""
-    rooms = []
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                rooms.append(1024 * int(line.split()[1]))
-    except OSError:
-        pass
-    try:
-        group = Path("/sys/fs/cgroup")
-        rooms.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):  # no group, or "max"
-        pass
-    return min(rooms) if rooms else None
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether this says that the process's or the device's memory does not suffice."""
-    if isinstance(error, MemoryError):
-        return True
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
 def pad_to_multiple(pictures: Tensor, factor: int, smallest: int = 1) -> Tensor:
     """Pad the right and lower border to multiples of `factor`, at least `smallest`.
 
@@ -281,8 +260,8 @@ def translate_files(
             would replace; nothing is written then. Pictures that cannot be used are all named, after the others were
             written. A disk that refuses a file ends it at once, with the file's name and how many were written.
     """
-    if batch < 1:
-        raise ValueError(f"batch must be at least 1, not {batch}")
+    if not 1 <= batch <= MOST_AT_ONCE:
+        raise ValueError(f"batch must be from 1 to {MOST_AT_ONCE:,} pictures, not {batch}")
     check_format(suffix, bits, translator.out_channels)
     source, out = Path(source), Path(out)
     if out.exists() and not out.is_dir():

@@ -21,7 +21,7 @@ def gan_loss(
 
     - "lsgan": squared distance to 1 or 0 (Mao et al., ICCV 2017).
     - "vanilla": binary cross-entropy with logits (Goodfellow et al., NeurIPS 2014).
-    - "wgangp": minus the mean for real, the mean for fake (Gulrajani et al., NeurIPS 2017; its penalty is separate).
+    - "wgangp": minus the mean for real, the mean for fake (Gulrajani et al., NeurIPS 2017); `gradient_penalty` besides.
     - "nonsaturating": softplus (StyleGAN2).
     - "hinge": relu(1 -+ prediction) for the discriminator; with `for_generator` minus the mean (Lim and Ye, 2017).
       The code of DCLGAN uses the discriminator's form for the generator too: that is `for_generator=False`.
@@ -77,17 +77,31 @@ def r1_penalty(judged: Tensor, pictures: Tensor) -> Tensor:
     return slope.square().flatten(1).sum(1).mean()
 
 
+def leave_uncompiled() -> None:
+    """In a function that is compiled: stop, so that it runs as it is.
+
+    For second derivatives through the layers' kernels: a compiler takes the operator of a first derivative for a
+    constant, and would leave the second one out without a word.
+    """
+    if torch.compiler.is_compiling():
+        torch._dynamo.graph_break(msg="a penalty differentiates the discriminator twice")
+
+
 def gradient_penalty(discriminator: nn.Module, real: Tensor, fake: Tensor, mix: Tensor | None = None) -> Tensor:
     """WGAN-GP's penalty: (slope length - 1)^2 between real and fake (Gulrajani et al., NeurIPS 2017), unweighted.
 
     Args:
         discriminator: on (images, channels, height, width).
         real, fake: of one shape; constants.
-        mix: (images,) in [0, 1], how much of each is real; drawn unless given.
+        mix: (images,) in [0, 1], how much of each is real; drawn on their device unless given.
+
+    Returns:
+        a scalar that is differentiable with respect to the discriminator.
 
     Raises:
         ValueError: pictures that differ in shape or device, or a mix of another shape.
     """
+    leave_uncompiled()
     checks.same_shape("real", real, "fake", fake, dims=4)
     if mix is not None:
         checks.same_shape("mix", mix, "the first pixel of each picture", real[:, 0, 0, 0])

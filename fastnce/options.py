@@ -1,18 +1,182 @@
-"""Options as dataclasses whose fields say what they do."""
+"""Options as dataclasses whose fields say what they do and which values they take."""
 
 from __future__ import annotations
 
-from dataclasses import field, fields
-from typing import Any
+import functools
+import math
+from dataclasses import dataclass, field, fields
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+BITS_64 = 2**63 - 1
+"""The largest whole number that an option takes unless it says otherwise: tensors and TOML hold no larger ones."""
 
 
-def option(default: Any, consequence: str) -> Any:
-    """A field with the sentence that tells what changes with it."""
+@dataclass(frozen=True)
+class Accepts:
+    """Which values an option takes, beside their kind; of a list, what holds for each element.
+
+    low, high: at least, at most. below: less than that. choices: of texts. ascending: a list of one element at least,
+    each larger than the one before. anything: there is nothing to say beside the kind.
+    """
+
+    low: float | None = None
+    high: float | None = None
+    below: float | None = None
+    choices: tuple[str, ...] = ()
+    ascending: bool = False
+    anything: bool = False
+
+
+def option(default: Any, consequence: str, **accepts: Any) -> Any:
+    """A field with the sentence that tells what changes with it, and the values that it takes (see `Accepts`)."""
+    metadata = {"help": consequence, "accepts": Accepts(**accepts)}
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": consequence})
-    return field(default=default, metadata={"help": consequence})
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def describe(options: Any) -> dict[str, tuple[Any, str]]:
     """Name -> (value, consequence) of an options dataclass."""
     return {f.name: (getattr(options, f.name), f.metadata.get("help", "")) for f in fields(options)}
+
+
+def kinds(options: Any) -> dict[str, tuple[Any, Accepts]]:
+    """Name -> (type, what it takes) of an options dataclass; a `Literal` is a text with these choices."""
+    kind: Any = type(options)
+    return _kinds(kind)
+
+
+@functools.cache
+def _kinds(options: Any) -> dict[str, tuple[Any, Accepts]]:
+    hints, found = get_type_hints(options), {}
+    for f in fields(options):
+        hint, accepts = hints[f.name], f.metadata.get("accepts", Accepts())
+        if get_origin(hint) is Literal:
+            hint, accepts = str, Accepts(choices=get_args(hint))
+        found[f.name] = hint, accepts
+    return found
+
+
+def check(options: Any, section: str) -> None:
+    """Refuse an options dataclass with a value of the wrong kind or outside of its range.
+
+    Raises:
+        ValueError: the first such value, by its key in `section`.
+    """
+    for key in kinds(options):
+        check_value(options, key, getattr(options, key), f"{section}.{key}")
+
+
+def check_value(options: Any, key: str, value: Any, name: str, shown: str = "") -> None:
+    """Refuse a value for one key; `name` and `shown` are what the sentence calls the two."""
+    hint, accepts = kinds(options)[key]
+    if not _fits(hint, accepts, value):
+        raise ValueError(f"{name} must be {wanted(options, key)}, not {shown or _shown(value)}")
+
+
+def converted(options: Any, key: str, value: Any) -> Any:
+    """A value of a file or a command line as the option holds it: 3.0 is 3 for a whole number, 1 is 1.0 for another,
+    and true is "true" where that is one of the choices. What fits nothing is returned as it is."""
+    hint, accepts = kinds(options)[key]
+    if isinstance(value, list):
+        element = float if hint == list[float] else int
+        return [_number(element, one) for one in value]
+    if isinstance(value, bool):
+        text = "true" if value else "false"
+        return text if text in accepts.choices else value
+    return _number(float if hint is float else int, value) if hint is not str else value
+
+
+def wanted(options: Any, key: str) -> str:
+    """What a key takes, as the end of a sentence: "a whole number from 1 to 1,024"."""
+    hint, accepts = kinds(options)[key]
+    if accepts.choices:
+        return "one of " + ", ".join(f'"{choice}"' for choice in accepts.choices)
+    names: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text in UTF-8"}
+    names |= {list[int]: "a list of whole numbers", list[float]: "a list of numbers"}
+    kind = names.get(hint, "a whole number or [height, width], each")
+    end = ", each larger than the one before" if accepts.ascending else ""
+    example = getattr(type(options)(), key) if get_origin(hint) is list else []
+    return f"{kind}{_bounds(accepts)}{end}{f', like {example}' if example else ''}"
+
+
+def range_of(options: Any, key: str) -> str:
+    """The same without its kind, for lists of options: "1 to 1,024"; empty where the consequence says it already."""
+    _, accepts = kinds(options)[key]
+    consequence = describe(options)[key][1]
+    if accepts.choices:
+        return "" if all(choice in consequence for choice in accepts.choices) else ", ".join(accepts.choices)
+    return _bounds(accepts).strip().removeprefix("from ").removeprefix("of ")
+
+
+def _fits(hint: Any, accepts: Accepts, value: Any) -> bool:
+    if hint is bool:
+        return isinstance(value, bool)
+    if hint is str:
+        choices = accepts.choices
+        return isinstance(value, str) and _writable(value) and (not choices or value in choices)
+    if hint is int:
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        return whole and (accepts.high is not None or value <= BITS_64) and _in(accepts, value)
+    if hint is float:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number and _finite(value) and _in(accepts, value)
+    if isinstance(hint, UnionType):  # int | list[int]: one side or two
+        sides = value if isinstance(value, list | tuple) else [value, value]
+        return len(sides) == 2 and all(_fits(int, accepts, one) for one in sides)
+    (element,) = get_args(hint)
+    if not isinstance(value, list | tuple) or not all(_fits(element, accepts, one) for one in value):
+        return False
+    return not accepts.ascending or (len(value) > 0 and list(value) == sorted(set(value)))
+
+
+def _in(accepts: Accepts, value: float) -> bool:
+    return (
+        (accepts.low is None or value >= accepts.low)
+        and (accepts.high is None or value <= accepts.high)
+        and (accepts.below is None or value < accepts.below)
+    )
+
+
+def _finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond every float
+        return False
+
+
+def _writable(text: str) -> bool:
+    """Not so of file names that are no UTF-8: a configuration could not be written."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in text
+
+
+def _number(kind: type, value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not _finite(value):
+        return value
+    if kind is float:
+        return float(value)
+    return int(value) if value == int(value) else value
+
+
+def _bounds(accepts: Accepts) -> str:
+    low, high, below = (
+        "" if bound is None else f"{bound:,}" if isinstance(bound, int) else f"{bound:,.10g}"
+        for bound in (accepts.low, accepts.high, accepts.below)
+    )
+    if not low:
+        return ""
+    return f" from {low} to {high}" if high else f" from {low} to below {below}" if below else f" of at least {low}"
+
+
+def _shown(value: Any) -> str:
+    """A value in a sentence: short, and on one line."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 60 else f"{text[:50]}..."

@@ -13,41 +13,52 @@ from typing import Any
 
 import torch
 
-from .config import Config
+from .config import Config, check, plan, sides
 from .data import UnpairedData
 from .data.rain import RainOptions, parse_ranges
 from .data.rained import RainedData
 from .data.single import SinglePictureData
 from .engine.accumulate import check_parts
 from .engine.checkpoint import Checkpoints
+from .engine.checks import check_run
+from .engine.choices import pick_precision
 from .engine.distributed import Ranks, ranks_of_launcher, read_ranks
-from .engine.loop import pick_device, train
-from .engine.memory import keep_freed_memory
+from .engine.loop import TrainingFailed, pick_device, train
+from .engine.memory import check_room, keep_freed_memory, out_of_memory, too_large
 from .engine.progress import check_batch, check_pictures
+from .engine.recompute import recompute_blocks
 from .engine.validate import Validation, find_validation
 from .methods import PRESETS, Method
 
 
 def train_run(config: Config, out: Path, *, quiet: bool = False) -> int:
     """Build everything that a configuration names and train; returns the steps done."""
+    check(config)
     state = check_same_run(config, out, read_ranks().world)
     with ranks_of_launcher(config.run.device) as ranks:
-        return _train_rank(config, out, ranks, quiet or not ranks.first, state)
+        try:
+            return _train_rank(config, out, ranks, quiet or not ranks.first, state)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            raise TrainingFailed(too_large(error)) from None
 
 
 def _train_rank(config: Config, out: Path, ranks: Ranks, quiet: bool, state: dict[str, Any] | None) -> int:
     device = pick_device(ranks.device(config.run.device))
     if device.type == "cpu":
         keep_freed_memory()
+    planned = check_plan(config)
+    check_run(planned, config.optim, config.run, device)
+    _check_memory(config, device)
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    torch.manual_seed(config.run.seed)
-    method = build_method(config)
-    data = open_checked(config, method, device, ranks, quiet)
+    data = open_checked(config, planned, device, ranks, quiet)
     if state is not None:
         check_pictures(state, data.digest(), str(out))
     validation = _open_validation(config, device, ranks, quiet)
-    method = method.to(device)
+    torch.manual_seed(config.run.seed)
+    method = PRESETS[config.method].method(config.loss, config.network).to(device)
     if ranks.first:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.toml").write_text(config.as_toml(), encoding="utf-8")
@@ -73,6 +84,33 @@ def _train_rank(config: Config, out: Path, ranks: Ranks, quiet: bool, state: dic
     )
 
 
+def check_plan(config: Config) -> Method:
+    """Refuse what cannot be trained whatever the pictures and the device are, before anything takes memory.
+
+    Returns:
+        the method on the meta device.
+
+    Raises:
+        ValueError: options out of range, that contradict each other, or crops that do not fit the networks.
+    """
+    planned = plan(config)
+    check_parts(planned, config.optim.accumulate)
+    planned.check_options(config.data.batch)
+    if config.data.preprocess != "none":
+        planned.check(config.data.batch, *sides(config.data.crop_size))
+    return planned
+
+
+def _check_memory(config: Config, device: torch.device) -> None:
+    planned = plan(config)
+    if config.run.checkpoint_activations:
+        recompute_blocks(planned)
+    size = None if config.data.preprocess == "none" else sides(config.data.crop_size)
+    sixteen_bits = pick_precision(config.run.precision, device) != "fp32"
+    part = config.data.batch // config.optim.accumulate
+    check_room(planned, part, size, device=device, sixteen_bits=sixteen_bits)
+
+
 def _open_validation(config: Config, device: torch.device, ranks: Ranks, quiet: bool) -> Validation | None:
     if not config.run.validate_every:
         return None
@@ -85,27 +123,18 @@ def _open_validation(config: Config, device: torch.device, ranks: Ranks, quiet: 
     return None
 
 
-def build_method(config: Config, device: str = "cpu") -> Method:
-    """The method that a configuration names; on "meta" its weights take no memory and no time."""
-    with torch.device(device):
-        return PRESETS[config.method].method(config.loss, config.network)
-
-
 def open_checked(
     config: Config, method: Method, device: torch.device, ranks: Ranks, quiet: bool = False
 ) -> UnpairedData | SinglePictureData:
-    """`open_data`, and everything that would end a run later is refused now.
+    """`open_data`, and pictures that would end a run later are refused now.
+
+    Args:
+        method: of `check_plan`.
 
     Raises:
-        ValueError: options that do not go together, pictures that cannot be read, or whose size does not fit.
+        ValueError: pictures that cannot be read, or whose size does not fit.
     """
-    options, parts = config.data, config.optim.accumulate
-    method.check_options(options.batch)
-    check_parts(method, parts)
-    if options.batch % parts:
-        raise ValueError(f"data.batch={options.batch} cannot be computed in optim.accumulate={parts} equal parts")
-    if options.preprocess != "none":
-        method.check(options.batch, *sides(options.crop_size))
+    options = config.data
     data = open_data(config, device, ranks, quiet)
     if options.preprocess == "none" and isinstance(data, UnpairedData):
         a, b = (
@@ -120,7 +149,7 @@ def open_checked(
 
 def cache_run(config: Config) -> Iterator[str]:
     """Make the caches that training with this configuration reads; yields what to say of them, a line a file."""
-    data = open_checked(config, build_method(config, "meta"), torch.device("cpu"), Ranks())
+    data = open_checked(config, check_plan(config), torch.device("cpu"), Ranks())
     before = data.cached()
     after = data.cached(decaying=True) if config.optim.n_epochs_decay else {}
     for path, size in {**before, **after}.items():
@@ -174,10 +203,6 @@ def open_data(
     )
 
 
-def sides(size: int | list[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
 def side(size: int | list[int]) -> int | tuple[int, int]:
     return size if isinstance(size, int) else (size[0], size[1])
 
@@ -205,5 +230,5 @@ def check_same_run(config: Config, out: Path, processes: int = 1) -> dict[str, A
             f"another --out"
         )
     if not config.run.change_batch:
-        check_batch(stored, config.data.batch * processes, processes, str(out), lambda: build_method(config, "meta"))
+        check_batch(stored, config.data.batch * processes, processes, str(out), lambda: plan(config))
     return state

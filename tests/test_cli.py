@@ -69,10 +69,14 @@ OVERRIDES = [
     ("loss.lamda_nce=3", "unknown key 'loss.lamda_nce'; did you mean 'loss.lambda_nce'?"),
     ("lambda_nce=3", "unknown key 'lambda_nce'; did you mean 'loss.lambda_nce'?"),
     ("optim.lr", "write section.key=value; did you mean 'optim.lr'?"),
-    ("optim.lr=fast", "optim.lr must be a number, not 'fast'"),
-    ("data.batch=1.5", "data.batch must be a whole number, not 1.5"),
+    ("optim.lr=fast", "optim.lr must be a number from 1e-12 to 1e+38, not 'fast'"),
+    ("data.batch=1.5", "data.batch must be a whole number from 1 to 65,536, not 1.5"),
     ("loss.nce_idt=3", "loss.nce_idt must be true or false, not 3"),
-    ("loss.nce_layers=0,four", "loss.nce_layers must be a list of whole numbers, like [0, 4, 8, 12, 16]"),
+    (
+        "loss.nce_layers=0,four",
+        "loss.nce_layers must be a list of whole numbers of at least 0, each larger than the one before, like "
+        "[0, 4, 8, 12, 16], not '[0,four]'",
+    ),
     ("data.crop_size=[1,2,3]", "data.crop_size must be a whole number or [height, width]"),
 ]
 
@@ -89,7 +93,7 @@ def test_configuration_files_that_make_no_sense(tmp_path, capsys):
         ("lr = 1\n", "'lr' must be in a section; did you mean 'optim.lr'?"),
         ("[loss\n", "not TOML"),
         ("method = 'fastcut'\n", "is for another method than cut"),
-        ("[optim]\nlr = 'x'\n", "optim.lr must be a number, not 'x'"),
+        ("[optim]\nlr = 'x'\n", "optim.lr must be a number from 1e-12 to 1e+38, not 'x'"),
     ):
         path.write_text(text)
         message = error_of(capsys, "train", "cut", "--dry-run", "--config", str(path))

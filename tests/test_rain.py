@@ -271,11 +271,12 @@ def test_train_on_clean_pictures_alone(clean_only, tmp_path, capsys):
     assert main([*arguments, "data.rain=1", "data.rain_like=density=0.2:0.3, layers=2"]) == 0
     capsys.readouterr()
     for wrong, message in (
-        ("data.rain=2", "data.rain is a share between 0 and 1, not 2"),
+        ("data.rain=2", "data.rain must be a number from 0 to 1, not 2"),
         ("data.rain_like=wet=1:2", "data.rain_like: 'wet=1:2' is no range of rain"),
         ("data.rain_like=haze=much", "haze must be a number or LOW:HIGH, not 'much'"),
     ):
-        assert main([*arguments, "--dry-run", "data.rain=1", wrong]) == 0  # only training looks at it
+        assert main([*arguments, "--dry-run", "data.rain=1", wrong]) == 2
+        assert message in capsys.readouterr().err
         capsys.readouterr()
         assert main([*arguments, "--out", str(tmp_path / "other"), "data.rain=1", wrong]) == 2
         assert message in capsys.readouterr().err

@@ -159,10 +159,14 @@ def write_rain(
     """
     source, out = Path(source), Path(out)
     options = options or RainOptions()
+    if not 0 <= seed < 2**64:
+        raise DataError(f"seed should be between 0 and 2**64-1, not {seed}")
+    if test < 0:
+        raise DataError(f"test should be at least 0, not {test}")
     files = find_images(source) if source.is_dir() else [source]
     needed = test + (2 if unpaired else 1 if not test else 0)
-    if test < 0 or len(files) < needed:
-        raise DataError(f"{source} holds {len(files)} pictures; at least {max(needed, 1)} are needed, and test >= 0")
+    if len(files) < needed:
+        raise DataError(f"{source} holds {len(files)} pictures; at least {needed} are needed")
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed)).tolist()
     half = (len(files) - test + 1) // 2
     parts: dict[str, tuple[str, str]] = {"test": ("test/rain", "test/norain")}
@@ -226,7 +230,7 @@ def parse_ranges(name: str, text: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         key, _, value = (piece.strip() for piece in part.partition("="))
-        if key == "layers" and value.isdigit():
+        if key == "layers" and value.isdecimal() and len(value) < 10:
             found[key] = int(value)
         elif key in RANGES:
             try:

@@ -15,18 +15,21 @@ def processes(text: str, device: str) -> int:
 
     Args:
         text: of `--nproc`; "auto" is one for each accelerator, or one process on the CPU.
-        device: the run's (`run.device`); with "cpu" any number shares the cores.
+        device: the run's (`run.device`); with "cpu" up to eight share a core.
     """
     there = torch.accelerator.device_count() if device != "cpu" else 0
     if text == "auto":
         return max(1, there)
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"--nproc must be auto or a number of processes from 1 on, not {text!r}")
-    number = int(text)
+    most = max(there, 8 * (os.cpu_count() or 1))
+    number = int(text) if text.isdecimal() and len(text) < 10 else 0
+    if number < 1:
+        raise ValueError(f"--nproc must be auto or a number of processes from 1 on, not {text[:60]!r}")
     if number > 1 and device != "cpu" and number > there:
         raise ValueError(
             f"--nproc {number} wants an accelerator for each process, and {there} are there: fewer, or run.device=cpu"
         )
+    if number > most:
+        raise ValueError(f"--nproc {number} is too many for this machine: its cores are shared by {most} at most")
     return number
 
 

@@ -34,10 +34,8 @@ class RunLog:
         self._open_line = False
         self._board = None
         if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise ValueError("run.tensorboard needs TensorBoard: pip install 'fastnce[tensorboard]'") from None
+            from torch.utils.tensorboard import SummaryWriter  # `check_run` has looked for it
+
             self._board = SummaryWriter(str(folder / "tensorboard"))
 
     def say(self, sentence: str) -> None:

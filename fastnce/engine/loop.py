@@ -17,10 +17,12 @@ from torch import Tensor
 from ..methods.base import Batch, Method
 from ..options import option
 from .checkpoint import Checkpoints, DiskFull
-from .choices import pick_compile, pick_precision, set_tf32
+from .checks import check_run
+from .choices import PRECISIONS, pick_compile, pick_precision, set_tf32
 from .cudagraph import pick_graph
 from .distributed import Ranks
 from .log import Pace, RunLog, Silence, clock, save_grid
+from .memory import out_of_memory, too_large
 from .monitor import Monitor
 from .optim import OptimOptions, schedule
 from .progress import Progress, check_batch, check_pictures
@@ -40,32 +42,45 @@ STOP_EVERY = 10
 class RunOptions:
     """How a run goes, apart from what it learns."""
 
-    seed: int = option(0, "of everything random; the same seed gives the same run")
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, xpu, ...")
-    precision: str = option("auto", "fp32, bf16, fp16; auto: bf16 on GPUs that compute in it, else fp32")
+    seed: int = option(0, "of everything random; the same seed gives the same run", low=0, high=2**64 - 1)
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, xpu, ...", anything=True)
+    precision: str = option(
+        "auto",
+        "fp32, bf16, fp16; auto: bf16 on GPUs that compute in it, else fp32",
+        choices=("auto", *PRECISIONS),
+    )
     compile: str = option(
         "auto",
         "true, false, whole (the step as one graph); auto: true on accelerators (a first step of minutes, then faster)",
+        choices=("auto", "true", "false", "whole"),
     )
-    graph: str = option("auto", "record the step in CUDA graphs: one launch a step; true, false; auto: on CUDA devices")
-    tf32: str = option("auto", "true, false: TF32 in float32 products and convolutions; auto: the library's choice")
+    graph: str = option(
+        "auto",
+        "record the step in CUDA graphs: one launch a step; true, false; auto: on CUDA devices",
+        choices=("auto", "true", "false"),
+    )
+    tf32: str = option(
+        "auto",
+        "true, false: TF32 in float32 products and convolutions; auto: the library's choice",
+        choices=("auto", "true", "false"),
+    )
     checkpoint_activations: bool = option(
         False, "compute the generators' residual blocks again in the backward pass: less memory, more time"
     )
-    steps: int = option(0, "stop after this many steps in all; 0 runs the whole schedule")
+    steps: int = option(0, "stop after this many steps in all; 0 runs the whole schedule", low=0)
     change_batch: bool = option(
         False, "continue with another data.batch times processes: the place in the epochs is kept, optim.lr is as it is"
     )
-    minutes: float = option(0.0, "save and stop after this time, to be continued; 0 sets no limit")
-    log_every: int = option(100, "steps between progress lines (losses are read only then)")
-    sample_every: int = option(1000, "steps between sample grids; 0 makes none")
-    samples: int = option(4, "pictures in a sample grid")
-    monitor_every: int = option(500, "steps between checks of what the generator does to the samples; 0 never")
-    validate_every: int = option(0, "steps between measures of held-out pairs (see data.validate); 0 never")
-    validate_pictures: int = option(25, "so many pairs at most, spread over the set; 0 takes all")
-    save_every: int = option(1000, "steps between checkpoints")
-    keep: int = option(2, "checkpoints to keep, at least 2")
-    threads: int = option(0, "CPU threads; 0 leaves the library's choice")
+    minutes: float = option(0.0, "save and stop after this time, to be continued; 0 sets no limit", low=0)
+    log_every: int = option(100, "steps between progress lines (losses are read only then); 0: one at the end", low=0)
+    sample_every: int = option(1000, "steps between sample grids; 0 makes none", low=0)
+    samples: int = option(4, "pictures in a sample grid; 0 makes none", low=0, high=1_000)
+    monitor_every: int = option(500, "steps between checks of what the generator does to the samples; 0 never", low=0)
+    validate_every: int = option(0, "steps between measures of held-out pairs (see data.validate); 0 never", low=0)
+    validate_pictures: int = option(25, "so many pairs at most, spread over the set; 0 takes all", low=0)
+    save_every: int = option(1000, "steps between checkpoints; 0: one at the end, or where it is stopped", low=0)
+    keep: int = option(2, "checkpoints to keep", low=2)
+    threads: int = option(0, "CPU threads; 0 leaves the library's choice", low=0, high=1_024)
     tensorboard: bool = option(False, "also write TensorBoard events")
 
 
@@ -94,6 +109,8 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type == "meta":
+            raise RuntimeError("it holds no numbers")
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
@@ -127,21 +144,31 @@ def train(
         validation: measured every `run.validate_every` steps; decides which checkpoint `best` names.
 
     Raises:
-        TrainingFailed: too many steps in a row were not finite.
+        TrainingFailed: too many steps in a row were not finite, or memory is too small.
         ValueError: the checkpoint in the folder does not belong to this method or data, or had another batch (of all
-            ranks) and `run.change_batch` is off.
+            ranks) and `run.change_batch` is off; or options that cannot be, before anything is written.
     """
     ranks = ranks or Ranks()
+    check_run(method, optim, run, next(method.parameters()).device)
     log = RunLog(folder, run.tensorboard, quiet) if ranks.first else Silence()
     try:
         with StopRequest() as stop:
             training = _Run(method, data, optim, run, folder, config or {}, batch_size, log, ranks, validation)
             try:
                 return training.go(stop)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                raise TrainingFailed(too_large(error)) from None
             finally:
                 training.step.close()
     finally:
         log.close()
+
+
+def due(every: int, done: int) -> bool:
+    """Whether something that comes every so many steps comes after this one; 0 is never."""
+    return every > 0 and done % every == 0
 
 
 class _Run:
@@ -199,15 +226,16 @@ class _Run:
                 self.log.say(f"compiled, and ran the first step, in {self.step.compile_seconds:.0f} s")
             if done == started + SETTLED:
                 self.ranks.settle()
-            if self.run.monitor_every and done % self.run.monitor_every == 0 and self.ranks.first:
+            if due(self.run.monitor_every, done) and self.ranks.first:
                 self._look()
-            if self.validation and (done % self.run.validate_every == 0 or done == self.total):
+            if self.validation and (due(self.run.validate_every, done) or done == self.total):
                 self._validate(done, self.validation)
-            if done % self.run.log_every == 0 or done == self.total:
+            if due(self.run.log_every, done) or done == self.total:
                 self._report(done, epoch, losses, pace)
-            if self.run.sample_every and (done % self.run.sample_every == 0 or done == self.total) and self.ranks.first:
+            grids = self.run.sample_every if self.run.samples and self.ranks.first else 0
+            if due(grids, done) or (grids and done == self.total):
                 self._sample(done)
-            if done % self.run.save_every == 0 and self.saved_at != done:
+            if due(self.run.save_every, done) and self.saved_at != done:
                 self._save(done)
         if self.saved_at != done and done > 0:
             self._save(done)

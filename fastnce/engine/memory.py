@@ -1,9 +1,20 @@
-"""The C library's memory on a CPU: kept between steps, not given back to the system and asked for again."""
+"""Memory on a CPU: kept by the C library between steps; how much there is, and whether a step fits into it."""
 
 from __future__ import annotations
 
 import ctypes
 import platform
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..methods.base import Batch, Method
+
+LESS = (
+    "lower data.batch, data.crop_size, network.width or loss.pool_size, raise optim.accumulate, or set "
+    "run.checkpoint_activations=true"
+)
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's malloc.h
 _NEVER = -1
@@ -20,3 +31,96 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return bool(mallopt(_MMAP_MAX, 0)) and bool(mallopt(_TRIM_THRESHOLD, _NEVER))
+
+
+def available_memory() -> int | None:
+    """Bytes that this process can still have: the system's and its control group's; None where neither is known."""
+    rooms = []
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                rooms.append(1024 * int(line.split()[1]))
+    except OSError:
+        pass
+    try:
+        group = Path("/sys/fs/cgroup")
+        rooms.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):  # no group, or "max"
+        pass
+    return min(rooms) if rooms else None
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on any device."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def too_large(error: BaseException) -> str:
+    """A sentence for an allocation that failed."""
+    reason = (str(error).splitlines() or [""])[0][:200]
+    return f"memory is too small for this training ({reason}): {LESS}"
+
+
+def kept_bytes(network: nn.Module, pictures: Tensor) -> int:
+    """What autograd keeps of a pass of `network` for its backward, besides the parameters; both on the meta device."""
+    own = {id(p) for p in network.parameters()}
+    kept: dict[int, Tensor] = {}  # by storage: several operations may keep one tensor
+
+    def keep(tensor: Tensor) -> Tensor:
+        if id(tensor) not in own:
+            kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        network(pictures)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def check_room(
+    method: Method, images: int, sides: tuple[int, int] | None, *, device: torch.device, sixteen_bits: bool = False
+) -> None:
+    """Refuse what cannot fit into this machine's memory, where the system would end the process without a word.
+
+    What is counted is the least that training takes, so what passes may still be too large. An accelerator says for
+    itself when its memory is full: only what is built here on the way there counts then.
+
+    Args:
+        method: on the meta device, its blocks as they will be computed.
+        images: pictures of each domain in a part of a batch.
+        sides: height and width of the crops; None where pictures keep their own.
+        sixteen_bits: maps are of 16 bits.
+
+    Raises:
+        ValueError: what is too large, by how much, and what to lower.
+    """
+    room = available_memory()
+    if room is None:
+        return
+    on_cpu = device.type == "cpu"
+    size = sum(p.nbytes for p in method.parameters())
+    needed = size * (4 if on_cpu else 1)  # with their gradients and Adam's moments
+    needed += sum(b.nbytes for b in method.buffers())
+    if needed > room:
+        raise ValueError(
+            f"networks of {size / 4e6:,.0f} M parameters take at least {_gib(needed)} of memory, and {_gib(room)} are "
+            f"there: lower network.width, network.discriminator_width or loss.projection"
+        )
+    if sides is None or not on_cpu:
+        return
+    height, width = sides
+    generator = next(net for name, net in method.networks().items() if name.startswith("G"))
+    first = next(p for p in generator.parameters() if p.dim() == 4)  # the convolution that sees the picture
+    pictures = torch.empty(images, first.shape[1], height, width, device="meta")
+    needed += kept_bytes(generator, pictures) // (2 if sixteen_bits else 1)
+    before = sum(b.nbytes for b in method.buffers())
+    method.prepare(Batch(pictures, pictures))  # pools of pictures
+    needed += sum(b.nbytes for b in method.buffers()) - before
+    if needed > room:
+        raise ValueError(
+            f"a step with {images} {'picture' if images == 1 else 'pictures'} of {height}x{width} at once takes at "
+            f"least {_gib(needed)} of memory, and {_gib(room)} are there: {LESS}"
+        )
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:,.1f} GiB"

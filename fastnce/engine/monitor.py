@@ -141,7 +141,9 @@ def response(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> float:
 
 
 def _discriminators(losses: dict[str, float]) -> dict[str, float]:
-    """Each discriminator's loss by its name, of a method's logged losses."""
+    """Each discriminator's loss by its name, of a method's logged losses; of WGAN-GP's none, which have no least."""
+    if any(name.endswith("_GP") for name in losses):
+        return {}
     if "D_real" in losses and "D_fake" in losses:
         return {"D": losses["D_real"] + losses["D_fake"]}
     return {name: losses[name] for name in ("D_A", "D_B") if name in losses}

@@ -27,14 +27,20 @@ def recompute_blocks(method: Method) -> int:
     Raises:
         ValueError: the generators have no such blocks.
     """
-    generators = [net for name, net in method.networks().items() if name.startswith("G")]
-    blocks = [module for net in generators for module in net.modules() if isinstance(module, BLOCKS)]
+    blocks = blocks_of(method)
     for block in blocks:
-        block.forward = _forgetful(block, block.forward)  # type: ignore[method-assign, assignment]
+        block.forward = _forgetful(block, block.forward)
+    return len(blocks)
+
+
+def blocks_of(method: Method) -> list[nn.Module]:
+    """Every residual block of the generators; ValueError where there is none."""
+    generators = [net for name, net in method.networks().items() if name.startswith("G")]
+    blocks: list[nn.Module] = [module for net in generators for module in net.modules() if isinstance(module, BLOCKS)]
     if not blocks:
         kind = type(generators[0]).__name__
         raise ValueError(f"run.checkpoint_activations: {kind} has no residual blocks to compute again; leave it false")
-    return len(blocks)
+    return blocks
 
 
 def _forgetful(block: nn.Module, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -10,14 +10,24 @@ import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..networks import Norm, build_discriminator, build_generator
-from ..options import option
+from ..initialise import INIT_TYPES
+from ..networks import DISCRIMINATORS, GENERATORS, Norm, build_discriminator, build_generator
+from ..options import check, option
+
+MOST_CHANNELS = 65_536
+WEIGHT = {"low": 0, "high": 1e6}
+"""Of a loss's term."""
+TEMPERATURE = {"low": 1e-4, "high": 1e4}
+"""Of a softmax over likenesses between -1 and 1."""
+MOST_PATCHES = 2**24
+"""Locations of a map of 4096x4096."""
+GP_HELP = "weight of WGAN-GP's penalty on the slope of each discriminator; with gan_mode=wgangp only"
 
 
 @dataclass
@@ -25,23 +35,32 @@ class NetworkOptions:
     """Which networks to build; the defaults are CUT's."""
 
     generator: str = option(
-        "resnet_9blocks", "resnet_9blocks, resnet_6blocks, resnet_4blocks, unet_256, unet_128, stylegan2, restorer"
+        "resnet_9blocks",
+        "resnet_9blocks, resnet_6blocks, resnet_4blocks, unet_256, unet_128, stylegan2, restorer",
+        choices=GENERATORS,
     )
-    discriminator: str = option("basic", "basic (70x70 PatchGAN), n_layers, pixel or stylegan2")
+    discriminator: str = option("basic", "basic (70x70 PatchGAN), n_layers, pixel or stylegan2", choices=DISCRIMINATORS)
     width: int = option(
-        64, "channels after the generator's first convolution (published ngf); cost grows as its square"
+        64,
+        "channels after the generator's first convolution (published ngf); cost grows as its square",
+        low=1,
+        high=MOST_CHANNELS,
     )
-    discriminator_width: int = option(64, "the same for the discriminator (published ndf)")
-    discriminator_layers: int = option(3, "halvings of the n_layers discriminator; more judge larger patches")
-    resolution: int = option(64, "side of the crops that stylegan2 networks are made for; a power of two")
-    in_channels: int = option(3, "channels of domain A")
-    out_channels: int = option(3, "channels of domain B")
+    discriminator_width: int = option(64, "the same for the discriminator (published ndf)", low=1, high=MOST_CHANNELS)
+    discriminator_layers: int = option(
+        3, "halvings of the n_layers discriminator; more judge larger patches", low=1, high=12
+    )
+    resolution: int = option(
+        64, "side of the crops that stylegan2 networks are made for; a power of two", low=8, high=4_096
+    )
+    in_channels: int = option(3, "channels of domain A", low=1, high=MOST_CHANNELS)
+    out_channels: int = option(3, "channels of domain B", low=1, high=MOST_CHANNELS)
     norm: Norm = option("instance", "instance, batch or none")
     dropout: bool = option(False, "dropout in the generator's blocks")
     antialias: bool = option(True, "blur before halving, in both networks; false halves by strided convolutions")
     antialias_up: bool = option(True, "blur after doubling; false doubles by transposed convolutions")
-    init_type: str = option("xavier", "normal, xavier, kaiming or orthogonal")
-    init_gain: float = option(0.02, "scale of the initial weights")
+    init_type: str = option("xavier", "normal, xavier, kaiming or orthogonal", choices=INIT_TYPES)
+    init_gain: float = option(0.02, "scale of the initial weights", low=1e-6, high=100)
 
     def build_generator(self, reverse: bool = False):
         """Domain A to B; `reverse` for B to A."""
@@ -117,6 +136,8 @@ class Method(nn.Module):
     """A paper: subclasses build their networks in `__init__` and define the members below."""
 
     options: Any
+    gp: float = 0.0
+    """Weight of WGAN-GP's penalty; 0 for other adversarial losses."""
 
     def networks(self) -> dict[str, nn.Module]:
         """Networks by their published name ("G", "D_A", ...), for checkpoints and published files."""
@@ -176,6 +197,11 @@ class Method(nn.Module):
                 except (RuntimeError, ValueError) as error:
                     what, reason = sizes[height, width], str(error).splitlines()[0]
                     raise ValueError(f"{what} do not fit network {name}, {remedy} ({reason})") from None
+        if self.gp > 0 and len(both := list({**a, **b}.values())) > 1:
+            raise ValueError(
+                f"WGAN-GP mixes a real and a fake picture, which {both[0]} and {both[1]} cannot be: {remedy}, or set "
+                f"loss.lambda_gp=0"
+            )
 
     def sizes_of(self, name: str, a: Sizes, b: Sizes) -> Sizes:
         """The sizes of the pictures that a network sees."""
@@ -226,13 +252,10 @@ class Method(nn.Module):
         return {"A": batch.a, "fake_B": self.translate(batch.a)}
 
 
-def check_choices(options: Any) -> None:
-    """Refuse a loss option that is none of those its type lists (a configuration file holds any text)."""
-    for name, hint in get_type_hints(type(options)).items():
-        value = getattr(options, name)
-        if get_origin(hint) is Literal and value not in get_args(hint):
-            known = ", ".join(f'"{choice}"' for choice in get_args(hint))
-            raise ValueError(f"loss.{name} must be one of {known}, not {value!r}")
+def check_ranges(options: Any, network: NetworkOptions) -> None:
+    """Refuse options outside of what they accept; ValueError names the first one."""
+    check(options, "loss")
+    check(network, "network")
 
 
 def trace_shapes(network: nn.Module, images: int, height: int, width: int, **arguments: Any) -> Any:

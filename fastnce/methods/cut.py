@@ -10,12 +10,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..losses import GANMode, gan_loss
+from ..losses import GANMode, gan_loss, gradient_penalty
 from ..nce import PatchNCEHead
 from ..nce.api import Negatives
 from ..nce.variants import Weighting, attention_patch_ids, dense_patch_ids, weighted_contrast
 from ..options import option
 from .base import (
+    GP_HELP,
+    MOST_CHANNELS,
+    MOST_PATCHES,
+    TEMPERATURE,
+    WEIGHT,
     Batch,
     Draws,
     Group,
@@ -25,8 +30,8 @@ from .base import (
     Outputs,
     Phase,
     Sizes,
-    check_choices,
     check_contrast,
+    check_ranges,
     drawn_rows,
 )
 
@@ -35,14 +40,25 @@ from .base import (
 class CUTOptions:
     """CUT's terms; the defaults are the published ones."""
 
-    lambda_gan: float = option(1.0, "weight of the GAN loss")
-    lambda_nce: float = option(1.0, "weight of PatchNCE: higher keeps more of the input's content")
+    lambda_gan: float = option(1.0, "weight of the GAN loss", **WEIGHT)
+    lambda_nce: float = option(1.0, "weight of PatchNCE: higher keeps more of the input's content", **WEIGHT)
     nce_idt: bool = option(True, "also PatchNCE between y and G(y): keeps colours, costs a second picture a step")
-    nce_layers: list[int] = option([0, 4, 8, 12, 16], "generator layers whose features are contrasted, ascending")
-    temperature: float = option(0.07, "PatchNCE temperature; lower concentrates on the hardest negatives")
-    temperatures: list[float] = option([], "one temperature a layer in place of `temperature`; empty: the same for all")
-    patches: int = option(256, "locations drawn a picture and layer (all where a map has fewer); 0: every location")
-    projection: int = option(256, "width of the projector F (published netF_nc)")
+    nce_layers: list[int] = option(
+        [0, 4, 8, 12, 16], "generator layers whose features are contrasted", low=0, ascending=True
+    )
+    temperature: float = option(
+        0.07, "PatchNCE temperature; lower concentrates on the hardest negatives", **TEMPERATURE
+    )
+    temperatures: list[float] = option(
+        [], "one temperature a layer in place of `temperature`; empty: the same for all", **TEMPERATURE
+    )
+    patches: int = option(
+        256,
+        "locations drawn a picture and layer (all where a map has fewer); 0: every location",
+        low=0,
+        high=MOST_PATCHES,
+    )
+    projection: int = option(256, "width of the projector F (published netF_nc)", low=1, high=MOST_CHANNELS)
     negatives: Negatives = option("image", '"image": other patches of the same picture; "batch": of all pictures')
     selection: Literal["uniform", "attention"] = option(
         "uniform", '"attention": in maps of up to 4096 locations those of least attention entropy (QS-Attn)'
@@ -56,6 +72,7 @@ class CUTOptions:
     )
     flip_equivariance: bool = option(False, "FastCUT: half of the steps see mirrored pictures, features mirrored back")
     gan_mode: GANMode = option("lsgan", "lsgan, vanilla, wgangp, nonsaturating or hinge")
+    lambda_gp: float = option(10.0, GP_HELP, **WEIGHT)
     reuse_key_features: bool = option(True, "keep the features of G(x)'s own pass as keys; false encodes x again")
 
     @classmethod
@@ -72,9 +89,9 @@ class CUT(Method):
 
     def __init__(self, options: CUTOptions, network: NetworkOptions):
         super().__init__()
-        check_choices(options)
-        if options.patches < 0:
-            raise ValueError(f"loss.patches must be at least 1, or 0 for every location, not {options.patches}")
+        check_ranges(options, network)
+        if not (options.lambda_gan > 0 or options.lambda_nce > 0):
+            raise ValueError("every term has weight 0: set loss.lambda_gan or loss.lambda_nce above 0")
         if options.temperatures and len(options.temperatures) != len(options.nce_layers):
             raise ValueError(
                 f"loss.temperatures must be empty or one a layer: {len(options.temperatures)} are given for "
@@ -100,6 +117,7 @@ class CUT(Method):
                 "loss.weighting=none and loss.symmetric=false"
             )
         self.options = options
+        self.gp = options.lambda_gp if options.gan_mode == "wgangp" else 0.0
         self.layers = list(options.nce_layers)
         self.generator = network.build_generator()
         self.discriminator = network.build_discriminator(network.out_channels)
@@ -132,8 +150,6 @@ class CUT(Method):
     def check_options(self, batch_size: int) -> None:
         super().check_options(batch_size)
         options = self.options
-        if not (options.lambda_gan > 0 or options.lambda_nce > 0):
-            raise ValueError("every term has weight 0: set loss.lambda_gan or loss.lambda_nce above 0")
         if options.lambda_nce > 0 and options.patches == 1 and (options.negatives == "image" or batch_size == 1):
             raise ValueError(
                 f"there is nothing to contrast with loss.patches=1, loss.negatives={options.negatives} and "
@@ -194,7 +210,12 @@ class CUT(Method):
             judged_fake, judged_real = self.discriminator(fake), self.discriminator(real)
         loss_fake = gan_loss(judged_fake, False, self.options.gan_mode)
         loss_real = gan_loss(judged_real, True, self.options.gan_mode)
-        return 0.5 * (loss_fake + loss_real), {"D_real": loss_real, "D_fake": loss_fake}
+        losses = {"D_real": loss_real, "D_fake": loss_fake}
+        total = 0.5 * (loss_fake + loss_real)
+        if self.gp > 0:
+            losses["D_GP"] = 0.5 * self.gp * gradient_penalty(self.discriminator, real, fake)
+            total = total + losses["D_GP"]
+        return total, losses
 
     def g_loss(self, batch: Batch, outputs: Outputs, draws: Draws) -> tuple[Tensor, Losses]:
         options = self.options

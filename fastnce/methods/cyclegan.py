@@ -9,20 +9,44 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..losses import GANMode, gan_loss
+from ..losses import GANMode, gan_loss, gradient_penalty
 from ..options import option
-from .base import Batch, Draws, Group, Losses, Method, NetworkOptions, Outputs, Phase, Sizes, check_choices, together
+from .base import (
+    GP_HELP,
+    WEIGHT,
+    Batch,
+    Draws,
+    Group,
+    Losses,
+    Method,
+    NetworkOptions,
+    Outputs,
+    Phase,
+    Sizes,
+    check_ranges,
+    together,
+)
+
+MOST_POOLED = 10**6
 
 
 @dataclass
 class CycleGANOptions:
     """CycleGAN's terms; the defaults are the published ones."""
 
-    lambda_a: float = option(10.0, "weight of the cycle A, B, A: higher keeps more of A's content")
-    lambda_b: float = option(10.0, "weight of the cycle B, A, B")
-    lambda_identity: float = option(0.5, "identity loss as a part of the cycle weights: keeps colours; 0 leaves it out")
-    pool_size: int = option(50, "fakes remembered a domain for the discriminators to judge; 0 shows the latest only")
+    lambda_a: float = option(10.0, "weight of the cycle A, B, A: higher keeps more of A's content", **WEIGHT)
+    lambda_b: float = option(10.0, "weight of the cycle B, A, B", **WEIGHT)
+    lambda_identity: float = option(
+        0.5, "identity loss as a part of the cycle weights: keeps colours; 0 leaves it out", **WEIGHT
+    )
+    pool_size: int = option(
+        50,
+        "fakes remembered a domain for the discriminators to judge; 0 shows the latest only",
+        low=0,
+        high=MOST_POOLED,
+    )
     gan_mode: GANMode = option("lsgan", "lsgan, vanilla, wgangp, nonsaturating or hinge")
+    lambda_gp: float = option(10.0, GP_HELP, **WEIGHT)
 
 
 class ImagePool(nn.Module):
@@ -108,9 +132,10 @@ class TwoWay(Method):
     Published names: G_A makes B from A and D_A judges B; G_B and D_B the other way round.
     """
 
-    def __init__(self, network: NetworkOptions, gan_mode: GANMode, pool_size: int):
+    def __init__(self, network: NetworkOptions, gan_mode: GANMode, lambda_gp: float, pool_size: int):
         super().__init__()
         self.gan_mode = gan_mode
+        self.gp = lambda_gp if gan_mode == "wgangp" else 0.0
         self.generator_a = network.build_generator()
         self.generator_b = network.build_generator(reverse=True)
         self.discriminator_a = network.build_discriminator(network.out_channels)
@@ -175,11 +200,15 @@ class TwoWay(Method):
             ("D_B", self.discriminator_b, self.pool_a, outputs["fake_A"], batch.a),
         ):
             independent = discriminator.pictures_independent
-            judged_real, judged_fake = together(discriminator, [real, pool(fake)], independent=independent)
+            fake = pool(fake)
+            judged_real, judged_fake = together(discriminator, [real, fake], independent=independent)
             losses[name] = 0.5 * (
                 gan_loss(judged_real, True, self.gan_mode) + gan_loss(judged_fake, False, self.gan_mode)
             )
-        return losses["D_A"] + losses["D_B"], losses
+            if self.gp > 0:
+                losses[f"{name}_GP"] = 0.5 * self.gp * gradient_penalty(discriminator, real, fake)
+        total = losses["D_A"] + losses["D_B"]
+        return total + losses["D_A_GP"] + losses["D_B_GP"] if self.gp > 0 else total, losses
 
     def adversarial(self, outputs: Outputs, *, saturating: bool = False) -> Losses:
         """G_A and G_B: how far the fakes are from passing as real. `saturating`: hinge as DCLGAN's code has it."""
@@ -201,13 +230,13 @@ class CycleGAN(TwoWay):
     """Adversarial, cycle and identity terms; the generators are updated first, then the discriminators."""
 
     def __init__(self, options: CycleGANOptions, network: NetworkOptions):
-        check_choices(options)
+        check_ranges(options, network)
         if options.lambda_identity > 0 and network.in_channels != network.out_channels:
             raise ValueError(
                 f"the identity loss feeds B to G_A: network.in_channels={network.in_channels} and "
                 f"out_channels={network.out_channels} must be equal, or loss.lambda_identity=0"
             )
-        super().__init__(network, options.gan_mode, options.pool_size)
+        super().__init__(network, options.gan_mode, options.lambda_gp, options.pool_size)
         self.options = options
 
     def phases(self):

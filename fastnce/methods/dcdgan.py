@@ -17,7 +17,7 @@ from ..data.rain import RainOptions, parse_ranges, render_rain
 from ..losses import channel_cycle_loss, frequency_cycle_loss
 from ..nce.api import Negatives
 from ..options import option
-from .base import Batch, Draws, Losses, NetworkOptions, Outputs
+from .base import WEIGHT, Batch, Draws, Losses, NetworkOptions, Outputs
 from .dclgan import DCLGAN, DCLGANOptions
 
 HEAVY_RAIN = "density=0.3:0.7,opacity=0.4:0.9,haze=0,angle=-40:40"
@@ -37,13 +37,23 @@ class DCDGANOptions(DCLGANOptions):
     projector_adam: Literal["library", "generator"] = option(
         "generator", '"generator": as G; "library": lr 1e-3, betas 0.9 and 0.999 as the released code'
     )
-    lambda_color: float = option(1.0, "weight of the cycle distance of each colour channel: keeps colours clean")
-    lambda_frequency: float = option(1.0, "weight of the cycle distance of spectra: keeps texture under the streaks")
-    lambda_rendered: float = option(
-        0.0, "ours: weight of the L1 distance of G_A(rain rendered on B) to B, pairs that clean pictures give; 0 off"
+    lambda_color: float = option(
+        1.0, "weight of the cycle distance of each colour channel: keeps colours clean", **WEIGHT
     )
-    rendered_rain: str = option("", "that rain, e.g. density=0.1:0.3,angle=-40:40; empty: the ranges of fastnce rain")
-    rendered_side: int = option(0, "shorter side in pixels of the photographs that crops are cut from; 0: the crop's")
+    lambda_frequency: float = option(
+        1.0, "weight of the cycle distance of spectra: keeps texture under the streaks", **WEIGHT
+    )
+    lambda_rendered: float = option(
+        0.0,
+        "ours: weight of the L1 distance of G_A(rain rendered on B) to B, pairs that clean pictures give; 0 off",
+        **WEIGHT,
+    )
+    rendered_rain: str = option(
+        "", "that rain, e.g. density=0.1:0.3,angle=-40:40; empty: the ranges of fastnce rain", anything=True
+    )
+    rendered_side: int = option(
+        0, "shorter side in pixels of the photographs that crops are cut from; 0: the crop's", low=0, high=65_536
+    )
 
     @classmethod
     def plus(cls) -> DCDGANOptions:
@@ -65,8 +75,6 @@ class DCDGAN(DCLGAN):
 
     def __init__(self, options: DCDGANOptions, network: NetworkOptions):
         super().__init__(options, network)
-        if options.rendered_side < 0:
-            raise ValueError(f"loss.rendered_side must be at least 0, not {options.rendered_side}")
         self.rain = RainOptions(**parse_ranges("loss.rendered_rain", options.rendered_rain))
 
     def generate(self, batch: Batch, draws: Draws) -> Outputs:

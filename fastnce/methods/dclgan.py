@@ -16,6 +16,11 @@ from ..nce.reference import normalize_rows
 from ..networks import init_weights
 from ..options import option
 from .base import (
+    GP_HELP,
+    MOST_CHANNELS,
+    MOST_PATCHES,
+    TEMPERATURE,
+    WEIGHT,
     Batch,
     Draws,
     Group,
@@ -24,34 +29,47 @@ from .base import (
     Outputs,
     Phase,
     Sizes,
-    check_choices,
     check_contrast,
+    check_ranges,
     drawn_rows,
 )
-from .cyclegan import TwoWay
+from .cyclegan import MOST_POOLED, TwoWay
 
 
 @dataclass
 class DCLGANOptions:
     """DCLGAN's terms; the defaults are those of the released code, `paper()` those of the paper."""
 
-    lambda_gan: float = option(1.0, "weight of the GAN loss")
-    lambda_nce: float = option(2.0, "weight of PatchNCE: higher keeps more of the input's content")
-    lambda_idt: float = option(1.0, "weight of the L1 identity loss: keeps colours; 0 saves two pictures a step")
-    nce_layers: list[int] = option([4, 8, 12, 16], "generator layers whose features are contrasted, ascending")
-    temperature: float = option(0.07, "PatchNCE temperature; lower concentrates on the hardest negatives")
-    patches: int = option(256, "locations drawn a picture and layer (all where a map has fewer)")
-    projection: int = option(256, "width of the projectors F1 and F2 (published netF_nc)")
+    lambda_gan: float = option(1.0, "weight of the GAN loss", **WEIGHT)
+    lambda_nce: float = option(2.0, "weight of PatchNCE: higher keeps more of the input's content", **WEIGHT)
+    lambda_idt: float = option(
+        1.0, "weight of the L1 identity loss: keeps colours; 0 saves two pictures a step", **WEIGHT
+    )
+    nce_layers: list[int] = option(
+        [4, 8, 12, 16], "generator layers whose features are contrasted", low=0, ascending=True
+    )
+    temperature: float = option(
+        0.07, "PatchNCE temperature; lower concentrates on the hardest negatives", **TEMPERATURE
+    )
+    patches: int = option(
+        256, "locations drawn a picture and layer (all where a map has fewer)", low=1, high=MOST_PATCHES
+    )
+    projection: int = option(256, "width of the projectors F1 and F2 (published netF_nc)", low=1, high=MOST_CHANNELS)
     negatives: Negatives = option("batch", '"image": other patches of the same picture; "batch": of all pictures')
     external: Literal["none", "branch", "bank"] = option(
         "none",
         '"branch": as many negatives again, from the other branch\'s picture; "bank": from past pictures; "none"',
     )
-    bank_size: int = option(256, "codes of past pictures kept a domain and layer, for external=bank")
+    bank_size: int = option(
+        256, "codes of past pictures kept a domain and layer, for external=bank", low=1, high=MOST_PATCHES
+    )
     cosine: bool = option(True, "renormalise rows exactly, as the released code; false keeps CUT's x / (|x| + 1e-7)")
     gan_mode: GANMode = option("hinge", "lsgan, vanilla, wgangp, nonsaturating or hinge")
+    lambda_gp: float = option(10.0, GP_HELP, **WEIGHT)
     saturating: bool = option(True, "hinge for the generators as released, flat beyond the margin; false: -mean(D)")
-    pool_size: int = option(0, "fakes remembered a domain for the discriminators to judge; 0 shows the latest only")
+    pool_size: int = option(
+        0, "fakes remembered a domain for the discriminators to judge; 0 shows the latest only", low=0, high=MOST_POOLED
+    )
     projector_adam: Literal["library", "generator"] = option(
         "library", '"library": lr 1e-3, betas 0.9 and 0.999 as the released code; "generator": as G'
     )
@@ -69,18 +87,15 @@ class DCLGAN(TwoWay):
     """
 
     def __init__(self, options: DCLGANOptions, network: NetworkOptions):
+        check_ranges(options, network)
         if network.in_channels != network.out_channels and options.lambda_idt > 0:
             raise ValueError(
                 f"the identity loss feeds B to G_A: network.in_channels={network.in_channels} and "
                 f"out_channels={network.out_channels} must be equal, or loss.lambda_idt=0"
             )
-        check_choices(options)
-        if options.external == "bank" and options.bank_size < 1:
-            raise ValueError(
-                f"loss.external=bank takes its negatives from a bank: loss.bank_size must be at least 1, not "
-                f"{options.bank_size}"
-            )
-        super().__init__(network, options.gan_mode, options.pool_size)
+        if not (options.lambda_gan > 0 or options.lambda_nce > 0 or options.lambda_idt > 0):
+            raise ValueError("every term has weight 0: set loss.lambda_gan, loss.lambda_nce or loss.lambda_idt above 0")
+        super().__init__(network, options.gan_mode, options.lambda_gp, options.pool_size)
         self.options = options
         self.layers = list(options.nce_layers)
         self.projector_a, self.projector_b = (
@@ -117,8 +132,6 @@ class DCLGAN(TwoWay):
                 f"there is nothing to contrast with loss.patches=1, loss.negatives={options.negatives} and "
                 f"data.batch={batch_size}: draw more patches, or take external negatives"
             )
-        if not (options.lambda_gan > 0 or options.lambda_nce > 0 or options.lambda_idt > 0):
-            raise ValueError("every term has weight 0: set loss.lambda_gan, loss.lambda_nce or loss.lambda_idt above 0")
 
     def check_sizes(self, batch_size: int, a: Sizes, b: Sizes, remedy: str) -> None:
         super().check_sizes(batch_size, a, b, remedy)
@@ -236,8 +249,17 @@ class DCLGAN(TwoWay):
 class SimDCLOptions(DCLGANOptions):
     """SimDCL's terms; the defaults are those of the released code."""
 
-    lambda_nce: float = option(1.0, "weight of PatchNCE (the released code has an option of 2 and does not apply it)")
-    lambda_sim: float = option(10.0, "weight of the similarity loss: keeps both domains' codes alike")
+    lambda_nce: float = option(
+        1.0, "weight of PatchNCE (the released code has an option of 2 and does not apply it)", **WEIGHT
+    )
+    lambda_sim: float = option(10.0, "weight of the similarity loss: keeps both domains' codes alike", **WEIGHT)
+    patches: int = option(
+        256,
+        "locations drawn a picture and layer; 3x3 filters go over (patches, projection)",
+        low=3,
+        high=MOST_PATCHES,
+    )
+    projection: int = option(256, "width of the projectors F1 and F2 (published netF_nc)", low=3, high=MOST_CHANNELS)
     projector_adam: Literal["library", "generator"] = option(
         "generator", '"generator": as G, as the released code; "library": lr 1e-3, betas 0.9 and 0.999'
     )
@@ -273,11 +295,6 @@ class SimDCL(DCLGAN):
     options: SimDCLOptions
 
     def __init__(self, options: SimDCLOptions, network: NetworkOptions):
-        if options.patches < 3 or options.projection < 3:
-            raise ValueError(
-                f"SimDCL convolves (patches, projection) with 3x3 filters: loss.patches={options.patches} and "
-                f"loss.projection={options.projection} must be at least 3"
-            )
         super().__init__(options, network)
         self.mappings = nn.ModuleList(StackMapping(len(self.layers)) for _ in range(4))
         init_weights(self.mappings, network.init_type, network.init_gain)

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..losses import GANMode, gan_loss, r1_penalty
+from ..losses import GANMode, gan_loss, gradient_penalty, leave_uncompiled, r1_penalty
 from ..nce.api import Negatives
+from ..networks.layers import FusedLayer
 from ..options import option
-from .base import Batch, Draws, Losses, NetworkOptions, Outputs
+from .base import MOST_PATCHES, WEIGHT, Batch, Draws, Losses, NetworkOptions, Outputs, check_ranges
 from .cut import CUT, CUTOptions
 
 
@@ -18,15 +19,22 @@ from .cut import CUT, CUTOptions
 class SinCUTOptions(CUTOptions):
     """SinCUT's terms; the defaults are the published ones."""
 
-    lambda_nce: float = option(4.0, "weight of PatchNCE: higher keeps more of the input's content")
-    nce_layers: list[int] = option([0, 2, 4], "generator layers whose features are contrasted, ascending")
-    patches: int = option(1, "locations drawn a crop and layer; with 1, all negatives are other crops")
+    lambda_nce: float = option(4.0, "weight of PatchNCE: higher keeps more of the input's content", **WEIGHT)
+    nce_layers: list[int] = option([0, 2, 4], "generator layers whose features are contrasted", low=0, ascending=True)
+    patches: int = option(
+        1,
+        "locations drawn a crop and layer; with 1, all negatives are other crops; 0: every location",
+        low=0,
+        high=MOST_PATCHES,
+    )
     negatives: Negatives = option(
         "batch", '"batch": patches of all crops of the one picture; "image": of the same crop'
     )
     gan_mode: GANMode = option("nonsaturating", "lsgan, vanilla, wgangp, nonsaturating or hinge")
-    lambda_r1: float = option(1.0, "weight of the R1 gradient penalty, which keeps D from memorising the picture")
-    lambda_identity: float = option(1.0, "weight of the L1 distance between y and G(y); needs nce_idt")
+    lambda_r1: float = option(
+        1.0, "weight of the R1 gradient penalty, which keeps D from memorising the picture", **WEIGHT
+    )
+    lambda_identity: float = option(1.0, "weight of the L1 distance between y and G(y); needs nce_idt", **WEIGHT)
 
 
 class SinCUT(CUT):
@@ -35,26 +43,34 @@ class SinCUT(CUT):
     options: SinCUTOptions
 
     def __init__(self, options: SinCUTOptions, network: NetworkOptions):
+        check_ranges(options, network)
         if options.lambda_identity > 0 and not (options.nce_idt and options.lambda_nce > 0):
             raise ValueError(
                 f"loss.lambda_identity={options.lambda_identity} compares y with G(y), which nce_idt makes: set "
                 f"loss.nce_idt=true and loss.lambda_nce above 0, or loss.lambda_identity=0"
             )
         super().__init__(options, network)
+        self.kernels_judge = any(isinstance(module, FusedLayer) for module in self.discriminator.modules())
 
     def d_loss(self, batch: Batch, outputs: Outputs, draws: Draws) -> tuple[Tensor, Losses]:
         options = self.options
         if options.lambda_r1 == 0:
             return super().d_loss(batch, outputs, draws)
+        if self.kernels_judge:
+            leave_uncompiled()
         # Apart, because the penalty's two backward passes would otherwise run over the fakes as well.
-        real = batch.b.detach().requires_grad_()
-        judged_fake, judged_real = self.discriminator(outputs["fake_B"].detach()), self.discriminator(real)
+        real, fake = batch.b.detach().requires_grad_(), outputs["fake_B"].detach()
+        judged_fake, judged_real = self.discriminator(fake), self.discriminator(real)
         losses = {
             "D_real": gan_loss(judged_real, True, options.gan_mode),
             "D_fake": gan_loss(judged_fake, False, options.gan_mode),
             "D_R1": 0.5 * options.lambda_r1 * r1_penalty(judged_real, real),
         }
-        return 0.5 * (losses["D_real"] + losses["D_fake"]) + losses["D_R1"], losses
+        total = 0.5 * (losses["D_real"] + losses["D_fake"]) + losses["D_R1"]
+        if self.gp > 0:
+            losses["D_GP"] = 0.5 * self.gp * gradient_penalty(self.discriminator, batch.b, fake)
+            total = total + losses["D_GP"]
+        return total, losses
 
     def g_loss(self, batch: Batch, outputs: Outputs, draws: Draws) -> tuple[Tensor, Losses]:
         total, losses = super().g_loss(batch, outputs, draws)

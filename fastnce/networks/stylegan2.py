@@ -198,7 +198,7 @@ class StyleGAN2Generator(nn.Module):
 
         fine, coarse = widths or (channels(level), channels(level - 1))
         if fine < 1:
-            raise ValueError(f"network.width={width} leaves no channel at resolution={resolution}")
+            raise ValueError(f"network.width={width} leaves no channels at network.resolution={resolution}: raise it")
         self.encoder = _Convs(
             [nn.Identity(), conv_layer(in_channels, fine, 1), ResBlock(fine, coarse, halve=True)]
             + [ResBlock(coarse, coarse, halve=False) for _ in range(blocks // 2)]
@@ -252,7 +252,9 @@ class StyleGAN2Discriminator(nn.Module):
             return min(384, wanted) if l < 6 else wanted
 
         if channels(level) < 1:
-            raise ValueError(f"network.discriminator_width={width} leaves no channel at resolution={resolution}")
+            raise ValueError(
+                f"network.discriminator_width={width} leaves no channels at network.resolution={resolution}: raise it"
+            )
         self.side = 2**level
         self.convs = nn.Sequential(
             conv_layer(in_channels, channels(level), 1),

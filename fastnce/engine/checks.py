@@ -1,0 +1,30 @@
+"""Options of a run that cannot be followed, found before anything is written."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..methods.base import Method
+from ..options import check
+from .accumulate import check_parts
+from .cudagraph import pick_graph
+from .optim import OptimOptions
+from .recompute import blocks_of
+
+if TYPE_CHECKING:
+    from .loop import RunOptions
+
+
+def check_run(method: Method, optim: OptimOptions, run: RunOptions, device: torch.device) -> None:
+    """Refuse options that are out of range, or that this method cannot follow on a device; ValueError names one."""
+    check(optim, "optim")
+    check(run, "run")
+    if run.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ValueError("run.tensorboard needs TensorBoard: pip install 'fastnce[tensorboard]'")
+    check_parts(method, optim.accumulate)
+    pick_graph(run.graph, device)
+    if run.checkpoint_activations:
+        blocks_of(method)
