@@ -112,13 +112,13 @@ def test_a_single_picture_is_not_cached(tmp_path, capsys):
 
 
 WRONG = [
-    (["data.crop_size=30"], "do not fit generator G: both sides must be multiples of 4"),
+    (["data.crop_size=30"], "data.crop_size=30 must have sides that are multiples of 4"),
     (["loss.patches=1"], "nothing to contrast"),
-    (["data.load_size=20"], "is too small for crop_size"),
+    (["data.load_size=20"], "is too small for data.crop_size"),
     (["data.preprocess=none", "data.batch=2"], "batch=2 should be 1"),
     (["data.preprocess=none", "network.generator=unet_128", "loss.nce_layers=0"], "multiples of 128"),
     (["data.preprocess=zoom_and_patch"], "trainB holds 2 pictures"),
-    (["data.rain=2"], "data.rain is a share between 0 and 1"),
+    (["data.rain=2"], "data.rain must be a number from 0 to 1"),
     (["optim.accumulate=2"], "cannot be computed in optim.accumulate=2 equal parts"),
     (["data.cache_dir=/dev/null/here"], "no cache can be written"),
 ]
