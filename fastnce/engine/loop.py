@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..methods.base import Batch, Method
 from ..options import option
+from .bad_steps import Row
 from .checkpoint import Checkpoints, DiskFull
 from .choices import pick_compile, pick_precision, set_tf32
 from .cudagraph import pick_graph
@@ -159,6 +160,7 @@ class _Run:
             recompute=run.checkpoint_activations,
         )
         self.device = self.step.bad_steps.device
+        self.row = Row(self.step.bad_steps, optim.max_bad_steps)
         self.checkpoints = Checkpoints(folder / "checkpoints", run.keep, log.say)
         scheduled = (optim.n_epochs + optim.n_epochs_decay) * data.steps_per_epoch
         self.total = min(run.steps, scheduled) if run.steps else scheduled
@@ -195,8 +197,9 @@ class _Run:
                 self._look()
             if self.validation and (done % self.run.validate_every == 0 or done == self.total):
                 self._validate(done, self.validation)
-            if done % self.run.log_every == 0 or done == self.total:
+            if (self.run.log_every and done % self.run.log_every == 0) or done == self.total:
                 self._report(done, epoch, losses, pace)
+            self._end_if_bad(*self.row.look(done))
             if self.run.sample_every and (done % self.run.sample_every == 0 or done == self.total) and self.ranks.first:
                 self._sample(done)
             if done % self.run.save_every == 0 and self.saved_at != done:
@@ -242,7 +245,7 @@ class _Run:
             f"epoch {epoch + 1}/{epochs} step {done:,}/{self.total:,} | {found['images_per_second']:.2f} images/s, "
             f"data {found['data_share']:.0%}, ETA {clock(found['seconds_left'])} | "
             + " ".join(f"{name} {value:.3f}" for name, value in zip(names, values, strict=True))
-            + (f" | {bad:.0f} steps in a row skipped: not finite" if bad else "")
+            + (f" | {bad:.0f} steps in a row not finite: none was applied" if bad else "")
         )
         logged = dict(zip(names, values, strict=True))
         for sentence in self.monitor.judge(logged):
@@ -258,11 +261,15 @@ class _Run:
             | {"epoch": epoch, "lr": learning_rate, "skipped_steps": bad}
             | {key: found[key] for key in ("images_per_second", "data_share")},
         )
-        if bad >= self.optim.max_bad_steps:
+        self._end_if_bad(bad, done)
+
+    def _end_if_bad(self, bad: float, step: int) -> None:
+        """`bad` steps in a row after `step`; the ranks count alike, so all of them end here."""
+        if 0 < self.optim.max_bad_steps <= bad:
             last = self.checkpoints.steps()
             kept = f"the last good checkpoint is {last[-1]}" if last else "there is no checkpoint yet"
             raise TrainingFailed(
-                f"{bad:.0f} steps in a row were not finite at step {done:,}, none of them was applied; {kept}; "
+                f"{bad:.0f} steps in a row were not finite at step {step:,}, none of them was applied; {kept}; "
                 f"try a lower optim.lr"
             )
 
