@@ -77,7 +77,10 @@ GATHERS = {aten.index, aten.index_select, aten.gather, aten.embedding, aten.slic
 SCATTERS = {aten.index_put, aten.index_put_, aten.index_add_, aten.index_add, aten.scatter_add_, aten.scatter_}
 
 CHUNK = 65536 * 320
-"""Numbers that one launch of a fused optimiser takes, and it takes 36 tensors at most."""
+"""Numbers that one launch of a fused optimiser takes."""
+
+TENSORS_A_LAUNCH = {"_fused_adam_": 36, "_fused_sgd_": 48}
+"""And how many tensors at most."""
 
 
 @dataclass
@@ -215,6 +218,8 @@ def _checks_ids(packet, args) -> bool:
 
 
 def _traffic(packet, args, kwargs, written: list[Tensor]) -> float:
+    if packet.__name__ == "_fused_sgd_":
+        return 0.0  # puts back what a bad step changed: in a good one nothing moves
     if packet.__name__ in OF_PATCHES:
         return 2.0 * sum(_size(t) for t in written)
     sources = {id(t): t for t in _tensors((args, kwargs))}.values()
@@ -235,9 +240,9 @@ def _launches(packet, args) -> int:
         return 1 + (args[2] is not None)  # the bias is added by a launch of its own
     if packet is aten.convolution_backward:
         return sum(bool(wanted) for wanted in args[-1])
-    if packet.__name__ == "_fused_adam_":
+    if packet.__name__ in TENSORS_A_LAUNCH:
         numbers = sum(t.numel() for t in args[0])
-        return max(math.ceil(len(args[0]) / 36), math.ceil(numbers / CHUNK))
+        return max(math.ceil(len(args[0]) / TENSORS_A_LAUNCH[packet.__name__]), math.ceil(numbers / CHUNK))
     return OURS.get(packet.__name__, LAUNCHES.get(packet, 1))
 
 

@@ -97,7 +97,7 @@ def lies(step: Step) -> dict[str, int]:
     """The address of everything that a step reads and writes between one call and the next."""
     tensors = dict(step.state()) | {f"buffer/{name}": tensor for name, tensor in step.method.named_buffers()}
     for name, group in step.groups.items():
-        tensors |= {f"lr/{name}": group.lr, f"found_inf/{name}": group.found_inf}
+        tensors[f"lr/{name}"] = group.lr
     assert step.graphs is not None
     if step.graphs.inputs is not None:
         tensors |= {f"input/{i}": picture for i, picture in enumerate(step.graphs.inputs)}

@@ -13,6 +13,7 @@ import torch._functorch.config
 from torch import Tensor
 
 from ..methods.base import Batch, Draws, Losses
+from .optim import ParameterGroup
 
 if TYPE_CHECKING:
     from .step import Step
@@ -121,7 +122,7 @@ class CompiledWhole:
         return None if reason else cls(step, backend)
 
     def __call__(self, batch: Batch, draws: Draws) -> tuple[Losses, Tensor]:
-        """Update every network; returns losses, and 1.0 where a gradient was not finite."""
+        """Update every network; returns losses, and 1.0 where a gradient was not finite (see `bad_steps`)."""
         began = time.perf_counter()
         try:
             result = self._compiled(batch, draws)
@@ -150,19 +151,15 @@ class CompiledWhole:
     def _trace(self, batch: Batch, draws: Draws) -> tuple[Losses, Tensor]:
         step = self.step
         losses: Losses = {}
-        bad = torch.zeros_like(step.bad_steps)
-        scale = None if step.loss_scale is None else step.loss_scale.scale
+        updates = step.updates(ParameterGroup.update_traced)
         with step.autocast():
             outputs = step.method.generate(batch, draws)
         for phase in self.phases:
+            updates.before(phase)
             with step.autocast():
                 loss, logged = phase.loss(batch, outputs, draws)
-            groups = [step.groups[name] for name in phase.groups]
-            parameters = [p for group in groups for p in group.parameters]
-            loss = loss if scale is None else loss * scale
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-            for group in groups:
-                bad = torch.maximum(bad, group.update_traced(gradients[: len(group.parameters)], scale))
-                gradients = gradients[len(group.parameters) :]
+            parameters = [p for name in phase.groups for p in step.groups[name].parameters]
+            loss = loss if step.loss_scale is None else loss * step.loss_scale.scale
+            updates.add(phase, torch.autograd.grad(loss, parameters, allow_unused=True))
             losses |= {name: value.detach() for name, value in logged.items()}
-        return losses, bad
+        return losses, updates.apply()

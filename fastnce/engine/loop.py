@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..methods.base import Batch, Method
 from ..options import option
+from .bad_steps import Row
 from .checkpoint import Checkpoints, DiskFull
 from .checks import check_run
 from .choices import PRECISIONS, pick_compile, pick_precision, set_tf32
@@ -193,6 +194,7 @@ class _Run:
             recompute=run.checkpoint_activations,
         )
         self.device = self.step.bad_steps.device
+        self.row = Row(self.step.bad_steps, optim.max_bad_steps)
         self.checkpoints = Checkpoints(folder / "checkpoints", run.keep, log.say)
         self.saved_at = self.validated_at = -1
         self.sample_batch: Batch | None = None
@@ -232,6 +234,7 @@ class _Run:
                 self._validate(done, self.validation)
             if due(self.run.log_every, done) or done == self.total:
                 self._report(done, epoch, losses, pace)
+            self._end_if_bad(*self.row.look(done))
             grids = self.run.sample_every if self.run.samples and self.ranks.first else 0
             if due(grids, done) or (grids and done == self.total):
                 self._sample(done)
@@ -278,7 +281,7 @@ class _Run:
             f"epoch {epoch + 1}/{epochs} step {done:,}/{self.total:,} | {found['images_per_second']:.2f} images/s, "
             f"data {found['data_share']:.0%}, ETA {clock(found['seconds_left'])} | "
             + " ".join(f"{name} {value:.3f}" for name, value in zip(names, values, strict=True))
-            + (f" | {bad:.0f} steps in a row skipped: not finite" if bad else "")
+            + (f" | {bad:.0f} steps in a row not finite: none was applied" if bad else "")
         )
         logged = dict(zip(names, values, strict=True))
         for sentence in self.monitor.judge(logged):
@@ -294,11 +297,15 @@ class _Run:
             | {"epoch": epoch, "pictures": self.progress.seen(done), "lr": learning_rate, "skipped_steps": bad}
             | {key: found[key] for key in ("images_per_second", "data_share")},
         )
-        if bad >= self.optim.max_bad_steps:
+        self._end_if_bad(bad, done)
+
+    def _end_if_bad(self, bad: float, step: int) -> None:
+        """`bad` steps in a row after `step`; the ranks count alike, so all of them end here."""
+        if 0 < self.optim.max_bad_steps <= bad:
             last = self.checkpoints.steps()
             kept = f"the last good checkpoint is {last[-1]}" if last else "there is no checkpoint yet"
             raise TrainingFailed(
-                f"{bad:.0f} steps in a row were not finite at step {done:,}, none of them was applied; {kept}; "
+                f"{bad:.0f} steps in a row were not finite at step {step:,}, none of them was applied; {kept}; "
                 f"try a lower optim.lr"
             )
 

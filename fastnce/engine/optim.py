@@ -1,4 +1,4 @@
-"""Adam with a learning rate on the device, the published schedule, and steps that skip themselves when not finite."""
+"""Adam with a learning rate on the device, whose updates can skip themselves; the published schedule; averages."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..options import option
+from .kept import Kept
 
 
 @dataclass
@@ -23,7 +24,7 @@ class OptimOptions:
     accumulate: int = option(
         1, "parts that a rank's batch is computed in, one after another: less memory, the same step", low=1
     )
-    max_bad_steps: int = option(20, "end the job after this many steps in a row that were not finite", low=1)
+    max_bad_steps: int = option(20, "end the job after this many steps in a row that were not finite; 0 never", low=0)
 
 
 def schedule(epoch: int, n_epochs: int, n_epochs_decay: int) -> float:
@@ -59,15 +60,20 @@ class ParameterGroup:
         for group in self.adam.param_groups:
             group["lr"] = self.lr  # only now: Adam looks whether its rate is positive, and would wait for the device
         self.adam._warned_capturable_if_run_uncaptured = True  # and may not: no matter
-        self.found_inf = torch.zeros((), device=first.device)
 
     def set_factor(self, factor: float) -> None:
         self.lr.fill_(self.base_lr * factor)
 
-    def update(self, gradients: tuple[Tensor | None, ...], scale: Tensor | None = None) -> Tensor:
-        """One Adam step; returns 1.0 where it was skipped because a gradient was not finite, else 0.0 (on the device).
+    def changes(self) -> list[Tensor]:
+        """What an update changes: weights, moments and counts."""
+        if len(self.adam.state) < len(self.parameters):
+            self.prepare()
+        return self.parameters + [t for p in self.parameters for t in self.adam.state[p].values()]
 
-        Nothing is read back: Adam itself leaves weights, moments and its count alone when `found_inf` is set, and
+    def update(self, gradients: tuple[Tensor | None, ...], bad: Tensor, scale: Tensor | None = None) -> None:
+        """One Adam step where `bad` is 0.0; nothing where it is 1.0.
+
+        Nothing is read back: Adam itself leaves weights, moments and its count alone when its `found_inf` is 1, and
         divides gradients by `scale`, the factor of the loss that they come from.
         """
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
@@ -77,15 +83,13 @@ class ParameterGroup:
             parameter.grad = gradient
         if not self.adam.state:
             self.prepare()  # of every parameter: what a checkpoint holds does not depend on which have a gradient
-        norm = torch.nn.utils.get_total_norm([g for g in gradients if g is not None])
-        self.found_inf.copy_(norm.isfinite().logical_not())
-        self.adam.grad_scale, self.adam.found_inf = scale, self.found_inf  # type: ignore[attr-defined]
+        self.adam.grad_scale, self.adam.found_inf = scale, bad  # type: ignore[attr-defined]
         try:
             self.adam.step()
         finally:
+            self.adam.grad_scale = self.adam.found_inf = None  # type: ignore[attr-defined]
             for parameter in self.parameters:
                 parameter.grad = None
-        return self.found_inf
 
     def prepare(self) -> None:
         """Make the moments that Adam itself would make at its first step; `update_traced` changes them in place."""
@@ -97,7 +101,7 @@ class ParameterGroup:
                     "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
                 }
 
-    def update_traced(self, gradients: tuple[Tensor | None, ...], scale: Tensor | None = None) -> Tensor:
+    def update_traced(self, gradients: tuple[Tensor | None, ...], bad: Tensor, scale: Tensor | None = None) -> None:
         """`update` in plain operations on the same state, for a compiler to trace; `prepare` must have been called.
 
         All parameters of a group that have a gradient have taken the same number of steps: one count serves them all.
@@ -110,12 +114,11 @@ class ParameterGroup:
         settings = self.adam.param_groups[0]
         (beta1, beta2), eps = settings["betas"], settings["eps"]
         with torch.no_grad():
-            bad = torch.nn.utils.get_total_norm(slopes).isfinite().logical_not()
-            keep = bad.logical_not().to(self.lr.dtype)
+            keep = (1.0 - bad).to(self.lr.dtype)
             if scale is not None:
                 slopes = list(torch._foreach_mul(slopes, scale.reciprocal()))
             # what is not finite must not reach the moments, not even times 0
-            slopes = [torch.where(bad, torch.zeros_like(g), g) for g in slopes]
+            slopes = [torch.where(bad > 0, torch.zeros_like(g), g) for g in slopes]
             # one a step count: a lone tensor of one element would be read as a number, which waits for the device
             torch._foreach_add_(steps, [keep.float()] * len(steps))
             count = steps[0].clamp_min(1.0).double()
@@ -131,7 +134,6 @@ class ParameterGroup:
             changes = list(torch._foreach_div(means, roots))
             torch._foreach_mul_(changes, (self.lr / (1.0 - beta1**count) * -keep).to(self.lr.dtype))
             torch._foreach_add_(weights, changes)
-        return bad.to(self.found_inf.dtype)
 
     def state(self) -> dict[str, Tensor]:
         """Adam's moments and counts by parameter name."""
@@ -184,9 +186,12 @@ class WeightAverage:
         self.average = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
 
     @torch.no_grad()
-    def update(self) -> None:
+    def update(self, bad: Tensor) -> None:
+        """After a step; where `bad` is 1.0 the average stays as it is."""
+        kept = Kept(list(self.average.values()))
         state = self.network.state_dict()
         smooth = [name for name, tensor in state.items() if tensor.is_floating_point()]
         torch._foreach_lerp_([self.average[n] for n in smooth], [state[n] for n in smooth], 1.0 - self.decay)
         for name in state.keys() - set(smooth):
             self.average[name].copy_(state[name])
+        kept.put_back(bad)

@@ -12,10 +12,12 @@ from torch import Tensor
 from ..methods.base import Batch, Draws, Losses, Method, Outputs, Phase
 from ..networks import channels_last
 from . import accumulate
+from .bad_steps import Updates, early_groups
 from .choices import PRECISIONS, pick_layout
 from .compiled import Compiled, CompiledWhole
 from .cudagraph import CudaRecorder, Graphs, Recorder, library_settings
 from .distributed import Ranks
+from .kept import Kept
 from .optim import LossScale, OptimOptions, ParameterGroup, WeightAverage
 from .recompute import recompute_blocks
 from .weights import converted_weights
@@ -23,6 +25,8 @@ from .weights import converted_weights
 
 class Step:
     """The step of a method, with everything that it changes: networks, optimisers, averaged weights.
+
+    A step in which a gradient is not finite changes nothing but `bad_steps` and the loss scale (see `bad_steps`).
 
     Args:
         method: the paper, already on its device.
@@ -70,13 +74,15 @@ class Step:
             for name, group in method.groups().items()
         }
         self.phases = method.phases()
+        self._early = [self.groups[name] for name in early_groups(self.phases)]
+        self._with_state = [*method.networks().values(), *method.extra_state_modules().values()]
         self.generate: Callable[[Batch, Draws], Outputs] = method.generate
         self.device_type, self.dtype = device.type, PRECISIONS[precision]
         self.weights_at_once = True
         """Convert a network's weights to 16 bits in one call; False leaves each to autocast, with equal numbers."""
         self.loss_scale = LossScale(device) if precision == "fp16" else None
         self.bad_steps = torch.zeros((), device=device)
-        """Steps that were not finite, in a row up to now."""
+        """() float32: steps up to now, in a row, in which a gradient was not finite."""
         generators = {name: net for name, net in method.networks().items() if name.startswith("G")}
         self.averages = (
             {name: WeightAverage(net, options.ema) for name, net in generators.items()} if options.ema else {}
@@ -85,7 +91,7 @@ class Step:
         self.whole = CompiledWhole.of(self, backend) if compile == "whole" else None
         if compile:
             self.generate = Compiled(method.generate, backend)
-            self.phases = tuple(Phase(Compiled(phase.loss, backend), phase.groups) for phase in self.phases)
+            self.phases = tuple(phase._replace(loss=Compiled(phase.loss, backend)) for phase in self.phases)
         recorder = CudaRecorder(device) if graph is True else graph
         self._buffers = [module._buffers for module in method.modules() if module._buffers]
         self.graphs = Graphs(self.compute, recorder, self._settings, self._places, self.layout) if recorder else None
@@ -114,7 +120,7 @@ class Step:
         """
         tensors = [self.bad_steps]
         for group in self.groups.values():
-            tensors += [group.lr, group.found_inf, *group.parameters]
+            tensors += [group.lr, *group.parameters]
             tensors += [moments["exp_avg"] for moments in group.adam.state.values()]
         for buffers in self._buffers:  # pools and banks among them
             tensors += [buffer for buffer in buffers.values() if buffer is not None]
@@ -125,7 +131,8 @@ class Step:
         return tuple(map(Tensor.data_ptr, tensors))
 
     def run(self, batch: Batch, draws: Draws) -> Losses:
-        """Update every network once; returns the losses, on the device, without waiting for them.
+        """Update every network once, or nothing where a gradient is not finite; returns the losses, on the device,
+        without waiting for them.
 
         The next step may write into the same tensors: whoever keeps losses over steps keeps copies.
         """
@@ -135,18 +142,29 @@ class Step:
         """`run`, launch by launch: what is recorded. Nothing in here waits for the device or asks it."""
         batch = Batch(*(pictures.contiguous(memory_format=self.layout) for pictures in batch))
         self.method.prepare(batch)
+        kept = Kept(self._changed_early())
         if self.whole is not None and self.whole.usable:
             losses, bad = self.whole(batch, draws)
         elif self.options.accumulate > 1:
             losses, bad = self._in_parts(batch, draws)
         else:
             losses, bad = self._at_once(batch, draws)
+        kept.put_back(bad)
         self.bad_steps.add_(1).mul_(bad)
         if self.loss_scale is not None:
             self.loss_scale.update(bad)
         for average in self.averages.values():
-            average.update()
+            average.update(bad)
         return losses
+
+    def _changed_early(self) -> list[Tensor]:
+        """What a step changes before its last gradient is known; pools may have been made since the last step."""
+        buffers = {id(b): b for module in self._with_state for b in module.buffers() if b.numel()}
+        return [*buffers.values(), *(t for group in self._early for t in group.changes())]
+
+    def updates(self, update: Callable[..., None] = ParameterGroup.update) -> Updates:
+        scale = None if self.loss_scale is None else self.loss_scale.scale
+        return Updates(self.groups, scale, self.bad_steps, update)
 
     def _weights(self, *kinds: str) -> AbstractContextManager:
         """Within: networks whose names begin with one of `kinds` hold their weights as autocast wants them."""
@@ -164,13 +182,14 @@ class Step:
 
     def _at_once(self, batch: Batch, draws: Draws) -> tuple[Losses, Tensor]:
         losses: Losses = {}
-        bad = torch.zeros_like(self.bad_steps)
+        updates = self.updates()
         outputs = self._generate(batch, draws)
         for phase in self.phases:
+            updates.before(phase)
             gradients, logged = self._differentiate(phase, batch, outputs, draws)
-            bad = torch.maximum(bad, self._update(phase, gradients))
+            updates.add(phase, self._average(phase, gradients))
             losses |= {name: value.detach() for name, value in logged.items()}
-        return losses, bad
+        return losses, updates.apply()
 
     def _in_parts(self, batch: Batch, draws: Draws) -> tuple[Losses, Tensor]:
         """Each phase over all parts, one after another, then its update.
@@ -179,10 +198,11 @@ class Step:
         again with it; the phases before have not changed what makes them, and those after get what it made.
         """
         losses: Losses = {}
-        bad = torch.zeros_like(self.bad_steps)
+        updates = self.updates()
         parts = accumulate.split(batch, draws, self.options.accumulate)
         made: list[Outputs | None] = [None] * len(parts)
         for phase in self.phases:
+            updates.before(phase)
             mean = accumulate.Mean(len(parts))
             trains = self._trains_generators(phase)
             for i, (part, drawn) in enumerate(parts):
@@ -194,9 +214,9 @@ class Step:
                 if trains and phase is not self.phases[-1]:
                     made[i] = accumulate.detached(outputs)
             assert mean.gradients is not None
-            bad = torch.maximum(bad, self._update(phase, tuple(mean.gradients)))
+            updates.add(phase, self._average(phase, tuple(mean.gradients)))
             losses |= mean.losses
-        return losses, bad
+        return losses, updates.apply()
 
     def _differentiate(
         self, phase: Phase, batch: Batch, outputs: Outputs, draws: Draws
@@ -219,16 +239,9 @@ class Step:
             for parameter in resting:
                 parameter.requires_grad_(True)
 
-    def _update(self, phase: Phase, gradients: tuple[Tensor | None, ...]) -> Tensor:
-        """Average over ranks and update; 1.0 where a group was skipped because a gradient was not finite, else 0.0."""
-        groups = [self.groups[name] for name in phase.groups]
-        gradients = self.ranks.average(gradients, [p for group in groups for p in group.parameters])
-        scale = None if self.loss_scale is None else self.loss_scale.scale
-        bad = torch.zeros_like(self.bad_steps)
-        for group in groups:
-            bad = torch.maximum(bad, group.update(gradients[: len(group.parameters)], scale))
-            gradients = gradients[len(group.parameters) :]
-        return bad
+    def _average(self, phase: Phase, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        """Over ranks, all of which then agree on whether the step is bad."""
+        return self.ranks.average(gradients, [p for name in phase.groups for p in self.groups[name].parameters])
 
     def close(self) -> None:
         """Let go of recorded graphs: before the processes part, and before anything they hold is replaced."""

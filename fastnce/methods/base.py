@@ -126,10 +126,15 @@ Outputs = dict[str, Any]
 
 
 class Phase(NamedTuple):
-    """A loss, and the names of the groups that it updates."""
+    """A loss, and the names of the groups that it updates.
+
+    `apart`: nothing that the phases before it update takes part in this loss, so that their updates may wait for its
+    gradients.
+    """
 
     loss: Callable[[Batch, Outputs, Draws], tuple[Tensor, Losses]]
     groups: tuple[str, ...]
+    apart: bool = False
 
 
 class Method(nn.Module):

@@ -240,7 +240,8 @@ class CycleGAN(TwoWay):
         self.options = options
 
     def phases(self):
-        return Phase(self.g_loss, ("G",)), Phase(self.d_loss, ("D",))
+        # the fakes that the discriminators judge were made before the generators' update
+        return Phase(self.g_loss, ("G",)), Phase(self.d_loss, ("D",), apart=True)
 
     def generate(self, batch: Batch, draws: Draws) -> Outputs:
         outputs = self.translate_both(batch, identity=self.options.lambda_identity > 0)

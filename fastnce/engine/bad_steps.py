@@ -1,0 +1,110 @@
+"""A bad step is one in which a gradient is not finite. It changes nothing but its own count and the loss scale.
+
+Everything else is afterwards, bit for bit, what it was before: weights, moments and counts of every group, averaged
+weights, statistics of batch norms, pools of pictures, banks of codes. All of it is decided on the device.
+
+A loss that judges with an updated discriminator needs that update before it is known whether the step is good. Such
+updates are made and taken back (`Kept`), as are the buffers that forward passes change. Those of the last loss are not
+made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..data.augment import PINNED
+from ..methods.base import Phase
+from .optim import ParameterGroup
+
+Gradients = tuple[Tensor | None, ...]
+
+
+class Updates:
+    """A step's updates in the paper's order, each as late as the losses allow, and none after a bad gradient.
+
+    Args:
+        groups: by name.
+        scale: factor of the losses, None for 1.
+        like: on the device.
+        update: `ParameterGroup.update`, or `update_traced`.
+    """
+
+    def __init__(
+        self,
+        groups: Mapping[str, ParameterGroup],
+        scale: Tensor | None,
+        like: Tensor,
+        update: Callable[..., None] = ParameterGroup.update,
+    ):
+        self.groups, self.scale, self.update = groups, scale, update
+        self.total = torch.zeros_like(like, dtype=torch.float32)
+        self.waiting: list[tuple[Phase, Gradients]] = []
+
+    def before(self, phase: Phase) -> None:
+        """Call it before a phase computes its loss."""
+        if self.waiting and not phase.apart:
+            self.apply()
+
+    def add(self, phase: Phase, gradients: Gradients) -> None:
+        """Those of the phase's groups, one after another."""
+        # a norm that is not finite stays so in the sum, whatever comes after it
+        self.total = self.total + torch.nn.utils.get_total_norm([g for g in gradients if g is not None])
+        self.waiting.append((phase, gradients))
+
+    def apply(self) -> Tensor:
+        """Update where every gradient up to now was finite; returns 0.0 there, else 1.0 (on the device)."""
+        bad = 1.0 - (self.total < float("inf")).float()  # neither infinity nor NaN is below it
+        for phase, gradients in self.waiting:
+            for group in map(self.groups.__getitem__, phase.groups):
+                own, gradients = gradients[: len(group.parameters)], gradients[len(group.parameters) :]
+                self.update(group, own, bad, self.scale)
+        self.waiting = []
+        return bad
+
+
+def early_groups(phases: Sequence[Phase]) -> list[str]:
+    """Groups that are updated before the last gradient is known."""
+    needs = [i for i, phase in enumerate(phases) if not phase.apart]
+    return list(dict.fromkeys(name for phase in phases[: max(needs, default=0)] for name in phase.groups))
+
+
+class Row:
+    """The count of bad steps in a row as the host sees it, without waiting in every step.
+
+    On an accelerator a copy is begun every `every` steps and read that many steps later, when it has long been there:
+    always at the same steps, so that several ranks, whose counts are equal, stop together. A row that goes on is seen
+    before it is half as long again as `limit`. The CPU has nothing to wait for: there every count is read.
+
+    Args:
+        counter: () on the device, changed in place.
+        limit: length of a row that has to be seen; 0 looks for none.
+        late: read as on an accelerator.
+    """
+
+    def __init__(self, counter: Tensor, limit: int, late: bool | None = None):
+        device = counter.device
+        self.counter, self.limit = counter, limit
+        self.late = device.type != "cpu" if late is None else late
+        self.every = max(1, limit // 4) if self.late else 1
+        self.module = None if device.type == "cpu" else torch.get_device_module(device)
+        self.event = None if self.module is None else self.module.Event()
+        self.place = torch.zeros((), dtype=counter.dtype, pin_memory=device.type in PINNED)
+        self.begun = 0
+
+    def look(self, done: int) -> tuple[float, int]:
+        """After step `done`: bad steps in a row, and the step after which that was so; (0.0, 0) where none is read."""
+        if self.limit <= 0 or done % self.every:
+            return 0.0, 0
+        if not self.late:
+            return self.counter.item(), done
+        if self.begun and self.event is not None:
+            self.event.synchronize()
+        found = (self.place.item(), self.begun) if self.begun else (0.0, 0)
+        self.place.copy_(self.counter, non_blocking=True)
+        if self.event is not None and self.module is not None:
+            self.event.record(self.module.current_stream(self.counter.device))
+        self.begun = done
+        return found
