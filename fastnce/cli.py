@@ -20,9 +20,9 @@ from .engine.launch import launched, processes, start, without
 from .engine.loop import TrainingFailed, pick_device
 from .engine.memory import out_of_memory
 from .evaluate.pairs import RAIN_SIDE_HELP, RAIN_SIDES
-from .inference import ProgressLine, load_translator, translate_files
+from .inference import load_translator, translate_files
 from .methods import PRESETS
-from .streams import flush, open_streams, sentence_of, stdout_takes, tell
+from .streams import ProgressLine, flush, open_streams, sentence_of, stdout_takes, tell
 from .training import cache_run, check_same_run, train_run
 
 TILES_HELP = "auto: whole pictures, exact tiles where memory is too small; exact or fast: always"

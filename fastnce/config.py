@@ -13,8 +13,8 @@ import torch
 
 from .data.cache import PREPROCESS
 from .data.rain import RainOptions, parse_ranges
-from .engine.loop import RunOptions
 from .engine.optim import OptimOptions
+from .engine.options import RunOptions
 from .evaluate.pairs import RAIN_SIDES
 from .methods import PRESETS, Method, NetworkOptions, Preset
 from .options import check as check_options

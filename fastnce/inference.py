@@ -7,10 +7,8 @@ picture = translator(load_image("horse.jpg")[None])    # any size
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -339,43 +337,3 @@ def _targets(pictures: list[Path], root: Path, out: Path, suffix: str) -> dict[P
         taken.add(target)
         targets[path] = target
     return targets
-
-
-class ProgressLine:
-    """A line on stderr, rewritten in place; where stderr is no terminal, a line every ten seconds.
-
-    Nothing that happens to these lines, such as a closed pipe, ends the work that they tell of.
-    """
-
-    EVERY = 10.0
-
-    def __init__(self) -> None:
-        self._live = sys.stderr.isatty()
-        self._last = time.monotonic()
-
-    def __call__(self, text: str) -> None:
-        if self._live:
-            self._write(f"\r{text}\x1b[K")
-        elif time.monotonic() - self._last >= self.EVERY:
-            self._write(f"{text}\n")
-            self._last = time.monotonic()
-
-    def say(self, sentence: str) -> None:
-        """A line that stays, on stdout."""
-        self.clear()
-        with suppress(OSError):
-            print(sentence, flush=True)
-
-    def clear(self) -> None:
-        if self._live:
-            self._write("\r\x1b[K")
-
-    def _write(self, text: str) -> None:
-        with suppress(OSError):
-            print(text, end="", file=sys.stderr, flush=True)
-
-    def __enter__(self) -> ProgressLine:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.clear()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import time
 from contextlib import suppress
 
 
@@ -55,3 +56,43 @@ def flush(code: int) -> int:
         if not isinstance(error, BrokenPipeError):  # the reader, such as head, has seen enough
             code = tell(f"standard output: {getattr(error, 'strerror', None) or error}", code or 2)
     return code
+
+
+class ProgressLine:
+    """A line on stderr, rewritten in place; where stderr is no terminal, a line every ten seconds.
+
+    Nothing that happens to these lines, such as a closed pipe, ends the work that they tell of.
+    """
+
+    EVERY = 10.0
+
+    def __init__(self) -> None:
+        self._live = sys.stderr.isatty()
+        self._last = time.monotonic()
+
+    def __call__(self, text: str) -> None:
+        if self._live:
+            self._write(f"\r{text}\x1b[K")
+        elif time.monotonic() - self._last >= self.EVERY:
+            self._write(f"{text}\n")
+            self._last = time.monotonic()
+
+    def say(self, sentence: str) -> None:
+        """A line that stays, on stdout."""
+        self.clear()
+        with suppress(OSError):
+            print(sentence, flush=True)
+
+    def clear(self) -> None:
+        if self._live:
+            self._write("\r\x1b[K")
+
+    def _write(self, text: str) -> None:
+        with suppress(OSError):
+            print(text, end="", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> ProgressLine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.clear()

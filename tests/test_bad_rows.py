@@ -12,8 +12,9 @@ import torch
 
 from fastnce.engine import loop
 from fastnce.engine.bad_steps import Row
-from fastnce.engine.loop import RunOptions, TrainingFailed, train
+from fastnce.engine.loop import TrainingFailed, train
 from fastnce.engine.optim import OptimOptions
+from fastnce.engine.options import RunOptions
 from tests.test_distributed import finish, free_port, run_program
 from tests.test_engine import Toy, small_method, training_tensors
 
@@ -121,7 +122,7 @@ with ranks_of_launcher("cpu") as ranks:
         assert step.bad_steps.item() == phase + 1
         assert all(torch.equal(t, before[key]) for key, t in step.state().items() if key != "bad_steps")
     try:
-        options = loop.RunOptions(device="cpu", steps=30, sample_every=0, monitor_every=0)
+        options = RunOptions(device="cpu", steps=30, sample_every=0, monitor_every=0)
         loop.train(method(), Data(), OptimOptions(max_bad_steps=8), options, Path("FOLDER"), quiet=True, ranks=ranks)
     except loop.TrainingFailed as error:
         print(error)

@@ -16,9 +16,10 @@ from PIL import Image
 
 from fastnce import cli
 from fastnce.cli import main
-from fastnce.inference import ProgressLine, Translator, load_translator, translate_files
+from fastnce.inference import Translator, load_translator, translate_files
 from fastnce.interop import save_published
 from fastnce.networks import ResnetGenerator
+from fastnce.streams import ProgressLine
 from tests.ends import FULL, NO_ROOM, commands, failing_second, left, one_sentence, write
 
 

@@ -26,8 +26,9 @@ from fastnce.engine.choices import pick_compile, pick_layout, pick_precision, se
 from fastnce.engine.compiled import Compiled
 from fastnce.engine.distributed import Ranks
 from fastnce.engine.log import Pace, clock, save_grid
-from fastnce.engine.loop import RunOptions, TrainingFailed, pick_device, train
+from fastnce.engine.loop import TrainingFailed, pick_device, train
 from fastnce.engine.optim import LossScale, OptimOptions, ParameterGroup, WeightAverage, schedule
+from fastnce.engine.options import RunOptions
 from fastnce.engine.step import Step
 from fastnce.methods import CUT, Batch, CUTOptions, Draws, NetworkOptions
 from fastnce.training import train_run

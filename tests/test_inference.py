@@ -12,10 +12,12 @@ from PIL import Image, ImageCms
 
 from fastnce import inference
 from fastnce.cli import main
-from fastnce.inference import ProgressLine, Translator, available_memory, translate_files
+from fastnce.engine.memory import available_memory
+from fastnce.inference import Translator, translate_files
 from fastnce.interop import save_published
 from fastnce.networks import ResnetGenerator, Restorer, UnetGenerator, init_weights
 from fastnce.photographs import read_photograph
+from fastnce.streams import ProgressLine
 from fastnce.tiles import Tiler, translate_exact, translate_fast
 from fastnce.windows import steps_of
 

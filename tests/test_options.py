@@ -11,8 +11,8 @@ import pytest
 
 from fastnce import options
 from fastnce.config import Config, check, from_dict, from_preset, plan, resolve
-from fastnce.engine.loop import RunOptions
 from fastnce.engine.optim import OptimOptions
+from fastnce.engine.options import RunOptions
 from fastnce.methods import CUT, PRESETS, CUTOptions, CycleGAN, CycleGANOptions, NetworkOptions
 from fastnce.options import Accepts, describe, kinds, option, range_of
 

@@ -14,8 +14,9 @@ from torch import nn
 from fastnce.cli import main
 from fastnce.engine.checkpoint import Checkpoints
 from fastnce.engine.distributed import Ranks
-from fastnce.engine.loop import RunOptions, train
+from fastnce.engine.loop import train
 from fastnce.engine.optim import OptimOptions
+from fastnce.engine.options import RunOptions
 from fastnce.methods import Group, Method, Phase
 from fastnce.training import check_same_run, train_run
 from tests.test_engine import SMALL, small_config, training_tensors

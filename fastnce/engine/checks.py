@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,10 +11,8 @@ from ..options import check
 from .accumulate import check_parts
 from .cudagraph import pick_graph
 from .optim import OptimOptions
+from .options import RunOptions
 from .recompute import blocks_of
-
-if TYPE_CHECKING:
-    from .loop import RunOptions
 
 
 def check_run(method: Method, optim: OptimOptions, run: RunOptions, device: torch.device) -> None:

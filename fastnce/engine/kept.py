@@ -1,8 +1,8 @@
 """Copies of what a step changes, put back where the step turns out bad: decided on the device, without waiting for it.
 
-    kept = Kept(tensors)
-    ...                     # changes them in place
-    kept.put_back(bad)
+kept = Kept(tensors)
+...                     # changes them in place
+kept.put_back(bad)
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def write_unpaired(
 
 def main(arguments: list[str]) -> int:
     """The command."""
-    from ..inference import ProgressLine
+    from ..streams import ProgressLine
 
     parser = argparse.ArgumentParser(prog="fastnce unpair", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("pairs", type=Path, metavar="PAIRS", help="rain/ and norain/, strips, ... as fastnce evaluate")
