@@ -56,7 +56,6 @@ class Updates:
 
     def apply(self) -> Tensor:
         """Update where every gradient up to now was finite; returns whether one was not, () bool."""
-        # bool: Inductor (PyTorch 2.11) would write other results over a float that it still has to read
         bad = self.good.logical_not()
         for phase, gradients in self.waiting:
             for group in map(self.groups.__getitem__, phase.groups):
