@@ -37,7 +37,7 @@ def test_a_row_is_seen_within_its_length(limit, late):
             if found >= limit:
                 break
         begun = max(i for i, count in enumerate(counts) if count == 0)
-        assert done - begun <= (limit + max(2, limit // 2) if late else limit)
+        assert done - begun <= (limit + 2 * max(1, limit // 4) - 1 if late else limit)
         assert counts[-1] >= limit
 
 

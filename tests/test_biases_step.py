@@ -188,7 +188,7 @@ def test_parameters_without_gradient_cost_the_optimiser_nothing():
     before = modules[0].bias.detach().clone()
     assert mean.gradients is not None
     with Adams():
-        group.update(tuple(mean.gradients), torch.tensor(0.0))
+        group.update(tuple(mean.gradients), torch.tensor(False))
     assert seen == [3]
     assert torch.equal(modules[0].bias, before)
     assert group.state().keys() == {f"{n}/{k}" for n in group.names for k in ("step", "exp_avg", "exp_avg_sq")}

@@ -350,7 +350,7 @@ def test_an_update_to_be_traced_asks_nothing_of_the_host():
     group = ParameterGroup((layer,), 1e-2, (0.5, 0.999))
     group.prepare()
     gradients, scale = tuple(torch.randn_like(p) for p in layer.parameters()), torch.tensor(1024.0)
-    bad = torch.tensor(0.0)
+    bad = torch.tensor(False)
     with AsksTheHost() as watch:
         group.update_traced(gradients, bad, scale)
     assert watch.count > 10

@@ -169,7 +169,7 @@ def test_weight_average():
     expected = start.clone()
     for value in (1.0, 2.0, 4.0):
         torch.nn.init.constant_(network.weight, value)
-        average.update(torch.tensor(0.0))
+        average.update(torch.tensor(False))
         expected = 0.75 * expected + 0.25 * value
     torch.testing.assert_close(average.average["weight"], expected)
     with pytest.raises(ValueError, match=r"optim\.ema must lie between 0 and 1"):
@@ -428,7 +428,7 @@ def test_the_loss_scale_halves_and_doubles():
     scale = LossScale(torch.device("cpu"), start=8.0, interval=3)
     seen = []
     for bad in (0, 0, 0, 1, 0, 1, 0, 0, 0):
-        scale.update(torch.tensor(float(bad)))
+        scale.update(torch.tensor(bool(bad)))
         seen.append(scale.scale.item())
     assert seen == [8, 8, 16, 8, 8, 4, 4, 4, 8]
 
@@ -439,7 +439,7 @@ def test_a_scaled_loss_gives_the_same_update():
     for module, factor in zip(parameter, (None, torch.tensor(1024.0)), strict=True):
         group = ParameterGroup((module,), 1e-2, (0.5, 0.999))
         gradient = torch.full_like(module.weight, 0.25) * (1.0 if factor is None else factor)
-        group.update((gradient,), torch.tensor(0.0), factor)
+        group.update((gradient,), torch.tensor(False), factor)
     assert torch.equal(parameter[0].weight, parameter[1].weight)
 
 
@@ -528,7 +528,7 @@ def test_the_update_that_a_compiler_traces_is_adams(kind):
     for i in range(5):
         gradients = [torch.randn_like(p) for p in layers[0].parameters()]
         gradients[0][0, 0] = float("inf") if i in (0, 3) else 1e-6  # also at the very first step
-        bad = torch.tensor(float(i in (0, 3)))
+        bad = torch.tensor(i in (0, 3))
         groups[0].update((gradients[0] * scale, gradients[1] * scale), bad, scale)
         groups[1].update_traced((gradients[0] * scale, gradients[1] * scale), bad, scale)
         groups[0].set_factor(0.9**i)

@@ -153,20 +153,38 @@ def test_a_recorded_run_counts_its_warm_up_and_follows_the_rate():
     step.close()
 
 
-def test_a_step_that_is_not_finite_is_skipped_by_the_graph():
-    step = Step(method_of("cut"), OptimOptions(), graph=True)
+@pytest.mark.parametrize("preset", ["cut", "cyclegan"])
+@pytest.mark.parametrize("phase", [0, 1])
+def test_a_bad_step_is_taken_back_by_the_graph(preset, phase):
+    """One of its gradients is not finite: the generators' or the discriminators'."""
+    factor, method = torch.ones((), device="cuda"), method_of(preset)
+    phases = list(method.phases())
+    loss = phases[phase].loss
+
+    def spoiled(*arguments):
+        total, logged = loss(*arguments)
+        return total * factor, logged
+
+    phases[phase] = phases[phase]._replace(loss=spoiled)
+    method.phases = lambda: tuple(phases)
+    step = Step(method, OptimOptions(ema=0.9), graph=True)
     for number in range(WARM_UP + 2):
         one_step(step, number, random_batch())
     before = {key: tensor.clone() for key, tensor in step.state().items()}
-    broken = random_batch()
-    broken.a[0, 0, 0, 0] = float("nan")
-    one_step(step, 50, broken)
-    assert step.bad_steps.item() == 1
+    factor.fill_(float("inf"))
+    for number in (1, 2):
+        one_step(step, 50 + number, random_batch())
+        assert step.bad_steps.item() == number
     for key, tensor in step.state().items():
-        if key.startswith(("network/", "adam/")):
+        if key != "bad_steps":
             assert torch.equal(tensor, before[key]), key
-    one_step(step, 51, random_batch())
+    factor.fill_(1.0)
+    one_step(step, 53, random_batch())
     assert step.bad_steps.item() == 0
+    moved = {key for key, tensor in step.state().items() if not torch.equal(tensor, before[key])}
+    assert any(key.startswith("network/D") for key in moved)
+    assert any(key.startswith("network/G") for key in moved)
+    assert not step.graphs.failed
     step.close()
 
 

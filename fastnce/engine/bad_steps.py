@@ -40,7 +40,7 @@ class Updates:
         update: Callable[..., None] = ParameterGroup.update,
     ):
         self.groups, self.scale, self.update = groups, scale, update
-        self.total = torch.zeros_like(like, dtype=torch.float32)
+        self.good = torch.ones_like(like, dtype=torch.bool)
         self.waiting: list[tuple[Phase, Gradients]] = []
 
     def before(self, phase: Phase) -> None:
@@ -50,13 +50,13 @@ class Updates:
 
     def add(self, phase: Phase, gradients: Gradients) -> None:
         """Those of the phase's groups, one after another."""
-        # a norm that is not finite stays so in the sum, whatever comes after it
-        self.total = self.total + torch.nn.utils.get_total_norm([g for g in gradients if g is not None])
+        norm = torch.nn.utils.get_total_norm([g for g in gradients if g is not None])
+        self.good = self.good & (norm < float("inf"))  # as is neither infinity nor NaN
         self.waiting.append((phase, gradients))
 
     def apply(self) -> Tensor:
-        """Update where every gradient up to now was finite; returns 0.0 there, else 1.0 (on the device)."""
-        bad = 1.0 - (self.total < float("inf")).float()  # neither infinity nor NaN is below it
+        """Update where every gradient up to now was finite; returns whether one was not, () bool."""
+        bad = self.good.logical_not()
         for phase, gradients in self.waiting:
             for group in map(self.groups.__getitem__, phase.groups):
                 own, gradients = gradients[: len(group.parameters)], gradients[len(group.parameters) :]
@@ -76,7 +76,7 @@ class Row:
 
     On an accelerator a copy is begun every `every` steps and read that many steps later, when it has long been there:
     always at the same steps, so that several ranks, whose counts are equal, stop together. A row that goes on is seen
-    before it is half as long again as `limit`. The CPU has nothing to wait for: there every count is read.
+    less than 2 * `every` steps after it reached `limit`. On the CPU every count is read: there is nothing to wait for.
 
     Args:
         counter: () on the device, changed in place.

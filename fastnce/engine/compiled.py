@@ -122,7 +122,7 @@ class CompiledWhole:
         return None if reason else cls(step, backend)
 
     def __call__(self, batch: Batch, draws: Draws) -> tuple[Losses, Tensor]:
-        """Update every network; returns losses, and 1.0 where a gradient was not finite (see `bad_steps`)."""
+        """Update every network; returns losses, and whether a gradient was not finite, () bool."""
         began = time.perf_counter()
         try:
             result = self._compiled(batch, draws)

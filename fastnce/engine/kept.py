@@ -34,8 +34,8 @@ class Kept:
             torch._foreach_copy_(copies, kind)
 
     def put_back(self, bad: Tensor) -> None:
-        """Where `bad` is 1.0 the tensors get the numbers that they had; where it is 0.0 they keep their own."""
-        good = 1.0 - bad
+        """Give the tensors the numbers that they had, where `bad`, () bool, is true."""
+        good = bad.logical_not().float()
         for tensors, copies in self.pairs:
             if tensors[0].is_floating_point():
                 # A copy that the device may leave out: the first step of fused SGD sets its momentum to the gradient,

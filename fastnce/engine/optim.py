@@ -71,7 +71,7 @@ class ParameterGroup:
         return self.parameters + [t for p in self.parameters for t in self.adam.state[p].values()]
 
     def update(self, gradients: tuple[Tensor | None, ...], bad: Tensor, scale: Tensor | None = None) -> None:
-        """One Adam step where `bad` is 0.0; nothing where it is 1.0.
+        """One Adam step, or none where `bad`, () bool, is true.
 
         Nothing is read back: Adam itself leaves weights, moments and its count alone when its `found_inf` is 1, and
         divides gradients by `scale`, the factor of the loss that they come from.
@@ -83,7 +83,7 @@ class ParameterGroup:
             parameter.grad = gradient
         if not self.adam.state:
             self.prepare()  # of every parameter: what a checkpoint holds does not depend on which have a gradient
-        self.adam.grad_scale, self.adam.found_inf = scale, bad  # type: ignore[attr-defined]
+        self.adam.grad_scale, self.adam.found_inf = scale, bad.float()  # type: ignore[attr-defined]
         try:
             self.adam.step()
         finally:
@@ -114,11 +114,11 @@ class ParameterGroup:
         settings = self.adam.param_groups[0]
         (beta1, beta2), eps = settings["betas"], settings["eps"]
         with torch.no_grad():
-            keep = (1.0 - bad).to(self.lr.dtype)
+            keep = bad.logical_not().to(self.lr.dtype)
             if scale is not None:
                 slopes = list(torch._foreach_mul(slopes, scale.reciprocal()))
             # what is not finite must not reach the moments, not even times 0
-            slopes = [torch.where(bad > 0, torch.zeros_like(g), g) for g in slopes]
+            slopes = [torch.where(bad, torch.zeros_like(g), g) for g in slopes]
             # one a step count: a lone tensor of one element would be read as a number, which waits for the device
             torch._foreach_add_(steps, [keep.float()] * len(steps))
             count = steps[0].clamp_min(1.0).double()
@@ -168,10 +168,10 @@ class LossScale:
         self.interval = interval
 
     def update(self, bad: Tensor) -> None:
-        """`bad` is 1.0 after a step that was not finite, else 0.0."""
-        self.good.add_(1.0).mul_(1.0 - bad)
+        """`bad`, () bool: whether a gradient of the step was not finite."""
+        self.good.add_(1.0).mul_(bad.logical_not())
         grown = self.good >= self.interval
-        self.scale.mul_(torch.where(bad > 0, 0.5, torch.where(grown, 2.0, 1.0)).to(self.scale))
+        self.scale.mul_(torch.where(bad, 0.5, torch.where(grown, 2.0, 1.0)).to(self.scale))
         self.good.mul_(grown.logical_not())
 
 
@@ -187,7 +187,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, bad: Tensor) -> None:
-        """After a step; where `bad` is 1.0 the average stays as it is."""
+        """After a step; where `bad`, () bool, is true, the average stays as it is."""
         kept = Kept(list(self.average.values()))
         state = self.network.state_dict()
         smooth = [name for name, tensor in state.items() if tensor.is_floating_point()]
