@@ -41,6 +41,11 @@ def pytest_runtest_teardown(item):
             pytest.exit(f"the device is lost since {item.nodeid}: {str(error).splitlines()[0]}", returncode=3)
 
 
+def plain_environment() -> dict[str, str]:
+    """For a pytest of its own within a test: it is no worker of this one."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+
+
 def shared_folder() -> Path | None:
     """Recordings and photographs, where they are there: FASTNCE_SHARED or ../shared beside the checkout."""
     named = os.environ.get("FASTNCE_SHARED")

@@ -91,6 +91,7 @@ from fastnce.engine import loop
 from fastnce.engine.bad_steps import Row
 from fastnce.engine.distributed import ranks_of_launcher
 from fastnce.engine.optim import OptimOptions
+from fastnce.engine.options import RunOptions
 from fastnce.engine.step import Step
 from fastnce.methods import CUT, Batch, CUTOptions, Draws, NetworkOptions
 

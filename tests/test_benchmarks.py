@@ -131,6 +131,7 @@ import torch
 from benchmarks import measure as module
 from benchmarks.cases import Case, Provider, Row
 from benchmarks.measure import measure
+from tests.conftest import plain_environment
 
 def good(context):
     yield Row("good", "x", "eager")
@@ -786,7 +787,7 @@ def test_growth_is_fitted_and_a_plot_without_matplotlib_is_a_sentence(tmp_path, 
 
 def test_pytest_benchmark_finds_the_same_cases():
     command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "-q", "--collect-only"]
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=plain_environment())
     assert finished.returncode == 0, finished.stdout + finished.stderr
     for wanted in ("test_chain[chain-1x16-fastnce]", "test_patchnce[patchnce-1x64-CUT]", "test_infonce[infonce-1x128"):
         assert wanted in finished.stdout

@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 PARTS = """
 from benchmarks.cases import Row
+from tests.conftest import plain_environment
 
 def good(context):
     yield Row("good", "x", "eager", p50_ms=1.0)
@@ -316,7 +317,7 @@ def test_how_each_test_ended_survives_the_end_of_pytest(tmp_path):
         "def test_that_ends_everything(): os._exit(9)\n"
     )
     file = tmp_path / "outcomes.jsonl"
-    environment = os.environ | {outcomes.FILE: str(file), "PYTHONPATH": str(ROOT)}
+    environment = plain_environment() | {outcomes.FILE: str(file), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "pytest", "-p", "benchmarks.outcomes", "-p", "no:cacheprovider", str(tmp_path)]
     assert subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=120).returncode == 9
     found = {line["name"].split("::")[1]: (line["outcome"], line["why"]) for line in outcomes.read(file)}

@@ -68,12 +68,19 @@ def start(*arguments: object, shell: str = "", **options) -> subprocess.Popen:
     return subprocess.Popen(command, env=environment, text=True, **options)
 
 
+def _hear_interrupts() -> None:
+    """A shell lets what it runs in the background ignore them, and so its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_in_a_process(model, tmp_path):
     out, source = tmp_path / "out", tmp_path / "many"
     write(source, "0.png")
     for i in range(1, 3000):
         (source / f"{i}.png").symlink_to(source / "0.png")
-    process = start("translate", model, source, "--out", out, "--device", "cpu", stderr=-1, stdout=-1)
+    process = start(
+        "translate", model, source, "--out", out, "--device", "cpu", stderr=-1, stdout=-1, preexec_fn=_hear_interrupts
+    )
     deadline = time.monotonic() + 120
     while not list(out.glob("*.png")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -278,7 +278,7 @@ def test_batches_of_one_size(tmp_path, monkeypatch):
         assert abs(a - b).max() <= 1
     assert lines[-1].startswith("6/6 pictures, ")
     assert lines[-1].endswith(" images/s")
-    with pytest.raises(ValueError, match="batch must be at least 1"):
+    with pytest.raises(ValueError, match="batch must be from 1 to 1,024 pictures, not 0"):
         translate_files(translator, source, tmp_path / "two", batch=0)
 
 

@@ -145,7 +145,7 @@ REFUSED = {  # by hand, from what each key means
     "optim.n_epochs": ["-1"],
     "optim.ema": ["-0.5", "1", "1.5"],
     "optim.accumulate": ["0", "-2"],
-    "optim.max_bad_steps": ["0"],
+    "optim.max_bad_steps": ["-1"],
     "run.seed": ["-1", "18446744073709551616"],
     "run.steps": ["-3"],
     "run.minutes": ["-1", "1e400"],

@@ -50,7 +50,7 @@ WRONG = [
     ("cut", ["run.log_every=-1"], "run.log_every must be a whole number of at least 0"),
     ("cut", ["run.steps=-3"], "run.steps must be a whole number of at least 0"),
     ("cut", ["optim.lr=nan"], "optim.lr must be a number from"),
-    ("cut", ["optim.max_bad_steps=0"], "optim.max_bad_steps must be a whole number of at least 1"),
+    ("cut", ["optim.max_bad_steps=-1"], "optim.max_bad_steps must be a whole number of at least 0"),
     ("cut", ["loss.lambda_gan=0", "loss.lambda_nce=0"], "every term has weight 0"),
     ("cut", ["run.graph=true"], "run.graph=true needs a CUDA device"),
     ("cut", ["data.batch=4", "optim.accumulate=2", "loss.negatives=batch"], "optim.accumulate=2 would change"),

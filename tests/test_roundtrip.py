@@ -134,9 +134,11 @@ def test_wide_stylegan2_generators_have_the_published_channels(monkeypatch):
     state = build_generator("stylegan2", 3, 3, 100, resolution=64).state_dict()
     assert state["encoder.convs.1.0.weight"].shape == (800, 3, 1, 1)
     assert state["encoder.convs.2.conv2.1.weight"].shape == (512, 800, 3, 3)
-    with pytest.raises(ValueError, match=r"network\.width=1 leaves no channel at resolution=1024"):
+    with pytest.raises(ValueError, match=r"network\.width=1 leaves no channels at network.resolution=1024"):
         build_generator("stylegan2", 3, 3, 1, resolution=1024)
-    with pytest.raises(ValueError, match=r"network\.discriminator_width=1 leaves no channel at resolution=512"):
+    with pytest.raises(
+        ValueError, match=r"network\.discriminator_width=1 leaves no channels at network.resolution=512"
+    ):
         build_discriminator("stylegan2", 3, 1, resolution=512)
 
 
