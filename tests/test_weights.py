@@ -77,7 +77,8 @@ class Conversions(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.single += function is torch.ops.aten._to_copy.default and args[0].shape in self.shapes
-        self.together += function is torch.ops.aten._foreach_copy_.default
+        if function is torch.ops.aten._foreach_copy_.default:  # others keep what a bad step gets back, as it is
+            self.together += args[0][0].dtype != args[1][0].dtype
         return function(*args, **(kwargs or {}))
 
 
