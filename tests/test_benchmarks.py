@@ -34,6 +34,8 @@ from benchmarks import (
 from fastnce import patch_nce, timing
 from fastnce.nce import reference
 
+from .conftest import plain_environment
+
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 
@@ -131,7 +133,6 @@ import torch
 from benchmarks import measure as module
 from benchmarks.cases import Case, Provider, Row
 from benchmarks.measure import measure
-from tests.conftest import plain_environment
 
 def good(context):
     yield Row("good", "x", "eager")

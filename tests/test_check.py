@@ -26,13 +26,13 @@ from benchmarks import (
 )
 from fastnce.cli import main as fastnce
 
+from .conftest import plain_environment
 from .test_benchmarks import planned  # noqa: F401  # a fixture
 
 ROOT = Path(__file__).resolve().parents[1]
 
 PARTS = """
 from benchmarks.cases import Row
-from tests.conftest import plain_environment
 
 def good(context):
     yield Row("good", "x", "eager", p50_ms=1.0)

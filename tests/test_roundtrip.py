@@ -136,9 +136,7 @@ def test_wide_stylegan2_generators_have_the_published_channels(monkeypatch):
     assert state["encoder.convs.2.conv2.1.weight"].shape == (512, 800, 3, 3)
     with pytest.raises(ValueError, match=r"network\.width=1 leaves no channels at network.resolution=1024"):
         build_generator("stylegan2", 3, 3, 1, resolution=1024)
-    with pytest.raises(
-        ValueError, match=r"network\.discriminator_width=1 leaves no channels at network.resolution=512"
-    ):
+    with pytest.raises(ValueError, match=r"network\.discriminator_width=1 leaves no channels"):
         build_discriminator("stylegan2", 3, 1, resolution=512)
 
 
