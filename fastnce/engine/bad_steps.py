@@ -3,9 +3,9 @@
 Everything else is afterwards, bit for bit, what it was before: weights, moments and counts of every group, averaged
 weights, statistics of batch norms, pools of pictures, banks of codes. All of it is decided on the device.
 
-A loss that judges with an updated discriminator needs that update before it is known whether the step is good. Such
-updates are made and taken back (`Kept`), as are the buffers that forward passes change. Those of the last loss are not
-made.
+Some losses use a discriminator that an earlier loss has just updated. That update is made before it is known whether the
+step is good, and taken back if it is not (`Kept`). Buffers that forward passes change are taken back too. The updates of
+the last loss are not made at all.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Updates:
     def add(self, phase: Phase, gradients: Gradients) -> None:
         """Those of the phase's groups, one after another."""
         norm = torch.nn.utils.get_total_norm([g for g in gradients if g is not None])
-        self.good = self.good & (norm < float("inf"))  # as is neither infinity nor NaN
+        self.good = self.good & (norm < float("inf"))  # false for infinity and for NaN
         self.waiting.append((phase, gradients))
 
     def apply(self) -> Tensor:

@@ -273,8 +273,8 @@ def trace_shapes(network: nn.Module, images: int, height: int, width: int, **arg
 
 
 def extremes(sizes: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The sizes than which none is smaller, and those than which none is larger: what is too small or too large for a
-    network is among them, and a data set may have thousands."""
+    """The smallest and the largest sizes, by height and width: what is too small or too large for a network is among
+    them. A data set may have thousands of sizes."""
     found: dict[tuple[int, int], None] = {}
     for sign in (1, -1):
         least = math.inf
