@@ -39,7 +39,7 @@ def train_run(config: Config, out: Path, *, quiet: bool = False) -> int:
         try:
             return _train_rank(config, out, ranks, quiet or not ranks.first, state)
         except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
+            if isinstance(error, TrainingFailed) or not out_of_memory(error):  # it quotes the allocator
                 raise
             raise TrainingFailed(too_large(error)) from None
 

@@ -113,8 +113,9 @@ def test_equal_and_impossible_pictures():
         DerainingMetrics().update(a[:, :2], a[:, :2])
     with pytest.raises(ValueError, match="at least 11x11"):
         ssim(a[:, :, :10].double(), a[:, :, :10].double())
-    with pytest.raises(ValueError, match="ascending"):
-        DerainingMetrics(value_range=(1, 0))
+    for value_range in ((1, 0), (0, float("inf")), (float("nan"), 1)):
+        with pytest.raises(ValueError, match="ascending"):
+            DerainingMetrics(value_range=value_range)
 
 
 # ---- pairs ----

@@ -397,7 +397,7 @@ def test_wrong_options_are_one_sentence(preset, changes, message):
         ("sincut", {}, (1, 32, 32), "nothing to contrast"),
         ("cyclegan", {}, (1, 4, 4), "do not fit network"),
         ("simdcl", {}, (2, 64, 64), "data.batch must be 1, not 2"),
-        ("simdcl", {"patches": 100}, (1, 32, 32), "layer 12 has only 64 locations in crops of 32x32"),
+        ("simdcl", {"patches": 100}, (1, 32, 32), "crops of 32x32 have only 64 locations at layer 12"),
         ("dcdgan", {"patches": 1, "external": "none"}, (1, 32, 32), "nothing to contrast"),
     ],
 )

@@ -153,8 +153,8 @@ class DerainingMetrics:
 
     def __init__(self, value_range: tuple[float, float] = (-1.0, 1.0)):
         low, high = value_range
-        if not low < high:
-            raise ValueError(f"value_range must be (black, white) in ascending order, not {value_range}")
+        if not -math.inf < low < high < math.inf:
+            raise ValueError(f"value_range must be (black, white), finite and in ascending order, not {value_range}")
         self.value_range = value_range
         self.pictures: list[dict[str, float]] = []
 

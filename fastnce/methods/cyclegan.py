@@ -164,8 +164,8 @@ class TwoWay(Method):
             if self.pool_a.size and len(sizes) > 1:
                 first, second = list(sizes.values())[:2]
                 raise ValueError(
-                    f"loss.pool_size={self.pool_a.size} remembers fakes of one size, and the domain has {first} and "
-                    f"{second}: {remedy}, or set loss.pool_size=0"
+                    f"loss.pool_size={self.pool_a.size} remembers fakes of one size, but {first} and {second} are of "
+                    f"one domain: {remedy}, or set loss.pool_size=0"
                 )
         super().check_sizes(batch_size, a, b, remedy)
 

@@ -314,8 +314,8 @@ class SimDCL(DCLGAN):
             locations, layer = min(zip(rows, self.layers, strict=True))
             if locations < patches:
                 raise ValueError(
-                    f"SimDCL stacks loss.patches={patches} codes of every layer, and layer {layer} has only "
-                    f"{locations} locations in {what}: take fewer patches, or {remedy}"
+                    f"SimDCL stacks loss.patches={patches} codes of every layer, and {what} have only {locations} "
+                    f"locations at layer {layer}: take fewer patches, or {remedy}"
                 )
 
     def contrast(self, batch: Batch, outputs: Outputs, draws: Draws) -> Losses:
