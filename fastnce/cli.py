@@ -56,6 +56,11 @@ def train(arguments: list[str]) -> int:
         missing = "--data DIR" if not config.data.dir else "--out RUN"
         raise ValueError(f"fastnce train needs {missing} (or --dry-run)")
     number = 1 if launched() else processes(args.nproc, config.run.device)
+    if launched() and args.nproc not in ("1", world := os.environ["WORLD_SIZE"]):
+        raise ValueError(
+            f"--nproc {args.nproc} starts processes, but WORLD_SIZE={world} says that a launcher started this one: "
+            f"leave --nproc out, or unset WORLD_SIZE"
+        )
     if number > 1:
         plan(config)  # here, where what is wrong is said once
         check_same_run(config, args.out, number)

@@ -154,8 +154,14 @@ def check(config: Config) -> None:
     Raises:
         ValueError: the first key that is wrong, its value, and what is accepted.
     """
+    if config.method not in PRESETS:
+        raise ValueError(f"unknown method {config.method!r}; known: {', '.join(PRESETS)}")
+    like = from_preset(config.method, PRESETS[config.method])
     for section in Config.SECTIONS:
-        check_options(getattr(config, section), section)
+        options, wanted = getattr(config, section), type(getattr(like, section))
+        if not isinstance(options, wanted):
+            raise ValueError(f"{section} must be {wanted.__name__} for {config.method}, not {type(options).__name__}")
+        check_options(options, section)
     data, optim = config.data, config.optim
     if optim.n_epochs + optim.n_epochs_decay < 1:
         raise ValueError("optim.n_epochs=0 and optim.n_epochs_decay=0 leave nothing to train: one must be at least 1")

@@ -7,6 +7,7 @@ train_run(resolve("fastcut", overrides=["data.dir=DIR"]), Path("runs/mine"))
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,9 @@ from .engine.validate import Validation, find_validation
 from .methods import PRESETS, Method
 
 
-def train_run(config: Config, out: Path, *, quiet: bool = False) -> int:
+def train_run(config: Config, out: str | os.PathLike[str], *, quiet: bool = False) -> int:
     """Build everything that a configuration names and train; returns the steps done."""
+    out = Path(out)
     check(config)
     state = check_same_run(config, out, read_ranks().world)
     with ranks_of_launcher(config.run.device) as ranks:
@@ -138,7 +140,7 @@ def open_checked(
     data = open_data(config, device, ranks, quiet)
     if options.preprocess == "none" and isinstance(data, UnpairedData):
         a, b = (
-            {size: f"pictures of {size[0]}x{size[1]}, such as {file}," for size, file in sizes.items()}
+            {size: f"pictures of {size[1]}x{size[0]}, such as {file}," for size, file in sizes.items()}
             for sizes in data.sizes()
         )
         method.check_sizes(options.batch, a, b, "resize the pictures or set data.preprocess=resize_and_crop")
@@ -180,8 +182,6 @@ def open_data(
         "world": ranks.world,
         "device": device,
     }
-    if not 0 <= options.rain <= 1:
-        raise ValueError(f"data.rain is a share between 0 and 1, not {options.rain:g}")
     if options.preprocess == "zoom_and_patch":
         if options.rain:
             raise ValueError("data.preprocess=zoom_and_patch trains on one picture a domain: leave data.rain at 0")

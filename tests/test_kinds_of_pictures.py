@@ -204,3 +204,22 @@ def test_paths_may_be_text(tmp_path):
     assert translate_files(translator, text[0], text[1]) == [tmp_path / "out" / "a.png"]
     evaluate(text[2], translator, json_file=text[3], csv_file=text[4], sheet=text[5])
     assert json.loads((tmp_path / "m.json").read_text())["data"] == text[2]
+
+
+def test_one_nan_hides_no_range():
+    pictures = torch.full((1, 3, 16, 16), 200.0)
+    pictures[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="these reach from 200 to 200"):
+        DerainingMetrics().update(pictures, pictures)
+
+
+def test_levels_of_16_bits_and_what_is_none():
+    deep = torch.tensor([0, 1000], dtype=torch.int32).to(torch.uint16).reshape(1, 1, 1, 2)
+    other = torch.zeros(1, 1, 1, 2)
+    assert psnr(deep, other).item() == pytest.approx(10 * math.log10(255**2 / (1000**2 / 2)))
+    for wrong in ([1], torch.zeros(3, 16, 16)):
+        for measure in (lambda x: psnr(x, x), lambda x: ssim(x, x), luma):
+            with pytest.raises(ValueError, match="levels must be a tensor"):
+                measure(wrong)
+    with pytest.raises(ValueError, match="luma is of 3 channels, not 1"):
+        luma(torch.zeros(1, 1, 16, 16))

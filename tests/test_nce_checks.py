@@ -155,6 +155,8 @@ def test_the_drop_in_loss_reads_its_options():
     assert torch.equal(PatchNCELoss(0.1)(q, k), expected)
     for name in ("nce_T", "batch_size", "nce_includes_all_negatives_from_minibatch"):
         refused(lambda name=name: PatchNCELoss(options(**{name: None})), f"opt has no {name}")
+    every = "nce_includes_all_negatives_from_minibatch"
+    refused(lambda: PatchNCELoss(options(**{every: "False"})), f"opt.{every} must be True or False, not 'False'")
     refused(lambda: PatchNCELoss(options(batch_size=0)), "opt.batch_size must be at least 1, not 0")
     refused(lambda: PatchNCELoss(options(nce_T=-1.0)), "temperature must be from 1e-30 to 1e+30, not -1.0")
     refused(lambda: PatchNCELoss(options(), temperature=0.2), "not both")

@@ -299,3 +299,11 @@ def test_rendered_pairs_teach(clean_only):
     assert sum(losses[-2:]) < 0.7 * sum(losses[:2])
     with pytest.raises(ValueError, match=r"loss\.rendered_rain: 'fog=1' is no range"):
         DCDGAN(DCDGANOptions(rendered_rain="fog=1"), network)
+
+
+def test_rain_is_not_written_into_what_it_falls_on(photos, capsys):
+    for out in (photos, photos / "wet"):
+        assert main(["rain", str(photos), "--out", str(out)]) == 2
+        assert "take another folder for --out" in capsys.readouterr().err
+    assert not (photos / "rain").exists()
+    assert not (photos / "wet").exists()

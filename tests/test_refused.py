@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from fastnce.engine.loop import TrainingFailed, due, pick_device, train
 from fastnce.engine.optim import OptimOptions
 from fastnce.engine.options import RunOptions
 from fastnce.engine.step import Step
-from fastnce.methods import PRESETS
+from fastnce.methods import PRESETS, CycleGANOptions
 from fastnce.training import train_run
 from tests.test_engine import SMALL, small_config, small_method
 
@@ -133,10 +134,25 @@ def test_options_by_hand_are_refused_before_the_folder_is_made(folder, tmp_path)
     ):
         with pytest.raises(ValueError, match=f"{name} must be"):
             train(small_method(), None, *options, tmp_path / "run")  # type: ignore[arg-type]
-    config = small_config(folder)
-    config.data.batch = 0
-    with pytest.raises(ValueError, match="data.batch must be"):
-        train_run(config, tmp_path / "run")
+    data = SimpleNamespace(steps_per_epoch=1)
+    for size, optim in ((0, OptimOptions()), (2, OptimOptions(accumulate=3))):
+        with pytest.raises(ValueError, match=f"batch_size={size} must be at least 1 and a multiple of"):
+            train(small_method(), data, optim, RunOptions(), tmp_path / "run", batch_size=size)  # type: ignore[arg-type]
+    optim = OptimOptions(n_epochs=0, n_epochs_decay=0)
+    with pytest.raises(ValueError, match="there is nothing to train"):
+        train(small_method(), data, optim, RunOptions(), tmp_path / "run")  # type: ignore[arg-type]
+    for changes, sentence in (
+        ({"data.batch": 0}, "data.batch must be"),
+        ({"method": "cutt"}, "unknown method 'cutt'"),
+        ({"loss": CycleGANOptions()}, "loss must be CUTOptions for"),
+        ({"data": None}, "data must be DataOptions for"),
+    ):
+        config = small_config(folder)
+        for name, value in changes.items():
+            *section, key = name.split(".")
+            setattr(getattr(config, section[0]) if section else config, key, value)
+        with pytest.raises(ValueError, match=sentence):
+            train_run(config, str(tmp_path / "run"))
     assert not any(tmp_path.iterdir())
 
 

@@ -172,14 +172,14 @@ def test_whole_pictures_are_checked_before_training(odd, tmp_path, capsys):
     train = ["train", "fastcut", "--data", str(odd), *NONE, "run.steps=1"]
     message = refused(capsys, run, *train, "network.generator=unet_128", "loss.nce_layers=0,2")
     where = odd / "trainA" / "a.png"
-    assert f"pictures of 36x48, such as {where}, do not fit generator G: both sides must be multiples of 128" in message
+    assert f"pictures of 48x36, such as {where}, do not fit generator G: both sides must be multiples of 128" in message
     assert "resize the pictures or set data.preprocess=resize_and_crop" in message
     assert "nothing to contrast with loss.patches=1" in refused(capsys, run, *train, "loss.patches=1")
     message = refused(capsys, run, "train", "cut", *train[2:])
-    assert f"pictures of 36x48, such as {where}, and pictures of 64x40, such as {odd / 'trainA' / 'b.png'}" in message
+    assert f"pictures of 48x36, such as {where}, and pictures of 40x64, such as {odd / 'trainA' / 'b.png'}" in message
     write(odd / "trainB" / "thin.png", 40, 9)
     message = refused(capsys, run, *train)
-    assert f"pictures of 40x8, such as {odd / 'trainB' / 'thin.png'}, do not fit network D" in message
+    assert f"pictures of 8x40, such as {odd / 'trainB' / 'thin.png'}, do not fit network D" in message
 
 
 def test_whole_pictures_and_samples_of_odd_sizes_train(odd, tmp_path, capsys):

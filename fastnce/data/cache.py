@@ -250,7 +250,8 @@ def _build(base: Path, digest: str, folder: Folder, target: Target, skip_bad: bo
 
 def bad_files(bad: list[tuple[Path, str]], of: int, folder: Path) -> str:
     """One line that says how many, then one for each file."""
-    lines = [f"{len(bad)} of {of} pictures in {folder} cannot be used (skip_bad=True passes over them):"]
+    how = "data.skip_bad=true, in Python skip_bad=True, passes over them"
+    lines = [f"{len(bad)} of {of} pictures in {folder} cannot be used ({how}):"]
     return "\n  ".join(lines + [reason for _, reason in bad])
 
 

@@ -182,6 +182,9 @@ def write_rain(
     for folder in sorted({f.split("/")[0] for kind in set(kind_of.values()) for f in parts[kind] if f}):
         if (out / folder).exists():
             raise DataError(f"{out / folder} is there already: take another folder for --out")
+    top, own = (os.path.join(os.path.realpath(folder), "") for folder in (source, out))
+    if source.is_dir() and own.startswith(top):
+        raise DataError(f"{out} lies in {source}, which would hold rainy pictures then: take another folder for --out")
     aside = out / f".partial-{uuid.uuid4().hex}"
     counts: dict[str, int] = {}
     root = source if source.is_dir() else source.parent

@@ -102,7 +102,7 @@ def refusal_of_file(file: BinaryIO) -> str:
     extra = _several(tags, EXTRA_SAMPLES)
     return refusal(tags) or (
         f"is a TIFF that PIL does not read ({bits_of(tags)}-bit samples of PhotometricInterpretation "
-        f"{tags.get(PHOTOMETRIC)} and extra samples {extra}); 8-bit grey or RGB is read"
+        f"{tags.get(PHOTOMETRIC)} and extra samples {extra}); grey without extra samples, or 8-bit RGB, is read"
     )
 
 

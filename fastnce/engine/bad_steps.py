@@ -3,9 +3,9 @@
 Everything else is afterwards, bit for bit, what it was before: weights, moments and counts of every group, averaged
 weights, statistics of batch norms, pools of pictures, banks of codes. All of it is decided on the device.
 
-Some losses use a discriminator that an earlier loss has just updated. That update is made before it is known whether the
-step is good, and taken back if it is not (`Kept`). Buffers that forward passes change are taken back too. The updates of
-the last loss are not made at all.
+Some losses use a discriminator that an earlier loss has just updated. That update is made before it is known whether
+the step is good, and taken back if it is not (`Kept`). Buffers that forward passes change are taken back too. The
+updates of the last loss are not made at all.
 """
 
 from __future__ import annotations

@@ -104,6 +104,12 @@ def train(
     """
     ranks = ranks or Ranks()
     check_run(method, optim, run, next(method.parameters()).device)
+    if batch_size < 1 or batch_size % optim.accumulate:
+        raise ValueError(
+            f"batch_size={batch_size} must be at least 1 and a multiple of optim.accumulate={optim.accumulate}"
+        )
+    if data.steps_per_epoch < 1 or optim.n_epochs + optim.n_epochs_decay < 1:
+        raise ValueError("there is nothing to train: data.steps_per_epoch and the epochs must be at least 1")
     log = RunLog(folder, run.tensorboard, quiet) if ranks.first else Silence()
     try:
         with StopRequest() as stop:

@@ -117,7 +117,7 @@ def check_room(
     needed += sum(b.nbytes for b in method.buffers()) - before
     if needed > room:
         raise ValueError(
-            f"a step with {images} {'picture' if images == 1 else 'pictures'} of {height}x{width} at once takes at "
+            f"a step with {images} {'picture' if images == 1 else 'pictures'} of {width}x{height} at once takes at "
             f"least {_gib(needed)} of memory, and {_gib(room)} are there: {LESS}"
         )
 

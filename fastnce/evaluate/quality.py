@@ -48,7 +48,8 @@ def check_range(pictures: Tensor, value_range: tuple[float, float] = (-1.0, 1.0)
     low, high = value_range
     if pictures.dtype not in FLOATS:
         raise ValueError(f"pictures must be floats from {low:g} to {high:g}, uint8 or uint16, not {pictures.dtype}")
-    least, most = (limit.item() for limit in pictures.aminmax()) if pictures.numel() else value_range
+    numbers = pictures[pictures == pictures]  # NaN would hide the range
+    least, most = (limit.item() for limit in numbers.aminmax()) if numbers.numel() else value_range
     beyond = (high - low) / 2
     if least < low - beyond or most > high + beyond:
         raise ValueError(f"float pictures must lie in [{low:g}, {high:g}]; these reach from {least:g} to {most:g}")
@@ -64,20 +65,28 @@ def luma(levels: Tensor) -> Tensor:
         (images, 1, height, width) of the same dtype; float64 for integers and for floats of 16 bits.
     """
     (levels,) = _measurable(levels)
+    if levels.shape[1] != 3:
+        raise ValueError(f"luma is of 3 channels, not {levels.shape[1]}")
     weight = torch.tensor([65.481, 128.553, 24.966], dtype=levels.dtype, device=levels.device) / 255
     return 16 + torch.einsum("bchw,c->bhw", levels, weight)[:, None]
 
 
 def _measurable(*pictures: Tensor) -> list[Tensor]:
     """Levels in a dtype that squares them without overflow."""
+    for levels in pictures:
+        if not isinstance(levels, Tensor) or levels.dim() != 4:
+            found = tuple(levels.shape) if isinstance(levels, Tensor) else type(levels).__name__
+            raise ValueError(f"levels must be a tensor (images, channels, height, width), not {found}")
     if len({tuple(levels.shape) for levels in pictures}) > 1:
         raise ValueError(f"output {tuple(pictures[0].shape)} and truth {tuple(pictures[1].shape)} must have one shape")
     for levels in pictures:
         if levels.dtype == torch.bool or levels.is_complex():
             raise ValueError(f"levels must be numbers from 0 to 255, not {levels.dtype}")
+    numbers = [x if x.dtype in (torch.float32, torch.float64) else x.double() for x in pictures]
+    for levels in numbers:
         if levels.numel() and levels.min() < 0:
             raise ValueError(f"levels go from 0 to 255, these begin at {levels.min().item():g}: see DerainingMetrics")
-    return [x if x.dtype in (torch.float32, torch.float64) else x.double() for x in pictures]
+    return numbers
 
 
 def psnr(output: Tensor, truth: Tensor) -> Tensor:
@@ -90,7 +99,7 @@ def psnr(output: Tensor, truth: Tensor) -> Tensor:
         (images,)
 
     Raises:
-        ValueError: two shapes, or values below 0, which are no levels.
+        ValueError: two shapes, no such tensors, or values below 0, which are no levels.
     """
     output, truth = _measurable(output, truth)
     error = (output - truth).square().mean(dim=(1, 2, 3))

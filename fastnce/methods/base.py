@@ -164,7 +164,7 @@ class Method(nn.Module):
     def check(self, batch_size: int, height: int, width: int) -> None:
         """Refuse crops that cannot be trained on: `check_options`, then `check_sizes` of this one size."""
         self.check_options(batch_size)
-        crops = {(height, width): f"crops of {height}x{width}"}
+        crops = {(height, width): f"crops of {width}x{height}"}
         self.check_sizes(batch_size, crops, crops, "change data.crop_size")
 
     def check_options(self, batch_size: int) -> None:

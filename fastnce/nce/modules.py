@@ -52,7 +52,11 @@ class PatchNCELoss(nn.Module):
                 temperature, self.opt = opt, None  # type: ignore[assignment]
             else:
                 temperature = _option(opt, "nce_T")
-                negatives = "batch" if _option(opt, "nce_includes_all_negatives_from_minibatch") else "image"
+                every = _option(opt, "nce_includes_all_negatives_from_minibatch")
+                if every not in (True, False):  # a text such as "False" counts as true
+                    name = "opt.nce_includes_all_negatives_from_minibatch"
+                    raise ValueError(f"{name} must be True or False, not {checks.shown(every)}")
+                negatives = "batch" if every else "image"
                 images = 1 if negatives == "batch" else checks.count("opt.batch_size", _option(opt, "batch_size"))
         self.images: int = images
         self.temperature = checks.temperature(temperature)
