@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,6 +47,8 @@ def train(arguments: list[str]) -> int:
     args = parser.parse_intermixed_args(arguments)
     config = resolve(args.method, args.config, args.overrides)
     if args.data is not None:
+        if any(text.startswith("data.dir=") for text in args.overrides) and config.data.dir != str(args.data):
+            raise ValueError(f"--data {args.data} and data.dir={config.data.dir} differ: give one of them")
         config.data.dir = str(args.data)
         check(config)
     if args.dry_run:
@@ -266,6 +269,20 @@ def main(arguments: list[str] | None = None) -> int:
     """The entry point; returns the exit code."""
     open_streams()
     arguments = sys.argv[1:] if arguments is None else arguments
+    before = warnings.formatwarning
+    warnings.formatwarning = _one_line  # type: ignore[assignment]
+    try:
+        return _main(arguments)
+    finally:
+        warnings.formatwarning = before
+
+
+def _one_line(message: Warning | str, *_: object) -> str:
+    """A warning as a sentence of the command, without the place in our code."""
+    return f"fastnce: warning: {message}\n"
+
+
+def _main(arguments: list[str]) -> int:
     try:
         code = run(arguments)
     except SystemExit as end:  # argparse, after what it had to say
@@ -276,10 +293,15 @@ def main(arguments: list[str] | None = None) -> int:
         code = tell(str(error), 2)
     except OSError as error:
         code = 2
-        if error.filename is not None or stdout_takes():
-            tell(sentence_of(error), code)
-        elif isinstance(error, BrokenPipeError):  # as of a program that this ends: what it was to do is not all done
+        if error.filename is None and isinstance(error, BrokenPipeError):
+            # the reader, such as head, has seen enough: as of a program that this ends, not all may be done
             code = 0 if arguments[:1] == ["methods"] else 141
+        elif error.filename is not None:
+            tell(sentence_of(error), code)
+        elif getattr(sys.stdout, "write_through", False):  # nothing waits there to fail once more
+            tell(f"standard output: {sentence_of(error)}", code)
+        elif stdout_takes():
+            tell(sentence_of(error), code)
     except TrainingFailed as error:
         code = tell(str(error), 1)
     except RankLost as error:

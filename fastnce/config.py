@@ -139,6 +139,9 @@ def resolve(method: str, file: Path | None = None, overrides: list[str] | None =
                 _set(config, f"{section}.{key}", value, f"--config {file}")
     for text in overrides or []:
         name, equals, value = text.partition("=")
+        if not equals and name in _keys(config):
+            section, key = name.split(".")
+            raise ValueError(f"{name} needs a value, such as {name}={_toml(getattr(getattr(config, section), key))}")
         if not equals:
             raise ValueError(f"{text!r}: write section.key=value{_nearest_key(config, name)}")
         _set(config, name.strip(), value.strip(), "", parse=True)

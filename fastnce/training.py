@@ -218,6 +218,8 @@ def check_same_run(config: Config, out: Path, processes: int = 1) -> dict[str, A
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: a file is in the way, a folder is needed")
+    if config.data.dir and out.exists() and out.resolve() == Path(config.data.dir).resolve():
+        raise ValueError(f"--out {out} is the folder of the pictures: take another one, or a folder in it")
     found = Checkpoints(out / "checkpoints", log=lambda sentence: None).state()
     if found is None:
         return None

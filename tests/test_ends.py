@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -214,3 +215,25 @@ def test_other_faults_keep_their_traceback(model, photos, tmp_path, monkeypatch)
     monkeypatch.setattr(Translator, "__call__", lambda *_: (_ for _ in ()).throw(RuntimeError("a fault of ours")))
     with pytest.raises(RuntimeError, match="a fault of ours"):
         main(["translate", str(model), str(photos), "--out", str(tmp_path / "out"), "--device", "cpu"])
+
+
+def test_what_the_reader_does_not_want_is_no_error_of_ours(capsys, monkeypatch):
+    """Unbuffered, as in containers: what could not be written does not wait in a buffer."""
+    with broken_pipe() as pipe, monkeypatch.context() as patch:
+        unbuffered = io.TextIOWrapper(io.FileIO(pipe.fileno(), "w", closefd=False), write_through=True)
+        patch.setattr(sys, "stdout", unbuffered)
+        assert [main(["methods"]), main(["train", "cut", "--dry-run"])] == [0, 141]
+    assert capsys.readouterr().err == ""
+
+
+def test_a_warning_is_a_sentence(capsys, monkeypatch):
+    def warn(arguments):
+        warnings.warn("something looks odd", stacklevel=1)
+        return 0
+
+    monkeypatch.setitem(cli.COMMANDS, "doctor", warn)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda *w, **_: print(warnings.formatwarning(*w[:4]), end="", file=sys.stderr)
+        assert main(["doctor"]) == 0
+    assert capsys.readouterr().err == "fastnce: warning: something looks odd\n"

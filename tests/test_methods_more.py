@@ -358,7 +358,7 @@ def test_cut_with_attention_and_layer_temperatures():
 @pytest.mark.parametrize(
     ("preset", "changes", "message"),
     [
-        ("cut", {"nce_layers": [0, 99]}, "nce_layers must be ascending positions from 0 to 31"),
+        ("cut", {"nce_layers": [0, 99]}, "its layers are ascending positions from 0 to 31"),
         ("cut", {"nce_layers": [8, 4]}, "each larger than the one before"),
         ("cut", {"temperatures": [0.1]}, "empty or one a layer: 1 are given for 5"),
         ("cut", {"weighting": "moco"}, 'loss.weighting must be one of "none", "monce", "hdce", not \'moco\''),

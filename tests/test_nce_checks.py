@@ -112,7 +112,7 @@ def test_a_temperature_that_is_learned():
             lambda t=t: PatchNCELoss(t),
             lambda t=t: PatchNCEHead([3], temperature=[t]),
         ):
-            refused(make, "to learn it, divide the queries by it and pass temperature=1.0")
+            refused(make, "to learn it, divide the queries by it and call patch_nce with temperature=1.0")
     q, k = torch.randn(2, 6, 4, dtype=torch.float64)
     t = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     plain = F.cross_entropy(q @ k.T / t, torch.arange(6))

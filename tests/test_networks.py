@@ -62,7 +62,7 @@ def test_unet_taps_and_sizes():
 
 @pytest.mark.parametrize("layers", [[], [4, 0], [0, 0], [-1, 4], [0, 400]])
 def test_layers_that_make_no_sense(layers):
-    with pytest.raises(ValueError, match="nce_layers must be ascending positions from 0 to"):
+    with pytest.raises(ValueError, match="its layers are ascending positions from 0 to"):
         ResnetGenerator(width=4, blocks=4).feature_channels(layers)
 
 

@@ -283,3 +283,13 @@ def test_processes_and_devices():
         pick_device("meta")
     with pytest.raises(SystemExit, match="2"):
         main(["bench", "--quick", "--device", "meta"])
+
+
+def test_two_places_for_the_pictures_and_pictures_as_a_run(folder, tmp_path, capsys):
+    other = ["train", "cut", "--data", str(folder), "--out", str(tmp_path / "run"), "data.dir=elsewhere"]
+    assert "differ: give one of them" in error_of(capsys, 2, *other)
+    into = ["train", "cut", "--data", str(folder), "--out", str(folder)]
+    assert "is the folder of the pictures" in error_of(capsys, 2, *into)
+    assert "data.batch needs a value, such as data.batch=1" in error_of(capsys, 2, "train", "cut", "data.batch")
+    assert not (tmp_path / "run").exists()
+    assert not (folder / "checkpoints").exists()

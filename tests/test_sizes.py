@@ -60,7 +60,13 @@ CASES = [
     ("cyclegan", FEW, [(32, 32), (48, 32)], [(32, 32)], "loss.pool_size=50 remembers fakes of one size"),
     ("cyclegan", FEW, [(32, 32)], [(32, 32), (48, 32)], "loss.pool_size=50 remembers fakes of one size"),
     ("cyclegan", FEW | {"pool_size": 0}, [(32, 32), (48, 32)], [(40, 36)], ""),
-    ("cyclegan", FEW | {"pool_size": 0, "gan_mode": "wgangp"}, [(32, 32)], [(40, 36)], "WGAN-GP mixes a real and a"),
+    (
+        "cyclegan",
+        FEW | {"pool_size": 0, "gan_mode": "wgangp"},
+        [(32, 32)],
+        [(40, 36)],
+        "WGAN-GP needs real and fake",
+    ),
     ("cyclegan", FEW | {"pool_size": 0, "gan_mode": "wgangp"}, [(32, 40)], [(32, 40)], ""),
 ]
 

@@ -265,7 +265,7 @@ class _Run:
             kept = f"the last good checkpoint is {last[-1]}" if last else "there is no checkpoint yet"
             raise TrainingFailed(
                 f"{bad:.0f} steps in a row were not finite at step {step:,}, none of them was applied; {kept}; "
-                f"try a lower optim.lr"
+                f"try a lower optim.lr with another --out"
             )
 
     def _look(self) -> None:

@@ -204,8 +204,8 @@ class Method(nn.Module):
                     raise ValueError(f"{what} do not fit network {name}, {remedy} ({reason})") from None
         if self.gp > 0 and len(both := list({**a, **b}.values())) > 1:
             raise ValueError(
-                f"WGAN-GP mixes a real and a fake picture, which {both[0]} and {both[1]} cannot be: {remedy}, or set "
-                f"loss.lambda_gp=0"
+                f"WGAN-GP needs real and fake pictures of one size, which {both[0]} and {both[1]} are not: "
+                f"{remedy}, or leave its penalty out with loss.lambda_gp=0"
             )
 
     def sizes_of(self, name: str, a: Sizes, b: Sizes) -> Sizes:

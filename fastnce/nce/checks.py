@@ -85,7 +85,7 @@ def temperature(value: Any) -> float:
     if isinstance(value, Tensor):
         raise ValueError(
             f"temperature must be a number, not {shown(value)}: pass float(temperature) for a constant; to learn it, "
-            "divide the queries by it and pass temperature=1.0"
+            "divide the queries by it and call patch_nce with temperature=1.0"
         )
     return number("temperature", value, LEAST_TEMPERATURE, MOST_TEMPERATURE)
 

@@ -156,4 +156,7 @@ class ResnetGenerator(nn.Module):
 def check_layers(layers: Sequence[int], count: int) -> None:
     """Refuse layers that do not exist or are not in ascending order."""
     if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= count:
-        raise ValueError(f"nce_layers must be ascending positions from 0 to {count - 1}, not {list(layers)}")
+        raise ValueError(
+            f"loss.nce_layers={list(layers)} does not fit network.generator: its layers are ascending positions from 0 "
+            f"to {count - 1}"
+        )
