@@ -165,7 +165,7 @@ def test_a_compiler_does_not_leave_the_second_derivative_out(preset):
     torch.manual_seed(0)
     for ours, theirs in zip(found, gradients(*batch), strict=True):
         assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
-    assert ["differentiates the discriminator twice" in str(w.message) for w in said] == [True]
+    assert sum("differentiates the discriminator twice" in str(w.message) for w in said) == 1
 
 
 def test_a_critic_near_0_has_not_won():
