@@ -68,7 +68,7 @@ def test_overrides_come_last(tmp_path):
 OVERRIDES = [
     ("loss.lamda_nce=3", "unknown key 'loss.lamda_nce'; did you mean 'loss.lambda_nce'?"),
     ("lambda_nce=3", "unknown key 'lambda_nce'; did you mean 'loss.lambda_nce'?"),
-    ("optim.lr", "write section.key=value; did you mean 'optim.lr'?"),
+    ("optim.lr", "optim.lr needs a value, such as optim.lr=0.0002"),
     ("optim.lr=fast", "optim.lr must be a number from 1e-12 to 1e+38, not 'fast'"),
     ("data.batch=1.5", "data.batch must be a whole number from 1 to 65,536, not 1.5"),
     ("loss.nce_idt=3", "loss.nce_idt must be true or false, not 3"),
