@@ -19,9 +19,9 @@ from PIL import Image
 from torch import Tensor
 
 from .data import DataError, load_image, save_image
-from .data.folder import as_tensor, match_channels, partial_name, probe_picture
+from .data.folder import as_tensor, match_channels, probe_picture
 from .data.opening import alpha_of, decoded, decoding
-from .writing import named
+from .writing import aside
 
 ALPHA = (".png", ".webp", ".tif", ".tiff")
 PROFILE = (".png", ".webp", ".tif", ".tiff", ".jpg", ".jpeg")
@@ -96,19 +96,14 @@ def write_photograph(result: Tensor, path: str | os.PathLike[str], source: Photo
     scaled = torch.nan_to_num(result.detach().float().add(1).mul(peak / 2), nan=0.0).round().clamp(0, peak)
     pixels = scaled.permute(1, 2, 0).cpu().numpy().astype(kind)  # (H, W, C)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = partial_name(path)
-    try:
+    with aside(path) as partial:
         if suffix == ".npy":
-            np.save(temporary, pixels)
-        else:
-            _compose(pixels, alpha, suffix).save(temporary, **_options(suffix, profile))
-        os.replace(temporary, path)
-    except KeyError as error:
-        raise DataError(f"{path}: {error}") from error
-    except OSError as error:
-        raise named(error, path) from None
-    finally:
-        temporary.unlink(missing_ok=True)
+            np.save(partial, pixels)
+            return
+        try:
+            _compose(pixels, alpha, suffix).save(partial, **_options(suffix, profile))
+        except KeyError as error:
+            raise DataError(f"{path}: {error}") from error
 
 
 def _compose(pixels: np.ndarray, alpha: np.ndarray | None, suffix: str) -> Image.Image:

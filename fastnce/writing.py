@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -14,6 +16,25 @@ def named(error: OSError, path: str | os.PathLike[str]) -> OSError:
     return OSError(error.errno, error.strerror or str(error), os.fspath(path))
 
 
+@contextmanager
+def aside(path: Path) -> Iterator[Path]:
+    """Where to write a file; it is renamed to `path` at the end, and removed if there is an error.
+
+    The name is short, because `path` may have the longest name that the disk allows. It keeps the suffix.
+
+    Raises:
+        OSError: with `path` as its file name.
+    """
+    partial = path.with_name(f".{uuid.uuid4().hex}{path.suffix.lower()}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    except OSError as error:
+        raise named(error, path) from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
     """Write aside, then rename; what is no regular file (a pipe, a device) is written to as it is.
 
@@ -21,16 +42,11 @@ def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
         OSError: with `path` as its file name; nothing is left behind.
     """
     path = Path(path)
-    try:
-        if path.exists() and not path.is_file():
-            path.write_bytes(data)
-            return
-        path = Path(os.path.realpath(path))  # a link stays one
-        partial = path.with_name(f".{uuid.uuid4().hex}.partial")  # short: the name itself may have the longest length
+    if path.exists() and not path.is_file():
         try:
-            partial.write_bytes(data)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise named(error, path) from None
+            path.write_bytes(data)
+        except OSError as error:
+            raise named(error, path) from None
+        return
+    with aside(Path(os.path.realpath(path))) as partial:  # a link stays one
+        partial.write_bytes(data)

@@ -264,3 +264,13 @@ def test_noise_in_a_cache_does_not_live_on(tmp_path, monkeypatch):
     before = kept()
     UnpairedData(tmp_path, load_size=8, crop_size=8)
     assert (len(before), len(kept() - before)) == (2, 2)
+
+
+def test_arrays_of_either_byte_order(tmp_path):
+    picture = np.arange(6 * 5, dtype=np.uint16).reshape(6, 5) * 2000
+    for name, order in (("big", ">u2"), ("little", "<u2")):
+        np.save(tmp_path / f"{name}.npy", picture.astype(order))
+        found = read_picture(tmp_path / f"{name}.npy", 1)
+        assert found.dtype == np.dtype("=u2")
+        assert np.array_equal(found[..., 0], picture)
+        assert probe_picture(tmp_path / f"{name}.npy") == (6, 5, 16)

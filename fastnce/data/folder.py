@@ -16,7 +16,6 @@ in JPEG; what PIL would misread is refused (see `tiff`).
 """
 
 import os
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..writing import named
+from ..writing import aside
 from .opening import DataError, Head, decoded, decoding, opened, pixel_limit, too_large
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".npy")
@@ -126,7 +125,8 @@ def read_picture(path: str | os.PathLike[str], channels: int = 3) -> np.ndarray:
     path = Path(path)
     with decoding(path):
         if path.suffix.lower() == ".npy":
-            return _match_array(np.array(_map_array(path)), channels, path)
+            array = _map_array(path)
+            return _match_array(np.array(array, array.dtype.newbyteorder("=")), channels, path)
         return match_channels(*decoded(path), channels, path)
 
 
@@ -167,7 +167,8 @@ def match_channels(image: Image.Image, head: Head, channels: int, path: Path) ->
 
 def _map_array(path: Path) -> np.ndarray:
     array = np.load(path, mmap_mode="r", allow_pickle=False)
-    if not isinstance(array, np.ndarray) or array.ndim not in (2, 3) or array.dtype not in (np.uint8, np.uint16):
+    kinds = (np.uint8, np.uint16)  # in either order of bytes
+    if not isinstance(array, np.ndarray) or array.ndim not in (2, 3) or array.dtype.newbyteorder("=") not in kinds:
         kind = f"{array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else "several arrays"
         raise DataError(f"{path} holds {kind}; it should hold uint8 or uint16 of shape (H, W) or (H, W, C)")
     if 0 in array.shape:
@@ -261,33 +262,22 @@ def save_image(image: torch.Tensor, path: str | os.PathLike[str]) -> None:
     scaled = torch.nan_to_num(image.detach().float().add(1).mul(127.5), nan=0.0).round().clamp(0, 255)
     pixels = scaled.to(torch.uint8).permute(1, 2, 0).cpu().contiguous().numpy()  # (H, W, C)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = partial_name(path)
-    try:
+    with aside(path) as partial:
         if suffix == ".npy":
-            np.save(temporary, pixels)
-        else:
-            options: dict[str, Any] = {}
-            if suffix in (".jpg", ".jpeg"):
-                options["quality"] = 95
-            elif suffix == ".webp":
-                options["lossless"] = True
-            picture = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
-            try:
-                picture.save(temporary, **options)
-            except (KeyError, OSError) as error:
-                if isinstance(error, OSError) and error.errno is not None:
-                    raise  # the disk, not the format
-                raise DataError(f"{path}: {error}") from error
-        os.replace(temporary, path)
-    except OSError as error:
-        raise named(error, path) from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def partial_name(path: Path) -> Path:
-    """Where a file is written before it is renamed: short, as `path` may have the longest name that the disk allows."""
-    return path.with_name(f".{uuid.uuid4().hex}{path.suffix.lower()}")
+            np.save(partial, pixels)
+            return
+        options: dict[str, Any] = {}
+        if suffix in (".jpg", ".jpeg"):
+            options["quality"] = 95
+        elif suffix == ".webp":
+            options["lossless"] = True
+        picture = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+        try:
+            picture.save(partial, **options)
+        except (KeyError, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # the disk, not the format
+            raise DataError(f"{path}: {error}") from error
 
 
 def pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:

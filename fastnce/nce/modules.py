@@ -84,7 +84,7 @@ class PatchNCELoss(nn.Module):
 def _option(opt: Any, name: str) -> Any:
     if not hasattr(opt, name):
         raise ValueError(
-            f"opt has no {name}: it must be the published options, or leave it out and give temperature= and negatives="
+            f"opt has no {name}: give the options that CUT's parser makes, or no opt and temperature= and negatives="
         )
     return getattr(opt, name)
 
