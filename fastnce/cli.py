@@ -24,7 +24,7 @@ from .evaluate.pairs import RAIN_SIDE_HELP, RAIN_SIDES
 from .inference import load_translator, translate_files
 from .methods import PRESETS
 from .streams import ProgressLine, flush, open_streams, sentence_of, stdout_takes, tell
-from .training import cache_run, check_same_run, train_run
+from .training import cache_run, check_place, check_same_run, hold_run, train_run
 
 TILES_HELP = "auto: whole pictures, exact tiles where memory is too small; exact or fast: always"
 
@@ -66,7 +66,9 @@ def train(arguments: list[str]) -> int:
         )
     if number > 1:
         plan(config)  # here, where what is wrong is said once
-        check_same_run(config, args.out, number)
+        check_place(config, args.out)
+        with hold_run(args.out):
+            check_same_run(config, args.out, number)
         return start(number, ["train", *without(arguments, "--nproc")])
     train_run(config, args.out, quiet=args.quiet)
     return 0

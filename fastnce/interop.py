@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .locking import hold
 from .networks import (
     Norm,
     PatchGAN,
@@ -23,7 +24,7 @@ from .networks import (
     StyleGAN2Generator,
     UnetGenerator,
 )
-from .writing import write_whole
+from .writing import sweep, write_whole
 
 STALE = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -195,7 +196,8 @@ def save_published(networks: dict[str, nn.Module], folder: str | Path, label: st
     """Write `{label}_net_{name}.pth` for each network, as the published code reads them; returns the paths.
 
     Raises:
-        ValueError: a label that is no part of a file name, or a file in the folder's place.
+        ValueError: a label that is no part of a file name, a file in the folder's place, or (`InUse`) another process
+            that exports there.
         OSError: it names the file that could not be written; those before it are whole.
     """
     folder = Path(folder)
@@ -203,14 +205,16 @@ def save_published(networks: dict[str, nn.Module], folder: str | Path, label: st
         raise ValueError(f"label must be the first part of a file name, such as latest or 400, not {label!r}")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: a file is in the way, a folder is needed")
-    folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for name, network in networks.items():
-        path = folder / f"{label}_net_{name}.pth"
-        packed = io.BytesIO()  # PyTorch's own writer hides what the disk said
-        torch.save({key: tensor.detach().cpu() for key, tensor in network.state_dict().items()}, packed)
-        write_whole(path, packed.getvalue())
-        paths.append(path)
+    # a lock of its own: a run may be exported into its folder while it trains
+    with hold(folder, "fastnce export", name=".fastnce-export-lock"):
+        sweep(folder, held=True)
+        for name, network in networks.items():
+            path = folder / f"{label}_net_{name}.pth"
+            packed = io.BytesIO()  # PyTorch's own writer hides what the disk said
+            torch.save({key: tensor.detach().cpu() for key, tensor in network.state_dict().items()}, packed)
+            write_whole(path, packed.getvalue())
+            paths.append(path)
     return paths
 
 
