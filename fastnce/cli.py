@@ -15,7 +15,7 @@ from pathlib import Path
 from . import __version__
 from .config import check, from_dict, plan, resolve
 from .data.rain import RANGES, RainOptions, join_negative, parse_range, write_rain
-from .engine.checkpoint import load_generators, open_checkpoint
+from .engine.checkpoint import load_generators, open_checkpoint, read_tensors
 from .engine.distributed import RankLost
 from .engine.launch import launched, processes, start, without
 from .engine.loop import TrainingFailed, pick_device
@@ -204,19 +204,23 @@ def export(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--label", default="latest", help="first part of the file names")
     args = parser.parse_args(arguments)
-    from safetensors.torch import load_file
-
     from .interop import load_weights, save_published
 
     folder, state = open_checkpoint(args.run)
-    config = from_dict(state["config"])
+    try:
+        config = from_dict(state["config"])
+        tensors = read_tensors(folder / "training.safetensors")
+        generators = load_generators(folder, state)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
     networks = PRESETS[config.method].method(config.loss, config.network).networks()
-    tensors = load_file(folder / "training.safetensors")
     for name, network in networks.items():
         prefix = f"network/{name}/"
         weights = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
         load_weights(network, weights, str(folder))
-    for name, weights in load_generators(folder).items():  # averaged, where the run keeps an average
+    for name, weights in generators.items():  # averaged, where the run keeps an average
+        if name not in networks:
+            raise ValueError(f"{folder}: {config.method} has no generator {name}")
         load_weights(networks[name], weights, str(folder))
     for path in save_published(networks, args.out, args.label):
         print(path)

@@ -216,12 +216,16 @@ def load_translator(
     """
     source = follow(Path(source))
     if source.is_dir():
-        folder, state = open_checkpoint(source)
-        weights = load_generators(folder)
+        folder, state = open_checkpoint(source, ("generator.safetensors",))
+        try:
+            weights = load_generators(folder, state)
+            config = from_dict(state["config"])
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from None
         name = generator or next(iter(weights))
         if name not in weights:
             raise ValueError(f"{folder}: no generator {name!r}, it holds {', '.join(weights)}")
-        network = from_dict(state["config"]).network.build_generator(reverse=name == "G_B")
+        network = config.network.build_generator(reverse=name == "G_B")
         load_weights(network, weights[name], str(folder))
         translator = Translator(network, device, tiles=tiles, tile_size=tile_size, say=say)
         translator.sources = (folder / "state.json", folder / "generator.safetensors")

@@ -11,7 +11,7 @@ import socket
 import unicodedata
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 PARTIAL = re.compile(r"\.fastnce-(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-(?P<born>[0-9a-f]{8})-[0-9a-f]{8}(?:\.\w+)?")
@@ -63,12 +63,13 @@ def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Wait until a file, or the names in a folder, would outlive a power cut."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
+    """Wait until a file, or the names in a folder, would outlive a power cut; not every disk can do so for folders."""
+    with suppress(OSError) if path.is_dir() else nullcontext():
+        number = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
 
 
 def check_free(folder: Path, names: Iterable[str]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..methods.base import Batch, Method
 from .bad_steps import Row
-from .checkpoint import Checkpoints, DiskFull
+from .checkpoint import Checkpoints, NotSaved
 from .checks import check_run
 from .choices import pick_compile, pick_precision, set_tf32
 from .cudagraph import pick_graph
@@ -223,7 +223,10 @@ class _Run:
         if not self.run.change_batch:
             check_batch(stored, self.progress.batch, self.ranks.world, str(path), self.method)
         self.progress = self.progress.resumed(done, stored)
-        self.step.load_state(tensors)
+        try:
+            self.step.load_state(tensors)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; remove that folder to continue from the one before") from None
         self.saved_at = done
         for sentence in self.progress.told(done, self.run.steps, stored, str(path)):
             self.log.say(sentence)
@@ -261,8 +264,8 @@ class _Run:
     def _end_if_bad(self, bad: float, step: int) -> None:
         """`bad` steps in a row after `step`; the ranks count alike, so all of them end here."""
         if 0 < self.optim.max_bad_steps <= bad:
-            last = self.checkpoints.steps()
-            kept = f"the last good checkpoint is {last[-1]}" if last else "there is no checkpoint yet"
+            good = self.checkpoints.good(step, int(bad))
+            kept = f"the last good checkpoint is {good}" if good else "there is no checkpoint that is known to be good"
             raise TrainingFailed(
                 f"{bad:.0f} steps in a row were not finite at step {step:,}, none of them was applied; {kept}; "
                 f"try a lower optim.lr with another --out"
@@ -329,5 +332,5 @@ class _Run:
             state["validation"] = self.validation.state()
         try:
             self.checkpoints.save(done, self.step.generators(), self.step.state(), state, best=best)
-        except DiskFull as error:
+        except NotSaved as error:
             self.log.say(f"{error.strerror}; training goes on")
