@@ -55,6 +55,8 @@ class Checkpoints:
         self.log = log
         self._unproven: list[Path] = []
         """Sound ones that no good step has followed yet, as far as is known."""
+        self._damaged: set[Path] = set()
+        """Told to the user, and not counted among those to keep."""
 
     def steps(self) -> list[Path]:
         """Folders of finished checkpoints, oldest first."""
@@ -136,7 +138,8 @@ class Checkpoints:
         if sound:
             self._unproven.append(final)
         kept = {self._named(name) for name in POINTERS}
-        for old in self.steps()[: -self.keep]:
+        self._damaged.discard(final)
+        for old in [path for path in self.steps() if path not in self._damaged][: -self.keep]:
             if old not in kept:
                 with suppress(OSError):  # a disk that fails; the checkpoint is there, and the old one too
                     self._remove(old)
@@ -217,9 +220,9 @@ class Checkpoints:
                 continue
             for other, reason in failed.items():
                 if other.exists():  # else a run that goes on has removed it meanwhile
-                    self.log(
-                        f"{other} is damaged ({reason}): {path.name} is taken; remove it to be rid of this message"
-                    )
+                    self._damaged.add(other)
+                    remedy = "remove it to be rid of this message"
+                    self.log(f"{other} is damaged ({reason}): {path.name} is taken; {remedy}")
             return found
         if failed:
             path, reason = next(iter(failed.items()))
