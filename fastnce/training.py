@@ -66,6 +66,7 @@ def hold_run(out: Path) -> Iterator[None]:
     with hold(out, "fastnce train", "take another --out"):
         for folder in (out, out / "samples"):
             sweep(folder, held=True)
+        Checkpoints(out / "checkpoints").clean()
         yield
 
 

@@ -301,7 +301,10 @@ class Step:
             return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
         for name, network in self.method.networks().items():
-            network.load_state_dict(under(f"network/{name}/"))
+            try:
+                network.load_state_dict(under(f"network/{name}/"))
+            except RuntimeError as error:
+                raise ValueError(f"the checkpoint's {name} is not this one: {' '.join(str(error).split())}") from None
         for name, group in self.groups.items():
             group.load_state(under(f"adam/{name}/"))
         for name, average in self.averages.items():
