@@ -17,9 +17,10 @@ from .config import check, from_dict, plan, resolve
 from .data.rain import RANGES, RainOptions, join_negative, parse_range, write_rain
 from .engine.checkpoint import load_generators, open_checkpoint, read_tensors
 from .engine.distributed import RankLost
-from .engine.launch import launched, processes, start, without
+from .engine.launch import launched, processes, start, watch_launcher, without
 from .engine.loop import TrainingFailed, pick_device
 from .engine.memory import out_of_memory
+from .engine.stop import Stopped, raising
 from .evaluate.pairs import RAIN_SIDE_HELP, RAIN_SIDES
 from .inference import load_translator, translate_files
 from .methods import PRESETS
@@ -70,6 +71,7 @@ def train(arguments: list[str]) -> int:
         with hold_run(args.out):
             check_same_run(config, args.out, number)
         return start(number, ["train", *without(arguments, "--nproc")])
+    watch_launcher()
     train_run(config, args.out, quiet=args.quiet)
     return 0
 
@@ -290,9 +292,12 @@ def _one_line(message: Warning | str, *_: object) -> str:
 
 def _main(arguments: list[str]) -> int:
     try:
-        code = run(arguments)
+        with raising():
+            code = run(arguments)
     except SystemExit as end:  # argparse, after what it had to say
         raise SystemExit(flush(int(end.code or 0))) from None
+    except Stopped as stop:
+        code = tell(str(stop), 128 + stop.number)
     except KeyboardInterrupt:
         code = tell("stopped by Ctrl-C", 130)
     except ValueError as error:  # DataError among them: the user's to mend

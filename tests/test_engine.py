@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -223,26 +222,6 @@ def test_another_seed_is_another_run(folder, tmp_path):
         train_run(small_config(folder, "run.steps=1", f"run.seed={seed}"), tmp_path / str(seed), quiet=True)
     one, other = training_tensors(tmp_path / "0"), training_tensors(tmp_path / "1")
     assert not torch.equal(one["network/G/model.1.weight"], other["network/G/model.1.weight"])
-
-
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
-def test_a_signal_saves_and_exits_cleanly(folder, tmp_path, name):
-    run = tmp_path / "run"
-    command = [sys.executable, "-m", "fastnce", "train", "fastcut", "--data", str(folder), "--out", str(run), *SMALL]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
-    assert process.stdout is not None
-    seen = ""
-    for line in process.stdout:
-        seen += line
-        if "step 2/" in line:
-            process.send_signal(getattr(signal, name))
-            break
-    rest, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
-    assert f"{name}: stopped after step" in rest
-    done = Checkpoints(run / "checkpoints").load()[1]["step"]
-    assert done >= 2
-    assert f"stopped after step {done:,}" in rest
 
 
 def test_another_configuration_is_refused(folder, tmp_path, capsys):

@@ -35,7 +35,7 @@ SETTLED = 20
 """Steps after which every kind of step (FastCUT's mirrored one) has most likely been compiled."""
 
 STOP_EVERY = 10
-"""Steps between the questions of several ranks whether one of them was asked to stop."""
+"""Most steps between the questions of several ranks whether one of them was asked to stop."""
 
 
 class Data(Protocol):
@@ -112,7 +112,7 @@ def train(
         raise ValueError("there is nothing to train: data.steps_per_epoch and the epochs must be at least 1")
     log = RunLog(folder, run.tensorboard, quiet) if ranks.first else Silence()
     try:
-        with StopRequest() as stop:
+        with StopRequest(tell=ranks.first) as stop:
             training = _Run(method, data, optim, run, folder, config or {}, batch_size, log, ranks, validation)
             try:
                 return training.go(stop)
@@ -170,6 +170,7 @@ class _Run:
         self._begin_validation(done)
         started, pace, epoch = done, Pace(), -1
         self.began, self.why = time.monotonic(), ""
+        self.asked, self.asked_at, self.ask_at = self.began, done, done
         self.method.train()
         while done < self.total and not self._asked_to_stop(stop, done):
             if self.progress.epoch(done) != epoch:
@@ -183,6 +184,7 @@ class _Run:
             torch.manual_seed(rng.getrandbits(63))
             losses = self.step.run(batch, draws)
             done += 1
+            stop.wait_for_steps()
             if done == started + 1 and self.step.compile_seconds:
                 self.log.say(f"compiled, and ran the first step, in {self.step.compile_seconds:.0f} s")
             if done == started + SETTLED:
@@ -206,12 +208,23 @@ class _Run:
         return done
 
     def _asked_to_stop(self, stop: StopRequest, done: int) -> bool:
-        """Several ranks must stop after the same step: they ask each other now and then."""
+        """Several ranks must stop after the same step: they ask each other about once a second."""
         over = self.run.minutes and time.monotonic() - self.began > 60 * self.run.minutes
         self.why = stop.name or (f"{self.run.minutes:g} minutes are over" if over else "")
         if self.ranks.world == 1:
             return bool(self.why)
-        return done % STOP_EVERY == 0 and self.ranks.any(bool(self.why), self.device)
+        if done < self.ask_at:
+            return False
+        now = time.monotonic()
+        asked, seconds = self.ranks.most([float(bool(self.why)), now - self.asked], self.device)
+        if asked:
+            self.why = self.why or "another process was asked to stop"
+            return True
+        # the slowest rank's seconds, which all of them know now, decide when to ask again
+        pace = seconds / max(done - self.asked_at, 1)
+        self.ask_at = done + max(1, min(STOP_EVERY, int(1 / max(pace, 1e-6))))
+        self.asked, self.asked_at = now, done
+        return False
 
     def _resume(self) -> int:
         found = self.checkpoints.load()
