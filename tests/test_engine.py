@@ -21,7 +21,7 @@ from PIL import Image
 from fastnce.cli import main
 from fastnce.config import resolve
 from fastnce.engine import checkpoint, loop
-from fastnce.engine.checkpoint import Checkpoints, DiskFull, load_generators, newest, read_state
+from fastnce.engine.checkpoint import Checkpoints, NotSaved, load_generators, newest, read_state
 from fastnce.engine.choices import pick_compile, pick_layout, pick_precision, set_tf32
 from fastnce.engine.compiled import Compiled
 from fastnce.engine.distributed import Ranks
@@ -323,7 +323,7 @@ def test_a_full_disk_is_one_sentence_and_training_goes_on(folder, tmp_path, monk
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(DiskFull):
+    with pytest.raises(NotSaved):
         Checkpoints(tmp_path / "alone").save(1, tensors(1), tensors(1), {"generators": ["G"]})
     run = tmp_path / "run"
     train_run(small_config(folder, "run.steps=2", "run.save_every=1"), run)

@@ -22,12 +22,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..writing import write_whole
+
 Log = Callable[[str], None]
 Found = TypeVar("Found")
 
 
-class DiskFull(OSError):
-    """No room for a checkpoint; the older ones are untouched."""
+class NotSaved(OSError):
+    """A checkpoint could not be written; the older ones are untouched."""
 
 
 class Checkpoints:
@@ -43,6 +45,8 @@ class Checkpoints:
         self.folder = folder
         self.keep = max(2, keep)
         self.log = log
+        self._unnamed: dict[str, Path] = {}
+        """What `latest` and `best` should name and do not yet."""
 
     def steps(self) -> list[Path]:
         """Folders of finished checkpoints, oldest first."""
@@ -57,16 +61,20 @@ class Checkpoints:
         *,
         best: bool = False,
     ) -> Path:
-        """Write one checkpoint; on a full disk raise `DiskFull` with the path and the bytes needed.
+        """Write one checkpoint.
 
         With `best` it is also named so, and stays until another one is.
+
+        Raises:
+            NotSaved: the disk does not take it; with the path, what the system says, and the bytes needed. Nothing of
+                it is left.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         final = self.folder / f"step-{step:08d}"
         partial = self.folder / f".partial-{step:08d}-{os.getpid()}"
         tensors = {"generator.safetensors": generator, "training.safetensors": training}
         needed = sum(t.numel() * t.element_size() for part in tensors.values() for t in part.values())
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             (partial / "state.json").touch()
@@ -82,26 +90,31 @@ class Checkpoints:
             if final.exists():  # left by an earlier run of the same step
                 shutil.rmtree(final)
             partial.rename(final)
-            self._point("latest", final)
-            if best:
-                self._point("best", final)
         except (OSError, SafetensorError) as error:
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+                reason = f"no room for a checkpoint of {needed:,} bytes"
+            else:
+                reason = f"a checkpoint of {needed:,} bytes cannot be written: {getattr(error, 'strerror', 0) or error}"
+            code = getattr(error, "errno", None) or errno.EIO
+            raise NotSaved(code, f"{final}: {reason}; the older ones are untouched") from None
+        finally:
             shutil.rmtree(partial, ignore_errors=True)
-            if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-                raise DiskFull(
-                    errno.ENOSPC, f"{final}: no room for a checkpoint of {needed:,} bytes; the older ones are untouched"
-                ) from None
-            raise
-        kept = self._named("best")
+        self._unnamed |= {"latest": final, **({"best": final} if best else {})}
+        self._point()
+        kept = self._unnamed.get("best") or self._named("best")
         for old in self.steps()[: -self.keep]:
             if old != kept:
                 shutil.rmtree(old, ignore_errors=True)
         return final
 
-    def _point(self, name: str, path: Path) -> None:
-        pointer = self.folder / f".{name}"
-        pointer.write_text(path.name, encoding="utf-8")
-        pointer.replace(self.folder / name)
+    def _point(self) -> None:
+        """Name what is to be named; what the disk does not take now is tried again after the next checkpoint."""
+        for name, path in list(self._unnamed.items()):
+            try:
+                write_whole(self.folder / name, path.name.encode())
+                del self._unnamed[name]
+            except OSError as error:
+                self.log(f"{self.folder / name}: {error.strerror or error}; {path.name} is saved all the same")
 
     def _named(self, name: str) -> Path | None:
         """The folder that a pointer names, or None where there is no such pointer or checkpoint."""
