@@ -16,7 +16,7 @@ FULL = Path("/dev/full")
 """To be opened and printed to; never given to a command as a file, which a fault might replace."""
 NO_ROOM = os.strerror(errno.ENOSPC)
 TINY = [
-    "network.generator=restorer",
+    "network.generator=resnet_4blocks",
     "network.width=2",
     "network.discriminator=n_layers",
     "network.discriminator_layers=1",
