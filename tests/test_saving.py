@@ -19,6 +19,7 @@ from fastnce.engine import checkpoint
 from fastnce.engine.checkpoint import Checkpoints, NotSaved
 from fastnce.engine.distributed import RankLost, Ranks, fails_everywhere
 from fastnce.engine.loop import _Run as Run
+from fastnce.engine.saving import Saving, TrainingFailed
 from fastnce.engine.step import Step
 from tests.ends import FULL, NO_ROOM, largest_file, one_sentence, tiny
 from tests.test_distributed import finish, free_port
@@ -164,12 +165,14 @@ def test_a_pointer_that_cannot_be_written_loses_nothing(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "write_whole", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, NO_ROOM)))
         store.save(1, tensors, tensors, {}, best=True)
-    assert said == [f"{tmp_path / name}: {NO_ROOM}; step-00000001 is saved all the same" for name in ("latest", "best")]
-    for step in (2, 3):
-        store.save(step, tensors, tensors, {})
+        assert said == [f"{tmp_path / n}: {NO_ROOM}; step-00000001 is saved all the same" for n in ("latest", "best")]
+        for step in (2, 3):
+            store.save(step, tensors, tensors, {})
+        assert [path.name for path in store.steps()] == ["step-00000001", "step-00000002", "step-00000003"]
+    store.save(4, tensors, tensors, {})
     assert (tmp_path / "best").read_text() == "step-00000001"
-    assert (tmp_path / "latest").read_text() == "step-00000003"
-    assert [path.name for path in store.steps()] == ["step-00000001", "step-00000002", "step-00000003"]
+    assert (tmp_path / "latest").read_text() == "step-00000004"
+    assert [path.name for path in store.steps()] == ["step-00000001", "step-00000003", "step-00000004"]
 
 
 def test_a_best_that_was_not_saved_does_not_count(tmp_path, monkeypatch, disk):
@@ -212,15 +215,16 @@ def test_an_error_between_steps_is_saved_before(error, folder, tmp_path, monkeyp
 
 def test_an_error_in_a_step_saves_nothing(folder, tmp_path, monkeypatch):
     """Half of its updates may have been made."""
-    failing_at(monkeypatch, Step, "_differentiate", RuntimeError("a fault of ours"), call=2 * 3)
+    failing_at(monkeypatch, Step, "_differentiate", RuntimeError("a fault of ours"), call=2 * 2)
     with pytest.raises(RuntimeError, match="a fault of ours"):
-        main(tiny(folder, tmp_path / "run", "run.steps=5", "run.save_every=2"))
-    assert steps(tmp_path / "run") == [2]
+        main(tiny(folder, tmp_path / "run", "run.steps=5"))
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1  # of the first step
+    assert steps(tmp_path / "run") == []
     assert log_of(tmp_path / "run")[-1] == "RuntimeError: a fault of ours"
 
 
 def test_ranks_that_have_drifted_are_not_saved(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(Ranks, "check_drift", lambda *_: (_ for _ in ()).throw(RuntimeError("drifted apart")))
+    failing_at(monkeypatch, Ranks, "check_drift", RuntimeError("drifted apart"), call=1)
     with pytest.raises(RuntimeError, match="drifted apart"):
         main(tiny(folder, tmp_path / "run", "run.steps=5", "run.save_every=2"))
     assert steps(tmp_path / "run") == []
@@ -269,6 +273,25 @@ def test_ranks_fail_together(monkeypatch):
     assert [fails_everywhere(found) for found in (mistake, fault, lost, OSError())] == [True, True, True, False]
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("gone")))
     assert raised(mistake) is mistake  # not that nobody answers
+
+
+def test_a_rank_that_does_not_write_asks_the_first_one(tmp_path):
+    """Both save, and ask each other, as often: else one waits for the other."""
+    asked = []
+
+    class Second(Ranks):
+        def any(self, flag, device):
+            asked.append(flag)
+            return True
+
+        def check_drift(self, modules):
+            asked.append("drift")
+
+    saving = Saving(lambda done: None, Checkpoints(tmp_path), [], Second(1, 2), torch.device("cpu"), print)
+    saving.resumed(3)
+    with pytest.raises(TrainingFailed, match="the first rank cannot save, and says why; so the last state, of step 3"):
+        saving.end()
+    assert asked == [False, "drift", False]
 
 
 def test_two_ranks_end_alike_on_a_full_disk(folder, tmp_path):
