@@ -8,6 +8,8 @@ import sys
 import time
 from contextlib import suppress
 
+from .writing import PARTIAL
+
 
 def open_streams() -> None:
     """Make standard streams safe to print to.
@@ -39,7 +41,7 @@ def show(line: str) -> None:
 
 def sentence_of(error: OSError) -> str:
     """The file and what the system says of it. Files that are written aside are named as they will be."""
-    name = "" if error.filename is None else re.sub(r"\.partial-[0-9a-f]{32}/", "", f"{os.fsdecode(error.filename)}: ")
+    name = "" if error.filename is None else re.sub(rf"{PARTIAL.pattern}/", "", f"{os.fsdecode(error.filename)}: ")
     return f"{name}{error.strerror or error}"
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +30,45 @@ from .engine.memory import check_room, keep_freed_memory, out_of_memory, too_lar
 from .engine.progress import check_batch, check_pictures
 from .engine.recompute import recompute_blocks
 from .engine.validate import Validation, find_validation
+from .locking import hold
 from .methods import PRESETS, Method
 from .streams import show
+from .writing import sweep, write_whole
 
 
 def train_run(config: Config, out: str | os.PathLike[str], *, quiet: bool = False) -> int:
-    """Build everything that a configuration names and train; returns the steps done."""
+    """Build everything that a configuration names and train; returns the steps done.
+
+    Raises:
+        ValueError: what cannot be trained, or (`InUse`) another process that trains in this folder.
+        TrainingFailed: as `fastnce.engine.loop.train`.
+    """
     out = Path(out)
     check(config)
-    state = check_same_run(config, out, read_ranks().world)
-    with ranks_of_launcher(config.run.device) as ranks:
-        try:
-            return _train_rank(config, out, ranks, quiet or not ranks.first, state)
-        except (RuntimeError, MemoryError) as error:
-            if isinstance(error, TrainingFailed) or not out_of_memory(error):  # it quotes the allocator
-                raise
-            raise TrainingFailed(too_large(error)) from None
+    check_place(config, out)
+    with hold_run(out) if read_ranks().first else nullcontext():
+        state = check_same_run(config, out, read_ranks().world)
+        with ranks_of_launcher(config.run.device) as ranks:
+            try:
+                return _train_rank(config, out, ranks, quiet or not ranks.first, state)
+            except (RuntimeError, MemoryError) as error:
+                if isinstance(error, TrainingFailed) or not out_of_memory(error):  # it quotes the allocator
+                    raise
+                raise TrainingFailed(too_large(error)) from None
+
+
+@contextmanager
+def hold_run(out: Path) -> Iterator[None]:
+    """Nobody else trains in this folder; what killed processes left unfinished in it is removed.
+
+    Raises:
+        InUse: another process does.
+    """
+    with hold(out, "fastnce train", "take another --out"):
+        for folder in (out, out / "samples"):
+            sweep(folder, held=True)
+        Checkpoints(out / "checkpoints").clean()
+        yield
 
 
 def _train_rank(config: Config, out: Path, ranks: Ranks, quiet: bool, state: dict[str, Any] | None) -> int:
@@ -66,7 +90,7 @@ def _train_rank(config: Config, out: Path, ranks: Ranks, quiet: bool, state: dic
     with ranks.together(device):
         if ranks.first:
             out.mkdir(parents=True, exist_ok=True)
-            (out / "config.toml").write_text(config.as_toml(), encoding="utf-8")
+            write_whole(out / "config.toml", config.as_toml().encode("utf-8"))
     if not quiet:
         parameters = sum(p.numel() for p in method.parameters())
         show(
@@ -210,6 +234,14 @@ def side(size: int | list[int]) -> int | tuple[int, int]:
     return size if isinstance(size, int) else (size[0], size[1])
 
 
+def check_place(config: Config, out: Path) -> None:
+    """ValueError where no run can be in this place."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out}: a file is in the way, a folder is needed")
+    if config.data.dir and out.exists() and out.resolve() == Path(config.data.dir).resolve():
+        raise ValueError(f"--out {out} is the folder of the pictures: take another one, or a folder in it")
+
+
 def check_same_run(config: Config, out: Path, processes: int = 1) -> dict[str, Any] | None:
     """A run is continued by the same configuration only, and with the same batch of all processes.
 
@@ -219,10 +251,6 @@ def check_same_run(config: Config, out: Path, processes: int = 1) -> dict[str, A
     Raises:
         ValueError: it is another run, or all its checkpoints are damaged.
     """
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out}: a file is in the way, a folder is needed")
-    if config.data.dir and out.exists() and out.resolve() == Path(config.data.dir).resolve():
-        raise ValueError(f"--out {out} is the folder of the pictures: take another one, or a folder in it")
     found = Checkpoints(out / "checkpoints", log=lambda sentence: None).state()
     if found is None:
         return None

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .stop import default
+
 FIRST_STEP_SECONDS = 300
 """The first steps may compile; after them, a rank that is silent for STEP_SECONDS is taken for dead."""
 STEP_SECONDS = 100
@@ -90,14 +92,14 @@ class Ranks:
             dist.all_reduce(values)
         return values / self.world
 
-    def any(self, flag: bool, device: torch.device) -> bool:
-        """Whether the flag is up on any rank."""
+    def most(self, values: Sequence[float], device: torch.device) -> list[float]:
+        """The largest of each value over all ranks."""
         if self.world == 1:
-            return flag
-        up = torch.tensor(float(flag), device=device)
-        with _watch("whether to stop"):
-            dist.all_reduce(up, op=dist.ReduceOp.MAX)
-        return bool(up.item())
+            return list(values)
+        most = torch.tensor(values, device=device)
+        with _watch("the others' answers"):
+            dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        return most.tolist()
 
     @contextmanager
     def together(self, device: torch.device) -> Iterator[None]:
@@ -119,10 +121,7 @@ class Ranks:
             failed = error
         mistake = isinstance(failed, ValueError | OSError)
         try:
-            flags = torch.tensor([float(mistake), float(failed is not None and not mistake)], device=device)
-            with _watch("whether the others can go on"):
-                dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-            mistaken, lost = flags.tolist()
+            mistaken, lost = self.most([float(mistake), float(failed is not None and not mistake)], device)
         except Exception:
             if failed is not None:
                 raise failed from None
@@ -231,7 +230,7 @@ def ranks_of_launcher(device: str) -> Iterator[Ranks]:
             )
         torch.accelerator.set_device_index(ranks.local)
     try:
-        with _watch("the others to start"):
+        with _watch("the others to start"), default():
             dist.init_process_group(backend, timeout=datetime.timedelta(seconds=FIRST_STEP_SECONDS))
     except RankLost as error:
         if "EADDRINUSE" in str(error):

@@ -30,14 +30,14 @@ from .progress import Progress, check_batch, check_pictures
 from .samples import padded, translated
 from .saving import Saving, TrainingFailed
 from .step import Step
-from .stop import StopRequest
+from .stop import Stopped, StopRequest
 from .validate import Validation
 
 SETTLED = 20
 """Steps after which every kind of step (FastCUT's mirrored one) has most likely been compiled."""
 
 STOP_EVERY = 10
-"""Steps between the questions of several ranks whether one of them was asked to stop."""
+"""Most steps between the questions of several ranks whether one of them was asked to stop."""
 
 
 class Data(Protocol):
@@ -115,7 +115,7 @@ def train(
     with ranks.together(next(method.parameters()).device):
         log = RunLog(folder, run.tensorboard, quiet) if ranks.first else Silence()
     try:
-        with StopRequest() as stop:
+        with StopRequest(tell=ranks.first) as stop:
             training = _Run(method, data, optim, run, folder, config or {}, batch_size, log, ranks, validation)
             try:
                 return training.go(stop)
@@ -125,8 +125,8 @@ def train(
                 raise TrainingFailed(too_large(error)) from None
             finally:
                 training.step.close()
-    except Exception as error:  # whoever called prints it, and log.txt is all that a quiet run has
-        user = isinstance(error, ValueError | OSError | TrainingFailed | RankLost)
+    except (Exception, Stopped) as error:  # whoever called prints it, and log.txt is all that a quiet run has
+        user = isinstance(error, ValueError | OSError | TrainingFailed | RankLost | Stopped)
         log.note(str(error) if user else f"{type(error).__name__}: {error}")
         raise
     finally:
@@ -194,6 +194,7 @@ class _Run:
         self._begin_validation(done)
         started, pace, epoch, decaying = done, Pace(), -1, None
         self.began = time.monotonic()
+        self.asked, self.asked_at, self.ask_at = self.began, done, done
         self.method.train()
         while done < self.total and not self._asked_to_stop(stop, done):
             if self.progress.epoch(done) != epoch:
@@ -212,6 +213,7 @@ class _Run:
             losses = self.step.run(batch, draws)
             done += 1
             self.saving.step_ends(done)
+            stop.wait_for_steps()
             if done == started + 1 and self.step.compile_seconds:
                 self.log.say(f"compiled, and ran the first step, in {self.step.compile_seconds:.0f} s")
             if done == started + SETTLED:
@@ -231,12 +233,23 @@ class _Run:
         return done
 
     def _asked_to_stop(self, stop: StopRequest, done: int) -> bool:
-        """Several ranks must stop after the same step: they ask each other now and then."""
+        """Several ranks must stop after the same step: they ask each other about once a second."""
         over = self.run.minutes and time.monotonic() - self.began > 60 * self.run.minutes
         self.why = stop.name or (f"{self.run.minutes:g} minutes are over" if over else "")
         if self.ranks.world == 1:
             return bool(self.why)
-        return done % STOP_EVERY == 0 and self.ranks.any(bool(self.why), self.device)
+        if done < self.ask_at:
+            return False
+        now = time.monotonic()
+        asked, seconds = self.ranks.most([float(bool(self.why)), now - self.asked], self.device)
+        if asked:
+            self.why = self.why or "another process was asked to stop"
+            return True
+        # the slowest rank's seconds, which all of them know now, decide when to ask again
+        pace = seconds / max(done - self.asked_at, 1)
+        self.ask_at = done + max(1, min(STOP_EVERY, int(1 / max(pace, 1e-6))))
+        self.asked, self.asked_at = now, done
+        return False
 
     def _resume(self) -> int:
         found = self.checkpoints.load()
@@ -248,7 +261,10 @@ class _Run:
         if not self.run.change_batch:
             check_batch(stored, self.progress.batch, self.ranks.world, str(path), self.method)
         self.progress = self.progress.resumed(done, stored)
-        self.step.load_state(tensors)
+        try:
+            self.step.load_state(tensors)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; remove that folder to continue from the one before") from None
         self.saving.resumed(done)
         for sentence in self.progress.told(done, self.run.steps, stored, str(path)):
             self.log.say(sentence)
@@ -287,8 +303,8 @@ class _Run:
         """`bad` steps in a row after `step`; the ranks count alike, so all of them end here."""
         if 0 < self.optim.max_bad_steps <= bad:
             self.saving.sound = False  # such a state is not what to continue from
-            last = self.checkpoints.steps()
-            kept = f"the last good checkpoint is {last[-1]}" if last else "there is no checkpoint yet"
+            good = self.checkpoints.good(step, int(bad))
+            kept = f"the last good checkpoint is {good}" if good else "there is no checkpoint that is known to be good"
             raise TrainingFailed(
                 f"{bad:.0f} steps in a row were not finite at step {step:,}, none of them was applied; {kept}; "
                 f"try a lower optim.lr with another --out"
@@ -328,7 +344,7 @@ class _Run:
         if better:
             self.best_at = done
             self.saving.save()
-            if self.ranks.any(self.saving.saved_at != done, self.device):
+            if any(self.ranks.most([float(self.saving.saved_at != done)], self.device)):
                 validation.best = best  # which is saved
 
     def _samples(self) -> Batch:

@@ -82,10 +82,10 @@ class Saving:
 
     def _secure(self, ranks: Ranks) -> str:
         """As `end`, returning the sentence; all of `ranks` return alike, once the first one is done."""
-        if not ranks.any(0 < self.done != self.saved_at, self.device):
+        if not any(ranks.most([float(0 < self.done != self.saved_at)], self.device)):
             return ""
         reason = self._try(ranks)
-        if not ranks.any(bool(reason), self.device):
+        if not any(ranks.most([float(bool(reason))], self.device)):
             return ""
         try:
             found = self.checkpoints.state()
@@ -105,7 +105,8 @@ class Saving:
             TrainingFailed: an error of the user's, and the state cannot be saved either.
         """
         together = self.ranks.world == 1 or fails_everywhere(error)
-        if not self.sound or isinstance(error, RankLost) or not (together or self.ranks.first):
+        alone = self.ranks.first and not isinstance(error, RankLost)
+        if not self.sound or not (together or alone):
             return
         try:
             unsaved = self._secure(self.ranks if together else Ranks())
