@@ -17,9 +17,9 @@ def entry() -> None:
     if code >= 128 or os.environ.get("WORLD_SIZE", "1") != "1":
         # Everything is put away. Compilers of PyTorch may be at work still; and of several ranks, gloo's threads may
         # still be ending, and the C++ library then aborts a finished process.
-        with suppress(OSError, ValueError):
-            sys.stdout.flush()
-            sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # nobody reads it any more
+                stream.flush()
         os._exit(code)
     sys.exit(code)
 

@@ -24,7 +24,7 @@ from .engine.stop import Stopped, raising
 from .evaluate.pairs import RAIN_SIDE_HELP, RAIN_SIDES
 from .inference import load_translator, translate_files
 from .methods import PRESETS
-from .streams import ProgressLine, flush, open_streams, sentence_of, stdout_takes, tell
+from .streams import ProgressLine, flush, give_up_stdout, open_streams, sentence_of, stdout_takes, tell
 from .training import cache_run, check_place, check_same_run, hold_run, train_run
 
 TILES_HELP = "auto: whole pictures, exact tiles where memory is too small; exact or fast: always"
@@ -72,7 +72,11 @@ def train(arguments: list[str]) -> int:
             check_same_run(config, args.out, number)
         return start(number, ["train", *without(arguments, "--nproc")])
     watch_launcher()
-    train_run(config, args.out, quiet=args.quiet)
+    try:
+        train_run(config, args.out, quiet=args.quiet)
+    finally:
+        if not stdout_takes():  # log.txt has it all, and the exit code is about the run
+            give_up_stdout()
     return 0
 
 

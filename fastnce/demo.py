@@ -7,6 +7,7 @@ photographs are those that scikit-image's wheel carries (extra `demo`).
 from __future__ import annotations
 
 import argparse
+import io
 import time
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from .config import resolve
 from .data import load_image
 from .engine.log import clock, save_grid
 from .engine.loop import pick_device
+from .writing import write_whole
 
 DAY = ("astronaut", "chelsea", "coffee", "motorcycle")
 DUSK = "rocket"
@@ -54,10 +56,12 @@ def write_folders(folder: Path, side: int = 320) -> None:
         scale = side / min(picture.size)
         size = round(picture.width * scale), round(picture.height * scale)
         picture = picture.resize(size, Image.Resampling.BICUBIC)
+        packed = io.BytesIO()
+        picture.save(packed, format="PNG")
         for split in ("train", "test"):
             target = folder / f"{split}{'B' if name == DUSK else 'A'}"
             target.mkdir(parents=True, exist_ok=True)
-            picture.save(target / f"{name}.png")
+            write_whole(target / f"{name}.png", packed.getvalue())
 
 
 def main(arguments: list[str] | None = None) -> int:

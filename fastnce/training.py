@@ -32,6 +32,7 @@ from .engine.recompute import recompute_blocks
 from .engine.validate import Validation, find_validation
 from .locking import hold
 from .methods import PRESETS, Method
+from .streams import show
 from .writing import sweep, write_whole
 
 
@@ -79,23 +80,25 @@ def _train_rank(config: Config, out: Path, ranks: Ranks, quiet: bool, state: dic
     _check_memory(config, device)
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    data = open_checked(config, planned, device, ranks, quiet)
-    if state is not None:
-        check_pictures(state, data.digest(), str(out))
-    validation = _open_validation(config, device, ranks, quiet)
+    with ranks.together(device):
+        data = open_checked(config, planned, device, ranks, quiet)
+        if state is not None:
+            check_pictures(state, data.digest(), str(out))
+        validation = _open_validation(config, device, ranks, quiet)
     torch.manual_seed(config.run.seed)
     method = PRESETS[config.method].method(config.loss, config.network).to(device)
-    if ranks.first:
-        out.mkdir(parents=True, exist_ok=True)
-        write_whole(out / "config.toml", config.as_toml().encode("utf-8"))
+    with ranks.together(device):
+        if ranks.first:
+            out.mkdir(parents=True, exist_ok=True)
+            write_whole(out / "config.toml", config.as_toml().encode("utf-8"))
     if not quiet:
         parameters = sum(p.numel() for p in method.parameters())
-        print(
+        show(
             f"{config.method} on {device}: {parameters / 1e6:.1f} M parameters, {data.size_a:,} + {data.size_b:,} "
             f"pictures, {data.steps_per_epoch:,} steps an epoch; run in {out}"
         )
         for path, reason in data.skipped:
-            print(f"skipped {path}: {reason}")
+            show(f"skipped {path}: {reason}")
     return train(
         method,
         data,
@@ -143,9 +146,9 @@ def _open_validation(config: Config, device: torch.device, ranks: Ranks, quiet: 
     options = config.data
     pairs = find_validation(options.dir, options.validate, config.run.validate_pictures, options.rain_side)
     if pairs:
-        return Validation(pairs, config.network.in_channels, device, ranks)
+        return Validation(pairs, config.network.in_channels, device, ranks, options.skip_bad)
     if not quiet:
-        print(f"nothing is validated: {config.data.dir}/test holds no pairs, and data.validate names none")
+        show(f"nothing is validated: {config.data.dir}/test holds no pairs, and data.validate names none")
     return None
 
 
@@ -222,7 +225,7 @@ def open_data(
         preprocess=options.preprocess,
         cache_dir=options.cache_dir or None,
         skip_bad=options.skip_bad,
-        progress=None if quiet else print,
+        progress=None if quiet else show,
         **common,
     )
 

@@ -57,6 +57,8 @@ class Checkpoints:
         """Sound ones that no good step has followed yet, as far as is known."""
         self._damaged: set[Path] = set()
         """Told to the user, and not counted among those to keep."""
+        self._unnamed: dict[str, Path] = {}
+        """What pointers should name and do not yet, because the disk did not take them."""
 
     def steps(self) -> list[Path]:
         """Folders of finished checkpoints, oldest first."""
@@ -119,11 +121,6 @@ class Checkpoints:
             self._remove(final)  # left by an earlier run of the same step
             partial.rename(final)
             flush_to_disk(self.folder)
-            self._point("latest", final)
-            if best:
-                self._point("best", final)
-            if good := self.good(step, bad):
-                self._point("good", good)
         except Exception as error:
             system = _of_the_system(error)
             if system is None:
@@ -135,6 +132,12 @@ class Checkpoints:
             ) from None
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+        self._unnamed["latest"] = final
+        if best:
+            self._unnamed["best"] = final
+        if good := self.good(step, bad):
+            self._unnamed["good"] = good
+        self._point()
         if sound:
             self._unproven.append(final)
         kept = {self._named(name) for name in POINTERS}
@@ -163,13 +166,19 @@ class Checkpoints:
         with suppress(OSError):
             away.unlink()  # where it was a file
 
-    def _point(self, name: str, path: Path) -> None:
-        write_whole(self.folder / name, path.name.encode())
+    def _point(self) -> None:
+        """Name what is to be named; what the disk does not take now is tried again after the next checkpoint."""
+        for name, path in list(self._unnamed.items()):
+            try:
+                write_whole(self.folder / name, path.name.encode())
+                del self._unnamed[name]
+            except OSError as error:
+                self.log(f"{self.folder / name}: {error.strerror or error}; {path.name} is saved all the same")
 
     def _named(self, name: str) -> Path | None:
         """The folder that a pointer names, or None where there is no such pointer or checkpoint."""
         try:
-            path = follow(self.folder / name)
+            path = self._unnamed.get(name) or follow(self.folder / name)
         except (OSError, ValueError):
             return None
         return path if (path / "state.json").exists() else None

@@ -97,9 +97,40 @@ class Ranks:
         if self.world == 1:
             return list(values)
         most = torch.tensor(values, device=device)
-        with _watch("whether to stop"):
+        with _watch("the others' answers"):
             dist.all_reduce(most, op=dist.ReduceOp.MAX)
         return most.tolist()
+
+    @contextmanager
+    def together(self, device: torch.device) -> Iterator[None]:
+        """What is within succeeds on all ranks or fails on all: one that ends alone leaves the others waiting.
+
+        Nothing within may exchange anything.
+
+        Raises:
+            ValueError: where another rank has failed by the user's mistake (a `ValueError` or an `OSError` there).
+            RankLost: where it has failed otherwise.
+        """
+        if self.world == 1:
+            yield
+            return
+        failed: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failed = error
+        mistake = isinstance(failed, ValueError | OSError)
+        try:
+            mistaken, lost = self.most([float(mistake), float(failed is not None and not mistake)], device)
+        except Exception:
+            if failed is not None:
+                raise failed from None
+            raise
+        if failed is None and (mistaken or lost):
+            failed = (RankLost if lost else ValueError)("another rank cannot go on, and says why")
+        if failed is not None:
+            failed.__dict__["everywhere"] = True
+            raise failed
 
     def check_drift(self, modules: Sequence[nn.Module]) -> None:
         """RuntimeError when the ranks' parameters are no longer bit-equal (they have been updated differently)."""
@@ -125,6 +156,11 @@ class Ranks:
         """When every kind of step has been compiled: from now on a silent rank is noticed sooner."""
         if self.world > 1:
             dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=STEP_SECONDS), dist.group.WORLD)
+
+
+def fails_everywhere(error: Exception) -> bool:
+    """Whether all ranks have failed in `Ranks.together`, and so may still exchange something."""
+    return bool(error.__dict__.get("everywhere"))
 
 
 def _tensors(modules: Sequence[nn.Module]) -> list[Tensor]:
