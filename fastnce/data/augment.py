@@ -9,7 +9,7 @@ import warnings
 import numpy as np
 import torch
 
-from .cache import PictureCache
+from .cached import PictureCache
 from .order import Draw
 
 PINNED = ("cuda", "xpu")  # devices to which page-locked memory is copied asynchronously
@@ -62,6 +62,8 @@ class PictureStore:
         with warnings.catch_warnings():  # that the mapped file cannot be written is as it should be
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")
             flat = torch.from_numpy(cache.pixels.view(np.uint8 if bits == torch.uint8 else np.int16))
+        if resident and device.type != "cpu":
+            cache.check()
         self.flat = flat.to(device) if resident or device.type == "cpu" else None
         self._host = flat
 
@@ -69,7 +71,11 @@ class PictureStore:
         """(B, channels, height, width) float32 in [-1, 1] on the device.
 
         `size` is (height, width) of the window; None takes the whole picture, of which all must then be of one size.
+
+        Raises:
+            DataError: a picture is damaged in the cache and its source has changed.
         """
+        self.cache.check(draw.index)
         offset, rows, columns = self.cache.index[draw.index].T  # each (B,)
         height, width = size if size is not None else (int(rows[0]), int(columns[0]))
         top = (draw.top * (rows - height + 1)).astype(np.int64)
