@@ -163,14 +163,16 @@ def _data(device: torch.device, quick: bool, seen: dict[int, float], side: int) 
 def write_pictures(folder: Path, count: int, side: int) -> None:
     """`count` noisy PNG of side x side in trainA and as many in trainB, for measuring."""
     import numpy as np
-    from PIL import Image
+
+    from .data.folder import encoded
 
     rng = np.random.default_rng(0)
     for domain in ("trainA", "trainB"):
         (folder / domain).mkdir(parents=True, exist_ok=True)
         for i in range(count):
             pixels = rng.integers(0, 256, (side, side, 3), np.uint8)
-            Image.fromarray(pixels).save(folder / domain / f"{i}.png", compress_level=1)
+            file = folder / domain / f"{i}.png"
+            file.write_bytes(encoded(pixels, file, compress_level=1))
 
 
 def run(device: torch.device, quick: bool = False, say: Callable[[str], None] = print) -> tuple[list[Line], dict]:

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from .data.cache import PREPROCESS
 from .data.rain import RainOptions, parse_ranges
+from .data.target import PREPROCESS
 from .engine.optim import OptimOptions
 from .engine.options import RunOptions
 from .evaluate.pairs import RAIN_SIDES

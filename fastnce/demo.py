@@ -7,7 +7,6 @@ photographs are those that scikit-image's wheel carries (extra `demo`).
 from __future__ import annotations
 
 import argparse
-import io
 import time
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from PIL import Image
 
 from .config import resolve
 from .data import load_image
+from .data.folder import encoded
 from .engine.log import clock, save_grid
 from .engine.loop import pick_device
 from .writing import write_whole
@@ -56,12 +56,10 @@ def write_folders(folder: Path, side: int = 320) -> None:
         scale = side / min(picture.size)
         size = round(picture.width * scale), round(picture.height * scale)
         picture = picture.resize(size, Image.Resampling.BICUBIC)
-        packed = io.BytesIO()
-        picture.save(packed, format="PNG")
         for split in ("train", "test"):
             target = folder / f"{split}{'B' if name == DUSK else 'A'}"
             target.mkdir(parents=True, exist_ok=True)
-            write_whole(target / f"{name}.png", packed.getvalue())
+            write_whole(target / f"{name}.png", encoded(picture, target / f"{name}.png"))
 
 
 def main(arguments: list[str] | None = None) -> int:
