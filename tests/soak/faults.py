@@ -15,6 +15,7 @@ import resource
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
@@ -24,6 +25,18 @@ WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 NAMED = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink", "os.chmod")
 PLACES = {"os.rename": (2, 3), "os.remove": (1,), "os.mkdir": (2,), "os.rmdir": (1,), "os.chmod": (2,)}
 """Where an event has the numbers of the folders that its names are relative to."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """paths: absolute; empty for what the system knows no name of. part: does a part of a write."""
+
+    name: str
+    paths: tuple[str, ...]
+    part: Callable[[], object]
+
+
+Action = Callable[[Event], None]
 
 
 class Events:
@@ -39,20 +52,14 @@ class Events:
         self._reads = reads
         self._shared = mmap.mmap(-1, 8)  # the parent reads it when the child is gone
         self._number, self._again, self._acting = 0, False, False
-        self._action: Callable[[str, Callable[[], None]], None] | None = None
+        self._action: Action | None = None
 
     @property
     def count(self) -> int:
         return int.from_bytes(self._shared[:8], "little")
 
-    def watch(
-        self, number: int = 0, action: Callable[[str, Callable[[], None]], None] | None = None, again: bool = False
-    ) -> Callable[[], None]:
-        """For `prepare` of a child: count, and act at event `number`, counted from 1, or `again` at each after it.
-
-        Args:
-            action: takes the event's name, and what does a part of a write.
-        """
+    def watch(self, number: int = 0, action: Action | None = None, again: bool = False) -> Callable[[], None]:
+        """For `prepare` of a child: count, and act at event `number`, counted from 1, or `again` at each after it."""
 
         def prepare() -> None:
             self._number, self._action, self._again = number, action, again
@@ -67,7 +74,8 @@ class Events:
         function = getattr(os, name)
 
         def wrapped(descriptor: int, *arguments):
-            self._happens(f"os.{name}", [_path_of(descriptor)], lambda: part(descriptor, *arguments))
+            where = [_path_of(descriptor)]
+            self._happens(Event(f"os.{name}", (), lambda: part(descriptor, *arguments)), where)
             return function(descriptor, *arguments)
 
         setattr(os, name, wrapped)
@@ -75,14 +83,15 @@ class Events:
     def _audit(self, event: str, arguments: tuple) -> None:
         if event == "open":
             if self._reads or (isinstance(arguments[2], int) and arguments[2] & WRITES):
-                self._happens(event, [_absolute(arguments[0])], lambda: None)
+                path = _absolute(arguments[0])
+                self._happens(Event(event, (path,), lambda: None), [path])
         elif event in NAMED:
             folders = [arguments[place] for place in PLACES.get(event, ())]
             names = [name for name in arguments[:2] if isinstance(name, str | bytes | os.PathLike)]
             paths = [_absolute(n, folders[i] if i < len(folders) else -1) for i, n in enumerate(names)]
-            self._happens(event, paths, lambda: None)
+            self._happens(Event(event, tuple(paths), lambda: None), paths)
 
-    def _happens(self, event: str, paths: list[str], part: Callable[[], object]) -> None:
+    def _happens(self, event: Event, paths: list[str]) -> None:
         if self._acting or not any(path.startswith(self._folders) for path in paths):
             return
         count = self.count + 1
@@ -90,7 +99,7 @@ class Events:
         if self._action is not None and (count == self._number or (self._again and count > self._number)):
             self._acting = True  # what the action does is no event
             try:
-                self._action(event, part)
+                self._action(event)
             finally:
                 self._acting = False
 
@@ -112,18 +121,25 @@ def _absolute(name: object, folder: object = -1) -> str:
     return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
 
 
-def kill(event: str, part: Callable[[], object]) -> None:
+def kill(event: Event) -> None:
     """An action: the process is gone, after a part of what it was about to write."""
-    part()
+    event.part()
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def failing(number: int) -> Callable[[str, Callable[[], object]], None]:
-    """An action: the system's error `number`. What is only removed still can be."""
+def sending(number: int) -> Action:
+    """An action: a signal to this process."""
+    return lambda event: os.kill(os.getpid(), number)
 
-    def fail(event: str, part: Callable[[], object]) -> None:
-        if event not in ("os.remove", "os.rmdir", "os.truncate"):
-            raise OSError(number, os.strerror(number))
+
+def failing(number: int) -> Action:
+    """An action: the system's error `number`, with the names that the system tells. What is removed still can be."""
+
+    def fail(event: Event) -> None:
+        if event.name in ("os.remove", "os.rmdir", "os.truncate"):
+            return
+        first, second = (*event.paths, None, None)[:2]
+        raise OSError(number, os.strerror(number), first, None, second)
 
     return fail
 
