@@ -2,30 +2,54 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
-from pathlib import Path
+
+
+class Told:
+    """What a process has written to a stream so far. A pipe holds it: limits on the sizes of files do not."""
+
+    ROOM = 2**20
+
+    def __init__(self) -> None:
+        self.read_end, self.write_end = os.pipe()
+        os.set_blocking(self.read_end, False)
+        if hasattr(fcntl, "F_SETPIPE_SZ"):
+            fcntl.fcntl(self.write_end, fcntl.F_SETPIPE_SZ, self.ROOM)
+        self._bytes = b""
+
+    def read_text(self) -> str:
+        with contextlib.suppress(BlockingIOError):
+            while part := os.read(self.read_end, self.ROOM):
+                self._bytes += part
+        return self._bytes.decode(errors="replace")
+
+    def __del__(self) -> None:
+        os.close(self.read_end)
 
 
 class Forked:
-    """`work()` in a fork; its output goes to files in `folder`.
+    """`work()` in a fork.
 
     Args:
         work: returns the exit code.
         ignore: signals that the process ignores from its beginning on.
     """
 
-    def __init__(self, work: Callable[[], int], folder: Path, ignore: tuple[int, ...] = ()):
-        self.out, self.err = folder / "stdout.txt", folder / "stderr.txt"
-        self.out.touch()
-        self.err.touch()
+    def __init__(self, work: Callable[[], int], ignore: tuple[int, ...] = ()):
+        self.out, self.err = Told(), Told()
         sys.stdout.flush()
         sys.stderr.flush()
         self.pid = os.fork()
         if self.pid:
+            for told in (self.out, self.err):
+                os.close(told.write_end)
             return
         code = 99
         try:
@@ -33,18 +57,19 @@ class Forked:
                 signal.signal(number, signal.SIG_IGN if number in ignore else signal.SIG_DFL)
             if signal.SIGINT not in ignore:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
-            for stream, file, number in ((sys.stdout, self.out, 1), (sys.stderr, self.err, 2)):
-                os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), number)
-                del stream
+            os.dup2(self.out.write_end, 1)
+            os.dup2(self.err.write_end, 2)
+            for told in (self.out, self.err):  # who waits for the end of a stream waits for the last that holds it
+                os.close(told.write_end)
             sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
             code = work()
         except BaseException as error:  # as an interpreter would
-            import traceback
-
             traceback.print_exception(error, file=sys.stderr)
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            with contextlib.suppress(BaseException):
+                sys.stdout.flush()
+            with contextlib.suppress(BaseException):
+                sys.stderr.flush()
             os._exit(code)
 
     def wait_for(self, what: Callable[[], object], seconds: float = 60.0) -> None:

@@ -40,7 +40,7 @@ def saved(tmp_path: Path) -> int:
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_signal_saves_and_exits_cleanly(name, command, tmp_path):
-    process = Forked(lambda: main(command), tmp_path)
+    process = Forked(lambda: main(command))
     process.wait_for_line("step 2/")
     process.send(getattr(signal, name))
     assert process.end() == 0
@@ -67,7 +67,7 @@ def test_where_nothing_is_done_yet_it_ends_at_once(name, place, command, tmp_pat
         monkeypatch.setattr(_Run, "_resume", slow())
     else:
         monkeypatch.setattr(Step, "run", slow())
-    process = Forked(lambda: main(command), tmp_path)
+    process = Forked(lambda: main(command))
     process.wait_for_line("waiting")
     process.send(getattr(signal, name))
     assert process.end(10) == 128 + getattr(signal, name)
@@ -89,14 +89,13 @@ def test_a_second_signal_ends_at_once_but_not_one_that_a_launcher_doubles(comman
 
     monkeypatch.setattr(Step, "run", second_is_slow)
     monkeypatch.setattr(Step, "steps", False, raising=False)
-    process = Forked(lambda: main(command), tmp_path)
+    process = Forked(lambda: main(command))
     process.wait_for_line("waiting")
     process.send(signal.SIGINT)
     process.send(signal.SIGTERM)
     assert process.end() == 0
     assert saved(tmp_path) == 2
-    process.out.unlink()
-    process = Forked(lambda: main(command), tmp_path)
+    process = Forked(lambda: main(command))
     process.wait_for_line("waiting")
     process.send(signal.SIGTERM)
     time.sleep(stop.ONE_SIGNAL + 0.2)
@@ -107,7 +106,7 @@ def test_a_second_signal_ends_at_once_but_not_one_that_a_launcher_doubles(comman
 
 def test_what_was_ignored_stays_ignored(command, tmp_path):
     """As SIGHUP is under nohup."""
-    process = Forked(lambda: main([*command, "run.steps=4"]), tmp_path, ignore=(signal.SIGHUP,))
+    process = Forked(lambda: main([*command, "run.steps=4"]), ignore=(signal.SIGHUP,))
     process.wait_for_line("step 1/")
     process.send(signal.SIGHUP)
     assert process.end() == 0
@@ -121,7 +120,7 @@ def test_other_commands_remove_what_they_have_begun(name, tmp_path, monkeypatch)
     out = tmp_path / "out"
     flush, count = writing.flush_to_disk, iter(range(100))
     monkeypatch.setattr(writing, "flush_to_disk", lambda path: flush(path) if next(count) < 1 else slow()())
-    process = Forked(lambda: main(["rain", str(photos), "--out", str(out)]), tmp_path)
+    process = Forked(lambda: main(["rain", str(photos), "--out", str(out)]))
     process.wait_for_line("waiting")
     process.send(getattr(signal, name))
     assert process.end(10) == 128 + getattr(signal, name)
@@ -164,7 +163,7 @@ class Launched:
         monkeypatch.setattr(launch, "COMMAND", [sys.executable, "-I", "-c", RANK])
         self.folder = tmp_path / "marks"
         self.folder.mkdir()
-        self.process = Forked(lambda: launch.start(3, [str(self.folder)]), tmp_path)
+        self.process = Forked(lambda: launch.start(3, [str(self.folder)]))
         self.process.wait_for(lambda: len(self.marks("*-started-*-3-*")) == 3)
         self.pids = [int(name.split("-")[2]) for name in self.marks("*-started-*")]
 
@@ -219,30 +218,26 @@ def test_a_rank_ends_itself_when_its_launcher_is_killed(tmp_path):
         with request:
             request.wait_for_steps()
             stop.end_with_parent(os.getppid())
-            print(os.getpid(), flush=True)
+            (tmp_path / "pid").write_text(str(os.getpid()))
             while not request.name:
                 time.sleep(0.02)
-        print(f"asked by {request.name}", flush=True)
+        (tmp_path / "asked").write_text(request.name)
         return 0
 
-    inner = tmp_path / "inner"
-    inner.mkdir()
-
     def launcher():
-        Forked(rank, inner)
+        Forked(rank)
         time.sleep(60)
         return 0
 
-    outer = Forked(launcher, tmp_path)
-    outer.wait_for(lambda: (inner / "stdout.txt").exists() and (inner / "stdout.txt").read_text().strip())
+    outer = Forked(launcher)
+    outer.wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
     outer.send(signal.SIGKILL)
     assert outer.end() == -9
-    pid = int((inner / "stdout.txt").read_text().split()[0])
-    end = time.monotonic() + 10
+    pid, end = int((tmp_path / "pid").read_text()), time.monotonic() + 10
     while alive(pid):
         assert time.monotonic() < end
         time.sleep(0.05)
-    assert "asked by SIGTERM" in (inner / "stdout.txt").read_text()
+    assert (tmp_path / "asked").read_text() == "SIGTERM"
 
 
 def test_two_real_ranks_save_when_their_launcher_is_killed(command, tmp_path):
