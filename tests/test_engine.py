@@ -20,15 +20,16 @@ from PIL import Image
 from fastnce.cli import main
 from fastnce.config import resolve
 from fastnce.engine import checkpoint, loop
-from fastnce.engine.checkpoint import Checkpoints, NotSaved, load_generators, read_state
-from fastnce.engine.choices import pick_compile, pick_layout, pick_precision, set_tf32
+from fastnce.engine.checkpoint import Checkpoints, NotSaved
+from fastnce.engine.choices import pick_compile, pick_device, pick_layout, pick_precision, set_tf32
 from fastnce.engine.compiled import Compiled
 from fastnce.engine.distributed import Ranks
 from fastnce.engine.log import Pace, clock, save_grid
-from fastnce.engine.loop import TrainingFailed, pick_device, train
+from fastnce.engine.loop import TrainingFailed, train
 from fastnce.engine.optim import LossScale, OptimOptions, ParameterGroup, WeightAverage, schedule
 from fastnce.engine.options import RunOptions
 from fastnce.engine.step import Step
+from fastnce.engine.stored import load_generators, read_state
 from fastnce.methods import CUT, Batch, CUTOptions, Draws, NetworkOptions
 from fastnce.training import train_run
 from tests.test_methods_more import build
