@@ -99,4 +99,4 @@ def reason_of(error: Exception) -> str:
 
 def digest_of(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.filedigest_of(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
