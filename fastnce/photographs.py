@@ -1,7 +1,7 @@
 """Photographs as users have them: what a translation must carry over besides the pixels.
 
 The EXIF orientation is applied when a file is read. Alpha is kept aside and put back, but not beside 16 bits, where PIL
-cannot write it (a warning says so); a colour profile of less than 1 MiB is kept when it is one of the kind of picture
+cannot write it (a warning says so). A colour profile of less than 1 MiB is kept when it is one of the kind of picture
 that is written (RGB or grey). Other metadata is not carried over.
 """
 
