@@ -9,18 +9,18 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-import importlib  # noqa: E402
-import pkgutil  # noqa: E402
-import sys  # noqa: E402
-import tempfile  # noqa: E402
-import time  # noqa: E402
-from concurrent.futures import ProcessPoolExecutor, as_completed  # noqa: E402
-from multiprocessing import get_context  # noqa: E402
-from pathlib import Path  # noqa: E402
+import importlib
+import pkgutil
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
 
-from . import __path__ as _package  # noqa: E402
-from .common import BOUNDS, Campaign, Outcome, warm  # noqa: E402
-from .table import write_results  # noqa: E402
+from . import __path__ as _package
+from .common import BOUNDS, Campaign, Outcome, warm
+from .table import write_results
 
 
 def campaigns() -> dict[str, Campaign]:

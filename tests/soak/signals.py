@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from random import Random
 
-from .common import MARK, Campaign, Child, Ended, Outcome, marked, run, survey, tree
+from .common import Campaign, Child, Ended, Outcome, marked, run, survey, tree
 from .faults import Events, sending
 from .full_disks import commands
 from .kill import all_gone, launch, until_steps
