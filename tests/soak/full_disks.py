@@ -57,9 +57,7 @@ def train_on_full_disks(count: int, seed: int, folder: Path) -> Outcome:
     return outcome
 
 
-def _train_on_a_small_disk(
-    base: Reference, place: Path, begun: Path, fresh: bool, leave: int
-) -> tuple[str, list[str]]:
+def _train_on_a_small_disk(base: Reference, place: Path, begun: Path, fresh: bool, leave: int) -> tuple[str, list[str]]:
     if not fresh:
         shutil.copytree(begun, place / "run")
     fill(place, leave)
@@ -67,9 +65,7 @@ def _train_on_a_small_disk(
     return f"a disk with {leave:,} bytes free", _train(base, place / "run", None, lambda: None, free)
 
 
-def _train(
-    base: Reference, out: Path, begun: Path | None, prepare: Prepare, mend: Callable[[], None]
-) -> list[str]:
+def _train(base: Reference, out: Path, begun: Path | None, prepare: Prepare, mend: Callable[[], None]) -> list[str]:
     """Train on a disk that fails, then on one that does not."""
     if begun is not None:
         shutil.copytree(begun, out)

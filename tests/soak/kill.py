@@ -18,7 +18,9 @@ ROUNDS = (1, 1, 1, 2, 3)
 """Kills in a row before a run may end, each as likely."""
 
 
-def killed(rng: Random, command: list[str], folders: tuple[Path, ...], seconds: float, events: int) -> tuple[str, Ended]:
+def killed(
+    rng: Random, command: list[str], folders: tuple[Path, ...], seconds: float, events: int
+) -> tuple[str, Ended]:
     """Run a command and kill it: at a time, at what it does to a file, or within a write to one."""
     how = rng.choice(("time", "event", "event", "write"))
     if how == "time":

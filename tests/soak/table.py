@@ -34,7 +34,12 @@ def write_results(file: Path, results: dict[str, tuple[Campaign, Outcome]], seed
         date = time.strftime("%Y-%m-%d")
         rows[name] = f"| {name} | {outcome.tried:,} | {outcome.tried - lost:,} | {lost:,} | {date} | {versions} |"
         notes[name] = [f"- {name}, seed {seed}: {line}" for line in [*outcome.notes, *outcome.lost]]
-    lines = [*HEAD, *(rows[name] for name in sorted(rows)), "", *(line for name in sorted(notes) for line in notes[name])]
+    lines = [
+        *HEAD,
+        *(rows[name] for name in sorted(rows)),
+        "",
+        *(line for name in sorted(notes) for line in notes[name]),
+    ]
     text = "\n".join(lines).strip()
     write_whole(file, f"{before}{BEGIN}\n{text}\n{END}{after}".encode())
 
