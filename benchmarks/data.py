@@ -20,6 +20,7 @@ from benchmarks.measure import measure, measure_rest
 from benchmarks.step import our_provider, pictures
 from fastnce.bench import write_pictures
 from fastnce.data import UnpairedData
+from fastnce.data.opening import decoded
 
 BATCH = 8
 
@@ -74,7 +75,7 @@ def _decoding(folder: Path, side: int, device: torch.device) -> Callable[[], obj
     larger = side * 286 // 256
 
     def one(path: Path) -> torch.Tensor:
-        picture = Image.open(path).convert("RGB").resize((larger, larger), Image.Resampling.BICUBIC)
+        picture = decoded(path)[0].convert("RGB").resize((larger, larger), Image.Resampling.BICUBIC)
         top, left = (rng.randrange(larger - side + 1) for _ in range(2))
         picture = picture.crop((left, top, left + side, top + side))
         if rng.random() < 0.5:

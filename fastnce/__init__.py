@@ -7,7 +7,9 @@ Three ways in::
     make bench                                         # every speed we claim
 """
 
+from importlib import import_module as _import_module
 from pathlib import Path as _Path
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from ._version import __version__
 
@@ -16,16 +18,17 @@ _here = _Path(__file__).resolve().parent
 if not (_here / "kernels").exists() and (_here.parent / "kernels" / "common.py").exists():
     __path__.append(str(_here.parent))
 
-from .evaluate import DerainingMetrics  # noqa: E402  (the path above comes first)
-from .nce import (  # noqa: E402
-    NegativeBank,
-    PatchNCEHead,
-    PatchNCELoss,
-    PatchSampleF,
-    patch_nce,
-    project_patches,
-    sample_patch_ids,
-)
+if _TYPE_CHECKING:
+    from .evaluate import DerainingMetrics
+    from .nce import (
+        NegativeBank,
+        PatchNCEHead,
+        PatchNCELoss,
+        PatchSampleF,
+        patch_nce,
+        project_patches,
+        sample_patch_ids,
+    )
 
 __all__ = [
     "DerainingMetrics",
@@ -38,3 +41,20 @@ __all__ = [
     "project_patches",
     "sample_patch_ids",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """Import what is asked for, when it is asked for: PyTorch takes seconds, and a command may be stopped meanwhile."""
+    if name in __all__:
+        place = "evaluate" if name == "DerainingMetrics" else "nce"
+        found: object = getattr(_import_module(f"{__name__}.{place}"), name)
+    elif name in ("data", "evaluate", "nce", "networks"):
+        found = _import_module(f"{__name__}.{name}")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -2,14 +2,27 @@
 
 import os
 import sys
+from contextlib import suppress
 
-from .cli import main
 
-if __name__ == "__main__":
-    code = main()
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        # One of several ranks: gloo's threads may still be ending, and the C++ library then aborts a finished process.
-        sys.stdout.flush()
-        sys.stderr.flush()
+def entry() -> None:
+    """Run the command line and end the process with its exit code."""
+    try:
+        from .cli import main  # which imports PyTorch, for seconds
+
+        code = main()
+    except KeyboardInterrupt:
+        print("fastnce: stopped by Ctrl-C", file=sys.stderr)
+        code = 130
+    if code >= 128 or os.environ.get("WORLD_SIZE", "1") != "1":
+        # Everything is put away. Compilers of PyTorch may be at work still; and of several ranks, gloo's threads may
+        # still be ending, and the C++ library then aborts a finished process.
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # nobody reads it any more
+                stream.flush()
         os._exit(code)
     sys.exit(code)
+
+
+if __name__ == "__main__":
+    entry()

@@ -29,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from . import PatchNCEHead, __version__, patch_nce
 from .timing import ceilings, default_device, device_name, floor_ms, percentiles, time_interleaved
+from .writing import write_whole
 
 BUDGET = 110.0
 """Seconds after which no further case is begun."""
@@ -162,14 +163,16 @@ def _data(device: torch.device, quick: bool, seen: dict[int, float], side: int) 
 def write_pictures(folder: Path, count: int, side: int) -> None:
     """`count` noisy PNG of side x side in trainA and as many in trainB, for measuring."""
     import numpy as np
-    from PIL import Image
+
+    from .data.folder import encoded
 
     rng = np.random.default_rng(0)
     for domain in ("trainA", "trainB"):
         (folder / domain).mkdir(parents=True, exist_ok=True)
         for i in range(count):
             pixels = rng.integers(0, 256, (side, side, 3), np.uint8)
-            Image.fromarray(pixels).save(folder / domain / f"{i}.png", compress_level=1)
+            file = folder / domain / f"{i}.png"
+            file.write_bytes(encoded(pixels, file, compress_level=1))
 
 
 def run(device: torch.device, quick: bool = False, say: Callable[[str], None] = print) -> tuple[list[Line], dict]:
@@ -223,11 +226,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.zeros(1, device=device).item()  # which meta has not
     except (RuntimeError, AssertionError) as error:
         parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
+    if args.json and not args.json.absolute().parent.is_dir():
+        parser.error(f"--json {args.json}: there is no folder {args.json.absolute().parent} to write it into")
     torch.manual_seed(0)
     lines, limits = run(device, args.quick)
     if args.json:
         facts = {"fastnce": __version__, "torch": torch.__version__, "device": device_name(device), "ceilings": limits}
-        args.json.write_text(json.dumps(facts | {"lines": [asdict(line) for line in lines]}, indent=1) + "\n")
+        figures = json.dumps(facts | {"lines": [asdict(line) for line in lines]}, indent=1) + "\n"
+        write_whole(args.json, figures.encode())
     return 1 if any(line.milliseconds is None for line in lines) else 0
 
 

@@ -15,16 +15,17 @@ from pathlib import Path
 from . import __version__
 from .config import check, from_dict, plan, resolve
 from .data.rain import RANGES, RainOptions, join_negative, parse_range, write_rain
-from .engine.checkpoint import load_generators, open_checkpoint
+from .engine.checkpoint import load_generators, open_checkpoint, read_tensors
 from .engine.distributed import RankLost
-from .engine.launch import launched, processes, start, without
+from .engine.launch import launched, processes, start, watch_launcher, without
 from .engine.loop import TrainingFailed, pick_device
 from .engine.memory import out_of_memory
+from .engine.stop import Stopped, raising
 from .evaluate.pairs import RAIN_SIDE_HELP, RAIN_SIDES
 from .inference import load_translator, translate_files
 from .methods import PRESETS
-from .streams import ProgressLine, flush, open_streams, sentence_of, stdout_takes, tell
-from .training import cache_run, check_same_run, train_run
+from .streams import ProgressLine, flush, give_up_stdout, open_streams, sentence_of, stdout_takes, tell
+from .training import cache_run, check_place, check_same_run, hold_run, train_run
 
 TILES_HELP = "auto: whole pictures, exact tiles where memory is too small; exact or fast: always"
 
@@ -66,9 +67,16 @@ def train(arguments: list[str]) -> int:
         )
     if number > 1:
         plan(config)  # here, where what is wrong is said once
-        check_same_run(config, args.out, number)
+        check_place(config, args.out)
+        with hold_run(args.out):
+            check_same_run(config, args.out, number)
         return start(number, ["train", *without(arguments, "--nproc")])
-    train_run(config, args.out, quiet=args.quiet)
+    watch_launcher()
+    try:
+        train_run(config, args.out, quiet=args.quiet)
+    finally:
+        if not stdout_takes():  # log.txt has it all, and the exit code is about the run
+            give_up_stdout()
     return 0
 
 
@@ -202,19 +210,23 @@ def export(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--label", default="latest", help="first part of the file names")
     args = parser.parse_args(arguments)
-    from safetensors.torch import load_file
-
     from .interop import load_weights, save_published
 
     folder, state = open_checkpoint(args.run)
-    config = from_dict(state["config"])
+    try:
+        config = from_dict(state["config"])
+        tensors = read_tensors(folder / "training.safetensors")
+        generators = load_generators(folder, state)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
     networks = PRESETS[config.method].method(config.loss, config.network).networks()
-    tensors = load_file(folder / "training.safetensors")
     for name, network in networks.items():
         prefix = f"network/{name}/"
         weights = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
         load_weights(network, weights, str(folder))
-    for name, weights in load_generators(folder).items():  # averaged, where the run keeps an average
+    for name, weights in generators.items():  # averaged, where the run keeps an average
+        if name not in networks:
+            raise ValueError(f"{folder}: {config.method} has no generator {name}")
         load_weights(networks[name], weights, str(folder))
     for path in save_published(networks, args.out, args.label):
         print(path)
@@ -284,9 +296,12 @@ def _one_line(message: Warning | str, *_: object) -> str:
 
 def _main(arguments: list[str]) -> int:
     try:
-        code = run(arguments)
+        with raising():
+            code = run(arguments)
     except SystemExit as end:  # argparse, after what it had to say
         raise SystemExit(flush(int(end.code or 0))) from None
+    except Stopped as stop:
+        code = tell(str(stop), 128 + stop.number)
     except KeyboardInterrupt:
         code = tell("stopped by Ctrl-C", 130)
     except ValueError as error:  # DataError among them: the user's to mend

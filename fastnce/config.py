@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from .data.cache import PREPROCESS
 from .data.rain import RainOptions, parse_ranges
+from .data.target import PREPROCESS
 from .engine.optim import OptimOptions
 from .engine.options import RunOptions
 from .evaluate.pairs import RAIN_SIDES
@@ -128,6 +128,8 @@ def resolve(method: str, file: Path | None = None, overrides: list[str] | None =
             raise ValueError(f"--config {file}: {error.strerror}") from None
         except (ValueError, RecursionError) as error:  # of numbers too long and lists too deep too
             raise ValueError(f"--config {file}: not TOML: {error}") from None
+        if not stored:  # such as what is left of a file after a full disk
+            raise ValueError(f"--config {file} is empty: leave it out, or write a section such as [data]")
         if stored.pop("method", method) != method:
             raise ValueError(f"--config {file} is for another method than {method}")
         for section, values in stored.items():

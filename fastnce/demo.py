@@ -16,8 +16,10 @@ from PIL import Image
 
 from .config import resolve
 from .data import load_image
+from .data.folder import encoded
 from .engine.log import clock, save_grid
 from .engine.loop import pick_device
+from .writing import write_whole
 
 DAY = ("astronaut", "chelsea", "coffee", "motorcycle")
 DUSK = "rocket"
@@ -57,7 +59,7 @@ def write_folders(folder: Path, side: int = 320) -> None:
         for split in ("train", "test"):
             target = folder / f"{split}{'B' if name == DUSK else 'A'}"
             target.mkdir(parents=True, exist_ok=True)
-            picture.save(target / f"{name}.png")
+            write_whole(target / f"{name}.png", encoded(picture, target / f"{name}.png"))
 
 
 def main(arguments: list[str] | None = None) -> int:

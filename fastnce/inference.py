@@ -26,6 +26,7 @@ from .networks import channels_last
 from .photographs import Photograph, check_format, read_photograph, write_photograph
 from .tiles import translate_exact, translate_fast
 from .windows import steps_of
+from .writing import check_not_replaced, distinct_names, sweep
 
 Tiles = Literal["auto", "exact", "fast"]
 SMALLEST_TILE = 128
@@ -70,6 +71,8 @@ class Translator:
         if self.device.type != "cpu":  # where it is no faster
             self.layout = torch.channels_last
             channels_last(self.generator)
+        self.sources: tuple[Path, ...] = ()
+        """The files that the weights came from, where that is known."""
         self.tiles, self.tile_size, self.say = tiles, tile_size, say or (lambda sentence: None)
         self.factor: int = getattr(generator, "factor", 1)
         self.smallest: int = getattr(generator, "smallest", self.factor)
@@ -213,14 +216,20 @@ def load_translator(
     """
     source = follow(Path(source))
     if source.is_dir():
-        folder, state = open_checkpoint(source)
-        weights = load_generators(folder)
+        folder, state = open_checkpoint(source, ("generator.safetensors",))
+        try:
+            weights = load_generators(folder, state)
+            config = from_dict(state["config"])
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from None
         name = generator or next(iter(weights))
         if name not in weights:
             raise ValueError(f"{folder}: no generator {name!r}, it holds {', '.join(weights)}")
-        network = from_dict(state["config"]).network.build_generator(reverse=name == "G_B")
+        network = config.network.build_generator(reverse=name == "G_B")
         load_weights(network, weights[name], str(folder))
-        return Translator(network, device, tiles=tiles, tile_size=tile_size, say=say)
+        translator = Translator(network, device, tiles=tiles, tile_size=tile_size, say=say)
+        translator.sources = (folder / "state.json", folder / "generator.safetensors")
+        return translator
     if not source.exists():
         raise ValueError(f"{source}: no such run or file")
     if generator:
@@ -228,7 +237,9 @@ def load_translator(
     network = network_from_weights(read_weights(source), str(source))
     if not hasattr(network, "factor"):
         raise ValueError(f"{source}: holds a discriminator; translation needs a generator (..._net_G.pth)")
-    return Translator(network, device, tiles=tiles, tile_size=tile_size, say=say)
+    translator = Translator(network, device, tiles=tiles, tile_size=tile_size, say=say)
+    translator.sources = (source,)
+    return translator
 
 
 def translate_files(
@@ -247,7 +258,7 @@ def translate_files(
 
     Args:
         source: a picture, or a folder; pictures in `out` are not translated again where that lies in it.
-        out: a folder, made if need be. Files in it may be replaced, but never a picture of `source`.
+        out: a folder, made if need be. Files in it may be replaced, but never a picture of `source` or the model.
         suffix: the format of the files written.
         batch: how many pictures of one size to translate at once.
         bits: 8, 16, or None: as the source where the format can (see `check_format`).
@@ -270,11 +281,11 @@ def translate_files(
         pictures = [path for path in pictures if not os.path.realpath(path.parent / "x").startswith(f"{own}{os.sep}")]
     if not pictures:
         raise ValueError(f"{source}: no pictures here")
-    targets = _targets(pictures, source if source.is_dir() else source.parent, out, suffix)
-    originals = {os.path.realpath(path) for path in pictures}
-    lost = [target for target in targets.values() if os.path.realpath(target) in originals]
-    if lost:
-        raise ValueError(f"{lost[0]} is a picture to be translated and would be replaced: write to another folder")
+    names = distinct_names(pictures, source if source.is_dir() else source.parent, suffix)
+    targets = {path: out / name for path, name in names.items()}
+    check_not_replaced(targets.values(), [*pictures, *translator.sources])
+    for folder in {target.parent for target in targets.values()}:
+        sweep(folder)
     written: list[Path] = []
     bad: list[str] = []
     waiting: dict[tuple[int, ...], list[tuple[Path, Path, Photograph]]] = {}  # by size
@@ -324,16 +335,3 @@ def translate_files(
     if bad:
         raise DataError("\n".join(bad))
     return written
-
-
-def _targets(pictures: list[Path], root: Path, out: Path, suffix: str) -> dict[Path, Path]:
-    """The file that each picture's translation is written to."""
-    targets: dict[Path, Path] = {}
-    taken: set[Path] = set()
-    for path in pictures:
-        target = (out / path.relative_to(root)).with_suffix(suffix)
-        if target in taken:  # a.jpg beside a.png
-            target = target.with_name(f"{path.name}{suffix}")
-        taken.add(target)
-        targets[path] = target
-    return targets

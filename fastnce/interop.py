@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import io
 import pickle
+import zipfile
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from .locking import hold
 from .networks import (
     Norm,
     PatchGAN,
@@ -23,30 +25,35 @@ from .networks import (
     StyleGAN2Generator,
     UnetGenerator,
 )
-from .writing import write_whole
+from .writing import sweep, write_whole
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 STALE = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """A published weight file as a state dict on the CPU, its `module.` prefix (files trained on a CPU) taken off.
 
-    Only tensors are read (`weights_only=True`); a file that needs more than that is refused with a ValueError.
+    Only tensors are read (`weights_only=True`), and never more bytes than the file has.
+
+    Raises:
+        ValueError: no such file; a file that holds anything else, is damaged, or claims more than it holds.
     """
     path = Path(path)
+    if not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"{path}: {'no regular file' if path.exists() else 'no such file'}")
     try:
+        _check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
     except MemoryError:
         raise
     except Exception as error:  # damaged content raises nearly anything
-        if isinstance(error, pickle.UnpicklingError):
-            if "GLOBAL" in str(error):  # what names a class or a function
-                raise ValueError(f"{path}: holds Python objects besides tensors, which are never loaded") from None
-            error = ValueError("its content is of another kind, or damaged")
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{path}: not a PyTorch weight file ({reason})") from None
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):  # what names a class or a function
+            raise ValueError(f"{path}: holds Python objects besides tensors, which are never loaded") from None
+        reason = ""
+        if isinstance(error, OSError | RuntimeError | zipfile.BadZipFile):  # others' words tell a user nothing
+            reason = f" ({getattr(error, 'strerror', None) or str(error).partition(chr(10))[0]})"
+        raise ValueError(f"{path}: not a PyTorch weight file, or a damaged one{reason}") from None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{path}: not a state dict (names with tensors), but a {type(state).__name__}")
     for key, tensor in state.items():
@@ -58,12 +65,33 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     return {key.removeprefix("module."): tensor for key, tensor in state.items()}
 
 
+def _check_archive(path: Path) -> None:
+    """BadZipFile where a file is not what was written; PyTorch itself looks at no checksum.
+
+    Files of its first versions are no archives, and have none.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        held = path.stat().st_size
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > held:
+                raise zipfile.BadZipFile(f"{entry.filename} is packed, which PyTorch never does")
+            if entry.CRC == 0:  # written without a checksum, as PyTorch can be told to
+                continue
+            with archive.open(entry) as content:
+                while content.read(2**20):
+                    pass
+
+
 def _oddity(key: str, tensor: Tensor) -> str:
     """What keeps a tensor from being weights; empty where nothing does."""
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
         return "is sparse, quantised or without values, which weights are not"
-    if not tensor.is_floating_point() and not key.endswith("num_batches_tracked"):
-        return f"holds {tensor.dtype}, weights are floats"
+    if tensor.dtype not in FLOATS and not key.endswith("num_batches_tracked"):
+        return f"holds {tensor.dtype}, weights are floats of 16 to 64 bits"
+    if not tensor.numel():
+        return f"holds no numbers: its shape is {tuple(tensor.shape)}"
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         return f"claims {tensor.numel():,} numbers and holds fewer"
     return ""
@@ -98,7 +126,10 @@ def load_weights(network: nn.Module, state: dict[str, Tensor], name: str = "the 
     if problems:
         more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
         raise ValueError(f"{name} does not fit: {'; '.join(problems[:6])}{more}")
-    network.load_state_dict(state)
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:  # a layer's own look at what it is given
+        raise ValueError(f"{name} does not fit: {' '.join(str(error).split())}") from None
 
 
 def network_from_weights(state: dict[str, Tensor], name: str = "the file") -> nn.Module:
@@ -195,7 +226,8 @@ def save_published(networks: dict[str, nn.Module], folder: str | Path, label: st
     """Write `{label}_net_{name}.pth` for each network, as the published code reads them; returns the paths.
 
     Raises:
-        ValueError: a label that is no part of a file name, or a file in the folder's place.
+        ValueError: a label that is no part of a file name, a file in the folder's place, or (`InUse`) another process
+            that exports there.
         OSError: it names the file that could not be written; those before it are whole.
     """
     folder = Path(folder)
@@ -203,14 +235,16 @@ def save_published(networks: dict[str, nn.Module], folder: str | Path, label: st
         raise ValueError(f"label must be the first part of a file name, such as latest or 400, not {label!r}")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: a file is in the way, a folder is needed")
-    folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for name, network in networks.items():
-        path = folder / f"{label}_net_{name}.pth"
-        packed = io.BytesIO()  # PyTorch's own writer hides what the disk said
-        torch.save({key: tensor.detach().cpu() for key, tensor in network.state_dict().items()}, packed)
-        write_whole(path, packed.getvalue())
-        paths.append(path)
+    # a lock of its own: a run may be exported into its folder while it trains
+    with hold(folder, "fastnce export", name=".fastnce-export-lock"):
+        sweep(folder, held=True)
+        for name, network in networks.items():
+            path = folder / f"{label}_net_{name}.pth"
+            packed = io.BytesIO()  # PyTorch's own writer hides what the disk said
+            torch.save({key: tensor.detach().cpu() for key, tensor in network.state_dict().items()}, packed)
+            write_whole(path, packed.getvalue())
+            paths.append(path)
     return paths
 
 

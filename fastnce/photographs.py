@@ -18,10 +18,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .data import DataError, load_image, save_image
-from .data.folder import as_tensor, match_channels, probe_picture
+from .data import load_image, save_image
+from .data.folder import as_tensor, encoded, match_channels, probe_picture
 from .data.opening import alpha_of, decoded, decoding
-from .writing import aside
+from .writing import write_whole
 
 ALPHA = (".png", ".webp", ".tif", ".tiff")
 PROFILE = (".png", ".webp", ".tif", ".tiff", ".jpg", ".jpeg")
@@ -95,15 +95,11 @@ def write_photograph(result: Tensor, path: str | os.PathLike[str], source: Photo
     peak, kind = (65535, np.uint16) if deep else (255, np.uint8)
     scaled = torch.nan_to_num(result.detach().float().add(1).mul(peak / 2), nan=0.0).round().clamp(0, peak)
     pixels = scaled.permute(1, 2, 0).cpu().numpy().astype(kind)  # (H, W, C)
+    content = encoded(
+        pixels if suffix == ".npy" else _compose(pixels, alpha, suffix), path, **_options(suffix, profile)
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
-    with aside(path) as partial:
-        if suffix == ".npy":
-            np.save(partial, pixels)
-            return
-        try:
-            _compose(pixels, alpha, suffix).save(partial, **_options(suffix, profile))
-        except KeyError as error:
-            raise DataError(f"{path}: {error}") from error
+    write_whole(path, content)
 
 
 def _compose(pixels: np.ndarray, alpha: np.ndarray | None, suffix: str) -> Image.Image:
@@ -117,10 +113,8 @@ def _compose(pixels: np.ndarray, alpha: np.ndarray | None, suffix: str) -> Image
 
 def _options(suffix: str, profile: bytes | None) -> dict[str, Any]:
     options: dict[str, Any] = {"icc_profile": profile} if profile else {}
-    if suffix in (".jpg", ".jpeg"):
-        options["quality"] = 95
-    elif suffix == ".webp":
-        options |= {"lossless": True, "exact": True}
+    if suffix == ".webp":
+        options["exact"] = True
     return options
 
 

@@ -8,6 +8,8 @@ import sys
 import time
 from contextlib import suppress
 
+from .writing import PARTIAL
+
 
 def open_streams() -> None:
     """Make standard streams safe to print to.
@@ -31,9 +33,15 @@ def tell(sentence: str, code: int) -> int:
     return code
 
 
+def show(line: str) -> None:
+    """Print a line for whoever reads it: where nobody does, the work that it tells of goes on."""
+    with suppress(OSError, ValueError):
+        print(line, flush=True)
+
+
 def sentence_of(error: OSError) -> str:
     """The file and what the system says of it. Files that are written aside are named as they will be."""
-    name = "" if error.filename is None else re.sub(r"\.partial-[0-9a-f]{32}/", "", f"{os.fsdecode(error.filename)}: ")
+    name = "" if error.filename is None else re.sub(rf"{PARTIAL.pattern}/", "", f"{os.fsdecode(error.filename)}: ")
     return f"{name}{error.strerror or error}"
 
 
@@ -46,13 +54,18 @@ def stdout_takes() -> bool:
     return True
 
 
+def give_up_stdout() -> None:
+    """Drop what stdout has not taken and will be given, lest it is tried again at the end."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def flush(code: int) -> int:
     """Empty stdout while its errors can still be told; returns the exit code."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError) as error:
-        with suppress(OSError, ValueError):  # what is left in the buffer must not be tried again at the end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        give_up_stdout()
         if not isinstance(error, BrokenPipeError):  # the reader, such as head, has seen enough
             code = tell(f"standard output: {getattr(error, 'strerror', None) or error}", code or 2)
     return code
@@ -80,8 +93,7 @@ class ProgressLine:
     def say(self, sentence: str) -> None:
         """A line that stays, on stdout."""
         self.clear()
-        with suppress(OSError):
-            print(sentence, flush=True)
+        show(sentence)
 
     def clear(self) -> None:
         if self._live:

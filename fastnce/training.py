@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +30,45 @@ from .engine.memory import check_room, keep_freed_memory, out_of_memory, too_lar
 from .engine.progress import check_batch, check_pictures
 from .engine.recompute import recompute_blocks
 from .engine.validate import Validation, find_validation
+from .locking import hold
 from .methods import PRESETS, Method
+from .streams import show
+from .writing import sweep, write_whole
 
 
 def train_run(config: Config, out: str | os.PathLike[str], *, quiet: bool = False) -> int:
-    """Build everything that a configuration names and train; returns the steps done."""
+    """Build everything that a configuration names and train; returns the steps done.
+
+    Raises:
+        ValueError: what cannot be trained, or (`InUse`) another process that trains in this folder.
+        TrainingFailed: as `fastnce.engine.loop.train`.
+    """
     out = Path(out)
     check(config)
-    state = check_same_run(config, out, read_ranks().world)
-    with ranks_of_launcher(config.run.device) as ranks:
-        try:
-            return _train_rank(config, out, ranks, quiet or not ranks.first, state)
-        except (RuntimeError, MemoryError) as error:
-            if isinstance(error, TrainingFailed) or not out_of_memory(error):  # it quotes the allocator
-                raise
-            raise TrainingFailed(too_large(error)) from None
+    check_place(config, out)
+    with hold_run(out) if read_ranks().first else nullcontext():
+        state = check_same_run(config, out, read_ranks().world)
+        with ranks_of_launcher(config.run.device) as ranks:
+            try:
+                return _train_rank(config, out, ranks, quiet or not ranks.first, state)
+            except (RuntimeError, MemoryError) as error:
+                if isinstance(error, TrainingFailed) or not out_of_memory(error):  # it quotes the allocator
+                    raise
+                raise TrainingFailed(too_large(error)) from None
+
+
+@contextmanager
+def hold_run(out: Path) -> Iterator[None]:
+    """Nobody else trains in this folder; what killed processes left unfinished in it is removed.
+
+    Raises:
+        InUse: another process does.
+    """
+    with hold(out, "fastnce train", "take another --out"):
+        for folder in (out, out / "samples"):
+            sweep(folder, held=True)
+        Checkpoints(out / "checkpoints").clean()
+        yield
 
 
 def _train_rank(config: Config, out: Path, ranks: Ranks, quiet: bool, state: dict[str, Any] | None) -> int:
@@ -55,23 +80,25 @@ def _train_rank(config: Config, out: Path, ranks: Ranks, quiet: bool, state: dic
     _check_memory(config, device)
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    data = open_checked(config, planned, device, ranks, quiet)
-    if state is not None:
-        check_pictures(state, data.digest(), str(out))
-    validation = _open_validation(config, device, ranks, quiet)
+    with ranks.together(device):
+        data = open_checked(config, planned, device, ranks, quiet)
+        if state is not None:
+            check_pictures(state, data.digest(), str(out))
+        validation = _open_validation(config, device, ranks, quiet)
     torch.manual_seed(config.run.seed)
     method = PRESETS[config.method].method(config.loss, config.network).to(device)
-    if ranks.first:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "config.toml").write_text(config.as_toml(), encoding="utf-8")
+    with ranks.together(device):
+        if ranks.first:
+            out.mkdir(parents=True, exist_ok=True)
+            write_whole(out / "config.toml", config.as_toml().encode("utf-8"))
     if not quiet:
         parameters = sum(p.numel() for p in method.parameters())
-        print(
+        show(
             f"{config.method} on {device}: {parameters / 1e6:.1f} M parameters, {data.size_a:,} + {data.size_b:,} "
             f"pictures, {data.steps_per_epoch:,} steps an epoch; run in {out}"
         )
         for path, reason in data.skipped:
-            print(f"skipped {path}: {reason}")
+            show(f"skipped {path}: {reason}")
     return train(
         method,
         data,
@@ -119,9 +146,9 @@ def _open_validation(config: Config, device: torch.device, ranks: Ranks, quiet: 
     options = config.data
     pairs = find_validation(options.dir, options.validate, config.run.validate_pictures, options.rain_side)
     if pairs:
-        return Validation(pairs, config.network.in_channels, device, ranks)
+        return Validation(pairs, config.network.in_channels, device, ranks, options.skip_bad)
     if not quiet:
-        print(f"nothing is validated: {config.data.dir}/test holds no pairs, and data.validate names none")
+        show(f"nothing is validated: {config.data.dir}/test holds no pairs, and data.validate names none")
     return None
 
 
@@ -198,13 +225,21 @@ def open_data(
         preprocess=options.preprocess,
         cache_dir=options.cache_dir or None,
         skip_bad=options.skip_bad,
-        progress=None if quiet else print,
+        progress=None if quiet else show,
         **common,
     )
 
 
 def side(size: int | list[int]) -> int | tuple[int, int]:
     return size if isinstance(size, int) else (size[0], size[1])
+
+
+def check_place(config: Config, out: Path) -> None:
+    """ValueError where no run can be in this place."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out}: a file is in the way, a folder is needed")
+    if config.data.dir and out.exists() and out.resolve() == Path(config.data.dir).resolve():
+        raise ValueError(f"--out {out} is the folder of the pictures: take another one, or a folder in it")
 
 
 def check_same_run(config: Config, out: Path, processes: int = 1) -> dict[str, Any] | None:
@@ -216,10 +251,6 @@ def check_same_run(config: Config, out: Path, processes: int = 1) -> dict[str, A
     Raises:
         ValueError: it is another run, or all its checkpoints are damaged.
     """
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out}: a file is in the way, a folder is needed")
-    if config.data.dir and out.exists() and out.resolve() == Path(config.data.dir).resolve():
-        raise ValueError(f"--out {out} is the folder of the pictures: take another one, or a folder in it")
     found = Checkpoints(out / "checkpoints", log=lambda sentence: None).state()
     if found is None:
         return None

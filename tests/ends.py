@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,39 @@ from PIL import Image
 FULL = Path("/dev/full")
 """To be opened and printed to; never given to a command as a file, which a fault might replace."""
 NO_ROOM = os.strerror(errno.ENOSPC)
+TINY = [
+    "network.generator=resnet_4blocks",
+    "network.width=2",
+    "network.discriminator=n_layers",
+    "network.discriminator_layers=1",
+    "network.discriminator_width=2",
+    "loss.nce_layers=0,4",
+    "loss.patches=8",
+    "loss.projection=8",
+    "data.load_size=20",
+    "data.crop_size=16",
+    "run.device=cpu",
+    "run.threads=1",
+    "run.log_every=1",
+    "run.sample_every=0",
+    "run.monitor_every=0",
+]
+"""A run whose steps take milliseconds."""
+
+
+def tiny(data: Path, run: Path, *more: str) -> list[str]:
+    return ["train", "fastcut", "--data", str(data), "--out", str(run), *TINY, *more]
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Within: the system lets this process write no file beyond `size` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def write(folder: Path, *names: str) -> Path:
@@ -55,16 +91,15 @@ def left(folder: Path) -> list[str]:
 
 def failing_second(monkeypatch, error: BaseException) -> None:
     """The second picture that is saved gets half of its bytes, then the error."""
-    count, save = iter(range(1000)), Image.Image.save
+    count, write = iter(range(1000)), Path.write_bytes
 
-    def half(self, target, *args, **kwargs):
+    def half(path, data):
         if next(count) == 1:
-            if isinstance(target, str | os.PathLike):
-                Path(target).write_bytes(b"half")
+            write(path, data[: len(data) // 2])
             raise error
-        save(self, target, *args, **kwargs)
+        return write(path, data)
 
-    monkeypatch.setattr(Image.Image, "save", half)
+    monkeypatch.setattr(Path, "write_bytes", half)
 
 
 def half_or_whole(write_bytes, path: Path, data: bytes, fails: bool) -> int:

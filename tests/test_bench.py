@@ -1,11 +1,14 @@
 """`fastnce bench`: it runs, says what it measured, and tells when it could not. No times are asserted."""
 
+import errno
 import json
+import os
 
 import pytest
 import torch
 
 from fastnce import bench, cli, timing
+from tests.ends import largest_file, one_sentence
 
 
 def test_the_table_has_every_case_and_the_ceilings(tmp_path, capsys):
@@ -59,3 +62,17 @@ def test_ceilings_of_a_cpu():
     found = timing.ceilings(torch.device("cpu"), quick=True)
     assert all(value > 0 for value in found.values())
     assert "launch_eager_s" not in found
+
+
+def test_figures_that_cannot_be_written(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "bench.json"
+    file.write_text("old")
+    monkeypatch.setattr(bench, "run", lambda *_: ([bench.Line("a case", 1.0)], {}))
+    with largest_file(100):
+        assert cli.main(["bench", "--device", "cpu", "--json", str(file)]) == 2
+    assert one_sentence(capsys) == f"fastnce: {file}: {os.strerror(errno.EFBIG)}\n"
+    assert file.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
+    with pytest.raises(SystemExit):  # before anything is measured
+        bench.main(["--device", "cpu", "--json", str(tmp_path / "absent" / "bench.json")])
+    assert "there is no folder" in capsys.readouterr().err

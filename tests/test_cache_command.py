@@ -52,7 +52,7 @@ def test_training_finds_everything_made(options, files, root, tmp_path, capsys, 
     assert main(["cache", "fastcut", "--data", str(root), *SMALL, *SCHEDULE, *options]) == 0
     assert set(listed(capsys.readouterr().out)) == files
     assert len(list((root / ".fastnce-cache").glob("*.bin"))) == len(files)
-    monkeypatch.setattr(cache, "_build", lambda *_: pytest.fail("training decodes again"))
+    monkeypatch.setattr(cache, "decode_all", lambda *_: pytest.fail("training decodes again"))
     run = ["--out", str(tmp_path / "run"), "--quiet"]
     assert main(["train", "fastcut", "--data", str(root), *SMALL, *SCHEDULE, *options, *run]) == 0  # both halves
 

@@ -182,7 +182,7 @@ def test_originals_are_not_replaced(model, photos, tmp_path, capsys):
     (tmp_path / "link").symlink_to(photos)
     for source, out in ((photos, photos), (photos, tmp_path / "link"), (photos / "b.png", photos)):
         assert main(["translate", str(model), str(source), "--out", str(out)]) == 2
-        assert "would be replaced: write to another folder" in one_sentence(capsys)
+        assert "would be replaced: write to another place" in one_sentence(capsys)
     assert {path.name: path.read_bytes() for path in photos.iterdir()} == before
     inside = photos / "out"
     for _ in range(2):  # its own pictures are not translated again

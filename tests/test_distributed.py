@@ -185,8 +185,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(folder, tmp_path):
             processes[1].send_signal(signal.SIGTERM)
             break
     assert [code for code, _, _ in finish(processes)] == [0, 0]
-    done = Checkpoints(tmp_path / "run" / "checkpoints").load()[1]["step"]
-    assert done % 10 == 0
+    assert Checkpoints(tmp_path / "run" / "checkpoints").load()[1]["step"] >= 2
 
 
 def test_alone_nothing_is_exchanged(monkeypatch):
@@ -195,7 +194,7 @@ def test_alone_nothing_is_exchanged(monkeypatch):
         assert ranks == Ranks()
         tensors = [torch.ones(2), None]
         assert ranks.average(tensors, tensors)[0] is tensors[0]
-        assert ranks.any(True, torch.device("cpu"))
+        assert ranks.most([1.0], torch.device("cpu")) == [1.0]
         assert ranks.device("auto") == "auto"
 
 

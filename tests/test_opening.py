@@ -247,7 +247,7 @@ def test_paths_of_every_kind(tmp_path, kind):
         photograph = read_photograph(kind(tmp_path / name), 3)
         write_photograph(photograph.pixels, kind(tmp_path / name), photograph)
     assert find_images(kind(tmp_path)) == [tmp_path / "a.npy", tmp_path / "a.png"]
-    assert [file.name for file, _, _ in Folder.listed(kind(tmp_path)).files] == ["a.npy", "a.png"]
+    assert Folder.listed(kind(tmp_path)).names == ["a.npy", "a.png"]
 
 
 def test_noise_in_a_cache_does_not_live_on(tmp_path, monkeypatch):

@@ -182,7 +182,7 @@ def test_few_against_many_is_no_reason_to_warn(tmp_path, scenes):
 
 
 def test_strips_of_two_folders_keep_their_names_apart(tmp_path, scenes):
-    for name in ("train_strips", "test_strips"):
+    for name in ("strips_a", "strips_b"):
         strips(tmp_path / "set" / name, scenes, "right", count=3)
     pairs = find_pairs(tmp_path / "set")
     assert len(pairs) == len({pair.name for pair in pairs}) == 6
@@ -217,3 +217,18 @@ def test_real_strips(shared):
     assert sum(streaks(*pair.load(1)) > 0 for pair in pairs) >= 18  # of 20; of all 389 strips, 5 are taken wrongly
     with pytest.warns(UserWarning, match=r"20 strips look as if it rained on their right half"):
         find_pairs(folder, "left")
+
+
+def test_training_and_test_pictures_of_one_set_stay_apart(tmp_path, scenes):
+    for name in ("train_strips", "test_strips"):
+        strips(tmp_path / "set" / name, scenes, "right", count=3)
+    for split in ("test", "train"):
+        with pytest.warns(UserWarning, match=rf"holds test_strips, train_strips: only {split}_strips is taken"):
+            pairs = find_pairs(tmp_path / "set", split=split)
+        assert {pair.rainy.parent.name for pair in pairs} == {f"{split}_strips"}
+    with pytest.warns(UserWarning, match="only train_strips is taken"):
+        assert write_unpaired(tmp_path / "set", tmp_path / "out") == {"trainA": 2, "trainB": 1}
+    for split in ("test", "train"):
+        strips(tmp_path / "split" / split, scenes, "right", count=2)
+        assert {pair.rainy.parent.name for pair in find_pairs(tmp_path / "split", split=split)} == {split}
+    assert len(find_pairs(tmp_path / "split")) == 2

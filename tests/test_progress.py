@@ -17,6 +17,7 @@ from fastnce.engine.distributed import Ranks
 from fastnce.engine.loop import train
 from fastnce.engine.optim import OptimOptions
 from fastnce.engine.options import RunOptions
+from fastnce.engine.state import sealed
 from fastnce.methods import Group, Method, Phase
 from fastnce.training import check_same_run, train_run
 from tests.test_engine import SMALL, small_config, training_tensors
@@ -208,7 +209,8 @@ def forget(run: Path) -> None:
     """Make checkpoints what earlier versions wrote."""
     for path in (run / "checkpoints").glob("step-*/state.json"):
         state = json.loads(path.read_text())
-        del state["progress"]
+        for key in ("progress", "format", "digest", "finite", "sound"):
+            del state[key]
         path.write_text(json.dumps(state))
 
 
@@ -254,7 +256,8 @@ def split(run: Path, ranks: int, batch: int) -> None:
         state = json.loads(path.read_text())
         assert state["progress"]["batch"] == ranks * batch
         state["progress"]["ranks"], state["config"]["data"]["batch"] = ranks, batch
-        path.write_text(json.dumps(state))
+        del state["format"], state["digest"]
+        path.write_text(sealed(state))
 
 
 def test_a_batch_that_is_split_otherwise_is_the_same_run(folder, tmp_path):
@@ -303,7 +306,9 @@ def test_a_damaged_checkpoint_is_passed_over_by_the_command(folder, tmp_path, ca
     newest = run / "checkpoints" / "step-00000002" / "state.json"
     newest.write_text("{")
     assert main(command(folder, run, "run.steps=3")) == 0
-    assert "step-00000002: damaged" in (run / "log.txt").read_text()
+    assert "step-00000002 is damaged (state.json is no JSON" in (run / "log.txt").read_text()
+    kept = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
+    assert kept == ["step-00000001", "step-00000002", "step-00000003"]  # two that are whole, and the damaged one
     for path in (run / "checkpoints").glob("step-*/state.json"):
         path.write_text("{}")
     written = (run / "config.toml").stat().st_mtime_ns

@@ -181,7 +181,7 @@ def test_a_run_and_its_export_translate_alike(folder, tmp_path, capsys):
         assert message.count("\n") == 1
     (checkpoint.parent / checkpoint.read_text() / "state.json").write_text("{")
     assert main(["export", str(run), "--out", str(tmp_path / "x")]) == 2
-    assert "step-00000003: a damaged checkpoint" in capsys.readouterr().err
+    assert "every checkpoint is damaged (the newest, step-00000003: state.json is no JSON" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
 
 

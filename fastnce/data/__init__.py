@@ -11,13 +11,17 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from .augment import PictureStore
-from .cache import PictureCache, Progress, Target, build_cache, cache_place, open_cache
+from .cache import build_cache, cache_place, open_cache
+from .cached import PictureCache
+from .decoding import Progress
 from .folder import DataError, Folder, domain_folders, find_images, load_image, save_image
 from .order import Order
 from .staging import Staging
+from .target import Target
 
 __all__ = ["DataError", "UnpairedData", "build_cache", "find_images", "load_image", "save_image"]
 
@@ -94,9 +98,9 @@ class UnpairedData:
         if complaints:
             raise DataError("\n".join(complaints))
         self.skipped: list[tuple[Path, str]] = [file for cache in caches for file in cache.skipped]
-        self._folders: list[Folder] = [folder.without(self.skipped) for folder in folders]
+        self._folders: list[Folder] = [cache.folder for cache in caches]
         self._stores: dict[Target, list[PictureStore]] = {self.target: self._stored(caches)}
-        self.size_a, self.size_b = (len(folder.files) for folder in self._folders)
+        self.size_a, self.size_b = (len(folder) for folder in self._folders)
         self.order = Order(self.size_a, self.size_b, batch, seed, rank, world)
         self.epoch_size, self.steps_per_epoch = self.order.epoch_size, self.order.steps_per_epoch
         sent = any(store.flat is None for store in self._stores[self.target])
@@ -152,16 +156,19 @@ class UnpairedData:
         """
         found: list[dict[tuple[int, int], Path]] = []
         for folder, store in zip(self._folders, next(iter(self._stores.values())), strict=True):
-            sizes: dict[tuple[int, int], Path] = {}
-            for (file, _, _), (_, height, width) in zip(folder.files, store.cache.index.tolist(), strict=True):
-                sizes.setdefault(self.target.crop if self.one_size else (height, width), file)
-            found.append(sizes)
+            if self.one_size:
+                found.append({self.target.crop: folder.file(0)})
+                continue
+            sizes, first = np.unique(store.cache.index[:, 1:], axis=0, return_index=True)
+            found.append({tuple(sizes[i].tolist()): folder.file(int(first[i])) for i in np.argsort(first)})
         return found[0], found[1]
 
     def cached(self, *, decaying: bool = False) -> dict[Path, int]:
-        """The cache files that `batch(decaying=...)` reads, made if need be, each with its bytes."""
+        """The cache files that `batch(decaying=...)` reads, made if need be and checked, each with its bytes."""
         self.prepare(decaying=decaying)
         stores = self._stores[self.target.decaying() if decaying else self.target]
+        for store in stores:
+            store.cache.check()
         return {store.cache.path: store.cache.path.stat().st_size for store in stores}
 
     def _stored(self, caches: list[PictureCache]) -> list[PictureStore]:
@@ -188,11 +195,11 @@ class UnpairedData:
         columns: list[list[torch.Tensor]] = []
         for folder in folders:
             pictures: list[torch.Tensor] = []
-            for file, _, _ in folder.files:
+            for place in range(len(folder)):
                 if len(pictures) == count:
                     break
                 try:
-                    pictures.append(load_image(file, self.target.channels, self.target.crop))
+                    pictures.append(load_image(folder.file(place), self.target.channels, self.target.crop))
                 except DataError:
                     if not self.skip_bad:
                         raise

@@ -9,7 +9,8 @@ import warnings
 import numpy as np
 import torch
 
-from .cache import PictureCache
+from .cached import PictureCache
+from .folder import DataError
 from .order import Draw
 
 PINNED = ("cuda", "xpu")  # devices to which page-locked memory is copied asynchronously
@@ -62,14 +63,25 @@ class PictureStore:
         with warnings.catch_warnings():  # that the mapped file cannot be written is as it should be
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")
             flat = torch.from_numpy(cache.pixels.view(np.uint8 if bits == torch.uint8 else np.int16))
+        if resident and device.type != "cpu":
+            cache.check()
         self.flat = flat.to(device) if resident or device.type == "cpu" else None
         self._host = flat
+        # None where everything is in the device's memory
+        self._mapped = getattr(cache.pixels, "_mmap", None) if self.flat is None or device.type == "cpu" else None
 
     def crops(self, draw: Draw, size: tuple[int, int] | None, flip: bool) -> torch.Tensor:
         """(B, channels, height, width) float32 in [-1, 1] on the device.
 
         `size` is (height, width) of the window; None takes the whole picture, of which all must then be of one size.
+
+        Raises:
+            DataError: the cache has been cut short (the system would end a process that reads where nothing is left);
+                or a picture is damaged in it and its source has changed.
         """
+        if self._mapped is not None and self._mapped.size() < self.cache.pixels.nbytes:
+            raise DataError(f"{self.cache.path} was cut short while it was read; the next start makes it anew")
+        self.cache.check(draw.index)
         offset, rows, columns = self.cache.index[draw.index].T  # each (B,)
         height, width = size if size is not None else (int(rows[0]), int(columns[0]))
         top = (draw.top * (rows - height + 1)).astype(np.int64)

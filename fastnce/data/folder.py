@@ -15,7 +15,11 @@ them. TIFF is read as its tags say: grey of either polarity with 1 to 16 bits, p
 in JPEG; what PIL would misread is refused (see `tiff`).
 """
 
+import io
 import os
+import warnings
+from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +28,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..writing import aside
+from ..writing import write_whole
 from .opening import DataError, Head, decoded, decoding, opened, pixel_limit, too_large
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".npy")
@@ -33,57 +37,105 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", "
 def find_images(folder: str | os.PathLike[str]) -> list[Path]:
     """Every picture in a folder and the folders below it, sorted by path.
 
-    Links are followed. Files and folders whose name begins with a dot are passed over.
+    Links are followed. Files and folders whose name begins with a dot are passed over; a warning names folders that may
+    not be read.
 
     Raises:
-        DataError: the folder is missing.
+        DataError: the folder is missing or cannot be listed.
     """
     top = Path(folder)
+    return [top / name for name in sorted(name for name, _ in _scan(top))]
+
+
+def _scan(top: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """The path below `top` and the entry of every picture, in the order of the disk."""
     if not top.is_dir():
         raise DataError(f"there is no folder {top}")
-    found: list[str] = []
     visited: set[str] = set()
-    for here, folders, files in os.walk(top, followlinks=True):
+    waiting = [""]
+    while waiting:
+        inside = waiting.pop()
+        here = os.path.join(top, inside)
         real = os.path.realpath(here)
         if real in visited:  # a link to a folder above would be walked for ever
-            folders.clear()
             continue
         visited.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [os.path.join(here, n) for n in files if not n.startswith(".") and n.lower().endswith(SUFFIXES)]
-    return [Path(name) for name in sorted(found)]
+        below = []
+        try:
+            with os.scandir(here) as entries:
+                for entry in entries:
+                    if entry.name.startswith("."):
+                        continue
+                    if _is_folder(entry):
+                        below.append(os.path.join(inside, entry.name))
+                    elif entry.name.lower().endswith(SUFFIXES):
+                        yield os.path.join(inside, entry.name), entry
+        except PermissionError:  # such as lost+found, which is root's
+            warnings.warn(f"the folder {here} may not be read: its pictures are left out", stacklevel=3)
+        except OSError as error:
+            raise DataError(f"the folder {here} cannot be listed: {error.strerror or error}") from error
+        waiting += sorted(below, reverse=True)
 
 
-@dataclass(frozen=True)
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+@dataclass(frozen=True, eq=False)
 class Folder:
-    """The pictures of one domain: (path, bytes, time of change in nanoseconds) of each, sorted by path."""
+    """The pictures of one domain, sorted by path. A picture takes about 100 bytes here: there may be millions.
+
+    Args:
+        path: the folder.
+        names: of the files, below the folder.
+        sizes, times: (pictures,) int64, bytes and time of change in nanoseconds; -1 where the system does not tell.
+    """
 
     path: Path
-    files: list[tuple[Path, int, int]]
+    names: list[str]
+    sizes: np.ndarray
+    times: np.ndarray
 
     @classmethod
     def listed(cls, path: str | os.PathLike[str]) -> "Folder":
         """Raises DataError where there is no picture in the folder."""
         path = Path(path)
-        files: list[tuple[Path, int, int]] = []
-        for file in find_images(path):
+        found: list[str] = []
+        stats = array("q")
+        for name, entry in _scan(path):
+            found.append(name)
             try:
-                stat = file.stat()
-                files.append((file, stat.st_size, stat.st_mtime_ns))
+                stat = entry.stat()
+                stats.extend((stat.st_size, stat.st_mtime_ns))
             except OSError:  # a link to nothing; decoding it will say so
-                files.append((file, -1, -1))
-        if not files:
+                stats.extend((-1, -1))
+        if not found:
             raise DataError(f"there is no picture in {path} (looked for {', '.join(SUFFIXES)})")
-        return cls(path, files)
+        order = sorted(range(len(found)), key=found.__getitem__)
+        sizes, times = np.array(stats, np.int64).reshape(-1, 2)[order].T
+        return cls(path, [found[place] for place in order], sizes, times)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def file(self, place: int) -> Path:
+        return self.path / self.names[place]
 
     def listing(self) -> list[tuple[str, int, int]]:
-        """The same with paths relative to the folder, so that it may be moved."""
-        return [(file.relative_to(self.path).as_posix(), size, mtime) for file, size, mtime in self.files]
+        """(name, bytes, time) of each; the names are below the folder, so that it may be moved."""
+        names = [name.replace(os.sep, "/") for name in self.names]
+        return list(zip(names, self.sizes.tolist(), self.times.tolist(), strict=True))
 
     def without(self, skipped: list[tuple[Path, str]]) -> "Folder":
         """The folder as if the named files were not in it."""
-        names = {file for file, _ in skipped}
-        return Folder(self.path, [file for file in self.files if file[0] not in names])
+        gone = {file for file, _ in skipped}
+        if not gone:
+            return self
+        kept = [place for place in range(len(self)) if self.file(place) not in gone]
+        return Folder(self.path, [self.names[place] for place in kept], self.sizes[kept], self.times[kept])
 
 
 def domain_folders(root: str | os.PathLike[str], phase: str) -> tuple[Folder, Folder]:
@@ -261,23 +313,39 @@ def save_image(image: torch.Tensor, path: str | os.PathLike[str]) -> None:
         raise DataError(f"{image.shape[0]} channels cannot be written as {suffix}; .npy takes any number")
     scaled = torch.nan_to_num(image.detach().float().add(1).mul(127.5), nan=0.0).round().clamp(0, 255)
     pixels = scaled.to(torch.uint8).permute(1, 2, 0).cpu().contiguous().numpy()  # (H, W, C)
+    content = encoded(pixels, path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with aside(path) as partial:
-        if suffix == ".npy":
-            np.save(partial, pixels)
-            return
-        options: dict[str, Any] = {}
-        if suffix in (".jpg", ".jpeg"):
-            options["quality"] = 95
-        elif suffix == ".webp":
-            options["lossless"] = True
-        picture = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
-        try:
-            picture.save(partial, **options)
-        except (KeyError, OSError) as error:
-            if isinstance(error, OSError) and error.errno is not None:
-                raise  # the disk, not the format
-            raise DataError(f"{path}: {error}") from error
+    write_whole(path, content)
+
+
+def encoded(pixels: np.ndarray | Image.Image, path: Path, **options: Any) -> bytes:
+    """A picture file's content, in the format that the suffix of `path` names.
+
+    In memory: PIL does not notice when a disk takes only a part of what it writes, and NumPy does not say why.
+
+    Args:
+        pixels: (height, width, channels) of any dtype that the format holds, or a picture; ``.npy`` takes arrays.
+        options: as the format's writer takes them, besides JPEG's quality 95 and WebP without loss.
+
+    Raises:
+        DataError: the format cannot hold it.
+    """
+    suffix = path.suffix.lower()
+    packed = io.BytesIO()
+    if suffix == ".npy":
+        np.save(packed, np.asarray(pixels))
+        return packed.getvalue()
+    if suffix in (".jpg", ".jpeg"):
+        options = {"quality": 95, **options}
+    elif suffix == ".webp":
+        options = {"lossless": True, **options}
+    if isinstance(pixels, np.ndarray):
+        pixels = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+    try:
+        pixels.save(packed, Image.registered_extensions()[suffix], **options)
+    except (KeyError, ValueError, OSError, OverflowError) as error:
+        raise DataError(f"{path}: {error}") from error
+    return packed.getvalue()
 
 
 def pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:

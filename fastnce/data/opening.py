@@ -1,7 +1,9 @@
 """Open picture files: which formats, how large, and what their heads say."""
 
+import io
 import os
 import re
+import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +18,13 @@ from . import tiff
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM")  # no others: PIL runs a program to read EPS
 EXIF_ORIENTATION = 0x0112
 LIMIT = "FASTNCE_MAX_PIXELS"
+KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
 
 
 class DataError(ValueError):
@@ -46,7 +55,9 @@ class Head:
 def decoding(path: Path) -> Iterator[None]:
     """Turn whatever a decoder raises on a bad file into one sentence that names the file."""
     try:
-        if path.stat().st_size == 0:
+        status = path.stat()
+        _check_regular(path, status.st_mode)
+        if status.st_size == 0:
             raise DataError(f"{path} is empty (0 bytes)")
         yield
     except DataError:
@@ -57,6 +68,28 @@ def decoding(path: Path) -> Iterator[None]:
         raise DataError(too_large(path, int(re.findall(r"\d+", str(error))[0]))) from error
     except Exception as error:  # decoders raise nearly anything on damaged content: SyntaxError, struct.error, ...
         raise DataError(f"{path} cannot be decoded: {str(error) or type(error).__name__}") from error
+
+
+def regular_file(path: Path) -> io.BufferedReader:
+    """Open a file to read it. Opening a pipe would wait for ever, reading a device may, so only files are opened.
+
+    Raises:
+        DataError: it is something else.
+        OSError: it cannot be opened.
+    """
+    number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        _check_regular(path, os.fstat(number).st_mode)
+        return os.fdopen(number, "rb")
+    except BaseException:
+        os.close(number)
+        raise
+
+
+def _check_regular(path: Path, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        kind = next((name for test, name in KINDS if test(mode)), "something else")
+        raise DataError(f"{path} is {kind}, not a file that holds a picture")
 
 
 def pixel_limit() -> int | None:
@@ -157,9 +190,25 @@ def _head(image: Image.Image, path: Path) -> Head:
         lost = bool(largest) and int(largest[-1]) > 255
     if image.mode == "F":
         raise DataError(f"{path} holds 32-bit floats; 8 and 16 bit integers are read")
-    if image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8):  # PNG may hold it behind the pixels
+    if _exif(image).get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8):
         width, height = height, width
     return Head(height, width, 16 if image.mode.startswith("I") else 8, raw, lost, inverted)
+
+
+def _exif(image: Image.Image) -> Image.Exif:
+    """PIL decodes a PNG to know it, as it may stand behind the pixels; here only where something does."""
+    file = getattr(image, "fp", None)
+    if image.format != "PNG" or file is None or "exif" in image.info:
+        return image.getexif()
+    here = file.tell()
+    file.seek(8)
+    kinds: set[bytes] = set()
+    while len(chunk := file.read(8)) == 8 and chunk[4:] != b"IEND":
+        if chunk[4:] == b"IDAT" or kinds:
+            kinds.add(chunk[4:])
+        file.seek(int.from_bytes(chunk[:4]) + 4, os.SEEK_CUR)
+    file.seek(here)
+    return Image.Image.getexif(image) if kinds == {b"IDAT"} else image.getexif()
 
 
 def _mend_transparency(image: Image.Image, head: Head, path: Path) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import os
 import shutil
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -21,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..locking import hold
+from ..writing import check_free, distinct_names, partial_name, sweep
 from .folder import DataError, find_images, load_image, save_image
 
 Range = tuple[float, float]
@@ -156,6 +157,7 @@ def write_rain(
 
     Raises:
         DataError: no picture, too few, a folder in the way or a file that cannot be read. Nothing is written then.
+        InUse: another process writes there.
     """
     source, out = Path(source), Path(out)
     options = options or RainOptions()
@@ -179,24 +181,32 @@ def write_rain(
 
     if out.exists() and not out.is_dir():
         raise DataError(f"{out}: a file is in the way, a folder is needed")
-    for folder in sorted({f.split("/")[0] for kind in set(kind_of.values()) for f in parts[kind] if f}):
-        if (out / folder).exists():
-            raise DataError(f"{out / folder} is there already: take another folder for --out")
+    tops = sorted({f.split("/")[0] for kind in set(kind_of.values()) for f in parts[kind] if f})
     top, own = (os.path.join(os.path.realpath(folder), "") for folder in (source, out))
     if source.is_dir() and own.startswith(top):
         raise DataError(f"{out} lies in {source}, which would hold rainy pictures then: take another folder for --out")
-    aside = out / f".partial-{uuid.uuid4().hex}"
+    names = distinct_names(files, source if source.is_dir() else source.parent, ".png")
+    folders = [parts[kind_of[place]] for place in range(len(files))]
+    with hold(out, "fastnce rain", "take another folder for --out"):
+        check_free(out, tops)
+        sweep(out, held=True)
+        return _write(names, folders, out, options, seed, progress)
+
+
+def _write(
+    names: dict[Path, Path],
+    folders: list[tuple[str, str]],
+    out: Path,
+    options: RainOptions,
+    seed: int,
+    progress: Callable[[str], None] | None,
+) -> dict[str, int]:
+    aside = out / partial_name()
     counts: dict[str, int] = {}
-    root = source if source.is_dir() else source.parent
-    taken: set[Path] = set()
     try:
-        for place, file in enumerate(files):
+        for place, (file, name) in enumerate(names.items()):
             clean = load_image(file, 3)[None]
-            name = file.relative_to(root).with_suffix(".png")
-            if name in taken:  # a.jpg beside a.png
-                name = name.with_name(f"{file.name}.png")
-            taken.add(name)
-            rainy_folder, clean_folder = parts[kind_of[place]]
+            rainy_folder, clean_folder = folders[place]
             if rainy_folder:
                 generator = torch.Generator().manual_seed((seed * 1_000_003 + place) % 2**63)
                 save_image(render_rain(clean, options, generator)[0], aside / rainy_folder / name)
@@ -205,13 +215,11 @@ def write_rain(
             for folder in filter(None, (rainy_folder, clean_folder)):
                 counts[folder] = counts.get(folder, 0) + 1
             if progress is not None:
-                progress(f"{place + 1}/{len(files)} {file.name}")
+                progress(f"{place + 1}/{len(names)} {file.name}")
         for folder in sorted(entry.name for entry in aside.iterdir()):
             os.replace(aside / folder, out / folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-        if out.is_dir() and not any(out.iterdir()):
-            out.rmdir()
     return counts
 
 

@@ -11,7 +11,7 @@ import torch
 
 from . import UnpairedData
 from .augment import PictureStore
-from .cache import PictureCache
+from .cached import PictureCache
 from .folder import DataError, Folder, clean_folder, domain_folders
 from .order import Draw, philox_words
 from .rain import RainOptions, render_rain

@@ -79,11 +79,11 @@ class SinglePictureData:
         self.steps_per_epoch = max(1, crops_per_epoch // self.global_batch)
 
     def _read(self, folder: Folder) -> Tensor:
-        if len(folder.files) != 1:
+        if len(folder) != 1:
             raise DataError(
-                f"{folder.path} holds {len(folder.files)} pictures; single-picture training takes exactly one a domain"
+                f"{folder.path} holds {len(folder)} pictures; single-picture training takes exactly one a domain"
             )
-        path = folder.files[0][0]
+        path = folder.file(0)
         picture = load_image(path, self.channels)[None].to(self.device)
         height, width = picture.shape[2:]
         cells = (height // self.crop) * (width // self.crop)

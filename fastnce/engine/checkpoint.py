@@ -2,32 +2,42 @@
 
     checkpoints/step-00001000/{generator.safetensors, training.safetensors, state.json}
     checkpoints/latest                names the newest whole one
+    checkpoints/good                  names the newest that a good step has followed
     checkpoints/best                  names the one that did best on held-out pairs, where a run has them
 
 `generator.safetensors` is what translation needs; `training.safetensors` is everything that the next step depends on.
+
+A step can ruin the weights and leave them finite, so that all later steps are bad. A checkpoint is therefore known to
+be good only when its tensors are finite, no row of bad steps was open, and a later step was good. The newest such one
+is kept whatever comes after it.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import json
 import os
+import re
 import shutil
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors import SafetensorError
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..writing import flush_to_disk, partial_name, sweep, write_whole
+from . import state as states
+
 Log = Callable[[str], None]
 Found = TypeVar("Found")
+POINTERS = ("latest", "good", "best")
 
 
-class DiskFull(OSError):
-    """No room for a checkpoint; the older ones are untouched."""
+class NotSaved(OSError):
+    """A checkpoint could not be written; the older ones are untouched. `strerror` is a sentence."""
 
 
 class Checkpoints:
@@ -43,10 +53,28 @@ class Checkpoints:
         self.folder = folder
         self.keep = max(2, keep)
         self.log = log
+        self._unproven: list[Path] = []
+        """Sound ones that no good step has followed yet, as far as is known."""
+        self._damaged: set[Path] = set()
+        """Told to the user, and not counted among those to keep."""
+        self._unnamed: dict[str, Path] = {}
+        """What pointers should name and do not yet, because the disk did not take them."""
 
     def steps(self) -> list[Path]:
         """Folders of finished checkpoints, oldest first."""
-        return sorted(path for path in self.folder.glob("step-*") if path.is_dir() and (path / "state.json").exists())
+        found = [path for path in self.folder.glob("step-*") if step_of(path) is not None]
+        return sorted((path for path in found if (path / "state.json").exists()), key=lambda path: step_of(path) or 0)
+
+    def clean(self) -> None:
+        """Remove what killed processes left; for the holder of the run's lock."""
+        sweep(self.folder, held=True)
+        for path in self.folder.glob("*step-*") if self.folder.is_dir() else ():
+            if not path.is_dir() or path.is_symlink() or (path / "state.json").exists():
+                continue
+            if {entry.name for entry in path.iterdir()} <= set(states.FILES):  # half deleted
+                shutil.rmtree(path, ignore_errors=True)
+        for path in self.folder.glob(".partial-*"):  # of versions before these names
+            shutil.rmtree(path, ignore_errors=True)
 
     def save(
         self,
@@ -57,56 +85,100 @@ class Checkpoints:
         *,
         best: bool = False,
     ) -> Path:
-        """Write one checkpoint; on a full disk raise `DiskFull` with the path and the bytes needed.
+        """Write one checkpoint.
 
-        With `best` it is also named so, and stays until another one is.
+        Args:
+            training: its "bad_steps", if there is one, is the length of the open row of bad steps.
+            best: it is also named so, and stays until another one is.
+
+        Raises:
+            NotSaved: any error of the disk; its message has the path, what the system says and the bytes needed.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         final = self.folder / f"step-{step:08d}"
-        partial = self.folder / f".partial-{step:08d}-{os.getpid()}"
-        tensors = {"generator.safetensors": generator, "training.safetensors": training}
-        needed = sum(t.numel() * t.element_size() for part in tensors.values() for t in part.values())
+        partial = self.folder / partial_name()
+        tensors = {
+            name: {key: t.detach().cpu().contiguous() for key, t in part.items()}
+            for name, part in zip(states.FILES, (generator, training), strict=True)
+        }
+        bad = int(training["bad_steps"]) if "bad_steps" in training else 0
         try:
-            shutil.rmtree(partial, ignore_errors=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
             partial.mkdir()
-            (partial / "state.json").touch()
-            mode = (partial / "state.json").stat().st_mode & 0o777  # as the umask has it
             digests = {}
             for name, part in tensors.items():
-                save_file({key: t.detach().cpu().contiguous() for key, t in part.items()}, partial / name)
+                (partial / name).touch()
+                mode = (partial / name).stat().st_mode & 0o777  # as the umask has it
+                save_file(part, partial / name)
                 (partial / name).chmod(mode)  # the library lets nobody else read what it writes
-                digests[name] = _flush_and_digest(partial / name)
-            text = json.dumps({"step": step, "sha256": digests, **state}, indent=1)
+                flush_to_disk(partial / name)
+                digests[name] = _digest(partial / name)
+            finite, all_finite = (all(map(_finite, part.values())) for part in tensors.values())
+            sound = bad == 0 and finite and all_finite
+            text = states.sealed({"step": step, "sha256": digests, "finite": finite, "sound": sound, **state})
             (partial / "state.json").write_text(text, encoding="utf-8")
-            _flush_and_digest(partial / "state.json")
-            if final.exists():  # left by an earlier run of the same step
-                shutil.rmtree(final)
+            flush_to_disk(partial / "state.json")
+            flush_to_disk(partial)
+            self._remove(final)  # left by an earlier run of the same step
             partial.rename(final)
-            self._point("latest", final)
-            if best:
-                self._point("best", final)
-        except (OSError, SafetensorError) as error:
+            flush_to_disk(self.folder)
+        except Exception as error:
+            system = _of_the_system(error)
+            if system is None:
+                raise
+            needed = sum(t.numel() * t.element_size() for part in tensors.values() for t in part.values())
+            raise NotSaved(
+                system.errno,
+                f"{final}: no checkpoint of {needed:,} bytes ({system.strerror}); the older ones are untouched",
+            ) from None
+        finally:
             shutil.rmtree(partial, ignore_errors=True)
-            if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-                raise DiskFull(
-                    errno.ENOSPC, f"{final}: no room for a checkpoint of {needed:,} bytes; the older ones are untouched"
-                ) from None
-            raise
-        kept = self._named("best")
-        for old in self.steps()[: -self.keep]:
-            if old != kept:
-                shutil.rmtree(old, ignore_errors=True)
+        self._unnamed["latest"] = final
+        if best:
+            self._unnamed["best"] = final
+        if good := self.good(step, bad):
+            self._unnamed["good"] = good
+        self._point()
+        if sound:
+            self._unproven.append(final)
+        kept = {self._named(name) for name in POINTERS}
+        self._damaged.discard(final)
+        for old in [path for path in self.steps() if path not in self._damaged][: -self.keep]:
+            if old not in kept:
+                with suppress(OSError):  # a disk that fails; the checkpoint is there, and the old one too
+                    self._remove(old)
         return final
 
-    def _point(self, name: str, path: Path) -> None:
-        pointer = self.folder / f".{name}"
-        pointer.write_text(path.name, encoding="utf-8")
-        pointer.replace(self.folder / name)
+    def good(self, step: int, bad: int) -> Path | None:
+        """The newest checkpoint that is known to be good after `step`, with `bad` bad steps in a row up to there."""
+        proven = [path for path in self._unproven if (step_of(path) or 0) < step - bad]
+        if not proven:
+            return self._named("good")
+        self._unproven = [path for path in self._unproven if path not in proven]
+        return proven[-1]
+
+    def _remove(self, path: Path) -> None:
+        """Out of sight first: what is half deleted must not look like a checkpoint."""
+        if not os.path.lexists(path):
+            return
+        away = path.with_name(partial_name())
+        path.rename(away)
+        shutil.rmtree(away, ignore_errors=True)
+        with suppress(OSError):
+            away.unlink()  # where it was a file
+
+    def _point(self) -> None:
+        """Name what is to be named; what the disk does not take now is tried again after the next checkpoint."""
+        for name, path in list(self._unnamed.items()):
+            try:
+                write_whole(self.folder / name, path.name.encode())
+                del self._unnamed[name]
+            except OSError as error:
+                self.log(f"{self.folder / name}: {error.strerror or error}; {path.name} is saved all the same")
 
     def _named(self, name: str) -> Path | None:
         """The folder that a pointer names, or None where there is no such pointer or checkpoint."""
         try:
-            path = follow(self.folder / name)
+            path = self._unnamed.get(name) or follow(self.folder / name)
         except (OSError, ValueError):
             return None
         return path if (path / "state.json").exists() else None
@@ -119,7 +191,7 @@ class Checkpoints:
         try:
             return path, read_state(path)
         except (OSError, ValueError) as error:
-            self.log(f"{path}: damaged ({error}), so there is no best checkpoint any more")
+            self.log(f"{path} is damaged ({reason_of(error)}), so there is no best checkpoint any more")
             return None
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any], Path] | None:
@@ -130,43 +202,95 @@ class Checkpoints:
 
         def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], Path]:
             state = read_state(path)
-            return load_file(path / "training.safetensors"), state, path
+            return read_tensors(path / "training.safetensors"), state, path
 
-        return self._newest(read)
+        found = self.newest(read)
+        if found is not None and found[1].get("sound"):
+            self._unproven = [found[2]]
+        return found
 
     def state(self) -> tuple[dict[str, Any], Path] | None:
         """As `load`, without the tensors."""
-        return self._newest(lambda path: (read_state(path), path))
+        return self.newest(lambda path: (read_state(path), path))
 
-    def _newest(self, read: Callable[[Path], Found]) -> Found | None:
-        found = self.steps()
-        for path in reversed(found):
+    def newest(self, read: Callable[[Path], Found]) -> Found | None:
+        """What `read` makes of the newest checkpoint of which it makes something; the others are told.
+
+        Raises:
+            ValueError: there are checkpoints, and nothing can be made of any.
+        """
+        failed: dict[Path, str] = {}
+        while left := [path for path in self.steps() if path not in failed]:
+            path = left[-1]
             try:
-                return read(path)
-            except (OSError, ValueError, SafetensorError) as error:
-                self.log(f"{path}: damaged ({error}), trying the one before")
-        if found:
-            raise ValueError(f"{self.folder}: every checkpoint is damaged; move the folder away to start anew")
+                found = read(path)
+            except (OSError, ValueError) as error:
+                failed[path] = reason_of(error)
+                continue
+            for other, reason in failed.items():
+                if other.exists():  # else a run that goes on has removed it meanwhile
+                    self._damaged.add(other)
+                    remedy = "remove it to be rid of this message"
+                    self.log(f"{other} is damaged ({reason}): {path.name} is taken; {remedy}")
+            return found
+        if failed:
+            path, reason = next(iter(failed.items()))
+            raise ValueError(
+                f"{self.folder}: every checkpoint is damaged (the newest, {path.name}: {reason}); move the folder away "
+                f"to start anew"
+            )
         return None
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """`state.json` of a checkpoint, after comparing its files with the digests in it; ValueError when they differ."""
-    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    if not isinstance(state, dict) or not {"step", "sha256"} <= state.keys():
-        raise ValueError("state.json is not what was written")
-    for name, digest in state["sha256"].items():
-        if _digest(path / name) != digest:
+def step_of(path: Path) -> int | None:
+    """The step that a checkpoint's folder is named after; None for other names."""
+    match = re.fullmatch(r"step-(\d{1,18})", path.name)
+    return int(match[1]) if match else None
+
+
+def read_state(path: Path, files: tuple[str, ...] = states.FILES) -> dict[str, Any]:
+    """`state.json` of a checkpoint, checked, after comparing files with the digests in it.
+
+    Raises:
+        ValueError, OSError: something is not what was written, or cannot be read; the message names the file in `path`.
+    """
+    state = states.read(path / "state.json", step_of(path))
+    for name in files:
+        if _digest(path / name) != state["sha256"][name]:
             raise ValueError(f"{name} is not what was written")
     return state
 
 
-def load_generators(folder: Path) -> dict[str, dict[str, Tensor]]:
-    """The generators' state dicts, by name ("G"; "G_A", "G_B"), of a checkpoint folder."""
-    state = read_state(folder)
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file, whose sizes are checked before any memory is taken.
+
+    Raises:
+        ValueError: no such file of tensors; the message has the file's name without its folder.
+    """
+    try:
+        return load_file(file)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # the library's own, and KeyError for kinds of numbers that PyTorch does not have
+        raise ValueError(f"{file.name} is no file of tensors: {error}") from None
+
+
+def load_generators(folder: Path, state: dict[str, Any] | None = None) -> dict[str, dict[str, Tensor]]:
+    """The generators' state dicts, by name ("G"; "G_A", "G_B"), of a checkpoint folder.
+
+    Args:
+        state: of `read_state`, where that was called.
+
+    Raises:
+        ValueError, OSError: as `read_state`, or tensors of something that is no generator.
+    """
+    if state is None:
+        state = read_state(folder, ("generator.safetensors",))
     names: dict[str, dict[str, Tensor]] = {name: {} for name in state["generators"]}
-    for key, tensor in load_file(folder / "generator.safetensors").items():
-        name, parameter = key.split("/", 1)
+    for key, tensor in read_tensors(folder / "generator.safetensors").items():
+        name, _, parameter = key.partition("/")
+        if name not in names or not parameter:
+            raise ValueError(f"generator.safetensors holds {key!r}, which belongs to none of {', '.join(names)}")
         names[name][parameter] = tensor
     return names
 
@@ -177,42 +301,77 @@ def follow(path: Path) -> Path:
     Raises:
         ValueError: the pointer names no checkpoint.
     """
-    if path.name not in ("latest", "best") or not path.is_file():
+    if path.name not in POINTERS or not path.is_file():
         return path
-    target = path.parent / path.read_text(encoding="utf-8").strip()
+    try:
+        name = path.read_bytes()[:100].decode("ascii").strip()
+    except UnicodeDecodeError:
+        name = ""
+    target = path.parent / name
+    if step_of(target) is None or target.name != name:
+        raise ValueError(f"{path} should hold the name of a checkpoint beside it, such as step-00001000")
     if not (target / "state.json").exists():
-        raise ValueError(f"{path} names {target.name}, which is not there any more")
+        raise ValueError(f"{path} names {name}, which is not there any more: name another checkpoint of {path.parent}")
     return target
 
 
-def newest(run: Path) -> Path:
-    """The folder of the newest checkpoint of a run; ValueError where there is none."""
-    checkpoints = Checkpoints(run / "checkpoints").steps()
-    if not checkpoints:
-        raise ValueError(f"{run}: no checkpoint here (looked for checkpoints/step-*)")
-    return checkpoints[-1]
+def open_checkpoint(source: Path, files: tuple[str, ...] = states.FILES) -> tuple[Path, dict[str, Any]]:
+    """The folder and the state of a checkpoint, with a configuration.
 
-
-def open_checkpoint(source: Path) -> tuple[Path, dict[str, Any]]:
-    """The folder and `state.json` of a checkpoint; of a run the newest, of RUN/checkpoints/best what it names.
+    Args:
+        source: a checkpoint's folder, or RUN/checkpoints/best, or a run: of that the newest one that is whole and
+            finite. A warning names those that are passed over.
+        files: that have to be what was written.
 
     Raises:
-        ValueError: there is none, or it is damaged.
+        ValueError: there is none, or the one that is named is damaged.
     """
+
+    def read(folder: Path) -> tuple[Path, dict[str, Any]]:
+        state = read_state(folder, files)
+        if "config" not in state:
+            raise ValueError("state.json should hold config, a table of the method and its sections")
+        return folder, state
+
+    def read_finite(folder: Path) -> tuple[Path, dict[str, Any]]:
+        found = read(folder)
+        if found[1].get("finite") is False:
+            raise ValueError("its generators hold numbers that are not finite")
+        return found
+
     source = follow(source)
-    folder = source if (source / "state.json").exists() else newest(source)
-    try:
-        return folder, read_state(folder)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder}: a damaged checkpoint ({error})") from None
+    if (source / "state.json").exists() or step_of(source) is not None:
+        try:
+            return read(source)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{source} is damaged ({reason_of(error)}): name another checkpoint, or the run") from None
+    store = Checkpoints(source / "checkpoints", log=lambda sentence: warnings.warn(sentence, stacklevel=4))
+    found = store.newest(read_finite)
+    if found is None:
+        raise ValueError(f"{source}: no checkpoint here (looked for checkpoints/step-*)")
+    return found
+
+
+def reason_of(error: Exception) -> str:
+    """What is wrong with a checkpoint, in the words of its error."""
+    if isinstance(error, OSError):
+        where = f"{Path(os.fsdecode(error.filename)).name}: " if error.filename is not None else ""
+        return f"{where}{error.strerror or error}"
+    return str(error)
+
+
+def _of_the_system(error: Exception) -> OSError | None:
+    """The system's error that this is, or that the library for tensors has put into a text; else None."""
+    if isinstance(error, OSError):
+        return error if error.errno is not None else None
+    number = re.search(r"os error (\d+)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else None
+
+
+def _finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
 
 
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush_and_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return _digest(path)

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .stop import default
+
 FIRST_STEP_SECONDS = 300
 """The first steps may compile; after them, a rank that is silent for STEP_SECONDS is taken for dead."""
 STEP_SECONDS = 100
@@ -90,14 +92,45 @@ class Ranks:
             dist.all_reduce(values)
         return values / self.world
 
-    def any(self, flag: bool, device: torch.device) -> bool:
-        """Whether the flag is up on any rank."""
+    def most(self, values: Sequence[float], device: torch.device) -> list[float]:
+        """The largest of each value over all ranks."""
         if self.world == 1:
-            return flag
-        up = torch.tensor(float(flag), device=device)
-        with _watch("whether to stop"):
-            dist.all_reduce(up, op=dist.ReduceOp.MAX)
-        return bool(up.item())
+            return list(values)
+        most = torch.tensor(values, device=device)
+        with _watch("the others' answers"):
+            dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        return most.tolist()
+
+    @contextmanager
+    def together(self, device: torch.device) -> Iterator[None]:
+        """What is within succeeds on all ranks or fails on all: one that ends alone leaves the others waiting.
+
+        Nothing within may exchange anything.
+
+        Raises:
+            ValueError: where another rank has failed by the user's mistake (a `ValueError` or an `OSError` there).
+            RankLost: where it has failed otherwise.
+        """
+        if self.world == 1:
+            yield
+            return
+        failed: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failed = error
+        mistake = isinstance(failed, ValueError | OSError)
+        try:
+            mistaken, lost = self.most([float(mistake), float(failed is not None and not mistake)], device)
+        except Exception:
+            if failed is not None:
+                raise failed from None
+            raise
+        if failed is None and (mistaken or lost):
+            failed = (RankLost if lost else ValueError)("another rank cannot go on, and says why")
+        if failed is not None:
+            failed.__dict__["everywhere"] = True
+            raise failed
 
     def check_drift(self, modules: Sequence[nn.Module]) -> None:
         """RuntimeError when the ranks' parameters are no longer bit-equal (they have been updated differently)."""
@@ -123,6 +156,11 @@ class Ranks:
         """When every kind of step has been compiled: from now on a silent rank is noticed sooner."""
         if self.world > 1:
             dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=STEP_SECONDS), dist.group.WORLD)
+
+
+def fails_everywhere(error: Exception) -> bool:
+    """Whether all ranks have failed in `Ranks.together`, and so may still exchange something."""
+    return bool(error.__dict__.get("everywhere"))
 
 
 def _tensors(modules: Sequence[nn.Module]) -> list[Tensor]:
@@ -192,7 +230,7 @@ def ranks_of_launcher(device: str) -> Iterator[Ranks]:
             )
         torch.accelerator.set_device_index(ranks.local)
     try:
-        with _watch("the others to start"):
+        with _watch("the others to start"), default():
             dist.init_process_group(backend, timeout=datetime.timedelta(seconds=FIRST_STEP_SECONDS))
     except RankLost as error:
         if "EADDRINUSE" in str(error):

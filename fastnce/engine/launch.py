@@ -1,13 +1,27 @@
 """One process for each accelerator of this machine, from one command: `fastnce train ... --nproc auto`.
 
-The same as `torchrun --standalone --nproc_per_node=N -m fastnce train ...`, for which this is shorter to type.
+The same as `torchrun --standalone --nproc_per_node=N -m fastnce train ...`, but shorter to type. Signals are passed on
+as they are, exit codes are those of one process, and no process stays behind.
 """
 
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
 
 import torch
+
+from .stop import end_with_parent, handled, heeded
+
+COMMAND = [sys.executable, "-m", "fastnce"]
+LAUNCHER = "FASTNCE_LAUNCHER"
+"""Variable with the number of the process that started this one."""
+GRACE = 10.0
+"""Seconds that the others have to end after one has failed."""
 
 
 def processes(text: str, device: str) -> int:
@@ -41,23 +55,58 @@ def launched() -> bool:
 def start(number: int, arguments: list[str]) -> int:
     """Run `fastnce ARGUMENTS` in `number` connected processes until all end; returns the exit code.
 
-    A signal to this process reaches all of them; when one dies, the others are ended.
+    Every signal is passed on to all of them. They have sessions of their own, so that a terminal's Ctrl-C comes once.
+    When one fails, the others have `GRACE` seconds to notice and end. When this process is killed, they save and end.
     """
-    from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import get_args_parser, run
+    environment = os.environ | {"WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // number)))
+    environment[LAUNCHER] = str(os.getpid())
+    ranks: list[subprocess.Popen[bytes]] = []
 
-    # else the launcher sets one thread each, and warns
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // number)))
-    mine = ["--standalone", f"--nproc-per-node={number}", "--max-restarts=0", "-m", "fastnce", *arguments]
-    try:
-        run(get_args_parser().parse_args(mine))
-    except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
-    except SignalException:
-        return 0  # every rank has saved before it ended
-    return 0
+    def pass_on(signum: int, frame: object) -> None:
+        for rank in ranks:
+            with suppress(ProcessLookupError):
+                rank.send_signal(signum)
+
+    with handled(heeded(), pass_on):
+        try:
+            for place in range(number):
+                own = environment | {"RANK": str(place), "LOCAL_RANK": str(place)}
+                ranks.append(subprocess.Popen([*COMMAND, *arguments], env=own, start_new_session=True))
+            return _wait(ranks)
+        finally:
+            for rank in ranks:
+                if rank.poll() is None:
+                    rank.kill()
+                    rank.wait()
+
+
+def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
+    """The exit code of the first that failed; 128 + n where signal n ended it; 0 where none did."""
+    failed: int | None = None
+    since = 0.0
+    while None in [rank.poll() for rank in ranks]:
+        if failed is None:
+            failed = next((rank.returncode for rank in ranks if rank.returncode), None)
+            since = time.monotonic()
+        elif time.monotonic() - since > GRACE:
+            break
+        time.sleep(0.05)
+    if failed is None:
+        failed = next((rank.returncode for rank in ranks if rank.returncode), 0)
+    return failed if failed >= 0 else 128 - failed
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def watch_launcher() -> None:
+    """In a process of several: end, saved, when the launcher that started it is gone."""
+    if os.environ.get(LAUNCHER) or os.environ.get("TORCHELASTIC_RUN_ID"):
+        end_with_parent(int(os.environ.get(LAUNCHER) or os.getppid()))
 
 
 def without(arguments: list[str], name: str) -> list[str]:

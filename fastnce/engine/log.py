@@ -7,49 +7,61 @@ import json
 import math
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from ..streams import tell
 from ..writing import write_whole
+from .lines import Lines
 
 
 class RunLog:
     """Writes to the terminal and into the run's folder.
 
+    A file that cannot be written ends nothing: that is said once, each next line is tried, and when it can be written
+    again that is said, too. A terminal that is gone is written to no more.
+
     Args:
         folder: the run's.
         tensorboard: also write TensorBoard events (needs the extra `tensorboard`).
         quiet: nothing on the terminal.
+
+    Raises:
+        OSError: a file cannot be opened; it is named.
     """
 
     def __init__(self, folder: Path, tensorboard: bool = False, quiet: bool = False):
         folder.mkdir(parents=True, exist_ok=True)
-        self._text = (folder / "log.txt").open("a", encoding="utf-8")
-        self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._text = Lines(folder / "log.txt")
+        self._metrics = Lines(folder / "metrics.jsonl", json_only=True)
         self._quiet = quiet
         self._live = sys.stdout.isatty() and not quiet
         self._open_line = False
-        self._board = None
+        self._board: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # `check_run` has looked for it
 
             self._board = SummaryWriter(str(folder / "tensorboard"))
+        if self._metrics.cut:
+            self.say(f"{self._metrics.path}: its last line was not finished, its {self._metrics.cut} bytes are cut off")
 
     def say(self, sentence: str) -> None:
         """One line to the terminal and to log.txt."""
-        self._end_line()
-        if not self._quiet:
-            self._print(f"{sentence}\n")
-        self._text.write(sentence + "\n")
-        self._text.flush()
+        self._show(sentence)
+        self.note(sentence)
+
+    def note(self, sentence: str) -> None:
+        """One line to log.txt alone."""
+        self._add(self._text, sentence)
 
     def progress(self, line: str) -> None:
         """The progress line: rewritten in place on a terminal, one line each time elsewhere."""
-        self._text.write(line + "\n")
-        self._text.flush()
+        self.note(line)
         if self._live:
             self._print(f"\r{line}\x1b[K")
             self._open_line = True
@@ -59,36 +71,68 @@ class RunLog:
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """One JSON object a line; numbers that are not finite become strings, so that every line parses."""
         clean = {k: v if math.isfinite(v) else str(v) for k, v in values.items()}
-        self._metrics.write(json.dumps({"step": step, **clean}) + "\n")
-        self._metrics.flush()
-        if self._board is not None:
+        self._add(self._metrics, json.dumps({"step": step, **clean}))
+        if self._board is None:
+            return
+        try:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
+        except Exception as error:  # of a thread that writes, whatever that raised: it comes late, and again each time
+            self._close_board()
+            reason = getattr(error, "strerror", None) or error
+            self.say(f"TensorBoard: {reason}; training goes on without it, metrics.jsonl has the same numbers")
+
+    def _add(self, file: Lines, line: str) -> None:
+        lost = file.lost
+        error = file.write(line)
+        if error is None and lost:
+            self.say(f"{file.path} is written again, {lost:,} {'line was' if lost == 1 else 'lines were'} lost")
+        if error is None or lost:
+            return
+        sentence = f"{file.path}: {error.strerror}; training goes on, and its lines are lost until it can be written"
+        if file is not self._text:
+            self.say(sentence)
+        elif self._quiet:
+            tell(sentence, 0)  # else nobody would know
+        else:
+            self._show(sentence)
 
     def _end_line(self) -> None:
         if self._open_line:
             self._print("\n")
             self._open_line = False
 
+    def _show(self, sentence: str) -> None:
+        self._end_line()
+        if not self._quiet:
+            self._print(f"{sentence}\n")
+
     def _print(self, text: str) -> None:
         """A terminal that is gone, or a reader such as head that has seen enough, does not end a run."""
         try:
             print(text, end="", flush=True)
-        except OSError:
+        except (OSError, ValueError):
             self._quiet, self._live = True, False
+
+    def _close_board(self) -> None:
+        board, self._board = self._board, None
+        with suppress(Exception):  # it tries to write what is left
+            if board is not None:
+                board.close()
 
     def close(self) -> None:
         self._end_line()
         self._text.close()
         self._metrics.close()
-        if self._board is not None:
-            self._board.close()
+        self._close_board()
 
 
 class Silence:
     """What a rank that does not write has in place of a `RunLog`."""
 
     def say(self, sentence: str) -> None: ...
+
+    def note(self, sentence: str) -> None: ...
 
     def progress(self, line: str) -> None: ...
 

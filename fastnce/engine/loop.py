@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,11 +16,11 @@ from torch import Tensor
 
 from ..methods.base import Batch, Method
 from .bad_steps import Row
-from .checkpoint import Checkpoints, DiskFull
+from .checkpoint import Checkpoints
 from .checks import check_run
 from .choices import pick_compile, pick_precision, set_tf32
 from .cudagraph import pick_graph
-from .distributed import Ranks
+from .distributed import RankLost, Ranks
 from .log import Pace, RunLog, Silence, clock, save_grid
 from .memory import out_of_memory, too_large
 from .monitor import Monitor
@@ -27,15 +28,16 @@ from .optim import OptimOptions, schedule
 from .options import RunOptions
 from .progress import Progress, check_batch, check_pictures
 from .samples import padded, translated
+from .saving import Saving, TrainingFailed
 from .step import Step
-from .stop import StopRequest
+from .stop import Stopped, StopRequest
 from .validate import Validation
 
 SETTLED = 20
 """Steps after which every kind of step (FastCUT's mirrored one) has most likely been compiled."""
 
 STOP_EVERY = 10
-"""Steps between the questions of several ranks whether one of them was asked to stop."""
+"""Most steps between the questions of several ranks whether one of them was asked to stop."""
 
 
 class Data(Protocol):
@@ -48,10 +50,6 @@ class Data(Protocol):
     def samples(self, count: int) -> tuple[Tensor, Tensor]: ...
 
     def digest(self) -> str: ...
-
-
-class TrainingFailed(RuntimeError):
-    """Training cannot go on; the message says why and what is left."""
 
 
 def pick_device(name: str) -> torch.device:
@@ -98,9 +96,13 @@ def train(
         validation: measured every `run.validate_every` steps; decides which checkpoint `best` names.
 
     Raises:
-        TrainingFailed: too many steps in a row were not finite, or memory is too small.
+        TrainingFailed: too many steps in a row were not finite, memory is too small, or the last state could not be
+            saved.
         ValueError: the checkpoint in the folder does not belong to this method or data, or had another batch (of all
-            ranks) and `run.change_batch` is off; or options that cannot be, before anything is written.
+            ranks) and `run.change_batch` is off; or options that cannot be, before anything is written. DataError: a
+            picture cannot be read any more.
+
+    Whatever is raised between two steps, the state of the finished ones has been saved before, if it could be.
     """
     ranks = ranks or Ranks()
     check_run(method, optim, run, next(method.parameters()).device)
@@ -110,9 +112,10 @@ def train(
         )
     if data.steps_per_epoch < 1 or optim.n_epochs + optim.n_epochs_decay < 1:
         raise ValueError("there is nothing to train: data.steps_per_epoch and the epochs must be at least 1")
-    log = RunLog(folder, run.tensorboard, quiet) if ranks.first else Silence()
+    with ranks.together(next(method.parameters()).device):
+        log = RunLog(folder, run.tensorboard, quiet) if ranks.first else Silence()
     try:
-        with StopRequest() as stop:
+        with StopRequest(tell=ranks.first) as stop:
             training = _Run(method, data, optim, run, folder, config or {}, batch_size, log, ranks, validation)
             try:
                 return training.go(stop)
@@ -122,6 +125,10 @@ def train(
                 raise TrainingFailed(too_large(error)) from None
             finally:
                 training.step.close()
+    except (Exception, Stopped) as error:  # whoever called prints it, and log.txt is all that a quiet run has
+        user = isinstance(error, ValueError | OSError | TrainingFailed | RankLost | Stopped)
+        log.note(str(error) if user else f"{type(error).__name__}: {error}")
+        raise
     finally:
         log.close()
 
@@ -154,35 +161,59 @@ class _Run:
         )
         self.device = self.step.bad_steps.device
         self.row = Row(self.step.bad_steps, optim.max_bad_steps)
+        self.why = ""
         self.checkpoints = Checkpoints(folder / "checkpoints", run.keep, log.say)
-        self.saved_at = self.validated_at = -1
+        networks = list(method.networks().values())
+        self.saving = Saving(self._save, self.checkpoints, networks, ranks, self.device, log.say)
+        self.best_at = self.validated_at = -1
         self.sample_batch: Batch | None = None
         self.monitor = Monitor()
         self.validation: Validation | None = validation if run.validate_every and validation else None
 
     def go(self, stop: StopRequest) -> int:
+        try:
+            done = self._go(stop)
+        except Exception as error:
+            self.saving.after(error)
+            raise
+        self.saving.end()
+        if self.why and 0 < done < self.total:
+            self.log.say(f"{self.why}: stopped after step {done:,} and saved; the same command continues")
+        return done
+
+    def _go(self, stop: StopRequest) -> int:
         done = self._resume()
         self.total = self.progress.end(self.run.steps)
         if done >= self.total:
             return done
         state = [*self.method.networks().values(), *self.method.extra_state_modules().values()]
         self.ranks.broadcast(state)
+        with self.ranks.together(self.device):
+            if self.ranks.first and (self.run.monitor_every or (self.run.sample_every and self.run.samples)):
+                self._samples()  # while the pictures are there
         self._begin_validation(done)
-        started, pace, epoch = done, Pace(), -1
-        self.began, self.why = time.monotonic(), ""
+        started, pace, epoch, decaying = done, Pace(), -1, None
+        self.began = time.monotonic()
+        self.asked, self.asked_at, self.ask_at = self.began, done, done
         self.method.train()
         while done < self.total and not self._asked_to_stop(stop, done):
             if self.progress.epoch(done) != epoch:
                 epoch = self.progress.epoch(done)
                 self.step.set_learning_rate(schedule(epoch, self.optim.n_epochs, self.optim.n_epochs_decay))
             began = time.perf_counter()
-            batch = Batch(*self.data.batch(self.progress.place(done), decaying=epoch >= self.optim.n_epochs))
+            before, decaying = decaying, epoch >= self.optim.n_epochs
+            # the other pictures that a falling learning rate takes may have to be decoded first
+            with self.ranks.together(self.device) if decaying != before else nullcontext():
+                batch = Batch(*self.data.batch(self.progress.place(done), decaying=decaying))
             pace.step(time.perf_counter() - began)
             rng = random.Random(f"{self.run.seed}/{done}")
             draws = self.method.draw(rng)
             torch.manual_seed(rng.getrandbits(63))
+            self.saving.step_begins()
             losses = self.step.run(batch, draws)
             done += 1
+            self.saving.step_ends(done)
+            stop.wait_for_steps()
             if done == started + 1 and self.step.compile_seconds:
                 self.log.say(f"compiled, and ran the first step, in {self.step.compile_seconds:.0f} s")
             if done == started + SETTLED:
@@ -197,21 +228,28 @@ class _Run:
             grids = self.run.sample_every if self.run.samples and self.ranks.first else 0
             if due(grids, done) or (grids and done == self.total):
                 self._sample(done)
-            if due(self.run.save_every, done) and self.saved_at != done:
-                self._save(done)
-        if self.saved_at != done and done > 0:
-            self._save(done)
-        if self.why and done < self.total:
-            self.log.say(f"{self.why}: stopped after step {done:,} and saved; the same command continues")
+            if due(self.run.save_every, done) and done < self.total:
+                self.saving.save()
         return done
 
     def _asked_to_stop(self, stop: StopRequest, done: int) -> bool:
-        """Several ranks must stop after the same step: they ask each other now and then."""
+        """Several ranks must stop after the same step: they ask each other about once a second."""
         over = self.run.minutes and time.monotonic() - self.began > 60 * self.run.minutes
         self.why = stop.name or (f"{self.run.minutes:g} minutes are over" if over else "")
         if self.ranks.world == 1:
             return bool(self.why)
-        return done % STOP_EVERY == 0 and self.ranks.any(bool(self.why), self.device)
+        if done < self.ask_at:
+            return False
+        now = time.monotonic()
+        asked, seconds = self.ranks.most([float(bool(self.why)), now - self.asked], self.device)
+        if asked:
+            self.why = self.why or "another process was asked to stop"
+            return True
+        # the slowest rank's seconds, which all of them know now, decide when to ask again
+        pace = seconds / max(done - self.asked_at, 1)
+        self.ask_at = done + max(1, min(STOP_EVERY, int(1 / max(pace, 1e-6))))
+        self.asked, self.asked_at = now, done
+        return False
 
     def _resume(self) -> int:
         found = self.checkpoints.load()
@@ -223,8 +261,11 @@ class _Run:
         if not self.run.change_batch:
             check_batch(stored, self.progress.batch, self.ranks.world, str(path), self.method)
         self.progress = self.progress.resumed(done, stored)
-        self.step.load_state(tensors)
-        self.saved_at = done
+        try:
+            self.step.load_state(tensors)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; remove that folder to continue from the one before") from None
+        self.saving.resumed(done)
         for sentence in self.progress.told(done, self.run.steps, stored, str(path)):
             self.log.say(sentence)
         return done
@@ -261,8 +302,9 @@ class _Run:
     def _end_if_bad(self, bad: float, step: int) -> None:
         """`bad` steps in a row after `step`; the ranks count alike, so all of them end here."""
         if 0 < self.optim.max_bad_steps <= bad:
-            last = self.checkpoints.steps()
-            kept = f"the last good checkpoint is {last[-1]}" if last else "there is no checkpoint yet"
+            self.saving.sound = False  # such a state is not what to continue from
+            good = self.checkpoints.good(step, int(bad))
+            kept = f"the last good checkpoint is {good}" if good else "there is no checkpoint that is known to be good"
             raise TrainingFailed(
                 f"{bad:.0f} steps in a row were not finite at step {step:,}, none of them was applied; {kept}; "
                 f"try a lower optim.lr with another --out"
@@ -278,7 +320,9 @@ class _Run:
     def _begin_validation(self, done: int) -> None:
         if self.validation is None:
             return
-        self.log.say(self.validation.measure_inputs())
+        said = self.validation.measure_inputs()
+        for sentence in [*self.validation.told(), said]:
+            self.log.say(sentence)
         if done:
             kept = self.checkpoints.best()
             if changed := self.validation.resume(kept[1].get("validation") if kept else None):
@@ -288,14 +332,20 @@ class _Run:
 
     def _validate(self, done: int, validation: Validation) -> None:
         """Every rank measures its share, so all of them agree on what is best."""
+        best = validation.best
         with self.step.averaged():
             better = validation.measure(self.method)
         self.method.train()
         self.validated_at = done
+        for sentence in validation.told():
+            self.log.say(sentence)
         self.log.metrics(done, {"pictures": self.progress.seen(done)} | validation.metrics())
         self.log.say(f"step {done:,}: {validation.short()} on Y{', the best so far' if better else ''}")
         if better:
-            self._save(done, best=True)
+            self.best_at = done
+            self.saving.save()
+            if any(self.ranks.most([float(self.saving.saved_at != done)], self.device)):
+                validation.best = best  # which is saved
 
     def _samples(self) -> Batch:
         if self.sample_batch is None:
@@ -312,13 +362,9 @@ class _Run:
         try:
             save_grid(pictures, path)
         except OSError as error:
-            self.log.say(f"{path}: no sample grid ({error.strerror}); training goes on")
+            self.log.say(f"{path}: no sample grid ({error.strerror or error}); training goes on")
 
-    def _save(self, done: int, best: bool = False) -> None:
-        self.ranks.check_drift(list(self.method.networks().values()))
-        self.saved_at = done
-        if not self.ranks.first:
-            return
+    def _save(self, done: int) -> None:
         state = {
             "data": self.data.digest(),
             "progress": self.progress.state(done),
@@ -327,7 +373,5 @@ class _Run:
         }
         if self.validation and self.validated_at == done:
             state["validation"] = self.validation.state()
-        try:
-            self.checkpoints.save(done, self.step.generators(), self.step.state(), state, best=best)
-        except DiskFull as error:
-            self.log.say(f"{error.strerror}; training goes on")
+        best = self.best_at == done
+        self.checkpoints.save(done, self.step.generators(), self.step.state(), state, best=best)

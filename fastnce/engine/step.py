@@ -287,7 +287,14 @@ class Step:
         return tensors
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """What `state` returned; ValueError names what does not fit."""
+        """What `state` returned.
+
+        Raises:
+            ValueError: a tensor is missing, is of something else, or has another shape or dtype. Nothing is changed.
+        """
+        for group in self.groups.values():
+            group.prepare()
+        check_state(self.state(), tensors)
         self.close()  # pools of pictures may get another place
 
         def under(prefix: str) -> dict[str, Tensor]:
@@ -297,7 +304,7 @@ class Step:
             try:
                 network.load_state_dict(under(f"network/{name}/"))
             except RuntimeError as error:
-                raise ValueError(f"the checkpoint's network {name} is not this one: {error}") from None
+                raise ValueError(f"the checkpoint's {name} is not this one: {' '.join(str(error).split())}") from None
         for name, group in self.groups.items():
             group.load_state(under(f"adam/{name}/"))
         for name, average in self.averages.items():
@@ -305,8 +312,35 @@ class Step:
             for key, tensor in average.average.items():
                 tensor.copy_(stored[key])
         for name, module in self.method.extra_state_modules().items():
-            module.load_state_dict(under(f"extra/{name}/"))
+            try:
+                module.load_state_dict(under(f"extra/{name}/"))
+            except RuntimeError as error:
+                raise ValueError(f"the checkpoint's {name} is not this one: {' '.join(str(error).split())}") from None
         if self.loss_scale is not None and "loss_scale/scale" in tensors:
             self.loss_scale.scale.copy_(tensors["loss_scale/scale"])
             self.loss_scale.good.copy_(tensors["loss_scale/good"])
         self.bad_steps.copy_(tensors["bad_steps"])
+
+
+def check_state(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    """ValueError where tensors of a checkpoint are not those that a run has: nothing is left out, cast or broadcast.
+
+    A loss scale may be there or not, as `run.precision` may change; pools of pictures have the size of their pictures.
+    """
+
+    def free(key: str) -> bool:
+        return key.startswith("loss_scale/")
+
+    def kind(key: str, tensor: Tensor) -> str:
+        return f"{tensor.dtype}" if key.startswith("extra/") else f"{tensor.dtype} {tuple(tensor.shape)}"
+
+    problems = [f"{key} is missing" for key in wanted if key not in found and not free(key)]
+    problems += [f"{key} belongs to nothing here" for key in found if key not in wanted and not free(key)]
+    problems += [
+        f"{key} is {kind(key, found[key])}, this run has {kind(key, tensor)}"
+        for key, tensor in wanted.items()
+        if key in found and kind(key, found[key]) != kind(key, tensor)
+    ]
+    if problems:
+        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise ValueError(f"training.safetensors does not fit: {'; '.join(problems[:4])}{more}")

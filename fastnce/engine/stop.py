@@ -1,35 +1,125 @@
-"""Signals that ask a run to stop: the step is finished, everything is saved, the same command continues."""
+"""Signals that ask a command to stop: a run saves first; where nothing would be lost, it ends at once."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
+
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+ONE_SIGNAL = 1.0
+"""Seconds within which more signals count as one: launchers pass on what a terminal has sent to everybody already."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal came where nothing would be lost by ending at once; the message is a sentence.
+
+    Args:
+        number: of the signal.
+        when: the end of the sentence.
+    """
+
+    def __init__(self, number: int, when: str = ""):
+        self.number = number
+        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        super().__init__(f"stopped by {name}{when}")
+
+
+def heeded() -> list[int]:
+    """The signals that exist here and are not ignored, as SIGHUP is under nohup."""
+    numbers = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
+    return [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+
+
+@contextmanager
+def handled(numbers: list[int], handler: Any) -> Iterator[None]:
+    """Nothing outside of the main thread, which alone receives signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def raising() -> Iterator[None]:
+    """Within: the first signal raises `Stopped`, so that what is half written is removed; a second one ends at once."""
+    first: list[float] = []
+
+    def handle(number: int, frame: Any) -> None:
+        if first:
+            if time.monotonic() - first[0] > ONE_SIGNAL:
+                os._exit(128 + number)
+            return
+        first.append(time.monotonic())
+        raise Stopped(number)
+
+    with handled(heeded(), handle):
+        yield
+
+
+@contextmanager
+def default() -> Iterator[None]:
+    """Within: signals end the process at once, also where it waits in a library that never comes back to Python."""
+    with handled(heeded(), signal.SIG_DFL):
+        yield
 
 
 class StopRequest:
-    """Turns the first SIGINT, SIGTERM or SIGUSR1 into a flag; a second one ends the process at once."""
+    """Turns the first signal into a flag, once there is something to save; before, it raises `Stopped`.
 
-    SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
+    A second signal, a second later or more, ends the process at once.
 
-    def __init__(self) -> None:
+    Args:
+        tell: say on stderr that the step is finished first.
+    """
+
+    def __init__(self, tell: bool = True) -> None:
         self.name = ""
-        self._previous: dict[int, Any] = {}
+        self._tell = tell
+        self._at = 0.0
+        self._something_to_save = False
 
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():
-            for name in self.SIGNALS:
-                if hasattr(signal, name):
-                    number = getattr(signal, name)
-                    self._previous[number] = signal.signal(number, self._handle)
+        self._context = handled(heeded(), self._handle)
+        self._context.__enter__()
         return self
 
-    def _handle(self, number: int, frame: Any) -> None:
-        if self.name:
-            os._exit(128 + number)
-        self.name = signal.Signals(number).name
+    def wait_for_steps(self) -> None:
+        """A step is done: from now on a signal waits for the end of the next, and for its checkpoint."""
+        self._something_to_save = True
 
-    def __exit__(self, *_: Any) -> None:
-        for number, previous in self._previous.items():
-            signal.signal(number, previous)
+    def _handle(self, number: int, frame: Any) -> None:
+        now = time.monotonic()
+        if self.name:
+            if now - self._at > ONE_SIGNAL:
+                os._exit(128 + number)
+            return
+        self.name, self._at = signal.Signals(number).name, now
+        if not self._something_to_save:
+            raise Stopped(number, " before the first step: nothing was trained")
+        if self._tell:
+            with suppress(OSError):  # past Python's buffers, which the signal may have found at work
+                os.write(2, f"\nfastnce: {self.name}: the step is finished and saved first\n".encode())
+
+    def __exit__(self, *error: Any) -> None:
+        self._context.__exit__(*error)
+
+
+def end_with_parent(parent: int) -> None:
+    """Ask this process to stop, as by SIGTERM, when the process that started it is gone, be it by kill -9."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True, name="launcher").start()

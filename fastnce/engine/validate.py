@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from ..data import DataError
 from ..evaluate.quality import KEYS, DerainingMetrics
@@ -66,20 +65,31 @@ class Validation:
         channels: of the method's pictures, 1 or 3.
         device: where the generator computes.
         ranks: the processes that share the work.
+        skip_bad: leave out a pair that cannot be read.
     """
 
-    def __init__(self, pairs: Sequence[Pair], channels: int, device: torch.device, ranks: Ranks | None = None):
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        channels: int,
+        device: torch.device,
+        ranks: Ranks | None = None,
+        skip_bad: bool = False,
+    ):
         if pairs and channels not in (1, 3):
             raise ValueError(f"run.validate_every measures pictures of 1 or 3 channels, not {channels}: set it to 0")
         self.pairs, self.channels, self.device = list(pairs), channels, device
-        self.ranks = ranks or Ranks()
+        self.ranks, self.skip_bad = ranks or Ranks(), skip_bad
+        self.sizes = {p.name: (p.rainy.stat().st_size, p.clean.stat().st_size) for p in self.pairs}
         self.inputs: dict[str, float] = {}
         self.latest: dict[str, float] = {}
         self.best = float("-inf")
+        self.left_out: list[str] = []
+        """Sentences about pairs that are passed over, for whoever keeps the log; emptied by `told`."""
 
     def digest(self) -> str:
         """Of the pairs' names and sizes in bytes: values on other pictures are not comparable."""
-        listing = [(p.name, p.rainy.stat().st_size, p.clean.stat().st_size) for p in self.pairs]
+        listing = [(p.name, *self.sizes[p.name]) for p in self.pairs]
         return hashlib.sha256(json.dumps([self.channels, listing]).encode()).hexdigest()
 
     def measure_inputs(self) -> str:
@@ -109,14 +119,45 @@ class Validation:
         return better
 
     def _measure(self, translate: Any) -> dict[str, float]:
+        """Means over the pairs; DataError where one cannot be read and `skip_bad` is off, on every rank."""
         metrics = DerainingMetrics()
-        sums = torch.zeros(len(KEYS), dtype=torch.float64)
-        for pair in self.pairs[self.ranks.rank :: self.ranks.world]:
-            rainy, clean = (picture[None] for picture in pair.load(self.channels))
-            (row,) = metrics.update(rainy if translate is None else translate(rainy), clean)
-            sums += torch.tensor([row[key] for key in KEYS], dtype=torch.float64)
-        total: Tensor = sums if self.ranks.world == 1 else self.ranks.mean(sums.to(self.device)) * self.ranks.world
-        return dict(zip(KEYS, (total / len(self.pairs)).tolist(), strict=True))
+        table = torch.zeros(len(self.pairs), len(KEYS) + 1, dtype=torch.float64)  # a row a pair, 1 where it was read
+        reasons: dict[int, str] = {}
+        with self.ranks.together(self.device):
+            for place in range(self.ranks.rank, len(self.pairs), self.ranks.world):
+                try:
+                    rainy, clean = (picture[None] for picture in self.pairs[place].load(self.channels))
+                except DataError as error:
+                    if not self.skip_bad:
+                        raise
+                    reasons[place] = str(error)
+                    continue
+                (row,) = metrics.update(rainy if translate is None else translate(rainy), clean)
+                table[place] = torch.tensor([*(row[key] for key in KEYS), 1.0], dtype=torch.float64)
+        if self.ranks.world > 1:
+            table = (self.ranks.mean(table.to(self.device)) * self.ranks.world).cpu()
+        read = table[:, -1] > 0.5
+        if not read.all():
+            self._leave_out(read.tolist(), reasons)
+        return dict(zip(KEYS, table[read, :-1].mean(dim=0).tolist(), strict=True))
+
+    def _leave_out(self, read: list[bool], reasons: dict[int, str]) -> None:
+        lost = [place for place, one in enumerate(read) if not one]
+        if len(lost) == len(read):
+            raise DataError(f"none of the {len(read)} held-out pairs can be read, such as {self.pairs[0].rainy}")
+        for place in lost:
+            reason = reasons.get(place, "another rank cannot read it")
+            self.left_out.append(f"the held-out pair {self.pairs[place].name} is left out from now on: {reason}")
+        self.pairs = [pair for pair, one in zip(self.pairs, read, strict=True) if one]
+        if self.inputs:  # they were measured on all of them
+            self.left_out.append("a new best checkpoint is looked for, on the pairs that are left")
+            self.best = float("-inf")
+            self.inputs = self._measure(None)
+
+    def told(self) -> list[str]:
+        """What has been left out since the last call."""
+        told, self.left_out = self.left_out, []
+        return told
 
     def metrics(self) -> dict[str, float]:
         """The latest values for metrics.jsonl and TensorBoard, as held_out_psnr_y and so on."""

@@ -74,12 +74,14 @@ class Pair:
         return (left, right) if self.rain_side == "left" else (right, left)
 
 
-def find_pairs(root: str | os.PathLike[str], rain_side: str = "right") -> list[Pair]:
+def find_pairs(root: str | os.PathLike[str], rain_side: str = "right", split: str = "test") -> list[Pair]:
     """All pairs of a test set, in the order of the rainy pictures' names.
 
     Args:
         rain_side: the half of strips that is rainy, "right" or "left"; nothing in other layouts. A warning says where
             most strips look as if it were the other one; that changes nothing.
+        split: "test" or "train": which to take of a set that holds both, such as train_strips and test_strips. A
+            warning says so.
 
     Raises:
         DataError: no layout that is known (the message says what lies there), or pictures without a partner, with more
@@ -89,7 +91,7 @@ def find_pairs(root: str | os.PathLike[str], rain_side: str = "right") -> list[P
     root = Path(root)
     if not root.is_dir():
         raise DataError(f"there is no folder {root}; it should hold a test set, such as rain/ and norain/")
-    for folder in (root, root / "test"):
+    for folder in dict.fromkeys((root, root / split, root / "test")):
         if not folder.is_dir():
             continue
         rainy, clean = _subfolder(folder, RAINY), _subfolder(folder, CLEAN)
@@ -101,7 +103,7 @@ def find_pairs(root: str | os.PathLike[str], rain_side: str = "right") -> list[P
         truths = [file for file in here if _marked(file, _CLEAN_WORD)]
         if truths:
             return _matched(folder, [file for file in here if file not in truths], folder, truths, root)
-        strips = here or [f for name in _folders(folder) if "strip" in name.lower() for f in find_images(folder / name)]
+        strips = here or [file for name in _strip_folders(folder, split) for file in find_images(folder / name)]
         if strips and _are_strips(strips):
             _check_spelling(strips, folder, root)
             pairs = [Pair(file.stem, file, file, rain_side) for file in strips]
@@ -123,6 +125,17 @@ def check_rain_side(rain_side: str) -> None:
 
 def _folders(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _strip_folders(folder: Path, split: str) -> list[str]:
+    """Those of one split where there are both: training pictures measured as test pictures would look too good."""
+    names = [name for name in _folders(folder) if "strip" in name.lower()]
+    other = "train" if split == "test" else "test"
+    wanted = [name for name in names if split in name.lower()]
+    if not wanted or not any(other in name.lower() for name in names):
+        return names
+    warnings.warn(f"{folder} holds {', '.join(names)}: only {', '.join(wanted)} is taken", stacklevel=3)
+    return wanted
 
 
 def _subfolder(folder: Path, names: tuple[str, ...]) -> Path | None:

@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ..data import DataError, find_images, load_image
-from ..writing import write_whole
+from ..writing import check_not_replaced, sweep, write_whole
 from .distribution import fid_kid, require_fidelity
 from .pairs import Pair, find_pairs
 from .quality import KEYS, DerainingMetrics, to_levels
@@ -115,7 +115,8 @@ def evaluate(
     """
     data = Path(data)
     json_file, csv_file, sheet = (None if file is None else Path(file) for file in (json_file, csv_file, sheet))
-    _check_writable([file for file in (json_file, csv_file, sheet) if file is not None])
+    files = [file for file in (json_file, csv_file, sheet) if file is not None]
+    _check_writable(files)
     if sheet is not None and sheet.suffix.lower() != ".png":
         raise ValueError(f"--sheet {sheet}: the contact sheet is a PNG, name it {sheet.stem}.png")
     if fid:
@@ -127,9 +128,11 @@ def evaluate(
                 f"{data} holds testA and testB, which are not paired: only --fid with --json measures them (PSNR, "
                 f"SSIM, --csv and --sheet need pairs, such as rain/ and norain/)"
             )
+        _check_kept(files, [*find_images(data / "testA"), *find_images(data / "testB")], translate)
         report = _unpaired(data, translate, channels, device, progress)
     else:
         pairs = find_pairs(data, rain_side)
+        _check_kept(files, [file for pair in pairs for file in (pair.rainy, pair.clean)], translate)
         report = _paired(data, pairs, translate, channels, device, fid, progress)
         if sheet is not None:
             drawn = _sheet(pairs, report.pictures, translate, channels)
@@ -156,6 +159,13 @@ def _check_writable(files: list[Path]) -> None:
             raise ValueError(f"{file} cannot be written: {folder} allows no new files")
     if len({os.path.realpath(file) for file in files}) < len(files):
         raise ValueError(f"the reports need files of their own, not {', '.join(map(str, files))}")
+
+
+def _check_kept(files: list[Path], pictures: list[Path], translate: Translate | None) -> None:
+    """ValueError where a report would replace a picture or the model; what killed processes left beside it goes."""
+    check_not_replaced(files, [*pictures, *getattr(translate, "sources", ())])
+    for folder in {file.absolute().parent for file in files}:
+        sweep(folder)
 
 
 def _paired(

@@ -8,12 +8,13 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 from ..data import DataError, save_image
-from .pairs import RAIN_SIDE_HELP, RAIN_SIDES, find_pairs
+from ..locking import hold
+from ..writing import check_free, partial_name, sweep
+from .pairs import RAIN_SIDE_HELP, RAIN_SIDES, Pair, find_pairs
 
 
 def write_unpaired(
@@ -38,18 +39,32 @@ def write_unpaired(
 
     Raises:
         DataError: no pairs, fewer than two scenes, or a folder in the way. Nothing is written then.
+        InUse: another process writes there.
     """
     out = Path(out)
-    found = find_pairs(pairs, rain_side)
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out}: a file is in the way, a folder is needed")
+    found = find_pairs(pairs, rain_side, split="train")
     scenes = {clean: place for place, clean in enumerate(sorted({pair.clean for pair in found}))}
     if len(scenes) < 2:
         raise DataError(f"{pairs} holds one scene; two at least make rainy and clean pictures of different ones")
     held_out = find_pairs(test, rain_side) if test is not None else []
     tops = ["trainA", "trainB", *(["test"] if held_out else [])]
-    for top in tops:
-        if (out / top).exists():
-            raise DataError(f"{out / top} is there already: take another folder for --out")
-    aside = out / f".partial-{uuid.uuid4().hex}"
+    with hold(out, "fastnce unpair", "take another folder for --out"):
+        check_free(out, tops)
+        sweep(out, held=True)
+        return _write(found, scenes, held_out, tops, out, progress)
+
+
+def _write(
+    found: list[Pair],
+    scenes: dict[Path, int],
+    held_out: list[Pair],
+    tops: list[str],
+    out: Path,
+    progress: Callable[[str], None] | None,
+) -> dict[str, int]:
+    aside = out / partial_name()
     counts: dict[str, int] = {}
 
     def write(picture, folder: str, name: str) -> None:
@@ -75,8 +90,6 @@ def write_unpaired(
             os.replace(aside / top, out / top)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-        if out.is_dir() and not any(out.iterdir()):
-            out.rmdir()
     return counts
 
 

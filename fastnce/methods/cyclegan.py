@@ -121,6 +121,9 @@ class ImagePool(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         stored = state_dict.get(f"{prefix}pictures")
+        if stored is not None and stored.numel() and (stored.dim() != 4 or len(stored) != self.size):
+            args[-1].append(f"{prefix}pictures is {tuple(stored.shape)}, this pool has {self.size} pictures")  # errors
+            return
         if stored is not None and stored.shape != self.pictures.shape:
             self.pictures = self.pictures.new_zeros(stored.shape)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

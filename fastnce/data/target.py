@@ -1,0 +1,66 @@
+"""What a picture is resized to before it is cropped."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from .folder import DataError, pair
+
+PREPROCESS = ("resize_and_crop", "crop", "scale_width_and_crop", "scale_shortside_and_crop", "none")
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a picture is resized to before it is cropped; `load` and `crop` are (height, width).
+
+    The modes are the published ones. "crop" keeps the picture's size, "scale_width_and_crop" sets its width,
+    "scale_shortside_and_crop" only enlarges, both when they are too small; "none" rounds sides to a multiple of 4.
+    """
+
+    preprocess: str
+    load: tuple[int, int]
+    crop: tuple[int, int]
+    channels: int
+
+    @classmethod
+    def checked(
+        cls, preprocess: str, load: int | tuple[int, int], crop: int | tuple[int, int], channels: int
+    ) -> "Target":
+        """Raises DataError where the settings contradict each other."""
+        if preprocess not in PREPROCESS:
+            raise DataError(f"preprocess={preprocess!r} is none of {', '.join(PREPROCESS)}")
+        if channels < 1:
+            raise DataError(f"channels should be at least 1, not {channels}")
+        load, crop = pair("load_size", load), pair("crop_size", crop)
+        if preprocess in ("crop", "none"):
+            load = crop  # load_size has no part in these: nothing changes when the learning rate decays
+        if preprocess != "none" and (crop[0] % 4 or crop[1] % 4):
+            raise DataError(f"the sides of crop_size should be multiples of 4, not {crop}")
+        if load[1] < crop[1] or (load[0] < crop[0] and preprocess != "scale_width_and_crop"):
+            raise DataError(f"load_size={load} is too small for crop_size={crop}: it should be at least as large")
+        return cls(preprocess, load, crop, channels)
+
+    def decaying(self) -> "Target":
+        """Once the learning rate decays, load_size becomes crop_size (published rule of CUT)."""
+        return Target(self.preprocess, self.crop, self.crop, self.channels)
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) to which a picture of this size is resized."""
+        if self.preprocess == "resize_and_crop":
+            return self.load
+        if self.preprocess == "scale_width_and_crop":
+            if width == self.load[1] and height >= self.crop[0]:
+                return height, width
+            return int(max(self.load[1] * height / width, self.crop[0])), self.load[1]
+        if self.preprocess == "none":
+            return round(height / 4) * 4, round(width / 4) * 4
+        scale = max(self.load[0] / height, self.load[1] / width)
+        return (height, width) if scale <= 1 else (round(height * scale), round(width * scale))
+
+    def key(self) -> dict[str, Any]:
+        """The settings that decide about the cached pixels, and only those."""
+        key = {"filter": "bicubic", "preprocess": self.preprocess, "channels": self.channels}
+        if self.preprocess != "none":
+            key["load"] = self.load
+        if self.preprocess == "scale_width_and_crop":
+            key["crop"] = self.crop
+        return key

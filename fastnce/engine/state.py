@@ -1,0 +1,111 @@
+"""`state.json` of a checkpoint: sealed with a digest of its own, and checked before anything in it is used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+FORMAT = 2
+"""1 had no digest of its own."""
+FILES = ("generator.safetensors", "training.safetensors")
+LARGEST = 16 * 2**20
+"""Bytes of a state.json that is read at all."""
+
+
+def _count(least: int) -> Callable[[Any], bool]:
+    return lambda value: type(value) is int and least <= value < 2**63
+
+
+def _names(value: Any) -> bool:
+    fit = isinstance(value, list) and all(isinstance(name, str) and name.startswith("G") for name in value)
+    return fit and 0 < len(set(value)) == len(value)
+
+
+def _digests(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and set(value) == set(FILES)
+        and all(isinstance(text, str) and re.fullmatch("[0-9a-f]{64}", text) for text in value.values())
+    )
+
+
+def _config(value: Any) -> bool:
+    kinds = {"method": str}
+    return isinstance(value, dict) and all(isinstance(part, kinds.get(key, dict)) for key, part in value.items())
+
+
+def _progress(value: Any) -> bool:
+    least = {"batch": 1, "ranks": 1, "epoch": 0, "pictures": 0, "seen": 0}
+    return isinstance(value, dict) and all(_count(low)(value.get(key)) for key, low in least.items())
+
+
+def _validation(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("pairs"), str)
+        and all(isinstance(number, float | int) for key, number in value.items() if key != "pairs")
+        and "psnr_y" in value
+    )
+
+
+_NEEDED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "step": (_count(0), "a whole number of at least 0"),
+    "sha256": (_digests, f"the digests of {' and '.join(FILES)}"),
+    "generators": (_names, "a list of generators such as G"),
+}
+_OPTIONAL: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "config": (_config, "a table of the method and its sections"),
+    "progress": (_progress, "a table of batch, ranks, epoch, pictures and seen"),
+    "validation": (_validation, "a table of the pairs' digest and numbers"),
+    "data": (lambda value: isinstance(value, str), "a text"),
+    "finite": (lambda value: isinstance(value, bool), "true or false, whether the generators' numbers are finite"),
+    "sound": (lambda value: isinstance(value, bool), "true or false, whether all numbers are finite and the step good"),
+}
+
+
+def sealed(state: dict[str, Any]) -> str:
+    """The text of state.json, with its format and a digest of everything in it."""
+    state = {**state, "format": FORMAT}
+    return json.dumps({**state, "digest": _digest(state)}, indent=1)
+
+
+def read(file: Path, step: int | None) -> dict[str, Any]:
+    """What was sealed, checked; files of format 1 are checked as far as they go.
+
+    Args:
+        step: that the folder's name says, None where it says none.
+
+    Raises:
+        ValueError: it is not what was written; the message names the key, not the file.
+        OSError: it cannot be read.
+    """
+    if file.stat().st_size > LARGEST:
+        raise ValueError(f"{file.name} has {file.stat().st_size:,} bytes, far more than were ever written")
+    try:
+        state = json.loads(file.read_bytes().decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        reason = str(error) if isinstance(error, ValueError) else "nested too deeply"
+        raise ValueError(f"{file.name} is no JSON: {reason}") from None
+    if not isinstance(state, dict):
+        raise ValueError(f"{file.name} should hold a table, not {type(state).__name__}")
+    if "format" in state or "digest" in state:
+        digest = state.pop("digest", None)
+        if state.get("format") == FORMAT and digest != _digest(state):
+            raise ValueError(f"{file.name} is not what was written")
+        if state.pop("format", None) != FORMAT:
+            raise ValueError(f"{file.name} is of a newer fastnce, or not what was written")
+    for key, (fits, wanted) in (_NEEDED | _OPTIONAL).items():
+        if (key in state or key in _NEEDED) and not fits(state.get(key)):
+            raise ValueError(f"{file.name} should hold {key}, {wanted}")
+    if step is not None and state["step"] != step:
+        raise ValueError(f"{file.name} is of step {state['step']}, and the folder of step {step}")
+    return state
+
+
+def _digest(state: dict[str, Any]) -> str:
+    """Of the content, however it is spaced and ordered."""
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()

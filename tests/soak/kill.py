@@ -1,0 +1,180 @@
+"""kill -9 at any moment: of a run, within its saves too, of a cache that is made, and of a run of two processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from random import Random
+
+from .common import MARK, TINY, Campaign, Child, Ended, Outcome, marked, pictures, run, survey, tree
+from .faults import Events, kill, limit_files, log_uniform
+from .runs import SAVE_EVERY, arguments, differences, done, logged, measured, newest, reference, whole
+
+ROUNDS = (1, 1, 1, 2, 3)
+"""Kills in a row before a run may end, each as likely."""
+
+
+def killed(
+    rng: Random, command: list[str], folders: tuple[Path, ...], seconds: float, events: int
+) -> tuple[str, Ended]:
+    """Run a command and kill it: at a time, at what it does to a file, or within a write to one."""
+    how = rng.choice(("time", "event", "event", "write"))
+    if how == "time":
+        moment = rng.uniform(0, seconds)
+        child = Child(command)
+        child.sleep(moment)
+        if child.alive():
+            child.send(signal.SIGKILL)
+        return f"killed after {moment:.3f} s", child.end()
+    number = rng.randint(1, events)
+    if how == "event":
+        return f"killed at event {number}", run(command, prepare=Events(*folders).watch(number, kill))
+    size = log_uniform(rng, 1, 300_000)
+    told = f"killed within a write past {size} bytes, from event {number} on"
+    return told, run(command, prepare=Events(*folders).watch(number, lambda event: limit_files(size, deadly=True)))
+
+
+def kill_runs(count: int, seed: int, folder: Path) -> Outcome:
+    base = reference(folder)
+    alive = 0
+
+    def attempt(number: int, rng: Random, place: Path) -> tuple[str, list[str]]:
+        nonlocal alive
+        out = place / "run"
+        command = arguments(base.data, out)
+        told, wrong = [], []
+        for _ in range(rng.choice(ROUNDS)):
+            before = newest(out)
+            how, ended = killed(rng, command, (out,), base.seconds, base.events)
+            told.append(how)
+            if ended.code not in (0, -signal.SIGKILL, -signal.SIGXFSZ):
+                wrong.append(f"exit code {ended.code}: {ended.err[-300:]}")
+            alive += ended.code == 0
+            wrong += _lost(out, before)
+        if newest(out):
+            wrong += run(["translate", out, base.data / "trainA", "--out", place / "out", "--device", "cpu"]).wrong(0)
+        wrong += run(command).wrong(0) + differences(out, base.run, len(told))
+        return ", then ".join(told), wrong
+
+    outcome = survey(count, seed, folder, attempt)
+    outcome.notes.append(f"{alive} of the runs had ended before their moment came.")
+    return outcome
+
+
+def _lost(out: Path, before: int) -> list[str]:
+    """After a kill: no checkpoint may be torn, and none be missing whose step was over when the next was logged."""
+    good, bad = whole(out)
+    wrong = [f"{name} is not whole" for name in bad if (out / "checkpoints" / name / "state.json").exists()]
+    last = logged(out) - 1
+    due = max(before, last - last % SAVE_EVERY)
+    if max(good, default=0) < due:
+        wrong.append(f"the checkpoint of step {due} is lost: there are {sorted(good)}")
+    return wrong
+
+
+def kill_caching(count: int, seed: int, folder: Path) -> Outcome:
+    names = [f"{part}/{number}.png" for part in ("trainA", "trainB") for number in range(8)]
+    data, place = pictures(folder / "data", *names), folder / "cache"
+    command = ["cache", "--data", data, *TINY, f"data.cache_dir={place}"]
+    events = Events(place)
+    seconds = done(run(command, prepare=events.watch())).seconds
+    wanted = tree(place)
+
+    def attempt(number: int, rng: Random, _: Path) -> tuple[str, list[str]]:
+        for path in place.iterdir():
+            path.unlink()
+        wrong = []
+        how, ended = killed(rng, command, (place,), seconds, events.count)
+        if ended.code not in (0, -signal.SIGKILL, -signal.SIGXFSZ):
+            wrong.append(f"exit code {ended.code}: {ended.err[-300:]}")
+        wrong += run(command).wrong(0)
+        found = tree(place)
+        wrong += [f"{name} is left" for name in found.keys() - wanted.keys()]
+        wrong += [f"{name} is not as it was made at once" for name in wanted if found.get(name) != wanted[name]]
+        return how, wrong
+
+    return survey(count, seed, folder, attempt)
+
+
+# ---- two processes ----
+
+
+def launch(command: list[str], mark: str, place: Path) -> subprocess.Popen[bytes]:
+    """`fastnce ARGUMENTS` as a user starts it; its processes are found by the mark, its words in `place`/said."""
+    environment = os.environ | {MARK: mark, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment["PYTHONPATH"] = os.pathsep.join([os.getcwd(), environment.get("PYTHONPATH", "")])
+    program = [sys.executable, "-m", "fastnce", *map(str, command)]
+    with (place / "said").open("ab") as said:
+        return subprocess.Popen(program, env=environment, stdout=said, stderr=said, stdin=subprocess.DEVNULL)
+
+
+def all_gone(mark: str, seconds: float = 60.0) -> list[str]:
+    """Wait until no process of a try is left; those that are after so long are killed, and told."""
+    until = time.monotonic() + seconds
+    while (left := marked(mark)) and time.monotonic() < until:
+        time.sleep(0.1)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    return [f"{len(left)} processes were left after {seconds:.0f} s"] if left else []
+
+
+def until_steps(process: subprocess.Popen[bytes], out: Path, steps: int) -> None:
+    """Wait until a run has logged so many steps, or has ended."""
+    while process.poll() is None and len(measured(out)) < steps:
+        time.sleep(0.02)
+
+
+def kill_ranks(count: int, seed: int, folder: Path) -> Outcome:
+    steps = 24
+    data = reference(folder).data
+    base, two = folder / "two", ("--nproc", "2")
+    assert launch(arguments(data, base, *two, steps=steps), f"{seed}-base", folder).wait() == 0
+
+    def attempt(number: int, rng: Random, place: Path) -> tuple[str, list[str]]:
+        out, mark = place / "run", f"{os.getpid()}-{seed}-{number}"
+        command = arguments(data, out, *two, steps=steps)
+        process = launch(command, mark, place)
+        until_steps(process, out, rng.randint(0, steps // 2))
+        time.sleep(rng.uniform(0, 0.2))
+        who = rng.choice(("a rank", "the launcher", "all"))
+        ranks = [pid for pid in marked(mark) if pid != process.pid]
+        victims = {"a rank": ranks and [rng.choice(sorted(ranks))], "the launcher": [process.pid]}
+        at = logged(out)
+        for pid in victims.get(who, [process.pid, *ranks]):
+            os.kill(pid, signal.SIGKILL)
+        code = process.wait(120)
+        wrong = all_gone(mark) + _lost(out, 0)
+        if who == "a rank" and ranks and not code and newest(out) != steps:
+            wrong.append("exit code 0 though a rank was killed")
+        again = launch(command, mark, place).wait(180)
+        if again != 0:
+            wrong.append(f"exit code {again} of the continued run: {(place / 'said').read_text()[-400:]}")
+        return f"{who} killed at step {at}", wrong + differences(out, base, 1)
+
+    return survey(count, seed, folder, attempt)
+
+
+CAMPAIGNS = [
+    Campaign(
+        "kill",
+        "A run that is killed at any moment, within a save too, continues and ends bit-equal to an undisturbed one.",
+        100,
+        kill_runs,
+    ),
+    Campaign(
+        "kill-caching",
+        "After caching is killed, the next start makes the same cache as at once, and leaves nothing else.",
+        60,
+        kill_caching,
+    ),
+    Campaign(
+        "kill-ranks",
+        "Of two processes, one, the launcher or all are killed: none stays, and the run continues bit-equal.",
+        10,
+        kill_ranks,
+    ),
+]
