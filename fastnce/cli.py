@@ -22,7 +22,7 @@ from .engine.launch import launched, processes, start, watch_launcher, without
 from .engine.loop import TrainingFailed
 from .engine.memory import out_of_memory
 from .engine.stop import Stopped, raising
-from .engine.stored import load_generators, read_tensors
+from .engine.stored import load_generators, read_tensors, using
 from .evaluate.pairs import RAIN_SIDE_HELP, RAIN_SIDES
 from .inference import load_translator, translate_files
 from .methods import PRESETS
@@ -215,21 +215,18 @@ def export(arguments: list[str]) -> int:
     from .interop import load_weights, save_published
 
     folder, state = open_checkpoint(args.run)
-    try:
+    with using(folder):
         config = from_dict(state["config"])
+        networks = PRESETS[config.method].method(config.loss, config.network).networks()
         tensors = read_tensors(folder / "training.safetensors")
-        generators = load_generators(folder, state)
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
-    networks = PRESETS[config.method].method(config.loss, config.network).networks()
-    for name, network in networks.items():
-        prefix = f"network/{name}/"
-        weights = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
-        load_weights(network, weights, str(folder))
-    for name, weights in generators.items():  # averaged, where the run keeps an average
-        if name not in networks:
-            raise ValueError(f"{folder}: {config.method} has no generator {name}")
-        load_weights(networks[name], weights, str(folder))
+        for name, network in networks.items():
+            prefix = f"network/{name}/"
+            weights = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+            load_weights(network, weights, str(folder))
+        for name, weights in load_generators(folder, state).items():  # averaged, where the run keeps an average
+            if name not in networks:
+                raise ValueError(f"{config.method} has no generator {name}")
+            load_weights(networks[name], weights, str(folder))
     for path in save_published(networks, args.out, args.label):
         print(path)
     return 0

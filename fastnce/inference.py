@@ -20,7 +20,7 @@ from .config import from_dict
 from .data import DataError, find_images
 from .engine.checkpoint import open_checkpoint
 from .engine.memory import available_memory, out_of_memory
-from .engine.stored import follow, load_generators
+from .engine.stored import follow, load_generators, using
 from .evaluate.quality import FLOATS, check_range
 from .interop import load_weights, network_from_weights, read_weights
 from .networks import channels_last
@@ -218,16 +218,15 @@ def load_translator(
     source = follow(Path(source))
     if source.is_dir():
         folder, state = open_checkpoint(source, ("generator.safetensors",))
-        try:
+        with using(folder):
             weights = load_generators(folder, state)
             config = from_dict(state["config"])
-        except ValueError as error:
-            raise ValueError(f"{folder}: {error}") from None
         name = generator or next(iter(weights))
         if name not in weights:
             raise ValueError(f"{folder}: no generator {name!r}, it holds {', '.join(weights)}")
         network = config.network.build_generator(reverse=name == "G_B")
-        load_weights(network, weights[name], str(folder))
+        with using(folder):
+            load_weights(network, weights[name], str(folder))
         translator = Translator(network, device, tiles=tiles, tile_size=tile_size, say=say)
         translator.sources = (folder / "state.json", folder / "generator.safetensors")
         return translator

@@ -83,10 +83,14 @@ def read(file: Path, step: int | None) -> dict[str, Any]:
         ValueError: it is not what was written; the message names the key, not the file.
         OSError: it cannot be read.
     """
-    if file.stat().st_size > LARGEST:
-        raise ValueError(f"{file.name} has {file.stat().st_size:,} bytes, far more than were ever written")
+    if file.exists() and not file.is_file():
+        raise ValueError(f"{file.name} is no regular file")
+    with file.open("rb") as opened:
+        content = opened.read(LARGEST + 1)
+    if len(content) > LARGEST:
+        raise ValueError(f"{file.name} has more than {LARGEST:,} bytes, far more than were ever written")
     try:
-        state = json.loads(file.read_bytes().decode("utf-8"))
+        state = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         reason = str(error) if isinstance(error, ValueError) else "nested too deeply"
         raise ValueError(f"{file.name} is no JSON: {reason}") from None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,16 @@ def follow(path: Path) -> Path:
     return target
 
 
+@contextmanager
+def using(folder: Path) -> Iterator[None]:
+    """What does not fit in a checkpoint is told with its folder and a remedy."""
+    try:
+        yield
+    except ValueError as error:
+        reason = str(error).removeprefix(f"{folder}").lstrip(": ")
+        raise ValueError(f"{folder}: {reason}; name another checkpoint, or remove this one") from None
+
+
 def reason_of(error: Exception) -> str:
     """What is wrong with a checkpoint, in the words of its error."""
     if isinstance(error, OSError):
@@ -98,5 +110,7 @@ def reason_of(error: Exception) -> str:
 
 
 def digest_of(path: Path) -> str:
+    if path.exists() and not path.is_file():  # a device may have no end
+        raise ValueError(f"{path.name} is no regular file")
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

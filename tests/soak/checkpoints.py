@@ -135,8 +135,8 @@ def _told(ended: Ended, model: Path, remedy: bool) -> list[str]:
 
 CAMPAIGN = Campaign(
     "checkpoints",
-    "A damaged checkpoint is refused with its path and a remedy, or passed over with a sentence; what is loaded is what "
-    "was written, and whole checkpoints stay.",
+    "A damaged checkpoint is refused with its path and a remedy, or passed over with a sentence; what is loaded is "
+    "what was written, and whole checkpoints stay.",
     420,
     damaged_checkpoints,
 )

@@ -1,4 +1,4 @@
-"""Ways to damage a run's checkpoints: of files, of what is in state.json, of tensors, and of what lies in the folder."""
+"""Ways to damage a run's checkpoints: files, what is in state.json, tensors, and what lies in the folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from .runs import FILES
 
 OLDEST, MIDDLE, NEWEST, LAST = 5, 6, 8, 10
-"""Steps of the checkpoints in a run that is damaged (the first of them is the best), and of the one that it ends with."""
+"""Steps of the checkpoints in a run that is damaged (the first is the best), and of the one that it ends with."""
 ALL = ("train", "translate", "best", "export")
 
 

@@ -131,6 +131,8 @@ def to_commands(count: int, seed: int, folder: Path) -> Outcome:
             told, (ended, _) = f"{name}: {which.name} after {after:.3f} s", _send(Child(command), after, which)
         wrong = ended.wrong(0, 128 + which)
         found, files = tree(out), wanted[name]
+        if name == "cache":  # what is decoded already, for the next start to take up
+            found = {file: content for file, content in found.items() if not file.startswith(".fastnce-")}
         wrong += [f"{file} is left" for file in found.keys() - files.keys()]
         wrong += [f"{file} is half written" for file in found.keys() & files.keys() if found[file] != files[file]]
         if ended.code == 0 and found != files:
