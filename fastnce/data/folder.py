@@ -312,6 +312,8 @@ def save_image(image: torch.Tensor, path: str | os.PathLike[str]) -> None:
     suffix = path.suffix.lower()
     if image.ndim != 3:
         raise DataError(f"save_image takes (channels, height, width), not a tensor of shape {tuple(image.shape)}")
+    if not image.numel():
+        raise DataError(f"{path}: a picture of shape {tuple(image.shape)} has no pixels to write")
     if suffix not in SUFFIXES:
         raise DataError(f"{path} ends with {suffix or 'no suffix'}; a picture can be written as {', '.join(SUFFIXES)}")
     if suffix != ".npy" and image.shape[0] not in (1, 3, 4):
