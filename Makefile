@@ -1,10 +1,10 @@
-# make demo | make test | make bench | make lint: each does all of its own set-up in .venv and reuses it.
+# make demo | make test | make soak | make bench | make lint: each does all of its own set-up in .venv and reuses it.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test soak bench lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m fastnce demo
@@ -16,6 +16,9 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+soak: $(VENV)/.test
+	$(BIN)/python -m tests.soak --write docs/reliability.md
 
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/run.py --out benchmarks/results/local

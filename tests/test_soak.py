@@ -1,0 +1,45 @@
+"""A few tries of each campaign of faults (`make soak` does all of them), with seeds that stay."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+
+if not sys.platform.startswith("linux") or not hasattr(os, "fork"):
+    pytest.skip("the campaigns use forks, and what Linux tells of processes", allow_module_level=True)
+
+from tests.soak import checkpoints, full_disks, kill, signals, weight_files
+from tests.soak.common import Campaign, warm
+from tests.soak.table import BEGIN, END, write_results
+from tests.soak.common import Outcome  # noqa: I001
+
+FEW = {
+    "kill": 6,
+    "kill-caching": 6,
+    "kill-ranks": 1,
+    "full-disks": 60,
+    "full-disks-training": 5,
+    "signals": 8,
+    "signals-commands": 33,
+    "signals-starts": 2,
+    "signals-ranks": 1,
+    "signals-compiling": 0,
+    "checkpoints": 24,
+    "weight-files": 42,
+}
+MODULES = (kill, full_disks, signals, checkpoints, weight_files)
+CAMPAIGNS = [c for module in MODULES for c in getattr(module, "CAMPAIGNS", [getattr(module, "CAMPAIGN", None)])]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def warmed():
+    warm()
+
+
+@pytest.mark.parametrize("campaign", [c for c in CAMPAIGNS if FEW[c.name]], ids=lambda campaign: campaign.name)
+def test_nothing_is_lost(campaign: Campaign, tmp_path):
+    outcome = campaign.run(FEW[campaign.name], 1, tmp_path)
+    assert outcome.lost == []
+    assert outcome.tried == FEW[campaign.name]
