@@ -30,9 +30,8 @@ if __name__ == "__main__":
 from benchmarks.machine import facts
 from fastnce.data import UnpairedData
 from fastnce.demo import write_folders
-from fastnce.engine.choices import pick_compile, set_tf32
+from fastnce.engine.choices import pick_compile, pick_device, set_tf32
 from fastnce.engine.cudagraph import pick_graph
-from fastnce.engine.loop import pick_device
 from fastnce.engine.optim import OptimOptions
 from fastnce.engine.step import Step
 from fastnce.engine.validate import Validation, find_validation

@@ -15,12 +15,14 @@ from pathlib import Path
 from . import __version__
 from .config import check, from_dict, plan, resolve
 from .data.rain import RANGES, RainOptions, join_negative, parse_range, write_rain
-from .engine.checkpoint import load_generators, open_checkpoint, read_tensors
+from .engine.checkpoint import open_checkpoint
+from .engine.choices import pick_device
 from .engine.distributed import RankLost
 from .engine.launch import launched, processes, start, watch_launcher, without
-from .engine.loop import TrainingFailed, pick_device
+from .engine.loop import TrainingFailed
 from .engine.memory import out_of_memory
 from .engine.stop import Stopped, raising
+from .engine.stored import load_generators, read_tensors
 from .evaluate.pairs import RAIN_SIDE_HELP, RAIN_SIDES
 from .inference import load_translator, translate_files
 from .methods import PRESETS

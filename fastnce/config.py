@@ -17,8 +17,8 @@ from .engine.optim import OptimOptions
 from .engine.options import RunOptions
 from .evaluate.pairs import RAIN_SIDES
 from .methods import PRESETS, Method, NetworkOptions, Preset
+from .options import brief, check_value, converted, describe, option, range_of
 from .options import check as check_options
-from .options import check_value, converted, describe, option, range_of
 
 MOST_SIDE = 16_384
 """Of pictures in pixels: one of that size takes 3 GiB as float32."""
@@ -119,7 +119,7 @@ def resolve(method: str, file: Path | None = None, overrides: list[str] | None =
         ValueError: an unknown method or key (with the nearest known one), or what `check` refuses.
     """
     if method not in PRESETS:
-        raise ValueError(f"unknown method {method!r}{_nearest(method, list(PRESETS))}; known: {', '.join(PRESETS)}")
+        raise ValueError(f"unknown method {brief(method)}{_nearest(method, [*PRESETS])}; known: {', '.join(PRESETS)}")
     config = from_preset(method, PRESETS[method])
     if file is not None:
         try:
@@ -133,10 +133,11 @@ def resolve(method: str, file: Path | None = None, overrides: list[str] | None =
         if stored.pop("method", method) != method:
             raise ValueError(f"--config {file} is for another method than {method}")
         for section, values in stored.items():
+            named = brief(section)
             if not isinstance(values, dict):
-                raise ValueError(f"--config {file}: {section!r} must be in a section{_nearest_key(config, section)}")
+                raise ValueError(f"--config {file}: {named} must be in a section{_nearest_key(config, section)}")
             if section not in Config.SECTIONS and not values:
-                raise ValueError(f"--config {file}: unknown section {section!r}; known: {', '.join(Config.SECTIONS)}")
+                raise ValueError(f"--config {file}: unknown section {named}; known: {', '.join(Config.SECTIONS)}")
             for key, value in values.items():
                 _set(config, f"{section}.{key}", value, f"--config {file}")
     for text in overrides or []:
@@ -145,7 +146,7 @@ def resolve(method: str, file: Path | None = None, overrides: list[str] | None =
             section, key = name.split(".")
             raise ValueError(f"{name} needs a value, such as {name}={_toml(getattr(getattr(config, section), key))}")
         if not equals:
-            raise ValueError(f"{text!r}: write section.key=value{_nearest_key(config, name)}")
+            raise ValueError(f"{brief(text)}: write section.key=value{_nearest_key(config, name)}")
         _set(config, name.strip(), value.strip(), "", parse=True)
     check(config)
     return config
@@ -238,12 +239,12 @@ def from_dict(stored: dict[str, Any]) -> Config:
     if not isinstance(stored, dict):
         raise ValueError(f"a stored configuration must be a table of sections, not {type(stored).__name__}")
     if stored.get("method") not in PRESETS:
-        raise ValueError(f"unknown method {stored.get('method')!r}; known: {', '.join(PRESETS)}")
+        raise ValueError(f"unknown method {brief(stored.get('method'))}; known: {', '.join(PRESETS)}")
     config = from_preset(stored["method"], PRESETS[stored["method"]])
     for section in Config.SECTIONS:
         target, values = getattr(config, section), stored.get(section, {})
         if not isinstance(values, dict):
-            raise ValueError(f"a stored configuration's {section} must be a table of keys, not {values!r}")
+            raise ValueError(f"a stored configuration's {section} must be a table of keys, not {brief(values)}")
         for key in {f.name for f in fields(target)} & values.keys():
             setattr(target, key, values[key])
     check_options(config.network, "network")
@@ -277,7 +278,7 @@ def _set(config: Config, name: str, value: Any, where: str, parse: bool = False)
     section, _, key = name.partition(".")
     target = getattr(config, section) if section in Config.SECTIONS else None
     if target is None or key not in {f.name for f in fields(target)}:
-        raise ValueError(f"{where}unknown key {name!r}{_nearest_key(config, name)}")
+        raise ValueError(f"{where}unknown key {brief(name)}{_nearest_key(config, name)}")
     text = value if parse else ""
     if parse:
         value = _parse(value, getattr(target, key))

@@ -17,8 +17,8 @@ from PIL import Image
 from .config import resolve
 from .data import load_image
 from .data.folder import encoded
+from .engine.choices import pick_device
 from .engine.log import clock, save_grid
-from .engine.loop import pick_device
 from .writing import write_whole
 
 DAY = ("astronaut", "chelsea", "coffee", "motorcycle")

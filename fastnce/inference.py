@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from .config import from_dict
 from .data import DataError, find_images
-from .engine.checkpoint import follow, load_generators, open_checkpoint
+from .engine.checkpoint import open_checkpoint
 from .engine.memory import available_memory, out_of_memory
+from .engine.stored import follow, load_generators
 from .evaluate.quality import FLOATS, check_range
 from .interop import load_weights, network_from_weights, read_weights
 from .networks import channels_last

@@ -72,7 +72,7 @@ def check_value(options: Any, key: str, value: Any, name: str, shown: str = "") 
     """Refuse a value for one key; `name` and `shown` are what the sentence calls the two."""
     hint, accepts = kinds(options)[key]
     if not _fits(hint, accepts, value):
-        raise ValueError(f"{name} must be {wanted(options, key)}, not {shown or _shown(value)}")
+        raise ValueError(f"{name} must be {wanted(options, key)}, not {shown or brief(value)}")
 
 
 def converted(options: Any, key: str, value: Any) -> Any:
@@ -173,7 +173,7 @@ def _bounds(accepts: Accepts) -> str:
     return f" from {low} to {high}" if high else f" from {low} to below {below}" if below else f" of at least {low}"
 
 
-def _shown(value: Any) -> str:
+def brief(value: Any) -> str:
     """A value in a sentence: short, and on one line."""
     try:
         text = repr(value)

@@ -1,8 +1,8 @@
 """Photographs as users have them: what a translation must carry over besides the pixels.
 
 The EXIF orientation is applied when a file is read. Alpha is kept aside and put back, but not beside 16 bits, where PIL
-cannot write it (a warning says so); a colour profile is kept when it is one of the kind of picture that is written (RGB
-or grey). Other metadata is not carried over.
+cannot write it (a warning says so). A colour profile of less than 1 MiB is kept when it is one of the kind of picture
+that is written (RGB or grey). Other metadata is not carried over.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from .writing import write_whole
 ALPHA = (".png", ".webp", ".tif", ".tiff")
 PROFILE = (".png", ".webp", ".tif", ".tiff", ".jpg", ".jpeg")
 GREY_16 = (".png", ".tif", ".tiff")
+LARGEST_PROFILE = 1 << 20  # bytes; PIL does not read a PNG with a larger one
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,9 @@ def write_photograph(result: Tensor, path: str | os.PathLike[str], source: Photo
         alpha = None
         warnings.warn("16 bits are written without alpha, which PIL cannot add; 8 bits would keep it", stacklevel=2)
     profile = source.profile if suffix in PROFILE and _fits(source.profile, channels) else None
+    if profile is not None and len(profile) >= LARGEST_PROFILE:
+        warnings.warn(f"{path}: its colour profile of {len(profile):,} bytes is left out", stacklevel=2)
+        profile = None
     if not deep and alpha is None and profile is None:
         save_image(result, path)
         return

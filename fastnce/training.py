@@ -23,9 +23,9 @@ from .data.single import SinglePictureData
 from .engine.accumulate import check_parts
 from .engine.checkpoint import Checkpoints
 from .engine.checks import check_run
-from .engine.choices import pick_precision
+from .engine.choices import pick_device, pick_precision
 from .engine.distributed import Ranks, ranks_of_launcher, read_ranks
-from .engine.loop import TrainingFailed, pick_device, train
+from .engine.loop import TrainingFailed, train
 from .engine.memory import check_room, keep_freed_memory, out_of_memory, too_large
 from .engine.progress import check_batch, check_pictures
 from .engine.recompute import recompute_blocks

@@ -12,10 +12,13 @@ import torch
 
 from fastnce.engine import loop
 from fastnce.engine.bad_steps import Row
+from fastnce.engine.distributed import ranks_of_launcher
 from fastnce.engine.loop import TrainingFailed, train
 from fastnce.engine.optim import OptimOptions
 from fastnce.engine.options import RunOptions
-from tests.test_distributed import finish, free_port, run_program
+from fastnce.engine.step import Step
+from fastnce.methods import CUT, Batch, CUTOptions, Draws, NetworkOptions
+from tests.test_distributed import as_rank, finish, free_port
 from tests.test_engine import Toy, small_method, training_tensors
 
 
@@ -82,57 +85,46 @@ def test_the_log_counts_them_and_a_limit_of_0_ends_nothing(tmp_path):
     assert said.count(True) == 1
 
 
-TWO_RANKS = """
-import functools, sys, torch
-from pathlib import Path
-from fastnce.engine import loop
-from fastnce.engine.bad_steps import Row
-from fastnce.engine.distributed import ranks_of_launcher
-from fastnce.engine.optim import OptimOptions
-from fastnce.engine.options import RunOptions
-from fastnce.engine.step import Step
-from fastnce.methods import CUT, Batch, CUTOptions, Draws, NetworkOptions
+def two_ranks(folder: Path) -> int:
+    """Only the second one has pictures and losses that are not finite."""
 
-def method():
-    torch.manual_seed(0)
-    network = NetworkOptions(generator="resnet_4blocks", width=2, discriminator="pixel", discriminator_width=2)
-    return CUT(CUTOptions(nce_layers=[0, 4], patches=8, projection=4), network)
+    def method() -> CUT:
+        torch.manual_seed(0)
+        network = NetworkOptions(generator="resnet_4blocks", width=2, discriminator="pixel", discriminator_width=2)
+        return CUT(CUTOptions(nce_layers=[0, 4], patches=8, projection=4), network)
 
-class Data:
-    steps_per_epoch = 100
-    digest = samples = lambda *_: ""
+    class Data:
+        steps_per_epoch = 100
+        digest = samples = lambda *_: ""
 
-    def batch(self, step, *, decaying=False):
-        bad = step >= 2 and ranks.rank == 1
-        return torch.rand(1, 3, 16, 16) * (float("nan") if bad else 1.0), torch.rand(1, 3, 16, 16)
+        def batch(self, step, *, decaying=False):
+            bad = step >= 2 and ranks.rank == 1
+            return torch.rand(1, 3, 16, 16) * (float("nan") if bad else 1.0), torch.rand(1, 3, 16, 16)
 
-loop.Row = functools.partial(Row, late=True)
-torch.set_num_threads(1)
-with ranks_of_launcher("cpu") as ranks:
-    step, batch = Step(method(), OptimOptions(), ranks=ranks), Batch(*Data().batch(0))
-    step.run(batch, Draws())
-    before = {key: tensor.clone() for key, tensor in step.state().items()}
-    good = step.phases
-    for phase in range(2):
-        if ranks.rank == 1:
-            ill = good[phase]._replace(loss=lambda *args: (good[phase].loss(*args)[0] * float("inf"), {}))
-            step.phases = (*good[:phase], ill, *good[phase + 1:])
+    loop.Row = functools.partial(Row, late=True)
+    with ranks_of_launcher("cpu") as ranks:
+        step, batch = Step(method(), OptimOptions(), ranks=ranks), Batch(*Data().batch(0))
         step.run(batch, Draws())
-        assert step.bad_steps.item() == phase + 1
-        assert all(torch.equal(t, before[key]) for key, t in step.state().items() if key != "bad_steps")
-    try:
-        options = RunOptions(device="cpu", steps=30, sample_every=0, monitor_every=0)
-        loop.train(method(), Data(), OptimOptions(max_bad_steps=8), options, Path("FOLDER"), quiet=True, ranks=ranks)
-    except loop.TrainingFailed as error:
-        print(error)
-        sys.exit(7)
-"""
+        before = {key: tensor.clone() for key, tensor in step.state().items()}
+        good = step.phases
+        for number in range(2):
+            if ranks.rank == 1:
+                ill = good[number]._replace(loss=lambda *args, n=number: (good[n].loss(*args)[0] * float("inf"), {}))
+                step.phases = (*good[:number], ill, *good[number + 1 :])
+            step.run(batch, Draws())
+            assert step.bad_steps.item() == number + 1
+            assert all(torch.equal(t, before[key]) for key, t in step.state().items() if key != "bad_steps")
+        try:
+            options = RunOptions(device="cpu", steps=30, sample_every=0, monitor_every=0)
+            train(method(), Data(), OptimOptions(max_bad_steps=8), options, folder, quiet=True, ranks=ranks)
+        except TrainingFailed as error:
+            print(error)
+            return 7
+    return 0
 
 
 def test_two_ranks_agree_on_what_is_bad_and_when_to_end(tmp_path):
-    """Only the second one has pictures and losses that are not finite."""
     port = free_port()
-    program = TWO_RANKS.replace("FOLDER", str(tmp_path))
-    for code, out, err in finish([run_program(program, rank, 2, port) for rank in range(2)]):
+    for code, out, err in finish([as_rank(rank, 2, port, lambda: two_ranks(tmp_path)) for rank in range(2)]):
         assert code == 7, err
         assert out.startswith("8 steps in a row were not finite at step 10, none of them was applied"), out

@@ -18,10 +18,11 @@ from safetensors.torch import load_file, save_file
 
 from fastnce.cli import main
 from fastnce.engine import checkpoint
-from fastnce.engine.checkpoint import Checkpoints, NotSaved, follow, load_generators, open_checkpoint, read_state
+from fastnce.engine.checkpoint import Checkpoints, NotSaved, open_checkpoint
 from fastnce.engine.loop import TrainingFailed
 from fastnce.engine.state import read, sealed
 from fastnce.engine.step import Step, check_state
+from fastnce.engine.stored import follow, load_generators, read_state
 from fastnce.methods import PRESETS
 from fastnce.training import train_run
 from fastnce.writing import partial_name

@@ -6,9 +6,8 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,9 +19,10 @@ from fastnce.engine.checkpoint import Checkpoints
 from fastnce.engine.distributed import Ranks, ranks_of_launcher
 from fastnce.engine.launch import processes, without
 from fastnce.methods import CUT
+from tests.forked import Forked
 from tests.test_engine import SMALL, training_tensors
 
-ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
 def free_port() -> int:
@@ -31,32 +31,24 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def start(rank: int, world: int, port: int, *arguments: str) -> subprocess.Popen:
-    """One rank as torchrun starts it."""
-    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in variables.items()}}
-    command = [sys.executable, "-m", "fastnce", *arguments]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def as_rank(rank: int, world: int, port: int, work: Callable[[], int]) -> Forked:
+    """`work()` in a process of its own with what a launcher says to each rank."""
+
+    def told() -> int:
+        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1"}
+        os.environ |= {name: str(value) for name, value in (variables | {"MASTER_PORT": port}).items()}
+        return work()
+
+    return Forked(told)
 
 
-def run_program(text: str, rank: int, world: int, port: int) -> subprocess.Popen:
-    """One rank of a program of its own."""
-    variables = {"RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in variables.items()}}
-    command = [sys.executable, "-c", text]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def start(rank: int, world: int, port: int, *arguments: str) -> Forked:
+    """One rank of a command."""
+    return as_rank(rank, world, port, lambda: main(list(arguments)))
 
 
-def finish(processes: list[subprocess.Popen], seconds: int = 120) -> list[tuple[int, str, str]]:
-    results = []
-    for process in processes:
-        out, err = process.communicate(timeout=seconds)
-        results.append((process.returncode, out, err))
-    return results
+def finish(processes: list[Forked], seconds: int = 120) -> list[tuple[int, str, str]]:
+    return [(process.end(seconds), process.out.read_text(), process.err.read_text()) for process in processes]
 
 
 def arguments(folder: Path, run: Path, *more: str) -> list[str]:
@@ -126,11 +118,8 @@ def test_one_command_starts_a_process_for_each_device(folder, tmp_path):
     """--nproc 2 on the CPU: the weights of one process with twice the batch."""
     assert main([*arguments(folder, tmp_path / "one", "data.batch=2", "run.steps=2"), "--quiet"]) == 0
     command = [*arguments(folder, tmp_path / "two", "run.steps=2"), "--nproc", "2", "--quiet"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.run(
-        [sys.executable, "-m", "fastnce", *command], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert process.returncode == 0, process.stderr
+    process = Forked(lambda: main(command))
+    assert process.end() == 0, process.err.read_text()
     one, other = training_tensors(tmp_path / "one"), training_tensors(tmp_path / "two")
     for key, tensor in one.items():
         if key.startswith("network/"):
@@ -139,13 +128,11 @@ def test_one_command_starts_a_process_for_each_device(folder, tmp_path):
 
 def test_a_failure_of_several_processes_is_the_commands(folder, tmp_path):
     command = [*arguments(folder, tmp_path / "run", "optim.accumulate=3", "run.steps=1"), "--nproc=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.run(
-        [sys.executable, "-m", "fastnce", *command], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert process.returncode == 2
-    assert "fastnce: data.batch=1 cannot be computed in optim.accumulate=3 equal parts" in process.stderr
-    assert "Traceback" not in process.stderr
+    process = Forked(lambda: main(command))
+    assert process.end() == 2
+    said = process.err.read_text()
+    assert "fastnce: data.batch=1 cannot be computed in optim.accumulate=3 equal parts" in said
+    assert "Traceback" not in said
 
 
 def test_how_many_processes():
@@ -163,10 +150,8 @@ def test_how_many_processes():
 def test_a_rank_that_dies_ends_the_other_with_one_sentence(folder, tmp_path):
     port = free_port()
     processes = [start(rank, 2, port, *arguments(folder, tmp_path / "run")) for rank in range(2)]
-    for line in processes[0].stdout:
-        if "step 3/" in line:
-            break
-    processes[1].kill()
+    processes[0].wait_for_line("step 3/")
+    processes[1].send(signal.SIGKILL)
     began = time.monotonic()
     code, _, err = finish(processes[:1])[0]
     assert time.monotonic() - began < 100
@@ -174,16 +159,14 @@ def test_a_rank_that_dies_ends_the_other_with_one_sentence(folder, tmp_path):
     message = [line for line in err.splitlines() if line.startswith("fastnce:")]
     assert len(message) == 1
     assert "another rank is gone or silent: waited for" in message[0]
-    processes[1].communicate()
+    assert processes[1].end() == -signal.SIGKILL
 
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(folder, tmp_path):
     port = free_port()
     processes = [start(rank, 2, port, *arguments(folder, tmp_path / "run")) for rank in range(2)]
-    for line in processes[0].stdout:
-        if "step 2/" in line:
-            processes[1].send_signal(signal.SIGTERM)
-            break
+    processes[0].wait_for_line("step 2/")
+    processes[1].send(signal.SIGTERM)
     assert [code for code, _, _ in finish(processes)] == [0, 0]
     assert Checkpoints(tmp_path / "run" / "checkpoints").load()[1]["step"] >= 2
 
@@ -208,29 +191,29 @@ def test_a_launcher_that_says_too_little(monkeypatch):
         pass
 
 
-DRIFT = """
-import torch, sys
-from fastnce.engine.distributed import ranks_of_launcher
-with ranks_of_launcher("cpu") as ranks:
-    layer = torch.nn.Conv2d(2, 3, 3)
-    ranks.broadcast([layer])
-    ranks.check_drift([layer])
-    gradients = [torch.full_like(p, float(ranks.rank)) for p in layer.parameters()]
-    mean = ranks.average([gradients[0], None, gradients[1]], [gradients[0], gradients[0], gradients[1]])
-    assert mean[1] is None and all(bool((m == 0.5).all()) for m in (mean[0], mean[2]))
-    if ranks.rank == 1:
-        with torch.no_grad():
-            layer.weight[0, 0, 0, 0] = torch.nextafter(layer.weight[0, 0, 0, 0], torch.tensor(9.0))
-    try:
+def drift() -> int:
+    with ranks_of_launcher("cpu") as ranks:
+        layer = torch.nn.Conv2d(2, 3, 3)
+        torch.nn.init.normal_(layer.weight, std=1.0 + ranks.rank)
+        ranks.broadcast([layer])
         ranks.check_drift([layer])
-    except RuntimeError as error:
-        print(error)
-        sys.exit(7)
-"""
+        gradients = [torch.full_like(p, float(ranks.rank)) for p in layer.parameters()]
+        mean = ranks.average([gradients[0], None, gradients[1]], [gradients[0], gradients[0], gradients[1]])
+        assert mean[1] is None
+        assert all(bool((m == 0.5).all()) for m in (mean[0], mean[2]))
+        if ranks.rank == 1:
+            with torch.no_grad():
+                layer.weight[0, 0, 0, 0] = torch.nextafter(layer.weight[0, 0, 0, 0], torch.tensor(9.0))
+        try:
+            ranks.check_drift([layer])
+        except RuntimeError as error:
+            print(error)
+            return 7
+    return 0
 
 
 def test_drift_of_one_bit_is_noticed():
     port = free_port()
-    for code, out, err in finish([run_program(DRIFT, rank, 2, port) for rank in range(2)]):
+    for code, out, err in finish([as_rank(rank, 2, port, drift) for rank in range(2)]):
         assert code == 7, err
         assert "have drifted apart" in out

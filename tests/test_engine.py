@@ -5,10 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
-import subprocess
-import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,17 +19,20 @@ from PIL import Image
 from fastnce.cli import main
 from fastnce.config import resolve
 from fastnce.engine import checkpoint, loop
-from fastnce.engine.checkpoint import Checkpoints, NotSaved, load_generators, read_state
-from fastnce.engine.choices import pick_compile, pick_layout, pick_precision, set_tf32
+from fastnce.engine.checkpoint import Checkpoints, NotSaved
+from fastnce.engine.choices import pick_compile, pick_device, pick_layout, pick_precision, set_tf32
 from fastnce.engine.compiled import Compiled
+from fastnce.engine.cudagraph import library_settings
 from fastnce.engine.distributed import Ranks
 from fastnce.engine.log import Pace, clock, save_grid
-from fastnce.engine.loop import TrainingFailed, pick_device, train
+from fastnce.engine.loop import TrainingFailed, train
 from fastnce.engine.optim import LossScale, OptimOptions, ParameterGroup, WeightAverage, schedule
 from fastnce.engine.options import RunOptions
 from fastnce.engine.step import Step
+from fastnce.engine.stored import load_generators, read_state
 from fastnce.methods import CUT, Batch, CUTOptions, Draws, NetworkOptions
 from fastnce.training import train_run
+from tests.forked import Forked
 from tests.test_methods_more import build
 
 SMALL = [
@@ -200,11 +202,15 @@ def test_an_interrupted_run_continues_bit_for_bit(folder, tmp_path):
     overrides = ["run.save_every=100", "optim.ema=0.9", "optim.n_epochs=1", "optim.n_epochs_decay=2", "run.seed=7"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train_run(small_config(folder, "run.steps=6", *overrides, method=method), whole, quiet=True)
+
+    def some(steps: int) -> int:
+        torch.seed()  # of what this process has drawn nothing may matter
+        command = ["train", method, "--data", str(folder), "--out", str(parts), "--quiet", *SMALL, *overrides]
+        return main([*command, f"run.steps={steps}"])
+
     for steps in (3, 6):
-        command = [sys.executable, "-m", "fastnce", "train", method, "--data", str(folder), "--out", str(parts)]
-        subprocess.run(
-            [*command, "--quiet", *SMALL, *overrides, f"run.steps={steps}"], check=True, cwd=Path(__file__).parents[1]
-        )
+        process = Forked(partial(some, steps))
+        assert process.end() == 0, process.err.read_text()
     one, other = training_tensors(whole), training_tensors(parts)
     assert one.keys() == other.keys()
     assert any(key.startswith("adam/F/") for key in one)
@@ -586,20 +592,18 @@ def test_tf32_is_said_and_set():
 
 
 def test_tf32_set_by_the_newer_interface_is_read():
-    code = """
-import torch
-from fastnce.engine.choices import set_tf32
-from fastnce.engine.cudagraph import library_settings
-cuda, found = torch.device("cuda"), []
-for precision in ("ieee", "tf32"):
-    torch.set_float32_matmul_precision("high")
-    torch.backends.cuda.matmul.fp32_precision = precision
-    found.append(library_settings())
-    print(set_tf32("auto", cuda))
-assert found[0] != found[1]
-"""
-    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    products = [line.split(",")[0] for line in said.splitlines()]
+    def work() -> int:
+        found = []
+        for precision in ("ieee", "tf32"):
+            torch.set_float32_matmul_precision("high")
+            torch.backends.cuda.matmul.fp32_precision = precision
+            found.append(library_settings())
+            print(set_tf32("auto", torch.device("cuda")))
+        return 0 if found[0] != found[1] else 1
+
+    process = Forked(work)  # the interfaces do not mix in one process
+    assert process.end() == 0, process.err.read_text()
+    products = [line.split(",")[0] for line in process.out.read_text().splitlines()]
     assert products == ["TF32 in float32 products: off", "TF32 in float32 products: on"]
 
 

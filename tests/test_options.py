@@ -266,3 +266,17 @@ def test_a_run_of_before_the_penalty_goes_on():
         stored = config.as_dict()
         del stored["loss"]["lambda_gp"]
         assert config.differences(stored) == different
+
+
+def test_refusals_are_short(tmp_path):
+    """Whatever is wrong is quoted in part: a file may hold a name of megabytes."""
+    long, file = "x" * 100_000, tmp_path / "c.toml"
+    for text in (f"[loss]\n{long} = 1", f"[{long}]", f"{long} = 1"):
+        file.write_text(text)
+        with pytest.raises(ValueError, match="xxx") as told:
+            resolve("cut", file)
+        assert len(str(told.value)) < 500
+    for arguments in ((long,), ("cut", None, [long]), ("cut", None, [f"loss.{long}=1"])):
+        with pytest.raises(ValueError, match="xxx") as told:
+            resolve(*arguments)
+        assert len(str(told.value)) < 500

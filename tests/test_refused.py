@@ -12,8 +12,9 @@ from torch import nn
 from fastnce.cli import main
 from fastnce.data import UnpairedData
 from fastnce.engine import memory
+from fastnce.engine.choices import pick_device
 from fastnce.engine.launch import processes
-from fastnce.engine.loop import TrainingFailed, due, pick_device, train
+from fastnce.engine.loop import TrainingFailed, due, train
 from fastnce.engine.optim import OptimOptions
 from fastnce.engine.options import RunOptions
 from fastnce.engine.step import Step

@@ -22,7 +22,7 @@ from fastnce.engine.loop import _Run as Run
 from fastnce.engine.saving import Saving, TrainingFailed
 from fastnce.engine.step import Step
 from tests.ends import FULL, NO_ROOM, largest_file, one_sentence, tiny
-from tests.test_distributed import finish, free_port
+from tests.test_distributed import as_rank, finish, free_port
 from tests.test_lines import ERRORS
 from tests.test_validate import Scripted, go
 
@@ -302,16 +302,16 @@ def test_a_rank_that_does_not_write_asks_the_first_one(tmp_path):
 
 
 def test_two_ranks_end_alike_on_a_full_disk(folder, tmp_path):
-    command = [sys.executable, "-m", "fastnce", *tiny(folder, tmp_path / "run", "run.steps=3", "run.save_every=1")]
-    assert main([*command[3:], "data.batch=2", "run.steps=1"]) == 0
+    command = tiny(folder, tmp_path / "run", "run.steps=3", "run.save_every=1")
+    assert main([*command, "data.batch=2", "run.steps=1"]) == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "run" / "checkpoints").rglob("*") if path.is_file()}
-    port, processes = free_port(), []
-    for rank in range(2):
-        variables = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in variables.items()}}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        limited = ["sh", "-c", 'ulimit -f 16 && exec "$@"', "sh", *command]
-        processes.append(subprocess.Popen(limited, cwd=ROOT, env=environment, **pipes))
+
+    def limited() -> int:
+        with largest_file(8192):
+            return main(command)
+
+    port = free_port()
+    processes = [as_rank(rank, 2, port, limited) for rank in range(2)]
     (code, out, err), (other, _, their) = finish(processes)
     assert (code, other) == (1, 1), err + their
     assert "training goes on" in out

@@ -14,9 +14,10 @@ from PIL import Image
 
 from fastnce.cli import main
 from fastnce.config import resolve
-from fastnce.engine.checkpoint import Checkpoints, follow, load_generators
+from fastnce.engine.checkpoint import Checkpoints
 from fastnce.engine.distributed import Ranks
 from fastnce.engine.loop import train
+from fastnce.engine.stored import follow, load_generators
 from fastnce.engine.validate import Validation, find_validation
 from fastnce.evaluate.pairs import find_pairs
 from fastnce.inference import load_translator

@@ -158,7 +158,11 @@ def read_cache(base: Path, digest: str, folder: Folder, target: Target) -> Pictu
             if head["digest"] != digest:
                 return None
             rows = np.frombuffer(file.read(), ROWS).reshape(-1, 3)
-        dtype, skipped = DTYPES[head["dtype"]], [(folder.file(place), why) for place, why in head["skipped"]]
+        dtype = DTYPES[head["dtype"]]
+        places = [place for place, why in head["skipped"] if type(place) is int and type(why) is str]
+        if len(places) < len(head["skipped"]) or places != sorted(set(places)) or min(places, default=0) < 0:
+            return None
+        skipped = [(folder.file(place), why) for place, why in head["skipped"]]
         sides = rows[:, :2].astype(np.int64)
         if len(rows) + len(skipped) != len(folder) or not len(rows) or sides.min() < 1:
             return None

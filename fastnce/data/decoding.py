@@ -40,7 +40,8 @@ def decode_all(
         DataError: files cannot be used (all of them are named), none can, or the disk is full or fails.
     """
     place = base.parent
-    pixels, journal = (place / f"{partial_name()}.{digest[:16]}_{part}" for part in ("pixels", "journal"))
+    name = f"{partial_name()}.{digest[:16]}"
+    pixels, journal = place / f"{name}_pixels", place / f"{name}_journal"
     _take_up(place, digest, pixels, journal)
     sweep(place)
     interrupted = False

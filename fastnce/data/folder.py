@@ -32,6 +32,7 @@ from ..writing import write_whole
 from .opening import DataError, Head, decoded, decoding, opened, pixel_limit, too_large
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".npy")
+LONGEST_HEAD = 10_000  # bytes of text; NumPy refuses more as well, but takes memory for them first
 
 
 def find_images(folder: str | os.PathLike[str]) -> list[Path]:
@@ -218,6 +219,10 @@ def match_channels(image: Image.Image, head: Head, channels: int, path: Path) ->
 
 
 def _map_array(path: Path) -> np.ndarray:
+    with path.open("rb") as file:
+        head = file.read(12)
+    if head[:6] == b"\x93NUMPY" and head[6] > 1 and int.from_bytes(head[8:], "little") > LONGEST_HEAD:
+        raise DataError(f"{path} cannot be decoded: its head claims {int.from_bytes(head[8:], 'little'):,} bytes")
     array = np.load(path, mmap_mode="r", allow_pickle=False)
     kinds = (np.uint8, np.uint16)  # in either order of bytes
     if not isinstance(array, np.ndarray) or array.ndim not in (2, 3) or array.dtype.newbyteorder("=") not in kinds:

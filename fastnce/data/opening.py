@@ -126,6 +126,9 @@ def opened(path: Path) -> Iterator[tuple[Image.Image, Head]]:
     """
     pixel_limit()
     with path.open("rb") as file:
+        if why := tiff.refusal_of_head(file):
+            raise DataError(f"{path} {why}")
+        file.seek(0)
         try:
             image = Image.open(file, formats=FORMATS)
         except UnidentifiedImageError:

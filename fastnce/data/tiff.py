@@ -4,6 +4,7 @@ PIL chooses a mode from some of the tags and reads what does not fit it as noise
 says nothing. Here the tags decide; each kind that is let through was compared with what its tags mean.
 """
 
+import struct
 from collections.abc import Mapping
 from typing import Any, BinaryIO
 
@@ -32,6 +33,10 @@ OTHER_COLOURS = {
 }
 KINDS = {2: "signed integers", 3: "floats", 5: "complex integers", 6: "complex floats"}
 FULL_RANGE = (0.0, 255.0, 128.0, 255.0, 128.0, 255.0)
+MOST_TAGS, MOST_VALUES = 1 << 16, 1 << 16
+INTEGERS = {3: "H", 4: "I"}
+BYTES = (1, 2, 6, 7)  # types whose values PIL leaves as they are, such as those of colour profiles
+LISTS = (BITS, STRIPS, STRIPS + 6, TILES, TILES + 1, EXTRA_SAMPLES, SAMPLE_FORMAT)  # lists whatever their type
 
 
 def bits_of(tags: Mapping[int, Any]) -> int:
@@ -85,6 +90,34 @@ def refusal(tags: Mapping[int, Any]) -> str:
     reversible = compression == PLAIN and (photometric == GREY or (photometric == WHITE_IS_ZERO and max(bits) < 8))
     if tags.get(FILL_ORDER, 1) != 1 and compression not in FAX and not reversible:
         return "holds the bits of its bytes in reverse; FillOrder 1 is read"
+    return ""
+
+
+def refusal_of_head(file: BinaryIO) -> str:
+    """Why PIL should not even read the tags: it makes a Python number of each value that they hold.
+
+    Empty where it may, or where the file is no TIFF. A picture may have as many values as pixels, a strip for each.
+    """
+    file.seek(0)
+    head = file.read(16)
+    order = {b"II": "<", b"MM": ">"}.get(head[:2])
+    if order is None or len(head) < 16 or struct.unpack(f"{order}H", head[2:4])[0] not in (42, 43):
+        return ""
+    large = 43 in head[2:4]
+    file.seek(*struct.unpack(order + ("Q" if large else "I"), head[8:16] if large else head[4:8]))
+    length, entry = (8, f"{order}HHQ8s") if large else (2, f"{order}HHI4s")
+    (tags,) = struct.unpack(order + ("Q" if large else "H"), file.read(length).rjust(length, b"\0"))
+    if tags > MOST_TAGS:
+        return f"holds {tags:,} tags; a picture has a few dozen"
+    block = file.read(tags * struct.calcsize(entry))
+    found = list(struct.iter_unpack(entry, block[: len(block) // struct.calcsize(entry) * struct.calcsize(entry)]))
+    pixels = 1
+    for tag, kind, _, value in found:
+        if tag in (WIDTH, HEIGHT) and kind in INTEGERS:
+            pixels *= struct.unpack_from(order + INTEGERS[kind], value)[0]
+    most = max(((count, tag) for tag, kind, count, _ in found if kind not in BYTES or tag in LISTS), default=(0, 0))
+    if most[0] > MOST_VALUES + pixels:
+        return f"holds {most[0]:,} values in its tag {most[1]}, more than it has pixels"
     return ""
 
 

@@ -14,7 +14,6 @@ is kept whatever comes after it.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
@@ -25,15 +24,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..writing import flush_to_disk, partial_name, sweep, write_whole
 from . import state as states
+from .stored import POINTERS, digest_of, follow, read_state, read_tensors, reason_of, step_of
 
 Log = Callable[[str], None]
 Found = TypeVar("Found")
-POINTERS = ("latest", "good", "best")
 
 
 class NotSaved(OSError):
@@ -111,7 +110,7 @@ class Checkpoints:
                 save_file(part, partial / name)
                 (partial / name).chmod(mode)  # the library lets nobody else read what it writes
                 flush_to_disk(partial / name)
-                digests[name] = _digest(partial / name)
+                digests[name] = digest_of(partial / name)
             finite, all_finite = (all(map(_finite, part.values())) for part in tensors.values())
             sound = bad == 0 and finite and all_finite
             text = states.sealed({"step": step, "sha256": digests, "finite": finite, "sound": sound, **state})
@@ -242,79 +241,6 @@ class Checkpoints:
         return None
 
 
-def step_of(path: Path) -> int | None:
-    """The step that a checkpoint's folder is named after; None for other names."""
-    match = re.fullmatch(r"step-(\d{1,18})", path.name)
-    return int(match[1]) if match else None
-
-
-def read_state(path: Path, files: tuple[str, ...] = states.FILES) -> dict[str, Any]:
-    """`state.json` of a checkpoint, checked, after comparing files with the digests in it.
-
-    Raises:
-        ValueError, OSError: something is not what was written, or cannot be read; the message names the file in `path`.
-    """
-    state = states.read(path / "state.json", step_of(path))
-    for name in files:
-        if _digest(path / name) != state["sha256"][name]:
-            raise ValueError(f"{name} is not what was written")
-    return state
-
-
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file, whose sizes are checked before any memory is taken.
-
-    Raises:
-        ValueError: no such file of tensors; the message has the file's name without its folder.
-    """
-    try:
-        return load_file(file)
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:  # the library's own, and KeyError for kinds of numbers that PyTorch does not have
-        raise ValueError(f"{file.name} is no file of tensors: {error}") from None
-
-
-def load_generators(folder: Path, state: dict[str, Any] | None = None) -> dict[str, dict[str, Tensor]]:
-    """The generators' state dicts, by name ("G"; "G_A", "G_B"), of a checkpoint folder.
-
-    Args:
-        state: of `read_state`, where that was called.
-
-    Raises:
-        ValueError, OSError: as `read_state`, or tensors of something that is no generator.
-    """
-    if state is None:
-        state = read_state(folder, ("generator.safetensors",))
-    names: dict[str, dict[str, Tensor]] = {name: {} for name in state["generators"]}
-    for key, tensor in read_tensors(folder / "generator.safetensors").items():
-        name, _, parameter = key.partition("/")
-        if name not in names or not parameter:
-            raise ValueError(f"generator.safetensors holds {key!r}, which belongs to none of {', '.join(names)}")
-        names[name][parameter] = tensor
-    return names
-
-
-def follow(path: Path) -> Path:
-    """The checkpoint that a pointer, such as RUN/checkpoints/best, names; any other path as it is.
-
-    Raises:
-        ValueError: the pointer names no checkpoint.
-    """
-    if path.name not in POINTERS or not path.is_file():
-        return path
-    try:
-        name = path.read_bytes()[:100].decode("ascii").strip()
-    except UnicodeDecodeError:
-        name = ""
-    target = path.parent / name
-    if step_of(target) is None or target.name != name:
-        raise ValueError(f"{path} should hold the name of a checkpoint beside it, such as step-00001000")
-    if not (target / "state.json").exists():
-        raise ValueError(f"{path} names {name}, which is not there any more: name another checkpoint of {path.parent}")
-    return target
-
-
 def open_checkpoint(source: Path, files: tuple[str, ...] = states.FILES) -> tuple[Path, dict[str, Any]]:
     """The folder and the state of a checkpoint, with a configuration.
 
@@ -352,14 +278,6 @@ def open_checkpoint(source: Path, files: tuple[str, ...] = states.FILES) -> tupl
     return found
 
 
-def reason_of(error: Exception) -> str:
-    """What is wrong with a checkpoint, in the words of its error."""
-    if isinstance(error, OSError):
-        where = f"{Path(os.fsdecode(error.filename)).name}: " if error.filename is not None else ""
-        return f"{where}{error.strerror or error}"
-    return str(error)
-
-
 def _of_the_system(error: Exception) -> OSError | None:
     """The system's error that this is, or that the library for tensors has put into a text; else None."""
     if isinstance(error, OSError):
@@ -370,8 +288,3 @@ def _of_the_system(error: Exception) -> OSError | None:
 
 def _finite(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -7,6 +7,25 @@ import torch
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def pick_device(name: str) -> torch.device:
+    """ "auto" is the first accelerator, else the CPU; ValueError where the named one is not there."""
+    if name == "auto":
+        if torch.accelerator.is_available():
+            return torch.accelerator.current_accelerator() or torch.device("cpu")
+        return torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+        if device.type == "meta":
+            raise RuntimeError("it holds no numbers")
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"run.device={name} cannot be used here ({reason}); auto, cpu or a device that is there"
+        ) from None
+    return device
+
+
 def pick_precision(name: str, device: torch.device) -> str:
     """ "auto" is bf16 on an accelerator that computes in it, else fp32."""
     if name != "auto":

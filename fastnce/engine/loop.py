@@ -52,25 +52,6 @@ class Data(Protocol):
     def digest(self) -> str: ...
 
 
-def pick_device(name: str) -> torch.device:
-    """ "auto" is the first accelerator, else the CPU; ValueError where the named one is not there."""
-    if name == "auto":
-        if torch.accelerator.is_available():
-            return torch.accelerator.current_accelerator() or torch.device("cpu")
-        return torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-        if device.type == "meta":
-            raise RuntimeError("it holds no numbers")
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"run.device={name} cannot be used here ({reason}); auto, cpu or a device that is there"
-        ) from None
-    return device
-
-
 def train(
     method: Method,
     data: Data,

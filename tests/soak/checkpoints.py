@@ -23,7 +23,17 @@ def command(name: str, base: Reference, model: Path, out: Path) -> list[str]:
     if name == "export":
         return ["export", str(model), "--out", str(out)]
     source = model / "checkpoints" / "best" if name == "best" else model
-    return ["translate", str(source), str(base.data / "trainA"), "--out", str(out), "--format", "npy", "--device", "cpu"]
+    return [
+        "translate",
+        str(source),
+        str(base.data / "trainA"),
+        "--out",
+        str(out),
+        "--format",
+        "npy",
+        "--device",
+        "cpu",
+    ]
 
 
 def damaged_checkpoints(count: int, seed: int, folder: Path) -> Outcome:
@@ -90,7 +100,9 @@ def _of_other_runs(base: Reference, folder: Path) -> list[Damage]:
     return found
 
 
-def _loaded_wrong(name: str, found: dict[str, bytes], outputs: dict[int, dict[str, bytes]], damage: Damage) -> list[str]:
+def _loaded_wrong(
+    name: str, found: dict[str, bytes], outputs: dict[int, dict[str, bytes]], damage: Damage
+) -> list[str]:
     allowed = [OLDEST] if name == "best" and not damage.pointer else list(outputs)
     if any(found == outputs[step] for step in allowed):
         return []

@@ -38,7 +38,9 @@ class Evil:
 
 def _evil(rng: Random, state: State, path: Path, mark: Path) -> None:
     evil = Evil(mark, rng.randrange(3))
-    content = rng.choice((evil, {FIRST: evil}, {**state, "x": evil}, [evil], {evil: state[FIRST]} if rng.random() else 0))
+    content = rng.choice(
+        (evil, {FIRST: evil}, {**state, "x": evil}, [evil], {evil: state[FIRST]} if rng.random() else 0)
+    )
     how = rng.choice(("zip", "legacy", "pickle"))
     if how == "pickle":
         path.write_bytes(pickle.dumps(content))
@@ -79,7 +81,11 @@ def _odd_keys(rng: Random, state: State, path: Path, mark: Path) -> None:
     blocks = {f"model.{n}.conv_block.1.weight": small for n in range(10, 20_000)}
     deep = {f"model.model.1{'.model.3' * depth}.model.1.weight": small for depth in range(60)}
     unet = {"model.model.0.weight": torch.zeros(2, 3, 4, 4), "model.model.3.weight": torch.zeros(2, 3, 4, 4)}
-    level = {"final_linear.0.weight": small, "convs.0.0.weight": torch.zeros(8, 3, 1, 1), "convs.60.conv2.1.weight": small}
+    level = {
+        "final_linear.0.weight": small,
+        "convs.0.0.weight": torch.zeros(8, 3, 1, 1),
+        "convs.60.conv2.1.weight": small,
+    }
     choices: list[object] = [
         dict(enumerate(state.values())),
         {**state, 5: small},
