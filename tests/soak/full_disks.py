@@ -200,7 +200,7 @@ def _judge(
         wrong.append("exit code 0, and not everything is written")
     if name == "cache":
         halves = {Path(file).stem for file in found if file.endswith(".bin")}
-        halves ^= {Path(file).stem for file in found if file.endswith(".json")}
+        halves ^= {Path(file).stem for file in found if file.endswith(".index")}
         wrong += [f"one half of the cache {half} is left" for half in halves]
     mend()
     if name in MENDED_BY_HAND:
