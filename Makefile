@@ -17,7 +17,6 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Faults on purpose, for about an hour; the figures go into docs/reliability.md.
 soak: $(VENV)/.test
 	$(BIN)/python -m tests.soak --write docs/reliability.md
 
