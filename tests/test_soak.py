@@ -11,9 +11,10 @@ if not sys.platform.startswith("linux") or not hasattr(os, "fork"):
     pytest.skip("the campaigns use forks, and what Linux tells of processes", allow_module_level=True)
 
 from tests.soak import checkpoints, full_disks, kill, signals, weight_files
-from tests.soak.common import Campaign, warm
-from tests.soak.table import BEGIN, END, write_results
-from tests.soak.common import Outcome  # noqa: I001
+from tests.soak.common import (
+    Campaign,
+    warm,
+)
 
 FEW = {
     "kill": 6,

@@ -1,0 +1,23 @@
+"""A few tries of the campaigns of what strangers type and bring, and of the public functions."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+if not sys.platform.startswith("linux"):
+    pytest.skip("the campaigns use forks, and what Linux tells of processes", allow_module_level=True)
+
+from tests.soak import calls, command_lines, inputs, names, option_values, toml_files
+from tests.soak.common import warm
+
+FEW = {calls: 100, command_lines: 60, inputs: 30, names: 12, option_values: 30, toml_files: 40}
+
+
+@pytest.mark.parametrize("module", FEW, ids=lambda module: module.__name__.rpartition(".")[2])
+def test_nothing_is_lost(module, tmp_path):
+    warm()
+    outcome = module.CAMPAIGN.run(FEW[module], 1, tmp_path)
+    assert outcome.lost == []
+    assert outcome.tried == FEW[module]
