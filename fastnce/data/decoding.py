@@ -44,7 +44,7 @@ def decode_all(
     pixels, journal = place / f"{name}_pixels", place / f"{name}_journal"
     _take_up(place, digest, pixels, journal)
     sweep(place)
-    interrupted = False
+    unfinished = [pixels, journal]
     try:
         with ThreadPoolExecutor(threads()) as pool:
             dtype, needed = _survey(pool, folder, target)
@@ -86,17 +86,19 @@ def decode_all(
         if bad and (not skip_bad or len(bad) == len(folder)):
             raise DataError(bad_files([reason for _, reason in bad], len(folder), folder.path))
         os.replace(pixels, pixel_file(base))
+        unfinished = [pixel_file(base), journal]
         write_index(base, digest, dtype, rows[rows[:, 0] > 0], bad)
+        unfinished = [journal]
     except OSError as error:
         reason = error.strerror or str(error)
         raise DataError(f"the cache {base}.bin, {needed} bytes, cannot be written: {reason}") from error
     except Exception:
         raise
     except BaseException:  # a signal: the next process goes on from here
-        interrupted = True
+        unfinished = []
         raise
     finally:
-        for file in () if interrupted else (pixels, journal):
+        for file in unfinished:
             with suppress(OSError):
                 file.unlink(missing_ok=True)
 
