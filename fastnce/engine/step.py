@@ -326,10 +326,14 @@ def check_state(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
     """ValueError where tensors of a checkpoint are not those that a run has: nothing is left out, cast or broadcast.
 
     A loss scale may be there or not, as `run.precision` may change; pools of pictures have the size of their pictures.
+    Earlier versions kept no moments of biases without a gradient: those of a bias may be missing, all or none.
     """
+    with_moments = {key.rpartition("/")[0] for key in found if key.startswith("adam/")}
 
     def free(key: str) -> bool:
-        return key.startswith("loss_scale/")
+        parameter = key.rpartition("/")[0]
+        bias = key.startswith("adam/") and parameter.endswith(".bias") and parameter not in with_moments
+        return key.startswith("loss_scale/") or bias
 
     def kind(key: str, tensor: Tensor) -> str:
         return f"{tensor.dtype}" if key.startswith("extra/") else f"{tensor.dtype} {tuple(tensor.shape)}"
