@@ -286,3 +286,15 @@ def test_the_most_of_several_values_alone():
     from fastnce.engine.distributed import Ranks
 
     assert Ranks().most([0.0, 2.5], torch.device("cpu")) == [0.0, 2.5]
+
+
+def test_a_library_that_makes_another_error_of_a_signal():
+    def swallow():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        except BaseException:
+            raise ValueError("could not import") from None
+
+    with pytest.raises(stop.Stopped, match="stopped by SIGTERM"), stop.raising():
+        swallow()

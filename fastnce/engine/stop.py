@@ -53,6 +53,7 @@ def handled(numbers: list[int], handler: Any) -> Iterator[None]:
 def raising() -> Iterator[None]:
     """Within: the first signal raises `Stopped`, so that what is half written is removed; a second one ends at once."""
     first: list[float] = []
+    came: list[int] = []
 
     def handle(number: int, frame: Any) -> None:
         if first:
@@ -60,10 +61,16 @@ def raising() -> Iterator[None]:
                 os._exit(128 + number)
             return
         first.append(time.monotonic())
+        came.append(number)
         raise Stopped(number)
 
     with handled(heeded(), handle):
-        yield
+        try:
+            yield
+        except Exception:  # a library that was called has made another error of it
+            if came:
+                raise Stopped(came[0]) from None
+            raise
 
 
 @contextmanager
