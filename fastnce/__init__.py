@@ -48,7 +48,7 @@ def __getattr__(name: str) -> object:
     if name in __all__:
         place = "evaluate" if name == "DerainingMetrics" else "nce"
         found: object = getattr(_import_module(f"{__name__}.{place}"), name)
-    elif name in ("data", "evaluate", "nce", "networks"):
+    elif name in ("data", "evaluate", "initialise", "kernels", "nce", "networks", "operators"):
         found = _import_module(f"{__name__}.{name}")
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
