@@ -59,6 +59,17 @@ def webp(side: int) -> bytes:
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
+def still_webp(lossless: bool) -> bytes:
+    """One of 16x16 that claims 16383x16383."""
+    packed = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(packed, "WEBP", lossless=lossless)
+    whole = packed.getvalue()
+    if lossless:
+        sides = int.from_bytes(whole[21:25], "little") & ~0xFFFFFFF | 16382 << 14 | 16382
+        return whole[:21] + sides.to_bytes(4, "little") + whole[25:]
+    return whole[:26] + struct.pack("<HH", 16383, 16383) + whole[30:]
+
+
 def bmp(width: int, height: int) -> bytes:
     return b"BM" + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, width, height, 1, 24, *[0] * 6) + bytes(4800)
 
@@ -94,6 +105,8 @@ LYING = {
     "profile.tif": (tiff((34675, 7, 10**7, 400), tail=10**7), RIGHT),
     "loop.tif": (tiff()[: 10 + 9 * 12] + struct.pack("<I", 8) + bytes(3000), RIGHT),
     "canvas.webp": (webp(16383), LARGE),
+    "lossless.webp": (still_webp(lossless=True), LARGE),
+    "lossy.webp": (still_webp(lossless=False), LARGE),
     "bmp.bmp": (bmp(2**31 - 1, 2**31 - 1), LARGE),
     "down.bmp": (bmp(40, -40), RIGHT),
     "left.bmp": (bmp(-40, 40), LARGE),

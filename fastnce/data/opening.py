@@ -124,8 +124,10 @@ def opened(path: Path) -> Iterator[tuple[Image.Image, Head]]:
     Raises:
         DataError: a format or kind that is not read.
     """
-    pixel_limit()
+    limit = pixel_limit()
     with path.open("rb") as file:
+        if limit is not None and (pixels := _webp_pixels(file.read(30))) > limit:
+            raise DataError(too_large(path, pixels))
         if why := tiff.refusal_of_head(file):
             raise DataError(f"{path} {why}")
         file.seek(0)
@@ -172,6 +174,18 @@ def alpha_of(image: Image.Image) -> np.ndarray | None:
         # one transparent grey: PIL looks for it among 8-bit values, and some versions not rightly among bits
         return np.where(np.asarray(image) == (bool(key) if image.mode == "1" else key), 0, 255).astype(np.uint8)
     return np.asarray(image.convert("RGBA").getchannel("A"))
+
+
+def _webp_pixels(head: bytes) -> int:
+    """Of a WebP file's canvas, for which some versions of PIL take memory before they ask how large it is; else 0."""
+    if head[:4] != b"RIFF" or head[8:12] != b"WEBP":
+        return 0
+    if head[12:16] == b"VP8X":
+        return (int.from_bytes(head[24:27], "little") + 1) * (int.from_bytes(head[27:30], "little") + 1)
+    if head[12:16] == b"VP8L":
+        sides = int.from_bytes(head[21:25], "little")
+        return ((sides & 0x3FFF) + 1) * ((sides >> 14 & 0x3FFF) + 1)
+    return (int.from_bytes(head[26:28], "little") & 0x3FFF) * (int.from_bytes(head[28:30], "little") & 0x3FFF)
 
 
 def _head(image: Image.Image, path: Path) -> Head:
