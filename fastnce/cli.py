@@ -342,6 +342,11 @@ def run(arguments: list[str]) -> int:
         return 0
     if command not in COMMANDS:
         return tell(f"unknown command {command!r}; one of {', '.join(COMMANDS)}", 2)
+    for argument in arguments[1:]:  # some versions of argparse make an empty list of it
+        if argument.startswith("--") and argument.endswith("=--"):
+            return tell(
+                f"{argument.removesuffix('=--')} needs a value, and -- is none: name a file of that name ./--", 2
+            )
     return COMMANDS[command](arguments[1:])
 
 

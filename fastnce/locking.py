@@ -68,19 +68,20 @@ def hold(
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
-    told = False
-    while (held := _take(path, what)) is None:
-        sentence = f"{folder} is in use by {_holder(path)}"
-        if wait is None:
-            raise InUse(f"{sentence}: wait until it ends, stop it, or {remedy}")
-        if not told:
-            wait(f"{sentence}; waiting until it ends")
-            told = True
-        time.sleep(0.2)
-    try:
+    told, held = False, None
+    try:  # from here on, as a signal may come at any moment
+        while (held := _take(path, what)) is None:
+            sentence = f"{folder} is in use by {_holder(path)}"
+            if wait is None:
+                raise InUse(f"{sentence}: wait until it ends, stop it, or {remedy}")
+            if not told:
+                wait(f"{sentence}; waiting until it ends")
+                told = True
+            time.sleep(0.2)
         yield
     finally:
-        held.release()
+        if held is not None:
+            held.release()
         with suppress(OSError):  # not empty
             for place in made:
                 place.rmdir()
@@ -91,14 +92,18 @@ def _take(path: Path, what: str) -> _Held | None:
     try:
         while True:
             number = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            free = there = False
             try:
                 free = _lock(number)
                 there = free and _is_named(number, path)
+                if there:
+                    return _signed(_Held(number, path), what)
             except BaseException:
-                os.close(number)
+                if there:
+                    _Held(number, path).release()
+                else:
+                    os.close(number)
                 raise
-            if there:
-                return _signed(_Held(number, path), what)
             os.close(number)
             if not free:
                 return None

@@ -31,6 +31,17 @@ def error_of(capsys, *arguments: str) -> str:
     return message
 
 
+DASHES = (
+    *("train cut --out=--", "train cut --nproc=--", "translate a b --out=--", "evaluate --data=-- --inputs-only"),
+    *("rain a --out=--", "unpair a --out=--", "cache --data=--", "export a --out=--", "demo --out=--"),
+)
+
+
+@pytest.mark.parametrize("line", DASHES)
+def test_two_dashes_are_no_value(line, capsys):
+    assert " needs a value, and -- is none: name a file of that name ./--" in error_of(capsys, *line.split())
+
+
 def test_presets_are_the_published_defaults():
     cut, fastcut = resolve("cut"), resolve("fastcut")
     assert (cut.loss.lambda_nce, cut.loss.nce_idt, cut.loss.flip_equivariance) == (1.0, True, False)

@@ -120,6 +120,17 @@ def test_a_lock_without_its_signature_holds(tmp_path, monkeypatch):
     held.__exit__(None, None, None)
 
 
+@pytest.mark.parametrize("place", ["_is_named", "_signed"])
+def test_a_signal_while_it_is_taken_leaves_no_lock(place, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(f"fastnce.locking.{place}", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt), hold(tmp_path / "a", "x"):
+            pass
+    with hold(tmp_path / "a", "x"):  # nobody has it
+        pass
+    assert left(tmp_path) == []
+
+
 def count(folder: Path, times: int) -> None:
     said: list[str] = []
     for _ in range(times):
