@@ -8,7 +8,6 @@ import itertools
 import os
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,26 +21,13 @@ from fastnce.engine.log import save_grid
 from fastnce.interop import save_published
 from fastnce.networks import ResnetGenerator
 from fastnce.photographs import Photograph, write_photograph
-from tests.ends import commands, left, one_sentence, write
+from tests.ends import commands, largest_file, left, one_sentence, write
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no such limit")
 SIDE = 40
 PICTURE = torch.from_numpy(np.random.default_rng(0).uniform(-1, 1, (3, SIDE, SIDE)).astype(np.float32))
 ALPHA = np.random.default_rng(1).integers(0, 256, (SIDE, SIDE), np.uint8)
 PROFILE = bytes(16) + b"RGB " + bytes(range(256)) * 8
-
-
-@contextmanager
-def largest_file(size: int):
-    """The system takes no byte of a file beyond this; an error of what would be written next tells it."""
-    import resource
-
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def shown(file: Path) -> bytes:

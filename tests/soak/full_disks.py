@@ -20,6 +20,19 @@ PAGE = 4096
 Prepare = Callable[[], None]
 
 
+def left_out(result: tuple[str, list[str]] | str, skipped: set[str]) -> tuple[str, list[str]]:
+    """Of a try on a small disk: what it found, or, where there can be no such disk, nothing but the reason."""
+    if isinstance(result, str):
+        skipped.add(result)
+        return "", []
+    return result
+
+
+def noted(outcome: Outcome, skipped: set[str]) -> Outcome:
+    outcome.notes += [f"Full disks were left out, limits of files were not: {reason}." for reason in sorted(skipped)]
+    return outcome
+
+
 def fault(rng: Random, folder: Path, events: int, largest: int) -> tuple[str, Prepare]:
     """Files that cannot grow past a size, or an error of the disk at one event, or from there on."""
     if rng.random() < 0.4:
@@ -47,14 +60,9 @@ def train_on_full_disks(count: int, seed: int, folder: Path) -> Outcome:
             return told, _train(base, place / "run", None if fresh else begun, prepare, lambda: None)
         leave = rng.randrange(0, 2 * size, 512)
         result = on_a_small_disk(place, 4 * size, lambda: _train_on_a_small_disk(base, place, begun, fresh, leave))
-        if isinstance(result, str):
-            skipped.add(result)
-            return "", []
-        return result
+        return left_out(result, skipped)
 
-    outcome = survey(count, seed, folder, attempt)
-    outcome.notes += [f"Full disks were left out, limits of files were not: {reason}." for reason in skipped]
-    return outcome
+    return noted(survey(count, seed, folder, attempt), skipped)
 
 
 def _train_on_a_small_disk(base: Reference, place: Path, begun: Path, fresh: bool, leave: int) -> tuple[str, list[str]]:
@@ -152,14 +160,9 @@ def other_commands(count: int, seed: int, folder: Path) -> Outcome:
             return f"{name}: a disk with {leave:,} bytes free", wrong
 
         result = on_a_small_disk(place, 4 * size + 64 * PAGE * len(files), on_the_disk)
-        if isinstance(result, str):
-            skipped.add(result)
-            return "", []
-        return result
+        return left_out(result, skipped)
 
-    outcome = survey(count, seed, folder, attempt)
-    outcome.notes += [f"Full disks were left out, limits of files were not: {reason}." for reason in skipped]
-    return outcome
+    return noted(survey(count, seed, folder, attempt), skipped)
 
 
 OLD = b"what was there before"
