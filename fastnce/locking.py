@@ -34,9 +34,14 @@ class _Held:
     file: Path
 
     def release(self) -> None:
+        """Does nothing the second time."""
+        if self.number < 0:
+            return
         with suppress(OSError):  # while it is still held: whoever has opened it sees that it is gone, and tries anew
-            self.file.unlink()
-        os.close(self.number)
+            if _is_named(self.number, self.file):
+                self.file.unlink()
+        number, self.number = self.number, -1
+        os.close(number)
 
 
 @contextmanager
@@ -68,7 +73,16 @@ def hold(
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
-    told, held = False, None
+    told = False
+    held: _Held | None = None
+
+    def leave() -> None:
+        if held is not None:
+            held.release()
+        for place in made:
+            with suppress(OSError):  # not empty
+                place.rmdir()
+
     try:  # from here on, as a signal may come at any moment
         while (held := _take(path, what)) is None:
             sentence = f"{folder} is in use by {_holder(path)}"
@@ -80,11 +94,11 @@ def hold(
             time.sleep(0.2)
         yield
     finally:
-        if held is not None:
-            held.release()
-        with suppress(OSError):  # not empty
-            for place in made:
-                place.rmdir()
+        try:
+            leave()
+        except BaseException:  # a signal, whose handler raises once
+            leave()
+            raise
 
 
 def _take(path: Path, what: str) -> _Held | None:

@@ -117,6 +117,8 @@ def test_the_configuration_of_a_run_is_whole_or_as_before(tmp_path, monkeypatch)
     write_bytes = Path.write_bytes
 
     def half(self, content):
+        if self.suffix != ".toml":  # the cache of the pictures
+            return write_bytes(self, content)
         write_bytes(self, content[: len(content) // 2])
         raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -131,6 +131,23 @@ def test_a_signal_while_it_is_taken_leaves_no_lock(place, tmp_path, monkeypatch)
     assert left(tmp_path) == []
 
 
+@pytest.mark.parametrize("kind", [(Path, "unlink"), (Path, "rmdir"), (os, "close")], ids=lambda kind: kind[1])
+def test_a_signal_while_it_is_given_back_leaves_no_lock(kind, tmp_path, monkeypatch):
+    original, came = getattr(*kind), []
+
+    def interrupted(*arguments):
+        if not came:
+            came.append(True)
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), hold(tmp_path / "a", "x"):
+        patch.setattr(*kind, interrupted)
+    assert came and left(tmp_path) == []
+    with hold(tmp_path / "a", "x"):  # nobody has it
+        pass
+
+
 def count(folder: Path, times: int) -> None:
     said: list[str] = []
     for _ in range(times):
