@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,16 +13,20 @@ from random import Random
 
 from .common import MARK, TINY, Campaign, Child, Ended, Outcome, marked, pictures, run, survey, tree
 from .faults import Events, kill, limit_files, log_uniform
-from .runs import SAVE_EVERY, arguments, differences, done, logged, measured, newest, reference, whole
+from .runs import SAVE_EVERY, STEPS, arguments, differences, done, logged, measured, newest, reference, whole
 
 ROUNDS = (1, 1, 1, 2, 3)
 """Kills in a row before a run may end, each as likely."""
 
 
 def killed(
-    rng: Random, command: list[str], folders: tuple[Path, ...], seconds: float, events: int
+    rng: Random, command: list[str], folders: tuple[Path, ...], seconds: float, events: int, size: int
 ) -> tuple[str, Ended]:
-    """Run a command and kill it: at a time, at what it does to a file, or within a write to one."""
+    """Run a command and kill it: at a time, at what it does to a file, or within a write to one.
+
+    Args:
+        seconds, events, size: about how long the command takes, what it does to files, and the largest of them.
+    """
     how = rng.choice(("time", "event", "event", "write"))
     if how == "time":
         moment = rng.uniform(0, seconds)
@@ -33,27 +38,35 @@ def killed(
     number = rng.randint(1, events)
     if how == "event":
         return f"killed at event {number}", run(command, prepare=Events(*folders).watch(number, kill))
-    size = log_uniform(rng, 1, 300_000)
-    told = f"killed within a write past {size} bytes, from event {number} on"
-    return told, run(command, prepare=Events(*folders).watch(number, lambda event: limit_files(size, deadly=True)))
+    limit = log_uniform(rng, 1, size)
+    told = f"killed within a write past {limit} bytes, from event {number} on"
+    return told, run(command, prepare=Events(*folders).watch(number, lambda event: limit_files(limit, deadly=True)))
 
 
 def kill_runs(count: int, seed: int, folder: Path) -> Outcome:
     base = reference(folder)
-    alive = 0
+    largest = max(map(len, tree(base.run).values()))
+    kills = again = 0
 
     def attempt(number: int, rng: Random, place: Path) -> tuple[str, list[str]]:
-        nonlocal alive
+        nonlocal kills, again
         out = place / "run"
         command = arguments(base.data, out)
-        told, wrong = [], []
-        for _ in range(rng.choice(ROUNDS)):
+        told, wrong, rounds = list[str](), list[str](), rng.choice(ROUNDS)
+        while len(told) < rounds:
             before = newest(out)
-            how, ended = killed(rng, command, (out,), base.seconds, base.events)
+            left = 1 - before / STEPS
+            how, ended = killed(rng, command, (out,), base.seconds * left, max(1, round(base.events * left)), largest)
+            if ended.code == 0:  # before its moment: there is nothing left to kill
+                shutil.rmtree(out)
+                told.clear()
+                again += 1
+                continue
             told.append(how)
-            if ended.code not in (0, -signal.SIGKILL, -signal.SIGXFSZ):
+            kills += 1
+            if ended.code not in (-signal.SIGKILL, -signal.SIGXFSZ):
                 wrong.append(f"exit code {ended.code}: {ended.err[-300:]}")
-            alive += ended.code == 0
+                break
             wrong += _lost(out, before)
         if newest(out):
             wrong += run(["translate", out, base.data / "trainA", "--out", place / "out", "--device", "cpu"]).wrong(0)
@@ -61,7 +74,7 @@ def kill_runs(count: int, seed: int, folder: Path) -> Outcome:
         return ", then ".join(told), wrong
 
     outcome = survey(count, seed, folder, attempt)
-    outcome.notes.append(f"{alive} of the runs had ended before their moment came.")
+    outcome.notes.append(f"{kills} kills; {again} runs ended before their moment, and were begun anew.")
     return outcome
 
 
@@ -83,13 +96,15 @@ def kill_caching(count: int, seed: int, folder: Path) -> Outcome:
     events = Events(place)
     seconds = done(run(command, prepare=events.watch())).seconds
     wanted = tree(place)
+    largest = max(map(len, wanted.values()))
 
     def attempt(number: int, rng: Random, _: Path) -> tuple[str, list[str]]:
-        for path in place.iterdir():
-            path.unlink()
-        wrong = []
-        how, ended = killed(rng, command, (place,), seconds, events.count)
-        if ended.code not in (0, -signal.SIGKILL, -signal.SIGXFSZ):
+        wrong, ended = list[str](), None
+        while ended is None or ended.code == 0:  # until it does not end before its moment
+            for path in place.iterdir():
+                path.unlink()
+            how, ended = killed(rng, command, (place,), seconds, events.count, largest)
+        if ended.code not in (-signal.SIGKILL, -signal.SIGXFSZ):
             wrong.append(f"exit code {ended.code}: {ended.err[-300:]}")
         wrong += run(command).wrong(0)
         found = tree(place)

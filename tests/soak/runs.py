@@ -156,7 +156,7 @@ def strangers(folder: Path) -> list[str]:
 def _pointers(folder: Path) -> list[str]:
     good, _ = whole(folder)
     wrong = []
-    for name in ("latest", "best"):
+    for name in ("latest", "best", "good"):
         path = folder / "checkpoints" / name
         if path.exists() and folder / "checkpoints" / path.read_text() not in good.values():
             wrong.append(f"{name} names {path.read_text()!r}, which is no whole checkpoint")
