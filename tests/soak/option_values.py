@@ -22,7 +22,7 @@ LEFT_OUT = ("data.dir", "run.compile")
 """The first is not tried here, the second may take minutes."""
 SINGLE = [
     "data.crop_size=32",
-    "data.batch=1",
+    "data.batch=2",
     "network.resolution=32",
     "network.width=1",
     "network.discriminator_width=1",
@@ -67,6 +67,7 @@ def campaign(count: int, seed: int, folder: Path) -> Outcome:
     before = tree(template)
     every = trials()
     Random(seed).shuffle(every)
+    codes: dict[int, int] = {}
 
     def attempt(number: int, rng: Random, place: Path) -> tuple[str, list[str]]:
         method, text = every[number % len(every)]
@@ -75,6 +76,7 @@ def campaign(count: int, seed: int, folder: Path) -> Outcome:
         arguments += ["run.sample_every=1", "run.samples=1", "run.save_every=1", "run.monitor_every=1", text]
         work = place_of(template, place)
         ended = attempt_line(arguments, work)
+        codes[ended.code or 0] = codes.get(ended.code or 0, 0) + 1
         wrong = judged(arguments, ended, work, before)
         if ended.code == 2 and not names(text, ended.err):
             wrong.append(f"the key is not named: {ended.err[-300:]!r}")
@@ -82,6 +84,7 @@ def campaign(count: int, seed: int, folder: Path) -> Outcome:
 
     outcome = survey(count, seed, folder, attempt)
     outcome.notes.append(f"{len(every):,} pairs of a key and a value, of {len(PRESETS)} methods")
+    outcome.notes.append(f"{codes.get(0, 0)} runs trained, {codes.get(2, 0)} were refused")
     return outcome
 
 
