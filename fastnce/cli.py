@@ -22,7 +22,7 @@ from .engine.launch import launched, processes, start, watch_launcher, without
 from .engine.loop import TrainingFailed
 from .engine.memory import out_of_memory
 from .engine.stop import Stopped, raising
-from .engine.stored import load_generators, read_tensors, using
+from .engine.stored import check_numbers, load_generators, read_tensors, using
 from .evaluate.pairs import RAIN_SIDE_HELP, RAIN_SIDES
 from .inference import load_translator, translate_files
 from .methods import PRESETS
@@ -219,6 +219,7 @@ def export(arguments: list[str]) -> int:
         config = from_dict(state["config"])
         networks = PRESETS[config.method].method(config.loss, config.network).networks()
         tensors = read_tensors(folder / "training.safetensors")
+        check_numbers(state, tensors)
         for name, network in networks.items():
             prefix = f"network/{name}/"
             weights = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}

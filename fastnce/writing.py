@@ -72,6 +72,19 @@ def flush_to_disk(path: Path) -> None:
             os.close(number)
 
 
+def show(aside: Path, folder: Path, names: Iterable[str]) -> None:
+    """Move what is complete from `aside` into `folder`: all of it, or nothing where an error or a signal comes."""
+    names = list(names)
+    try:
+        for name in names:
+            os.replace(aside / name, folder / name)
+    except BaseException:
+        for name in names:
+            if not os.path.lexists(aside / name):
+                os.replace(folder / name, aside / name)
+        raise
+
+
 def check_free(folder: Path, names: Iterable[str]) -> None:
     """ValueError where `folder` holds one of these names already, be it a link to nothing."""
     for name in names:

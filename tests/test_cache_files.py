@@ -302,6 +302,34 @@ def test_what_a_killed_builder_decoded_is_not_decoded_again(torn, root, tmp_path
     assert hidden(place) == []
 
 
+def test_what_is_left_of_a_finished_cache_goes_at_the_next_start(root, tmp_path):
+    place = tmp_path / "c"
+    place.mkdir()
+    killed_after(2, root, place)
+    dead = next(name for name in hidden(place) if name.startswith(".fastnce")).rpartition(".")[0]
+    pid = os.fork()
+    if pid == 0:
+        write_index = decoding.write_index
+
+        def last(*arguments):
+            write_index(*arguments)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        decoding.write_index = last
+        try:
+            opened(root, place, "A")
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    assert [name.rpartition("_")[2] for name in hidden(place) if "lock" not in name] == ["journal"]
+    half = f".fastnce-{'-'.join(decoding.partial_name().split('-')[1:])}.{'0' * 16}_journal"  # alive
+    (place / half).touch()
+    other = f"{dead}.{'1' * 16}_journal"  # of another cache, to be taken up
+    (place / other).touch()
+    assert opened(root, place, "A").pixels.tobytes() == wanted(root / "trainA")
+    assert {name for name in hidden(place) if "lock" not in name} == {half, other}
+
+
 def test_only_the_same_pictures_are_taken_up_and_the_rest_is_cleared(root, tmp_path):
     place = tmp_path / "c"
     place.mkdir()

@@ -334,6 +334,49 @@ def test_a_run_continues_from_exactly_what_it_had(what, run, trained, capsys):
     assert "remove that folder to continue from the one before" in message
 
 
+NUMBERS = {
+    "a moment that is not finite": one("exp_avg", lambda t: t * float("nan")),
+    "an average that is not finite": lambda tensors: one(
+        next(key for key in tensors if key.startswith("average/")), lambda t: t + float("inf")
+    )(tensors),
+    "a count that is no number": tensors_changed(lambda t: t | {"bad_steps": torch.tensor(float("nan"))}),
+    "a count below zero": tensors_changed(lambda t: t | {"bad_steps": torch.tensor(-1.0)}),
+    "a broken count": tensors_changed(lambda t: t | {"bad_steps": torch.tensor(0.5)}),
+}
+
+
+@pytest.mark.parametrize("what", NUMBERS)
+def test_numbers_that_the_state_denies_are_passed_over(what, run, trained, tmp_path, capsys):
+    file = step(run, 3) / "training.safetensors"
+    save_file(NUMBERS[what](load_file(file)), file)
+    reseal(step(run, 3))
+    assert resume(trained, run) == 0
+    said = (run / "log.txt").read_text()
+    assert f"{step(run, 3)} is damaged (training.safetensors " in said
+    assert "step-00000002 is taken" in said
+
+
+def test_generators_that_the_state_says_are_finite(run, trained, tmp_path, capsys):
+    file = step(run, 3) / "generator.safetensors"
+    save_file(one(".weight", lambda t: t * float("nan"))(load_file(file)), file)
+    reseal(step(run, 3))
+    picture = str(trained / "data" / "photos" / "a.png")
+    assert main(["translate", str(run), picture, "--out", str(tmp_path / "o"), "--device", "cpu"]) == 2
+    assert f"{step(run, 3)}: generator.safetensors holds numbers that are not finite" in one_sentence(capsys)
+
+
+def test_a_run_in_a_folder_whose_name_is_no_text(run, trained, tmp_path, capsys):
+    odd = tmp_path / os.fsdecode(b"\xff")
+    try:
+        shutil.copytree(run, odd)
+    except OSError:
+        pytest.skip("this disk takes names of text only")
+    picture = str(trained / "data" / "photos" / "a.png")
+    assert main(["translate", str(odd), picture, "--out", str(tmp_path / "o"), "--device", "cpu"]) == 0
+    assert main(["export", str(odd), "--out", str(odd / "published")]) == 0
+    assert resume(trained, odd) == 0
+
+
 def test_what_a_run_has_is_compared_whole():
     wanted = {"a": torch.zeros(2), "extra/pool": torch.zeros(0), "loss_scale/scale": torch.zeros(())}
     check_state(wanted, {"a": torch.ones(2), "extra/pool": torch.zeros(4, 3, 2, 2)})

@@ -13,7 +13,7 @@ from fastnce.config import resolve
 from fastnce.interop import save_published
 from fastnce.networks import ResnetGenerator
 from fastnce.training import train_run
-from fastnce.writing import check_free, check_not_replaced, distinct_names, write_whole
+from fastnce.writing import check_free, check_not_replaced, distinct_names, show, write_whole
 from tests.ends import left, one_sentence, write
 
 
@@ -100,6 +100,28 @@ def test_targets_are_compared_where_links_lead(tmp_path):
     with pytest.raises(ValueError, match=r"b.x is read by this command"):
         check_not_replaced([tmp_path / "b" / "x"], [tmp_path / "a" / "x"])
     check_not_replaced([tmp_path / "b" / "x"], [tmp_path / "a" / "y"])
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("at", [1, 2])
+def test_folders_are_shown_together_or_not_at_all(at, after, tmp_path, monkeypatch):
+    files = write(tmp_path, ".aside/a/1.png", ".aside/b/1.png", ".aside/c/1.png")
+    replace, calls = os.replace, []
+
+    def interrupted(source, target):
+        calls.append(target)
+        if len(calls) != at:
+            return replace(source, target)
+        if after:
+            replace(source, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        show(files / ".aside", files, ["a", "b", "c"])
+    assert sorted(os.listdir(files)) == [".aside"]
+    show(files / ".aside", files, ["a", "b", "c"])
+    assert sorted(os.listdir(files)) == [".aside", "a", "b", "c"]
 
 
 # ---- a run's configuration ----

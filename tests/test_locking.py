@@ -143,7 +143,8 @@ def test_a_signal_while_it_is_given_back_leaves_no_lock(kind, tmp_path, monkeypa
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), hold(tmp_path / "a", "x"):
         patch.setattr(*kind, interrupted)
-    assert came and left(tmp_path) == []
+    assert came
+    assert left(tmp_path) == []
     with hold(tmp_path / "a", "x"):  # nobody has it
         pass
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..locking import hold
 from .cached import PictureCache, read_cache
-from .decoding import Progress, decode_all
+from .decoding import Progress, decode_all, forget
 from .folder import DataError, Folder, domain_folders
 from .target import Target
 
@@ -66,6 +66,7 @@ def open_cache(
     base = place / f"{stem}-{digest[:16]}"
     cache = _usable(base, digest, folder, target, skip_bad)
     if cache is not None:
+        forget(place, digest)
         return cache
     with hold(place, "fastnce cache", name=f"{stem}.lock", wait=progress or (lambda sentence: None)):
         cache = _usable(base, digest, folder, target, skip_bad)  # another process may have built it meanwhile

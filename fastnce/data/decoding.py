@@ -129,14 +129,25 @@ def _survey(pool: ThreadPoolExecutor, folder: Folder, target: Target) -> tuple[n
 
 def _take_up(place: Path, digest: str, pixels: Path, journal: Path) -> None:
     """Give the files of a process that was killed while it made the same cache these names."""
-    for found in place.glob(f".fastnce-*.{digest[:16]}_journal"):
-        match = PARTIAL.fullmatch(found.name)
-        if match is None or not is_dead(match["machine"], int(match["pid"]), match["born"]):
-            continue
+    for found in _of_the_dead(place, digest, "journal"):
         with suppress(OSError):
             os.replace(found.with_name(found.name.removesuffix("journal") + "pixels"), pixels)
             os.replace(found, journal)
             return
+
+
+def forget(place: Path, digest: str) -> None:
+    """Remove what a process left that was killed when the cache was all but made."""
+    for found in _of_the_dead(place, digest, "*"):
+        with suppress(OSError):
+            found.unlink()
+
+
+def _of_the_dead(place: Path, digest: str, kind: str) -> Iterator[Path]:
+    for found in place.glob(f".fastnce-*.{digest[:16]}_{kind}"):
+        match = PARTIAL.fullmatch(found.name)
+        if match is not None and is_dead(match["machine"], int(match["pid"]), match["born"]):
+            yield found
 
 
 def _updating(file: Path) -> BinaryIO:

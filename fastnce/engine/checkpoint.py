@@ -23,13 +23,22 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..writing import flush_to_disk, partial_name, sweep, write_whole
 from . import state as states
-from .stored import POINTERS, digest_of, follow, read_state, read_tensors, reason_of, step_of
+from .stored import (
+    POINTERS,
+    all_finite,
+    check_numbers,
+    digest_of,
+    follow,
+    read_state,
+    read_tensors,
+    reason_of,
+    step_of,
+)
 
 Log = Callable[[str], None]
 Found = TypeVar("Found")
@@ -111,8 +120,8 @@ class Checkpoints:
                 (partial / name).chmod(mode)  # the library lets nobody else read what it writes
                 flush_to_disk(partial / name)
                 digests[name] = digest_of(partial / name)
-            finite, all_finite = (all(map(_finite, part.values())) for part in tensors.values())
-            sound = bad == 0 and finite and all_finite
+            finite, rest_finite = map(all_finite, tensors.values())
+            sound = bad == 0 and finite and rest_finite
             text = states.sealed({"step": step, "sha256": digests, "finite": finite, "sound": sound, **state})
             (partial / "state.json").write_text(text, encoding="utf-8")
             flush_to_disk(partial / "state.json")
@@ -201,7 +210,9 @@ class Checkpoints:
 
         def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], Path]:
             state = read_state(path)
-            return read_tensors(path / "training.safetensors"), state, path
+            tensors = read_tensors(path / "training.safetensors")
+            check_numbers(state, tensors)
+            return tensors, state, path
 
         found = self.newest(read)
         if found is not None and found[1].get("sound"):
@@ -284,7 +295,3 @@ def _of_the_system(error: Exception) -> OSError | None:
         return error if error.errno is not None else None
     number = re.search(r"os error (\d+)", str(error))
     return OSError(int(number[1]), os.strerror(int(number[1]))) if number else None
-
-
-def _finite(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load, load_file
 from torch import Tensor
 
 from . import state as states
@@ -44,11 +45,28 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         ValueError: no such file of tensors; the message has the file's name without its folder.
     """
     try:
+        try:
+            os.fspath(file).encode()
+        except UnicodeEncodeError:  # the library cannot open such a name
+            return load(file.read_bytes())
         return load_file(file)
     except (OSError, MemoryError):
         raise
     except Exception as error:  # the library's own, and KeyError for kinds of numbers that PyTorch does not have
         raise ValueError(f"{file.name} is no file of tensors: {error}") from None
+
+
+def all_finite(tensors: dict[str, Tensor]) -> bool:
+    return all(not t.is_floating_point() or bool(torch.isfinite(t).all()) for t in tensors.values())
+
+
+def check_numbers(state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """ValueError where training.safetensors holds numbers that are not finite, though the state says that all are."""
+    bad = tensors.get("bad_steps")
+    if bad is not None and not (bad.numel() == 1 and float(bad) >= 0 and float(bad).is_integer()):
+        raise ValueError("training.safetensors should hold bad_steps, a whole number of at least 0")
+    if state.get("sound") and not all_finite(tensors):
+        raise ValueError("training.safetensors holds numbers that are not finite, and state.json says otherwise")
 
 
 def load_generators(folder: Path, state: dict[str, Any] | None = None) -> dict[str, dict[str, Tensor]]:
@@ -68,6 +86,8 @@ def load_generators(folder: Path, state: dict[str, Any] | None = None) -> dict[s
         if name not in names or not parameter:
             raise ValueError(f"generator.safetensors holds {key!r}, which belongs to none of {', '.join(names)}")
         names[name][parameter] = tensor
+    if state.get("finite") and not all(map(all_finite, names.values())):
+        raise ValueError("generator.safetensors holds numbers that are not finite, and state.json says otherwise")
     return names
 
 

@@ -97,7 +97,7 @@ def _judge(ended: Ended, out: Path, base: Reference, numbers: set[int], twice: b
             wrong.append(f"exit code 0, and step {last} was done after the last checkpoint, of step {saved}")
     elif ended.code == 0 and saved < STEPS:
         wrong.append(f"exit code 0 at the end, with a checkpoint of step {saved} only")
-    if (ended.code or 0) > 128 and not twice and last:
+    if (ended.code or 0) > 128 and not twice and saved < last:
         wrong.append(f"exit code {ended.code} after step {last}, which should have been saved")
     if twice and (ended.code or 0) > 128 and out.exists():
         return wrong  # it ended at once, as it was told: the next start cleans up
