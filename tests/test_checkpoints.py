@@ -437,6 +437,29 @@ def test_a_row_of_bad_steps_does_not_push_out_the_last_good_checkpoint(tmp_path)
     assert follow(tmp_path / "good") == tmp_path / "step-00000045"
 
 
+def test_what_a_pointer_on_the_disk_names_is_kept(tmp_path, monkeypatch):
+    store = Checkpoints(tmp_path, log=lambda sentence: None)
+    for number in (1, 2, 3):
+        save(store, number)
+    write = checkpoint.write_whole
+
+    def failing(path, data):
+        if path.name == "good":
+            raise OSError(errno.EIO, "Input/output error")
+        write(path, data)
+
+    monkeypatch.setattr(checkpoint, "write_whole", failing)
+    for number in (4, 5, 6, 7):
+        save(store, number)
+    assert (tmp_path / "good").read_text() == "step-00000002"
+    assert names(store) == [2, 6, 7]
+    monkeypatch.undo()
+    save(store, 8)
+    assert (tmp_path / "good").read_text() == "step-00000007"
+    save(store, 9)
+    assert names(store) == [8, 9]
+
+
 def test_numbers_that_are_not_finite_are_never_good(tmp_path):
     store = Checkpoints(tmp_path)
     save(store, 1)

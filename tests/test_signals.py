@@ -212,6 +212,35 @@ def test_a_rank_that_is_killed_ends_the_others(monkeypatch, tmp_path):
     assert launched.gone(0)
 
 
+def dropping_library() -> None:
+    with pytest.raises(stop.Stopped):
+        signal.raise_signal(signal.SIGTERM)
+    assert not torch.is_anomaly_enabled()
+
+
+def test_a_signal_whose_error_a_library_drops_raises_again(monkeypatch):
+    monkeypatch.setattr(stop, "INSIST", 0.1)
+
+    def work():
+        with stop.StopRequest():
+            dropping_library()
+            time.sleep(60)
+
+    with torch.autograd.set_detect_anomaly(True):
+        with pytest.raises(stop.Stopped, match="SIGTERM before the first step"):
+            work()
+        assert torch.is_anomaly_enabled()
+
+
+def test_a_signal_whose_error_is_dropped_until_a_step_is_done_waits_for_its_end(monkeypatch):
+    monkeypatch.setattr(stop, "INSIST", 0.1)
+    with stop.StopRequest() as request:
+        dropping_library()
+        request.wait_for_steps()
+        time.sleep(0.5)
+    assert request.name == "SIGTERM"
+
+
 def test_a_rank_ends_itself_when_its_launcher_is_killed(tmp_path):
     def rank():
         request = stop.StopRequest(tell=False)

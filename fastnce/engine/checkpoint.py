@@ -148,7 +148,7 @@ class Checkpoints:
         self._point()
         if sound:
             self._unproven.append(final)
-        kept = {self._named(name) for name in POINTERS}
+        kept = {self._named(name) for name in POINTERS} | {self._pointed(name) for name in POINTERS}
         self._damaged.discard(final)
         for old in [path for path in self.steps() if path not in self._damaged][: -self.keep]:
             if old not in kept:
@@ -185,8 +185,13 @@ class Checkpoints:
 
     def _named(self, name: str) -> Path | None:
         """The folder that a pointer names, or None where there is no such pointer or checkpoint."""
+        path = self._unnamed.get(name) or self._pointed(name)
+        return path if path is not None and (path / "state.json").exists() else None
+
+    def _pointed(self, name: str) -> Path | None:
+        """As `_named`, by what is on the disk, which may not have taken the newest name."""
         try:
-            path = self._unnamed.get(name) or follow(self.folder / name)
+            path = follow(self.folder / name)
         except (OSError, ValueError):
             return None
         return path if (path / "state.json").exists() else None

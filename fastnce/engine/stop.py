@@ -10,9 +10,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import torch
+
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 ONE_SIGNAL = 1.0
 """Seconds within which more signals count as one: launchers pass on what a terminal has sent to everybody already."""
+
+
+INSIST = 5.0
+"""Seconds after which a signal before the first step raises again: compilers drop what their callbacks raise."""
+BEFORE = " before the first step: nothing was trained"
 
 
 class Stopped(KeyboardInterrupt):
@@ -94,8 +101,10 @@ class StopRequest:
         self._tell = tell
         self._at = 0.0
         self._something_to_save = False
+        self._got_through, self._repeated = threading.Event(), False
 
     def __enter__(self) -> StopRequest:
+        self._anomaly = torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
         self._context = handled(heeded(), self._handle)
         self._context.__enter__()
         return self
@@ -103,21 +112,36 @@ class StopRequest:
     def wait_for_steps(self) -> None:
         """A step is done: from now on a signal waits for the end of the next, and for its checkpoint."""
         self._something_to_save = True
+        self._got_through.set()
+
+    def _insist(self, number: int) -> None:
+        while not self._got_through.wait(INSIST):
+            self._repeated = True
+            os.kill(os.getpid(), number)
 
     def _handle(self, number: int, frame: Any) -> None:
         now = time.monotonic()
+        if self._repeated:
+            self._repeated = False
+            if not self._something_to_save:
+                raise Stopped(number, BEFORE)
+            return
         if self.name:
             if now - self._at > ONE_SIGNAL:
                 os._exit(128 + number)
             return
         self.name, self._at = signal.Signals(number).name, now
         if not self._something_to_save:
-            raise Stopped(number, " before the first step: nothing was trained")
+            torch.set_anomaly_enabled(False)  # compilers turn it on, and it would print where the step stood
+            threading.Thread(target=self._insist, args=(number,), daemon=True, name="signal").start()
+            raise Stopped(number, BEFORE)
         if self._tell:
             with suppress(OSError):  # past Python's buffers, which the signal may have found at work
                 os.write(2, f"\nfastnce: {self.name}: the step is finished and saved first\n".encode())
 
     def __exit__(self, *error: Any) -> None:
+        self._got_through.set()
+        torch.set_anomaly_enabled(*self._anomaly)
         self._context.__exit__(*error)
 
 

@@ -286,5 +286,5 @@ CAMPAIGNS = [
     ),
     Campaign("signals-starts", "So does a program that is just starting.", 16, to_starts),
     Campaign("signals-ranks", "So do runs of two processes, of which none stays behind.", 10, to_ranks),
-    Campaign("signals-compiling", "A signal is answered while the first step is compiled.", 2, while_compiling),
+    Campaign("signals-compiling", "A signal is answered while the first step is compiled.", 6, while_compiling),
 ]
