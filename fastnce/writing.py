@@ -72,7 +72,7 @@ def flush_to_disk(path: Path) -> None:
             os.close(number)
 
 
-def show(aside: Path, folder: Path, names: Iterable[str]) -> None:
+def show_together(aside: Path, folder: Path, names: Iterable[str]) -> None:
     """Move what is complete from `aside` into `folder`: all of it, or nothing where an error or a signal comes."""
     names = list(names)
     try:

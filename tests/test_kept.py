@@ -13,7 +13,7 @@ from fastnce.config import resolve
 from fastnce.interop import save_published
 from fastnce.networks import ResnetGenerator
 from fastnce.training import train_run
-from fastnce.writing import check_free, check_not_replaced, distinct_names, show, write_whole
+from fastnce.writing import check_free, check_not_replaced, distinct_names, show_together, write_whole
 from tests.ends import left, one_sentence, write
 
 
@@ -118,9 +118,9 @@ def test_folders_are_shown_together_or_not_at_all(at, after, tmp_path, monkeypat
 
     monkeypatch.setattr(os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        show(files / ".aside", files, ["a", "b", "c"])
+        show_together(files / ".aside", files, ["a", "b", "c"])
     assert sorted(os.listdir(files)) == [".aside"]
-    show(files / ".aside", files, ["a", "b", "c"])
+    show_together(files / ".aside", files, ["a", "b", "c"])
     assert sorted(os.listdir(files)) == [".aside", "a", "b", "c"]
 
 

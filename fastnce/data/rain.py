@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..locking import hold
-from ..writing import check_free, distinct_names, partial_name, show, sweep
+from ..writing import check_free, distinct_names, partial_name, show_together, sweep
 from .folder import DataError, find_images, load_image, save_image
 
 Range = tuple[float, float]
@@ -216,7 +216,7 @@ def _write(
                 counts[folder] = counts.get(folder, 0) + 1
             if progress is not None:
                 progress(f"{place + 1}/{len(names)} {file.name}")
-        show(aside, out, sorted(entry.name for entry in aside.iterdir()))
+        show_together(aside, out, sorted(entry.name for entry in aside.iterdir()))
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return counts

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..data import DataError, save_image
 from ..locking import hold
-from ..writing import check_free, partial_name, show, sweep
+from ..writing import check_free, partial_name, show_together, sweep
 from .pairs import RAIN_SIDE_HELP, RAIN_SIDES, Pair, find_pairs
 
 
@@ -86,7 +86,7 @@ def _write(
             rainy, clean = pair.load()
             write(rainy, "test/rain", pair.name)
             write(clean, "test/norain", pair.name)
-        show(aside, out, tops)
+        show_together(aside, out, tops)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return counts
