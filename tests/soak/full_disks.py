@@ -148,7 +148,9 @@ def other_commands(count: int, seed: int, folder: Path) -> Outcome:
         size = sum(map(len, files.values()))
         if rng.random() < 0.6:
             told, prepare = fault(rng, out, events[name], 2 * max(map(len, files.values())))
-            return f"{name}: {told}", _judge(base, name, out, files, old, prepare, lambda: None)
+            return f"{name}: {told}", _judge(
+                base, name, out, files, old, prepare, lambda: None, for_good="and after" in told
+            )
         leave = rng.randrange(0, 2 * size + 8 * PAGE, 512)
 
         def on_the_disk() -> tuple[str, list[str]]:
@@ -183,8 +185,13 @@ def _judge(
     prepare: Prepare,
     mend: Callable[[], None],
     was_old: bool = False,
+    for_good: bool = False,
 ) -> list[str]:
-    """Every file is as it was before, or whole; the exit code and one sentence say which; then it works."""
+    """Every file is as it was before, or whole; the exit code and one sentence say which; then it works.
+
+    Args:
+        for_good: the disk takes nothing any more, so a folder that is shown cannot be taken back.
+    """
     out.mkdir(exist_ok=True)
     if old:
         _put_old(out, files)
@@ -206,7 +213,7 @@ def _judge(
         halves ^= {Path(file).stem for file in found if file.endswith(".index")}
         wrong += [f"one half of the cache {half} is left" for half in halves]
     mend()
-    if name in MENDED_BY_HAND:
+    if name in MENDED_BY_HAND or (name == "unpair" and for_good):
         shutil.rmtree(out, ignore_errors=True)
     elif name == "unpair" and ended.code != 0 and found:
         wrong.append(f"unpair has failed and left {sorted(found)[:3]}")
