@@ -284,7 +284,7 @@ CAMPAIGNS = [
         220,
         to_commands,
     ),
-    Campaign("signals-starts", "So does a program that is just starting.", 16, to_starts),
-    Campaign("signals-ranks", "So do runs of two processes, of which none stays behind.", 10, to_ranks),
+    Campaign("signals-starts", "A program that is just starting stops likewise.", 16, to_starts),
+    Campaign("signals-ranks", "Runs of two processes stop likewise, and none stays behind.", 10, to_ranks),
     Campaign("signals-compiling", "A signal is answered while the first step is compiled.", 6, while_compiling),
 ]

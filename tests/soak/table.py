@@ -14,7 +14,7 @@ from fastnce.writing import write_whole
 from .common import Campaign, Outcome
 
 BEGIN, END = "<!-- soak: results -->", "<!-- soak: end -->"
-HEAD = ["| campaign | tried | survived | lost | date | versions |", "|---|---|---|---|---|---|"]
+HEAD = ["| campaign | what must hold | tried | survived | lost | date | versions |", "|---|---|---|---|---|---|---|"]
 
 
 def write_results(file: Path, results: dict[str, tuple[Campaign, Outcome]], seed: int) -> None:
@@ -29,10 +29,11 @@ def write_results(file: Path, results: dict[str, tuple[Campaign, Outcome]], seed
         raise ValueError(f"{file} should hold the lines {BEGIN} and {END}")
     rows, notes = _read(old)
     versions = f"fastnce {__version__}, torch {torch.__version__.partition('+')[0]}, Python {platform.python_version()}"
-    for name, (_, outcome) in results.items():
-        lost = len(outcome.lost)
+    for name, (campaign, outcome) in results.items():
+        lost, held = len(outcome.lost), campaign.promise[:1].upper() + campaign.promise[1:].rstrip(".")
         date = time.strftime("%Y-%m-%d")
-        rows[name] = f"| {name} | {outcome.tried:,} | {outcome.tried - lost:,} | {lost:,} | {date} | {versions} |"
+        figures = f"{outcome.tried:,} | {outcome.tried - lost:,} | {lost:,}"
+        rows[name] = f"| {name} | {held} | {figures} | {date} | {versions} |"
         notes[name] = [f"- {name}, seed {seed}: {line}" for line in [*outcome.notes, *outcome.lost]]
     lines = [
         *HEAD,
