@@ -11,6 +11,14 @@ import time
 import traceback
 from collections.abc import Callable
 
+import pytest
+import torch
+
+
+def skip_beside_a_gpu() -> None:
+    if torch.cuda.device_count():
+        pytest.skip("beside a GPU, PyTorch computes no gradients in forks: CUDA_VISIBLE_DEVICES= includes this test")
+
 
 class Told:
     """What a process has written to a stream so far. A pipe holds it: limits on the sizes of files do not."""
@@ -43,6 +51,7 @@ class Forked:
     """
 
     def __init__(self, work: Callable[[], int], ignore: tuple[int, ...] = ()):
+        skip_beside_a_gpu()
         self.out, self.err = Told(), Told()
         sys.stdout.flush()
         sys.stderr.flush()

@@ -10,6 +10,7 @@ import pytest
 if not sys.platform.startswith("linux") or not hasattr(os, "fork"):
     pytest.skip("the campaigns use forks, and what Linux tells of processes", allow_module_level=True)
 
+from tests.forked import skip_beside_a_gpu
 from tests.soak import checkpoints, full_disks, kill, signals, weight_files
 from tests.soak.common import (
     Campaign,
@@ -36,6 +37,7 @@ CAMPAIGNS = [c for module in MODULES for c in getattr(module, "CAMPAIGNS", [geta
 
 @pytest.fixture(scope="module", autouse=True)
 def warmed():
+    skip_beside_a_gpu()
     warm()
 
 

@@ -9,6 +9,7 @@ import pytest
 if not sys.platform.startswith("linux"):
     pytest.skip("the campaigns use forks, and what Linux tells of processes", allow_module_level=True)
 
+from tests.forked import skip_beside_a_gpu
 from tests.soak import calls, command_lines, inputs, names, option_values, toml_files
 from tests.soak.common import warm
 
@@ -17,6 +18,7 @@ FEW = {calls: 100, command_lines: 60, inputs: 30, names: 12, option_values: 30, 
 
 @pytest.mark.parametrize("module", FEW, ids=lambda module: module.__name__.rpartition(".")[2])
 def test_nothing_is_lost(module, tmp_path):
+    skip_beside_a_gpu()
     warm()
     outcome = module.CAMPAIGN.run(FEW[module], 1, tmp_path)
     assert outcome.lost == []
