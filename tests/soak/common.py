@@ -110,6 +110,13 @@ def survey(
     return outcome
 
 
+def heed_signals() -> None:
+    """As when started from a terminal: nohup, and a shell's `&`, leave processes that ignore some of them."""
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def pictures(folder: Path, *names: str, side: int = 20, seed: int = 0) -> Path:
     """Noisy square pictures, no two the same."""
     for name in names:
@@ -202,9 +209,7 @@ class Child:
         code = 1
         try:
             os.setsid()
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-                signal.signal(number, signal.SIG_DFL)
+            heed_signals()
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             for number, (readable, writable) in ends.items():
                 os.close(readable)

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from random import Random
 
-from .common import MARK, TINY, Campaign, Child, Ended, Outcome, marked, pictures, run, survey, tree
+from .common import MARK, TINY, Campaign, Child, Ended, Outcome, heed_signals, marked, pictures, run, survey, tree
 from .faults import Events, kill, limit_files, log_uniform
 from .runs import SAVE_EVERY, STEPS, arguments, differences, done, logged, measured, newest, reference, whole
 
@@ -125,7 +125,8 @@ def launch(command: list[str], mark: str, place: Path) -> subprocess.Popen[bytes
     environment["PYTHONPATH"] = os.pathsep.join([os.getcwd(), environment.get("PYTHONPATH", "")])
     program = [sys.executable, "-m", "fastnce", *map(str, command)]
     with (place / "said").open("ab") as said:
-        return subprocess.Popen(program, env=environment, stdout=said, stderr=said, stdin=subprocess.DEVNULL)
+        ends = {"stdout": said, "stderr": said, "stdin": subprocess.DEVNULL}
+        return subprocess.Popen(program, env=environment, preexec_fn=heed_signals, **ends)
 
 
 def all_gone(mark: str, seconds: float = 60.0) -> list[str]:

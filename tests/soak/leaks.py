@@ -149,7 +149,7 @@ def campaign(count: int, seed: int, folder: Path) -> Outcome:
                 outcome.lost.append(
                     f"--seed {seed}: {calls:,} {name}: {thing} grew from {before:,g} to {after:,g} in the last third"
                 )
-        outcome.notes.append(f"after {calls:,} {name}: {', '.join(told)} than a third of them before")
+        outcome.notes.append(f"{calls:,} {name} end with {', '.join(told)}; in brackets: more than before")
 
     for method, share in METHODS.items():
         steps = round(count * share)

@@ -134,7 +134,7 @@ def attempt(count: int, rng: Random, folder: Path, outcome: Outcome) -> list[str
     allowed = SPARE + EACH * (count - count // 4) / 2**20
     for what, before, after in (("caching", least, max(most, victim.peak)), ("opening", least_again, most_again)):
         outcome.notes.append(
-            f"{what} {count:,} pictures takes {after:.1f} MiB of its own, {count // 4:,} pictures {before:.1f} MiB"
+            f"{what} {count:,} pictures takes {after:.1f} MiB, {count // 4:,} pictures {before:.1f} MiB, with PyTorch"
         )
         if after - before > allowed:
             wrong.append(f"{what}: memory grew by {after - before:.1f} MiB, allowed are {allowed:.1f}")

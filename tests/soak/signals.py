@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from random import Random
 
-from .common import Campaign, Child, Ended, Outcome, marked, run, survey, tree
+from .common import Campaign, Child, Ended, Outcome, heed_signals, marked, run, survey, tree
 from .faults import Events, sending
 from .full_disks import commands
 from .kill import all_gone, launch, until_steps
@@ -174,6 +174,7 @@ def to_starts(count: int, seed: int, folder: Path) -> Outcome:
             stdin=subprocess.DEVNULL,
             text=True,
             env=environment,
+            preexec_fn=heed_signals,
         )
         assert process.stdout is not None
         process.stdout.readline()
