@@ -13,7 +13,7 @@ from tests.forked import skip_beside_a_gpu
 from tests.soak import calls, command_lines, inputs, names, option_values, toml_files
 from tests.soak.common import warm
 
-FEW = {calls: 100, command_lines: 60, inputs: 30, names: 12, option_values: 30, toml_files: 40}
+FEW = {calls: 100, command_lines: 60, inputs: 30, names: 12, option_values: 20, toml_files: 40}
 
 
 @pytest.mark.parametrize("module", FEW, ids=lambda module: module.__name__.rpartition(".")[2])

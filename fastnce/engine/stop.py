@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -105,6 +106,8 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         self._anomaly = torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
+        self._unraisable = sys.unraisablehook
+        sys.unraisablehook = self._drop
         self._context = handled(heeded(), self._handle)
         self._context.__enter__()
         return self
@@ -113,6 +116,10 @@ class StopRequest:
         """A step is done: from now on a signal waits for the end of the next, and for its checkpoint."""
         self._something_to_save = True
         self._got_through.set()
+
+    def _drop(self, dropped: Any) -> None:
+        if not isinstance(dropped.exc_value, Stopped):  # which comes again
+            self._unraisable(dropped)
 
     def _insist(self, number: int) -> None:
         while not self._got_through.wait(INSIST):
@@ -141,6 +148,7 @@ class StopRequest:
 
     def __exit__(self, *error: Any) -> None:
         self._got_through.set()
+        sys.unraisablehook = self._unraisable
         torch.set_anomaly_enabled(*self._anomaly)
         self._context.__exit__(*error)
 
