@@ -81,7 +81,8 @@ def show_together(aside: Path, folder: Path, names: Iterable[str]) -> None:
     except BaseException:
         for name in names:
             if not os.path.lexists(aside / name):
-                os.replace(folder / name, aside / name)
+                with suppress(OSError):  # a disk that fails for good: the first error is the one to tell
+                    os.replace(folder / name, aside / name)
         raise
 
 

@@ -124,6 +124,22 @@ def test_folders_are_shown_together_or_not_at_all(at, after, tmp_path, monkeypat
     assert sorted(os.listdir(files)) == [".aside", "a", "b", "c"]
 
 
+def test_a_disk_that_fails_for_good_is_told_by_its_first_error(tmp_path, monkeypatch):
+    files = write(tmp_path, ".aside/a/1.png", ".aside/b/1.png")
+    replace, calls = os.replace, []
+
+    def failing(source, target):
+        calls.append(target)
+        if len(calls) > 1:
+            raise OSError(errno.EROFS, "Read-only file system", str(target))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(OSError, match="Read-only") as caught:
+        show_together(files / ".aside", files, ["a", "b"])
+    assert caught.value.filename == str(files / "b")
+
+
 # ---- a run's configuration ----
 
 

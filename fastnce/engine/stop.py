@@ -16,8 +16,6 @@ import torch
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 ONE_SIGNAL = 1.0
 """Seconds within which more signals count as one: launchers pass on what a terminal has sent to everybody already."""
-
-
 INSIST = 5.0
 """Seconds after which a signal before the first step raises again: compilers drop what their callbacks raise."""
 BEFORE = " before the first step: nothing was trained"
