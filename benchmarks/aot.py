@@ -24,7 +24,7 @@ import triton
 from fastnce.kernels import common, configs
 from triton.backends.compiler import GPUTarget
 
-from .aot_cases import QUICK, cases
+from benchmarks.aot_cases import QUICK, cases
 
 
 @dataclass(frozen=True)

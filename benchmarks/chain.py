@@ -15,14 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import baselines
+from benchmarks.cases import Case, Context, Provider, Row
+from benchmarks.loss import DIM, OURS, OWN_WRITING, TEMPERATURE, beside_ours, compiled, fits_here, refuse, with_graph
+from benchmarks.measure import measure
+from benchmarks.published import Checkout, loss_options
 from fastnce import PatchNCEHead, PatchNCELoss, PatchSampleF
 from fastnce.nce import api
-
-from . import baselines
-from .cases import Case, Context, Provider, Row
-from .loss import DIM, OURS, OWN_WRITING, TEMPERATURE, beside_ours, compiled, fits_here, refuse, with_graph
-from .measure import measure
-from .published import Checkout, loss_options
 
 
 def chain(context: Context) -> Iterator[Row]:

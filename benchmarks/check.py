@@ -92,7 +92,7 @@ def _training(options: argparse.Namespace) -> list[str]:
     """FastCUT until the time is over; uncompiled, for the compiler alone would take it all."""
     data = options.data
     if data is None:
-        from fastnce.demo import write_folders
+        from fastnce.commands.demo import write_folders
 
         data = options.work / "pictures"
         write_folders(data, side=286)

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.cases import Context
 from benchmarks.published import find_checkouts
-from fastnce.timing import default_device
+from fastnce.common.timing import default_device
 
 
 def pytest_addoption(parser):

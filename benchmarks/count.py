@@ -304,9 +304,10 @@ def count_step(
     """
     from contextlib import nullcontext
 
-    from fastnce.engine.optim import OptimOptions
+    from fastnce.engine.options import OptimOptions
     from fastnce.engine.step import Step
-    from fastnce.methods import PRESETS, Batch, NetworkOptions
+    from fastnce.methods import Batch, NetworkOptions
+    from fastnce.methods.presets import PRESETS
 
     with FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext():
         preset = PRESETS[name]

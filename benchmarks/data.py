@@ -18,9 +18,9 @@ from PIL import Image
 from benchmarks.cases import Case, Context, Provider, Row
 from benchmarks.measure import measure, measure_rest
 from benchmarks.step import our_provider, pictures
-from fastnce.bench import write_pictures
-from fastnce.data import UnpairedData
+from fastnce.commands.bench import write_pictures
 from fastnce.data.opening import decoded
+from fastnce.data.unpaired import UnpairedData
 
 BATCH = 8
 

@@ -18,12 +18,11 @@ import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import baselines
+from benchmarks.cases import Case, Context, Provider, Row
+from benchmarks.measure import measure
+from benchmarks.published import loss_options
 from fastnce import PatchNCELoss, patch_nce
-
-from . import baselines
-from .cases import Case, Context, Provider, Row
-from .measure import measure
-from .published import loss_options
 
 DIM = 256
 TEMPERATURE = 0.07

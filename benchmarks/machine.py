@@ -18,7 +18,7 @@ import torch
 
 import fastnce
 from benchmarks.nvml import board
-from fastnce.timing import ceilings
+from fastnce.common.timing import ceilings
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.cases import CAPTURED, Case, Context, Provider, Row
 from benchmarks.observe import joules, launches, peak_bytes
-from fastnce.timing import capture, floor_ms, percentiles, synchronize, time_interleaved
+from fastnce.common.timing import capture, floor_ms, percentiles, synchronize, time_interleaved
 
 L2_MULTIPLE = 2
 """Inputs rotate through this many times the size of the L2 cache."""

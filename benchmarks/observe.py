@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.nvml import board
-from fastnce.timing import synchronize
+from fastnce.common.timing import synchronize
 
 
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:

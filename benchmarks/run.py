@@ -42,7 +42,7 @@ from benchmarks.count import Counts  # noqa: E402
 from benchmarks.measure import ALONE, OVER, measure_rest  # noqa: E402
 from benchmarks.published import find_checkouts  # noqa: E402
 from benchmarks.table import table  # noqa: E402
-from fastnce.timing import default_device  # noqa: E402
+from fastnce.common.timing import default_device  # noqa: E402
 
 
 @dataclass(frozen=True)

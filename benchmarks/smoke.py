@@ -23,14 +23,15 @@ from torch import Tensor
 
 from benchmarks.step import build
 from benchmarks.triton_cache import Compilations
-from fastnce import PatchNCEHead, doctor, patch_nce, project_patches
+from fastnce import PatchNCEHead, patch_nce, project_patches
+from fastnce.commands import doctor
+from fastnce.common.timing import default_device, synchronize
 from fastnce.engine.cudagraph import WARM_UP
 from fastnce.engine.step import Step
 from fastnce.methods import Batch, Draws
-from fastnce.nce import fused_maps
-from fastnce.nce.layers import patch_nce_layers
+from fastnce.nce.impl import triton_maps as fused_maps
+from fastnce.nce.multilayer import patch_nce_layers
 from fastnce.networks import fused
-from fastnce.timing import default_device, synchronize
 
 LAYER_GATES = {torch.float32: 5e-6, torch.bfloat16: 4e-3}
 """Of pads, blurs and norms, and of a convolution's map gradient: one rounding of the result."""

@@ -23,9 +23,10 @@ from benchmarks.cases import CAPTURED, Case, Context, Provider, Row
 from benchmarks.measure import measure
 from benchmarks.published import Checkout
 from fastnce.engine.cudagraph import WARM_UP
-from fastnce.engine.optim import OptimOptions
+from fastnce.engine.options import OptimOptions
 from fastnce.engine.step import Step
-from fastnce.methods import PRESETS, Batch, Draws, NetworkOptions
+from fastnce.methods import Batch, Draws, NetworkOptions
+from fastnce.methods.presets import PRESETS
 from fastnce.networks import leave_out_biases
 
 COUNTED = [("cut", 1), ("cut", 8), ("dclgan", 1), ("dcdgan-released", 1), ("dclgan", 4), ("dcdgan", 1), ("fastcut", 1)]

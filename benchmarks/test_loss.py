@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
 
 from benchmarks import chain, loss
-from fastnce.timing import synchronize
+from fastnce.common.timing import synchronize
 
 
 def run_one(benchmark, work):

@@ -33,7 +33,7 @@ from fastnce.kernels.configs import Tile  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from fastnce import PatchNCEHead  # noqa: E402
-from fastnce.timing import capture, default_device, synchronize, time_interleaved  # noqa: E402
+from fastnce.common.timing import capture, default_device, synchronize, time_interleaved  # noqa: E402
 
 SAME = 2e-2
 """Relative difference up to which two tiles of 16-bit sums gave the same."""

@@ -7,16 +7,22 @@ Three ways in::
     make bench                                         # every speed we claim
 """
 
+import sys as _sys
 from importlib import import_module as _import_module
+from importlib.machinery import ModuleSpec as _ModuleSpec
+from importlib.util import module_from_spec as _module_from_spec
 from pathlib import Path as _Path
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from ._version import __version__
 
-# In a source checkout the kernels stand beside this package, not inside it; a wheel carries them inside.
+# In a source checkout the kernels lie beside this package; a wheel has them inside.
 _here = _Path(__file__).resolve().parent
-if not (_here / "kernels").exists() and (_here.parent / "kernels" / "common.py").exists():
-    __path__.append(str(_here.parent))
+_beside = _here.parent / "kernels"
+if not (_here / "kernels").exists() and (_beside / "common.py").exists():
+    _spec = _ModuleSpec(f"{__name__}.kernels", None, is_package=True)
+    _spec.submodule_search_locations = [str(_beside)]
+    _sys.modules[_spec.name] = _module_from_spec(_spec)
 
 if _TYPE_CHECKING:
     from .evaluate import DerainingMetrics
@@ -48,7 +54,7 @@ def __getattr__(name: str) -> object:
     if name in __all__:
         place = "evaluate" if name == "DerainingMetrics" else "nce"
         found: object = getattr(_import_module(f"{__name__}.{place}"), name)
-    elif name in ("data", "evaluate", "initialise", "kernels", "nce", "networks", "operators"):
+    elif name in ("data", "evaluate", "kernels", "nce", "networks"):
         found = _import_module(f"{__name__}.{name}")
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,7 +8,7 @@ from contextlib import suppress
 def entry() -> None:
     """Run the command line and end the process with its exit code."""
     try:
-        from .cli import main  # which imports PyTorch, for seconds
+        from .commands.main import main  # which imports PyTorch, for seconds
 
         code = main()
     except KeyboardInterrupt:

@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
+from .common.options import brief, check_value, converted, describe, option, range_of
+from .common.options import check as check_options
 from .data.rain import RainOptions, parse_ranges
 from .data.target import PREPROCESS
-from .engine.optim import OptimOptions
-from .engine.options import RunOptions
+from .engine.options import OptimOptions, RunOptions
 from .evaluate.pairs import RAIN_SIDES
-from .methods import PRESETS, Method, NetworkOptions, Preset
-from .options import brief, check_value, converted, describe, option, range_of
-from .options import check as check_options
+from .methods import Method, NetworkOptions
+from .methods.presets import PRESETS, Preset
 
 MOST_SIDE = 16_384
 """Of pictures in pixels: one of that size takes 3 GiB as float32."""

@@ -15,11 +15,14 @@ from typing import Any
 
 import torch
 
+from .common.locking import hold
+from .common.streams import show
+from .common.writing import sweep, write_whole
 from .config import Config, check, plan, sides
-from .data import UnpairedData
 from .data.rain import RainOptions, parse_ranges
 from .data.rained import RainedData
 from .data.single import SinglePictureData
+from .data.unpaired import UnpairedData
 from .engine.accumulate import check_parts
 from .engine.checkpoint import Checkpoints
 from .engine.checks import check_run
@@ -30,10 +33,8 @@ from .engine.memory import check_room, keep_freed_memory, out_of_memory, too_lar
 from .engine.progress import check_batch, check_pictures
 from .engine.recompute import recompute_blocks
 from .engine.validate import Validation, find_validation
-from .locking import hold
-from .methods import PRESETS, Method
-from .streams import show
-from .writing import sweep, write_whole
+from .methods import Method
+from .methods.presets import PRESETS
 
 
 def train_run(config: Config, out: str | os.PathLike[str], *, quiet: bool = False) -> int:

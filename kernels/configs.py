@@ -1,7 +1,7 @@
 """Tile sizes by (architecture, dtype, width, rows): a table, no tuning at run time.
 
-Every entry compiles without spills for its architecture (`tests/test_aot.py`); `python -m benchmarks.aot` prints the
-registers and the shared memory of each.
+Every entry compiles without spills for its architecture (`tests/kernels/test_aot.py`); `python -m benchmarks.aot`
+prints the registers and the shared memory of each.
 """
 
 from __future__ import annotations

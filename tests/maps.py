@@ -8,7 +8,7 @@ from fastnce.kernels import blur, common, few_outputs, few_outputs_backward, ins
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastnce.engine.optim import OptimOptions
+from fastnce.engine.options import OptimOptions
 from fastnce.engine.step import Step
 from fastnce.methods import CUT, Batch, CUTOptions, Draws, NetworkOptions
 from fastnce.networks import set_implementation

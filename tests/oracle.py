@@ -9,7 +9,10 @@ from fastnce.kernels import common, cosine, nce, nce_keys, project, project_back
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from fastnce.nce import eager, fused, fused_layers, fused_maps, reference
+from fastnce.nce.impl import eager, reference
+from fastnce.nce.impl import triton_layers as fused_layers
+from fastnce.nce.impl import triton_maps as fused_maps
+from fastnce.nce.impl import triton_rows as fused
 
 DEVICE = torch.device("cpu" if common.INTERPRET.value else torch.accelerator.current_accelerator() or "cpu")
 """The interpreter runs on the CPU; elsewhere the kernels run on the device."""

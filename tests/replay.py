@@ -18,12 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastnce.engine.optim import OptimOptions
+from fastnce.engine.options import OptimOptions
 from fastnce.engine.step import Step
-from fastnce.interop import network_from_weights
-from fastnce.losses import GAN_MODES, gan_loss
-from fastnce.methods import PRESETS, Batch, CUTOptions, Draws, NetworkOptions
+from fastnce.methods import Batch, CUTOptions, Draws, NetworkOptions
+from fastnce.methods.losses import GAN_MODES, gan_loss
+from fastnce.methods.presets import PRESETS
 from fastnce.nce import PatchSampleF, patch_nce
+from fastnce.networks.published import network_from_weights
 
 FLOAT64, FLOAT32, WEIGHTS = 1e-9, 1e-6, 1e-5
 

@@ -12,10 +12,7 @@ if not sys.platform.startswith("linux") or not hasattr(os, "fork"):
 
 from tests.forked import skip_beside_a_gpu
 from tests.soak import checkpoints, full_disks, kill, signals, weight_files
-from tests.soak.common import (
-    Campaign,
-    warm,
-)
+from tests.soak.common import Campaign, warm
 
 FEW = {
     "kill": 6,

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ..locking import hold
+from ..common.locking import hold
 from .cached import PictureCache, read_cache
 from .decoding import Progress, decode_all, forget
 from .folder import DataError, Folder, domain_folders

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..writing import write_whole
+from ..common.writing import write_whole
 from .folder import DataError, Folder, read_picture, resize_picture
 from .opening import regular_file
 from .target import Target

@@ -1,7 +1,7 @@
 """Decode a folder into a cache; what was decoded before the process was killed is not decoded again.
 
-While it is made, a cache is two files that name their process (see `fastnce.writing.partial_name`): the pixels, and a
-journal with a line of JSON for each picture, its [height, width, checksum] or why it cannot be used.
+While it is made, a cache is two files that name their process (see `fastnce.common.writing.partial_name`): the pixels,
+and a journal with a line of JSON for each picture, its [height, width, checksum] or why it cannot be used.
 """
 
 import json
@@ -18,7 +18,7 @@ from typing import BinaryIO, TypeVar
 
 import numpy as np
 
-from ..writing import PARTIAL, is_dead, partial_name, sweep
+from ..common.writing import PARTIAL, is_dead, partial_name, sweep
 from .cached import pixel_file, prepared, threads, write_index
 from .folder import DataError, Folder, probe_picture
 from .target import Target

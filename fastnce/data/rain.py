@@ -20,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..locking import hold
-from ..writing import check_free, distinct_names, partial_name, show_together, sweep
-from .folder import DataError, find_images, load_image, save_image
+from ..common.locking import hold
+from ..common.writing import check_free, distinct_names, partial_name, show_together, sweep
+from .encoding import save_image
+from .folder import DataError, find_images, load_image
 
 Range = tuple[float, float]
 

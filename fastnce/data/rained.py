@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import UnpairedData
 from .augment import PictureStore
 from .cached import PictureCache
 from .folder import DataError, Folder, clean_folder, domain_folders
 from .order import Draw, philox_words
 from .rain import RainOptions, render_rain
+from .unpaired import UnpairedData
 
 RAIN = 2
 """Stream of the Philox key, beside those of `Order`."""

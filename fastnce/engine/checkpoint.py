@@ -26,19 +26,9 @@ from typing import Any, TypeVar
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..writing import flush_to_disk, partial_name, sweep, write_whole
+from ..common.writing import flush_to_disk, partial_name, sweep, write_whole
 from . import state as states
-from .stored import (
-    POINTERS,
-    all_finite,
-    check_numbers,
-    digest_of,
-    follow,
-    read_state,
-    read_tensors,
-    reason_of,
-    step_of,
-)
+from .stored import POINTERS, all_finite, check_numbers, digest_of, follow, read_state, read_tensors, reason_of, step_of
 
 Log = Callable[[str], None]
 Found = TypeVar("Found")

@@ -6,12 +6,11 @@ import importlib.util
 
 import torch
 
+from ..common.options import check
 from ..methods.base import Method
-from ..options import check
 from .accumulate import check_parts
 from .cudagraph import pick_graph
-from .optim import OptimOptions
-from .options import RunOptions
+from .options import OptimOptions, RunOptions
 from .recompute import blocks_of
 
 

@@ -9,7 +9,7 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
-from ..writing import named
+from ..common.writing import named
 
 
 class Lines:

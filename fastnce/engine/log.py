@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ..streams import tell
-from ..writing import write_whole
+from ..common.streams import tell
+from ..common.writing import write_whole
 from .lines import Lines
 
 

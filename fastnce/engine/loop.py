@@ -24,8 +24,8 @@ from .distributed import RankLost, Ranks
 from .log import Pace, RunLog, Silence, clock, save_grid
 from .memory import out_of_memory, too_large
 from .monitor import Monitor
-from .optim import OptimOptions, schedule
-from .options import RunOptions
+from .optim import schedule
+from .options import OptimOptions, RunOptions
 from .progress import Progress, check_batch, check_pictures
 from .samples import padded, translated
 from .saving import Saving, TrainingFailed

@@ -1,11 +1,27 @@
-"""How a run goes, as a configuration's section `run` says it."""
+"""The sections `optim` and `run` of a configuration."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..options import option
+from ..common.options import option
 from .choices import PRECISIONS
+
+
+@dataclass
+class OptimOptions:
+    """Learning rate, its schedule, and the average of weights."""
+
+    lr: float = option(2e-4, "Adam's learning rate during the first n_epochs", low=1e-12, high=1e38)
+    beta1: float = option(0.5, "Adam's first moment; 0.5 as in every paper here", low=0, below=1)
+    beta2: float = option(0.999, "Adam's second moment", low=0, below=1)
+    n_epochs: int = option(200, "epochs at the full learning rate; an epoch is the larger domain once", low=0)
+    n_epochs_decay: int = option(200, "epochs over which the rate falls linearly towards 0", low=0)
+    ema: float = option(0.0, "decay of the generator's averaged weights, e.g. 0.999; 0 keeps none", low=0, below=1)
+    accumulate: int = option(
+        1, "parts that a rank's batch is computed in, one after another: less memory, the same step", low=1
+    )
+    max_bad_steps: int = option(20, "end the job after this many steps in a row that were not finite; 0 never", low=0)
 
 
 @dataclass

@@ -18,7 +18,8 @@ from .compiled import Compiled, CompiledWhole
 from .cudagraph import CudaRecorder, Graphs, Recorder, library_settings
 from .distributed import Ranks
 from .kept import Kept
-from .optim import LossScale, OptimOptions, ParameterGroup, WeightAverage
+from .optim import LossScale, ParameterGroup, WeightAverage
+from .options import OptimOptions
 from .recompute import recompute_blocks
 from .weights import converted_weights
 

@@ -106,7 +106,7 @@ class Validation:
 
         The method is left in evaluation mode.
         """
-        from ..inference import Translator  # which reads configurations, which name the engine's options
+        from ..translate.translator import Translator  # which reads configurations, which name the engine's options
 
         began = time.monotonic()
         method.eval()

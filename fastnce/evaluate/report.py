@@ -20,8 +20,8 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from ..common.writing import check_not_replaced, sweep, write_whole
 from ..data import DataError, find_images, load_image
-from ..writing import check_not_replaced, sweep, write_whole
 from .distribution import fid_kid, require_fidelity
 from .pairs import Pair, find_pairs
 from .quality import KEYS, DerainingMetrics, to_levels

@@ -5,16 +5,15 @@ fastnce unpair PAIRS --out DIR --test TEST
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from ..common.locking import hold
+from ..common.writing import check_free, partial_name, show_together, sweep
 from ..data import DataError, save_image
-from ..locking import hold
-from ..writing import check_free, partial_name, show_together, sweep
-from .pairs import RAIN_SIDE_HELP, RAIN_SIDES, Pair, find_pairs
+from .pairs import Pair, find_pairs
 
 
 def write_unpaired(
@@ -90,19 +89,3 @@ def _write(
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return counts
-
-
-def main(arguments: list[str]) -> int:
-    """The command."""
-    from ..streams import ProgressLine
-
-    parser = argparse.ArgumentParser(prog="fastnce unpair", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("pairs", type=Path, metavar="PAIRS", help="rain/ and norain/, strips, ... as fastnce evaluate")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="receives trainA and trainB")
-    parser.add_argument("--test", type=Path, metavar="PAIRS", help="more pairs, written to DIR/test")
-    parser.add_argument("--rain-side", default="right", choices=RAIN_SIDES, help=RAIN_SIDE_HELP)
-    args = parser.parse_args(arguments)
-    with ProgressLine() as line:
-        counts = write_unpaired(args.pairs, args.out, args.test, line, args.rain_side)
-    print(f"written to {args.out}: {', '.join(f'{count} in {folder}' for folder, count in sorted(counts.items()))}")
-    return 0

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..initialise import INIT_TYPES
-from ..networks import DISCRIMINATORS, GENERATORS, Norm, build_discriminator, build_generator
-from ..options import check, option
+from ..common.initialise import INIT_TYPES
+from ..common.options import check, option
+from ..networks import Norm
+from ..networks.build import DISCRIMINATORS, GENERATORS, build_discriminator, build_generator
 
 MOST_CHANNELS = 65_536
 WEIGHT = {"low": 0, "high": 1e6}

@@ -10,11 +10,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..losses import GANMode, gan_loss, gradient_penalty
+from ..common.options import option
 from ..nce import PatchNCEHead
 from ..nce.api import Negatives
-from ..nce.variants import Weighting, attention_patch_ids, dense_patch_ids, weighted_contrast
-from ..options import option
+from ..nce.selection import attention_patch_ids, dense_patch_ids
+from ..nce.weights import Weighting, weighted_contrast
 from .base import (
     GP_HELP,
     MOST_CHANNELS,
@@ -34,6 +34,7 @@ from .base import (
     check_ranges,
     drawn_rows,
 )
+from .losses import GANMode, gan_loss, gradient_penalty
 
 
 @dataclass

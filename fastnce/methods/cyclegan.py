@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..losses import GANMode, gan_loss, gradient_penalty
-from ..options import option
+from ..common.options import option
 from .base import (
     GP_HELP,
     WEIGHT,
@@ -26,6 +25,7 @@ from .base import (
     check_ranges,
     together,
 )
+from .losses import GANMode, gan_loss, gradient_penalty
 
 MOST_POOLED = 10**6
 

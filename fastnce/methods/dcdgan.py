@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..common.options import option
 from ..data.rain import RainOptions, parse_ranges, render_rain
-from ..losses import channel_cycle_loss, frequency_cycle_loss
 from ..nce.api import Negatives
-from ..options import option
 from .base import WEIGHT, Batch, Draws, Losses, NetworkOptions, Outputs
 from .dclgan import DCLGAN, DCLGANOptions
+from .losses import channel_cycle_loss, frequency_cycle_loss
 
 HEAVY_RAIN = "density=0.3:0.7,opacity=0.4:0.9,haze=0,angle=-40:40"
 """About that of Rain800."""
@@ -57,7 +57,7 @@ class DCDGANOptions(DCLGANOptions):
 
     @classmethod
     def plus(cls) -> DCDGANOptions:
-        """What did best in `benchmarks/derain.py`."""
+        """What did best in `experiments/derain.py`."""
         return cls(
             lambda_gan=3.0,
             lambda_nce=0.25,

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..losses import GANMode, gan_loss, gradient_penalty, leave_uncompiled, r1_penalty
+from ..common.options import option
 from ..nce.api import Negatives
 from ..networks.layers import FusedLayer
-from ..options import option
 from .base import MOST_PATCHES, WEIGHT, Batch, Draws, Losses, NetworkOptions, Outputs, check_ranges
 from .cut import CUT, CUTOptions
+from .losses import GANMode, gan_loss, gradient_penalty, leave_uncompiled, r1_penalty
 
 
 @dataclass

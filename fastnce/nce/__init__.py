@@ -3,8 +3,8 @@
 from .api import patch_nce, project_patches, sample_patch_ids
 from .bank import NegativeBank
 from .head import PatchNCEHead
-from .layers import patch_nce_layers
 from .modules import PatchNCELoss, PatchSampleF
+from .multilayer import patch_nce_layers
 
 __all__ = [
     "NegativeBank",

@@ -13,10 +13,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import checks, eager, reference
+from . import checks
+from .impl import eager
+from .impl.rows import gather_patches, mlp, normalize_rows
 
 try:
-    from . import fused, fused_maps
+    from .impl import triton_maps as fused_maps
+    from .impl import triton_rows as fused
 except ImportError:  # no Triton for this platform
     fused = fused_maps = None  # type: ignore[assignment]
 
@@ -192,16 +195,16 @@ def project_patches(
     for layer, (feature_map, given, dtype) in enumerate(zip(maps, ids, dtypes, strict=True)):
         images = feature_map.shape[0]
         one_set = patch_ids[layer].dim() == 1
-        sampled = reference.gather_patches(
+        sampled = gather_patches(
             feature_map, given[0] if one_set else given.repeat_interleave(images // given.shape[0], dim=0)
         )
         sampled = sampled.flatten(0, 1)
         # Unprojected rows are as short as 1e-6 at first: their gradients, of 1 / length, leave float16's range.
         inner = torch.float32 if dtype == torch.float16 else dtype
         with _without_autocast(feature_map.device):
-            projected = sampled if mlps is None else reference.mlp(sampled.to(inner), _cast(mlps[layer], inner))
+            projected = sampled if mlps is None else mlp(sampled.to(inner), _cast(mlps[layer], inner))
         wide = projected if projected.dtype == torch.float64 else projected.float()
-        rows.append(reference.normalize_rows(wide).to(dtype))
+        rows.append(normalize_rows(wide).to(dtype))
     return rows
 
 

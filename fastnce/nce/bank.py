@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
-from .reference import normalize_rows
+from .impl.rows import normalize_rows
 
 
 class NegativeBank(nn.Module):

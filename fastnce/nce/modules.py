@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..initialise import INIT_TYPES, init_weights
+from ..common.initialise import INIT_TYPES, init_weights
 from . import api, checks
 from .api import Implementation, Negatives, patch_nce, project_patches, sample_patch_ids
-from .reference import normalize_rows
+from .impl.rows import normalize_rows
 
 MLPs = list[tuple[Tensor, Tensor, Tensor, Tensor]] | None
 """What `project_patches` takes as `mlps`."""

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..common.autograd import call, directly
+from ..common.operators import obstacle, operator
 from ..kernels import blur, few_outputs, few_outputs_backward, reflect_pad
 from ..kernels import instance_norm as norm
 from ..kernels.planes import empty_like
-from ..nce.autograd import call, directly
-from ..operators import obstacle, operator
 
 _TAGS = [torch.Tag.needs_exact_strides]  # results lie in memory as the arguments do
 

@@ -72,7 +72,7 @@ class InstanceNorm(FusedLayer):
 
     Without kernels it is a group norm with one group a channel. The library's own `F.instance_norm` is not used: on the
     CPU, at batch size 1, it returns a wrong input gradient when the incoming gradient is channels-last, and patch
-    sampling produces such gradients (tests/test_layers.py shows both).
+    sampling produces such gradients (tests/networks/test_layers.py shows both).
     """
 
     leaves_out_biases = True

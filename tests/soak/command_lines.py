@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 from random import Random
 
+from fastnce.common.options import describe, kinds
 from fastnce.config import Config, from_preset
-from fastnce.methods import PRESETS
-from fastnce.options import describe, kinds
+from fastnce.methods.presets import PRESETS
 
 from .common import TINY, Campaign, Outcome, survey, tree, warm
 from .judge import attempt_line, judged, place_of, prepare_template

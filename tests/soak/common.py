@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-import fastnce.cli  # noqa: F401  (else each fork would import it)
+import fastnce.commands.main  # noqa: F401  (else each fork would import it)
 from fastnce.__main__ import entry
 from fastnce.config import plan, resolve
 

@@ -13,8 +13,8 @@ from PIL import Image
 
 from fastnce.data.folder import probe_picture, read_picture
 from fastnce.data.opening import DataError
-from fastnce.interop import save_published
 from fastnce.networks import ResnetGenerator
+from fastnce.networks.published import save_published
 
 from .common import Campaign, Child, Ended, Outcome, pictures, survey, warm
 from .hostile import kinds

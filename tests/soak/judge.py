@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from safetensors import safe_open
 
-from fastnce.writing import PARTIAL
+from fastnce.common.writing import PARTIAL
 
 from .common import TINY, Child, Ended, run, training_pictures, tree
 

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from fastnce import NegativeBank, PatchNCEHead, PatchNCELoss, PatchSampleF, patch_nce
-from fastnce.cli import main
+from fastnce.commands.main import main
 from fastnce.data import save_image
 from fastnce.engine.step import Step
-from fastnce.inference import load_translator, translate_files
-from fastnce.interop import save_published
 from fastnce.networks import ResnetGenerator
+from fastnce.networks.published import save_published
+from fastnce.translate.files import translate_files
+from fastnce.translate.load import load_translator
 
 from .command_lines import tiny
 from .common import Campaign, Child, Outcome, pictures, training_pictures, warm

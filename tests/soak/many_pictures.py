@@ -12,7 +12,7 @@ from random import Random
 import numpy as np
 from PIL import Image
 
-from fastnce.data import UnpairedData
+from fastnce.data.unpaired import UnpairedData
 
 from .common import TINY, Campaign, Child, Outcome, tries, warm
 

@@ -12,8 +12,8 @@ from random import Random
 import numpy as np
 from PIL import Image
 
-from fastnce.interop import save_published
 from fastnce.networks import ResnetGenerator
+from fastnce.networks.published import save_published
 
 from .common import TINY, Campaign, Child, Ended, Outcome, survey, warm
 

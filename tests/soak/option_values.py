@@ -7,7 +7,7 @@ from pathlib import Path
 from random import Random
 
 from fastnce.config import Config, from_preset
-from fastnce.methods import PRESETS
+from fastnce.methods.presets import PRESETS
 
 from .command_lines import tiny
 from .common import Campaign, Outcome, pictures, survey, tree, warm

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from fastnce import __version__
-from fastnce.writing import write_whole
+from fastnce.common.writing import write_whole
 
 from .common import Campaign, Outcome
 

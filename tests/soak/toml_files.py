@@ -9,7 +9,7 @@ from pathlib import Path
 from random import Random
 
 from fastnce.config import from_preset, resolve
-from fastnce.methods import PRESETS
+from fastnce.methods.presets import PRESETS
 
 from .command_lines import LARGE, tiny
 from .common import Campaign, Child, Ended, Outcome, survey, training_pictures, warm

@@ -183,8 +183,8 @@ KINDS += [_damaged, _damaged, _damaged, _noise, _no_file, _other_precision]
 
 
 def weight_files(count: int, seed: int, folder: Path) -> Outcome:
-    from fastnce.interop import save_published
     from fastnce.networks import ResnetGenerator
+    from fastnce.networks.published import save_published
 
     torch.manual_seed(0)
     good = save_published({"G": ResnetGenerator(width=2, blocks=1)}, folder)[0]

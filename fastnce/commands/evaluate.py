@@ -1,0 +1,50 @@
+"""`fastnce evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..common.streams import ProgressLine
+from ..engine.choices import pick_device
+from ..evaluate.pairs import RAIN_SIDE_HELP, RAIN_SIDES
+from ..evaluate.report import evaluate as measure
+from ..translate.load import load_translator
+from .parsing import TILES_HELP, command_parser
+
+
+def main(arguments: list[str]) -> int:
+    """Measure a model, or the inputs themselves, on a test set: PSNR, SSIM, FID."""
+    parser = command_parser("evaluate", main)
+    parser.add_argument("model", type=Path, nargs="?", metavar="RUN|FILE.pth")
+    parser.add_argument("--data", type=Path, required=True, metavar="TEST", help="rain/ and norain/; testA and testB")
+    parser.add_argument("--rain-side", default="right", choices=RAIN_SIDES, help=RAIN_SIDE_HELP)
+    parser.add_argument("--inputs-only", action="store_true", help="measure the inputs, without a model")
+    parser.add_argument("--generator", default="", help="of a method with two: G_A (A to B, default) or G_B")
+    parser.add_argument("--fid", action="store_true", help="also FID and KID (needs the extra eval)")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--csv", type=Path, metavar="FILE")
+    parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="input, output, truth and difference")
+    parser.add_argument("--tiles", default="auto", choices=("auto", "exact", "fast"), help=TILES_HELP)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    args = parser.parse_args(arguments)
+    if (args.model is None) != args.inputs_only:
+        raise ValueError("fastnce evaluate takes a model or --inputs-only, one of the two")
+    with ProgressLine() as line:
+        device = pick_device(args.device)
+        translator = None
+        if args.model is not None:
+            translator = load_translator(args.model, device, args.generator, tiles=args.tiles, say=line.say)
+        report = measure(
+            args.data,
+            translator,
+            rain_side=args.rain_side,
+            channels=translator.channels if translator is not None else 3,
+            device=device,
+            fid=args.fid,
+            json_file=args.json,
+            csv_file=args.csv,
+            sheet=args.sheet,
+            progress=line,
+        )
+    print(report.summary())
+    return 0

@@ -1,0 +1,38 @@
+"""`fastnce export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..config import from_dict
+from ..engine.checkpoint import open_checkpoint
+from ..engine.stored import check_numbers, load_generators, read_tensors, using
+from ..methods.presets import PRESETS
+from ..networks.published import load_weights, save_published
+from .parsing import command_parser
+
+
+def main(arguments: list[str]) -> int:
+    """Write a run's networks as the published code's files, latest_net_G.pth and so on."""
+    parser = command_parser("export", main)
+    parser.add_argument("run", type=Path, metavar="RUN", help="or a checkpoint: RUN/checkpoints/best")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--label", default="latest", help="first part of the file names")
+    args = parser.parse_args(arguments)
+    folder, state = open_checkpoint(args.run)
+    with using(folder):
+        config = from_dict(state["config"])
+        networks = PRESETS[config.method].method(config.loss, config.network).networks()
+        tensors = read_tensors(folder / "training.safetensors")
+        check_numbers(state, tensors)
+        for name, network in networks.items():
+            prefix = f"network/{name}/"
+            weights = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+            load_weights(network, weights, str(folder))
+        for name, weights in load_generators(folder, state).items():  # averaged, where the run keeps an average
+            if name not in networks:
+                raise ValueError(f"{config.method} has no generator {name}")
+            load_weights(networks[name], weights, str(folder))
+    for path in save_published(networks, args.out, args.label):
+        print(path)
+    return 0

@@ -1,0 +1,62 @@
+"""The presets as a table: paper, terms, networks, parameters, defaults."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..common.options import describe
+from ..methods import NetworkOptions
+from ..methods.presets import PRESETS, Preset
+from .parsing import command_parser
+
+COLUMNS = 100
+
+
+def networks_of(preset: Preset) -> dict[str, nn.Module]:
+    """A preset's networks at its default sizes, without memory for their weights."""
+    network = NetworkOptions(**preset.sections.get("network", {}))
+    with torch.device("meta"):
+        return preset.method(preset.options(), network).networks()
+
+
+def terms(options: Any) -> list[str]:
+    """The weighted terms of an options object, such as "gan 1" for `lambda_gan`."""
+    values = {name: value for name, (value, _) in describe(options).items() if name.startswith("lambda_")}
+    if options.gan_mode != "wgangp":
+        del values["lambda_gp"]
+    return [f"{name.removeprefix('lambda_')} {value:g}" for name, value in values.items() if value]
+
+
+def rows(name: str, preset: Preset) -> list[tuple[str, str]]:
+    """What the table says of a preset: (heading, text)."""
+    options = preset.options()
+    sizes = {net: sum(p.numel() for p in module.parameters()) for net, module in networks_of(preset).items()}
+    network = NetworkOptions(**preset.sections.get("network", {}))
+    details = {
+        key: value for key, (value, _) in describe(options).items() if not key.startswith("lambda_") and value != []
+    }
+    changed = [f"{section}.{key}={value}" for section, keys in preset.sections.items() for key, value in keys.items()]
+    return [
+        ("paper", preset.paper),
+        ("terms", ", ".join(terms(options))),
+        ("networks", f"{network.generator} and {network.discriminator}, width {network.width}"),
+        ("parameters", ", ".join(f"{net} {count:,}" for net, count in sizes.items()) + f"; {sum(sizes.values()):,}"),
+        ("loss", " ".join(f"{key}={value}" for key, value in details.items())),
+        ("besides", " ".join(changed) or "the defaults of data, network and optim"),
+    ]
+
+
+def main(arguments: list[str]) -> int:
+    """List the methods with their papers, terms, networks and defaults."""
+    command_parser("methods", main).parse_args(arguments)
+    for name, preset in PRESETS.items():
+        print(name)
+        for heading, text in rows(name, preset):
+            for i, line in enumerate(textwrap.wrap(text, COLUMNS - 14, break_on_hyphens=False)):
+                print(f"  {heading if i == 0 else '':<11} {line}")
+        print()
+    return 0

@@ -1,0 +1,59 @@
+"""`fastnce train`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ..common.streams import give_up_stdout, stdout_takes
+from ..config import check, plan, resolve
+from ..engine.launch import launched, processes, start, watch_launcher, without
+from ..methods.presets import PRESETS
+from ..training import check_place, check_same_run, hold_run, train_run
+from .parsing import command_parser
+
+
+def main(arguments: list[str]) -> int:
+    """Train a method on DIR/trainA and DIR/trainB; the same command again continues."""
+    parser = command_parser("train", main)
+    parser.add_argument("method", metavar="METHOD", help=", ".join(PRESETS))
+    parser.add_argument("--data", type=Path, metavar="DIR", help="folder with trainA, trainB (testA, testB)")
+    parser.add_argument("--out", type=Path, metavar="RUN", help="folder of the run: checkpoints, samples, metrics")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with sections data, network, loss, ...")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument("--nproc", default="1", metavar="N|auto", help="processes; auto: one for each accelerator here")
+    parser.add_argument("--quiet", action="store_true", help="nothing on the terminal; log.txt has it all")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. data.batch=4 optim.lr=1e-4")
+    args = parser.parse_intermixed_args(arguments)
+    config = resolve(args.method, args.config, args.overrides)
+    if args.data is not None:
+        if any(text.startswith("data.dir=") for text in args.overrides) and config.data.dir != str(args.data):
+            raise ValueError(f"--data {args.data} and data.dir={config.data.dir} differ: give one of them")
+        config.data.dir = str(args.data)
+        check(config)
+    if args.dry_run:
+        plan(config)
+        print(config.as_toml(), end="")
+        return 0
+    if not config.data.dir or args.out is None:
+        missing = "--data DIR" if not config.data.dir else "--out RUN"
+        raise ValueError(f"fastnce train needs {missing} (or --dry-run)")
+    number = 1 if launched() else processes(args.nproc, config.run.device)
+    if launched() and args.nproc not in ("1", world := os.environ["WORLD_SIZE"]):
+        raise ValueError(
+            f"--nproc {args.nproc} starts processes, but WORLD_SIZE={world} says that a launcher started this one: "
+            f"leave --nproc out, or unset WORLD_SIZE"
+        )
+    if number > 1:
+        plan(config)  # here, where what is wrong is said once
+        check_place(config, args.out)
+        with hold_run(args.out):
+            check_same_run(config, args.out, number)
+        return start(number, ["train", *without(arguments, "--nproc")])
+    watch_launcher()
+    try:
+        train_run(config, args.out, quiet=args.quiet)
+    finally:
+        if not stdout_takes():  # log.txt has it all, and the exit code is about the run
+            give_up_stdout()
+    return 0

@@ -1,0 +1,40 @@
+"""`fastnce translate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..common.streams import ProgressLine
+from ..engine.choices import pick_device
+from ..translate.files import translate_files
+from ..translate.load import load_translator
+from .parsing import TILES_HELP, command_parser
+
+
+def main(arguments: list[str]) -> int:
+    """Translate pictures of any size with a run, a checkpoint or a published .pth file."""
+    parser = command_parser("translate", main)
+    parser.add_argument("model", type=Path, metavar="RUN|FILE.pth")
+    parser.add_argument("source", type=Path, metavar="IMAGE|DIR")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--generator", default="", help="of a method with two: G_A (A to B, default) or G_B")
+    parser.add_argument("--format", default="png", help="png, jpg, webp, bmp, tiff or npy")
+    parser.add_argument("--bits", type=int, choices=(8, 16), help="of the files written; default as the source")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="pictures of one size at once")
+    parser.add_argument("--tiles", default="auto", choices=("auto", "exact", "fast"), help=TILES_HELP)
+    parser.add_argument("--tile-size", type=int, default=1024, metavar="N", help="side of a tile in pixels")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    args = parser.parse_args(arguments)
+    if not args.source.exists():
+        raise ValueError(f"{args.source}: no such picture or folder")
+    if args.format.lower() not in ("png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "npy"):
+        raise ValueError(f"--format must be png, jpg, webp, bmp, tiff or npy, not {args.format!r}")
+    with ProgressLine() as line:
+        how = {"tiles": args.tiles, "tile_size": args.tile_size, "say": line.say}
+        translator = load_translator(args.model, pick_device(args.device), args.generator, **how)
+        suffix = f".{args.format.lower()}"
+        written = translate_files(
+            translator, args.source, args.out, suffix, batch=args.batch, bits=args.bits, progress=line
+        )
+    print(f"{len(written)} {'picture' if len(written) == 1 else 'pictures'} written to {args.out}")
+    return 0

@@ -1,0 +1,24 @@
+"""`fastnce unpair`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..common.streams import ProgressLine
+from ..evaluate.pairs import RAIN_SIDE_HELP, RAIN_SIDES
+from ..evaluate.unpair import write_unpaired
+from .parsing import command_parser
+
+
+def main(arguments: list[str]) -> int:
+    """Make an unpaired training set out of pairs: rainy and clean pictures of different scenes."""
+    parser = command_parser("unpair", main)
+    parser.add_argument("pairs", type=Path, metavar="PAIRS", help="rain/ and norain/, strips, ... as fastnce evaluate")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="receives trainA and trainB")
+    parser.add_argument("--test", type=Path, metavar="PAIRS", help="more pairs, written to DIR/test")
+    parser.add_argument("--rain-side", default="right", choices=RAIN_SIDES, help=RAIN_SIDE_HELP)
+    args = parser.parse_args(arguments)
+    with ProgressLine() as line:
+        counts = write_unpaired(args.pairs, args.out, args.test, line, args.rain_side)
+    print(f"written to {args.out}: {', '.join(f'{count} in {folder}' for folder, count in sorted(counts.items()))}")
+    return 0

@@ -1,0 +1,1 @@
+"""What every other package may use: options, files, locks, the terminal, operators."""

@@ -1,0 +1,217 @@
+"""Unpaired image folders, decoded once, cropped and mirrored on the device.
+
+::
+
+    data = UnpairedData("horse2zebra", batch=4, device="cuda")
+    real_a, real_b = data.batch(step)  # float32 (4, 3, 256, 256) in [-1, 1]
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .augment import PictureStore
+from .cache import cache_place, open_cache
+from .cached import PictureCache
+from .decoding import Progress
+from .folder import DataError, Folder, domain_folders, load_image
+from .order import Order
+from .staging import Staging
+from .target import Target
+
+CACHE_BUDGET = 2 << 30  # bytes of device memory: horse2zebra at 286x286 takes 0.55 GiB
+
+
+class UnpairedData:
+    """Batches of two domains as unpaired translation is trained (CUT, Park et al. 2020, published loader).
+
+    Opening decodes what is not in the cache yet, so every file that cannot be used is known before training.
+
+    Args:
+        root: holds {phase}A and {phase}B; for "test", valA and valB where testA is absent.
+        load_size, crop_size: int or (height, width). Pictures are resized to load_size (bicubic), then crop_size is cut
+            out at random; once `decaying`, they are resized to crop_size at once. Sides of crop_size: multiples of 4.
+        channels: 1, 3 or the files' own number.
+        preprocess: "resize_and_crop", "crop", "scale_width_and_crop", "scale_shortside_and_crop" or "none" (whole
+            pictures, sides rounded to multiples of 4, only for batch=1).
+        flip: mirror left to right with probability 1/2.
+        batch: pictures of each domain, a rank and step.
+        seed, rank, world: `world` ranks of batch b see together, step for step, what one of batch world*b sees.
+        device: where batches appear.
+        cache_dir: default `root`/.fastnce-cache, or the user's cache folder where root cannot be written.
+        cache_budget: bytes. Both domains stay in the memory of a device when they fit; otherwise windows are sent,
+            those of the next step while the present one is computed. The CPU reads the mapped cache and ignores it.
+        ahead: make the next step's batch in a thread; None decides: where windows are sent.
+        skip_bad: pass over files that cannot be used and list them in `skipped`, as (path, reason).
+        progress: called with a sentence now and then while pictures are decoded.
+
+    Raises:
+        DataError: folders, files or settings that cannot be used; all bad files are named.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        phase: str = "train",
+        *,
+        load_size: int | tuple[int, int] = 286,
+        crop_size: int | tuple[int, int] = 256,
+        channels: int = 3,
+        preprocess: str = "resize_and_crop",
+        flip: bool = True,
+        batch: int = 1,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        device: str | torch.device = "cpu",
+        cache_dir: str | os.PathLike[str] | None = None,
+        cache_budget: int = CACHE_BUDGET,
+        ahead: bool | None = None,
+        skip_bad: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        self.root = Path(root)
+        self.target = Target.checked(preprocess, load_size, crop_size, channels)
+        if batch < 1 or (preprocess == "none" and batch != 1):
+            wanted = "1 with preprocess='none', which keeps every picture's own size" if batch > 1 else "at least 1"
+            raise DataError(f"batch={batch} should be {wanted}")
+        if not 0 <= rank < world:
+            raise DataError(f"rank={rank} should be between 0 and world-1, and world is {world}")
+        if not 0 <= seed < 2**64:
+            raise DataError(f"seed={seed} should be between 0 and 2**64-1")
+        self.flip, self.skip_bad, self.progress = flip, skip_bad, progress
+        self.device, self.cache_budget = torch.device(device), cache_budget
+        folders = self._find_folders(root, phase)
+        self._place = cache_place(self.root, cache_dir)
+        caches, complaints = [], []
+        for folder in folders:
+            try:
+                caches.append(open_cache(folder, self.target, self._place, skip_bad=skip_bad, progress=progress))
+            except DataError as error:
+                complaints.append(str(error))
+        if complaints:
+            raise DataError("\n".join(complaints))
+        self.skipped: list[tuple[Path, str]] = [file for cache in caches for file in cache.skipped]
+        self._folders: list[Folder] = [cache.folder for cache in caches]
+        self._stores: dict[Target, list[PictureStore]] = {self.target: self._stored(caches)}
+        self.size_a, self.size_b = (len(folder) for folder in self._folders)
+        self.order = Order(self.size_a, self.size_b, batch, seed, rank, world)
+        self.epoch_size, self.steps_per_epoch = self.order.epoch_size, self.order.steps_per_epoch
+        sent = any(store.flat is None for store in self._stores[self.target])
+        self.staging = Staging(self._make, self.device) if (sent if ahead is None else ahead) else None
+
+    def _find_folders(self, root: str | os.PathLike[str], phase: str) -> tuple[Folder, Folder]:
+        return domain_folders(root, phase)
+
+    @property
+    def one_size(self) -> bool:
+        """Whether the pictures of all steps are of one size."""
+        return self.target.preprocess != "none"
+
+    def batch(self, step: int, *, decaying: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """The pictures of one step: a function of (seed, rank, step) alone.
+
+        Args:
+            step: counted from 0 over the whole run.
+            decaying: the learning rate has begun to fall; the first such call makes the cache for it (see `prepare`).
+
+        Returns:
+            A and B, float32 (batch, channels, height, width) in [-1, 1], channels-last in memory.
+        """
+        return self._make(step, decaying) if self.staging is None else self.staging.take(step, decaying)
+
+    def close(self) -> None:
+        """End the thread that makes batches ahead, if there is one."""
+        if self.staging is not None:
+            self.staging.close()
+
+    def _make(self, step: int, decaying: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        self.prepare(decaying=decaying)
+        target = self.target.decaying() if decaying else self.target
+        size = None if target.preprocess == "none" else target.crop
+        draw_a, draw_b = self.order.draw(step)
+        store_a, store_b = self._stores[target]
+        return store_a.crops(draw_a, size, self.flip), store_b.crops(draw_b, size, self.flip)
+
+    def prepare(self, *, decaying: bool = False) -> None:
+        """Make the cache and the stores that `batch(decaying=...)` reads; nothing where they are there already."""
+        target = self.target.decaying() if decaying else self.target
+        if target in self._stores:
+            return
+        caches = [open_cache(folder, target, self._place, progress=self.progress) for folder in self._folders]
+        if self.device.type != "cpu":
+            self._stores.clear()  # two variants at once would take twice the budget
+        self._stores[target] = self._stored(caches)
+
+    def sizes(self) -> tuple[dict[tuple[int, int], Path], dict[tuple[int, int], Path]]:
+        """(height, width) of the pictures that batches hold of A and of B, each with a file that gives it.
+
+        They are the same before and after the learning rate decays.
+        """
+        found: list[dict[tuple[int, int], Path]] = []
+        for folder, store in zip(self._folders, next(iter(self._stores.values())), strict=True):
+            if self.one_size:
+                found.append({self.target.crop: folder.file(0)})
+                continue
+            sizes, first = np.unique(store.cache.index[:, 1:], axis=0, return_index=True)
+            found.append({tuple(sizes[i].tolist()): folder.file(int(first[i])) for i in np.argsort(first)})
+        return found[0], found[1]
+
+    def cached(self, *, decaying: bool = False) -> dict[Path, int]:
+        """The cache files that `batch(decaying=...)` reads, made if need be and checked, each with its bytes."""
+        self.prepare(decaying=decaying)
+        stores = self._stores[self.target.decaying() if decaying else self.target]
+        for store in stores:
+            store.cache.check()
+        return {store.cache.path: store.cache.path.stat().st_size for store in stores}
+
+    def _stored(self, caches: list[PictureCache]) -> list[PictureStore]:
+        resident = sum(cache.pixels.nbytes for cache in caches) <= self.cache_budget
+        return [PictureStore(cache, self.device, resident) for cache in caches]
+
+    def samples(self, count: int, phase: str = "test") -> tuple[torch.Tensor, torch.Tensor]:
+        """The first pictures of each domain, resized to crop_size and nothing else, for sample grids.
+
+        From {phase}A and {phase}B (for "test", valA and valB where testA is absent), or from the training pictures
+        where there are none.
+
+        Returns:
+            A and B on the device, float32 (n, channels, *crop_size) in [-1, 1]; n is `count` or the size of the smaller
+            folder.
+
+        Raises:
+            DataError: a picture cannot be used and `skip_bad` is off.
+        """
+        try:
+            folders = list(domain_folders(self.root, phase))
+        except DataError:
+            folders = self._folders
+        columns: list[list[torch.Tensor]] = []
+        for folder in folders:
+            pictures: list[torch.Tensor] = []
+            for place in range(len(folder)):
+                if len(pictures) == count:
+                    break
+                try:
+                    pictures.append(load_image(folder.file(place), self.target.channels, self.target.crop))
+                except DataError:
+                    if not self.skip_bad:
+                        raise
+            columns.append(pictures)
+        least = min(len(pictures) for pictures in columns)
+        if least == 0:
+            raise DataError(f"no {phase} picture in {self.root} can be used as a sample")
+        a, b = (torch.stack(pictures[:least]).to(self.device) for pictures in columns)
+        return a, b
+
+    def digest(self) -> str:
+        """64 hexadecimal digits of the pictures' names and sizes in bytes, for a run to notice that they changed.
+
+        Times are left out: a copied data set is the same data set.
+        """
+        listings = [[(name, size) for name, size, _ in folder.listing()] for folder in self._folders]
+        return hashlib.sha256(json.dumps(listings).encode()).hexdigest()

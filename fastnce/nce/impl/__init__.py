@@ -1,0 +1,1 @@
+"""How the contrastive operation is computed: the definition, plain PyTorch, Triton kernels."""

@@ -1,0 +1,102 @@
+"""InfoNCE of many layers and directions as one PyTorch operator: rows in, a mean a direction out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...common.autograd import Once, call, directly
+from ...common.operators import operator
+from ...kernels import cosine, nce
+
+
+def _layers(queries, keys, extra, temperatures, groups, directions, other, divide, unit, gradient):
+    rows = [q.shape[0] for q in queries]
+    if divide:
+        units = cosine.cosine([*queries, *keys])
+        queries, keys = units[: len(queries)], units[len(queries) :]
+    unit = unit or (divide and (other or not extra))  # extra keys that are given come as they are
+    grouped, answers = ([x.unflatten(0, (groups, -1)) for x in side] for side in (queries, keys))
+    if other:  # the directions of a layer stand side by side, and there are two
+        extra = [grouped[i ^ 1] for i in range(len(grouped))]
+    else:
+        extra = [e.expand(groups, -1, -1) for e in extra]
+    loss, _, _, gradients = nce.nce_forward(grouped, answers, extra, [], [], temperatures, unit=unit, gradient=gradient)
+    totals = [sum(rows[i : i + directions]) for i in range(0, len(rows), directions)]
+    return nce.mean_by_direction(loss, totals, directions), [g.flatten(0, 1) for g in gradients]
+
+
+def _layers_fake(queries, keys, extra, temperatures, groups, directions, other, divide, unit, gradient):
+    mean = queries[0].new_empty(directions, dtype=torch.float32)
+    return mean, [q.new_empty(q.shape) for q in queries] if gradient else []
+
+
+def _row_gradients(queries, gradients, upstream, divide):
+    return cosine.row_gradients(queries, gradients, upstream, divided=divide)
+
+
+operator(
+    "nce_layers(Tensor[] queries, Tensor[] keys, Tensor[] extra, float[] temperatures, SymInt groups, "
+    "SymInt directions, bool other, bool divide, bool unit, bool gradient) -> (Tensor, Tensor[])",
+    _layers,
+    _layers_fake,
+)
+operator(
+    "row_gradients(Tensor[] queries, Tensor[] gradients, Tensor upstream, bool divide) -> Tensor[]",
+    _row_gradients,
+    lambda queries, *_: [q.new_empty(q.shape) for q in queries],
+)
+
+
+@directly
+class _NCELayers(torch.autograd.Function):
+    @staticmethod
+    def forward(count, temperatures, groups, directions, other, divide, unit, gradient, *tensors):
+        queries, keys, extra = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
+        mean, gradients = torch.ops.fastnce.nce_layers(
+            queries, keys, extra, temperatures, groups, directions, other, divide, unit, gradient
+        )
+        return mean, *gradients
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.count, ctx.divide, gradient = inputs[0], inputs[5], inputs[7]
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        if gradient:
+            ctx.save_for_backward(*inputs[8 : 8 + ctx.count], *output)
+
+    @staticmethod
+    def backward(ctx, upstream, *_):
+        if upstream is None:
+            return (None,) * len(ctx.needs_input_grad)
+        queries, (mean, *ready) = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        with torch.no_grad():
+            gradients = torch.ops.fastnce.row_gradients(queries, ready, upstream, ctx.divide)
+        if torch.is_grad_enabled():
+            gradients = [Once.apply(g, mean, upstream) for g in gradients]
+        return *([None] * 8), *gradients, *([None] * (len(ctx.needs_input_grad) - 8 - ctx.count))
+
+
+def nce_layers(
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    extra: Sequence[Tensor],
+    *,
+    temperatures: Sequence[float],
+    groups: int,
+    directions: int,
+    other: bool,
+    divide: bool,
+    unit: bool,
+) -> Tensor:
+    """Float32 (directions,): `patch_nce_layers` of flat lists, the directions of a layer one after another."""
+    gradient = torch.is_grad_enabled() and any(q.requires_grad for q in queries)
+    constants = [x.detach() for x in (*keys, *extra)]
+    return call(
+        _NCELayers,
+        len(queries), list(temperatures), groups, directions, other, divide, unit, gradient,
+        *queries, *constants,
+    )[0]  # fmt: skip

@@ -1,0 +1,152 @@
+"""The Triton kernels of rows as PyTorch operators with gradients; `fused_maps` has those that begin at maps.
+
+The operators (`torch.ops.fastnce.*`) take lists of tensors and have fakes, so that `torch.compile` traces through them
+without a break; the gradients are `autograd.Function`s around them, whose forward already forms the query gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...common import operators
+from ...common.autograd import Once, call, directly
+from ...common.operators import operator
+from ...kernels import nce, nce_keys
+
+MAX_WIDTH = 512
+"""Channels or dims that a kernel holds on chip."""
+
+
+def obstacle(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
+    """Why the kernels cannot run on such rows, or None."""
+    found = operators.obstacle(device, dtype)
+    if found is None and width > MAX_WIDTH:
+        return f"the kernels hold at most {MAX_WIDTH} channels or dims, not {width}"
+    return found
+
+
+# InfoNCE of grouped rows
+
+
+def _nce_forward(queries, keys, extra, log_weight, pair_weight, temperatures, decoupled, unit, gradient):
+    return nce.nce_forward(
+        queries, keys, extra, log_weight, pair_weight, temperatures, decoupled=decoupled, unit=unit, gradient=gradient
+    )
+
+
+def _nce_forward_fake(queries, keys, extra, log_weight, pair_weight, temperatures, decoupled, unit, gradient):
+    rows = sum(q.shape[0] * q.shape[1] for q in queries)
+    loss, negative, positive = (queries[0].new_empty(rows, dtype=torch.float32) for _ in range(3))
+    return loss, negative, positive, [q.new_empty(q.shape) for q in queries] if gradient else []
+
+
+def _nce_keys(queries, keys, log_weight, pair_weight, temperatures, negative, coefficient, extra):
+    return nce_keys.nce_key_gradients(
+        queries, keys, log_weight, pair_weight, temperatures, negative, coefficient, extra=extra
+    )
+
+
+operator(
+    "nce_forward(Tensor[] queries, Tensor[] keys, Tensor[] extra, Tensor[] log_weight, Tensor[] pair_weight, "
+    "float[] temperatures, bool decoupled, bool unit, bool gradient) -> (Tensor, Tensor, Tensor, Tensor[])",
+    _nce_forward,
+    _nce_forward_fake,
+)
+operator(
+    "nce_keys(Tensor[] queries, Tensor[] keys, Tensor[] log_weight, Tensor[] pair_weight, float[] temperatures, "
+    "Tensor negative, Tensor coefficient, bool extra) -> Tensor[]",
+    _nce_keys,
+    lambda queries, keys, *_: [k.new_empty(k.shape) for k in keys],
+)
+
+
+def _listed(tensor: Tensor | None) -> list[Tensor]:
+    return [] if tensor is None else [tensor]
+
+
+@directly
+class _NCERows(torch.autograd.Function):
+    @staticmethod
+    def forward(queries, keys, extra, log_weight, pair_weight, temperature, decoupled, unit, with_gradient):
+        groups, rows, _ = queries.shape
+        loss, negative, positive, gradient = torch.ops.fastnce.nce_forward(
+            [queries],
+            [keys],
+            [] if extra is None else [extra.expand(groups, -1, -1)],
+            _listed(log_weight),
+            _listed(pair_weight),
+            [temperature],
+            decoupled,
+            unit,
+            with_gradient,
+        )
+        shape = (groups, rows)
+        ready = gradient[0] if with_gradient else queries.new_empty(0)
+        return loss.view(shape), negative.view(shape), positive.view(shape), ready
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *leaves, log_weight, pair_weight, temperature, decoupled, _, _ = inputs
+        _, negative, positive, gradient = output
+        ctx.mark_non_differentiable(negative, positive, gradient)
+        ctx.set_materialize_grads(False)  # no launch for the outputs without a gradient
+        ctx.temperature, ctx.decoupled = temperature, decoupled
+        rest = (log_weight, pair_weight, negative, positive)
+        if not any(ctx.needs_input_grad[1:3]):
+            rest = (None,) * 4  # keys are constants: the ready gradient is all the backward needs
+        # constant keys are not kept: they may be overwritten before the backward, as a NegativeBank's are
+        leaves = [leaf if i == 0 or ctx.needs_input_grad[i] else None for i, leaf in enumerate(leaves)]
+        ctx.save_for_backward(gradient, *leaves, *rest)
+
+    @staticmethod
+    def backward(ctx, upstream, *_):
+        if upstream is None:
+            return (None,) * 9
+        gradient, queries, keys, extra, log_weight, pair_weight, negative, positive = ctx.saved_tensors
+        gradients: list[Tensor | None] = [None, None, None]
+        with torch.no_grad():
+            if ctx.needs_input_grad[0]:
+                gradients[0] = (gradient * upstream[:, :, None]).to(queries.dtype)
+            if any(ctx.needs_input_grad[1:3]):
+                share = upstream if ctx.decoupled else upstream * torch.sigmoid(negative - positive)
+                shared = [ctx.temperature], negative.flatten(), share.flatten()
+            if ctx.needs_input_grad[1]:
+                weights = _listed(log_weight), _listed(pair_weight)
+                gradients[1] = torch.ops.fastnce.nce_keys([queries], [keys], *weights, *shared, False)[0]
+            if ctx.needs_input_grad[2]:
+                asking = queries if extra.shape[0] == queries.shape[0] else queries.flatten(0, 1)[None]
+                gradients[2] = torch.ops.fastnce.nce_keys([asking], [extra], [], [], *shared, True)[0]
+        if torch.is_grad_enabled():
+            sources = [leaf for leaf in [queries, keys, extra, upstream] if leaf is not None and leaf.requires_grad]
+            gradients = [None if g is None else Once.apply(g, *sources) for g in gradients]
+        return *gradients, None, None, None, None, None, None
+
+
+def nce_losses(
+    queries: Tensor,
+    keys: Tensor,
+    extra_keys_GED: Tensor | None = None,
+    pair_log_weight_GSS: Tensor | None = None,
+    pair_weight_GSS: Tensor | None = None,
+    groups: int = 1,
+    temperature: float = 0.07,
+    decoupled: bool = False,
+    unit: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """As `eager.nce_losses`; with `unit` without a running maximum."""
+    with_gradient = torch.is_grad_enabled() and queries.requires_grad
+    outputs = call(
+        _NCERows,
+        queries.unflatten(0, (groups, -1)),
+        keys.unflatten(0, (groups, -1)),
+        extra_keys_GED,
+        pair_log_weight_GSS,
+        pair_weight_GSS,
+        temperature,
+        decoupled,
+        unit,
+        with_gradient,
+    )
+    loss, _, positive, _ = outputs
+    return loss.flatten(), positive.flatten()

@@ -1,0 +1,84 @@
+"""Learned negatives: Wang et al., Instance-wise Hard Negative Example Generation (NEGCUT, ICCV 2021)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import checks
+from .impl.rows import normalize_rows, widened
+
+
+class _Ascend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return -gradient
+
+
+def ascend(x: Tensor) -> Tensor:
+    """The same values with the gradient reversed: what made `x` learns to raise the loss that others lower."""
+    checks.tensor("x", x)
+    return _Ascend.apply(x)
+
+
+class LearnedNegatives(nn.Module):
+    """NEGCUT's generator of negatives for one layer, to be given as `extra_keys`.
+
+    Wang et al., Instance-wise Hard Negative Example Generation for Contrastive Learning in Unpaired Image-to-Image
+    Translation (ICCV 2021) and its code: each negative is a two-layer MLP of the picture's mean code and of noise, of
+    unit length. It is trained to raise the contrastive loss (pass it through `ascend`, or give it a phase of its own)
+    and to make its negatives differ (`diversity`). NEGCUT has no other negatives: `pair_log_weight=only_external(...)`.
+
+    Args:
+        dim: of the codes, at least 1.
+        noise: values of noise a negative, at least 1.
+    """
+
+    def __init__(self, dim: int = 256, noise: int = 64):
+        super().__init__()
+        self.dim, self.noise = checks.count("dim", dim), checks.count("noise", noise)
+        self.mlp = nn.Sequential(nn.Linear(dim + noise, dim), nn.ReLU(), nn.Linear(dim, dim))
+
+    def forward(self, mean_code: Tensor, count: int = 256, noise: Tensor | None = None) -> Tensor:
+        """(images, dim) to (images, count, dim). `noise` (images, count, noise) is drawn unless given.
+
+        Both in any floating dtype; negatives are float32, or float64 where the weights are.
+        """
+        checks.tensor("mean_code", mean_code)
+        if mean_code.dim() != 2 or mean_code.shape[1] != self.dim or mean_code.numel() == 0:
+            raise ValueError(f"mean_code must be (images, {self.dim}), not {tuple(mean_code.shape)}")
+        images = mean_code.shape[0]
+        if noise is None:
+            shape = (images, checks.count("count", count), self.noise)
+            noise = torch.randn(shape, device=mean_code.device, dtype=mean_code.dtype)
+        checks.tensor("noise", noise)
+        if noise.dim() != 3 or noise.shape[0] != images or noise.shape[2] != self.noise or noise.numel() == 0:
+            raise ValueError(f"noise must be ({images}, count, {self.noise}), not {tuple(noise.shape)}")
+        codes = mean_code.detach()[:, None, :].expand(-1, noise.shape[1], -1)
+        both = torch.cat([codes, noise], dim=2).to(next(self.mlp.parameters()).dtype)
+        return normalize_rows(widened(self.mlp(both)))
+
+
+def diversity(negatives: Tensor) -> Tensor:
+    """NEGCUT's diversity of (images, count, dim) negatives, to be raised: mean |first half - second half|.
+
+    count is at least 2; of an odd count the last negative is left out.
+    """
+    checks.tensor("negatives", negatives)
+    if negatives.dim() != 3 or negatives.shape[1] < 2 or negatives.numel() == 0:
+        raise ValueError(f"negatives must be (images, 2 or more, dim), not {tuple(negatives.shape)}")
+    half = negatives.shape[1] // 2
+    return (negatives[:, :half] - negatives[:, half : 2 * half]).abs().mean()
+
+
+def only_external(images: int, rows: int, device: torch.device | str | None = None) -> Tensor:
+    """A `pair_log_weight` that leaves no negative but `extra_keys`: (images, rows, rows) of -1e34.
+
+    That is below the logits of unit rows at every temperature.
+    """
+    images, rows = checks.count("images", images), checks.count("rows", rows)
+    return torch.full((images, rows, rows), -1e34, device=device, dtype=torch.float32)

@@ -1,0 +1,262 @@
+"""Published weight files: `{latest|epoch}_net_{G,F,D,...}.pth` of CUT, DCLGAN, DCD-GAN and CycleGAN.
+
+state = read_weights("latest_net_G.pth")
+generator = network_from_weights(state)
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..common.locking import hold
+from ..common.writing import sweep, write_whole
+from . import (
+    Norm,
+    PatchGAN,
+    PixelGAN,
+    ResnetGenerator,
+    Restorer,
+    StyleGAN2Discriminator,
+    StyleGAN2Generator,
+    UnetGenerator,
+)
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+STALE = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """A published weight file as a state dict on the CPU, its `module.` prefix (files trained on a CPU) taken off.
+
+    Only tensors are read (`weights_only=True`), and never more bytes than the file has.
+
+    Raises:
+        ValueError: no such file; a file that holds anything else, is damaged, or claims more than it holds.
+    """
+    path = Path(path)
+    if not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"{path}: {'no regular file' if path.exists() else 'no such file'}")
+    try:
+        _check_archive(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged content raises nearly anything
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):  # what names a class or a function
+            raise ValueError(f"{path}: holds Python objects besides tensors, which are never loaded") from None
+        reason = ""
+        if isinstance(error, OSError | RuntimeError | zipfile.BadZipFile):  # others' words tell a user nothing
+            reason = f" ({getattr(error, 'strerror', None) or str(error).partition(chr(10))[0]})"
+        raise ValueError(f"{path}: not a PyTorch weight file, or a damaged one{reason}") from None
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"{path}: not a state dict (names with tensors), but a {type(state).__name__}")
+    for key, tensor in state.items():
+        if not isinstance(key, str):
+            raise ValueError(f"{path}: not a state dict: {key!r} is a name in it, which must be text")
+        problem = _oddity(key, tensor)
+        if problem:
+            raise ValueError(f"{path}: {key} {problem}")
+    return {key.removeprefix("module."): tensor for key, tensor in state.items()}
+
+
+def _check_archive(path: Path) -> None:
+    """BadZipFile where a file is not what was written; PyTorch itself looks at no checksum.
+
+    Files of its first versions are no archives, and have none.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        held = path.stat().st_size
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > held:
+                raise zipfile.BadZipFile(f"{entry.filename} is packed, which PyTorch never does")
+            if entry.CRC == 0:  # written without a checksum, as PyTorch can be told to
+                continue
+            with archive.open(entry) as content:
+                while content.read(2**20):
+                    pass
+
+
+def _oddity(key: str, tensor: Tensor) -> str:
+    """What keeps a tensor from being weights; empty where nothing does."""
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+        return "is sparse, quantised or without values, which weights are not"
+    if tensor.dtype not in FLOATS and not key.endswith("num_batches_tracked"):
+        return f"holds {tensor.dtype}, weights are floats of 16 to 64 bits"
+    if not tensor.numel():
+        return f"holds no numbers: its shape is {tuple(tensor.shape)}"
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        return f"claims {tensor.numel():,} numbers and holds fewer"
+    return ""
+
+
+def load_weights(network: nn.Module, state: dict[str, Tensor], name: str = "the file") -> None:
+    """Load a published state dict; ValueError lists the keys and shapes that differ, or names weights that are not
+    finite.
+
+    InstanceNorm statistics, which old files carry and no network uses, are dropped.
+    """
+    broken = [key for key, tensor in state.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+        raise ValueError(f"{name}: {broken[0]}{more} holds numbers that are not finite (NaN or infinity)")
+    projector_to_be_built = getattr(network, "mlp_init", True) is False
+    if projector_to_be_built:
+        try:
+            network.load_state_dict(state)
+        except (RuntimeError, KeyError, IndexError) as error:
+            raise ValueError(f"{name} does not fit: {' '.join(str(error).split())}") from None
+        return
+    wanted = network.state_dict()
+    state = {k: t for k, t in state.items() if k in wanted or k.rsplit(".", 1)[-1] not in STALE}
+    problems = [f"{key} is missing" for key in wanted if key not in state]
+    problems += [f"{key} is not in this network" for key in state if key not in wanted]
+    problems += [
+        f"{key} is {tuple(state[key].shape)}, this network has {tuple(tensor.shape)}"
+        for key, tensor in wanted.items()
+        if key in state and state[key].shape != tensor.shape
+    ]
+    if problems:
+        more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
+        raise ValueError(f"{name} does not fit: {'; '.join(problems[:6])}{more}")
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:  # a layer's own look at what it is given
+        raise ValueError(f"{name} does not fit: {' '.join(str(error).split())}") from None
+
+
+def network_from_weights(state: dict[str, Tensor], name: str = "the file") -> nn.Module:
+    """Build the generator or discriminator that this state dict belongs to, and load it.
+
+    Names and shapes decide. What they cannot tell makes no difference to a trained network: dropout of a U-Net, and the
+    resolution that a StyleGAN2 generator was trained at.
+
+    Raises:
+        ValueError: a projector, or no network that is known.
+    """
+    if any(key.startswith("mlp_") for key in state):
+        raise ValueError(f"{name}: holds a projector (F), not a generator or discriminator")
+    try:
+        network = _build(state)
+    except (KeyError, IndexError, ZeroDivisionError, ValueError):
+        raise ValueError(
+            f"{name} is not a published ResNet, U-Net, StyleGAN2 or PatchGAN, nor a restorer: it begins with "
+            f"{sorted(state)[:3]}"
+        ) from None
+    load_weights(network, state, name)
+    return network.eval()
+
+
+def _build(state: dict[str, Tensor]) -> nn.Module:
+    """The network that these names and shapes are of, with other weights; KeyError and so on where there is none."""
+    norm = _norm(state)
+    numbers = sum(tensor.numel() for tensor in state.values())
+
+    def width_of(first: Tensor) -> int:
+        """A network has more weights than its width squared: what a shape alone claims takes no memory."""
+        if not 0 < first.shape[0] ** 2 < numbers:
+            raise KeyError("weights for such a width")
+        return first.shape[0]
+
+    if any(".conv_block." in key for key in state):
+        first, last = state["model.1.weight"], state[f"model.{max(_indices(state, 'model.'))}.weight"]
+        places = {int(key.split(".")[1]) for key in state if ".conv_block." in key}
+        filters = [int(key.split(".")[1]) for key in state if key.endswith(".filt")]
+        return ResnetGenerator(
+            first.shape[1],
+            last.shape[0],
+            width_of(first),
+            len(places),
+            norm,
+            dropout=any(key.endswith(".conv_block.6.weight") and t.dim() == 4 for key, t in state.items()),
+            antialias=any(index < min(places) for index in filters),
+            antialias_up=any(index > min(places) for index in filters),
+        )
+    if "model.model.0.weight" in state:
+        first = state["model.model.0.weight"]
+        downs = 1
+        while f"model.model.1{'.model.3' * (downs - 1)}.model.1.weight" in state:
+            downs += 1
+        return UnetGenerator(first.shape[1], state["model.model.3.weight"].shape[1], downs, width_of(first), norm)
+    if "decoder.convs.0.conv1.0.weight" in state:
+        first, widened = state["encoder.convs.1.0.weight"], state["encoder.convs.2.conv2.1.weight"]
+        last = state[f"decoder.convs.{max(_indices(state, 'decoder.convs.'))}.0.weight"]
+        blocks = 2 * (max(_indices(state, "encoder.convs.")) - 2)
+        widths = width_of(first), width_of(widened)
+        return StyleGAN2Generator(first.shape[1], last.shape[0], blocks=blocks, widths=widths)
+    if "encoder.1.weight" in state:
+        first = state["encoder.1.weight"]
+        return Restorer(first.shape[1], width_of(first), middle=max(_indices(state, "encoder.")) - 7)
+    if "final_linear.0.weight" in state:
+        first, level = state["convs.0.0.weight"], max(_indices(state, "convs.")) + 2
+        # At 256 there are as many channels as the width says; below, the width times a power of two, cut off at 384.
+        at_256 = state[f"convs.{level - 8}.conv2.1.weight"] if level > 8 else first
+        width = -(-width_of(at_256) // 2 ** (8 - min(level, 8)))
+        return StyleGAN2Discriminator(first.shape[1], width, 2**level)
+    if "net.0.weight" in state:
+        return PixelGAN(state["net.0.weight"].shape[1], width_of(state["net.0.weight"]), norm)
+    first = state["model.0.weight"]
+    convolutions = sum(tensor.dim() == 4 for key, tensor in state.items() if key.endswith(".weight"))
+    antialias = any(key.endswith(".filt") for key in state)
+    return PatchGAN(first.shape[1], width_of(first), convolutions - 2, norm, antialias)
+
+
+def _norm(state: dict[str, Tensor]) -> Norm:
+    """Batch norm has weights and statistics. Published convolutions have biases before instance norm alone."""
+    if any(key.endswith("running_mean") and key.replace("running_mean", "weight") in state for key in state):
+        return "batch"
+    convolutions = [key for key, tensor in state.items() if key.endswith(".weight") and tensor.dim() == 4]
+    return "instance" if all(key.replace(".weight", ".bias") in state for key in convolutions) else "none"
+
+
+def _indices(state: dict[str, Tensor], prefix: str) -> list[int]:
+    """The numbers that follow `prefix` in the names."""
+    found = (key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix))
+    return [int(index) for index in found if index.isdigit()]
+
+
+def save_published(networks: dict[str, nn.Module], folder: str | Path, label: str = "latest") -> list[Path]:
+    """Write `{label}_net_{name}.pth` for each network, as the published code reads them; returns the paths.
+
+    Raises:
+        ValueError: a label that is no part of a file name, a file in the folder's place, or (`InUse`) another process
+            that exports there.
+        OSError: it names the file that could not be written; those before it are whole.
+    """
+    folder = Path(folder)
+    if not label or Path(label).name != label:
+        raise ValueError(f"label must be the first part of a file name, such as latest or 400, not {label!r}")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: a file is in the way, a folder is needed")
+    paths = []
+    # a lock of its own: a run may be exported into its folder while it trains
+    with hold(folder, "fastnce export", name=".fastnce-export-lock"):
+        sweep(folder, held=True)
+        for name, network in networks.items():
+            path = folder / f"{label}_net_{name}.pth"
+            packed = io.BytesIO()  # PyTorch's own writer hides what the disk said
+            torch.save({key: tensor.detach().cpu() for key, tensor in network.state_dict().items()}, packed)
+            write_whole(path, packed.getvalue())
+            paths.append(path)
+    return paths
+
+
+def load_published(networks: dict[str, nn.Module], folder: str | Path, label: str = "latest") -> list[str]:
+    """Load every `{label}_net_{name}.pth` that lies in the folder; returns the names of the networks found."""
+    found = []
+    for name, network in networks.items():
+        path = Path(folder) / f"{label}_net_{name}.pth"
+        if path.exists():
+            load_weights(network, read_weights(path), str(path))
+            found.append(name)
+    if not found:
+        wanted = ", ".join(f"{label}_net_{name}.pth" for name in networks)
+        raise ValueError(f"{folder}: none of {wanted} is here")
+    return found

@@ -1,0 +1,113 @@
+"""Translate one picture, or every picture of a folder."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ..common.writing import check_not_replaced, distinct_names, sweep
+from ..data import DataError, find_images
+from .photographs import Photograph, check_format, read_photograph, write_photograph
+from .translator import Translator
+
+MOST_AT_ONCE = 1_024
+"""Pictures of a batch; four batches of them may wait in memory."""
+
+
+def translate_files(
+    translator: Translator,
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    suffix: str = ".png",
+    *,
+    batch: int = 1,
+    bits: int | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> list[Path]:
+    """Translate one picture or every picture of a folder (keeping its subfolders); returns the files written.
+
+    Alpha and colour profile are carried over where the format holds them.
+
+    Args:
+        source: a picture, or a folder; pictures in `out` are not translated again where that lies in it.
+        out: a folder, made if need be. Files in it may be replaced, but never a picture of `source` or the model.
+        suffix: the format of the files written.
+        batch: how many pictures of one size to translate at once.
+        bits: 8, 16, or None: as the source where the format can (see `check_format`).
+        progress: called with "done/total, images/s" after each picture.
+
+    Raises:
+        ValueError: no picture there, a format that cannot hold what is asked for, or a picture that its translation
+            would replace; nothing is written then. Pictures that cannot be used are all named, after the others were
+            written. A disk that refuses a file ends it at once, with the file's name and how many were written.
+    """
+    if not 1 <= batch <= MOST_AT_ONCE:
+        raise ValueError(f"batch must be from 1 to {MOST_AT_ONCE:,} pictures, not {batch}")
+    check_format(suffix, bits, translator.out_channels)
+    source, out = Path(source), Path(out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: a file is in the way, a folder is needed")
+    pictures = find_images(source) if source.is_dir() else [source]
+    top, own = os.path.realpath(source), os.path.realpath(out)
+    if own.startswith(f"{top}{os.sep}"):
+        pictures = [path for path in pictures if not os.path.realpath(path.parent / "x").startswith(f"{own}{os.sep}")]
+    if not pictures:
+        raise ValueError(f"{source}: no pictures here")
+    names = distinct_names(pictures, source if source.is_dir() else source.parent, suffix)
+    targets = {path: out / name for path, name in names.items()}
+    check_not_replaced(targets.values(), [*pictures, *translator.sources])
+    for folder in {target.parent for target in targets.values()}:
+        sweep(folder)
+    written: list[Path] = []
+    bad: list[str] = []
+    waiting: dict[tuple[int, ...], list[tuple[Path, Path, Photograph]]] = {}  # by size
+    begin = time.perf_counter()
+
+    def flush(size: tuple[int, ...]) -> None:
+        group = waiting.pop(size)
+        try:
+            results = translator(torch.stack([photograph.pixels for _, _, photograph in group]))
+        except ValueError as error:
+            bad.extend(f"{path}: {error}" for path, _, _ in group)
+            return
+        for result, (path, target, photograph) in zip(results, group, strict=True):
+            if not torch.isfinite(result).all():
+                bad.append(f"{path}: the generator makes numbers of it that are not finite; nothing was written")
+                continue
+            try:
+                write_photograph(result, target, photograph, bits)
+            except DataError as error:
+                bad.append(str(error))
+            except OSError as error:
+                done = f"{len(written)} of {len(pictures)} pictures were written"
+                bad.append(f"{target}: {error.strerror or error}; {done}")
+                if error.errno is None:  # the format's, not the disk's: others may do
+                    continue
+                raise DataError("\n".join(bad)) from error
+            else:
+                written.append(target)
+        if progress is not None:
+            rate = len(written) / (time.perf_counter() - begin)
+            progress(f"{len(written)}/{len(pictures)} pictures, {rate:.2f} images/s")
+
+    for path, target in targets.items():
+        try:
+            photograph = read_photograph(path, translator.channels)
+        except DataError as error:
+            bad.append(str(error))
+            continue
+        size = tuple(photograph.pixels.shape)
+        waiting.setdefault(size, []).append((path, target, photograph))
+        if len(waiting[size]) == batch:
+            flush(size)
+        elif sum(map(len, waiting.values())) > 4 * batch:  # many sizes: do not hold them all
+            flush(next(iter(waiting)))
+    for size in list(waiting):
+        flush(size)
+    if bad:
+        raise DataError("\n".join(bad))
+    return written

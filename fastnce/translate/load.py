@@ -1,0 +1,61 @@
+"""A translator from a run, a checkpoint or a published file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ..config import from_dict
+from ..engine.checkpoint import open_checkpoint
+from ..engine.stored import follow, load_generators, using
+from ..networks.published import load_weights, network_from_weights, read_weights
+from .translator import Tiles, Translator
+
+
+def load_translator(
+    source: str | os.PathLike[str],
+    device: torch.device | str = "cpu",
+    generator: str = "",
+    *,
+    tiles: Tiles = "auto",
+    tile_size: int = 1024,
+    say: Callable[[str], None] | None = None,
+) -> Translator:
+    """A translator from a run's folder, a checkpoint's folder or a published `.pth` file.
+
+    Args:
+        source: the path; RUN/checkpoints/best and latest are followed.
+        generator: which one of a method with two: "G_A" (A to B, the default) or "G_B".
+        device, tiles, tile_size, say: as `Translator`.
+
+    Raises:
+        ValueError: nothing there, or not what it should be.
+    """
+    source = follow(Path(source))
+    if source.is_dir():
+        folder, state = open_checkpoint(source, ("generator.safetensors",))
+        with using(folder):
+            weights = load_generators(folder, state)
+            config = from_dict(state["config"])
+        name = generator or next(iter(weights))
+        if name not in weights:
+            raise ValueError(f"{folder}: no generator {name!r}, it holds {', '.join(weights)}")
+        network = config.network.build_generator(reverse=name == "G_B")
+        with using(folder):
+            load_weights(network, weights[name], str(folder))
+        translator = Translator(network, device, tiles=tiles, tile_size=tile_size, say=say)
+        translator.sources = (folder / "state.json", folder / "generator.safetensors")
+        return translator
+    if not source.exists():
+        raise ValueError(f"{source}: no such run or file")
+    if generator:
+        raise ValueError(f"{source} holds one generator, so there is no {generator!r} to choose: name the file itself")
+    network = network_from_weights(read_weights(source), str(source))
+    if not hasattr(network, "factor"):
+        raise ValueError(f"{source}: holds a discriminator; translation needs a generator (..._net_G.pth)")
+    translator = Translator(network, device, tiles=tiles, tile_size=tile_size, say=say)
+    translator.sources = (source,)
+    return translator

@@ -1,0 +1,128 @@
+"""Photographs as users have them: what a translation must carry over besides the pixels.
+
+The EXIF orientation is applied when a file is read. Alpha is kept aside and put back, but not beside 16 bits, where PIL
+cannot write it (a warning says so). A colour profile of less than 1 MiB is kept when it is one of the kind of picture
+that is written (RGB or grey). Other metadata is not carried over.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..common.writing import write_whole
+from ..data import load_image, save_image
+from ..data.encoding import encoded
+from ..data.folder import as_tensor, match_channels, probe_picture
+from ..data.opening import alpha_of, decoded, decoding
+
+ALPHA = (".png", ".webp", ".tif", ".tiff")
+PROFILE = (".png", ".webp", ".tif", ".tiff", ".jpg", ".jpeg")
+GREY_16 = (".png", ".tif", ".tiff")
+LARGEST_PROFILE = 1 << 20  # bytes; PIL does not read a PNG with a larger one
+
+
+@dataclass(frozen=True)
+class Photograph:
+    """A picture that was read.
+
+    Args:
+        pixels: (channels, height, width) float32 in [-1, 1].
+        bits: of the file, 8 or 16.
+        alpha: (height, width) uint8 where the file has transparency.
+        profile: its ICC profile.
+    """
+
+    pixels: Tensor
+    bits: int = 8
+    alpha: np.ndarray | None = None
+    profile: bytes | None = None
+
+
+def read_photograph(path: str | os.PathLike[str], channels: int) -> Photograph:
+    """DataError as `load_image`."""
+    path = Path(path)
+    if path.suffix.lower() == ".npy":
+        return Photograph(load_image(path, channels), probe_picture(path)[2])
+    with decoding(path):
+        image, head = decoded(path)
+        alpha = alpha_of(image) if channels in (1, 3) else None
+        profile = image.info.get("icc_profile")
+        return Photograph(as_tensor(match_channels(image, head, channels, path)), head.bits, alpha, profile)
+
+
+def check_format(suffix: str, bits: int | None, channels: int) -> None:
+    """ValueError where pictures of `channels` cannot be written with so many bits in this format."""
+    if bits not in (None, 8, 16):
+        raise ValueError(f"bits must be 8 or 16, not {bits}")
+    if bits == 16 and not _holds_16(suffix, channels):
+        raise ValueError(
+            f"16 bits cannot be written as {suffix.lstrip('.')} with {channels} channels (PIL writes them for one "
+            f"channel, to PNG and TIFF): take --format npy, which holds any, or --bits 8"
+        )
+
+
+def _holds_16(suffix: str, channels: int) -> bool:
+    return suffix == ".npy" or (suffix in GREY_16 and channels == 1)
+
+
+def write_photograph(result: Tensor, path: str | os.PathLike[str], source: Photograph, bits: int | None = None) -> None:
+    """Write (channels, height, width) in [-1, 1] with the alpha and the profile of its source.
+
+    Args:
+        bits: 8, 16, or None: as the source, where the format can.
+
+    Raises:
+        DataError, OSError: as `save_image`; the file appears whole or not at all.
+    """
+    path = Path(path)
+    suffix, channels = path.suffix.lower(), result.shape[0]
+    deep = bits == 16 or (bits is None and source.bits == 16 and _holds_16(suffix, channels))
+    alpha = source.alpha if suffix in ALPHA and channels in (1, 3) else None
+    if deep and alpha is not None:
+        alpha = None
+        warnings.warn("16 bits are written without alpha, which PIL cannot add; 8 bits would keep it", stacklevel=2)
+    profile = source.profile if suffix in PROFILE and _fits(source.profile, channels) else None
+    if profile is not None and len(profile) >= LARGEST_PROFILE:
+        warnings.warn(f"{path}: its colour profile of {len(profile):,} bytes is left out", stacklevel=2)
+        profile = None
+    if not deep and alpha is None and profile is None:
+        save_image(result, path)
+        return
+    peak, kind = (65535, np.uint16) if deep else (255, np.uint8)
+    scaled = torch.nan_to_num(result.detach().float().add(1).mul(peak / 2), nan=0.0).round().clamp(0, peak)
+    pixels = scaled.permute(1, 2, 0).cpu().numpy().astype(kind)  # (H, W, C)
+    content = encoded(
+        pixels if suffix == ".npy" else _compose(pixels, alpha, suffix), path, **_options(suffix, profile)
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, content)
+
+
+def _compose(pixels: np.ndarray, alpha: np.ndarray | None, suffix: str) -> Image.Image:
+    image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+    if alpha is not None:
+        if suffix == ".webp":  # has no grey with alpha
+            image = image.convert("RGB")
+        image.putalpha(Image.fromarray(alpha))
+    return image
+
+
+def _options(suffix: str, profile: bytes | None) -> dict[str, Any]:
+    options: dict[str, Any] = {"icc_profile": profile} if profile else {}
+    if suffix == ".webp":
+        options["exact"] = True
+    return options
+
+
+def _fits(profile: bytes | None, channels: int) -> bool:
+    """Whether a profile is for such pictures: bytes 16 to 19 of its header name the colour space."""
+    return profile is not None and profile[16:20] == (b"GRAY" if channels == 1 else b"RGB ")

@@ -1,0 +1,394 @@
+"""The files of a cache: of any content, damaged, left by killed builders; and the memory that they take."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import signal
+import threading
+import tracemalloc
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastnce.data import DataError, build_cache, cached, decoding
+from fastnce.data.augment import PictureStore
+from fastnce.data.cache import open_cache
+from fastnce.data.folder import Folder
+from fastnce.data.order import Draw
+from fastnce.data.target import Target
+from fastnce.data.unpaired import UnpairedData
+
+TARGET = Target.checked("resize_and_crop", 8, 8, 3)
+COUNT = 5
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    """Two domains; B has a picture that cannot be read."""
+    for domain in "AB":
+        (tmp_path / "data" / f"train{domain}").mkdir(parents=True)
+        for i in range(COUNT):
+            pixels = np.random.default_rng([ord(domain), i]).integers(0, 256, (10 + i, 12, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / f"train{domain}" / f"{i}.png")
+    (tmp_path / "data" / "trainB" / "3.png").write_bytes(b"no picture")
+    return tmp_path / "data"
+
+
+def wanted(folder: Path) -> bytes:
+    """What a cache of a folder should hold, by PIL alone."""
+    found = b""
+    for file in sorted(folder.iterdir()):
+        with contextlib.suppress(OSError):
+            found += Image.open(file).resize((8, 8), Image.Resampling.BICUBIC).tobytes()
+    return found
+
+
+def opened(root: Path, place: Path, domain: str = "B") -> cached.PictureCache:
+    return open_cache(Folder.listed(root / f"train{domain}"), TARGET, place, skip_bad=True)
+
+
+def hidden(place: Path) -> list[str]:
+    return [file.name for file in place.iterdir() if file.suffix not in (".bin", ".index")]
+
+
+# ---- an index of any content ----
+
+
+def sealed(head: object, rows: bytes) -> bytes:
+    """An index whose digest is right, whatever it holds."""
+    content = (head if isinstance(head, bytes) else json.dumps(head).encode()) + b"\n" + rows
+    return hashlib.sha256(content).hexdigest().encode() + b"\n" + content
+
+
+def test_an_index_with_any_bit_changed_or_cut_anywhere_is_not_used(root, tmp_path):
+    cache = opened(root, tmp_path)
+    file = cache.path.with_suffix(".index")
+    whole = file.read_bytes()
+    digest = json.loads(whole.splitlines()[1])["digest"]
+
+    def used() -> bool:
+        base = cache.path.with_suffix("")
+        return cached.read_cache(base, digest, Folder.listed(root / "trainB"), TARGET) is not None
+
+    assert used()
+    for place in range(len(whole)):
+        file.write_bytes(whole[:place])
+        assert not used()
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        assert not used()
+    file.write_bytes(whole + b"\0")
+    assert not used()
+
+
+ODD = [
+    None,
+    [],
+    {},
+    "x",
+    "uint32",
+    5,
+    True,
+    -1,
+    1.5,
+    [[1, 2, 3]],
+    [["a", "b"]],
+    [[2**70, "x"]],
+    [[-1, "x"]],
+    [[3.0, "x"]],
+]
+ODD += [[[True, "x"]], [[3, None]], [[3, "x"], [3, "x"]], [[99, "x"]], [["../../x.png", "x"]], float("nan"), [[[]]]]
+
+
+def test_an_index_of_nonsense_with_the_right_digest_is_rebuilt(root, tmp_path):
+    cache = opened(root, tmp_path)
+    file = cache.path.with_suffix(".index")
+    _, line, rows = file.read_bytes().split(b"\n", 2)
+    head = json.loads(line)
+    row = np.frombuffer(rows, "<u4").reshape(-1, 3)
+    changed = [{**head, key: value} for key in ("digest", "dtype", "skipped") for value in ODD if value != head[key]]
+    changed += [{k: v for k, v in head.items() if k != key} for key in head]
+    contents = [sealed(one, rows) for one in changed if one.get("skipped") != []] + [
+        sealed({**head, "skipped": []}, rows)
+    ]
+    contents += [
+        sealed(one, rows) for one in (b"[" * 100_000, b"\xff", b"NaN", b"null", b'{"digest": 1e400}', b"", b"1" * 9999)
+    ]
+    for side in (0, 2**16, 2**31, 2**32 - 1):
+        large = row.copy()
+        large[1, :2] = side
+        contents.append(sealed(head, large.tobytes()))
+    contents += [sealed(head, rows[:-12]), sealed(head, rows[:-1]), sealed(head, rows + rows[:12]), sealed(head, b"")]
+    contents += [b"", b"\0" * 200, b"x" * 300]
+    base, folder = cache.path.with_suffix(""), Folder.listed(root / "trainB")
+    for content in contents:
+        file.write_bytes(content)
+        assert cached.read_cache(base, head["digest"], folder, TARGET) is None, content[:200]
+    for content in contents[::9]:
+        file.write_bytes(content)
+        again = opened(root, tmp_path)
+        assert again.pixels.tobytes() == wanted(root / "trainB")
+        assert [path.name for path, _ in again.skipped] == ["3.png"]
+        assert file.read_bytes().split(b"\n", 2)[1:] == [line, rows]
+
+
+@pytest.mark.parametrize("suffix", [".index", ".bin"])
+@pytest.mark.parametrize("kind", ["gone", "empty", "longer", "loop", "pipe", "folder"])
+def test_files_of_another_kind_in_a_caches_place(suffix, kind, root, tmp_path):
+    cache = opened(root, tmp_path / "c")
+    file = cache.path.with_suffix(suffix)
+    whole = file.read_bytes()
+    file.unlink()
+    make = {
+        "gone": lambda: None,
+        "empty": file.touch,
+        "longer": lambda: file.write_bytes(whole + b"\0"),
+        "loop": lambda: file.symlink_to(file.name),
+        "pipe": lambda: os.mkfifo(file),
+        "folder": file.mkdir,
+    }
+    make[kind]()
+    if kind == "folder":
+        with pytest.raises(DataError, match=r"\.bin, \d+ bytes, cannot be written: Is a directory"):
+            opened(root, tmp_path / "c")
+        file.rmdir()
+    assert opened(root, tmp_path / "c").pixels.tobytes() == wanted(root / "trainB")
+    assert file.read_bytes() == whole
+    assert hidden(tmp_path / "c") == []
+
+
+# ---- damaged pixels ----
+
+
+def damage(path: Path) -> None:
+    """Change one byte of every second picture."""
+    with path.open("r+b") as file:
+        for place in range(0, path.stat().st_size // 192, 2):
+            file.seek(192 * place + 37)
+            byte = file.read(1)
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte[0] ^ 16]))
+
+
+def draw(*places: int) -> Draw:
+    zero = np.zeros(len(places))
+    return Draw(np.array(places), zero, zero, zero > 0)
+
+
+@pytest.mark.parametrize("staged", [False, True])
+def test_a_damaged_picture_is_decoded_anew_when_it_is_read(staged, root, tmp_path, monkeypatch):
+    opened(root, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(cached.zlib, "crc32", lambda _: pytest.fail("a start reads pixels"))
+        cache = opened(root, tmp_path)
+        store = PictureStore(cache, torch.device("cpu"), resident=False)
+    damage(cache.path)
+    if staged:
+        store.flat = None  # what a device does that cannot hold the cache
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        store.crops(draw(1, 3), (8, 8), flip=False)  # whole ones
+    with pytest.warns(UserWarning, match=r"\.bin was damaged where it holds .*0\.png, which was decoded anew") as said:
+        got = store.crops(draw(0, 1, 0), (8, 8), flip=False)
+    assert len(said) == 1
+    right = np.frombuffer(wanted(root / "trainB"), np.uint8).reshape(-1, 8, 8, 3)
+    assert np.abs(got.permute(0, 2, 3, 1).numpy() * 127.5 + 127.5 - right[[0, 1, 0]]).max() < 1e-4
+    with pytest.warns(UserWarning, match=r"holds .*2\.png"):
+        store.crops(draw(2), (8, 8), flip=False)
+    assert cache.path.read_bytes() == wanted(root / "trainB")  # for the next start too
+
+
+def test_every_picture_is_checked_where_caches_are_made_and_where_a_device_takes_them_all(root, tmp_path):
+    for check in (
+        lambda: build_cache(root, cache_dir=tmp_path, load_size=8, crop_size=8, skip_bad=True),
+        lambda: UnpairedData(root, cache_dir=tmp_path, load_size=8, crop_size=8, skip_bad=True).cached(),
+        lambda: PictureStore(opened(root, tmp_path), torch.device("meta"), resident=True),
+    ):
+        cache = opened(root, tmp_path)
+        damage(cache.path)
+        with pytest.warns(UserWarning, match="decoded anew"):
+            check()
+        assert cache.path.read_bytes() == wanted(root / "trainB")
+
+
+def test_damage_that_cannot_be_mended_names_the_cache_the_picture_and_the_remedy(root, tmp_path):
+    cache = opened(root, tmp_path)
+    damage(cache.path)
+    file = root / "trainB" / "0.png"
+    before = file.read_bytes()
+    Image.new("RGB", (12, 10)).save(file)
+    for reason in ("has changed since", "is empty", "there is no file"):
+        with pytest.raises(
+            DataError, match=rf"\.bin is damaged where it holds {file}, .*{reason}.*; remove the cache and"
+        ):
+            PictureStore(cache, torch.device("cpu"), False).crops(draw(0), (8, 8), flip=False)
+        file.write_bytes(b"") if reason == "has changed since" else file.unlink(missing_ok=True)
+    file.write_bytes(before)
+    with pytest.warns(UserWarning, match="decoded anew"):
+        cache.check(np.array([0]))
+
+
+# ---- builders that are killed ----
+
+
+def killed_after(pictures: int, root: Path, place: Path, end=signal.SIGKILL) -> None:
+    """A process that makes A's cache and is killed when so many pictures are in its journal."""
+    pid = os.fork()
+    if pid == 0:
+        decoding.FLUSHED = -1.0
+        decoding.threads = lambda: 1
+        real, done = cached.prepared, []
+
+        def prepared(*arguments):
+            if len(done) == pictures + 1:  # the one before may wait for its turn
+                threading.Event().wait(0.2)
+                os.kill(os.getpid(), end)
+            done.append(1)
+            return real(*arguments)
+
+        decoding.prepared = prepared
+        decoding._in_order = lambda pool, function, items: ((item, function(item)) for item in items)
+        try:
+            opened(root, place, "A")
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -end
+
+
+@pytest.mark.parametrize("torn", ["", "journal", "line", "pixels", "byte", "nonsense", "no pixels"])
+def test_what_a_killed_builder_decoded_is_not_decoded_again(torn, root, tmp_path, monkeypatch):
+    """Where its files do not agree, the pictures from there on are."""
+    place = tmp_path / "c"
+    place.mkdir()
+    killed_after(2, root, place)
+    (journal,), (pixels,) = place.glob(".fastnce-*_journal"), place.glob(".fastnce-*_pixels")
+    lines = journal.read_bytes().splitlines(keepends=True)
+    kept = len(lines)
+    assert kept == 3
+    data = bytearray(pixels.read_bytes())
+    assert len(data) == 3 * 192
+    if torn == "journal":
+        journal.write_bytes(b"".join(lines[:2]) + lines[2][:4])
+        kept = 2
+    elif torn == "line":
+        journal.write_bytes(b"".join(lines[:1]) + b'{"a": 1}\n')
+        kept = 1
+    elif torn == "pixels":
+        pixels.write_bytes(data[:-100])
+        kept = 2
+    elif torn == "byte":
+        data[200] ^= 1
+        pixels.write_bytes(data)
+        kept = 1
+    elif torn == "nonsense":
+        journal.write_bytes(b"[4294967296, 4294967296, 1]\n" + b"[" * 100_000)
+        kept = 0
+    elif torn == "no pixels":
+        pixels.unlink()
+        kept = 0
+    decoded, said, real = [], [], cached.prepared
+    monkeypatch.setattr(decoding, "prepared", lambda file, *rest: (decoded.append(file.name), real(file, *rest))[1])
+    open_cache(Folder.listed(root / "trainA"), TARGET, place, progress=said.append)
+    assert sorted(decoded) == [f"{i}.png" for i in range(kept, COUNT)]
+    assert (f"; {kept} of them were decoded before" in said[0]) == (kept > 0)
+    cache = opened(root, place, "A")
+    assert cache.path.read_bytes() == wanted(root / "trainA")
+    cache.check()
+    assert hidden(place) == []
+
+
+def test_what_is_left_of_a_finished_cache_goes_at_the_next_start(root, tmp_path):
+    place = tmp_path / "c"
+    place.mkdir()
+    killed_after(2, root, place)
+    dead = next(name for name in hidden(place) if name.startswith(".fastnce")).rpartition(".")[0]
+    pid = os.fork()
+    if pid == 0:
+        write_index = decoding.write_index
+
+        def last(*arguments):
+            write_index(*arguments)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        decoding.write_index = last
+        try:
+            opened(root, place, "A")
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    assert [name.rpartition("_")[2] for name in hidden(place) if "lock" not in name] == ["journal"]
+    half = f".fastnce-{'-'.join(decoding.partial_name().split('-')[1:])}.{'0' * 16}_journal"  # alive
+    (place / half).touch()
+    other = f"{dead}.{'1' * 16}_journal"  # of another cache, to be taken up
+    (place / other).touch()
+    assert opened(root, place, "A").pixels.tobytes() == wanted(root / "trainA")
+    assert {name for name in hidden(place) if "lock" not in name} == {half, other}
+
+
+def test_only_the_same_pictures_are_taken_up_and_the_rest_is_cleared(root, tmp_path):
+    place = tmp_path / "c"
+    place.mkdir()
+    killed_after(2, root, place)
+    changed = root / "trainA" / "0.png"
+    Image.fromarray(255 - np.asarray(Image.open(changed))).save(changed)
+    assert opened(root, place, "A").pixels.tobytes() == wanted(root / "trainA")
+    assert hidden(place) == []
+
+
+def test_a_living_builders_files_are_left_alone(root, tmp_path):
+    """On a disk without locks two may work at once."""
+    place = tmp_path / "c"
+    place.mkdir()
+    killed_after(2, root, place)
+    for file in place.glob(".fastnce-*"):
+        machine, _, _, *rest = file.name.removeprefix(".fastnce-").split("-")
+        own = decoding.partial_name().removeprefix(".fastnce-").split("-")
+        file.rename(place / f".fastnce-{machine}-{own[1]}-{own[2]}-{'-'.join(rest)}")
+    before = sorted(place.glob(".fastnce-*"))
+    assert opened(root, place, "A").pixels.tobytes() == wanted(root / "trainA")
+    assert sorted(place.glob(".fastnce-*")) == before
+
+
+def test_bad_pictures_leave_nothing(root, tmp_path):
+    place = tmp_path / "c"
+    place.mkdir()
+    with pytest.raises(DataError, match=r"1 of 5 pictures .*\n  .*3\.png is not a picture"):
+        open_cache(Folder.listed(root / "trainB"), TARGET, place)
+    assert os.listdir(place) == []
+
+
+# ---- memory ----
+
+
+@pytest.mark.parametrize("work", ["list", "make", "open"])
+def test_memory_does_not_grow_with_the_number_of_pictures(work, tmp_path, monkeypatch):
+    """Besides the list of names and the index; a decoded picture alone takes 192 bytes."""
+    picture = np.zeros((8, 8, 3), np.uint8)
+    monkeypatch.setattr(decoding, "probe_picture", lambda _: (8, 8, 8))
+    monkeypatch.setattr(decoding, "prepared", lambda *_: picture)
+    monkeypatch.setattr(decoding, "threads", lambda: 2)
+
+    def peak(count: int, again: str = "") -> int:
+        place = tmp_path / f"{work}{count}{again}"
+        (place / "f").mkdir(parents=True)
+        for i in range(count):
+            (place / "f" / f"{i:06d}.png").touch()
+        folder = Folder.listed(place / "f")
+        if work == "open":
+            open_cache(folder, TARGET, place)
+        tracemalloc.start()
+        try:
+            Folder.listed(place / "f") if work == "list" else open_cache(folder, TARGET, place)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    few = peak(200)
+    many = min(peak(2200), peak(2200, "again"))  # a path may make Python's own table of strings grow, by megabytes
+    assert (many - few) / 2000 < 250

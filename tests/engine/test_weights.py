@@ -1,0 +1,145 @@
+"""Weights converted a network at a time give, to the bit, what autocast gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.observe import launches
+from fastnce.engine.options import OptimOptions
+from fastnce.engine.step import Step
+from fastnce.engine.weights import converted_weights
+from fastnce.methods import Batch, Draws
+from fastnce.methods.presets import PRESETS
+from fastnce.networks.layers import full_precision, keep_float32
+from tests.engine.test_engine import random_batch, small_method
+from tests.methods.test_methods_more import build, pictures
+
+
+def two_steps(make, batches: list[Batch], precision: str = "bf16", **options) -> tuple[Step, Step]:
+    """A step as it is, and one that leaves the conversions to autocast, both after the same batches."""
+    methods = [make(), make()]
+    methods[1].load_state_dict(methods[0].state_dict())
+    at_once, one_by_one = (Step(method, OptimOptions(), precision, **options) for method in methods)
+    one_by_one.weights_at_once = False
+    for step in (at_once, one_by_one):
+        if step.loss_scale is not None:
+            step.loss_scale.scale.fill_(256.0)
+        for seed, batch in enumerate(batches):
+            torch.manual_seed(seed)
+            losses = step.run(batch, Draws())
+            assert all(torch.isfinite(loss) for loss in losses.values())
+    return at_once, one_by_one
+
+
+def assert_same_bits(steps: tuple[Step, Step]) -> None:
+    one, other = (step.state() for step in steps)
+    assert one.keys() == other.keys()
+    for key, tensor in one.items():
+        assert torch.equal(tensor, other[key]), key
+
+
+def float32(batch: Batch) -> Batch:
+    return Batch(*(picture.float() for picture in batch))
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_every_method(preset):
+    batches = [float32(pictures()) for _ in range(2)]
+    assert_same_bits(two_steps(lambda: build(preset).float(), batches))
+
+
+@pytest.mark.parametrize("generator", ["unet_128", "restorer", "stylegan2"])
+def test_every_generator(generator):
+    side = 128 if generator == "unet_128" else 32
+    layers = {"unet_128": [0, 2, 3], "restorer": [0, 4, 8], "stylegan2": [0, 2, 3]}[generator]
+    batches = [float32(pictures(side=side)) for _ in range(2)]
+    make = lambda: build("cut", network={"generator": generator}, nce_layers=layers).float()  # noqa: E731
+    assert_same_bits(two_steps(make, batches))
+
+
+@pytest.mark.parametrize(
+    ("precision", "options"),
+    [("fp16", {}), ("bf16", {"recompute": True}), ("bf16", {"compile": True, "backend": "aot_eager"})],
+)
+def test_every_form_of_the_step(precision, options):
+    assert_same_bits(two_steps(small_method, [random_batch(2) for _ in range(2)], precision, **options))
+
+
+class Conversions(TorchDispatchMode):
+    """Counts conversions of tensors that have as many numbers as one of `parameters`."""
+
+    def __init__(self, parameters):
+        super().__init__()
+        self.shapes = {p.shape for p in parameters if p.dim() == 4}
+        self.single = self.together = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.single += function is torch.ops.aten._to_copy.default and args[0].shape in self.shapes
+        if function is torch.ops.aten._foreach_copy_.default:  # others keep what a bad step gets back, as it is
+            self.together += args[0][0].dtype != args[1][0].dtype
+        return function(*args, **(kwargs or {}))
+
+
+def test_few_launches_convert_all_weights():
+    """CUT: G twice, D twice; back: D, the encoder's G, the whole G."""
+    found = []
+    for at_once in (True, False):
+        step = Step(small_method(), OptimOptions(), "bf16")
+        step.weights_at_once = at_once
+        with Conversions(step.method.parameters()) as count:
+            step.run(random_batch(1), Draws())
+        found.append((count.single, count.together))
+    (single, together), (before, none) = found
+    assert (single, together, none) == (0, 7, 0)
+    assert before > 20
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_a_device_converts_many_weights_in_a_launch():
+    network = nn.Sequential(*(nn.Conv2d(64, 64, 3) for _ in range(20))).cuda().to(memory_format=torch.channels_last)
+    expected = [parameter.bfloat16() for parameter in network.parameters()]
+    found = []
+
+    def convert():
+        with converted_weights([network], torch.bfloat16):
+            found[:] = [layer._parameters[name] for layer in network for name in ("weight", "bias")]
+
+    convert()
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    kernels = launches(convert, torch.device("cuda"), "eager")
+    if kernels is None:
+        pytest.skip("this machine does not let its kernels be watched")
+    assert kernels <= 4  # for 40 tensors
+
+
+def test_weights_come_back():
+    """Also after an error; a layer that computes in float32 keeps its own all the time."""
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), keep_float32(nn.Conv2d(4, 3, 3)), nn.BatchNorm2d(3))
+    own = dict(network.named_parameters())
+
+    def use_and_fail():
+        with converted_weights([network], torch.bfloat16):
+            assert network[0].weight.dtype == network[0].bias.dtype == torch.bfloat16
+            assert network[1].weight.dtype == network[2].weight.dtype == torch.float32
+            with torch.autocast("cpu", torch.bfloat16):
+                assert full_precision(network[1], network[0](torch.rand(1, 3, 8, 8))).dtype == torch.float32
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        use_and_fail()
+    assert all(parameter is own[name] for name, parameter in network.named_parameters())
+
+
+def test_frozen_weights_stay_frozen():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 3, 3))
+    network[0].requires_grad_(False)
+    with converted_weights([network], torch.bfloat16):
+        assert not network[0].weight.requires_grad
+        assert network[1].weight.requires_grad
+        network(torch.rand(1, 3, 8, 8, dtype=torch.bfloat16)).sum().backward()
+    assert network[0].weight.grad is None
+    assert network[1].weight.grad.dtype == torch.float32
