@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import __version__, patch_nce, project_patches
+from ..nce import Choice, which
 from ..nce.impl import reference
 from ..nce.impl.rows import gather_patches
 from .parsing import command_parser
@@ -179,16 +180,17 @@ def devices() -> list[torch.device]:
     return [torch.device("cpu")] + ([accelerator] if accelerator is not None else [])
 
 
-def chosen_implementation(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """What `patch_nce` runs for such rows, and why: ("triton" or "eager", reason)."""
+def chosen_implementation(device: torch.device, dtype: torch.dtype) -> Choice:
+    """What `patch_nce` runs for such rows (`fastnce.nce.which`), and whether the kernels run if it is them."""
+    choice = which(device, dtype, dim=32, rows=16)
+    if not choice.triton:
+        return choice
     rows = torch.eye(16, 32, device=device, dtype=dtype)
-    if device.type == "cpu":
-        return "eager", "Triton has no CPU target"
     try:
-        patch_nce(rows, rows, implementation="triton")
-    except Exception as error:  # whatever a compiler or a driver raises is the answer here
-        return "eager", " ".join(str(error).split())[:200]
-    return "triton", "it compiled and ran"
+        patch_nce(rows, rows)
+    except Exception as error:  # anything that a compiler or a driver raises
+        return Choice("triton", f"but it fails: {' '.join(str(error).split())[:200]}")
+    return Choice("triton", f"{choice.reason}; compiled and ran")
 
 
 def _driver() -> str:

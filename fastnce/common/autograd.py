@@ -1,4 +1,4 @@
-"""What the autograd functions here share."""
+"""What the autograd functions of the kernels and of the fast CPU path share."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 
-class Once(torch.autograd.Function):
-    """Ties a gradient to its `inputs`, so that differentiating it again is an error and not a silent zero."""
+class FirstOrderOnly(torch.autograd.Function):
+    """Ties a gradient to its `inputs`, so that differentiating it again raises an error and does not give zeros."""
 
     @staticmethod
     def forward(gradient, *inputs):
@@ -24,11 +24,11 @@ class Once(torch.autograd.Function):
         raise RuntimeError("patch_nce can be differentiated once: its gradient has no derivative of its own")
 
 
-def directly(cls: Any) -> Any:
-    """Class decorator: gives a function with `setup_context` a twin without, as `cls.direct`.
+def with_fast_path(cls: Any) -> Any:
+    """Class decorator: add `cls.direct`, the same function with `setup_context` merged into `forward`.
 
-    `torch.func` needs the separate `setup_context`, but it costs 0.15 ms of Python a call, a tenth of the whole loss at
-    the published sizes on a CPU; in everyday use the twin does the same.
+    `torch.func` needs a separate `setup_context`, which costs 0.15 ms of Python per call: a tenth of the whole loss at
+    the published sizes on a CPU. `apply` uses `cls.direct` wherever no transform is active.
     """
 
     class Direct(torch.autograd.Function):
@@ -44,19 +44,19 @@ def directly(cls: Any) -> Any:
     return cls
 
 
-def call(cls: Any, *inputs: Any) -> Any:
-    """`cls.apply(*inputs)` by the cheaper way where that will do, and so that a compiler computes the same."""
+def apply(cls: Any, *inputs: Any) -> Any:
+    """`cls.apply(*inputs)` by the fastest path that is valid here, also while a compiler traces."""
     if torch.compiler.is_compiling():
         if not any(t.requires_grad for t in inputs if isinstance(t, Tensor)) or not torch.is_grad_enabled():
-            return cls.forward(*inputs)  # where PyTorch 2.11 passes functions of variable length a context too many
-        return cls.apply(*_apart(inputs))
+            return cls.forward(*inputs)  # PyTorch 2.11 passes one context too many to functions of variable length
+        return cls.apply(*_without_duplicates(inputs))
     if torch._C._are_functorch_transforms_active():
         return cls.apply(*inputs)
     return cls.direct.apply(*inputs)
 
 
-def _apart(inputs: tuple[Any, ...]) -> list[Any]:
-    """The same inputs, each tensor once: of one that is passed twice PyTorch 2.11 compiles half the gradient."""
+def _without_duplicates(inputs: tuple[Any, ...]) -> list[Any]:
+    """Replace repeated tensors by views: PyTorch 2.11 compiles half the gradient of a tensor that is passed twice."""
     seen: list[Tensor] = []
     result: list[Any] = []
     for x in inputs:
@@ -67,3 +67,6 @@ def _apart(inputs: tuple[Any, ...]) -> list[Any]:
                 seen.append(x)
         result.append(x)
     return result
+
+
+Once, directly, call = FirstOrderOnly, with_fast_path, apply

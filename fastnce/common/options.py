@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, fields
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from .imports import is_import_path
+
 BITS_64 = 2**63 - 1
 """The largest whole number that an option takes unless it says otherwise: tensors and TOML hold no larger ones."""
 
@@ -17,7 +19,8 @@ class Accepts:
     """Which values an option takes, beside their kind; of a list, what holds for each element.
 
     low, high: at least, at most. below: less than that. choices: of texts. ascending: a list of one element at least,
-    each larger than the one before. anything: there is nothing to say beside the kind.
+    each larger than the one before. anything: there is nothing to say beside the kind. imports: beside the choices, an
+    import path such as mycode.py:Name.
     """
 
     low: float | None = None
@@ -26,6 +29,7 @@ class Accepts:
     choices: tuple[str, ...] = ()
     ascending: bool = False
     anything: bool = False
+    imports: bool = False
 
 
 def option(default: Any, consequence: str, **accepts: Any) -> Any:
@@ -92,7 +96,8 @@ def wanted(options: Any, key: str) -> str:
     """What a key takes, as the end of a sentence: "a whole number from 1 to 1,024"."""
     hint, accepts = kinds(options)[key]
     if accepts.choices:
-        return "one of " + ", ".join(f'"{choice}"' for choice in accepts.choices)
+        own = ", or an import path such as mycode.py:Name" if accepts.imports else ""
+        return "one of " + ", ".join(f'"{choice}"' for choice in accepts.choices) + own
     names: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text in UTF-8"}
     names |= {list[int]: "a list of whole numbers", list[float]: "a list of numbers"}
     kind = names.get(hint, "a whole number or [height, width], each")
@@ -114,8 +119,8 @@ def _fits(hint: Any, accepts: Accepts, value: Any) -> bool:
     if hint is bool:
         return isinstance(value, bool)
     if hint is str:
-        choices = accepts.choices
-        return isinstance(value, str) and _writable(value) and (not choices or value in choices)
+        known = not accepts.choices or value in accepts.choices or (accepts.imports and is_import_path(value))
+        return isinstance(value, str) and _writable(value) and known
     if hint is int:
         whole = isinstance(value, int) and not isinstance(value, bool)
         return whole and (accepts.high is not None or value <= BITS_64) and _in(accepts, value)

@@ -14,7 +14,6 @@ from ..common.options import option
 from ..nce import PatchNCEHead
 from ..nce.api import Negatives
 from ..nce.selection import attention_patch_ids, dense_patch_ids
-from ..nce.weights import Weighting, weighted_contrast
 from .base import (
     GP_HELP,
     MOST_CHANNELS,
@@ -35,6 +34,7 @@ from .base import (
     drawn_rows,
 )
 from .losses import GANMode, gan_loss, gradient_penalty
+from .weighting import OPTIONS_HELP, WEIGHTING_HELP, WEIGHTING_NAMES, find_weighting
 
 
 @dataclass
@@ -64,9 +64,8 @@ class CUTOptions:
     selection: Literal["uniform", "attention"] = option(
         "uniform", '"attention": in maps of up to 4096 locations those of least attention entropy (QS-Attn)'
     )
-    weighting: Weighting = option(
-        "none", '"monce": optimal transport weighs negatives; "hdce": likeness to the positive'
-    )
+    weighting: str = option("none", WEIGHTING_HELP, choices=WEIGHTING_NAMES, imports=True)
+    weighting_options: str = option("", OPTIONS_HELP, anything=True)
     symmetric: bool = option(False, "also the other direction, where keys ask and queries answer")
     gather_negatives: bool = option(
         False, "several ranks: negatives=batch takes the pictures of all ranks, as one process of the whole batch would"
@@ -128,6 +127,8 @@ class CUT(Method):
             options.patches or 1,  # 0 takes every location: they are given, not drawn
             options.temperatures or options.temperature,
             negatives=options.negatives,
+            weighting=find_weighting(options.weighting, options.weighting_options),
+            symmetric=options.symmetric,
             init_type=network.init_type,
             init_gain=network.init_gain,
         )
@@ -246,19 +247,7 @@ class CUT(Method):
                 keys = self.generator(outputs["real"], self.layers, encode_only=True)
         directions = 2 if "idt_B" in outputs else 1
         ids = self._patch_ids(keys, directions, draws)
-        if self.options.weighting == "none" and not self.options.symmetric:
-            loss = self.head(queries, keys, directions=directions, patch_ids=ids)
-        else:
-            loss = weighted_contrast(
-                self.head,
-                queries,
-                keys,
-                weighting=self.options.weighting,
-                symmetric=self.options.symmetric,
-                directions=directions,
-                patch_ids=ids,
-            )
-        return loss.reshape(directions)
+        return self.head(queries, keys, directions=directions, patch_ids=ids).reshape(directions)
 
     def _patch_ids(self, keys: list[Tensor], directions: int, draws: Draws):
         """Locations for the head; None leaves the draw to it."""

@@ -32,6 +32,7 @@ from .base import (
 )
 from .cyclegan import MOST_POOLED, TwoWay
 from .losses import GANMode
+from .weighting import OPTIONS_HELP, WEIGHTING_HELP, WEIGHTING_NAMES, find_weighting
 
 
 @dataclass
@@ -61,6 +62,8 @@ class DCLGANOptions:
     bank_size: int = option(
         256, "codes of past pictures kept a domain and layer, for external=bank", low=1, high=MOST_PATCHES
     )
+    weighting: str = option("none", WEIGHTING_HELP, choices=WEIGHTING_NAMES, imports=True)
+    weighting_options: str = option("", OPTIONS_HELP, anything=True)
     cosine: bool = option(True, "renormalise rows exactly, as the released code; false keeps CUT's x / (|x| + 1e-7)")
     gan_mode: GANMode = option("hinge", "lsgan, vanilla, wgangp, nonsaturating or hinge")
     lambda_gp: float = option(10.0, GP_HELP, **WEIGHT)
@@ -96,6 +99,7 @@ class DCLGAN(TwoWay):
         super().__init__(network, options.gan_mode, options.lambda_gp, options.pool_size)
         self.options = options
         self.layers = list(options.nce_layers)
+        self.weighting = find_weighting(options.weighting, options.weighting_options)
         self.projector_a, self.projector_b = (
             PatchNCEHead(
                 generator.feature_channels(self.layers),
@@ -219,6 +223,7 @@ class DCLGAN(TwoWay):
             temperature=self.projector_a.temperatures,
             extra_keys=self.external(),
             cosine=options.cosine,
+            weighting=self.weighting,
             unit_rows=True,
         )
         for bank, rows in ((self.bank_a, k1), (self.bank_b, k2)):

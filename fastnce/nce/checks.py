@@ -150,6 +150,15 @@ def rows(
     return groups
 
 
+def weights(given: Any, kind: type) -> tuple[Any, Any, Any, bool]:
+    """The four members of a `Weights`; None stands for no weights."""
+    if given is None:
+        return None, None, None, False
+    if not isinstance(given, kind):
+        raise ValueError(f"weights must be a fastnce.nce.Weights or None, not {shown(given)}")
+    return given  # type: ignore[return-value]
+
+
 def groups_of(name: str, value: Any, total: int) -> int:
     """A count that divides the rows."""
     groups = count(name, value)

@@ -11,25 +11,32 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from . import api, checks
-from .api import Implementation, Negatives, patch_nce, project_patches, sample_patch_ids
+from ..common.dispatch import Choice, Implementation
+from ..common.precision import autocast_dtype
+from . import checks
+from .api import NEGATIVES, Negatives, patch_nce, project_patches, sample_patch_ids
+from .impl.dispatch import choose_maps, triton_maps
 from .modules import MLPs, PatchSampleF
+from .weights import Weighting, Weights
 
 
 class PatchNCEHead(PatchSampleF):
     """The whole chain: feature maps in, one scalar out, for all layers (and both directions) at once.
 
-    Sampling, projection, normalisation and InfoNCE, averaged over patches, then over layers (CUT, eq. 4). It is a
+    It samples, projects, normalises and computes InfoNCE, averaged over patches, then over layers (CUT, eq. 4). It is a
     `PatchSampleF`, so a published F loads into it. Float32 products are exact unless the library's may use TF32, see
     `fastnce.nce.api.products`.
 
     Args:
         in_channels: channels of each layer's map.
         dim: width of the projection.
-        patches: locations drawn a picture and layer; all of them where a map has fewer.
-        temperature: T, from 1e-30 to 1e30, one for all layers or one a layer.
+        patches: locations drawn per image and layer; all of them if a map has fewer.
+        temperature: T, from 1e-30 to 1e30, one for all layers or one per layer.
         negatives: "image" or "batch", see `patch_nce`.
-        ids_per_image: draw locations for each picture rather than one set for all (published: one set).
+        weighting: weights of pairs and queries, such as `fastnce.nce.monce`; any function (queries, keys, groups) to
+            `Weights`. It is called once per layer, without gradient.
+        symmetric: mean of both directions, see `patch_nce`.
+        ids_per_image: draw locations for each image; otherwise one set for all (published).
 
     Raises:
         ValueError: a value that makes no sense, here and not at the first call.
@@ -43,6 +50,8 @@ class PatchNCEHead(PatchSampleF):
         temperature: float | Sequence[float] = 0.07,
         *,
         negatives: Negatives = "image",
+        weighting: Weighting | None = None,
+        symmetric: bool = False,
         use_mlp: bool = True,
         ids_per_image: bool = False,
         init_type: str = "xavier",
@@ -55,17 +64,20 @@ class PatchNCEHead(PatchSampleF):
         self.layers = len(in_channels)
         self.patches = checks.count("patches", patches)
         self.temperatures = checks.temperatures(temperature, self.layers)
-        checks.choice("negatives", negatives, api.NEGATIVES)
+        checks.choice("negatives", negatives, NEGATIVES)
         self.negatives: Negatives = negatives
+        if weighting is not None and not callable(weighting):
+            raise ValueError(f"weighting must be a function or None, not {checks.shown(weighting)}")
+        self.weighting, self.symmetric = weighting, symmetric
         self.ids_per_image = ids_per_image
         self.others: Callable[[Tensor], Tensor] | None = None
-        """Several ranks: a constant to those that the others have, (...) -> (ranks - 1, ...); more negatives then."""
+        """With several ranks: gathers a constant from the other ranks, (...) -> (ranks - 1, ...), as more negatives."""
 
     def draw_ids(self, maps: Sequence[Tensor], directions: int = 1) -> list[Tensor]:
-        """Fresh locations for each layer of these maps, on their device: a set a direction, or a picture.
+        """Draw locations for each layer of these maps, on their device: one set per direction, or per image.
 
-        (patches,) for one set, else (sets, patches). The kernels draw for all layers at once and otherwise than
-        `sample_patch_ids` does: the same seed gives other locations.
+        Returns (patches,) per layer for one set, else (sets, patches). The kernels draw for all layers at once: from
+        the same seed they give other locations than `sample_patch_ids`.
         """
         checks.maps("maps", maps, self.layers)
         return self._draw_ids(maps, checks.directions(directions, maps[0].shape[0]), self.mlps(self.layers))
@@ -73,8 +85,8 @@ class PatchNCEHead(PatchSampleF):
     def _draw_ids(self, maps: Sequence[Tensor], directions: int, mlps: MLPs) -> list[Tensor]:
         sets = maps[0].shape[0] if self.ids_per_image else directions
         locations = [m.shape[2] * m.shape[3] for m in maps]
-        if self._fused(maps, mlps):
-            ids = api.fused_maps.draw_ids(locations, self.patches, sets, maps[0].device)
+        if self._choice(maps, mlps).triton:
+            ids = triton_maps.draw_ids(locations, self.patches, sets, maps[0].device)
             return [i[0] for i in ids] if sets == 1 else ids
         images = None if sets == 1 else sets
         return [
@@ -82,9 +94,8 @@ class PatchNCEHead(PatchSampleF):
             for n, m in zip(locations, maps, strict=True)
         ]
 
-    def _fused(self, maps: Sequence[Tensor], mlps: MLPs) -> bool:
-        dtypes = [api._autocast_dtype(m if mlps is None else mlps[0][0]) for m in maps]
-        return api._use_triton_for_maps(self.implementation, maps, mlps, dtypes, self.patches)
+    def _choice(self, maps: Sequence[Tensor], mlps: MLPs) -> Choice:
+        return choose_maps(self.implementation, maps, mlps, self.patches)[0]
 
     def forward(  # type: ignore[override]
         self,
@@ -95,23 +106,24 @@ class PatchNCEHead(PatchSampleF):
         directions: int = 1,
         key_projector: PatchSampleF | None = None,
     ) -> Tensor:
-        """One (images, channels, height, width) map a layer and side; returns the scalar loss, or one a direction.
+        """One (images, channels, height, width) map per layer and side; returns the scalar loss, or one per direction.
 
-        A query's positive is the key at its own location: the maps of a layer have the same images, height and width on
-        both sides. Their channels are those of the MLPs; without MLPs both sides share channels and dtype.
+        A query's positive is the key at its own location: both maps of a layer have the same images, height and width.
+        Their channels are those of the MLPs; without MLPs both sides share channels and dtype.
 
         Args:
-            patch_ids: locations to take, one set a layer, (patches,) or (images, patches), in place of drawing them.
-                With several directions also one such list a direction.
-            directions: the images are this many losses of equal size, one after another (CUT: NCE(x, G(x)), then the
+            patch_ids: locations to use instead of drawing them, per layer (patches,) or (images, patches). With several
+                directions also one such list per direction.
+            directions: the batch holds this many losses of equal size, one after another (CUT: NCE(x, G(x)), then the
                 identity NCE(y, G(y))), each with its own locations and, for "batch", its own negatives.
-            key_projector: projects the keys with its own weights (DCLGAN: F of the other domain); default this one's.
+            key_projector: projects the keys with its own weights (DCLGAN: F of the other domain); default: this one.
 
         Returns:
             a scalar, or (directions,) for more than one: each the mean over rows, then over layers.
 
         Raises:
-            ValueError: sides that do not correspond, ids that do not fit, and what `patch_nce` refuses.
+            ValueError: sides that do not correspond, ids that do not fit, weights of another shape, and everything
+                that `patch_nce` refuses.
         """
         if key_projector is not None and not isinstance(key_projector, PatchSampleF):
             raise ValueError(f"key_projector must be a PatchSampleF or None, not {checks.shown(key_projector)}")
@@ -124,12 +136,16 @@ class PatchNCEHead(PatchSampleF):
         else:
             ids = self.given_ids(patch_ids, images, directions)
         groups = images if self.negatives == "image" else directions
-        if self.others is None and self._fused(query_maps, mlps) and self._fused_keys(key_maps, mlps, key_mlps):
+        plain = self.weighting is None and not self.symmetric
+        if not plain and self.others is not None:
+            raise ValueError("keys of other ranks cannot be combined with a weighting or symmetric=True")
+        alone = plain and self.others is None
+        if alone and self._choice(query_maps, mlps).triton and self._one_launch(mlps, key_mlps):
             checks.ids(ids, query_maps)
             for given, maps in ((mlps, query_maps), (key_mlps, key_maps)):
                 if given is not None:
                     checks.mlps(given, maps)
-            means = api.fused_maps.head_loss(
+            means = triton_maps.head_loss(
                 query_maps,
                 key_maps,
                 [i[None] if i.dim() == 1 else i for i in ids],
@@ -138,7 +154,7 @@ class PatchNCEHead(PatchSampleF):
                 temperatures=self.temperatures,
                 groups=groups,
                 directions=directions,
-                dtype=api._autocast_dtype(query_maps[0] if mlps is None else mlps[0][0]),
+                dtype=autocast_dtype(query_maps[0] if mlps is None else mlps[0][0]),
                 distinct=patch_ids is None,
             )
             return means if directions > 1 else means.view(())
@@ -154,8 +170,10 @@ class PatchNCEHead(PatchSampleF):
                 images=groups,
                 temperature=temperature,
                 extra_keys=extra,
+                weights=self._weights(q, k, groups),
+                symmetric=self.symmetric,
                 reduction="none",
-                unit_rows=True,
+                unit_rows=plain,
                 implementation=self.implementation,
             )
             .unflatten(0, (directions, -1))
@@ -165,15 +183,20 @@ class PatchNCEHead(PatchSampleF):
         means = torch.stack(losses).mean(dim=0)
         return means if directions > 1 else means[0]
 
+    @torch.no_grad()
+    def _weights(self, queries: Tensor, keys: Tensor, groups: int) -> Weights | None:
+        return None if self.weighting is None else self.weighting(queries.detach(), keys, groups)
+
     def _others_keys(self, keys: Sequence[Tensor], groups: int) -> list[Tensor]:
-        """The other ranks' keys of each layer, (groups, count, dim), from one exchange for all layers."""
+        """The other ranks' keys of each layer, (groups, count, dim), gathered for all layers at once."""
         assert self.others is not None
         sizes = [len(rows) for rows in keys]
-        every = self.others(torch.cat(list(keys))).split(sizes, dim=1)  # (ranks - 1, rows, dim) a layer
+        every = self.others(torch.cat(list(keys))).split(sizes, dim=1)  # (ranks - 1, rows, dim) per layer
         return [rows.unflatten(1, (groups, -1)).transpose(0, 1).flatten(1, 2) for rows in every]
 
-    def _fused_keys(self, maps: Sequence[Tensor], mlps, key_mlps) -> bool:
-        """Whether the key side fits into the same launch as the query side."""
+    @staticmethod
+    def _one_launch(mlps: MLPs, key_mlps: MLPs) -> bool:
+        """Whether the key side fits into the launch of the query side."""
         if mlps is None or key_mlps is None:
             return mlps is None and key_mlps is None
         return all(
@@ -183,22 +206,22 @@ class PatchNCEHead(PatchSampleF):
         )
 
     def images_of(self, query_maps: Sequence[Tensor], key_maps: Sequence[Tensor], projected: bool) -> int:
-        """How many images the sides have; a ValueError where they do not correspond."""
+        """The number of images of both sides; ValueError if they do not correspond."""
         images = checks.sides(query_maps, key_maps, self.layers, channels=not projected)
         for layer, (q, k) in enumerate(zip(query_maps, key_maps, strict=True)):
-            if not projected and q.dtype != k.dtype and api._autocast_dtype(q) != api._autocast_dtype(k):
+            if not projected and q.dtype != k.dtype and autocast_dtype(q) != autocast_dtype(k):
                 raise ValueError(f"query and key map {layer} must have one dtype, not {q.dtype} and {k.dtype}")
         return images
 
     def given_ids(self, patch_ids, images: int, directions: int) -> list[Tensor]:
-        """The caller's locations as one tensor a layer: (patches,), or (sets, patches) of which images share each."""
+        """The caller's locations as one tensor per layer: (patches,), or (sets, patches), shared equally by images."""
         checks.listed("patch_ids", patch_ids, "tensors, one per layer, or of such lists, one per direction")
         if all(isinstance(ids, Tensor) for ids in patch_ids):
             return list(patch_ids)
         share = images // directions
         checks.ids_by_direction(patch_ids, directions, self.layers, share)
         return [
-            torch.stack(layer)  # one set a direction
+            torch.stack(layer)  # one set per direction
             if all(ids.dim() == 1 for ids in layer)
             else torch.cat([ids.expand(share, -1) if ids.dim() == 1 else ids for ids in layer])
             for layer in zip(*patch_ids, strict=True)

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..common.dispatch import IMPLEMENTATIONS, Implementation
 from ..common.initialise import INIT_TYPES, init_weights
-from . import api, checks
-from .api import Implementation, Negatives, patch_nce, project_patches, sample_patch_ids
+from . import checks
+from .api import NEGATIVES, Negatives, patch_nce, project_patches, sample_patch_ids
 from .impl.rows import normalize_rows
 
 MLPs = list[tuple[Tensor, Tensor, Tensor, Tensor]] | None
@@ -60,9 +61,9 @@ class PatchNCELoss(nn.Module):
                 images = 1 if negatives == "batch" else checks.count("opt.batch_size", _option(opt, "batch_size"))
         self.images: int = images
         self.temperature = checks.temperature(temperature)
-        checks.choice("negatives", negatives, api.NEGATIVES)
+        checks.choice("negatives", negatives, NEGATIVES)
         self.negatives: Negatives = negatives
-        checks.choice("implementation", implementation, api.IMPLEMENTATIONS)
+        checks.choice("implementation", implementation, IMPLEMENTATIONS)
         self.implementation: Implementation = implementation
 
     def forward(self, feat_q: Tensor, feat_k: Tensor, images: int | None = None) -> Tensor:
@@ -121,7 +122,7 @@ class PatchSampleF(nn.Module):
         self.init_gain = checks.number("init_gain", init_gain, 0.0, 1e30)
         self.nc = checks.count("nc", nc)
         self.mlp_init = False
-        checks.choice("implementation", implementation, api.IMPLEMENTATIONS)
+        checks.choice("implementation", implementation, IMPLEMENTATIONS)
         self.implementation: Implementation = implementation
         if in_channels is not None:
             checks.listed("in_channels", in_channels, "channels, one number per layer")

@@ -1,6 +1,6 @@
-"""PatchNCE of all layers and directions of a method in one call: on a device one launch for the lot.
+"""PatchNCE of all layers and directions of a method in one call: a single launch on a device.
 
-nce1, nce2 = patch_nce_layers([q1, q2], [k1, k2], images=batch, cosine=True)   # each q, k: one (rows, dim) a layer
+nce1, nce2 = patch_nce_layers([q1, q2], [k1, k2], images=batch, cosine=True)   # each q, k: one (rows, dim) per layer
 """
 
 from __future__ import annotations
@@ -11,22 +11,23 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import api, checks
-from .api import Implementation, Negatives
+from ..common.dispatch import Implementation
+from ..common.precision import autocast_dtype, without_autocast
+from . import checks
+from .api import Negatives
 from .impl import eager
-
-try:
-    from .impl import triton_layers as fused_layers
-except ImportError:  # no Triton for this platform
-    fused_layers = None  # type: ignore[assignment]
+from .impl.dispatch import choose_rows, triton_layers, triton_rows
+from .weights import Weighting, Weights
 
 Rows = Sequence[Sequence[Tensor]]
-"""One list a direction, in it one tensor a layer."""
+"""One list per direction, of one tensor per layer."""
 
 
 def cosine_rows(rows: Tensor) -> Tensor:
-    """(rows, dim) divided by their length, as `F.cosine_similarity` does: by 1e-8 where they are shorter, so rows of
-    zeros stay. 16-bit rows by way of float32."""
+    """Divide (rows, dim) by their length, or by 1e-8 if that is larger, as `F.cosine_similarity` does.
+
+    Rows of zeros stay zeros. 16-bit rows are divided in float32.
+    """
     wide = rows.float() if rows.dtype in (torch.bfloat16, torch.float16) else rows
     return (wide / torch.linalg.vector_norm(wide, dim=1, keepdim=True).clamp_min(1e-8)).to(rows.dtype)
 
@@ -40,6 +41,7 @@ def patch_nce_layers(
     temperature: float | Sequence[float] = 0.07,
     extra_keys: Rows | Literal["other"] | None = None,
     cosine: bool = False,
+    weighting: Weighting | None = None,
     unit_rows: bool = False,
     implementation: Implementation = None,
 ) -> Tensor:
@@ -48,16 +50,18 @@ def patch_nce_layers(
     Args:
         queries, keys: (rows, dim), rows = images * patches, image after image; the directions of a layer alike. Keys
             are constants.
-        images, negatives: of one direction, as in `patch_nce`; a direction never sees the rows of another.
-        temperature: T > 0, one for all layers or one a layer.
-        extra_keys: more negatives, constants: (count, dim) or (groups, count, dim) for each layer and direction, taken
-            as they are; the two directions of a layer alike. "other" takes the queries of the other of two directions,
-            group by group (DCD-GAN: the same picture's codes in the other branch).
-        cosine: divide queries and keys (and "other" ones) by their length, see `cosine_rows` (DCLGAN).
-        unit_rows, implementation: as in `patch_nce`. Kernels want layers of one dtype.
+        images, negatives: of one direction, as in `patch_nce`; a direction never contrasts with the rows of another.
+        temperature: T > 0, one for all layers or one per layer.
+        extra_keys: more negatives, constants: (count, dim) or (groups, count, dim) for each layer and direction, used
+            unchanged; both directions of a layer have the same shape. "other" takes the queries of the other of two
+            directions, group by group (DCD-GAN: the codes of the same image in the other branch).
+        cosine: divide queries and keys (and those of "other") by their length, see `cosine_rows` (DCLGAN).
+        weighting: weights of pairs and queries, as in `PatchNCEHead`; extra keys count fully. It is called once per
+            layer with the rows of all directions, and each layer is then a launch of its own.
+        unit_rows, implementation: as in `patch_nce`. The kernels need layers of one dtype.
 
     Raises:
-        ValueError: lists that do not fit together, and what `patch_nce` refuses.
+        ValueError: lists that do not match, weights of another shape, and everything that `patch_nce` refuses.
     """
     other = isinstance(extra_keys, str) and extra_keys == "other"
     nested: dict[str, Any] = {"queries": queries, "keys": keys}
@@ -67,30 +71,33 @@ def patch_nce_layers(
     if other and directions != 2:
         raise ValueError(f'extra_keys="other" wants two directions, not {directions}')
     temperatures = checks.temperatures(temperature, layers)
-    # flat lists, the directions of a layer one after another
-    asking, answers = ([side[d][i] for i in range(layers) for d in range(directions)] for side in (queries, keys))
-    dtypes = {api._autocast_dtype(q) for q in asking}
-    asking, answers = ([x.to(api._autocast_dtype(x)) for x in side] for side in (asking, answers))
-    extra: list[Tensor | None] = [None] * len(asking)
+    # flat lists, the directions of a layer next to each other
+    flat_queries, flat_keys = (
+        [side[d][i] for i in range(layers) for d in range(directions)] for side in (queries, keys)
+    )
+    dtypes = {autocast_dtype(q) for q in flat_queries}
+    flat_queries, flat_keys = ([x.to(autocast_dtype(x)) for x in side] for side in (flat_queries, flat_keys))
+    extra: list[Tensor | None] = [None] * len(flat_queries)
     if "extra_keys" in nested:
-        extra = [nested["extra_keys"][d][i].to(asking[0].dtype) for i in range(layers) for d in range(directions)]
+        extra = [nested["extra_keys"][d][i].to(flat_queries[0].dtype) for i in range(layers) for d in range(directions)]
     groups = 0
-    for i, (q, k, e) in enumerate(zip(asking, answers, extra, strict=True)):
+    for i, (q, k, e) in enumerate(zip(flat_queries, flat_keys, extra, strict=True)):
         groups = checks.rows(q, k, images, negatives, e, None, False)
-        first = asking[i - i % directions]
+        first = flat_queries[i - i % directions]
         if q.shape != first.shape or q.dtype != first.dtype:
             raise ValueError(f"the directions of layer {i // directions} must have queries of one shape and dtype")
-        if q.device != asking[0].device:
-            raise ValueError(f"queries are on {asking[0].device} and {q.device}: move one of them")
-    width, size = max(q.shape[1] for q in asking), max(q.shape[0] for q in asking) // groups
-    wanted = api._use_triton(implementation, asking[0].device, asking[0].dtype, width, size)
-    if wanted and len(dtypes) > 1 and implementation == "triton":
+        if q.device != flat_queries[0].device:
+            raise ValueError(f"queries are on {flat_queries[0].device} and {q.device}: move one of them")
+    width, size = max(q.shape[1] for q in flat_queries), max(q.shape[0] for q in flat_queries) // groups
+    triton = choose_rows(implementation, flat_queries[0].device, flat_queries[0].dtype, width, size).triton
+    if triton and len(dtypes) > 1 and implementation == "triton":
         raise ValueError("implementation='triton' cannot run here: layers differ in dtype")
-    with api._without_autocast(asking[0].device):
-        if wanted and len(dtypes) == 1:
-            return fused_layers.nce_layers(
-                asking,
-                answers,
+    triton = triton and len(dtypes) == 1
+    with without_autocast(flat_queries[0].device):
+        if triton and weighting is None:
+            return triton_layers.nce_layers(
+                flat_queries,
+                flat_keys,
                 [e if e.dim() == 3 else e[None] for e in extra if e is not None],
                 temperatures=[t for t in temperatures for _ in range(directions)],
                 groups=groups,
@@ -99,22 +106,42 @@ def patch_nce_layers(
                 divide=cosine,
                 unit=unit_rows,
             )
+        nce_losses: Any = triton_rows.nce_losses if triton else eager.nce_losses
         means = []
         for i, t in enumerate(temperatures):
             here = slice(i * directions, (i + 1) * directions)
-            q, k = torch.cat(asking[here]), torch.cat(answers[here]).detach()
+            q, k = torch.cat(flat_queries[here]), torch.cat(flat_keys[here]).detach()
             if cosine:
                 q, k = cosine_rows(q), cosine_rows(k)
             if other:
                 e = q.detach().unflatten(0, (2, groups, -1)).flip(0).flatten(0, 1)
             else:
                 e = _grouped(extra[here], groups)
-            loss, _ = eager.nce_losses(q, k, e, groups=directions * groups, temperature=t)
+            log_weight, weight, query_weight, decoupled = _weights(weighting, q, k, e, directions * groups)
+            loss, _ = nce_losses(
+                q, k, e, log_weight, weight, directions * groups, t, decoupled, unit_rows and weighting is None
+            )
+            if query_weight is not None:
+                loss = loss * query_weight.to(loss.dtype)
             means.append(loss.unflatten(0, (directions, -1)).mean(dim=1))
         return torch.stack(means).mean(dim=0)
 
 
+@torch.no_grad()
+def _weights(weighting: Weighting | None, queries: Tensor, keys: Tensor, extra: Tensor | None, groups: int) -> Weights:
+    if weighting is None:
+        return Weights()
+    weights = Weights(*checks.weights(weighting(queries.detach(), keys, groups), Weights))
+    checks.rows(queries, keys, groups, "image", extra, weights.query_weight, weights.decoupled)
+    size = len(queries) // groups
+    log_weight, weight = (
+        None if given is None else checks.pairs(name, given, queries, groups, size)
+        for name, given in (("pair_log_weight", weights.pair_log_weight), ("pair_weight", weights.pair_weight))
+    )
+    return weights._replace(pair_log_weight=log_weight, pair_weight=weight)
+
+
 def _grouped(extra: Sequence[Tensor | None], groups: int) -> Tensor | None:
-    """(directions * groups, count, dim) of one layer's extra keys."""
+    """The extra keys of one layer as (directions * groups, count, dim)."""
     wide = [(e if e.dim() == 3 else e[None]).detach().expand(groups, -1, -1) for e in extra if e is not None]
     return torch.cat(wide) if wide else None

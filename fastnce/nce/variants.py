@@ -2,7 +2,7 @@
 
 from .negatives import LearnedNegatives, ascend, diversity, only_external
 from .selection import attention_patch_ids, dense_patch_ids
-from .weights import Weighting, asp_query_weight, hdce_pair_weight, monce_log_weight, weighted_contrast
+from .weights import Weighting, asp_query_weight, hdce_pair_weight, monce_log_weight
 
 __all__ = [
     "LearnedNegatives",
@@ -15,5 +15,4 @@ __all__ = [
     "hdce_pair_weight",
     "monce_log_weight",
     "only_external",
-    "weighted_contrast",
 ]

@@ -1,20 +1,41 @@
-"""Weights of pairs and queries, as other papers change PatchNCE: MoNCE, hDCE, adaptive supervised PatchNCE."""
+"""Weights of pairs and queries, as other papers change PatchNCE: MoNCE, hDCE, adaptive supervised PatchNCE.
+
+A *weighting* is a function (queries, keys, groups) -> `Weights`; `PatchNCEHead(weighting=monce)` uses one. To add one,
+write the function here and its line in `WEIGHTINGS`.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import checks
-from .api import patch_nce, project_patches
-from .head import PatchNCEHead
 from .impl.rows import similarity, widened
 
-Weighting = Literal["none", "monce", "hdce"]
+
+class Weights(NamedTuple):
+    """How much each pair and each query counts in `patch_nce`. All tensors are constants.
+
+    pair_log_weight: (groups, rows of a group, rows of a group), added to the logits of negatives. -inf leaves a
+        negative out. The diagonal is ignored.
+    pair_weight: the same shape, multiplies the logits of negatives. The diagonal is ignored.
+    query_weight: (rows,), multiplies the loss of each row.
+    decoupled: leave the positive out of the denominator (decoupled contrastive learning, Yeh et al., ECCV 2022).
+    """
+
+    pair_log_weight: Tensor | None = None
+    pair_weight: Tensor | None = None
+    query_weight: Tensor | None = None
+    decoupled: bool = False
+
+
+Weighting = Callable[[Tensor, Tensor, int], Weights]
+"""(queries, keys, groups) -> Weights. Queries and keys are (rows, dim) of unit length, without gradient, group after
+group; groups contrast within themselves."""
 
 MULTIPLY_FROM = 0.25
 """From this eps on Sinkhorn's iterations multiply, in a third of the time: exp(-10 / eps) is a normal float32."""
@@ -171,51 +192,25 @@ def asp_query_weight(
     return weight / weight.mean()
 
 
-def weighted_contrast(
-    head: PatchNCEHead,
-    query_maps: Sequence[Tensor],
-    key_maps: Sequence[Tensor],
+def monce(
+    queries: Tensor,
+    keys: Tensor,
+    groups: int,
     *,
-    weighting: Weighting = "none",
-    symmetric: bool = False,
-    patch_ids: Sequence[Tensor] | Sequence[Sequence[Tensor]] | None = None,
-    directions: int = 1,
-) -> Tensor:
-    """`head(query_maps, key_maps, ...)` with MoNCE's or hDCE's weights, or in both directions; the same arguments.
+    eps: float = 1.0,
+    iterations: int = 50,
+    strength: float = 1.0,
+    hard: bool = True,
+) -> Weights:
+    """MoNCE as a weighting: `monce_log_weight` of the same arguments."""
+    weight = monce_log_weight(queries, keys, groups, eps=eps, iterations=iterations, strength=strength, hard=hard)
+    return Weights(pair_log_weight=weight)
 
-    Returns:
-        a scalar, or (directions,).
 
-    Raises:
-        ValueError: what the head refuses, and a head that shares keys with other ranks.
-    """
-    checks.choice("weighting", weighting, get_args(Weighting))
-    if not isinstance(head, PatchNCEHead) or head.others is not None:
-        wrong = "one with others" if isinstance(head, PatchNCEHead) else checks.shown(head)
-        raise ValueError(f"head must be a PatchNCEHead that takes no keys of other ranks, not {wrong}")
-    own, mlps = patch_ids is None, head.mlps(head.layers)
-    images = head.images_of(query_maps, key_maps, projected=mlps is not None)
-    directions = checks.directions(directions, images)
-    ids = head.draw_ids(key_maps, directions) if patch_ids is None else head.given_ids(patch_ids, images, directions)
-    options: Any = {"distinct_ids": own, "implementation": head.implementation}
-    with torch.no_grad():
-        key_rows = project_patches(key_maps, ids, mlps, **options)
-    query_rows = project_patches(query_maps, ids, mlps, **options)
-    groups = images if head.negatives == "image" else directions
-    losses = []
-    for queries, keys, temperature in zip(query_rows, key_rows, head.temperatures, strict=True):
-        loss = patch_nce(
-            queries,
-            keys,
-            images=groups,
-            temperature=temperature,
-            pair_log_weight=monce_log_weight(queries, keys, groups) if weighting == "monce" else None,
-            pair_weight=hdce_pair_weight(keys, groups) if weighting == "hdce" else None,
-            decoupled=weighting == "hdce",
-            symmetric=symmetric,
-            reduction="none",
-            implementation=head.implementation,
-        )
-        losses.append(loss.unflatten(0, (directions, -1)).mean(1))
-    means = torch.stack(losses).mean(0)
-    return means if directions > 1 else means[0]
+def hdce(queries: Tensor, keys: Tensor, groups: int, *, gamma: float = 1.0) -> Weights:
+    """hDCE as a weighting: `hdce_pair_weight` of the keys, and the positive left out of the denominator."""
+    return Weights(pair_weight=hdce_pair_weight(keys, groups, gamma=gamma), decoupled=True)
+
+
+WEIGHTINGS: dict[str, Callable[..., Weights]] = {"monce": monce, "hdce": hdce}
+"""By the name that `loss.weighting` takes; keyword arguments with a default are set by `loss.weighting_options`."""

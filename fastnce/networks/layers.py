@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..common.dispatch import Implementation, choose
+
 try:
     from . import fused
 except ImportError:  # no Triton for this platform
     fused = None  # type: ignore[assignment]
 
 Norm = Literal["instance", "batch", "none"]
-Implementation = Literal["triton", "eager"] | None
 Layer = TypeVar("Layer", bound=nn.Module)
 
 
@@ -36,15 +37,7 @@ class FusedLayer(nn.Module):
 
     def fused(self, x: Tensor) -> bool:
         """Whether the kernel computes x; a ValueError where it must and cannot."""
-        name = self.implementation
-        if name not in (None, "triton", "eager"):
-            raise ValueError(f'implementation must be None, "triton" or "eager", not {name!r}')
-        if name == "eager" or (name is None and x.device.type == "cpu"):
-            return False
-        obstacle = "Triton is not installed" if fused is None else fused.obstacle(x.device, x.dtype)
-        if obstacle is not None and name == "triton" and not x.is_meta:  # meta: only shapes are asked for
-            raise ValueError(f"implementation='triton' cannot run here: {obstacle}")
-        return obstacle is None
+        return choose(None if x.is_meta else self.implementation, x.device, x.dtype).triton  # meta: shapes only
 
 
 def set_implementation(network: nn.Module, implementation: Implementation) -> None:

@@ -19,7 +19,7 @@ from fastnce.engine.options import OptimOptions
 from fastnce.engine.step import Step
 from fastnce.methods import Batch, Draws, NetworkOptions
 from fastnce.methods.presets import PRESETS
-from fastnce.nce import api
+from fastnce.nce.impl import dispatch
 from fastnce.networks.resnet import ResnetGenerator
 from fastnce.networks.restorer import Restorer
 
@@ -63,10 +63,8 @@ def method_of(preset: str, changes: dict[str, Any]):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_step_around_the_kernels_compiles_and_is_the_same(preset, changes, monkeypatch):
-    use = api._use_triton
-    monkeypatch.setattr(api, "_use_triton", lambda name, *rest: use(name or "triton", *rest))
-    use_for_maps = api._use_triton_for_maps
-    monkeypatch.setattr(api, "_use_triton_for_maps", lambda name, *rest: use_for_maps(name or "triton", *rest))
+    choose = dispatch.choose
+    monkeypatch.setattr(dispatch, "choose", lambda name, *rest: choose(name or "triton", *rest))
     methods = [method_of(preset, changes) for _ in range(2)]
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*uncompiled")

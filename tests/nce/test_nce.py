@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastnce import PatchNCEHead, PatchNCELoss, PatchSampleF, patch_nce, project_patches, sample_patch_ids
+from fastnce.nce import Weights
 from fastnce.nce.impl import eager, reference
 
 
@@ -124,7 +125,9 @@ def test_symmetric_and_weighted_and_reduced():
     expected = torch.autograd.grad(0.5 * (one + other).sum(), q)[0]
     torch.testing.assert_close(torch.autograd.grad(both.sum(), q)[0], expected)
     weight = torch.rand(8, dtype=torch.float64)
-    torch.testing.assert_close(patch_nce(q, k, query_weight=weight, reduction="sum"), (one * weight).sum())
+    torch.testing.assert_close(
+        patch_nce(q, k, weights=Weights(query_weight=weight), reduction="sum"), (one * weight).sum()
+    )
     loss, stats = patch_nce(q, k, return_stats=True)
     torch.testing.assert_close(loss, (stats["logsumexp"] - stats["positive"]).mean())
     assert not stats["logsumexp"].requires_grad
@@ -173,9 +176,10 @@ MISTAKES = [
     ({"reduction": "max"}, 'reduction must be "mean"'),
     ({"extra_keys": torch.zeros(3, 5)}, r"extra_keys must be \(count, 4\) or \(1, count, 4\), not \(3, 5\)"),
     ({"extra_keys": torch.zeros(0, 4)}, "extra_keys must be"),
-    ({"query_weight": torch.zeros(5)}, r"query_weight must be \(6,\), not \(5,\)"),
-    ({"pair_log_weight": torch.zeros(6, 5)}, r"pair_log_weight must be \(1, 6, 6\), not \(1, 6, 5\)"),
-    ({"decoupled": True, "images": 6}, "decoupled needs at least one negative"),
+    ({"weights": Weights(query_weight=torch.zeros(5))}, r"query_weight must be \(6,\), not \(5,\)"),
+    ({"weights": Weights(pair_log_weight=torch.zeros(6, 5))}, r"pair_log_weight must be \(1, 6, 6\), not \(1, 6, 5\)"),
+    ({"weights": Weights(decoupled=True), "images": 6}, "decoupled needs at least one negative"),
+    ({"weights": torch.ones(6)}, "weights must be a fastnce.nce.Weights or None, not a torch.float32 tensor"),
     ({"implementation": "cuda"}, 'implementation must be None, "triton" or "eager"'),
 ]
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from fastnce import PatchNCEHead, PatchNCELoss, PatchSampleF, patch_nce, project_patches, sample_patch_ids
-from fastnce.nce import patch_nce_layers
+from fastnce.nce import Weights, patch_nce_layers
 
 
 def refused(make, sentence):
@@ -23,6 +23,12 @@ def refused(make, sentence):
 
 NO_TENSORS = [(None, "None"), (0.5, "0.5"), ([[1.0]], "a list"), (np.ones((6, 4)), "a numpy.ndarray")]
 ROWS = torch.zeros(6, 4)
+
+
+def contrast(name, value):
+    """`patch_nce` of ROWS with one tensor beside them."""
+    options = {name: value} if name == "extra_keys" else {"weights": Weights(**{name: value})}
+    return patch_nce(ROWS, ROWS, **options)
 
 
 @pytest.mark.parametrize(("value", "name"), NO_TENSORS)
@@ -40,19 +46,19 @@ def test_what_is_no_tensor(value, name):
     refused(lambda: PatchNCEHead([3]).draw_ids([value]), f"maps[0] must be a tensor, not {name}")
     if value is not None:
         for weight in ("extra_keys", "pair_log_weight", "pair_weight", "query_weight"):
-            refused(lambda w=weight: patch_nce(ROWS, ROWS, **{w: value}), f"{weight} must be a tensor, not {name}")
+            refused(lambda w=weight: contrast(w, value), f"{weight} must be a tensor, not {name}")
         refused(lambda: project_patches(maps(3), [value]), f"patch_ids[0] must be an int64 tensor, not {name}")
 
 
 @pytest.mark.parametrize("name", ["extra_keys", "pair_log_weight", "pair_weight", "query_weight"])
 def test_weights_of_another_kind_or_place(name):
     right = {"extra_keys": (3, 4), "query_weight": (6,)}.get(name, (6, 6))
-    assert patch_nce(ROWS, ROWS, **{name: torch.zeros(right, dtype=torch.float16)}).isfinite()
+    assert contrast(name, torch.zeros(right, dtype=torch.float16)).isfinite()
     for dtype in (torch.int64, torch.bool, torch.complex64):
         wrong = torch.ones(right, dtype=dtype)
-        refused(lambda w=wrong: patch_nce(ROWS, ROWS, **{name: w}), f"{name} must have a floating dtype, not {dtype}")
+        refused(lambda w=wrong: contrast(name, w), f"{name} must have a floating dtype, not {dtype}")
     refused(
-        lambda: patch_nce(ROWS, ROWS, **{name: torch.ones(right, device="meta")}),
+        lambda: contrast(name, torch.ones(right, device="meta")),
         f"{name} is on meta, queries are on cpu: move one of them",
     )
 
@@ -293,7 +299,8 @@ def test_directions_and_layers_belong_together():
 def test_checks_are_traced():
     """A compiler meets no break in them."""
     rows, weight = torch.randn(2, 6, 4), torch.rand(2, 3, 3)
-    options = {"images": 2, "pair_weight": weight, "query_weight": weight.flatten()[:6], "extra_keys": rows[0]}
+    weights = Weights(pair_weight=weight, query_weight=weight.flatten()[:6])
+    options = {"images": 2, "weights": weights, "extra_keys": rows[0]}
     loss = torch.compile(lambda q, k: patch_nce(q, k, **options), backend="eager", fullgraph=True)
     torch.testing.assert_close(loss(*rows), patch_nce(*rows, **options))
     head, sides, ids = PatchNCEHead([3], dim=4), maps(3) * 2, [torch.arange(6)]

@@ -19,7 +19,7 @@ from fastnce.nce import PatchNCEHead, patch_nce
 from fastnce.nce.impl import reference
 from fastnce.nce.negatives import LearnedNegatives, ascend, diversity, only_external
 from fastnce.nce.selection import attention_patch_ids, dense_patch_ids
-from fastnce.nce.weights import asp_query_weight, hdce_pair_weight, monce_log_weight, weighted_contrast
+from fastnce.nce.weights import Weights, asp_query_weight, hdce_pair_weight, monce, monce_log_weight
 
 decimal.getcontext().prec = 40
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -177,7 +177,7 @@ def test_the_loss_at_both_ends_of_its_temperatures(temperature, implementation):
         extra = F.normalize(torch.randn(1, 3, 6))
         for alone in (False, True):
             leaf, exactly = q.clone().requires_grad_(), q.double().requires_grad_()
-            weight = only_external(1, len(q)) if alone else None
+            weights = Weights(pair_log_weight=only_external(1, len(q))) if alone else None
             # of the reference: no logit at all where there is only the external one
             plain, _, _ = reference.nce_rows(
                 exactly[None],
@@ -187,7 +187,7 @@ def test_the_loss_at_both_ends_of_its_temperatures(temperature, implementation):
                 pair_log_weight_GSS=torch.full((1, 5, 5), -torch.inf).double() if alone else None,
             )
             options = {"temperature": temperature, "reduction": "none", "implementation": implementation}
-            loss = patch_nce(leaf, k, extra_keys=extra, pair_log_weight=weight, **options)
+            loss = patch_nce(leaf, k, extra_keys=extra, weights=weights, **options)
             scale = 1 + 1 / temperature
             torch.testing.assert_close(loss.double() / scale, plain[0] / scale, rtol=1e-4, atol=3e-6)
             if temperature < 1e-3 and kind != "any":
@@ -208,6 +208,9 @@ def test_learned_negatives_in_every_dtype():
 
 ROWS = torch.zeros(6, 4)
 MAPS = [torch.zeros(2, 3, 4, 4)]
+
+
+WEIGHTED = PatchNCEHead([3], weighting=monce)
 
 
 @pytest.mark.parametrize(
@@ -253,9 +256,8 @@ MAPS = [torch.zeros(2, 3, 4, 4)]
         (lambda: LearnedNegatives(4)(torch.zeros(2, 5)), "mean_code must be (images, 4), not (2, 5)"),
         (lambda: LearnedNegatives(4)(torch.zeros(2, 4), 0), "count must be at least 1, not 0"),
         (lambda: LearnedNegatives(4, 3)(torch.zeros(2, 4), noise=torch.zeros(1, 5, 3)), "noise must be (2, count, 3)"),
-        (lambda: weighted_contrast(None, MAPS, MAPS), "head must be a PatchNCEHead that takes no keys of other ranks"),
-        (lambda: weighted_contrast(PatchNCEHead([3]), MAPS, [MAPS[0][:, :, :2]]), "the same images, height and width"),
-        (lambda: weighted_contrast(PatchNCEHead([3]), MAPS, MAPS, directions=3), "among directions=3"),
+        (lambda: WEIGHTED(MAPS, [MAPS[0][:, :, :2]]), "the same images, height and width"),
+        (lambda: WEIGHTED(MAPS, MAPS, directions=3), "among directions=3"),
     ],
 )
 def test_outside_of_the_range_is_refused(make, sentence):
@@ -264,13 +266,8 @@ def test_outside_of_the_range_is_refused(make, sentence):
     assert "\n" not in str(caught.value)
 
 
-def test_weighted_contrast_does_as_its_head_says():
-    """Implementation and other ranks' keys are the head's."""
-    head = PatchNCEHead([3], dim=4, implementation="triton")
+def test_a_weighted_head_checks_its_implementation():
+    head = PatchNCEHead([3], dim=4, weighting=monce, implementation="triton")
     head.implementation = "triton" if torch.accelerator.is_available() else "nowhere"
     with pytest.raises(ValueError, match="implementation"):
-        weighted_contrast(head, [m.cpu().double() for m in MAPS], MAPS, patch_ids=[torch.arange(4)])
-    head = PatchNCEHead([3], dim=4)
-    head.others = lambda keys: keys[None]
-    with pytest.raises(ValueError, match="takes no keys of other ranks"):
-        weighted_contrast(head, MAPS, MAPS)
+        head([m.cpu().double() for m in MAPS], MAPS, patch_ids=[torch.arange(4)])

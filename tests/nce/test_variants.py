@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastnce.nce import PatchNCEHead, PatchSampleF, patch_nce
+from fastnce.nce import PatchNCEHead, PatchSampleF, patch_nce, patch_nce_layers
 from fastnce.nce.negatives import LearnedNegatives, ascend, diversity, only_external
 from fastnce.nce.selection import attention_patch_ids, dense_patch_ids
-from fastnce.nce.weights import asp_query_weight, hdce_pair_weight, monce_log_weight, weighted_contrast
+from fastnce.nce.weights import Weights, asp_query_weight, hdce, hdce_pair_weight, monce, monce_log_weight
 
 T = 0.07
 
@@ -45,7 +45,9 @@ def plain_transport(queries, keys, eps, iterations, cost):
 def test_monce(eps, cost, strength):
     queries, keys = pairs()
     log_weight = monce_log_weight(queries, keys, 2, eps=eps, strength=strength, hard=cost == "hard")
-    loss = patch_nce(queries, keys, images=2, pair_log_weight=log_weight, reduction="none", temperature=T)
+    loss = patch_nce(
+        queries, keys, images=2, weights=Weights(pair_log_weight=log_weight), reduction="none", temperature=T
+    )
     plain = []
     for q, k in zip(queries.unflatten(0, (2, -1)), keys.unflatten(0, (2, -1)), strict=True):
         size = len(q)
@@ -72,7 +74,8 @@ def test_monce_transports_everything():
 def test_hdce(gamma):
     queries, keys = pairs()
     weight = hdce_pair_weight(keys, 2, gamma=gamma)
-    loss = patch_nce(queries, keys, images=2, pair_weight=weight, decoupled=True, reduction="none", temperature=T)
+    weights = Weights(pair_weight=weight, decoupled=True)
+    loss = patch_nce(queries, keys, images=2, weights=weights, reduction="none", temperature=T)
     plain = []
     for q, k in zip(queries.unflatten(0, (2, -1)), keys.unflatten(0, (2, -1)), strict=True):
         for i in range(len(q)):
@@ -115,7 +118,7 @@ def test_adaptive_supervised_weights(schedule, lookup):
         )
         torch.testing.assert_close(weight, plain.double() / plain.double().mean(), rtol=1e-6, atol=1e-8)
     rows = patch_nce(queries, keys, reduction="none")
-    weighted = patch_nce(queries, keys, query_weight=weight, reduction="none")
+    weighted = patch_nce(queries, keys, weights=Weights(query_weight=weight), reduction="none")
     torch.testing.assert_close(weighted, rows * weight)
 
 
@@ -156,8 +159,8 @@ def test_learned_negatives_are_the_only_ones_and_learn_against_the_rest():
     torch.testing.assert_close(negatives.norm(dim=2), torch.ones(2, 7, dtype=torch.float64), rtol=1e-5, atol=1e-5)
 
     def loss(extra):
-        log_weight = only_external(2, 5)
-        return patch_nce(queries, keys, images=2, extra_keys=extra, pair_log_weight=log_weight, temperature=T)
+        weights = Weights(pair_log_weight=only_external(2, 5))
+        return patch_nce(queries, keys, images=2, extra_keys=extra, weights=weights, temperature=T)
 
     plain = []
     for i in range(10):
@@ -186,21 +189,29 @@ def make_maps(images):
     return [torch.randn(images, 3, 6, 6, dtype=torch.float64), torch.randn(images, 4, 3, 3, dtype=torch.float64)]
 
 
+def unweighted(queries, keys, groups):
+    return Weights()
+
+
 @pytest.mark.parametrize("negatives", ["image", "batch"])
 @pytest.mark.parametrize("directions", [1, 2])
-def test_weighted_contrast_without_weights_is_the_head(negatives, directions):
+def test_a_weighting_without_weights_changes_nothing(negatives, directions):
+    torch.manual_seed(1)
     head = make_head(negatives=negatives, temperature=[0.07, 0.2])
+    torch.manual_seed(1)
+    weighted = make_head(negatives=negatives, temperature=[0.07, 0.2], weighting=unweighted)
     queries, keys = make_maps(4), make_maps(4)
     ids = [head.draw_ids([m[:1] for m in keys]) for _ in range(directions)]
     given = ids if directions > 1 else ids[0]
-    ours = weighted_contrast(head, queries, keys, directions=directions, patch_ids=given)
-    torch.testing.assert_close(ours, head(queries, keys, directions=directions, patch_ids=given), rtol=1e-12, atol=0)
+    ours, plain = (h(queries, keys, directions=directions, patch_ids=given) for h in (weighted, head))
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("weighting", ["none", "monce", "hdce"])
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_weighted_contrast_layer_by_layer(weighting, symmetric):
-    head = make_head(temperature=[0.07, 0.2])
+def test_a_weighted_head_layer_by_layer(weighting, symmetric):
+    function = {"none": None, "monce": monce, "hdce": hdce}[weighting]
+    head = make_head(temperature=[0.07, 0.2], weighting=function, symmetric=symmetric)
     queries, keys = make_maps(2), make_maps(2)
     ids = head.draw_ids(keys)
     query_rows, _ = PatchSampleF.forward(head, queries, 10, ids)
@@ -209,14 +220,61 @@ def test_weighted_contrast_layer_by_layer(weighting, symmetric):
     for q, k, temperature in zip(query_rows, key_rows, (0.07, 0.2), strict=True):
         options = {"images": 2, "temperature": temperature, "symmetric": symmetric}
         if weighting == "monce":
-            options["pair_log_weight"] = monce_log_weight(q, k, 2)
+            options["weights"] = Weights(pair_log_weight=monce_log_weight(q, k, 2))
         if weighting == "hdce":
-            options |= {"pair_weight": hdce_pair_weight(k, 2), "decoupled": True}
+            options["weights"] = Weights(pair_weight=hdce_pair_weight(k, 2), decoupled=True)
         plain.append(patch_nce(q, k, **options))
-    ours = weighted_contrast(head, queries, keys, patch_ids=ids, weighting=weighting, symmetric=symmetric)
+    ours = head(queries, keys, patch_ids=ids)
     torch.testing.assert_close(ours, torch.stack(plain).mean(), rtol=1e-12, atol=1e-12)
 
 
-def test_unknown_weighting_is_named():
-    with pytest.raises(ValueError, match="weighting must be"):
-        weighted_contrast(make_head(), make_maps(1), make_maps(1), weighting="moco")  # type: ignore[arg-type]
+def test_what_is_no_weighting_is_refused():
+    with pytest.raises(ValueError, match="weighting must be a function or None, not 'moco'"):
+        make_head(weighting="moco")
+    maps = make_maps(1)
+    with pytest.raises(ValueError, match="weights must be a fastnce.nce.Weights or None, not a torch.float64 tensor"):
+        make_head(weighting=lambda queries, keys, groups: queries)(maps, maps)
+    wrong = Weights(pair_weight=torch.ones(3, 3))
+    with pytest.raises(ValueError, match=r"pair_weight must be \(1, 10, 10\), not \(1, 3, 3\)"):
+        make_head(weighting=lambda queries, keys, groups: wrong)(maps, maps)
+    head = make_head(weighting=monce)
+    head.others = lambda keys: keys[None]
+    with pytest.raises(ValueError, match="keys of other ranks cannot be combined with a weighting"):
+        head(maps, maps)
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+@pytest.mark.parametrize("extra", ["none", "other"])
+@pytest.mark.parametrize("implementation", ["eager", "triton"])
+def test_all_layers_and_directions_with_weights(cosine, extra, implementation):
+    """Each layer and direction alone, by `patch_nce`."""
+    torch.manual_seed(3)
+    dtype = torch.float64 if implementation == "eager" else torch.float32
+    queries, keys = (
+        [[F.normalize(torch.randn(12, dim, dtype=dtype), dim=1) for dim in (8, 16)] for _ in range(2)] for _ in range(2)
+    )
+
+    def weight(queries, keys, groups):
+        likeness = (queries.unflatten(0, (groups, -1)) @ keys.unflatten(0, (groups, -1)).mT).abs()
+        return Weights(pair_weight=1 + likeness, query_weight=queries[:, 0].exp())
+
+    found = patch_nce_layers(
+        queries,
+        keys,
+        images=3,
+        temperature=[0.1, 0.3],
+        cosine=cosine,
+        extra_keys=None if extra == "none" else "other",
+        weighting=weight,
+        implementation=implementation,
+    )
+    for direction in range(2):
+        losses = []
+        for layer, temperature in enumerate((0.1, 0.3)):
+            q, k = queries[direction][layer].double(), keys[direction][layer].double()
+            e = None if extra == "none" else queries[1 - direction][layer].double().unflatten(0, (3, 4))
+            weights = weight(q, k, 3)
+            losses.append(patch_nce(q, k, images=3, temperature=temperature, extra_keys=e, weights=weights))
+        exact = torch.stack(losses).mean()
+        rtol = 1e-12 if implementation == "eager" else 1e-5
+        torch.testing.assert_close(found[direction].double(), exact, rtol=rtol, atol=0)

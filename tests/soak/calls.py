@@ -17,6 +17,7 @@ from torch import Tensor
 
 import fastnce
 from fastnce import NegativeBank, PatchNCEHead, PatchNCELoss, PatchSampleF, patch_nce
+from fastnce.nce import Weights
 
 from .common import Campaign, Outcome, survey
 
@@ -70,7 +71,7 @@ def broken(rng: Random, queries: Tensor, keys: Tensor, options: dict) -> tuple[s
         "an unknown kind of negatives": (queries, keys, {"negatives": "all"}),
         "an unknown implementation": (queries, keys, {"implementation": "fast"}),
         "extra keys of another width": (queries, keys, {"extra_keys": torch.ones(3, queries.shape[1] + 1)}),
-        "weights of another shape": (queries, keys, {"query_weight": torch.ones(len(queries) + 1)}),
+        "weights of another shape": (queries, keys, {"weights": Weights(query_weight=torch.ones(len(queries) + 1))}),
     }
     name = rng.choice(sorted(wrong))
     queries, keys, more = wrong[name]

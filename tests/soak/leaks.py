@@ -16,6 +16,7 @@ from fastnce import NegativeBank, PatchNCEHead, PatchNCELoss, PatchSampleF, patc
 from fastnce.commands.main import main
 from fastnce.data import save_image
 from fastnce.engine.step import Step
+from fastnce.nce import Weights
 from fastnce.networks import ResnetGenerator
 from fastnce.networks.published import save_published
 from fastnce.translate.files import translate_files
@@ -89,7 +90,8 @@ def losses(calls: int) -> list[dict[str, float]]:
         (rows, *_), _ = sampler(maps, 16)
         keys = rows.detach().roll(1, 0)
         loss = head(maps, [one.detach() for one in maps]) + published(rows, keys, 2).mean()
-        loss = loss + patch_nce(rows, keys, extra_keys=bank.keys()[0], pair_weight=torch.rand(32, 32), decoupled=True)
+        weights = Weights(pair_weight=torch.rand(32, 32), decoupled=True)
+        loss = loss + patch_nce(rows, keys, extra_keys=bank.keys()[0], weights=weights)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...common.autograd import Once, call, directly
+from ...common.autograd import FirstOrderOnly, apply, with_fast_path
 
 BLOCK_ELEMENTS = 1 << 20
 """Logits worked at once on a CPU: 4 MiB in float32, little enough for its caches."""
@@ -104,7 +104,7 @@ def _solve(
     return loss, positive, weights, factor
 
 
-@directly
+@with_fast_path
 class _NCERows(torch.autograd.Function):
     """Rows are flat outside, (groups * rows, dim), and grouped inside where there are several groups."""
 
@@ -157,7 +157,7 @@ class _NCERows(torch.autograd.Function):
             gradients = [None if g is None else g.to(leaf.dtype) for g, leaf in zip(gradients, leaves, strict=True)]
         if torch.is_grad_enabled():
             sources = [leaf for leaf in [*leaves, upstream] if leaf is not None and leaf.requires_grad]
-            gradients = [None if g is None else Once.apply(g, *sources) for g in gradients]
+            gradients = [None if g is None else FirstOrderOnly.apply(g, *sources) for g in gradients]
         return *gradients, None, None, None, None, None, None
 
 
@@ -219,7 +219,7 @@ def nce_losses(
     weights = pair_log_weight_GSS, pair_weight_GSS
     with_gradient = torch.is_grad_enabled() and queries.requires_grad
     options = groups, 1.0 / temperature, decoupled, with_gradient
-    loss, positive, _, _ = call(_NCERows, queries, keys, extra_keys_GED, *weights, *options)
+    loss, positive, _, _ = apply(_NCERows, queries, keys, extra_keys_GED, *weights, *options)
     return loss, positive
 
 

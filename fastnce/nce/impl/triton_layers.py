@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...common.autograd import Once, call, directly
+from ...common.autograd import FirstOrderOnly, apply, with_fast_path
 from ...common.operators import operator
 from ...kernels import cosine, nce
 
@@ -50,7 +50,7 @@ operator(
 )
 
 
-@directly
+@with_fast_path
 class _NCELayers(torch.autograd.Function):
     @staticmethod
     def forward(count, temperatures, groups, directions, other, divide, unit, gradient, *tensors):
@@ -76,7 +76,7 @@ class _NCELayers(torch.autograd.Function):
         with torch.no_grad():
             gradients = torch.ops.fastnce.row_gradients(queries, ready, upstream, ctx.divide)
         if torch.is_grad_enabled():
-            gradients = [Once.apply(g, mean, upstream) for g in gradients]
+            gradients = [FirstOrderOnly.apply(g, mean, upstream) for g in gradients]
         return *([None] * 8), *gradients, *([None] * (len(ctx.needs_input_grad) - 8 - ctx.count))
 
 
@@ -95,7 +95,7 @@ def nce_layers(
     """Float32 (directions,): `patch_nce_layers` of flat lists, the directions of a layer one after another."""
     gradient = torch.is_grad_enabled() and any(q.requires_grad for q in queries)
     constants = [x.detach() for x in (*keys, *extra)]
-    return call(
+    return apply(
         _NCELayers,
         len(queries), list(temperatures), groups, directions, other, divide, unit, gradient,
         *queries, *constants,

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...common.autograd import Once, call, directly
+from ...common.autograd import FirstOrderOnly, apply, with_fast_path
 from ...common.operators import operator
 from ...kernels import nce, project, project_backward, sample
 from ...kernels.project_backward import MapLayout, map_layout, map_views
@@ -109,7 +109,7 @@ def _backward(ctx, d_units, upstream, directions, wanted, weights_wanted):
     return maps, [g.to(w.dtype) for g, w in zip(weight_views(flat, mlp), mlp, strict=True)]
 
 
-@directly
+@with_fast_path
 class _Project(torch.autograd.Function):
     @staticmethod
     def forward(layers, dtype, distinct, save, *tensors):
@@ -133,10 +133,12 @@ class _Project(torch.autograd.Function):
             units = ctx.saved_tensors[-3 - layers : -3]
             d_units = [torch.zeros_like(u) if d is None else d for d, u in zip(upstream, units, strict=False)]
             maps, mlp = _backward(ctx, d_units, None, 1, list(needs[:layers]), any(needs[2 * layers :]))
-        if torch.is_grad_enabled():  # the unit rows are outputs: through them a second derivative finds `Once`
+        if (
+            torch.is_grad_enabled()
+        ):  # the unit rows are outputs: through them a second derivative finds `FirstOrderOnly`
             sources = [*units, *(d for d in upstream if d is not None)]
-            maps = [None if g is None else Once.apply(g, *sources) for g in maps]
-            mlp = [None if g is None else Once.apply(g, *sources) for g in mlp]
+            maps = [None if g is None else FirstOrderOnly.apply(g, *sources) for g in maps]
+            mlp = [None if g is None else FirstOrderOnly.apply(g, *sources) for g in mlp]
         return None, None, None, None, *maps, *([None] * layers), *mlp
 
 
@@ -146,7 +148,7 @@ def project_rows(
     """`project_patches` of all layers in one launch; ids are (sets, patches)."""
     mlp = [] if mlps is None else [w.contiguous() for four in mlps for w in four]
     save = torch.is_grad_enabled() and any(t.requires_grad for t in [*maps, *mlp])
-    return list(call(_Project, len(maps), dtype, distinct, save, *maps, *ids, *mlp)[: len(maps)])
+    return list(apply(_Project, len(maps), dtype, distinct, save, *maps, *ids, *mlp)[: len(maps)])
 
 
 def _head(query_maps, key_maps, ids, query_mlp, key_mlp, temperatures, groups, directions, dtype, gradient):
@@ -178,7 +180,7 @@ operator(
 )
 
 
-@directly
+@with_fast_path
 class _Head(torch.autograd.Function):
     @staticmethod
     def forward(layers, temperatures, groups, directions, dtype, distinct, gradient, *tensors):
@@ -211,8 +213,8 @@ class _Head(torch.autograd.Function):
             mean, *d_units = ctx.saved_tensors[layers + weights : 2 * layers + weights + 1]
             maps, mlp = _backward(ctx, d_units, upstream, ctx.directions, list(needs[:layers]), weights_wanted)
         if torch.is_grad_enabled():
-            maps = [None if g is None else Once.apply(g, mean, upstream) for g in maps]
-            mlp = [None if g is None else Once.apply(g, mean, upstream) for g in mlp]
+            maps = [None if g is None else FirstOrderOnly.apply(g, mean, upstream) for g in maps]
+            mlp = [None if g is None else FirstOrderOnly.apply(g, mean, upstream) for g in mlp]
         return *([None] * 7), *maps, *([None] * (2 * layers)), *mlp, *([None] * weights)
 
 
@@ -235,7 +237,7 @@ def head_loss(
     )
     key_maps, key_mlp = [m.detach() for m in key_maps], [w.detach() for w in key_mlp]
     gradient = torch.is_grad_enabled() and any(t.requires_grad for t in [*query_maps, *query_mlp])
-    return call(
+    return apply(
         _Head,
         len(query_maps), list(temperatures), groups, directions, dtype, distinct, gradient,
         *query_maps, *key_maps, *ids, *query_mlp, *key_mlp,

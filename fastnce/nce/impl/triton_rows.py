@@ -9,22 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...common import operators
-from ...common.autograd import Once, call, directly
+from ...common.autograd import FirstOrderOnly, apply, with_fast_path
 from ...common.operators import operator
 from ...kernels import nce, nce_keys
-
-MAX_WIDTH = 512
-"""Channels or dims that a kernel holds on chip."""
-
-
-def obstacle(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
-    """Why the kernels cannot run on such rows, or None."""
-    found = operators.obstacle(device, dtype)
-    if found is None and width > MAX_WIDTH:
-        return f"the kernels hold at most {MAX_WIDTH} channels or dims, not {width}"
-    return found
-
 
 # InfoNCE of grouped rows
 
@@ -65,7 +52,7 @@ def _listed(tensor: Tensor | None) -> list[Tensor]:
     return [] if tensor is None else [tensor]
 
 
-@directly
+@with_fast_path
 class _NCERows(torch.autograd.Function):
     @staticmethod
     def forward(queries, keys, extra, log_weight, pair_weight, temperature, decoupled, unit, with_gradient):
@@ -119,7 +106,7 @@ class _NCERows(torch.autograd.Function):
                 gradients[2] = torch.ops.fastnce.nce_keys([asking], [extra], [], [], *shared, True)[0]
         if torch.is_grad_enabled():
             sources = [leaf for leaf in [queries, keys, extra, upstream] if leaf is not None and leaf.requires_grad]
-            gradients = [None if g is None else Once.apply(g, *sources) for g in gradients]
+            gradients = [None if g is None else FirstOrderOnly.apply(g, *sources) for g in gradients]
         return *gradients, None, None, None, None, None, None
 
 
@@ -136,7 +123,7 @@ def nce_losses(
 ) -> tuple[Tensor, Tensor]:
     """As `eager.nce_losses`; with `unit` without a running maximum."""
     with_gradient = torch.is_grad_enabled() and queries.requires_grad
-    outputs = call(
+    outputs = apply(
         _NCERows,
         queries.unflatten(0, (groups, -1)),
         keys.unflatten(0, (groups, -1)),

@@ -1,0 +1,94 @@
+"""`loss.weighting`: a weighting of PatchNCE by its name or import path, with its options."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import tomllib
+from typing import Any
+
+import torch
+
+from ..common.imports import is_import_path, load_object
+from ..nce.weights import WEIGHTINGS, Weighting, Weights
+
+WEIGHTING_NAMES = ("none", *WEIGHTINGS)
+WEIGHTING_HELP = (
+    '"monce": optimal transport weights the negatives; "hdce": similarity to the positive weights them; '
+    "or a function of yours, such as mylosses.py:weight"
+)
+OPTIONS_HELP = "options of the weighting, e.g. eps=0.5,iterations=20 (monce) or gamma=0.5 (hdce); empty: its defaults"
+
+
+def find_weighting(name: str, options: str = "") -> Weighting | None:
+    """The weighting of this name with its options set; None for "none".
+
+    Args:
+        name: "none", a key of `WEIGHTINGS`, or the import path of a function (queries, keys, groups) -> `Weights`.
+        options: `name=value,...` for its keyword arguments that have a default.
+
+    Raises:
+        ValueError: an unknown option, a value out of range, or a function that returns something else.
+    """
+    if name == "none":
+        if options:
+            raise ValueError(f"loss.weighting_options={options} needs a loss.weighting, such as monce")
+        return None
+    function = load_object(name, "loss.weighting") if is_import_path(name) else WEIGHTINGS[name]
+    if not callable(function):
+        raise ValueError(f"loss.weighting={name} must be a function (queries, keys, groups) -> fastnce.nce.Weights")
+    weighting = functools.partial(function, **_parse(name, function, options))
+    _try(name, weighting)
+    return weighting
+
+
+def _parse(name: str, function: Any, options: str) -> dict[str, Any]:
+    accepted = {p.name: p.default for p in inspect.signature(function).parameters.values() if p.default is not p.empty}
+    found: dict[str, Any] = {}
+    for text in options.split(",") if options else []:
+        key, equals, value = (part.strip() for part in text.partition("="))
+        if not equals or key not in accepted:
+            known = ", ".join(accepted) or "none"
+            raise ValueError(f"loss.weighting_options: {name} has no option {text.strip()!r}; its options: {known}")
+        found[key] = _value(value)
+        default = accepted[key]
+        if isinstance(default, float) and type(found[key]) is int:
+            found[key] = float(found[key])
+        if default is not None and type(found[key]) is not type(default):
+            kind = type(default).__name__
+            raise ValueError(f"loss.weighting_options: {key} must be of type {kind}, not {value!r}")
+    return found
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except ValueError:
+        return text
+
+
+def _try(name: str, weighting: Weighting) -> None:
+    """Call it once on two groups of four rows, so that a wrong one is refused before training."""
+    groups, size, dim = 2, 4, 8
+    generator = torch.Generator().manual_seed(0)
+    with torch.device("cpu"), torch.no_grad():
+        rows = torch.randn(2, groups * size, dim, generator=generator)
+        queries, keys = torch.nn.functional.normalize(rows, dim=2)
+        try:
+            weights = weighting(queries, keys, groups)
+        except ValueError as error:
+            raise ValueError(f"loss.weighting={name}: {error}") from None
+        except Exception as error:
+            raise ValueError(
+                f"loss.weighting={name} fails on queries and keys of {groups * size} rows in {groups} groups: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+    if not isinstance(weights, Weights):
+        raise ValueError(f"loss.weighting={name} must return fastnce.nce.Weights, not {type(weights).__name__}")
+    pairs, rows_ = (groups, size, size), (groups * size,)
+    for field, shape in (("pair_log_weight", pairs), ("pair_weight", pairs), ("query_weight", rows_)):
+        value = getattr(weights, field)
+        if value is not None and tuple(getattr(value, "shape", ())) != shape:
+            what = "(groups, rows, rows)" if shape == pairs else "(groups * rows,)"
+            found = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+            raise ValueError(f"loss.weighting={name}: {field} must be {what}, here {shape}, not {found}")

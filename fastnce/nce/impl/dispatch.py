@@ -1,0 +1,83 @@
+"""Which implementation computes a contrastive loss: decided here, once per call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...common.dispatch import Choice, Implementation, choose
+from ...common.precision import autocast_dtype
+
+try:
+    from . import triton_layers, triton_maps, triton_rows
+except ImportError:  # no Triton for this platform
+    triton_layers = triton_maps = triton_rows = None  # type: ignore[assignment]
+
+MLPs = Sequence[tuple[Tensor, Tensor, Tensor, Tensor]] | None
+
+MAX_WIDTH = 512
+"""Most channels or dims that a kernel holds on chip."""
+
+FLOAT32_ROWS = 1024
+"""Up to this many rows per group, float32 runs in the kernels by default: fewer launches outweigh the exact products,
+which the matrix units do not compute. Larger problems use the library's products."""
+
+MANY_FLOAT32_ROWS = Choice(
+    "eager", f"float32 problems of more than {FLOAT32_ROWS:,} rows per group use the library's products"
+)
+DIFFERENT_LAYERS = Choice("eager", "layers differ in dtype or in the width of their MLPs")
+
+
+def which(
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    dim: int = 256,
+    rows: int = 256,
+    implementation: Implementation = None,
+) -> Choice:
+    """The implementation that `patch_nce` uses for such rows, and the reason.
+
+    Args:
+        device, dtype: of queries and keys. Under autocast, pass its dtype.
+        dim: length of each row.
+        rows: rows per group.
+        implementation: as in `patch_nce`.
+
+    Returns:
+        `implementation`, "triton" or "eager", and `reason`, a clause.
+
+    Raises:
+        ValueError: `implementation="triton"` cannot run there.
+    """
+    return choose_rows(implementation, torch.device(device), dtype, dim, rows)
+
+
+def choose_rows(
+    implementation: Implementation, device: torch.device, dtype: torch.dtype, width: int, rows: int
+) -> Choice:
+    """For rows of this width, `rows` of them per group."""
+    limit = f"the kernels hold at most {MAX_WIDTH} channels or dims, not {width}" if width > MAX_WIDTH else None
+    choice = choose(implementation, device, dtype, limit)
+    if implementation is None and choice.triton and dtype == torch.float32 and rows > FLOAT32_ROWS:
+        return MANY_FLOAT32_ROWS
+    return choice
+
+
+def choose_maps(
+    implementation: Implementation, maps: Sequence[Tensor], mlps: MLPs, patches: int
+) -> tuple[Choice, list[torch.dtype]]:
+    """For sampling `patches` locations of each map; also the dtype in which each layer is projected.
+
+    The kernels need one dtype, and MLPs of one shape, in all layers.
+    """
+    dtypes = [autocast_dtype(m) if mlps is None else autocast_dtype(mlps[0][0]) for m in maps]
+    outputs = {four[2].shape for four in mlps or []}
+    width = max([m.shape[1] for m in maps] + [shape[0] for shape in outputs])
+    alike = len(set(dtypes)) == 1 and len(outputs) <= 1
+    if not alike and implementation == "triton":
+        raise ValueError(f"implementation='triton' cannot run here: {DIFFERENT_LAYERS.reason}")
+    choice = choose_rows(implementation, maps[0].device, dtypes[0], width, patches)
+    return choice if alike or not choice.triton else DIFFERENT_LAYERS, dtypes
