@@ -93,7 +93,7 @@ class Paired(Method):
         self.options = None
         self.generator = network.build_generator()
 
-    def networks(self):
+    def generators(self):
         return {"G": self.generator}
 
     def groups(self):

@@ -22,7 +22,8 @@ def main(arguments: list[str]) -> int:
     folder, state = open_checkpoint(args.run)
     with using(folder):
         config = from_dict(state["config"])
-        networks = PRESETS[config.method].method(config.loss, config.network).networks()
+        method = PRESETS[config.method].method(config.loss, config.network)
+        networks, generators = method.networks(), method.generators()
         tensors = read_tensors(folder / "training.safetensors")
         check_numbers(state, tensors)
         for name, network in networks.items():
@@ -30,9 +31,9 @@ def main(arguments: list[str]) -> int:
             weights = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
             load_weights(network, weights, str(folder))
         for name, weights in load_generators(folder, state).items():  # averaged, where the run keeps an average
-            if name not in networks:
+            if name not in generators:
                 raise ValueError(f"{config.method} has no generator {name}")
-            load_weights(networks[name], weights, str(folder))
+            load_weights(generators[name], weights, str(folder))
     for path in save_published(networks, args.out, args.label):
         print(path)
     return 0

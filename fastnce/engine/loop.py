@@ -148,7 +148,7 @@ class _Run:
         self.saving = Saving(self._save, self.checkpoints, networks, ranks, self.device, log.say)
         self.best_at = self.validated_at = -1
         self.sample_batch: Batch | None = None
-        self.monitor = Monitor()
+        self.monitor = Monitor(method.discriminator_losses(), method.identity_losses())
         self.validation: Validation | None = validation if run.validate_every and validation else None
 
     def go(self, stop: StopRequest) -> int:
@@ -349,10 +349,10 @@ class _Run:
         state = {
             "data": self.data.digest(),
             "progress": self.progress.state(done),
-            "generators": [name for name in self.method.networks() if name.startswith("G")],
+            "generators": list(self.method.generators()),
             "config": self.config,
         }
         if self.validation and self.validated_at == done:
             state["validation"] = self.validation.state()
         best = self.best_at == done
-        self.checkpoints.save(done, self.step.generators(), self.step.state(), state, best=best)
+        self.checkpoints.save(done, self.step.generator_weights(), self.step.state(), state, best=best)

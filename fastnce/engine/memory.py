@@ -108,7 +108,7 @@ def check_room(
     if sides is None or not on_cpu:
         return
     height, width = sides
-    generator = next(net for name, net in method.networks().items() if name.startswith("G"))
+    generator = next(iter(method.generators().values()))
     first = next(p for p in generator.parameters() if p.dim() == 4)  # the convolution that sees the picture
     pictures = torch.empty(images, first.shape[1], height, width, device="meta")
     needed += kept_bytes(generator, pictures) // (2 if sixteen_bits else 1)

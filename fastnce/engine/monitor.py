@@ -6,7 +6,7 @@ Nothing here changes training. A warning is said once, and again only after it h
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -48,11 +48,18 @@ class Monitor:
     """Watches one run; its memory is of this process, a run that is continued begins with none.
 
     Args:
+        discriminators: as `Method.discriminator_losses`.
+        identity: as `Method.identity_losses`.
         pictures: samples of both domains that stay the same, or None to watch the discriminators only.
     """
 
-    def __init__(self, pictures: Batch | None = None):
-        self.pictures = pictures
+    def __init__(
+        self,
+        discriminators: Mapping[str, Sequence[str]] | None = None,
+        identity: Sequence[str] = (),
+        pictures: Batch | None = None,
+    ):
+        self.discriminators, self.identity_losses, self.pictures = discriminators or {}, identity, pictures
         self.response = math.nan
         self.identity = math.nan
         self._identity_best = -math.inf
@@ -98,8 +105,11 @@ class Monitor:
     def judge(self, losses: dict[str, float]) -> list[str]:
         """Read the losses of a progress line; returns what is to be said."""
         said = []
-        self.keeps_identity = any(name.startswith("idt") or name in ("NCE_Y", "rendered") for name in losses)
-        for name, value in _discriminators(losses).items():
+        self.keeps_identity = any(name in losses for name in self.identity_losses)
+        for name, parts in self.discriminators.items():
+            if not losses.keys() >= set(parts):
+                continue
+            value = sum(losses[part] for part in parts)
             alarm = self._beaten.setdefault(
                 name,
                 Alarm(
@@ -138,12 +148,3 @@ def response(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> float:
     """
     made, given = (torch.cat(list(pictures)).float().var(dim=0).mean() for pictures in (outputs, inputs))
     return float((made / given.clamp_min(1e-12)).sqrt())
-
-
-def _discriminators(losses: dict[str, float]) -> dict[str, float]:
-    """Each discriminator's loss by its name, of a method's logged losses; of WGAN-GP's none, which have no least."""
-    if any(name.endswith("_GP") for name in losses):
-        return {}
-    if "D_real" in losses and "D_fake" in losses:
-        return {"D": losses["D_real"] + losses["D_fake"]}
-    return {name: losses[name] for name in ("D_A", "D_B") if name in losses}

@@ -35,7 +35,7 @@ def recompute_blocks(method: Method) -> int:
 
 def blocks_of(method: Method) -> list[nn.Module]:
     """Every residual block of the generators; ValueError where there is none."""
-    generators = [net for name, net in method.networks().items() if name.startswith("G")]
+    generators = list(method.generators().values())
     blocks: list[nn.Module] = [module for net in generators for module in net.modules() if isinstance(module, BLOCKS)]
     if not blocks:
         kind = type(generators[0]).__name__

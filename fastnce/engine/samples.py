@@ -17,7 +17,7 @@ def padded(method: Method, *columns: Tensor) -> Batch:
     Args:
         columns: A and B, (images, channels, height, width); the sides of A and B may differ.
     """
-    generators = [network for name, network in method.networks().items() if name.startswith("G")]
+    generators = method.generators().values()
     factor = math.lcm(*(getattr(network, "factor", 1) for network in generators))
     least = max((getattr(network, "smallest", 1) for network in generators), default=1)
 

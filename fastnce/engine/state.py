@@ -21,7 +21,7 @@ def _count(least: int) -> Callable[[Any], bool]:
 
 
 def _names(value: Any) -> bool:
-    fit = isinstance(value, list) and all(isinstance(name, str) and name.startswith("G") for name in value)
+    fit = isinstance(value, list) and all(isinstance(name, str) and name.isidentifier() for name in value)
     return fit and 0 < len(set(value)) == len(value)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..methods.base import Batch, Draws, Losses, Method, Outputs, Phase
 from ..networks import channels_last
@@ -84,11 +84,13 @@ class Step:
         self.loss_scale = LossScale(device) if precision == "fp16" else None
         self.bad_steps = torch.zeros((), device=device)
         """() float32: steps up to now, in a row, in which a gradient was not finite."""
-        generators = {name: net for name, net in method.networks().items() if name.startswith("G")}
+        generators = method.generators()
+        self._generators = list(generators.values())
+        self._discriminators = list(method.discriminators().values())
         self.averages = (
             {name: WeightAverage(net, options.ema) for name, net in generators.items()} if options.ema else {}
         )
-        self._made_by = {id(p) for net in generators.values() for p in net.parameters()}
+        self._made_by = {id(p) for net in self._generators for p in net.parameters()}
         self.whole = CompiledWhole.of(self, backend) if compile == "whole" else None
         if compile:
             self.generate = Compiled(method.generate, backend)
@@ -167,18 +169,17 @@ class Step:
         scale = None if self.loss_scale is None else self.loss_scale.scale
         return Updates(self.groups, scale, self.bad_steps, update)
 
-    def _weights(self, *kinds: str) -> AbstractContextManager:
-        """Within: networks whose names begin with one of `kinds` hold their weights as autocast wants them."""
+    def _weights(self, networks: Sequence[nn.Module]) -> AbstractContextManager:
+        """Within: these networks hold their weights in the dtype that autocast computes in."""
         if self.dtype == torch.float32 or not self.weights_at_once:
             return nullcontext()
-        networks = self.method.networks().items()
-        return converted_weights([network for name, network in networks if name.startswith(kinds)], self.dtype)
+        return converted_weights(networks, self.dtype)
 
     def _trains_generators(self, phase: Phase) -> bool:
         return any(id(p) in self._made_by for name in phase.groups for p in self.groups[name].parameters)
 
     def _generate(self, batch: Batch, draws: Draws) -> Outputs:
-        with self._weights("G"), self.autocast():
+        with self._weights(self._generators), self.autocast():
             return self.generate(batch, draws)
 
     def _at_once(self, batch: Batch, draws: Draws) -> tuple[Losses, Tensor]:
@@ -225,11 +226,13 @@ class Step:
         """Gradients of a phase's loss with respect to the parameters of its groups, and what it logs."""
         # a compiled loss would compute gradients of the networks that it merely passes through
         resting = [p for name, g in self.groups.items() if name not in phase.groups for p in g.parameters]
-        weights = self._weights("G", "D") if self._trains_generators(phase) else self._weights("D")
+        used = self._discriminators
+        if self._trains_generators(phase):
+            used = self._generators + used
         for parameter in resting:
             parameter.requires_grad_(False)
         try:
-            with weights:  # in the backward too, where blocks may be computed again
+            with self._weights(used):  # in the backward too, where blocks may be computed again
                 with self.autocast():
                     loss, logged = phase.loss(batch, outputs, draws)
                 if self.loss_scale is not None:
@@ -249,12 +252,11 @@ class Step:
         if self.graphs is not None:
             self.graphs.reset()
 
-    def generators(self) -> dict[str, Tensor]:
-        """The generators' weights as "G/model.1.weight", averaged ones where an average is kept."""
+    def generator_weights(self) -> dict[str, Tensor]:
+        """The generators' weights as "G/model.1.weight": the averaged ones if the run keeps an average."""
         return {
             f"{name}/{key}": tensor
-            for name, network in self.method.networks().items()
-            if name.startswith("G")
+            for name, network in self.method.generators().items()
             for key, tensor in (self.averages[name].average if name in self.averages else network.state_dict()).items()
         }
 

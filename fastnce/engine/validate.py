@@ -110,7 +110,7 @@ class Validation:
 
         began = time.monotonic()
         method.eval()
-        generator = next(net for name, net in method.networks().items() if name.startswith("G"))
+        generator = next(iter(method.generators().values()))
         self.latest = self._measure(Translator(generator, self.device))
         self.latest["seconds"] = time.monotonic() - began
         better = self.latest[MEASURE] > self.best

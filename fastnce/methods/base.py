@@ -145,9 +145,29 @@ class Method(nn.Module):
     gp: float = 0.0
     """Weight of WGAN-GP's penalty; 0 for other adversarial losses."""
 
-    def networks(self) -> dict[str, nn.Module]:
-        """Networks by their published name ("G", "D_A", ...), for checkpoints and published files."""
+    def generators(self) -> dict[str, nn.Module]:
+        """Networks that make images, by name; the one from A to B is the first."""
         raise NotImplementedError
+
+    def discriminators(self) -> dict[str, nn.Module]:
+        """Networks that judge images, by name."""
+        return {}
+
+    def projectors(self) -> dict[str, nn.Module]:
+        """Networks that map features to codes, by name."""
+        return {}
+
+    def networks(self) -> dict[str, nn.Module]:
+        """Every network by name, in the order in which they are stored and exchanged between ranks."""
+        return {**self.generators(), **self.discriminators(), **self.projectors()}
+
+    def discriminator_losses(self) -> dict[str, tuple[str, ...]]:
+        """For each discriminator that can win, the names of the logged losses whose sum is near 0 when it has won."""
+        return {}
+
+    def identity_losses(self) -> tuple[str, ...]:
+        """Names of the logged losses that keep images of domain B as they are."""
+        return ()
 
     def groups(self) -> dict[str, Group]:
         """Parameter groups by name, in the order of the published optimisers."""
@@ -189,7 +209,7 @@ class Method(nn.Module):
         Raises:
             ValueError: sides that a generator cannot take, or pictures too small for one of the networks.
         """
-        for name, network in self.networks().items():
+        for name, network in {**self.generators(), **self.discriminators()}.items():
             sizes = self.sizes_of(name, a, b)
             factor = getattr(network, "factor", 1)
             for (height, width), what in sizes.items():
@@ -197,7 +217,7 @@ class Method(nn.Module):
                     raise ValueError(
                         f"{what} do not fit generator {name}: both sides must be multiples of {factor}; {remedy}"
                     )
-            for height, width in extremes(sizes) if name[0] in "GD" else ():
+            for height, width in extremes(sizes):
                 try:
                     trace_shapes(network, batch_size, height, width)
                 except (RuntimeError, ValueError) as error:

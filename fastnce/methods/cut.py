@@ -133,8 +133,23 @@ class CUT(Method):
             init_gain=network.init_gain,
         )
 
+    def generators(self):
+        return {"G": self.generator}
+
+    def discriminators(self):
+        return {"D": self.discriminator}
+
+    def projectors(self):
+        return {"F": self.head}
+
     def networks(self):
-        return {"G": self.generator, "F": self.head, "D": self.discriminator}
+        return {**self.generators(), **self.projectors(), **self.discriminators()}
+
+    def discriminator_losses(self):
+        return {} if self.gp > 0 else {"D": ("D_real", "D_fake")}
+
+    def identity_losses(self) -> tuple[str, ...]:
+        return ("NCE_Y",)
 
     def groups(self):
         groups = {"G": Group((self.generator,)), "D": Group((self.discriminator,)), "F": Group((self.head,))}
@@ -172,7 +187,7 @@ class CUT(Method):
             check_contrast(rows, self.layers, options.negatives == "image" or batch_size == 1, alike, remedy)
 
     def sizes_of(self, name: str, a: Sizes, b: Sizes) -> Sizes:
-        return super().sizes_of(name, a, b) if name == "D" or self.contrasts_both else a
+        return super().sizes_of(name, a, b) if name in self.discriminators() or self.contrasts_both else a
 
     @property
     def contrasts_both(self) -> bool:

@@ -146,13 +146,17 @@ class TwoWay(Method):
         self.pool_a = ImagePool(pool_size)
         self.pool_b = ImagePool(pool_size)
 
-    def networks(self) -> dict[str, nn.Module]:
-        return {
-            "G_A": self.generator_a,
-            "G_B": self.generator_b,
-            "D_A": self.discriminator_a,
-            "D_B": self.discriminator_b,
-        }
+    def generators(self) -> dict[str, nn.Module]:
+        return {"G_A": self.generator_a, "G_B": self.generator_b}
+
+    def discriminators(self) -> dict[str, nn.Module]:
+        return {"D_A": self.discriminator_a, "D_B": self.discriminator_b}
+
+    def discriminator_losses(self) -> dict[str, tuple[str, ...]]:
+        return {} if self.gp > 0 else {name: (name,) for name in self.discriminators()}
+
+    def identity_losses(self) -> tuple[str, ...]:
+        return "idt_A", "idt_B"
 
     def extra_state_modules(self) -> dict[str, nn.Module]:
         return {"pool_A": self.pool_a, "pool_B": self.pool_b} if self.pool_a.size else {}

@@ -77,6 +77,9 @@ class DCDGAN(DCLGAN):
         super().__init__(options, network)
         self.rain = RainOptions(**parse_ranges("loss.rendered_rain", options.rendered_rain))
 
+    def identity_losses(self) -> tuple[str, ...]:
+        return (*super().identity_losses(), "rendered")
+
     def generate(self, batch: Batch, draws: Draws) -> Outputs:
         outputs = super().generate(batch, draws)
         for domain, generator, fake in (("A", self.generator_b, "B"), ("B", self.generator_a, "A")):

@@ -119,8 +119,8 @@ class DCLGAN(TwoWay):
             for _ in range(2)
         )
 
-    def networks(self) -> dict[str, nn.Module]:
-        return super().networks() | {"F1": self.projector_a, "F2": self.projector_b}
+    def projectors(self) -> dict[str, nn.Module]:
+        return {"F1": self.projector_a, "F2": self.projector_b}
 
     def extra_state_modules(self) -> dict[str, nn.Module]:
         banks = {"bank_A": self.bank_a, "bank_B": self.bank_b}
@@ -149,7 +149,7 @@ class DCLGAN(TwoWay):
     def groups(self):
         groups = super().groups()
         if self.options.lambda_nce > 0:
-            modules = tuple(network for name, network in self.networks().items() if name.startswith("F"))
+            modules = tuple(self.projectors().values())
             library = self.options.projector_adam == "library"
             groups["F"] = Group(modules, lr=1e-3, betas=(0.9, 0.999)) if library else Group(modules)
         return groups

@@ -81,8 +81,8 @@ class SimDCL(DCLGAN):
         self.mappings = nn.ModuleList(StackMapping(len(self.layers)) for _ in range(4))
         init_weights(self.mappings, network.init_type, network.init_gain)
 
-    def networks(self):
-        return super().networks() | {f"F{i}": mapping for i, mapping in enumerate(self.mappings, start=3)}
+    def projectors(self):
+        return super().projectors() | {f"F{i}": mapping for i, mapping in enumerate(self.mappings, start=3)}
 
     def check_options(self, batch_size: int) -> None:
         super().check_options(batch_size)

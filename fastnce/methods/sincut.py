@@ -52,6 +52,9 @@ class SinCUT(CUT):
         super().__init__(options, network)
         self.kernels_judge = any(isinstance(module, FusedLayer) for module in self.discriminator.modules())
 
+    def identity_losses(self) -> tuple[str, ...]:
+        return (*super().identity_losses(), "idt")
+
     def d_loss(self, batch: Batch, outputs: Outputs, draws: Draws) -> tuple[Tensor, Losses]:
         options = self.options
         if options.lambda_r1 == 0:

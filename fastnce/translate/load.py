@@ -40,10 +40,11 @@ def load_translator(
         with using(folder):
             weights = load_generators(folder, state)
             config = from_dict(state["config"])
-        name = generator or next(iter(weights))
+        first = next(iter(weights))
+        name = generator or first
         if name not in weights:
             raise ValueError(f"{folder}: no generator {name!r}, it holds {', '.join(weights)}")
-        network = config.network.build_generator(reverse=name == "G_B")
+        network = config.network.build_generator(reverse=name != first)
         with using(folder):
             load_weights(network, weights[name], str(folder))
         translator = Translator(network, device, tiles=tiles, tile_size=tile_size, say=say)

@@ -55,8 +55,11 @@ class Small(Method):
         self.discriminator = nn.Conv2d(3, 1, 3)
         self.pool, self.bank, self.order = ImagePool(2), NegativeBank(5, [3]), order
 
-    def networks(self):
-        return {"G": self.generator, "D": self.discriminator}
+    def generators(self):
+        return {"G": self.generator}
+
+    def discriminators(self):
+        return {"D": self.discriminator}
 
     def extra_state_modules(self):
         return {"pool": self.pool, "bank": self.bank}

@@ -53,7 +53,7 @@ def test_response_is_the_share_of_the_spread():
 
 
 def test_a_collapsed_generator_is_seen():
-    watch, one = Monitor(samples()), torch.rand(1, 3, 16, 16)
+    watch, one = Monitor(pictures=samples()), torch.rand(1, 3, 16, 16)
     method = Scripted(lambda a: a)
     assert [watch.look(method) for _ in range(3)] == [[], [], []]
     assert watch.response == pytest.approx(1)
@@ -71,13 +71,13 @@ def test_a_collapsed_generator_is_seen():
 
 
 def test_outputs_that_are_not_numbers_are_seen():
-    watch = Monitor(samples())
+    watch = Monitor(pictures=samples())
     method = Scripted(lambda a: a * float("nan"))
     assert [len(watch.look(method)) for _ in range(3)] == [0, 1, 0]
 
 
 def test_identity_that_falls_is_seen():
-    watch = Monitor(samples())
+    watch = Monitor(identity=("idt_A",), pictures=samples())
     watch.judge({"idt_A": 0.1})
     method = Scripted(lambda a: a * 0.8)
     for _ in range(3):
@@ -94,25 +94,35 @@ def test_identity_that_falls_is_seen():
 
 def test_a_generator_may_leave_the_identity_that_it_started_as():
     """From infinitely many dB down to 27, and methods that do not ask for identity at all."""
-    watch = Monitor(samples())
+    watch = Monitor(identity=("idt_A",), pictures=samples())
     watch.judge({"idt_A": 0.1})
     method = Scripted(lambda a: a)
     watch.look(method)
     method.function = lambda a: a * 0.85
     assert [watch.look(method) for _ in range(4)] == [[], [], [], []]
     assert 26 < watch.identity < 27.5
-    free = Monitor(samples())
+    free = Monitor(identity=("idt_A",), pictures=samples())
     free.judge({"NCE": 1.0})
     free.look(Scripted(lambda a: a))
     assert [free.look(Scripted(lambda a: -a)) for _ in range(4)] == [[], [], [], []]
 
 
-@pytest.mark.parametrize("losses", [{"D_A": 0.0, "D_B": 0.9}, {"D_real": 0.0, "D_fake": 0.001}])
-def test_a_discriminator_that_has_won_is_seen(losses):
-    watch = Monitor()
+TWO, ONE = {"D_A": ("D_A",), "D_B": ("D_B",)}, {"D": ("D_real", "D_fake")}
+
+
+@pytest.mark.parametrize(
+    ("discriminators", "losses"),
+    [
+        (TWO, {"D_A": 0.0, "D_B": 0.9}),
+        (ONE, {"D_real": 0.0, "D_fake": 0.001}),
+        ({"critic": ("of_real",)}, {"of_real": 0.0, "D_A": 0.0}),
+    ],
+)
+def test_a_discriminator_that_has_won_is_seen(discriminators, losses):
+    watch = Monitor(discriminators)
     said = [watch.judge(losses) for _ in range(8)]
     assert [len(sentences) for sentences in said] == [0, 0, 0, 0, 1, 0, 0, 0]
-    name = "D_A" if "D_A" in losses else "D"
+    name = next(iter(discriminators))
     assert f"the loss of {name} stays at 0" in said[4][0]
     assert watch.short() == f"WARNING: {name} at 0"
     healthy = dict.fromkeys(losses, 0.5)
@@ -120,13 +130,13 @@ def test_a_discriminator_that_has_won_is_seen(losses):
 
 
 def test_a_discriminator_that_wins_now_and_then_is_no_matter():
-    watch = Monitor()
+    watch = Monitor(TWO)
     for value in (0.0, 0.0, 0.0, 0.0, 0.3) * 4:
         assert watch.judge({"D_A": value, "D_B": -0.5}) == []  # below 0: a critic's loss, which has no floor
 
 
 def test_one_sample_is_not_compared():
-    watch = Monitor(samples(images=1))
+    watch = Monitor(pictures=samples(images=1))
     assert [watch.look(Scripted(lambda a: torch.zeros_like(a))) for _ in range(4)] == [[], [], [], []]
     assert "response" not in watch.metrics()
 

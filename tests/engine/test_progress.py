@@ -31,7 +31,7 @@ class Dot(Method):
         super().__init__()
         self.generator = nn.Conv2d(3, 3, 1)
 
-    def networks(self):
+    def generators(self):
         return {"G": self.generator}
 
     def groups(self):
