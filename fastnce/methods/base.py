@@ -37,10 +37,17 @@ class NetworkOptions:
 
     generator: str = option(
         "resnet_9blocks",
-        "resnet_9blocks, resnet_6blocks, resnet_4blocks, unet_256, unet_128, stylegan2, restorer",
-        choices=GENERATORS,
+        "resnet_9blocks, resnet_6blocks, resnet_4blocks, unet_256, unet_128, stylegan2, restorer, or your own "
+        "(mynets.py:Net)",
+        choices=tuple(GENERATORS),
+        imports=True,
     )
-    discriminator: str = option("basic", "basic (70x70 PatchGAN), n_layers, pixel or stylegan2", choices=DISCRIMINATORS)
+    discriminator: str = option(
+        "basic",
+        "basic (70x70 PatchGAN), n_layers, pixel, stylegan2, or your own (mynets.py:Net)",
+        choices=tuple(DISCRIMINATORS),
+        imports=True,
+    )
     width: int = option(
         64,
         "channels after the generator's first convolution (published ngf); cost grows as its square",

@@ -1,7 +1,8 @@
 """The published networks."""
 
 from ..common.initialise import init_weights
-from .build import DISCRIMINATORS, GENERATORS, Discriminator, Generator, build_discriminator, build_generator
+from .build import DISCRIMINATORS, GENERATORS, build_discriminator, build_generator
+from .contracts import Discriminator, Generator
 from .layers import BlurDown, BlurUp, InstanceNorm, Norm, channels_last, leave_out_biases, set_implementation
 from .patchgan import PatchGAN, PixelGAN
 from .resnet import ResnetGenerator

@@ -1,8 +1,19 @@
-"""A network from its published name."""
+"""Networks by name: the published ones, and a user's own by import path.
+
+To add a generator, write its class in a file of this folder (see `contracts.Generator`) and its line in `GENERATORS`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from ..common.imports import is_import_path, load_object
 from ..common.initialise import init_weights
+from .contracts import build_own, check_discriminator, check_generator
 from .layers import Norm
 from .patchgan import PatchGAN, PixelGAN
 from .resnet import ResnetGenerator
@@ -10,11 +21,55 @@ from .restorer import Restorer
 from .stylegan2 import StyleGAN2Discriminator, StyleGAN2Generator
 from .unet import UnetGenerator
 
-GENERATORS = ("resnet_9blocks", "resnet_6blocks", "resnet_4blocks", "unet_256", "unet_128", "stylegan2", "restorer")
-DISCRIMINATORS = ("basic", "n_layers", "pixel", "stylegan2")
 
-Generator = ResnetGenerator | UnetGenerator | StyleGAN2Generator | Restorer
-Discriminator = PatchGAN | PixelGAN | StyleGAN2Discriminator
+def _unet(in_channels: int, out_channels: int, width: int, norm: Norm, dropout: bool, *, downs: int) -> UnetGenerator:
+    return UnetGenerator(in_channels, out_channels, downs, width, norm, dropout)
+
+
+def _stylegan2(
+    in_channels: int, out_channels: int, width: int, norm: Norm, dropout: bool, resolution: int
+) -> StyleGAN2Generator:
+    _refuse_norms("stylegan2", norm, dropout)
+    return StyleGAN2Generator(in_channels, out_channels, width, resolution)
+
+
+def _restorer(in_channels: int, out_channels: int, width: int, norm: Norm, dropout: bool) -> Restorer:
+    _refuse_norms("restorer", norm, dropout)
+    if in_channels != out_channels:
+        raise ValueError(
+            f'generator "restorer" adds to its input: in_channels={in_channels} and out_channels={out_channels} '
+            f"must be equal"
+        )
+    return Restorer(in_channels, width)
+
+
+def _refuse_norms(name: str, norm: Norm, dropout: bool) -> None:
+    if norm == "batch" or dropout:
+        raise ValueError(f'generator "{name}" has neither batch norm nor dropout: leave norm and dropout alone')
+
+
+GENERATORS: dict[str, Callable[..., nn.Module]] = {
+    "resnet_9blocks": partial(ResnetGenerator, blocks=9),
+    "resnet_6blocks": partial(ResnetGenerator, blocks=6),
+    "resnet_4blocks": partial(ResnetGenerator, blocks=4),
+    "unet_256": partial(_unet, downs=8),
+    "unet_128": partial(_unet, downs=7),
+    "stylegan2": _stylegan2,
+    "restorer": _restorer,
+}
+"""Called with (in_channels, out_channels, width), and those of norm, dropout, antialias, antialias_up and resolution
+that the function names."""
+
+DISCRIMINATORS: dict[str, Callable[..., nn.Module]] = {
+    "basic": lambda in_channels, width, norm, antialias: PatchGAN(in_channels, width, 3, norm, antialias),
+    "n_layers": PatchGAN,
+    "pixel": PixelGAN,
+    "stylegan2": StyleGAN2Discriminator,
+}
+"""Called with (in_channels, width), and those of layers, norm, antialias and resolution that the function names."""
+
+OWN_INITIALISATION = (StyleGAN2Generator, StyleGAN2Discriminator, Restorer)
+"""`init_type` and `init_gain` do not apply to these."""
 
 
 def build_generator(
@@ -30,32 +85,37 @@ def build_generator(
     init_type: str = "xavier",
     init_gain: float = 0.02,
     resolution: int = 64,
-) -> Generator:
-    """A generator by its name (one of `GENERATORS`), initialised.
+) -> Any:
+    """Build and initialise a generator.
 
-    `resolution` is for "stylegan2"; that and "restorer" have their own initialisation and no instance norm.
+    Args:
+        name: one of `GENERATORS`, or the import path of a class such as mynets.py:Net (see `contracts.Generator`).
+        in_channels, out_channels: of the images.
+        width: channels after the first convolution.
+        norm, dropout, antialias, antialias_up, resolution: for the networks that have them. "stylegan2" and "restorer"
+            have neither instance nor batch norm, and initialise themselves.
+        init_type, init_gain: see `init_weights`. A class with the attribute `own_initialisation = True` is left as it
+            was built.
+
+    Raises:
+        ValueError: an unknown name, options that the network cannot have, or an own class that does not meet the
+            contract.
     """
-    network: Generator
-    if name in ("stylegan2", "restorer"):
-        if norm == "batch" or dropout:
-            raise ValueError(f'generator "{name}" has neither batch norm nor dropout: leave norm and dropout alone')
-        if name == "stylegan2":
-            return StyleGAN2Generator(in_channels, out_channels, width, resolution)
-        if in_channels != out_channels:
-            raise ValueError(
-                f'generator "restorer" adds to its input: in_channels={in_channels} and out_channels={out_channels} '
-                f"must be equal"
-            )
-        return Restorer(in_channels, width)
-    if name.startswith("resnet_") and name in GENERATORS:
-        blocks = int(name.removeprefix("resnet_").removesuffix("blocks"))
-        network = ResnetGenerator(in_channels, out_channels, width, blocks, norm, dropout, antialias, antialias_up)
-    elif name in GENERATORS:
-        network = UnetGenerator(in_channels, out_channels, 8 if name == "unet_256" else 7, width, norm, dropout)
-    else:
-        raise ValueError(f"generator must be one of {', '.join(GENERATORS)}, not {name!r}")
-    init_weights(network, init_type, init_gain)
-    return network
+    own = is_import_path(name)
+    if name not in GENERATORS and not own:
+        raise ValueError(f"generator must be one of {', '.join(GENERATORS)}, or an import path, not {name!r}")
+    found = load_object(name, "network.generator") if own else GENERATORS[name]
+    options = {
+        "norm": norm,
+        "dropout": dropout,
+        "antialias": antialias,
+        "antialias_up": antialias_up,
+        "resolution": resolution,
+    }
+    network = build_own(found, name, "network.generator" if own else "", in_channels, out_channels, width, **options)
+    if own:
+        check_generator(network, name, in_channels, out_channels)
+    return _initialised(network, init_type, init_gain)
 
 
 def build_discriminator(
@@ -69,19 +129,31 @@ def build_discriminator(
     init_type: str = "xavier",
     init_gain: float = 0.02,
     resolution: int = 64,
-) -> Discriminator:
-    """A discriminator by its published name (one of `DISCRIMINATORS`), initialised.
+) -> Any:
+    """Build and initialise a discriminator.
 
-    `layers` is for "n_layers", `resolution` for "stylegan2".
+    Args:
+        name: one of `DISCRIMINATORS`, or the import path of a class (see `contracts.Discriminator`).
+        in_channels: of the images.
+        width: channels after the first convolution.
+        layers: halvings, for "n_layers".
+        norm, antialias, resolution, init_type, init_gain: as in `build_generator`.
+
+    Raises:
+        ValueError: as `build_generator`.
     """
-    network: Discriminator
-    if name == "stylegan2":
-        return StyleGAN2Discriminator(in_channels, width, resolution)
-    if name in ("basic", "n_layers"):
-        network = PatchGAN(in_channels, width, 3 if name == "basic" else layers, norm, antialias)
-    elif name == "pixel":
-        network = PixelGAN(in_channels, width, norm)
-    else:
-        raise ValueError(f"discriminator must be one of {', '.join(DISCRIMINATORS)}, not {name!r}")
-    init_weights(network, init_type, init_gain)
-    return network
+    own = is_import_path(name)
+    if name not in DISCRIMINATORS and not own:
+        raise ValueError(f"discriminator must be one of {', '.join(DISCRIMINATORS)}, or an import path, not {name!r}")
+    found = load_object(name, "network.discriminator") if own else DISCRIMINATORS[name]
+    options = {"layers": layers, "norm": norm, "antialias": antialias, "resolution": resolution}
+    network = build_own(found, name, "network.discriminator" if own else "", in_channels, width, **options)
+    if own:
+        check_discriminator(network, name, in_channels)
+    return _initialised(network, init_type, init_gain)
+
+
+def _initialised(network: nn.Module, init_type: str, init_gain: float) -> nn.Module:
+    if isinstance(network, OWN_INITIALISATION) or getattr(network, "own_initialisation", False):
+        return network
+    return init_weights(network, init_type, init_gain)

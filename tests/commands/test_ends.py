@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from fastnce.commands import main as cli
+from fastnce.commands import translate
 from fastnce.commands.main import main
 from fastnce.common.streams import ProgressLine
 from fastnce.networks import ResnetGenerator
@@ -208,7 +209,7 @@ def test_memory_that_does_not_suffice(error, model, photos, tmp_path, monkeypatc
     def fails(*arguments, **options):
         raise error
 
-    monkeypatch.setattr(cli, "translate_files", fails)
+    monkeypatch.setattr(translate, "translate_files", fails)
     assert main(["translate", str(model), str(photos), "--out", str(tmp_path / "out"), "--device", "cpu"]) == 1
     assert "memory does not suffice (" in one_sentence(capsys)
 

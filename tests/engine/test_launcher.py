@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from fastnce.commands import main as cli
+from fastnce.commands import train
 from fastnce.commands.main import main
 from fastnce.engine.distributed import RankLost, Ranks, ranks_of_launcher, read_ranks
 from tests.engine.test_engine import SMALL
@@ -126,7 +127,7 @@ def test_others_that_never_start(environment, monkeypatch):
 @pytest.mark.parametrize(("asked", "world", "code"), [("2", "1", 2), ("3", "2", 2), ("1", "1", 0), ("2", "2", 0)])
 def test_processes_asked_for_beside_a_launcher(asked, world, code, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("WORLD_SIZE", world)
-    monkeypatch.setattr(cli, "train_run", lambda *_, **__: 0)
+    monkeypatch.setattr(train, "train_run", lambda *_, **__: 0)
     run = ["train", "cut", "--data", str(tmp_path), "--out", str(tmp_path / "run"), "--nproc", asked]
     assert cli.main(run) == code
     assert ("leave --nproc out, or unset WORLD_SIZE" in capsys.readouterr().err) == (code == 2)

@@ -15,6 +15,7 @@ from fastnce.common.streams import ProgressLine
 from fastnce.engine.memory import available_memory
 from fastnce.networks import ResnetGenerator, Restorer, UnetGenerator, init_weights
 from fastnce.networks.published import save_published
+from fastnce.translate import files
 from fastnce.translate import translator as inference
 from fastnce.translate.files import translate_files
 from fastnce.translate.photographs import read_photograph
@@ -289,9 +290,9 @@ def test_many_sizes_are_not_all_held(tmp_path, monkeypatch):
     for i in range(12):
         noise(i, 12 + i, 12).save(source / f"{i:02}.png")
     held, translator = [], Translator(resnet())
-    read = inference.read_photograph
+    read = files.read_photograph
     done = []
-    monkeypatch.setattr(inference, "read_photograph", lambda *a: held.append(len(done)) or read(*a))
+    monkeypatch.setattr(files, "read_photograph", lambda *a: held.append(len(done)) or read(*a))
     assert len(translate_files(translator, source, tmp_path / "out", batch=2, progress=done.append)) == 12
     assert held[-1] >= 3  # pictures were written before the last one was read
 
@@ -346,7 +347,7 @@ def test_sixteen_bits(grey, colour, tmp_path, capsys):
     deep = np.random.default_rng(0).integers(0, 65536, (40, 48), np.uint16)
     source = tmp_path / "deep.png"
     Image.fromarray(deep).save(source)
-    wanted = inference.load_translator(grey)(read_photograph(source, 1).pixels[None])[0, 0]
+    wanted = load_translator(grey)(read_photograph(source, 1).pixels[None])[0, 0]
     for suffix in ("png", "tiff", "npy"):
         translate(grey, source, "--out", tmp_path / "out", "--format", suffix)
         path = tmp_path / "out" / f"deep.{suffix}"

@@ -1,0 +1,157 @@
+"""What a generator and a discriminator must offer, and the check of a user's own ones."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+
+class Generator(Protocol):
+    """A network from images to images, an `nn.Module` built as `Net(in_channels, out_channels, width)`.
+
+    Only `forward` is needed by every method; `feature_channels` is needed by those that contrast features. The other
+    members are optional and have the defaults below. Keyword arguments `norm`, `dropout`, `antialias`, `antialias_up`
+    and `resolution` of the constructor receive the options of the same name.
+    """
+
+    out_channels: int
+    """Channels of the output. Default: the `out_channels` it was built with."""
+    factor: int
+    """Both sides of an image must be multiples of this. Default 1."""
+    smallest: int
+    """The smallest side of an image that it accepts. Default: `factor`."""
+    features_repeat: bool
+    """Whether `forward(x, layers)` returns the features that `forward(x, layers, encode_only=True)` returns, each image
+    on its own: true without dropout and batch norm. If so, one pass serves for both. Default False."""
+
+    def forward(self, x: Tensor, layers: Sequence[int] = (), encode_only: bool = False) -> Any:
+        """Translate (images, in_channels, height, width) in [-1, 1] to (images, out_channels, height, width).
+
+        With `layers`, return (output, list of feature maps); with `encode_only`, return that list alone. A feature map
+        is (images, channels, height, width), with a size of its own.
+        """
+
+    def feature_channels(self, layers: Sequence[int]) -> list[int]:
+        """The channels of the feature map at each of these layers; ValueError for a layer that it does not have."""
+
+    def residual_blocks(self) -> list[nn.Module]:
+        """Optional: modules (one tensor to one tensor) that `run.checkpoint_activations` computes again."""
+
+    def tile_layers(self) -> list[nn.Module]:
+        """Optional, for exact tiles: the modules in the order in which they are applied. Convolutions, transposed
+        convolutions that double, reflection pads, blurs, instance norms, pixel shuffles and pointwise activations are
+        supported."""
+
+
+class Discriminator(Protocol):
+    """A network that judges images, an `nn.Module` built as `Net(in_channels, width)`.
+
+    Keyword arguments `layers`, `norm`, `antialias` and `resolution` of the constructor receive the options of the same
+    name.
+    """
+
+    pictures_independent: bool
+    """Whether each image is judged on its own: true without batch norm. If so, real and generated images share a pass.
+    Default False."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Judge (images, in_channels, height, width): one score or a map of scores per image."""
+
+
+def build_own(found: Any, name: str, key: str, *arguments: int, **options: Any) -> nn.Module:
+    """Build a network; of the options, it receives those that its constructor names.
+
+    Args:
+        found: the class or function.
+        name, key: the import path and the option that holds it, for messages; `key` is empty for our own networks.
+
+    Raises:
+        ValueError: it is not callable, its constructor fails, or it makes something else than a module.
+    """
+    if not callable(found):
+        raise ValueError(f"{key}={name} must be a class of torch.nn.Module, not {type(found).__name__}")
+    named = inspect.signature(found).parameters
+    taken = {option: value for option, value in options.items() if option in named}
+    if not key:
+        return found(*arguments, **taken)
+    try:
+        built = found(*arguments, **taken)
+    except ValueError as error:
+        raise ValueError(f"{key}={name}: {error}") from None
+    except Exception as error:
+        call = f"{name.rpartition(':')[2]}({', '.join(map(str, arguments))})"
+        raise ValueError(f"{key}={name}: {call} fails: {type(error).__name__}: {error}") from error
+    if not isinstance(built, nn.Module):
+        raise ValueError(f"{key}={name} must make a torch.nn.Module, not {type(built).__name__}")
+    return built
+
+
+def check_generator(network: nn.Module, name: str, in_channels: int, out_channels: int) -> None:
+    """Set the optional members that are missing, and refuse a generator that does not meet the contract.
+
+    Raises:
+        ValueError: a missing member, or an output of another shape; the message names it.
+    """
+    key = f"network.generator={name}"
+    accepted = inspect.signature(network.forward).parameters
+    if any(argument not in accepted for argument in ("layers", "encode_only")):
+        raise ValueError(f"{key}: forward must take (x, layers=(), encode_only=False)")
+    defaults = {"factor": 1, "out_channels": out_channels, "features_repeat": False}
+    for member, value in defaults.items():
+        _default(network, member, value)
+    _default(network, "smallest", network.factor)
+    if not hasattr(network, "feature_channels"):
+        network.feature_channels = _no_features(key)  # type: ignore[assignment]
+    factor, smallest = int(network.factor), int(network.smallest)  # type: ignore[arg-type]
+    side = max(64, smallest) + -max(64, smallest) % factor
+    output = _traced(network, key, in_channels, side)
+    wanted = (1, out_channels, side, side)
+    if not isinstance(output, Tensor) or tuple(output.shape) != wanted:
+        found = tuple(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
+        raise ValueError(f"{key}: forward of (1, {in_channels}, {side}, {side}) must return {wanted}, not {found}")
+
+
+def check_discriminator(network: nn.Module, name: str, in_channels: int) -> None:
+    """The same for a discriminator."""
+    key = f"network.discriminator={name}"
+    _default(network, "pictures_independent", False)
+    output = _traced(network, key, in_channels, 256)
+    if not isinstance(output, Tensor) or output.shape[:1] != (1,):
+        found = tuple(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
+        raise ValueError(f"{key}: forward of (1, {in_channels}, 256, 256) must return scores (1, ...), not {found}")
+
+
+def trace_shapes(network: nn.Module, images: int, channels: int, height: int, width: int, **arguments: Any) -> Any:
+    """What `network` returns for images of this size, as tensors without memory."""
+    state = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    dtype = next((p.dtype for p in network.parameters()), torch.float32)
+    pictures = torch.empty(images, channels, height, width, device="meta", dtype=dtype)
+    with torch.no_grad():
+        return functional_call(network, {k: t.to("meta") for k, t in state.items()}, (pictures,), arguments)
+
+
+def _traced(network: nn.Module, key: str, channels: int, side: int) -> Any:
+    if not any(p.dim() == 4 for p in network.parameters()):
+        raise ValueError(f"{key} has no convolution")
+    try:
+        return trace_shapes(network, 1, channels, side, side)
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{key}: forward fails on (1, {channels}, {side}, {side}): {reason}") from error
+
+
+def _default(network: nn.Module, member: str, value: Any) -> None:
+    if not hasattr(network, member):
+        setattr(network, member, value)
+
+
+def _no_features(key: str) -> Callable[[Sequence[int]], list[int]]:
+    def feature_channels(layers: Sequence[int]) -> list[int]:
+        raise ValueError(f"{key} has no feature_channels(layers), which methods that contrast features need")
+
+    return feature_channels
