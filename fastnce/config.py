@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import json
 import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .common.imports import CodeError, is_import_path
 from .common.options import brief, check_value, converted, describe, option, range_of
 from .common.options import check as check_options
 from .data.rain import RainOptions, parse_ranges
@@ -18,7 +20,7 @@ from .data.target import PREPROCESS
 from .engine.options import OptimOptions, RunOptions
 from .evaluate.pairs import RAIN_SIDES
 from .methods import Method, NetworkOptions
-from .methods.presets import PRESETS, Preset
+from .methods.presets import Preset, find_preset
 
 MOST_SIDE = 16_384
 """Of pictures in pixels: one of that size takes 3 GiB as float32."""
@@ -49,6 +51,9 @@ class DataOptions:
         "", "held-out pairs for run.validate_every; empty: the data folder's test, if it pairs", anything=True
     )
     rain_side: str = option("right", "half of held-out strips that is rainy, right or left", choices=RAIN_SIDES)
+    dataset: str = option(
+        "", "your own data set in place of folders (mydata.py:MyData); empty: trainA and trainB", anything=True
+    )
     batch: int = option(1, "pictures of each domain a step", low=1, high=65_536)
     skip_bad: bool = option(False, "pass over pictures that cannot be read instead of stopping")
     cache_dir: str = option(
@@ -118,9 +123,7 @@ def resolve(method: str, file: Path | None = None, overrides: list[str] | None =
     Raises:
         ValueError: an unknown method or key (with the nearest known one), or what `check` refuses.
     """
-    if method not in PRESETS:
-        raise ValueError(f"unknown method {brief(method)}{_nearest(method, [*PRESETS])}; known: {', '.join(PRESETS)}")
-    config = from_preset(method, PRESETS[method])
+    config = from_preset(method, find_preset(method))
     if file is not None:
         try:
             stored = tomllib.loads(file.read_text(encoding="utf-8-sig"))
@@ -160,9 +163,7 @@ def check(config: Config) -> None:
     Raises:
         ValueError: the first key that is wrong, its value, and what is accepted.
     """
-    if config.method not in PRESETS:
-        raise ValueError(f"unknown method {config.method!r}; known: {', '.join(PRESETS)}")
-    like = from_preset(config.method, PRESETS[config.method])
+    like = from_preset(config.method, find_preset(config.method))
     for section in Config.SECTIONS:
         options, wanted = getattr(config, section), type(getattr(like, section))
         if not isinstance(options, wanted):
@@ -215,7 +216,37 @@ def plan(config: Config) -> Method:
     """
     check(config)
     with torch.device("meta"):
-        return PRESETS[config.method].method(config.loss, config.network)
+        return build_method(config)
+
+
+def build_method(config: Config) -> Method:
+    """The method that a configuration names, on the current default device.
+
+    Raises:
+        ValueError: options or networks that do not go together, or a user's own method that fails.
+    """
+    method = find_preset(config.method).method
+    try:
+        return method(config.loss, config.network)
+    except ValueError:
+        raise
+    except Exception as error:
+        if not is_import_path(config.method):
+            raise
+        call = f"{config.method.rpartition(':')[2]}(options, network)"
+        raise CodeError(f"method={config.method}: {call} fails: {type(error).__name__}: {error}") from error
+
+
+def _named_code(stored: dict[str, Any], generators_only: bool) -> Iterator[Any]:
+    """The values of a stored configuration that may be import paths."""
+    method = stored.get("method")
+    yield method
+    keys = [("network", "generator")]
+    if not generators_only or is_import_path(method):
+        keys += [("network", "discriminator"), ("loss", "weighting")]
+    for section, key in keys:
+        values = stored.get(section, {})
+        yield values.get(key) if isinstance(values, dict) else None
 
 
 def from_preset(method: str, preset: Preset) -> Config:
@@ -227,20 +258,30 @@ def from_preset(method: str, preset: Preset) -> Config:
     return config
 
 
-def from_dict(stored: dict[str, Any]) -> Config:
-    """What `as_dict` gave; keys of other versions are ignored.
+def from_dict(stored: dict[str, Any], *, trust_code: bool = False, generators_only: bool = False) -> Config:
+    """The configuration that `as_dict` gave; keys of other versions are ignored.
 
-    Only the network's values are looked at: runs of other versions may have had what would be refused today, and their
-    generators translate as before.
+    Only the values of `network` are checked: a run of another version may hold values that are refused today, and its
+    generators still translate.
+
+    Args:
+        trust_code: import classes and functions outside of fastnce that it names. The author of the checkpoint chose
+            what is imported, and importing runs it.
+        generators_only: only the generators will be built, so the code of other parts needs no trust.
 
     Raises:
-        ValueError: not such a dictionary, an unknown method, or a network that cannot be.
+        ValueError: not such a dictionary, an unknown method, or networks that cannot be built. CodeError: it names code
+            of its own that is not trusted or cannot be imported.
     """
     if not isinstance(stored, dict):
         raise ValueError(f"a stored configuration must be a table of sections, not {type(stored).__name__}")
-    if stored.get("method") not in PRESETS:
-        raise ValueError(f"unknown method {brief(stored.get('method'))}; known: {', '.join(PRESETS)}")
-    config = from_preset(stored["method"], PRESETS[stored["method"]])
+    own = [value for value in _named_code(stored, generators_only) if is_import_path(value)]
+    if own and not trust_code:
+        raise CodeError(
+            f"this run uses code of its own, {', '.join(own)}: if you trust it, add --trust-code to import it"
+        )
+    method: Any = stored.get("method")
+    config = from_preset(method, find_preset(method))
     for section in Config.SECTIONS:
         target, values = getattr(config, section), stored.get(section, {})
         if not isinstance(values, dict):
@@ -255,7 +296,7 @@ def _absent(method: str, section: str, key: str, other: dict[str, Any]) -> Any:
     """What a run of a version without this key did: what the preset says today, but for WGAN-GP's penalty."""
     if key == "lambda_gp" and other.get("loss", {}).get("gan_mode") == "wgangp":
         return 0.0
-    return getattr(getattr(from_preset(method, PRESETS[method]), section), key)
+    return getattr(getattr(from_preset(method, find_preset(method)), section), key)
 
 
 def _keys(config: Config) -> list[str]:

@@ -18,7 +18,8 @@ import torch
 from .common.locking import hold
 from .common.streams import show
 from .common.writing import sweep, write_whole
-from .config import Config, check, plan, sides
+from .config import Config, DataOptions, build_method, check, plan, sides
+from .data.own import open_own
 from .data.rain import RainOptions, parse_ranges
 from .data.rained import RainedData
 from .data.single import SinglePictureData
@@ -34,7 +35,6 @@ from .engine.progress import check_batch, check_pictures
 from .engine.recompute import recompute_blocks
 from .engine.validate import Validation, find_validation
 from .methods import Method
-from .methods.presets import PRESETS
 
 
 def train_run(config: Config, out: str | os.PathLike[str], *, quiet: bool = False) -> int:
@@ -87,18 +87,20 @@ def _train_rank(config: Config, out: Path, ranks: Ranks, quiet: bool, state: dic
             check_pictures(state, data.digest(), str(out))
         validation = _open_validation(config, device, ranks, quiet)
     torch.manual_seed(config.run.seed)
-    method = PRESETS[config.method].method(config.loss, config.network).to(device)
+    method = build_method(config).to(device)
     with ranks.together(device):
         if ranks.first:
             out.mkdir(parents=True, exist_ok=True)
             write_whole(out / "config.toml", config.as_toml().encode("utf-8"))
     if not quiet:
         parameters = sum(p.numel() for p in method.parameters())
+        sizes = [getattr(data, name, None) for name in ("size_a", "size_b")]
+        pictures = "" if None in sizes else f"{sizes[0]:,} + {sizes[1]:,} pictures, "
         show(
-            f"{config.method} on {device}: {parameters / 1e6:.1f} M parameters, {data.size_a:,} + {data.size_b:,} "
-            f"pictures, {data.steps_per_epoch:,} steps an epoch; run in {out}"
+            f"{config.method} on {device}: {parameters / 1e6:.1f} M parameters, {pictures}"
+            f"{data.steps_per_epoch:,} steps an epoch; run in {out}"
         )
-        for path, reason in data.skipped:
+        for path, reason in getattr(data, "skipped", []):
             show(f"skipped {path}: {reason}")
     return train(
         method,
@@ -126,7 +128,7 @@ def check_plan(config: Config) -> Method:
     planned = plan(config)
     check_parts(planned, config.optim.accumulate)
     planned.check_options(config.data.batch)
-    if config.data.preprocess != "none":
+    if config.data.preprocess != "none" and not config.data.dataset:
         planned.check(config.data.batch, *sides(config.data.crop_size))
     return planned
 
@@ -166,7 +168,9 @@ def open_checked(
     """
     options = config.data
     data = open_data(config, device, ranks, quiet)
-    if options.preprocess == "none" and isinstance(data, UnpairedData):
+    if options.dataset:
+        _check_own(data, options, method)
+    elif options.preprocess == "none" and isinstance(data, UnpairedData):
         a, b = (
             {size: f"pictures of {size[1]}x{size[0]}, such as {file}," for size, file in sizes.items()}
             for sizes in data.sizes()
@@ -177,8 +181,18 @@ def open_checked(
     return data
 
 
+def _check_own(data: Any, options: DataOptions, method: Method) -> None:
+    """Refuse a user's own data set whose images the networks cannot take."""
+    sizes = [tuple(images.shape[2:]) for images in data.batch(0, decaying=False)]
+    a, b = ({size: f"images of {size[1]}x{size[0]} from data.dataset"} for size in sizes)
+    method.check_sizes(options.batch, a, b, "let the data set return another size")
+
+
 def cache_run(config: Config) -> Iterator[str]:
     """Make the caches that training with this configuration reads; yields what to say of them, a line a file."""
+    if config.data.dataset:
+        yield f"nothing is cached: data.dataset={config.data.dataset} reads its images itself"
+        return
     data = open_checked(config, check_plan(config), torch.device("cpu"), Ranks())
     before = data.cached()
     after = data.cached(decaying=True) if config.optim.n_epochs_decay else {}
@@ -200,6 +214,17 @@ def open_data(
         raise ValueError(
             f"network.in_channels={network.in_channels} and out_channels={network.out_channels} must be equal: both "
             f"domains are read with one number of channels"
+        )
+    if options.dataset:
+        return open_own(
+            options.dataset,
+            options,
+            channels=network.in_channels,
+            batch=options.batch,
+            seed=config.run.seed,
+            rank=ranks.rank,
+            world=ranks.world,
+            device=device,
         )
     common: dict[str, Any] = {
         "channels": network.in_channels,

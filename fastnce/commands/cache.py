@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> int:
     config = resolve(named, args.config, args.overrides)
     if args.data is not None:
         config.data.dir = str(args.data)
-    if not config.data.dir:
+    if not (config.data.dir or config.data.dataset):
         raise ValueError("fastnce cache needs --data DIR")
     for line in cache_run(config):
         print(line)

@@ -9,7 +9,7 @@ from ..engine.choices import pick_device
 from ..evaluate.pairs import RAIN_SIDE_HELP, RAIN_SIDES
 from ..evaluate.report import evaluate as measure
 from ..translate.load import load_translator
-from .parsing import TILES_HELP, command_parser
+from .parsing import TILES_HELP, TRUST_HELP, command_parser
 
 
 def main(arguments: list[str]) -> int:
@@ -26,6 +26,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="input, output, truth and difference")
     parser.add_argument("--tiles", default="auto", choices=("auto", "exact", "fast"), help=TILES_HELP)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    parser.add_argument("--trust-code", action="store_true", help=TRUST_HELP)
     args = parser.parse_args(arguments)
     if (args.model is None) != args.inputs_only:
         raise ValueError("fastnce evaluate takes a model or --inputs-only, one of the two")
@@ -33,7 +34,8 @@ def main(arguments: list[str]) -> int:
         device = pick_device(args.device)
         translator = None
         if args.model is not None:
-            translator = load_translator(args.model, device, args.generator, tiles=args.tiles, say=line.say)
+            how = {"tiles": args.tiles, "say": line.say, "trust_code": args.trust_code}
+            translator = load_translator(args.model, device, args.generator, **how)
         report = measure(
             args.data,
             translator,

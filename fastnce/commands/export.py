@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..config import from_dict
+from ..config import build_method, from_dict
 from ..engine.checkpoint import open_checkpoint
 from ..engine.stored import check_numbers, load_generators, read_tensors, using
-from ..methods.presets import PRESETS
 from ..networks.published import load_weights, save_published
-from .parsing import command_parser
+from .parsing import TRUST_HELP, command_parser
 
 
 def main(arguments: list[str]) -> int:
@@ -18,11 +17,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("run", type=Path, metavar="RUN", help="or a checkpoint: RUN/checkpoints/best")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--label", default="latest", help="first part of the file names")
+    parser.add_argument("--trust-code", action="store_true", help=TRUST_HELP)
     args = parser.parse_args(arguments)
     folder, state = open_checkpoint(args.run)
     with using(folder):
-        config = from_dict(state["config"])
-        method = PRESETS[config.method].method(config.loss, config.network)
+        config = from_dict(state["config"], trust_code=args.trust_code)
+        method = build_method(config)
         networks, generators = method.networks(), method.generators()
         tensors = read_tensors(folder / "training.safetensors")
         check_numbers(state, tensors)

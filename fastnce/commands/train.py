@@ -16,7 +16,7 @@ from .parsing import command_parser
 def main(arguments: list[str]) -> int:
     """Train a method on DIR/trainA and DIR/trainB; the same command again continues."""
     parser = command_parser("train", main)
-    parser.add_argument("method", metavar="METHOD", help=", ".join(PRESETS))
+    parser.add_argument("method", metavar="METHOD", help=f"{', '.join(PRESETS)}, or your own: mypaper.py:MyMethod")
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder with trainA, trainB (testA, testB)")
     parser.add_argument("--out", type=Path, metavar="RUN", help="folder of the run: checkpoints, samples, metrics")
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with sections data, network, loss, ...")
@@ -35,8 +35,9 @@ def main(arguments: list[str]) -> int:
         plan(config)
         print(config.as_toml(), end="")
         return 0
-    if not config.data.dir or args.out is None:
-        missing = "--data DIR" if not config.data.dir else "--out RUN"
+    without_data = not (config.data.dir or config.data.dataset)
+    if without_data or args.out is None:
+        missing = "--data DIR" if without_data else "--out RUN"
         raise ValueError(f"fastnce train needs {missing} (or --dry-run)")
     number = 1 if launched() else processes(args.nproc, config.run.device)
     if launched() and args.nproc not in ("1", world := os.environ["WORLD_SIZE"]):

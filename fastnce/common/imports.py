@@ -11,6 +11,10 @@ from types import ModuleType
 from typing import Any
 
 
+class CodeError(ValueError):
+    """A user's own code cannot be imported, is not trusted, or does not meet the contract."""
+
+
 def is_import_path(name: Any) -> bool:
     """Whether a name is an import path and not one of the names that this library gives."""
     return isinstance(name, str) and ":" in name
@@ -24,22 +28,22 @@ def load_object(path: str, key: str) -> Any:
         key: the option that holds the path, for messages.
 
     Raises:
-        ValueError: there is no such file, module or name, or the module raises while it is imported.
+        CodeError: there is no such file, module or name, or the module raises while it is imported.
     """
     where, _, name = path.rpartition(":")
     if not where or not name.isidentifier():
-        raise ValueError(f"{key}={path} must be an import path such as mycode.py:Name or mypackage.module:Name")
+        raise CodeError(f"{key}={path} must be an import path such as mycode.py:Name or mypackage.module:Name")
     module = _load_file(Path(where), path, key) if where.endswith(".py") else _load_module(where, path, key)
     if not hasattr(module, name):
         known = [n for n, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
         defines = f"it defines {', '.join(known)}" if known else "it defines no class or function"
-        raise ValueError(f"{key}={path}: {where} has no {name}; {defines}")
+        raise CodeError(f"{key}={path}: {where} has no {name}; {defines}")
     return getattr(module, name)
 
 
 def _load_file(file: Path, path: str, key: str) -> ModuleType:
     if not file.is_file():
-        raise ValueError(f"{key}={path}: there is no file {file} in {Path.cwd()}")
+        raise CodeError(f"{key}={path}: there is no file {file} in {Path.cwd()}")
     file = file.resolve()
     name = f"_fastnce_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
     if name in sys.modules:
@@ -64,7 +68,7 @@ def _load_module(name: str, path: str, key: str) -> ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
-            raise ValueError(
+            raise CodeError(
                 f"{key}={path}: there is no module {name}: install it, add its folder to PYTHONPATH, or name its file, "
                 f"such as {name.rpartition('.')[2]}.py:{path.rpartition(':')[2]}"
             ) from None
@@ -73,11 +77,11 @@ def _load_module(name: str, path: str, key: str) -> ModuleType:
         raise _failed(error, path, key) from error
 
 
-def _failed(error: Exception, path: str, key: str) -> ValueError:
+def _failed(error: Exception, path: str, key: str) -> CodeError:
     where = getattr(error, "lineno", None)
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     line = where or (trace.tb_lineno if trace is not None else 0)
     reason = str(error).partition("\n")[0] or "no message"
-    return ValueError(f"{key}={path} cannot be imported: {type(error).__name__} at line {line}: {reason}")
+    return CodeError(f"{key}={path} cannot be imported: {type(error).__name__} at line {line}: {reason}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -60,6 +60,24 @@ def _kinds(options: Any) -> dict[str, tuple[Any, Accepts]]:
             hint, accepts = str, Accepts(choices=get_args(hint))
         found[f.name] = hint, accepts
     return found
+
+
+def check_kinds(options: type, name: str) -> None:
+    """Refuse an options dataclass with a field of a type that no option has, or without a default.
+
+    Raises:
+        ValueError: the first such field.
+    """
+    for f in fields(options):
+        if f.default is MISSING and f.default_factory is MISSING:
+            raise ValueError(f"{name}.{f.name} needs a default")
+    for key, (hint, _) in kinds(options()).items():
+        if hint not in (bool, int, float, str, list[int], list[float], int | list[int]):
+            kind = getattr(hint, "__name__", hint)
+            raise ValueError(
+                f"{name}.{key} is of type {kind}: options are bool, int, float, str, Literal of texts, list[int] or "
+                f"list[float]"
+            )
 
 
 def check(options: Any, section: str) -> None:

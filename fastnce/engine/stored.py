@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load, load_file
 from torch import Tensor
 
+from ..common.imports import CodeError
 from . import state as states
 
 POINTERS = ("latest", "good", "best")
@@ -116,6 +117,8 @@ def using(folder: Path) -> Iterator[None]:
     """What does not fit in a checkpoint is told with its folder and a remedy."""
     try:
         yield
+    except CodeError as error:  # the checkpoint itself is good
+        raise CodeError(f"{folder}: {error}") from None
     except ValueError as error:
         reason = str(error).removeprefix(f"{folder}").lstrip(": ")
         raise ValueError(f"{folder}: {reason}; name another checkpoint, or remove this one") from None

@@ -1,11 +1,12 @@
 """The papers: networks, losses and published defaults."""
 
+from ..common.options import option
 from .base import Batch, Draws, Group, Method, NetworkOptions, Phase
 from .cut import CUT, CUTOptions
 from .cyclegan import CycleGAN, CycleGANOptions
 from .dcdgan import DCDGAN, DCDGANOptions
 from .dclgan import DCLGAN, DCLGANOptions
-from .presets import PRESETS, Preset
+from .presets import PRESETS, Preset, find_preset
 from .simdcl import SimDCL, SimDCLOptions
 from .sincut import SinCUT, SinCUTOptions
 
@@ -30,4 +31,6 @@ __all__ = [
     "SimDCLOptions",
     "SinCUT",
     "SinCUTOptions",
+    "find_preset",
+    "option",
 ]

@@ -87,6 +87,8 @@ ATTENTION_LOCATIONS = 4096
 class CUT(Method):
     """One generator, one discriminator, one projector; D is updated first, then G and F together."""
 
+    Options = CUTOptions
+
     def __init__(self, options: CUTOptions, network: NetworkOptions):
         super().__init__()
         check_ranges(options, network)

@@ -236,6 +236,8 @@ class TwoWay(Method):
 class CycleGAN(TwoWay):
     """Adversarial, cycle and identity terms; the generators are updated first, then the discriminators."""
 
+    Options = CycleGANOptions
+
     def __init__(self, options: CycleGANOptions, network: NetworkOptions):
         check_ranges(options, network)
         if options.lambda_identity > 0 and network.in_channels != network.out_channels:

@@ -71,6 +71,8 @@ class DCDGANOptions(DCLGANOptions):
 class DCDGAN(DCLGAN):
     """Contrast, adversaries, identity, and two distances on both cycles: A, B, A and B, A, B."""
 
+    Options = DCDGANOptions
+
     options: DCDGANOptions
 
     def __init__(self, options: DCDGANOptions, network: NetworkOptions):

@@ -87,6 +87,8 @@ class DCLGAN(TwoWay):
     F1 projects features of domain A (G_A's encoder), F2 those of domain B.
     """
 
+    Options = DCLGANOptions
+
     def __init__(self, options: DCLGANOptions, network: NetworkOptions):
         check_ranges(options, network)
         if network.in_channels != network.out_channels and options.lambda_idt > 0:

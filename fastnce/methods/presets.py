@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
+from ..common.imports import CodeError, is_import_path, load_object
+from ..common.options import brief, check_kinds
 from .base import Method, NetworkOptions
 from .cut import CUT, CUTOptions
 from .cyclegan import CycleGAN, CycleGANOptions
@@ -17,7 +20,7 @@ from .sincut import SinCUT, SinCUTOptions
 
 @dataclass(frozen=True)
 class Preset:
-    """A paper's published defaults: its class, its options, and what it changes in the other sections."""
+    """The published defaults of a paper: its class, its options, and what it changes in the other sections."""
 
     method: Callable[[Any, NetworkOptions], Method]
     options: Callable[[], Any]
@@ -119,3 +122,38 @@ PRESETS = {
         },
     ),
 }
+
+
+REQUIRED = ("generators", "groups", "phases", "generate", "translate")
+"""Members of `Method` that every method defines."""
+
+
+def find_preset(name: str) -> Preset:
+    """The preset of this name, or one made of a user's own method.
+
+    Args:
+        name: a key of `PRESETS`, or the import path of a subclass of `Method` such as mypaper.py:MyMethod. Its
+            `Options` is the dataclass of its section `loss`; `paper` and `sections` are optional, as in `Preset`.
+
+    Raises:
+        ValueError: an unknown name, or a class that lacks a member of the contract; the message names it.
+    """
+    if isinstance(name, str) and name in PRESETS:
+        return PRESETS[name]
+    if not is_import_path(name):
+        close = difflib.get_close_matches(str(name), PRESETS, n=1, cutoff=0.5)
+        meant = f"; did you mean {close[0]!r}?" if close else ""
+        known = ", ".join(PRESETS)
+        raise ValueError(f"unknown method {brief(name)}{meant}; known: {known}, or your own (mypaper.py:MyMethod)")
+    method = load_object(name, "method")
+    if not (isinstance(method, type) and issubclass(method, Method)):
+        raise CodeError(f"method={name} must be a subclass of fastnce.methods.Method")
+    missing = [f"{member}()" for member in REQUIRED if getattr(method, member) is getattr(Method, member)]
+    if missing:
+        raise CodeError(f"method={name} lacks {', '.join(missing)}: see fastnce.methods.Method")
+    options = getattr(method, "Options", None)
+    if not (isinstance(options, type) and is_dataclass(options)):
+        raise CodeError(f"method={name} needs a dataclass as its attribute Options, for the section loss")
+    check_kinds(options, f"{name.rpartition(':')[2]}.Options")
+    paper = getattr(method, "paper", "") or (method.__doc__ or name).strip().partition("\n")[0]
+    return Preset(method, options, paper, getattr(method, "sections", {}))

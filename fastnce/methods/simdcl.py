@@ -74,6 +74,8 @@ class SimDCL(DCLGAN):
     for fake_B, F5 for B, F6 for fake_A.
     """
 
+    Options = SimDCLOptions
+
     options: SimDCLOptions
 
     def __init__(self, options: SimDCLOptions, network: NetworkOptions):

@@ -40,6 +40,8 @@ class SinCUTOptions(CUTOptions):
 class SinCUT(CUT):
     """CUT with a gradient penalty on the discriminator and an L1 identity loss."""
 
+    Options = SinCUTOptions
+
     options: SinCUTOptions
 
     def __init__(self, options: SinCUTOptions, network: NetworkOptions):

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from ..config import from_dict
+from ..common.imports import is_import_path
+from ..config import build_method, from_dict
 from ..engine.checkpoint import open_checkpoint
 from ..engine.stored import follow, load_generators, using
 from ..networks.published import load_weights, network_from_weights, read_weights
@@ -23,6 +24,7 @@ def load_translator(
     tiles: Tiles = "auto",
     tile_size: int = 1024,
     say: Callable[[str], None] | None = None,
+    trust_code: bool = False,
 ) -> Translator:
     """A translator from a run's folder, a checkpoint's folder or a published `.pth` file.
 
@@ -30,6 +32,7 @@ def load_translator(
         source: the path; RUN/checkpoints/best and latest are followed.
         generator: which one of a method with two: "G_A" (A to B, the default) or "G_B".
         device, tiles, tile_size, say: as `Translator`.
+        trust_code: import classes of the user's own that the checkpoint names; importing runs their code.
 
     Raises:
         ValueError: nothing there, or not what it should be.
@@ -39,12 +42,15 @@ def load_translator(
         folder, state = open_checkpoint(source, ("generator.safetensors",))
         with using(folder):
             weights = load_generators(folder, state)
-            config = from_dict(state["config"])
+            config = from_dict(state["config"], trust_code=trust_code, generators_only=True)
         first = next(iter(weights))
         name = generator or first
         if name not in weights:
             raise ValueError(f"{folder}: no generator {name!r}, it holds {', '.join(weights)}")
-        network = config.network.build_generator(reverse=name != first)
+        if is_import_path(config.method):
+            network = build_method(config).generators()[name]
+        else:
+            network = config.network.build_generator(reverse=name != first)
         with using(folder):
             load_weights(network, weights[name], str(folder))
         translator = Translator(network, device, tiles=tiles, tile_size=tile_size, say=say)

@@ -363,7 +363,11 @@ def test_cut_with_attention_and_layer_temperatures():
         ("cut", {"nce_layers": [0, 99]}, "its layers are ascending positions from 0 to 31"),
         ("cut", {"nce_layers": [8, 4]}, "each larger than the one before"),
         ("cut", {"temperatures": [0.1]}, "empty or one a layer: 1 are given for 5"),
-        ("cut", {"weighting": "moco"}, 'loss.weighting must be one of "none", "monce", "hdce", not \'moco\''),
+        (
+            "cut",
+            ("cut", {"weighting": "moco"}, "or an import path such as mycode.py:Name, not 'moco'"),
+            'loss.weighting must be one of "none", "monce", "hdce", or an import path\'moco\'',
+        ),
         ("cut", {"selection": "entropy"}, "loss.selection must be one of"),
         ("cut", {"gan_mode": "wasserstein"}, "loss.gan_mode must be one of"),
         ("cyclegan", {"gan_mode": "wasserstein"}, "loss.gan_mode must be one of"),

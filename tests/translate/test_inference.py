@@ -15,7 +15,7 @@ from fastnce.common.streams import ProgressLine
 from fastnce.engine.memory import available_memory
 from fastnce.networks import ResnetGenerator, Restorer, UnetGenerator, init_weights
 from fastnce.networks.published import save_published
-from fastnce.translate import files
+from fastnce.translate import files, load_translator
 from fastnce.translate import translator as inference
 from fastnce.translate.files import translate_files
 from fastnce.translate.photographs import read_photograph

@@ -1,0 +1,68 @@
+"""A generator of your own: a small encoder and decoder whose features PatchNCE contrasts.
+
+fastnce train fastcut --data DIR --out RUN \\
+    network.generator=examples/own_generator.py:SmallGenerator loss.nce_layers=0,1,2
+python examples/own_generator.py                       # the same on small pictures, for three steps
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from pictures import SMALL, write_folders
+from torch import Tensor, nn
+
+from fastnce.config import resolve
+from fastnce.networks import InstanceNorm
+from fastnce.training import train_run
+from fastnce.translate import load_translator
+
+
+class SmallGenerator(nn.Module):
+    """Stages 0 to 2 encode, stage 3 decodes: see `fastnce.networks.Generator` for every member."""
+
+    factor = 2  # both sides of an image are multiples of this
+    features_repeat = True  # no dropout, no batch norm
+
+    def __init__(self, in_channels: int, out_channels: int, width: int):
+        super().__init__()
+        self.channels = [width, 2 * width, 2 * width]
+        self.stages = nn.ModuleList(
+            [
+                nn.Sequential(nn.Conv2d(in_channels, width, 7, padding=3), InstanceNorm(width), nn.ReLU()),
+                nn.Sequential(nn.Conv2d(width, 2 * width, 4, 2, padding=1), InstanceNorm(2 * width), nn.ReLU()),
+                nn.Sequential(nn.Conv2d(2 * width, 2 * width, 3, padding=1), InstanceNorm(2 * width), nn.ReLU()),
+                nn.Sequential(nn.ConvTranspose2d(2 * width, out_channels, 4, 2, padding=1), nn.Tanh()),
+            ]
+        )
+
+    def forward(self, x: Tensor, layers: Sequence[int] = (), encode_only: bool = False):
+        features = []
+        for position, stage in enumerate(self.stages):
+            x = stage(x)
+            if position in layers:
+                features.append(x)
+            if encode_only and len(features) == len(layers):
+                return features
+        return (x, features) if layers else x
+
+    def feature_channels(self, layers: Sequence[int]) -> list[int]:
+        if any(layer > 2 for layer in layers):
+            raise ValueError(f"SmallGenerator has the layers 0 to 2, not {max(layers)}")
+        return [self.channels[layer] for layer in layers]
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        data = write_folders(Path(folder) / "pictures")
+        own = [f"network.generator={Path(__file__)}:SmallGenerator", "loss.nce_layers=0,1,2"]
+        steps = train_run(resolve("fastcut", None, [*SMALL, f"data.dir={data}", *own]), Path(folder) / "run")
+        translator = load_translator(Path(folder) / "run", trust_code=True)
+        print(f"{steps} steps; a translator of {type(translator.generator).__name__}")
+        return steps
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""A weighting of your own: negatives count by how similar they are to the positive key, to a power.
+
+fastnce train fastcut --data DIR --out RUN \\
+    loss.weighting=examples/own_weighting.py:weight loss.weighting_options=power=2
+python examples/own_weighting.py                       # the same on small pictures, for three steps
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from pictures import SMALL, write_folders
+from torch import Tensor
+
+from fastnce.config import resolve
+from fastnce.nce import Weights
+from fastnce.training import train_run
+
+
+def weight(queries: Tensor, keys: Tensor, groups: int, *, power: float = 1.0) -> Weights:
+    """Add power * log((1 + k_i.k_j) / 2) to the logit of negative j of query i."""
+    grouped = keys.unflatten(0, (groups, -1))  # (groups, rows of a group, dim)
+    similarity = grouped @ grouped.mT
+    return Weights(pair_log_weight=power * ((1 + similarity) / 2).clamp_min(1e-6).log())
+
+
+def main() -> int:
+    here = f"loss.weighting={Path(__file__)}:weight"
+    with tempfile.TemporaryDirectory() as folder:
+        data = write_folders(Path(folder) / "pictures")
+        settings = [*SMALL, f"data.dir={data}", here, "loss.weighting_options=power=2.0", "loss.nce_layers=0,4,8"]
+        return train_run(resolve("fastcut", None, settings), Path(folder) / "run")
+
+
+if __name__ == "__main__":
+    main()
