@@ -38,7 +38,8 @@ def slug(heading: str) -> str:
 
 def test_the_architecture_names_every_file():
     named: dict[str, list[str]] = {}
-    for heading, body in re.findall(r"^### `([\w/]+)/`\n(.*?)(?=^#)", ARCHITECTURE.read_text(), re.MULTILINE | re.DOTALL):
+    text = ARCHITECTURE.read_text()
+    for heading, body in re.findall(r"^### `([\w/]+)/`\n(.*?)(?=^#)", text, re.MULTILINE | re.DOTALL):
         named[heading] = re.findall(r"^\| `(\w+\.py)` \|", body, re.MULTILINE)
     on_disk: dict[str, list[str]] = {}
     for path in (path for top in ("fastnce", "kernels") for path in (ROOT / top).rglob("*.py")):
