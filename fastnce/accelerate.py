@@ -32,6 +32,8 @@ from torch import Tensor, nn
 
 import fastnce
 
+__all__ = ["main", "patch"]
+
 USAGE = "usage: python -m fastnce.accelerate SCRIPT [arguments of the script]"
 
 
