@@ -35,6 +35,7 @@ from .engine.recompute import recompute_blocks
 from .engine.validate import Validation, find_validation
 from .methods import Method
 from .methods.presets import PRESETS
+from .translate.translator import Translator
 
 
 def train_run(config: Config, out: str | os.PathLike[str], *, quiet: bool = False) -> int:
@@ -147,7 +148,7 @@ def _open_validation(config: Config, device: torch.device, ranks: Ranks, quiet: 
     options = config.data
     pairs = find_validation(options.dir, options.validate, config.run.validate_pictures, options.rain_side)
     if pairs:
-        return Validation(pairs, config.network.in_channels, device, ranks, options.skip_bad)
+        return Validation(pairs, config.network.in_channels, device, Translator, ranks, options.skip_bad)
     if not quiet:
         show(f"nothing is validated: {config.data.dir}/test holds no pairs, and data.validate names none")
     return None

@@ -5,19 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from ..data import DataError
+from ..evaluate.pairs import Pair, check_rain_side, find_pairs
 from ..evaluate.quality import KEYS, DerainingMetrics
 from ..methods.base import Method
 from .distributed import Ranks
 
-if TYPE_CHECKING:
-    from ..evaluate.pairs import Pair
+Translate = Callable[[Tensor], Tensor]
+"""Images (images, channels, height, width) in [-1, 1] to as many of the same size."""
 
 MEASURE = "psnr_y"
 """Decides which checkpoint is the best."""
@@ -38,8 +40,6 @@ def find_validation(data: str, validate: str, limit: int = 0, rain_side: str = "
     Raises:
         DataError: `validate` names a folder that does not pair.
     """
-    from ..evaluate.pairs import check_rain_side, find_pairs
-
     check_rain_side(rain_side)
     if validate:
         pairs = find_pairs(validate, rain_side)
@@ -64,6 +64,8 @@ class Validation:
         pairs: as `find_validation` gives.
         channels: of the method's pictures, 1 or 3.
         device: where the generator computes.
+        translator: makes a function that translates images from a generator and the device, such as
+            `fastnce.translate.Translator`.
         ranks: the processes that share the work.
         skip_bad: leave out a pair that cannot be read.
     """
@@ -73,13 +75,14 @@ class Validation:
         pairs: Sequence[Pair],
         channels: int,
         device: torch.device,
+        translator: Callable[[nn.Module, torch.device], Translate],
         ranks: Ranks | None = None,
         skip_bad: bool = False,
     ):
         if pairs and channels not in (1, 3):
             raise ValueError(f"run.validate_every measures pictures of 1 or 3 channels, not {channels}: set it to 0")
         self.pairs, self.channels, self.device = list(pairs), channels, device
-        self.ranks, self.skip_bad = ranks or Ranks(), skip_bad
+        self.translator, self.ranks, self.skip_bad = translator, ranks or Ranks(), skip_bad
         self.sizes = {p.name: (p.rainy.stat().st_size, p.clean.stat().st_size) for p in self.pairs}
         self.inputs: dict[str, float] = {}
         self.latest: dict[str, float] = {}
@@ -106,19 +109,17 @@ class Validation:
 
         The method is left in evaluation mode.
         """
-        from ..translate.translator import Translator  # which reads configurations, which name the engine's options
-
         began = time.monotonic()
         method.eval()
         generator = next(iter(method.generators().values()))
-        self.latest = self._measure(Translator(generator, self.device))
+        self.latest = self._measure(self.translator(generator, self.device))
         self.latest["seconds"] = time.monotonic() - began
         better = self.latest[MEASURE] > self.best
         if better:
             self.best = self.latest[MEASURE]
         return better
 
-    def _measure(self, translate: Any) -> dict[str, float]:
+    def _measure(self, translate: Translate | None) -> dict[str, float]:
         """Means over the pairs; DataError where one cannot be read and `skip_bad` is off, on every rank."""
         metrics = DerainingMetrics()
         table = torch.zeros(len(self.pairs), len(KEYS) + 1, dtype=torch.float64)  # a row a pair, 1 where it was read

@@ -420,7 +420,7 @@ def test_right_sizes_pass():
 
 
 def test_table_names_every_preset(capsys):
-    assert table.main() == 0
+    assert table.main([]) == 0
     printed = capsys.readouterr().out
     assert all(f"\n{name}\n" in f"\n{printed}" for name in PRESETS)
     assert "G 11,378,179, F 560,384, D 2,764,737" in printed
