@@ -32,6 +32,7 @@ from fastnce.evaluate.quality import KEYS, DerainingMetrics
 from fastnce.methods import Batch, Draws, Group, Method, NetworkOptions, Phase
 from fastnce.training import train_run
 from fastnce.translate.load import load_translator
+from fastnce.translate.translator import Translator
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -176,7 +177,7 @@ def run_one(args: argparse.Namespace, name: str, seed: int, folder: Path) -> dic
         pairs = find_validation("", str(args.pairs), len(list((args.train / "trainA").iterdir())))
         data = PairedCrops(pairs, int(str(config.data.crop_size)), config.data.batch, seed)
         held_out = find_validation("", config.data.validate, args.held_out)
-        validation = Validation(held_out, 3, torch.device("cpu"))
+        validation = Validation(held_out, 3, torch.device("cpu"), Translator)
         settings = {"config": config.as_dict(), "quiet": True, "validation": validation}
         train(method, data, config.optim, config.run, folder, **settings)
     else:

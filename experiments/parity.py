@@ -37,6 +37,7 @@ from fastnce.engine.step import Step
 from fastnce.engine.validate import Validation, find_validation
 from fastnce.methods import Batch, NetworkOptions
 from fastnce.methods.presets import PRESETS
+from fastnce.translate.translator import Translator
 
 AGAIN = "fp32 again"
 """Float32 with other patch locations: how far two runs of one precision are from each other."""
@@ -58,7 +59,7 @@ def train(name: str, args: argparse.Namespace, data: UnpairedData, device: torch
     graph, compiled = pick_graph(args.graph, device), pick_compile(args.compile, device)
     step = Step(method, OptimOptions(**preset.sections.get("optim", {})), precision, compiled, graph=graph)
     pairs = find_validation("", args.pairs) if args.pairs else []
-    held_out = Validation(pairs, 3, device) if pairs else None
+    held_out = Validation(pairs, 3, device, Translator) if pairs else None
     rows: Rows = []
     for number in range(args.steps):
         rng = random.Random(f"{args.seed}/{number}")

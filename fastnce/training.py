@@ -34,7 +34,9 @@ from .engine.memory import check_room, keep_freed_memory, out_of_memory, too_lar
 from .engine.progress import check_batch, check_pictures
 from .engine.recompute import recompute_blocks
 from .engine.validate import Validation, find_validation
+from .evaluate.metrics import find_metric
 from .methods import Method
+from .translate.translator import Translator
 
 
 def train_run(config: Config, out: str | os.PathLike[str], *, quiet: bool = False) -> int:
@@ -146,12 +148,17 @@ def _check_memory(config: Config, device: torch.device) -> None:
 def _open_validation(config: Config, device: torch.device, ranks: Ranks, quiet: bool) -> Validation | None:
     if not config.run.validate_every:
         return None
-    options = config.data
-    pairs = find_validation(options.dir, options.validate, config.run.validate_pictures, options.rain_side)
+    options, metric = config.data, find_metric(config.run.metric)
+    pairs = (
+        []
+        if not (options.dir or options.validate)
+        else find_validation(options.dir, options.validate, config.run.validate_pictures, options.rain_side)
+    )
     if pairs:
-        return Validation(pairs, config.network.in_channels, device, ranks, options.skip_bad)
+        return Validation(pairs, config.network.in_channels, device, Translator, ranks, options.skip_bad, metric)
     if not quiet:
-        show(f"nothing is validated: {config.data.dir}/test holds no pairs, and data.validate names none")
+        where = f"{options.dir}/test holds no pairs" if options.dir else "there is no data.dir"
+        show(f"nothing is validated: {where}, and data.validate names none")
     return None
 
 

@@ -5,22 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from ..data import DataError
+from ..evaluate.metrics import PSNR_Y, Metric, measured
+from ..evaluate.pairs import Pair, check_rain_side, find_pairs
 from ..evaluate.quality import KEYS, DerainingMetrics
 from ..methods.base import Method
 from .distributed import Ranks
 
-if TYPE_CHECKING:
-    from ..evaluate.pairs import Pair
-
-MEASURE = "psnr_y"
-"""Decides which checkpoint is the best."""
+Translate = Callable[[Tensor], Tensor]
+"""Images (images, channels, height, width) in [-1, 1] to as many of the same size."""
 
 
 def find_validation(data: str, validate: str, limit: int = 0, rain_side: str = "right") -> list[Pair]:
@@ -38,8 +38,6 @@ def find_validation(data: str, validate: str, limit: int = 0, rain_side: str = "
     Raises:
         DataError: `validate` names a folder that does not pair.
     """
-    from ..evaluate.pairs import check_rain_side, find_pairs
-
     check_rain_side(rain_side)
     if validate:
         pairs = find_pairs(validate, rain_side)
@@ -64,8 +62,11 @@ class Validation:
         pairs: as `find_validation` gives.
         channels: of the method's pictures, 1 or 3.
         device: where the generator computes.
+        translator: makes a function that translates images from a generator and the device, such as
+            `fastnce.translate.Translator`.
         ranks: the processes that share the work.
         skip_bad: leave out a pair that cannot be read.
+        metric: decides which checkpoint is the best.
     """
 
     def __init__(
@@ -73,13 +74,17 @@ class Validation:
         pairs: Sequence[Pair],
         channels: int,
         device: torch.device,
+        translator: Callable[[nn.Module, torch.device], Translate],
         ranks: Ranks | None = None,
         skip_bad: bool = False,
+        metric: Metric = PSNR_Y,
     ):
         if pairs and channels not in (1, 3):
             raise ValueError(f"run.validate_every measures pictures of 1 or 3 channels, not {channels}: set it to 0")
         self.pairs, self.channels, self.device = list(pairs), channels, device
-        self.ranks, self.skip_bad = ranks or Ranks(), skip_bad
+        self.translator, self.ranks, self.skip_bad = translator, ranks or Ranks(), skip_bad
+        self.metric = metric
+        self.columns = KEYS if metric.name in KEYS else (*KEYS, metric.name)
         self.sizes = {p.name: (p.rainy.stat().st_size, p.clean.stat().st_size) for p in self.pairs}
         self.inputs: dict[str, float] = {}
         self.latest: dict[str, float] = {}
@@ -106,22 +111,21 @@ class Validation:
 
         The method is left in evaluation mode.
         """
-        from ..translate.translator import Translator  # which reads configurations, which name the engine's options
-
         began = time.monotonic()
         method.eval()
         generator = next(iter(method.generators().values()))
-        self.latest = self._measure(Translator(generator, self.device))
+        self.latest = self._measure(self.translator(generator, self.device))
         self.latest["seconds"] = time.monotonic() - began
-        better = self.latest[MEASURE] > self.best
+        value = self.latest[self.metric.name] * (1 if self.metric.higher_is_better else -1)
+        better = value > self.best
         if better:
-            self.best = self.latest[MEASURE]
+            self.best = value
         return better
 
-    def _measure(self, translate: Any) -> dict[str, float]:
+    def _measure(self, translate: Translate | None) -> dict[str, float]:
         """Means over the pairs; DataError where one cannot be read and `skip_bad` is off, on every rank."""
         metrics = DerainingMetrics()
-        table = torch.zeros(len(self.pairs), len(KEYS) + 1, dtype=torch.float64)  # a row a pair, 1 where it was read
+        table = torch.zeros(len(self.pairs), len(self.columns) + 1, dtype=torch.float64)  # 1 where a pair was read
         reasons: dict[int, str] = {}
         with self.ranks.together(self.device):
             for place in range(self.ranks.rank, len(self.pairs), self.ranks.world):
@@ -132,14 +136,17 @@ class Validation:
                         raise
                     reasons[place] = str(error)
                     continue
-                (row,) = metrics.update(rainy if translate is None else translate(rainy), clean)
-                table[place] = torch.tensor([*(row[key] for key in KEYS), 1.0], dtype=torch.float64)
+                output = rainy if translate is None else translate(rainy)
+                (row,) = metrics.update(output, clean)
+                if self.metric.measure is not None:
+                    row = row | {self.metric.name: measured(self.metric, output, clean)}
+                table[place] = torch.tensor([*(row[key] for key in self.columns), 1.0], dtype=torch.float64)
         if self.ranks.world > 1:
             table = (self.ranks.mean(table.to(self.device)) * self.ranks.world).cpu()
         read = table[:, -1] > 0.5
         if not read.all():
             self._leave_out(read.tolist(), reasons)
-        return dict(zip(KEYS, table[read, :-1].mean(dim=0).tolist(), strict=True))
+        return dict(zip(self.columns, table[read, :-1].mean(dim=0).tolist(), strict=True))
 
     def _leave_out(self, read: list[bool], reasons: dict[int, str]) -> None:
         lost = [place for place, one in enumerate(read) if not one]
@@ -167,12 +174,17 @@ class Validation:
         """The latest values for the progress line; empty before the first."""
         if not self.latest:
             return ""
-        gain = self.latest[MEASURE] - self.inputs[MEASURE]
-        return f"held out {self.latest[MEASURE]:.2f} dB ({gain:+.2f}) / {self.latest['ssim_y']:.4f}"
+        gain = self.latest["psnr_y"] - self.inputs["psnr_y"]
+        own = (
+            ""
+            if self.metric.name in ("psnr_y", "ssim_y")
+            else f", {self.metric.name} {self.latest[self.metric.name]:.4g}"
+        )
+        return f"held out {self.latest['psnr_y']:.2f} dB ({gain:+.2f}) / {self.latest['ssim_y']:.4f}{own}"
 
     def state(self) -> dict[str, Any]:
         """What is written beside a checkpoint that was just measured."""
-        return {"pairs": self.digest(), **{key: self.latest[key] for key in KEYS}}
+        return {"pairs": self.digest(), **{key: self.latest[key] for key in self.columns}}
 
     def resume(self, stored: dict[str, Any] | None) -> str:
         """Take over the best checkpoint's `state`; returns a sentence where its value does not count any more."""
@@ -180,5 +192,7 @@ class Validation:
             return ""
         if stored["pairs"] != self.digest():
             return "the best checkpoint was measured on other pictures: a new best is looked for"
-        self.best = stored[MEASURE]
+        if self.metric.name not in stored:
+            return f"the best checkpoint was not measured by {self.metric.name}: a new best is looked for"
+        self.best = stored[self.metric.name] * (1 if self.metric.higher_is_better else -1)
         return ""

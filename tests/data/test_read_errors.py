@@ -19,6 +19,7 @@ from fastnce.engine.checkpoint import Checkpoints
 from fastnce.engine.step import Step
 from fastnce.engine.validate import Validation
 from fastnce.evaluate.pairs import find_pairs
+from fastnce.translate.translator import Translator
 from tests.ends import one_sentence, tiny, write
 
 CPU = torch.device("cpu")
@@ -108,7 +109,7 @@ def psnr(pairs) -> float:
 @pytest.mark.parametrize("half", ["rainy", "clean"])
 def test_what_is_measured_without_a_pair(half, pictures):
     pairs = find_pairs(pictures)
-    validation = Validation(pairs, 3, CPU, skip_bad=True)
+    validation = Validation(pairs, 3, CPU, Translator, skip_bad=True)
     before, whole = validation.digest(), psnr(pairs)
     validation.measure_inputs()
     assert validation.inputs["psnr_rgb"] == pytest.approx(whole, abs=1e-4)

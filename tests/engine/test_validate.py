@@ -23,6 +23,7 @@ from fastnce.evaluate.pairs import find_pairs
 from fastnce.methods import CUT, CUTOptions, NetworkOptions
 from fastnce.training import train_run
 from fastnce.translate.load import load_translator
+from fastnce.translate.translator import Translator
 
 SMALL = [
     "network.generator=restorer",
@@ -123,7 +124,7 @@ class Scripted(Validation):
     values: ClassVar = [20.0, 23.0, 21.0, 22.0, 19.0, 24.0]
 
     def __init__(self):
-        super().__init__([], 3, torch.device("cpu"))
+        super().__init__([], 3, torch.device("cpu"), Translator)
 
     def digest(self) -> str:
         return "scripted"
@@ -235,7 +236,7 @@ def test_no_pairs_is_said(rainy_set, tmp_path, capsys):
 def test_ranks_share_the_pairs(rainy_set):
     """Two ranks measure different pairs, which make up the whole."""
     pairs = find_pairs(rainy_set)
-    alone = Validation(pairs, 3, torch.device("cpu"))
+    alone = Validation(pairs, 3, torch.device("cpu"), Translator)
     alone.measure_inputs()
     tables = []
 
@@ -248,7 +249,7 @@ def test_ranks_share_the_pairs(rainy_set):
             return sum(tables) / 2
 
     for rank in (0, 1):  # the second one adds what the first one has measured
-        shared = Validation(pairs, 3, torch.device("cpu"), Half(rank, 2))
+        shared = Validation(pairs, 3, torch.device("cpu"), Translator, Half(rank, 2))
         shared.measure_inputs()
     assert shared.inputs == pytest.approx(alone.inputs)
     assert [(table != 0).any(dim=1).tolist() for table in tables] == [[True, False, True], [False, True, False]]
@@ -256,4 +257,4 @@ def test_ranks_share_the_pairs(rainy_set):
 
 def test_five_channels_are_refused(rainy_set):
     with pytest.raises(ValueError, match="1 or 3 channels"):
-        Validation(find_pairs(rainy_set), 5, torch.device("cpu"))
+        Validation(find_pairs(rainy_set), 5, torch.device("cpu"), Translator)

@@ -1,0 +1,81 @@
+"""The measure that decides which checkpoint of a run is the best: by name, or a user's own function.
+
+To add one, write its function here and its line in `METRICS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..common.imports import CodeError, is_import_path, load_object
+from .quality import KEYS
+
+
+class Metric(NamedTuple):
+    """A measure of an output against its truth.
+
+    name: of the column in metrics.jsonl.
+    measure: (output, truth) -> number, both float32 (1, channels, height, width) in [-1, 1] on the CPU. None for the
+        keys of `DerainingMetrics`, which are measured anyway.
+    higher_is_better: the direction; a function of one's own says False by an attribute `lower_is_better = True`.
+    """
+
+    name: str
+    measure: Callable[[Tensor, Tensor], Any] | None = None
+    higher_is_better: bool = True
+
+
+PSNR_Y = Metric("psnr_y")
+
+
+def l1(output: Tensor, truth: Tensor) -> float:
+    """Mean absolute difference of levels, 0 to 255."""
+    return float((output - truth).abs().mean() * 127.5)
+
+
+l1.lower_is_better = True  # type: ignore[attr-defined]
+
+METRICS: dict[str, Callable[[Tensor, Tensor], Any]] = {"l1": l1}
+
+METRIC_NAMES = (*KEYS, *METRICS)
+METRIC_HELP = (
+    "which measure of held-out pairs decides what the best checkpoint is: psnr_y, ssim_y, psnr_rgb, ssim_rgb, l1, or a "
+    "function of yours (mymetrics.py:distance)"
+)
+
+
+def find_metric(name: str) -> Metric:
+    """The metric of this name.
+
+    Args:
+        name: one of `METRIC_NAMES`, or the import path of a function (output, truth) -> number.
+
+    Raises:
+        CodeError: the function cannot be imported, or fails on two equal images.
+    """
+    if name in KEYS:
+        return Metric(name)
+    function = load_object(name, "run.metric") if is_import_path(name) else METRICS[name]
+    if not callable(function):
+        raise CodeError(f"run.metric={name} must be a function (output, truth) -> number")
+    metric = Metric(name.rpartition(":")[2], function, not getattr(function, "lower_is_better", False))
+    measured(metric, *torch.zeros(2, 1, 3, 64, 64))
+    return metric
+
+
+def measured(metric: Metric, output: Tensor, truth: Tensor) -> float:
+    """What a metric's own function makes of two images, as a float.
+
+    Raises:
+        CodeError: it fails, or returns no number.
+    """
+    assert metric.measure is not None
+    try:
+        return float(metric.measure(output, truth))
+    except Exception as error:
+        sizes = f"images {tuple(output.shape)}"
+        raise CodeError(f"run.metric: {metric.name} fails on two {sizes}: {type(error).__name__}: {error}") from error
