@@ -322,6 +322,9 @@ def drawn_rows(generator: nn.Module, layers: Sequence[int], patches: int, sizes:
     rows = {}
     for height, width in extremes(sizes):
         maps = trace_shapes(generator, 1, height, width, layers=layers, encode_only=True)
+        channels, found = generator.feature_channels(layers), [m.shape[1] for m in maps]  # type: ignore[operator]
+        if found != list(channels):
+            raise ValueError(f"feature_channels gives {channels}, and the feature maps have {found} channels")
         locations = [m.shape[2] * m.shape[3] for m in maps]
         rows[sizes[height, width]] = [min(n, patches or n) for n in locations]
     return rows

@@ -69,7 +69,7 @@ def _value(text: str) -> Any:
 
 def _try(name: str, weighting: Weighting) -> None:
     """Call it once on two groups of four rows, so that a wrong one is refused before training."""
-    groups, size, dim = 2, 4, 8
+    groups, size, dim = 2, 4, 6
     generator = torch.Generator().manual_seed(0)
     with torch.device("cpu"), torch.no_grad():
         rows = torch.randn(2, groups * size, dim, generator=generator)

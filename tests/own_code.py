@@ -1,0 +1,230 @@
+"""A user's own code, right and wrong, for the tests of import paths."""
+
+import pytest
+
+from fastnce.commands.main import main
+
+SMALL = [
+    "data.load_size=36",
+    "data.crop_size=32",
+    "network.generator=resnet_4blocks",
+    "network.width=2",
+    "network.discriminator_width=2",
+    "loss.projection=8",
+    "loss.patches=16",
+    "run.steps=2",
+    "run.sample_every=0",
+    "run.monitor_every=0",
+]
+
+CODE = '''
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import nn
+
+from fastnce.methods import CUT, CUTOptions, Group, Method, Phase, option
+from fastnce.nce import Weights
+
+
+@dataclass
+class KeepOptions:
+    strength: float = option(3.0, "weight of the L1 distance: keeps the input", low=0)
+    kind: Literal["plain", "square"] = option("plain", "of the distance")
+
+
+class Keep(Method):
+    """An autoencoder."""
+
+    Options = KeepOptions
+    sections = {"optim": {"lr": 0.001}}
+
+    def __init__(self, options, network):
+        super().__init__()
+        self.options = options
+        self.generator = network.build_generator()
+
+    def generators(self):
+        return {"Gen": self.generator}
+
+    def groups(self):
+        return {"G": Group((self.generator,))}
+
+    def phases(self):
+        return (Phase(self.loss, ("G",)),)
+
+    def generate(self, batch, draws):
+        return {"fake": self.generator(batch.a)}
+
+    def loss(self, batch, outputs, draws):
+        loss = self.options.strength * (outputs["fake"] - batch.a).abs().mean()
+        return loss, {"keep": loss}
+
+    def translate(self, a):
+        return self.generator(a)
+
+
+class NoPhases(Keep):
+    phases = Method.phases
+    translate = Method.translate
+
+
+@dataclass
+class OddOptions(CUTOptions):
+    table: dict = field(default_factory=dict)
+
+
+class Odd(CUT):
+    Options = OddOptions
+
+
+class Unbuilt(Keep):
+    def __init__(self, options, network):
+        raise TypeError("no luck")
+
+
+class Net(nn.Module):
+    factor = 2
+
+    def __init__(self, in_channels, out_channels, width, norm="instance"):
+        super().__init__()
+        self.norm = norm
+        self.first = nn.Conv2d(in_channels, width, 3, padding=1)
+        self.last = nn.Conv2d(width, out_channels, 3, padding=1)
+
+    def forward(self, x, layers=(), encode_only=False):
+        features = self.first(x)
+        if encode_only:
+            return [features]
+        output = self.last(features).tanh()
+        return (output, [features]) if layers else output
+
+
+class FeatureNet(Net):
+    def feature_channels(self, layers):
+        return [self.first.out_channels for _ in layers]
+
+
+class WrongFeatures(Net):
+    def feature_channels(self, layers):
+        return [5 for _ in layers]
+
+
+class Plain(Net):
+    def forward(self, x):
+        return super().forward(x)
+
+
+class Halving(Net):
+    def forward(self, x, layers=(), encode_only=False):
+        return super().forward(x, layers, encode_only)[..., ::2]
+
+
+class Failing(Net):
+    def __init__(self, in_channels, out_channels, width):
+        raise KeyError("weights")
+
+
+class Judge(nn.Module):
+    def __init__(self, in_channels, width):
+        super().__init__()
+        self.model = nn.Conv2d(in_channels, 1, 4, stride=4)
+
+    def forward(self, x):
+        return self.model(x)
+
+
+class Mute(Judge):
+    def forward(self, x):
+        return None
+
+
+def weight(queries, keys, groups, *, power: float = 1.0, hard=True):
+    grouped = keys.unflatten(0, (groups, -1))
+    return Weights(pair_log_weight=power * (grouped @ grouped.mT))
+
+
+def no_weights(queries, keys, groups):
+    return queries
+
+
+def wrong_shape(queries, keys, groups):
+    return Weights(pair_weight=torch.ones(3, 3))
+
+
+def broken(queries, keys, groups):
+    return queries @ keys
+
+
+class Data:
+    steps_per_epoch = 4
+
+    def __init__(self, options, *, channels, seed, rank, world, device):
+        self.options, self.channels, self.device = options, channels, device
+
+    def batch(self, step, *, decaying=False):
+        generator = torch.Generator().manual_seed(step)
+        shape = 2, self.options.batch, self.channels, 32, 32
+        a, b = torch.rand(shape, generator=generator) * 2 - 1
+        return a.to(self.device), b.to(self.device)
+
+    def samples(self, count):
+        return self.batch(0)
+
+    def digest(self):
+        return "noise"
+
+
+class Silent(Data):
+    digest = property()
+
+
+class OddSize(Data):
+    def batch(self, step, *, decaying=False):
+        return tuple(one[..., :31] for one in super().batch(step))
+
+
+class OneDomain(Data):
+    def batch(self, step, *, decaying=False):
+        return super().batch(step)[0]
+
+
+def darkness(output, truth):
+    return output.mean()
+
+
+darkness.lower_is_better = True
+
+
+def numberless(output, truth):
+    return output
+
+
+NOT_CALLABLE = 3
+'''
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A working folder with the code above."""
+    (tmp_path / "mine.py").write_text(CODE)
+    (tmp_path / "bad.py").write_text("import torch\nx = 1 / 0\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def said(capsys) -> str:
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("fastnce: ")
+    return line.removeprefix("fastnce: ")
+
+
+def refused(capsys, *arguments: str) -> str:
+    assert main([*arguments]) == 2
+    return said(capsys)
+
+
+def train(folder, here, method, *settings, out="run", steps=2) -> int:
+    options = [s for s in SMALL if not (method.endswith("Keep") and s.startswith("loss."))]
+    return main(["train", method, "--data", str(folder), "--out", str(here / out), *options, *settings])
