@@ -11,7 +11,7 @@ from fastnce.commands.main import main
 from fastnce.config import resolve
 from fastnce.training import train_run
 from fastnce.translate import load_translator
-from tests.own_code import CODE, SMALL, here, refused, train  # noqa: F401
+from tests.doors.own_code import CODE, SMALL, refused, train
 
 
 def test_a_method_trains_continues_and_translates(folder, here, capsys):

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from fastnce.commands.main import main
 from fastnce.methods.weighting import find_weighting
-from tests.own_code import CODE, SMALL, here, refused, train  # noqa: F401
+from tests.doors.own_code import SMALL, refused, train
 
 
 @pytest.mark.parametrize("method", ["fastcut", "dclgan", "dcdgan"])

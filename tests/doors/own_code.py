@@ -1,7 +1,5 @@
 """A user's own code, right and wrong, for the tests of import paths."""
 
-import pytest
-
 from fastnce.commands.main import main
 
 SMALL = [
@@ -203,15 +201,6 @@ def numberless(output, truth):
 
 NOT_CALLABLE = 3
 '''
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """A working folder with the code above."""
-    (tmp_path / "mine.py").write_text(CODE)
-    (tmp_path / "bad.py").write_text("import torch\nx = 1 / 0\n")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def said(capsys) -> str:
