@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..data.augment import PINNED
-from ..methods.base import Phase
+from ..methods.base import Losses, Phase
 from .optim import ParameterGroup
 
 Gradients = tuple[Tensor | None, ...]
@@ -63,6 +63,26 @@ class Updates:
                 self.update(group, own, bad, self.scale)
         self.waiting = []
         return bad
+
+
+def run_phases(
+    phases: Sequence[Phase], updates: Updates, differentiate: Callable[[Phase], tuple[Gradients, Losses]]
+) -> tuple[Losses, Tensor]:
+    """Differentiate each phase's loss and update its groups, in the paper's order.
+
+    Args:
+        differentiate: returns the gradients of a phase's groups and the losses that it logs.
+
+    Returns:
+        the logged losses, and whether a gradient was not finite, () bool.
+    """
+    losses: Losses = {}
+    for phase in phases:
+        updates.before(phase)
+        gradients, logged = differentiate(phase)
+        updates.add(phase, gradients)
+        losses |= {name: value.detach() for name, value in logged.items()}
+    return losses, updates.apply()
 
 
 def early_groups(phases: Sequence[Phase]) -> list[str]:

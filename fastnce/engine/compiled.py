@@ -6,17 +6,13 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch._functorch.config
 from torch import Tensor
 
 from ..methods.base import Batch, Draws, Losses
-from .optim import ParameterGroup
-
-if TYPE_CHECKING:
-    from .step import Step
 
 
 def _backward_now() -> AbstractContextManager:
@@ -82,44 +78,41 @@ TRACES_GRADIENTS = "trace_autograd_ops"
 """The compiler's setting that lets it trace `torch.autograd.grad`; PyTorch 2.11 and 2.13 have it."""
 
 
+def whole_obstacle() -> str:
+    """Why this PyTorch cannot compile a step as one graph, as a clause; empty if it can."""
+    import torch._dynamo.config
+
+    return (
+        ""
+        if hasattr(torch._dynamo.config, TRACES_GRADIENTS)
+        else f"PyTorch {torch.__version__} does not trace gradients"
+    )
+
+
+StepFunction = Callable[[Batch, Draws], tuple[Losses, Tensor]]
+"""Updates every network; returns the losses, and whether a gradient was not finite, () bool."""
+
+
 class CompiledWhole:
-    """The step as one graph: generate, every phase's loss, its gradients (traced, not recorded for later) and Adam.
+    """A step as one graph: generate, every phase's loss, its gradients (traced, not recorded for later) and Adam.
 
     The compiler sees which maps are needed when, across forward and backward; there is nothing between its kernels.
-    Moments, counts and weights are those that the uncompiled step would change, so the two continue each other.
 
     Args:
-        step: whose method, groups and loss scale to use.
+        traced: the step in operations that the compiler can trace. It must change the same tensors as `launched`, so
+            that the two can continue each other.
+        launched: the same step for a call in which the compiler refuses `traced`.
         backend: of `torch.compile`.
     """
 
-    def __init__(self, step: Step, backend: str):
-        self.step = step
-        self.phases = step.method.phases()
-        for group in step.groups.values():
-            group.prepare()
-        self.compiled = torch.compile(self._trace, fullgraph=True, dynamic=False, backend=backend)
+    def __init__(self, traced: StepFunction, launched: StepFunction, backend: str):
+        self.launched = launched
+        self.compiled: StepFunction = torch.compile(traced, fullgraph=True, dynamic=False, backend=backend)
         self.seconds = 0.0
         """What the first call took: compiling, most of all."""
         self.kinds: set[bool] = set()
         self.usable = True
         """False once the compiler has refused it; the caller then takes the other form."""
-
-    @classmethod
-    def of(cls, step: Step, backend: str) -> CompiledWhole | None:
-        """None, and one warning, where the step cannot be one graph."""
-        import torch._dynamo.config
-
-        reason = ""
-        if not hasattr(torch._dynamo.config, TRACES_GRADIENTS):
-            reason = f"PyTorch {torch.__version__} does not trace gradients"
-        elif step.ranks.world > 1:
-            reason = "several ranks exchange gradients in it"
-        elif step.options.accumulate > 1:
-            reason = f"it is computed in optim.accumulate={step.options.accumulate} parts"
-        if reason:
-            warnings.warn(f"the step is compiled in parts, not whole: {reason}", stacklevel=3)
-        return None if reason else cls(step, backend)
 
     def __call__(self, batch: Batch, draws: Draws) -> tuple[Losses, Tensor]:
         """Update every network; returns losses, and whether a gradient was not finite, () bool."""
@@ -134,7 +127,7 @@ class CompiledWhole:
                 raise
             warnings.warn(f"the step is compiled in parts, not whole: {_reason(error)}", stacklevel=2)
             self.usable = False
-        return self.step._at_once(batch, draws)
+        return self.launched(batch, draws)
 
     def _compiled(self, batch: Batch, draws: Draws) -> tuple[Losses, Tensor]:
         """The setting that compiling needs costs a fraction of a millisecond: known kinds do without."""
@@ -147,19 +140,3 @@ class CompiledWhole:
         # a new kind; or a known one that is compiled anew, which has not run by the time it fails
         with torch._dynamo.config.patch({TRACES_GRADIENTS: True}):
             return self.compiled(batch, draws)
-
-    def _trace(self, batch: Batch, draws: Draws) -> tuple[Losses, Tensor]:
-        step = self.step
-        losses: Losses = {}
-        updates = step.updates(ParameterGroup.update_traced)
-        with step.autocast():
-            outputs = step.method.generate(batch, draws)
-        for phase in self.phases:
-            updates.before(phase)
-            with step.autocast():
-                loss, logged = phase.loss(batch, outputs, draws)
-            parameters = [p for name in phase.groups for p in step.groups[name].parameters]
-            loss = loss if step.loss_scale is None else loss * step.loss_scale.scale
-            updates.add(phase, torch.autograd.grad(loss, parameters, allow_unused=True))
-            losses |= {name: value.detach() for name, value in logged.items()}
-        return losses, updates.apply()

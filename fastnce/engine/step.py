@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,16 +13,25 @@ from torch import Tensor, nn
 from ..methods.base import Batch, Draws, Losses, Method, Outputs, Phase
 from ..networks import channels_last
 from . import accumulate
-from .bad_steps import Updates, early_groups
+from .bad_steps import Gradients, Updates, early_groups, run_phases
 from .choices import PRECISIONS, pick_layout
-from .compiled import Compiled, CompiledWhole
+from .compiled import Compiled, CompiledWhole, whole_obstacle
 from .cudagraph import CudaRecorder, Graphs, Recorder, library_settings
 from .distributed import Ranks
 from .kept import Kept
 from .optim import LossScale, ParameterGroup, WeightAverage
 from .options import OptimOptions
 from .recompute import recompute_blocks
+from .training_state import TrainingState
 from .weights import converted_weights
+
+
+class TrainedParameters(NamedTuple):
+    """The parameters of a phase's groups and of all others, and whether its own include a generator's."""
+
+    own: list[nn.Parameter]
+    others: list[nn.Parameter]
+    generators: bool
 
 
 class Step:
@@ -74,7 +84,7 @@ class Step:
             name: ParameterGroup(group.modules, group.lr or options.lr, group.betas or betas)
             for name, group in method.groups().items()
         }
-        self.phases = method.phases()
+        self.phases = self._uncompiled = method.phases()
         self._early = [self.groups[name] for name in early_groups(self.phases)]
         self._with_state = [*method.networks().values(), *method.extra_state_modules().values()]
         self.generate: Callable[[Batch, Draws], Outputs] = method.generate
@@ -90,14 +100,29 @@ class Step:
         self.averages = (
             {name: WeightAverage(net, options.ema) for name, net in generators.items()} if options.ema else {}
         )
-        self._made_by = {id(p) for net in self._generators for p in net.parameters()}
-        self.whole = CompiledWhole.of(self, backend) if compile == "whole" else None
+        self._trained = {phase.groups: self._trained_by(phase) for phase in self.phases}
+        self._tensors = TrainingState(method, self.groups, self.averages, self.loss_scale, self.bad_steps)
+        self.whole = self._compile_whole(backend) if compile == "whole" else None
         if compile:
             self.generate = Compiled(method.generate, backend)
             self.phases = tuple(phase._replace(loss=Compiled(phase.loss, backend)) for phase in self.phases)
         recorder = CudaRecorder(device) if graph is True else graph
         self._buffers = [module._buffers for module in method.modules() if module._buffers]
         self.graphs = Graphs(self.compute, recorder, self._settings, self._places, self.layout) if recorder else None
+
+    def _compile_whole(self, backend: str) -> CompiledWhole | None:
+        """None, and one warning, where the step cannot be one graph."""
+        reason = whole_obstacle()
+        if not reason and self.ranks.world > 1:
+            reason = "several ranks exchange gradients in it"
+        if not reason and self.options.accumulate > 1:
+            reason = f"it is computed in optim.accumulate={self.options.accumulate} parts"
+        if reason:
+            warnings.warn(f"the step is compiled in parts, not whole: {reason}", stacklevel=3)
+            return None
+        for group in self.groups.values():
+            group.prepare()
+        return CompiledWhole(self._traced, self._at_once, backend)
 
     @property
     def compile_seconds(self) -> float:
@@ -175,23 +200,32 @@ class Step:
             return nullcontext()
         return converted_weights(networks, self.dtype)
 
-    def _trains_generators(self, phase: Phase) -> bool:
-        return any(id(p) in self._made_by for name in phase.groups for p in self.groups[name].parameters)
+    def _trained_by(self, phase: Phase) -> TrainedParameters:
+        own = [p for name in phase.groups for p in self.groups[name].parameters]
+        others = [p for name, group in self.groups.items() if name not in phase.groups for p in group.parameters]
+        made_by = {id(p) for network in self._generators for p in network.parameters()}
+        return TrainedParameters(own, others, any(id(p) in made_by for p in own))
 
     def _generate(self, batch: Batch, draws: Draws) -> Outputs:
         with self._weights(self._generators), self.autocast():
             return self.generate(batch, draws)
 
     def _at_once(self, batch: Batch, draws: Draws) -> tuple[Losses, Tensor]:
-        losses: Losses = {}
         updates = self.updates()
         outputs = self._generate(batch, draws)
-        for phase in self.phases:
-            updates.before(phase)
+
+        def differentiate(phase: Phase) -> tuple[Gradients, Losses]:
             gradients, logged = self._differentiate(phase, batch, outputs, draws)
-            updates.add(phase, self._average(phase, gradients))
-            losses |= {name: value.detach() for name, value in logged.items()}
-        return losses, updates.apply()
+            return self._average(phase, gradients), logged
+
+        return run_phases(self.phases, updates, differentiate)
+
+    def _traced(self, batch: Batch, draws: Draws) -> tuple[Losses, Tensor]:
+        """`_at_once` in operations that a compiler traces as one graph; it changes the same tensors."""
+        updates = self.updates(ParameterGroup.update_traced)
+        with self.autocast():
+            outputs = self.method.generate(batch, draws)
+        return run_phases(self._uncompiled, updates, lambda phase: self._gradients(phase, batch, outputs, draws))
 
     def _in_parts(self, batch: Batch, draws: Draws) -> tuple[Losses, Tensor]:
         """Each phase over all parts, one after another, then its update.
@@ -199,14 +233,13 @@ class Step:
         A phase that does not train the generators takes the pictures without their graph. One that does makes them
         again with it; the phases before have not changed what makes them, and those after get what it made.
         """
-        losses: Losses = {}
         updates = self.updates()
         parts = accumulate.split(batch, draws, self.options.accumulate)
         made: list[Outputs | None] = [None] * len(parts)
-        for phase in self.phases:
-            updates.before(phase)
+
+        def differentiate(phase: Phase) -> tuple[Gradients, Losses]:
             mean = accumulate.Mean(len(parts))
-            trains = self._trains_generators(phase)
+            trains = self._trained[phase.groups].generators
             for i, (part, drawn) in enumerate(parts):
                 outputs = made[i]
                 if trains or outputs is None:
@@ -216,36 +249,34 @@ class Step:
                 if trains and phase is not self.phases[-1]:
                     made[i] = accumulate.detached(outputs)
             assert mean.gradients is not None
-            updates.add(phase, self._average(phase, tuple(mean.gradients)))
-            losses |= mean.losses
-        return losses, updates.apply()
+            return self._average(phase, tuple(mean.gradients)), mean.losses
 
-    def _differentiate(
-        self, phase: Phase, batch: Batch, outputs: Outputs, draws: Draws
-    ) -> tuple[tuple[Tensor | None, ...], Losses]:
+        return run_phases(self.phases, updates, differentiate)
+
+    def _gradients(self, phase: Phase, batch: Batch, outputs: Outputs, draws: Draws) -> tuple[Gradients, Losses]:
         """Gradients of a phase's loss with respect to the parameters of its groups, and what it logs."""
-        # a compiled loss would compute gradients of the networks that it merely passes through
-        resting = [p for name, g in self.groups.items() if name not in phase.groups for p in g.parameters]
-        used = self._discriminators
-        if self._trains_generators(phase):
-            used = self._generators + used
-        for parameter in resting:
+        with self.autocast():
+            loss, logged = phase.loss(batch, outputs, draws)
+        if self.loss_scale is not None:
+            loss = loss * self.loss_scale.scale
+        return torch.autograd.grad(loss, self._trained[phase.groups].own, allow_unused=True), logged
+
+    def _differentiate(self, phase: Phase, batch: Batch, outputs: Outputs, draws: Draws) -> tuple[Gradients, Losses]:
+        """`_gradients`, with weights converted at once and without those of other groups."""
+        trained = self._trained[phase.groups]
+        used = self._generators + self._discriminators if trained.generators else self._discriminators
+        for parameter in trained.others:  # a compiled loss would compute their gradients too
             parameter.requires_grad_(False)
         try:
             with self._weights(used):  # in the backward too, where blocks may be computed again
-                with self.autocast():
-                    loss, logged = phase.loss(batch, outputs, draws)
-                if self.loss_scale is not None:
-                    loss = loss * self.loss_scale.scale
-                parameters = [p for name in phase.groups for p in self.groups[name].parameters]
-                return torch.autograd.grad(loss, parameters, allow_unused=True), logged
+                return self._gradients(phase, batch, outputs, draws)
         finally:
-            for parameter in resting:
+            for parameter in trained.others:
                 parameter.requires_grad_(True)
 
-    def _average(self, phase: Phase, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    def _average(self, phase: Phase, gradients: Gradients) -> Gradients:
         """Over ranks, all of which then agree on whether the step is bad."""
-        return self.ranks.average(gradients, [p for name in phase.groups for p in self.groups[name].parameters])
+        return self.ranks.average(gradients, self._trained[phase.groups].own)
 
     def close(self) -> None:
         """Let go of recorded graphs: before the processes part, and before anything they hold is replaced."""
@@ -254,100 +285,22 @@ class Step:
 
     def generator_weights(self) -> dict[str, Tensor]:
         """The generators' weights as "G/model.1.weight": the averaged ones if the run keeps an average."""
-        return {
-            f"{name}/{key}": tensor
-            for name, network in self.method.generators().items()
-            for key, tensor in (self.averages[name].average if name in self.averages else network.state_dict()).items()
-        }
+        return self._tensors.generator_weights()
 
-    @contextmanager
-    def averaged(self):
-        """Within: the generators compute with their averaged weights, where an average is kept."""
-        networks = self.method.networks()
-        own = {name: {k: t.clone() for k, t in networks[name].state_dict().items()} for name in self.averages}
-        try:
-            for name, average in self.averages.items():
-                networks[name].load_state_dict(average.average)
-            yield
-        finally:
-            for name, state in own.items():
-                networks[name].load_state_dict(state)
+    def averaged(self) -> AbstractContextManager[None]:
+        """Within: the generators compute with their averaged weights if the run keeps an average."""
+        return self._tensors.averaged()
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor that the next step depends on, by a flat name."""
-        tensors = {
-            f"network/{n}/{k}": t for n, net in self.method.networks().items() for k, t in net.state_dict().items()
-        }
-        for name, group in self.groups.items():
-            tensors |= {f"adam/{name}/{key}": tensor for key, tensor in group.state().items()}
-        for name, average in self.averages.items():
-            tensors |= {f"average/{name}/{key}": tensor for key, tensor in average.average.items()}
-        for name, module in self.method.extra_state_modules().items():
-            tensors |= {f"extra/{name}/{key}": tensor for key, tensor in module.state_dict().items()}
-        if self.loss_scale is not None:
-            tensors |= {"loss_scale/scale": self.loss_scale.scale, "loss_scale/good": self.loss_scale.good}
-        tensors["bad_steps"] = self.bad_steps
-        return tensors
+        return self._tensors.state()
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """What `state` returned.
+        """Take over what `state` returned.
 
         Raises:
-            ValueError: a tensor is missing, is of something else, or has another shape or dtype. Nothing is changed.
+            ValueError: a tensor is missing or unknown, or has another shape or dtype. Nothing is changed.
         """
-        for group in self.groups.values():
-            group.prepare()
-        check_state(self.state(), tensors)
-        self.close()  # pools of pictures may get another place
-
-        def under(prefix: str) -> dict[str, Tensor]:
-            return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-
-        for name, network in self.method.networks().items():
-            try:
-                network.load_state_dict(under(f"network/{name}/"))
-            except RuntimeError as error:
-                raise ValueError(f"the checkpoint's {name} is not this one: {' '.join(str(error).split())}") from None
-        for name, group in self.groups.items():
-            group.load_state(under(f"adam/{name}/"))
-        for name, average in self.averages.items():
-            stored = under(f"average/{name}/")
-            for key, tensor in average.average.items():
-                tensor.copy_(stored[key])
-        for name, module in self.method.extra_state_modules().items():
-            try:
-                module.load_state_dict(under(f"extra/{name}/"))
-            except RuntimeError as error:
-                raise ValueError(f"the checkpoint's {name} is not this one: {' '.join(str(error).split())}") from None
-        if self.loss_scale is not None and "loss_scale/scale" in tensors:
-            self.loss_scale.scale.copy_(tensors["loss_scale/scale"])
-            self.loss_scale.good.copy_(tensors["loss_scale/good"])
-        self.bad_steps.copy_(tensors["bad_steps"])
-
-
-def check_state(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    """ValueError where tensors of a checkpoint are not those that a run has: nothing is left out, cast or broadcast.
-
-    A loss scale may be there or not, as `run.precision` may change; pools of pictures have the size of their pictures.
-    Earlier versions kept no moments of biases without a gradient: those of a bias may be missing, all or none.
-    """
-    with_moments = {key.rpartition("/")[0] for key in found if key.startswith("adam/")}
-
-    def free(key: str) -> bool:
-        parameter = key.rpartition("/")[0]
-        bias = key.startswith("adam/") and parameter.endswith(".bias") and parameter not in with_moments
-        return key.startswith("loss_scale/") or bias
-
-    def kind(key: str, tensor: Tensor) -> str:
-        return f"{tensor.dtype}" if key.startswith("extra/") else f"{tensor.dtype} {tuple(tensor.shape)}"
-
-    problems = [f"{key} is missing" for key in wanted if key not in found and not free(key)]
-    problems += [f"{key} belongs to nothing here" for key in found if key not in wanted and not free(key)]
-    problems += [
-        f"{key} is {kind(key, found[key])}, this run has {kind(key, tensor)}"
-        for key, tensor in wanted.items()
-        if key in found and kind(key, found[key]) != kind(key, tensor)
-    ]
-    if problems:
-        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise ValueError(f"training.safetensors does not fit: {'; '.join(problems[:4])}{more}")
+        self._tensors.check(tensors)
+        self.close()  # pools of images may be replaced
+        self._tensors.load(tensors)

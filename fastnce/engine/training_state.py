@@ -1,0 +1,132 @@
+"""The tensors that a training step changes: their names in a checkpoint, and how they are stored and restored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from ..methods.base import Method
+from .optim import LossScale, ParameterGroup, WeightAverage
+
+
+class TrainingState:
+    """Everything that a step depends on besides its batch, as tensors with flat names.
+
+    Args:
+        method: its networks and other stateful modules.
+        groups: Adam's moments and counts, by group.
+        averages: averaged weights, by generator; none if the run keeps no average.
+        loss_scale: for float16.
+        bad_steps: () the count of bad steps in a row.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        groups: Mapping[str, ParameterGroup],
+        averages: Mapping[str, WeightAverage],
+        loss_scale: LossScale | None,
+        bad_steps: Tensor,
+    ):
+        self.method, self.groups, self.averages = method, groups, averages
+        self.loss_scale, self.bad_steps = loss_scale, bad_steps
+
+    def generator_weights(self) -> dict[str, Tensor]:
+        """The generators' weights as "G/model.1.weight": the averaged ones if there are any."""
+        return {
+            f"{name}/{key}": tensor
+            for name, network in self.method.generators().items()
+            for key, tensor in (self.averages[name].average if name in self.averages else network.state_dict()).items()
+        }
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within: the generators compute with their averaged weights if there are any."""
+        networks = self.method.generators()
+        own = {name: {k: t.clone() for k, t in networks[name].state_dict().items()} for name in self.averages}
+        try:
+            for name, average in self.averages.items():
+                networks[name].load_state_dict(average.average)
+            yield
+        finally:
+            for name, state in own.items():
+                networks[name].load_state_dict(state)
+
+    def state(self) -> dict[str, Tensor]:
+        """The tensors themselves, not copies."""
+        tensors = {
+            f"network/{n}/{k}": t for n, net in self.method.networks().items() for k, t in net.state_dict().items()
+        }
+        for name, group in self.groups.items():
+            tensors |= {f"adam/{name}/{key}": tensor for key, tensor in group.state().items()}
+        for name, average in self.averages.items():
+            tensors |= {f"average/{name}/{key}": tensor for key, tensor in average.average.items()}
+        for name, module in self.method.extra_state_modules().items():
+            tensors |= {f"extra/{name}/{key}": tensor for key, tensor in module.state_dict().items()}
+        if self.loss_scale is not None:
+            tensors |= {"loss_scale/scale": self.loss_scale.scale, "loss_scale/good": self.loss_scale.good}
+        tensors["bad_steps"] = self.bad_steps
+        return tensors
+
+    def check(self, tensors: dict[str, Tensor]) -> None:
+        """ValueError if a tensor of `state` is missing, or has another shape or dtype, or another one is there."""
+        for group in self.groups.values():
+            group.prepare()
+        check_state(self.state(), tensors)
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Copy tensors that `check` has accepted into place."""
+
+        def under(prefix: str) -> dict[str, Tensor]:
+            return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+
+        for name, network in self.method.networks().items():
+            try:
+                network.load_state_dict(under(f"network/{name}/"))
+            except RuntimeError as error:
+                raise ValueError(f"the checkpoint's {name} is not this one: {' '.join(str(error).split())}") from None
+        for name, group in self.groups.items():
+            group.load_state(under(f"adam/{name}/"))
+        for name, average in self.averages.items():
+            stored = under(f"average/{name}/")
+            for key, tensor in average.average.items():
+                tensor.copy_(stored[key])
+        for name, module in self.method.extra_state_modules().items():
+            try:
+                module.load_state_dict(under(f"extra/{name}/"))
+            except RuntimeError as error:
+                raise ValueError(f"the checkpoint's {name} is not this one: {' '.join(str(error).split())}") from None
+        if self.loss_scale is not None and "loss_scale/scale" in tensors:
+            self.loss_scale.scale.copy_(tensors["loss_scale/scale"])
+            self.loss_scale.good.copy_(tensors["loss_scale/good"])
+        self.bad_steps.copy_(tensors["bad_steps"])
+
+
+def check_state(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    """ValueError where tensors of a checkpoint are not those that a run has: nothing is left out, cast or broadcast.
+
+    A loss scale may be there or not, as `run.precision` may change; pools of pictures have the size of their pictures.
+    Earlier versions kept no moments of biases without a gradient: those of a bias may be missing, all or none.
+    """
+    with_moments = {key.rpartition("/")[0] for key in found if key.startswith("adam/")}
+
+    def free(key: str) -> bool:
+        parameter = key.rpartition("/")[0]
+        bias = key.startswith("adam/") and parameter.endswith(".bias") and parameter not in with_moments
+        return key.startswith("loss_scale/") or bias
+
+    def kind(key: str, tensor: Tensor) -> str:
+        return f"{tensor.dtype}" if key.startswith("extra/") else f"{tensor.dtype} {tuple(tensor.shape)}"
+
+    problems = [f"{key} is missing" for key in wanted if key not in found and not free(key)]
+    problems += [f"{key} belongs to nothing here" for key in found if key not in wanted and not free(key)]
+    problems += [
+        f"{key} is {kind(key, found[key])}, this run has {kind(key, tensor)}"
+        for key, tensor in wanted.items()
+        if key in found and kind(key, found[key]) != kind(key, tensor)
+    ]
+    if problems:
+        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise ValueError(f"training.safetensors does not fit: {'; '.join(problems[:4])}{more}")
