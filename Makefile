@@ -1,4 +1,4 @@
-# make demo | make test | make soak | make bench | make lint: each does all of its own set-up in .venv and reuses it.
+# make demo | make test | make soak | make bench | make lint: each sets up .venv by itself and reuses it.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -34,7 +34,7 @@ $(VENV)/.demo $(VENV)/.test $(VENV)/.bench: pyproject.toml constraints.txt | $(B
 	$(PIP) --editable '.[$(EXTRAS)]'
 	@touch $@
 
-# A bare Debian has Python without ensurepip: its package python3-venv is installed where we may, named where we may not.
+# Debian's Python has no ensurepip without the package python3-venv: install it as root, otherwise name it.
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 		{ echo "fastnce needs Python 3.11 or newer as $(PYTHON) (or: make PYTHON=/path/to/python3.12 ...)" >&2; exit 2; }

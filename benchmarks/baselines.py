@@ -1,9 +1,9 @@
-"""What stands beside us: the published mathematics in plain PyTorch, and other people's libraries by their own names.
+"""Baselines: the published mathematics in plain PyTorch, and other libraries, called as they document it.
 
-A library that is not installed is found where PYTHONPATH holds an unpacked copy of it.
+To use a library without installing it, put an unpacked copy on PYTHONPATH.
 
-Every function takes unit rows and keeps the keys constant, as the papers do. They are to be readable and fair, not slow
-on purpose: no needless copy, no loop over images.
+Every function takes unit rows and detaches the keys, as the papers do. The code is readable and fair: no needless copy,
+no loop over images.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 def cut_loss(queries: Tensor, keys: Tensor, images: int = 1, temperature: float = 0.07) -> Tensor:
-    """CUT's PatchNCE (Park et al., ECCV 2020): the positive beside a matrix whose diagonal is filled with -10.
+    """CUT's PatchNCE (Park et al., ECCV 2020): the positive, then a matrix whose diagonal is filled with -10.
 
     queries, keys: (rows, dim), rows = images * patches. Returns (rows,).
     """
@@ -44,19 +44,19 @@ def dclgan_loss(queries: Tensor, keys: Tensor, temperature: float = 0.07) -> Ten
 
 
 def normalized_cross_entropy(queries: Tensor, keys: Tensor, temperature: float = 0.07) -> Tensor:
-    """What most repositories write: normalise, one product, cross-entropy against the row's own number."""
+    """The most common form: normalise, one matrix product, cross-entropy with the row index as target."""
     logits = F.normalize(queries, dim=1) @ F.normalize(keys.detach(), dim=1).T / temperature
     return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device), reduction="none")
 
 
 def sdpa_query_gradient(queries: Tensor, keys: Tensor, temperature: float = 0.07) -> Tensor:
-    """The gradient of the summed loss by attention with values = keys: `(sum_j p_ij k_j - k_i) / T`. It has no loss."""
+    """Gradient of the summed loss through attention with values = keys: `(sum_j p_ij k_j - k_i) / T`. No loss value."""
     q, k = queries.detach()[None, None], keys.detach()[None, None]
     return (F.scaled_dot_product_attention(q, k, k, scale=1.0 / temperature)[0, 0] - keys) / temperature
 
 
 def linear_cross_entropy(queries: Tensor, keys: Tensor, temperature: float = 0.07) -> Tensor:
-    """PyTorch's chunked linear + cross-entropy (2.13 and later), keys as the weight. Returns the mean."""
+    """PyTorch's chunked linear + cross-entropy (2.13 and later) with the keys as weight. Returns the mean."""
     target = torch.arange(len(keys), device=keys.device)
     options = torch.nn.LinearCrossEntropyOptions()
     return F.linear_cross_entropy(queries / temperature, keys.detach(), target, options=options)
@@ -65,7 +65,7 @@ def linear_cross_entropy(queries: Tensor, keys: Tensor, temperature: float = 0.0
 def project(
     maps: Sequence[Tensor], ids: Sequence[Tensor], mlps: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]
 ) -> list[Tensor]:
-    """CUT's sampling and projection: the whole map made channels-last, then indexed; MLP; length plus 1e-7."""
+    """CUT's sampling and projection: permute the whole map to channels-last, index, MLP, divide by norm + 1e-7."""
     rows = []
     for feature_map, chosen, (weight1, bias1, weight2, bias2) in zip(maps, ids, mlps, strict=True):
         x = feature_map.permute(0, 2, 3, 1).flatten(1, 2)[:, chosen].flatten(0, 1)
@@ -75,7 +75,7 @@ def project(
 
 
 def chain(query_maps, key_maps, mlps, *, patches: int = 256, temperature: float = 0.07, loss=cut_loss) -> Tensor:
-    """Sampling, projection and CUT's loss of every layer: maps in, scalar out. Locations are drawn on the device."""
+    """Sampling, projection and CUT's loss over all layers: maps in, scalar out. Locations are drawn on the device."""
     ids = [torch.randperm(m.shape[2] * m.shape[3], device=m.device)[:patches] for m in key_maps]
     keys = project(key_maps, ids, mlps)
     queries = project(query_maps, ids, mlps)
@@ -85,12 +85,12 @@ def chain(query_maps, key_maps, mlps, *, patches: int = 256, temperature: float 
 
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-"""Loss of unit queries and keys (rows, dim), keys constant: a scalar or one value a row."""
+"""Loss of unit queries and constant unit keys (rows, dim): a scalar, or one value per row."""
 
 
 @dataclass(frozen=True)
 class Library:
-    """A loss of somebody else's: `make(module, temperature)` calls it as its own documentation does."""
+    """A loss of another library: `make(module, temperature)` returns it, called as its documentation says."""
 
     name: str
     module: str
@@ -99,22 +99,22 @@ class Library:
     note: str = ""
 
 
-def _own_row(queries: Tensor) -> Tensor:
+def _row_indices(queries: Tensor) -> Tensor:
     return torch.arange(len(queries), device=queries.device)
 
 
 def _nt_xent(module: Any, temperature: float) -> Loss:
     metric = module.NTXentLoss(temperature=temperature)
-    return lambda q, k: metric(q, _own_row(q), ref_emb=k, ref_labels=_own_row(q))
+    return lambda q, k: metric(q, _row_indices(q), ref_emb=k, ref_labels=_row_indices(q))
 
 
 def _inf_cl(module: Any, temperature: float) -> Loss:
-    # rows are cut into heads of `head_dim`, which their kernels need to be a power of two
+    # their kernels split rows into heads of `head_dim`, which must be a power of two
     return lambda q, k: module.cal_flash_loss(q, k, scale=1.0 / temperature, head_dim=min(256, q.shape[1]))
 
 
 def _memeff(module: Any, temperature: float) -> Loss:
-    # queries against locked documents; a margin of 2 turns the mask of false negatives off
+    # queries against frozen documents; a margin of 2 turns the mask of false negatives off
     options = {"margin": 2.0, "normalized_inputs": True, "stable": False}
     return module.MemoryEfficientLiTQwen3Loss(temperature=temperature, **options)
 
@@ -130,7 +130,7 @@ LIBRARIES = (
     Library(
         "cut-cross-entropy",
         "cut_cross_entropy",
-        lambda module, t: lambda q, k: module.linear_cross_entropy(q / t, k, _own_row(q)),
+        lambda module, t: lambda q, k: module.linear_cross_entropy(q / t, k, _row_indices(q)),
         linear_memory=True,
         note="drops gradients below its threshold",
     ),

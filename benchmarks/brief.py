@@ -1,4 +1,4 @@
-"""What `check.py` prints last: at most 90 lines of 110 characters, for those who see only the end of an output."""
+"""The summary that `check.py` prints last: at most 90 lines of 110 characters, to fit the end of an output."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ OURS = "fastnce"
 
 @dataclass
 class Outcome:
-    """How a stage went."""
+    """The outcome of a stage; `trouble` is empty on success."""
 
     name: str
     share: float
     seconds: float
     trouble: str = ""
     lines: list[str] = field(default_factory=list)
-    """What it has to say itself."""
+    """Further findings of the stage."""
 
 
 @dataclass
 class Report:
-    """Everything that a check has found so far."""
+    """All results of a check so far."""
 
     machine: dict[str, Any] = field(default_factory=dict)
     stages: list[Outcome] = field(default_factory=list)
@@ -40,7 +40,7 @@ class Report:
 
 
 def summary(report: Report) -> list[str]:
-    """The sections in turn, each cut to what it may have."""
+    """Return the lines of all sections, each section cut to its limit."""
     sections = [
         (4, _head(report)),
         (15, _stages(report)),
@@ -53,24 +53,24 @@ def summary(report: Report) -> list[str]:
     ]
     lines: list[str] = []
     for most, section in sections:
-        found = [part for line in _told(section) for part in _wrapped(line)]
+        found = [part for line in _guarded(section) for part in _wrapped(line)]
         if len(found) > most:
-            found = [*found[: most - 1], f"    ... {len(found) - most + 1} more lines: see the files"]
+            found = [*found[: most - 1], f"    ... {len(found) - most + 1} more lines in the files"]
         lines += found
     assert len(lines) <= LINES
     return lines
 
 
-def _told(section: Iterator[str]) -> Iterator[str]:
-    """The lines of a section; one about the fault, where what was found is not as it should be."""
+def _guarded(section: Iterator[str]) -> Iterator[str]:
+    """Yield the lines of a section, or one line about the error if the results are malformed."""
     try:
         yield from section
-    except Exception as error:  # the other sections are worth having, and so is the exit code
+    except Exception as error:  # the other sections and the exit code must not suffer
         yield f"a section of this summary failed: {type(error).__name__}: {error}"
 
 
 def _wrapped(line: str) -> list[str]:
-    """Three lines at most."""
+    """Wrap a line to at most three lines."""
     indent = " " * (len(line) - len(line.lstrip()))
     return textwrap.wrap(
         line.lstrip(), WIDTH, initial_indent=indent, subsequent_indent=f"{indent}    ", max_lines=3, placeholder=" ..."
@@ -82,7 +82,9 @@ def _head(report: Report) -> Iterator[str]:
     versions = [
         f"{name} {m[name]}" for name in ("driver", "torch", "triton", "python", "commit", "date") if m.get(name)
     ]
-    yield f"== {m.get('device', 'machine not asked, the stage ceilings does')}: {', '.join(versions)}"
+    yield f"== {m.get('device', 'machine unknown (the stage ceilings describes it)')}: {', '.join(versions)}"
+    if "nvml" in m:
+        yield m["nvml"]
     limits = m.get("ceilings", {})
     if limits:
         yield (
@@ -96,8 +98,8 @@ def _head(report: Report) -> Iterator[str]:
 
 def _stages(report: Report) -> Iterator[str]:
     for stage in report.stages:
-        said = "; ".join(filter(None, [stage.trouble, *stage.lines])) or "to its end"
-        yield f"{stage.name:10} {stage.seconds:4.0f} of {stage.share:3.0f} s  {said}"
+        result = "; ".join(filter(None, [stage.trouble, *stage.lines])) or "finished"
+        yield f"{stage.name:10} {stage.seconds:4.0f} of {stage.share:3.0f} s  {result}"
 
 
 def _smoke(report: Report) -> Iterator[str]:
@@ -105,11 +107,11 @@ def _smoke(report: Report) -> Iterator[str]:
     if not checks:
         return
     wrong = [check for check in checks if not check["ok"]]
-    library = report.smoke.get("library", "not asked")
-    yield f"smoke: {len(checks) - len(wrong)} of {len(checks)} right; F.instance_norm: {library}"
+    library = report.smoke.get("library", "not tested")
+    yield f"smoke: {len(checks) - len(wrong)} of {len(checks)} passed; F.instance_norm: {library}"
     for check in wrong:
         error = "not finite" if check["error"] is None else f"{check['error']:.1e}"
-        yield f"    WRONG {check['name']}: {error} (gate {check['gate']:.0e})"
+        yield f"    FAILED {check['name']}: {error} (gate {check['gate']:.0e})"
 
 
 def _tests(report: Report) -> Iterator[str]:
@@ -126,14 +128,14 @@ def _tests(report: Report) -> Iterator[str]:
 
 
 def _test_name(test: dict[str, Any]) -> str:
-    return test["name"].removeprefix("tests/test_")
+    return test["name"].removeprefix("tests/")
 
 
 # --- goals ---------------------------------------------------------------------------------------------------------
 
 
 def _goals(report: Report) -> Iterator[str]:
-    """Each goal that something was measured for: what was wanted, what was found."""
+    """Each goal that has a measurement: the goal and the result."""
 
     def row(benchmark: str, provider: str = "", mode: str = "", **size: Any) -> dict[str, Any] | None:
         for r in report.rows:
@@ -146,19 +148,19 @@ def _goals(report: Report) -> Iterator[str]:
         return f"{peer['p50_ms'] / ours['p50_ms']:.2f}x" if peer and ours else "?"
 
     plain = row("chain", images=1)
-    kinds = ("chain, bf16", OURS, "graph"), ("chain", OURS, "graph"), ("chain", OURS, "eager")
-    ours = [row(*kind, images=1) for kind in kinds]
+    variants = ("chain, bf16", OURS, "graph"), ("chain", OURS, "graph"), ("chain", OURS, "eager")
+    ours = [row(*variant, images=1) for variant in variants]
     if any(ours):
         half, full, uncaptured = (ratio(plain, found) for found in ours)
         yield (
-            f"P1 chain, beside {_name(plain)}: captured bf16 {half} (goal 30x), captured float32 {full} (9x), "
+            f"P1 chain, against {_name(plain)}: captured bf16 {half} (goal 30x), captured float32 {full} (9x), "
             f"uncaptured {uncaptured} (4x)"
         )
     ours = [row("chain, bf16", OURS, mode, images=16) for mode in ("graph", "eager")]
     if any(ours):
         plain = row("chain, bf16", images=16)
         captured, uncaptured = (ratio(plain, found) for found in ours)
-        yield f"P2 chain of 16, bf16, beside {_name(plain)}: captured {captured} (goal 10x), uncaptured {uncaptured}"
+        yield f"P2 chain of 16, bf16, against {_name(plain)}: captured {captured} (goal 10x), uncaptured {uncaptured}"
     for goal, rows in (("P3", 16384), ("P4", 65536)):
         default, unit = (row("infonce", name, "eager", patches=rows) for name in (OURS, f"{OURS}, unit rows"))
         if default is None:
@@ -169,9 +171,9 @@ def _goals(report: Report) -> Iterator[str]:
         memory = f"{default['peak_bytes'] / 2**20:.0f} MiB" if default["peak_bytes"] else "not measured"
         yield (
             f"{goal} {rows:,} rows: {rates[0]} of the ceiling, captured {rates[1]} (goal 60 %), with unit_rows "
-            f"{ratio(default, unit)}, beside {_name(peer)} {ratio(peer, default)} (goal 6x), memory {memory}"
+            f"{ratio(default, unit)}, against {_name(peer)} {ratio(peer, default)} (goal 6x), memory {memory}"
         )
-    for goal, name, images, wanted in (
+    for goal, name, images, target in (
         ("P5", "cut", 1, "6x"),
         ("P6", "cut", 8, "3.5x"),
         ("P7", "dclgan", 1, "6x"),
@@ -187,24 +189,24 @@ def _goals(report: Report) -> Iterator[str]:
             more += f", 213,400 steps: {213_400 * step['p50_ms'] / 6e4:.1f} minutes"
         yield (
             f"{goal} {name} B={images} {step['mode']} {step['p50_ms']:.2f} ms{more}; {ratio(peer, step)} {_name(peer)} "
-            f"(goal {wanted})"
+            f"(goal {target})"
         )
 
 
 def _is_peer(row: dict[str, Any]) -> bool:
-    """A published implementation, or what stands in for it."""
+    """Whether the row measures a published implementation or its stand-in."""
     return row["note"].startswith(("published", "written here", "stands in for the published"))
 
 
 def _stands_in(row: dict[str, Any]) -> bool:
-    """A peer that is our own writing of a published implementation."""
+    """Whether the row measures our own version of a published implementation."""
     return _is_peer(row) and not row["note"].startswith("published")
 
 
 def _name(row: dict[str, Any] | None) -> str:
     if row is None:
-        return "the published one"
-    stand_in = " (our own writing, no checkout)" if _stands_in(row) else ""
+        return "the published code"
+    stand_in = " (our own version, no checkout)" if _stands_in(row) else ""
     return f"{row['provider'].removesuffix(' published')}{stand_in}"
 
 
@@ -212,10 +214,10 @@ def _name(row: dict[str, Any] | None) -> str:
 
 
 def _rows(report: Report) -> Iterator[str]:
-    """A paragraph a case: ms of each provider."""
+    """One paragraph per case: the milliseconds of each provider."""
     cases: dict[str, list[str]] = {}
     if any(map(_stands_in, report.rows)):
-        yield "* our own writing of the published mathematics: no checkout was given"
+        yield "* our own version of the published mathematics: no checkout was given"
     for row in report.rows:
         if row["p50_ms"] is None:
             continue
@@ -254,11 +256,11 @@ def _profile(report: Report) -> Iterator[str]:
 
 
 def _missing(report: Report) -> Iterator[str]:
-    """What did not run, and why: each reason once."""
+    """The providers without a result: one line per reason."""
     reasons: dict[str, list[str]] = {}
     for row in report.rows:
         if row["p50_ms"] is None:
-            why = "time was over" if OVER in row["note"] else row["note"].removeprefix("did not run: ")
+            why = "the time was over" if OVER in row["note"] else row["note"].removeprefix("did not run: ")
             reasons.setdefault(why, []).append(f"{row['benchmark']} {_label(row)}")
     for why, names in reasons.items():
-        yield f"no figure: {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {why}"
+        yield f"no result: {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {why}"

@@ -1,4 +1,4 @@
-"""What is measured: a piece of work, who does it, the line that comes of it, and what a part is given."""
+"""The data model of the benchmarks: `Case` (the work), `Provider` (who does it), `Row` (a result), `Context`."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from typing import Any
 
 import torch
 
-from benchmarks.count import Counts
 from benchmarks.published import Checkout
+from benchmarks.step_costs import Counts
 
 CAPTURED = "captured"
-"""In the mode of a provider that replays a graph of its own."""
+"""Part of the mode of a provider that replays its own CUDA graph."""
 
 
 @dataclass
 class Provider:
-    """One way of doing the work of a case.
+    """One implementation of the work of a case.
 
     Args:
-        name: who does it.
+        name: of the implementation.
         call: takes the tensors of one input set and does the whole work, gradients included.
-        mode: "eager", "compile", "graph" (recorded in a CUDA graph here; the call must not touch the host) or with
-            "captured" in it (the call replays a graph of its own).
-        note: what a reader of the figure has to know.
-        dtype: in which its products are computed, for the ceiling, where that is not the case's.
-        bytes: the least that it moves, where that is not the case's.
-        energy: also measure joules, for at least two seconds, when all times of the part are there.
-        check: asked after the timing what else a reader has to know, such as that it ran in another mode.
+        mode: "eager", "compile", "graph" (`measure` captures the call in a CUDA graph; it must not synchronise with
+            the host) or a text that contains "captured" (the call replays its own graph).
+        note: what a reader needs to know to interpret the result.
+        dtype: of its matrix products, which selects the ceiling; default that of the case.
+        bytes: the least traffic; default that of the case.
+        energy: also measure joules, for at least two seconds, after all times of the part.
+        check: called after the timing; returns a further note, for example that another mode ran.
     """
 
     name: str
@@ -43,20 +43,20 @@ class Provider:
 
     @property
     def recorded(self) -> bool:
-        """Whether a graph is replayed."""
+        """Whether the provider replays a CUDA graph."""
         return self.mode == "graph" or CAPTURED in self.mode
 
 
 @dataclass
 class Case:
-    """The same work for every provider.
+    """One piece of work, the same for every provider.
 
     Args:
         benchmark: "patchnce", "chain", "infonce", ...
-        size: what is varied, e.g. {"images": 1, "patches": 256, "dim": 256, "dtype": "float32"}.
+        size: the varied sizes, e.g. {"images": 1, "patches": 256, "dim": 256, "dtype": "float32"}.
         make_inputs: draws one set of inputs.
-        flop, bytes: the least that the work costs, for the floor; None where not worked out.
-        steps: of a whole run, to project its time from one.
+        flop, bytes: the least cost of the work, for the floor; None if unknown.
+        steps: of a whole training, to project its time.
     """
 
     benchmark: str
@@ -70,10 +70,11 @@ class Case:
 
 @dataclass
 class Row:
-    """One line of the results. Times in ms a call; empty fields were not measured.
+    """One line of the results. Times are in ms per call; None means not measured.
 
-    floor_ms is the longer of `flop` at the measured rate of the row's precision and `bytes` at the measured bandwidth;
-    launch_floor_ms the launches at the measured cost of one; ceiling_fraction the rate of `flop` over that ceiling.
+    floor_ms is the larger of `flop` at the measured rate of the row's precision and `bytes` at the measured bandwidth.
+    launch_floor_ms is the number of launches times the measured cost of one. ceiling_fraction is the rate of `flop`
+    divided by the measured rate of the row's precision.
     """
 
     benchmark: str
@@ -104,31 +105,35 @@ class Row:
     note: str = ""
 
     def key(self) -> str:
-        """What tells one case and provider from all others of a part."""
+        """Return a text that identifies the case and provider within a part."""
         size = " x ".join(
             str(n) for n in (self.images, self.side, self.patches, self.dim, self.layers) if n is not None
         )
         return f"{self.benchmark} ({size}) by {self.provider}, {self.mode}"
 
-    def add_note(self, words: str) -> None:
-        self.note = "; ".join(filter(None, (self.note, words)))
+    def add_note(self, text: str) -> None:
+        self.note = "; ".join(filter(None, (self.note, text)))
 
 
 @dataclass
 class Context:
-    """What a part is given: where it runs, how much of it, beside what, until when.
+    """The settings of a part: device, sizes, published checkouts, time limit.
 
     Args:
-        until: `time.monotonic()` at which the part is stopped from outside.
-        journal: told what begins and ends, so that whoever watches knows which provider took the process down.
-        refused: by `Row.key`, why a provider is not to be run again: it hung or took the process down before.
+        device: to measure.
+        quick: tiny sizes, to test that everything runs.
+        published: checkouts of published repositories.
+        machine: the result of `benchmarks.machine.describe`.
+        until: `time.monotonic()` at which the supervising process stops the part.
+        journal: receives each begin and end, so that the supervisor knows which provider crashed the process.
+        refused: by `Row.key`, the reason why a provider must not run again: it hung or crashed the process.
         done: keys of rows that an earlier process of the part has measured.
-        patience: seconds that one provider's first calls may take.
-        share: of what is left of the part's time, which they may take at most.
-        compiling: seconds that they may take whatever is left: kernels may have to be compiled.
-        cases: for how many cases the part's time is to last.
-        side: of the pictures of steps, where the usual one is not wanted.
-        counts: what steps cost, as far as it was worked out already.
+        patience: seconds allowed for the first calls of one provider.
+        share: the largest fraction of the part's remaining time for these first calls.
+        compiling: seconds always allowed for these first calls, because kernels may have to be compiled.
+        cases: the number of cases that share the part's time.
+        side: of the images of steps; None for the default.
+        counts: the counted costs of steps.
         timed: what `measure` leaves for `measure_rest`.
     """
 
@@ -154,25 +159,25 @@ class Context:
         return self.device.type != "cpu" and not self.quick
 
     def left(self) -> float:
-        """Seconds."""
+        """Return the remaining seconds of the part."""
         return float("inf") if self.until is None else self.until - time.monotonic()
 
     def may_take(self) -> float:
-        """Seconds after which a provider's first calls count as hung."""
+        """Return the seconds after which a provider's first calls count as hung."""
         return min(self.patience, max(self.left() * self.share, self.compiling))
 
     @property
     def seconds(self) -> float:
-        """Time that the interleaved rounds of one case may take."""
+        """Seconds for the interleaved rounds of one case."""
         return 0.2 if self.quick else max(0.3, min(5.0, self.left() / self.cases))
 
     @property
     def limits(self) -> dict[str, float]:
-        """The ceilings of this machine."""
+        """The measured ceilings of this machine."""
         return self.machine.get("ceilings", {})
 
     def free_bytes(self) -> int:
-        """Memory that a provider may take: half of what is free now; on a CPU 2 GiB, more would take minutes a call."""
+        """Return the memory for one provider: half of the free memory; on a CPU 2 GiB, as more takes minutes."""
         if self.device.type == "cuda":
             return torch.cuda.mem_get_info(self.device)[0] // 2
         return 2 << 30

@@ -1,8 +1,8 @@
-"""The whole chain of the contrastive loss: five feature maps a side in, loss and gradients of maps and projector out.
+"""The whole contrastive loss: five query and five key maps in, loss and gradients of maps and projector out.
 
 python benchmarks/run.py --out DIR --only chain
 
-P1, P2. In float32, and as a training step calls it, under autocast in bfloat16.
+Goals P1 and P2, in float32 and, as in a training step, under autocast in bfloat16.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from fastnce.nce import api
 
 
 def chain(context: Context) -> Iterator[Row]:
-    """P1, P2: five feature maps a side in, loss and gradients of maps and projector out."""
+    """P1, P2: five query and five key maps in, loss and gradients of maps and projector out."""
     for case in chain_cases(context):
         yield from measure(case, context)
 
 
 def layer_shapes(image: int) -> list[tuple[int, int]]:
-    """(channels, side) of the published layers 0, 4, 8, 12, 16 for a square picture."""
+    """Return (channels, side) of the published layers 0, 4, 8, 12, 16 for a square image."""
     return [(3, image + 6), (128, image), (256, image // 2), (256, image // 4), (256, image // 4)]
 
 
 HALF = ", bf16"
-"""In the name of a benchmark under autocast in bfloat16, as a training step calls the loss."""
+"""Suffix of a benchmark under autocast in bfloat16, as in a training step."""
 
 
 def chain_cases(context: Context) -> Iterator[Case]:
@@ -60,10 +60,10 @@ def chain_cases(context: Context) -> Iterator[Case]:
 
 
 def chain_case(context: Context, shapes: list[tuple[int, int]], images: int, patches: int, half: bool) -> Case:
-    """The chain for `images` pictures, in float32 or, with `half`, under autocast in bfloat16 on maps of that dtype."""
+    """Return the chain of `images` images, in float32 or, with `half`, under autocast with bfloat16 maps."""
     sampled = [images * patches * channels for channels, _ in shapes]
     whole = [images * channels * side**2 for channels, side in shapes]
-    # the picture, the first map, stays float32 in training too
+    # the first map is the image, which stays float32 in training too
     widths = [2.0 if half and layer else 4.0 for layer in range(len(shapes))]
     dtype = "bfloat16" if half else "float32"
     return Case(
@@ -71,10 +71,10 @@ def chain_case(context: Context, shapes: list[tuple[int, int]], images: int, pat
         {"images": images, "patches": patches, "dim": DIM, "layers": len(shapes), "dtype": dtype},
         partial(_maps, shapes, images, context.device, half),
         list(_chain_providers(context, shapes, images, patches, half)),
-        # two sides through the MLPs, one of them with its gradient (twice more), and the loss with dq
+        # MLPs: queries and keys forward, queries backward (twice a forward); then the loss with its query gradient
         flop=sum(2.0 * images * patches * (c * DIM + DIM * DIM) * 4 for c, _ in shapes)
         + 4.0 * len(shapes) * images * patches**2 * DIM,
-        # sampled rows of both sides in, dense gradients of the query maps out
+        # reads the sampled rows of queries and keys, writes dense gradients of the query maps
         bytes=sum(w * (2 * s + m) for w, s, m in zip(widths, sampled, whole, strict=True)),
     )
 
@@ -82,7 +82,7 @@ def chain_case(context: Context, shapes: list[tuple[int, int]], images: int, pat
 def _maps(
     shapes: list[tuple[int, int]], images: int, device: torch.device, half: bool
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Query maps and key maps; as the training step has them, in bfloat16 they lie channels-last."""
+    """Return query maps and key maps. In bfloat16 they are channels-last, as in the training step."""
 
     def draw() -> list[Tensor]:
         maps = [torch.randn(images, channels, side, side, device=device) for channels, side in shapes]
@@ -98,10 +98,10 @@ def _chain_providers(context: Context, shapes, images: int, patches: int, half: 
     channels = [c for c, _ in shapes]
     head = PatchNCEHead(channels, dim=DIM, patches=patches, temperature=TEMPERATURE).to(context.device)
     weights = list(head.parameters())
-    products = partial(torch.autocast, context.device.type, torch.bfloat16, enabled=half)
+    autocast = partial(torch.autocast, context.device.type, torch.bfloat16, enabled=half)
 
     def ours(query_maps, key_maps):
-        with products():
+        with autocast():
             loss = head(query_maps, key_maps)
         return loss, *torch.autograd.grad(loss, [*query_maps, *weights])
 
@@ -115,21 +115,21 @@ def _chain_providers(context: Context, shapes, images: int, patches: int, half: 
         )
     drop_in = PatchSampleF(use_mlp=True, nc=DIM, in_channels=channels).to(context.device)
     criterion = PatchNCELoss(loss_options(images, temperature=TEMPERATURE))
-    call = _as_published(drop_in, criterion, patches, products)
+    call = _as_published(drop_in, criterion, patches, autocast)
     yield from with_graph([Provider(f"{OURS}, drop-in classes", call)], context)
     for checkout in context.published:
         name = f"{checkout.name} classes"
         if not fits_here(context, images * patches, checkout.cosine, layers=len(shapes)):
             yield Provider(name, refuse, note="published")
             continue
-        call = _as_published(*_classes(checkout, context, shapes, images), patches, products)
+        call = _as_published(*_classes(checkout, context, shapes, images), patches, autocast)
         note = "published classes, under our autocast" if half else "published"
         yield Provider(name, call, note=note, energy=energy)
     if not context.published:
         mlps = head.mlps(len(channels))
 
         def plain(query_maps, key_maps):
-            with products():
+            with autocast():
                 loss = baselines.chain(query_maps, key_maps, mlps, patches=patches, temperature=TEMPERATURE)
             return loss, *torch.autograd.grad(loss, [*query_maps, *weights])
 
@@ -137,32 +137,32 @@ def _chain_providers(context: Context, shapes, images: int, patches: int, half: 
 
 
 def _with_tf32(call: Callable[..., Any]) -> Callable[..., Any]:
-    """The call, where the library's float32 products, and so the kernels', may be TF32."""
+    """Wrap the call: inside, float32 products of cuBLAS, and with them those of the kernels, use TF32."""
 
-    def allowed(*inputs: Any) -> Any:
-        kept = torch.backends.cuda.matmul.allow_tf32
+    def with_tf32(*inputs: Any) -> Any:
+        before = torch.backends.cuda.matmul.allow_tf32
         torch.backends.cuda.matmul.allow_tf32 = True
         try:
             return call(*inputs)
         finally:
-            torch.backends.cuda.matmul.allow_tf32 = kept
+            torch.backends.cuda.matmul.allow_tf32 = before
 
-    return allowed
+    return with_tf32
 
 
 def _classes(checkout: Checkout, context: Context, shapes, images: int) -> tuple[Any, Any]:
-    """Their sampler and their loss."""
+    """Return the sampler and the loss of a checkout."""
     gpus = [context.device.index or 0] if context.device.type == "cuda" else []
     sampler = checkout.sampler(use_mlp=True, init_type="xavier", nc=DIM, gpu_ids=gpus)
     sampler.create_mlp([torch.empty(1, channels, 1, 1) for channels, _ in shapes])
     return sampler, checkout.losses()["PatchNCELoss"](loss_options(images, temperature=TEMPERATURE))
 
 
-def _as_published(sampler, criterion, patches: int, products: Callable[[], AbstractContextManager] = nullcontext):
-    """The way their training step calls the two classes (keys first, their ids for the queries), then gradients."""
+def _as_published(sampler, criterion, patches: int, autocast: Callable[[], AbstractContextManager] = nullcontext):
+    """Call the two classes as the published step does: keys first, then queries at the same ids, then gradients."""
 
     def call(query_maps, key_maps):
-        with products():
+        with autocast():
             keys, ids = sampler(key_maps, patches, None)
             queries, _ = sampler(query_maps, patches, ids)
             losses = [criterion(q, k).mean() for q, k in zip(queries, keys, strict=True)]

@@ -1,8 +1,8 @@
-"""Our steps through the compiler, whole and in parts, beside the same step recorded without it.
+"""Our steps compiled whole and in parts, beside the same captured step without the compiler.
 
 python benchmarks/run.py --out DIR --only compiled
 
-A part of its own, and the last: compiling takes a minute or more a step, and no other figure may wait for it.
+This part runs last, because compiling takes a minute or more per step.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from benchmarks.step import FASTCUT_STEPS, our_provider, step_case
 
 
 def compiled(context: Context) -> Iterator[Row]:
-    """Our captured step without a compiler, compiled whole, compiled in parts; nothing on a CPU or in the dry run."""
+    """Our captured step uncompiled, compiled whole and compiled in parts; skipped on a CPU and with --quick."""
     if context.device.type != "cuda" or context.quick:
         return
     for name, images, steps in (("cut", 1, None), ("fastcut", 1, FASTCUT_STEPS), ("cut", 8, None)):
@@ -28,8 +28,8 @@ def compiled(context: Context) -> Iterator[Row]:
 def forms_of(
     name: str, images: int, forms: Sequence[bool | str], context: Context, steps: int | None = None
 ) -> Iterator[Row]:
-    """Our captured step in these forms of `Step(compile=...)`, side by side."""
-    context.patience, context.share = float("inf"), 0.95  # the last thing measured: it may take all that is left
-    torch._dynamo.reset()  # or the same functions, compiled for other sizes, would count against a limit
+    """Measure our captured step with each of these values of `Step(compile=...)`, side by side."""
+    context.patience, context.share = float("inf"), 0.95  # the last measurement may use all the remaining time
+    torch._dynamo.reset()  # otherwise earlier compilations for other sizes count against Dynamo's limit
     providers = [our_provider(name, context, "bf16", label="fastnce bf16", graph=True, compile=form) for form in forms]
     yield from measure(step_case(name, images, context, providers, "compiled step", steps), context)

@@ -1,4 +1,4 @@
-"""`pytest benchmarks/ --benchmark-only`: the same cases as run.py, through pytest-benchmark.
+"""`pytest benchmarks/ --benchmark-only`: the cases of run.py as pytest-benchmark tests.
 
 pytest benchmarks/ --benchmark-only --published ../published     # add --full for the sizes of run.py without --quick
 """
@@ -28,7 +28,7 @@ def pytest_generate_tests(metafunc):
     found, names = [], []
     for case in metafunc.function.cases(context):
         for provider in case.providers:
-            if provider.mode != "graph":  # a graph replays many calls at once; run.py divides, pytest-benchmark cannot
+            if provider.mode != "graph":  # one replay holds many calls: run.py divides, pytest-benchmark cannot
                 found.append((case, provider, context.device))
                 names.append(f"{case.benchmark}-{case.size['images']}x{case.size['patches']}-{provider.name}")
     metafunc.parametrize("work", found, ids=names)

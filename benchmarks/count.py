@@ -1,37 +1,31 @@
-"""What a call costs, counted rather than measured: FLOP, bytes moved, launches and live memory.
+"""Count the cost of a call instead of measuring it: FLOP, bytes moved, launches and live memory.
 
-with FakeTensorMode():      # or on tensors that exist
+with FakeTensorMode():      # or on real tensors
     with Count() as count:
         call()
 count.flop, count.bytes, count.launches, count.peak
 
-Every operator that PyTorch dispatches is seen, also those of the backward. On fake tensors (`count_step`) nothing is
-computed, so a step at any size is counted in seconds on any machine.
+`Count` sees every operator that PyTorch dispatches, including the backward pass. Fake tensors compute nothing, so a
+step of any size is counted in seconds on any machine (`step_costs.py`).
 
-- FLOP: PyTorch's own formulas for convolutions and products; 2 a multiply-add.
-- bytes: each operator reads its inputs and writes its outputs once, from and to memory; a view moves nothing, a gather
-  only what it picks. What two launches need is read twice
-  (`READ_TWICE`).
-- launches: one an operator, or as `LAUNCHES` says; as eager PyTorch launches on CUDA.
-- live memory: storages born and not yet dead, at the highest. Scratch memory of libraries is not seen.
+- FLOP: PyTorch's formulas for convolutions and products; 2 per multiply-add.
+- bytes: each operator reads its inputs from memory and writes its outputs to memory once. A view moves nothing, a
+  gather only the selected elements. Inputs that two launches need are read twice (`READ_TWICE`).
+- launches: as eager PyTorch on CUDA, one per operator or as in `LAUNCHES`.
+- live memory: the peak of allocated storages, without scratch memory of libraries.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import random
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -42,7 +36,7 @@ FREE = {
     aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided, aten._local_scalar_dense,
     aten.set_, aten.resize_, aten.lift_fresh, aten.result_type, aten._unsafe_view, aten.sym_size, aten.is_same_size,
 }  # fmt: skip
-"""Nothing is launched."""
+"""Operators that launch nothing."""
 
 LAUNCHES = {
     aten.native_group_norm: 2,  # moments, then the map
@@ -50,9 +44,9 @@ LAUNCHES = {
     aten.topk: 4, aten.sort: 4, aten.randperm: 4,
     aten.index_put: 2, aten.index_put_: 4,  # sorted for determinism when it accumulates
     aten.native_layer_norm_backward: 3,
-    aten.linalg_vector_norm: 0,  # of gradients: a GPU takes those of all tensors at once, with what follows
+    aten.linalg_vector_norm: 0,  # gradient norms: a GPU computes all of them in one launch with the next operator
 }  # fmt: skip
-"""Launches of operators that take more than one; the rest takes one."""
+"""Launches of operators that do not take exactly one."""
 
 READ_TWICE = {
     "native_group_norm": (0,),
@@ -61,31 +55,31 @@ READ_TWICE = {
     "instance_norm": (0,),
     "instance_norm_backward": (0, 1),
 }
-"""Positions of what two launches read: a norm's maps, and a convolution's gradient, for inputs and for weights."""
+"""Positions of arguments that two launches read: a norm's maps, and a convolution's upstream gradient."""
 
 OURS = {
     "head": 5, "project": 1, "project_backward": 4, "nce_forward": 1, "nce_keys": 1, "nce_layers": 3,
     "row_gradients": 1, "draw_ids": 2, "instance_norm": 3, "instance_norm_backward": 3, "few_outputs": 2,
     "few_outputs_backward": 4,
 }  # fmt: skip
-"""Launches of our own operators that take more than one."""
+"""Launches of our own operators."""
 
 OF_PATCHES = {"head", "project", "project_backward"}
-"""Operators of ours that read patches of maps, never whole maps."""
+"""Our operators that read only patches of maps."""
 
 GATHERS = {aten.index, aten.index_select, aten.gather, aten.embedding, aten.slice, aten.select}
 SCATTERS = {aten.index_put, aten.index_put_, aten.index_add_, aten.index_add, aten.scatter_add_, aten.scatter_}
 
 CHUNK = 65536 * 320
-"""Numbers that one launch of a fused optimiser takes."""
+"""The most elements that one launch of a fused optimiser updates."""
 
-TENSORS_A_LAUNCH = {"_fused_adam_": 36, "_fused_sgd_": 48}
-"""And how many tensors at most."""
+TENSORS_PER_LAUNCH = {"_fused_adam_": 36, "_fused_sgd_": 48}
+"""The most tensors per launch of a fused optimiser."""
 
 
 @dataclass
 class Cost:
-    """Of one operator, or of all of one kind."""
+    """The total cost of all calls of an operator."""
 
     calls: int = 0
     flop: float = 0.0
@@ -95,7 +89,7 @@ class Cost:
 
 @dataclass
 class Work:
-    """One operator as it was called: what the prediction adds up."""
+    """The cost of one operator call."""
 
     name: str
     flop: float
@@ -103,11 +97,11 @@ class Work:
     launches: int
     dtype: torch.dtype
     tiles: float = 0.0
-    """Tiles of 128 x 128 outputs that its matrix product has, 0 for others."""
+    """Number of 128 x 128 output tiles of a matrix product; 0 for other operators."""
 
 
 class Count(TorchDispatchMode):
-    """Counts while it is active; `works` keeps every operator, `live` and `peak` are bytes above what was there."""
+    """Count while active. `works` lists every operator; `live` and `peak` are bytes above those at the start."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -128,7 +122,7 @@ class Count(TorchDispatchMode):
         return sum(work.launches for work in self.works)
 
     def by_operator(self) -> dict[str, Cost]:
-        """Totals by operator, the largest traffic first."""
+        """Return totals by operator, the largest traffic first."""
         found: dict[str, Cost] = defaultdict(Cost)
         for work in self.works:
             cost = found[work.name]
@@ -142,17 +136,17 @@ class Count(TorchDispatchMode):
         kwargs = kwargs or {}
         packet = func.overloadpacket
         if packet is aten._local_scalar_dense and isinstance(args[0], torch._subclasses.FakeTensor):
-            return 0  # a check of values: there are none
+            return 0  # a check of values, which fake tensors do not have
         before = [t.untyped_storage() for t in _tensors((args, kwargs))]
         for storage in before:
             self._known.add(storage)
         out = func(*args, **kwargs)
-        born = [t for t in _tensors(out) if t.untyped_storage() not in self._known]
-        for tensor in born:
+        new = [t for t in _tensors(out) if t.untyped_storage() not in self._known]
+        for tensor in new:
             self._allocate(tensor.untyped_storage())
         if packet in FREE or _checks_ids(packet, args):
             return out
-        written = born + [t for t in _mutated(func, args, kwargs) if t is not None]
+        written = new + [t for t in _mutated(func, args, kwargs) if t is not None]
         if written:
             self.works.append(self._work(func, args, kwargs, out, written))
         return out
@@ -173,8 +167,8 @@ class Count(TorchDispatchMode):
         packet = func.overloadpacket
         formula = flop_registry.get(packet)
         flop = float(formula(*args, **kwargs, out_val=out)) if formula else _our_flop(packet, args, out)
-        wide = [t for t in _tensors(out) if t.is_floating_point()] or _tensors((args, kwargs)) or written
-        dtype = max((t for t in wide), key=lambda t: t.numel()).dtype
+        candidates = [t for t in _tensors(out) if t.is_floating_point()] or _tensors((args, kwargs)) or written
+        dtype = max(candidates, key=lambda t: t.numel()).dtype
         name = func.name().split("::")[1].split(".")[0]
         return Work(
             name,
@@ -187,7 +181,7 @@ class Count(TorchDispatchMode):
 
 
 def _our_flop(packet, args, out) -> float:
-    """Of the operators of ours that are convolutions."""
+    """Return the FLOP of our operators that are convolutions."""
     if packet.__name__ == "few_outputs":
         return 2.0 * out[:, :1].numel() * args[1].numel()
     if packet.__name__ == "few_outputs_backward":
@@ -200,12 +194,12 @@ def _tensors(nested: Any) -> list[Tensor]:
 
 
 def _size(tensor: Tensor) -> int:
-    """Bytes; an expanded tensor has no more than its storage."""
+    """Return the bytes of a tensor; an expanded tensor has no more than its storage."""
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
 def _mutated(func, args, kwargs) -> Iterator[Tensor]:
-    """The arguments that the operator writes to."""
+    """Yield the arguments that the operator writes to."""
     for position, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[position] if position < len(args) else kwargs.get(argument.name)
@@ -213,13 +207,13 @@ def _mutated(func, args, kwargs) -> Iterator[Tensor]:
 
 
 def _checks_ids(packet, args) -> bool:
-    """The CPU's look at patch ids, which a GPU's step does not take."""
+    """Return whether this is the validation of patch ids, which runs only on a CPU."""
     return packet in (aten.min, aten.max) and len(args) == 1 and args[0].dtype == torch.int64
 
 
 def _traffic(packet, args, kwargs, written: list[Tensor]) -> float:
     if packet.__name__ == "_fused_sgd_":
-        return 0.0  # puts back what a bad step changed: in a good one nothing moves
+        return 0.0  # restores the state after a bad step; a good step moves nothing
     if packet.__name__ in OF_PATCHES:
         return 2.0 * sum(_size(t) for t in written)
     sources = {id(t): t for t in _tensors((args, kwargs))}.values()
@@ -237,17 +231,17 @@ def _traffic(packet, args, kwargs, written: list[Tensor]) -> float:
 
 def _launches(packet, args) -> int:
     if packet is aten.convolution:
-        return 1 + (args[2] is not None)  # the bias is added by a launch of its own
+        return 1 + (args[2] is not None)  # a separate launch adds the bias
     if packet is aten.convolution_backward:
-        return sum(bool(wanted) for wanted in args[-1])
-    if packet.__name__ in TENSORS_A_LAUNCH:
-        numbers = sum(t.numel() for t in args[0])
-        return max(math.ceil(len(args[0]) / TENSORS_A_LAUNCH[packet.__name__]), math.ceil(numbers / CHUNK))
+        return sum(bool(needed) for needed in args[-1])
+    if packet.__name__ in TENSORS_PER_LAUNCH:
+        elements = sum(t.numel() for t in args[0])
+        return max(math.ceil(len(args[0]) / TENSORS_PER_LAUNCH[packet.__name__]), math.ceil(elements / CHUNK))
     return OURS.get(packet.__name__, LAUNCHES.get(packet, 1))
 
 
 def _tiles(packet, args, out) -> float:
-    """How many tiles of 128 x 128 outputs a product or convolution has; of a backward those of its inputs'."""
+    """Return the number of 128 x 128 output tiles of a product or convolution; for a backward, of its input."""
     if packet is aten.convolution:
         images, channels, *sides = out.shape
         return math.ceil(images * math.prod(sides) / 128) * math.ceil(channels / 128)
@@ -258,98 +252,3 @@ def _tiles(packet, args, out) -> float:
         *batch, rows, columns = out.shape
         return math.prod(batch) * math.ceil(rows / 128) * math.ceil(columns / 128)
     return 0.0
-
-
-# --- whole steps on fake tensors ----------------------------------------------------------------------------------
-
-
-@dataclass
-class Counted:
-    """A step: its operators, its highest live memory, and what stays between steps, in bytes."""
-
-    count: Count
-    parameters: int
-    """Weights and Adam's moments."""
-
-    @property
-    def peak(self) -> int:
-        return self.parameters + self.count.peak
-
-    @property
-    def least_bytes(self) -> float:
-        """What is moved if everything between products is fused with them: their operands and results, and Adam."""
-        return sum(work.bytes for work in self.count.works if work.flop or work.name == "_fused_adam_")
-
-
-def count_step(
-    name: str,
-    images: int,
-    side: int,
-    precision: str = "fp32",
-    *,
-    network: dict[str, Any] | None = None,
-    prepare: Callable[[Any], None] = lambda _: None,
-    fake: bool = True,
-    **changes: Any,
-) -> Counted:
-    """Count a step of a method at side x side, with Adam's moments there already.
-
-    Args:
-        name: of `fastnce.methods.PRESETS`.
-        precision: "fp32" or "bf16".
-        network: changes to the preset's `NetworkOptions`.
-        prepare: given the built `Step`, before it runs (to choose implementations of layers).
-        fake: False runs it, to hold the counting against a measurement.
-        changes: to the method's options.
-    """
-    from contextlib import nullcontext
-
-    from fastnce.engine.options import OptimOptions
-    from fastnce.engine.step import Step
-    from fastnce.methods import Batch, NetworkOptions
-    from fastnce.methods.presets import PRESETS
-
-    with FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext():
-        preset = PRESETS[name]
-        options = preset.options()
-        for key, value in changes.items():
-            setattr(options, key, value)
-        method = preset.method(options, NetworkOptions(**{**preset.sections.get("network", {}), **(network or {})}))
-        # one layout, so that counts do not depend on the CPU that counts
-        step = Step(method, OptimOptions(), precision, layout=torch.contiguous_format)
-        prepare(step)
-        batch = Batch(*(torch.rand(2, images, 3, side, side) * 2 - 1))
-        for group in step.groups.values():
-            group.prepare()
-        with Count() as count:
-            step.run(batch, method.draw(random.Random(0)))
-        kept = {id(t.untyped_storage()): t for t in step.state().values() if t.is_floating_point()}
-        return Counted(count, sum(t.untyped_storage().nbytes() for t in kept.values()))
-
-
-class Counts:
-    """FLOP and least bytes of steps, kept in a file: counting takes seconds of a CPU while a GPU waits.
-
-    Args:
-        file: JSON, read and written; None keeps them in memory.
-    """
-
-    def __init__(self, file: Path | None = None):
-        self.file = file
-        self.known: dict[str, tuple[float, float]] = {}
-
-    def get(
-        self, name: str, images: int, side: int, precision: str, network: dict[str, Any] | None = None
-    ) -> tuple[float, float]:
-        """(FLOP, least bytes) of `count_step`'s step; small networks are run instead, which is faster."""
-        key = f"{name} {images} {side} {precision} {sorted((network or {}).items())}"
-        if key not in self.known and self.file is not None and self.file.exists():
-            self.known |= {k: tuple(v) for k, v in json.loads(self.file.read_text()).items()}
-        if key not in self.known:
-            counted = count_step(name, images, side, precision, network=network, fake=not network)
-            self.known[key] = counted.count.flop, counted.least_bytes
-            if self.file is not None:
-                part = self.file.with_suffix(f".{os.getpid()}")
-                part.write_text(json.dumps(self.known))
-                part.replace(self.file)
-        return self.known[key]

@@ -1,4 +1,4 @@
-"""The data path: pictures a second that it delivers, beside those that a step takes (P9).
+"""The data path: images per second that it delivers, against those that a step consumes (P9).
 
 python benchmarks/run.py --out DIR --only data
 """
@@ -26,33 +26,33 @@ BATCH = 8
 
 
 def data(context: Context) -> Iterator[Row]:
-    """Batches of 8 crops: resident, beyond the budget, decoded each time; and the step that takes them."""
+    """Batches of 8 crops: resident, beyond the memory budget, decoded each time; and the step that consumes them."""
     side = 32 if context.quick else 256
     with tempfile.TemporaryDirectory() as folder:
         count = 4 if context.quick else 64
         write_pictures(Path(folder), count, side)
         rows = list(measure(_case(Path(folder), side, context), context))
         rows.append(_building(Path(folder), side, count))
-        # A CPU's step at this size takes minutes: one picture at a time, whose rate is the same
+        # on a CPU, measure the step with one image: the rate is the same, and a batch of 8 would take minutes
         images = BATCH if context.device.type != "cpu" else 1
         rows += measure(_step(images, side, context), context)
         rates = (row.images_per_s for row in rows if row.benchmark == "data step" and row.images_per_s)
-        taken = max(rates, default=None)
+        consumed = max(rates, default=None)
         for row in rows:
-            if taken and row.images_per_s and row.benchmark != "data step":
-                row.add_note(f"{row.images_per_s / taken:.1f}x what the step takes")
+            if consumed and row.images_per_s and row.benchmark != "data step":
+                row.add_note(f"{row.images_per_s / consumed:.1f}x the rate of the step")
             yield row
-        yield from measure_rest(context)  # while the pictures are there
+        yield from measure_rest(context)  # before the folder is deleted
 
 
 def _case(folder: Path, side: int, context: Context) -> Case:
     on_gpu = context.device.type != "cpu"
-    resident = "cache in the device's memory" if on_gpu else "cache mapped from the disk"
+    resident = "cache in device memory" if on_gpu else "cache mapped from the disk"
     providers = [Provider("fastnce", _batches(folder, side, context.device, None), note=resident)]
     if on_gpu:
         call = _batches(folder, side, context.device, 0)
-        providers.append(Provider("fastnce, beyond the budget", call, note="windows sent each step"))
-    note = "as the published loaders do, in one process; written here"
+        providers.append(Provider("fastnce, beyond the budget", call, note="crops copied to the device per step"))
+    note = "as the published loaders do, in one process; our own version"
     providers.append(Provider("decoded each time", _decoding(folder, side, context.device), note=note))
     return Case("data", {"images": BATCH, "side": side}, tuple, providers)
 
@@ -89,7 +89,7 @@ def _decoding(folder: Path, side: int, device: torch.device) -> Callable[[], obj
 
 
 def _building(folder: Path, side: int, count: int) -> Row:
-    """Decoding and resizing everything once, ahead of training."""
+    """Measure decoding and resizing of all images, once before training."""
     with tempfile.TemporaryDirectory() as cache:
         began = time.perf_counter()
         UnpairedData(folder, load_size=side * 286 // 256, crop_size=side, cache_dir=cache)
@@ -102,7 +102,7 @@ def _building(folder: Path, side: int, count: int) -> Row:
 
 def _step(images: int, side: int, context: Context) -> Case:
     precision = "fp32" if context.device.type == "cpu" else "bf16"
-    provider = our_provider("cut", context, precision, note=f"what takes them, {precision}", graph=True)
+    provider = our_provider("cut", context, precision, note=f"consumes the batches, {precision}", graph=True)
     return Case(
         "data step", {"images": images, "side": side}, lambda: pictures(images, side, context.device), [provider]
     )

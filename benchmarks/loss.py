@@ -1,8 +1,8 @@
-"""The contrastive loss: module against module, and InfoNCE from 256 rows to tens of thousands. Its chain: `chain.py`.
+"""The contrastive loss: the loss modules, and InfoNCE from 256 to tens of thousands of rows. See also `chain.py`.
 
 python benchmarks/run.py --out DIR --only patchnce infonce
 
-P3, P4: `infonce`, loss and query gradient.
+Goals P3 and P4: `infonce`, loss and query gradient.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ OWN_WRITING = "written here, no checkout was given"
 
 
 def patchnce(context: Context) -> Iterator[Row]:
-    """PatchNCELoss, forward and backward, at the published size: 256 patches of 256 numbers, float32."""
+    """PatchNCELoss, forward and backward, at the published size: 256 patches, 256 features, float32."""
     for case in patchnce_cases(context):
         yield from measure(case, context)
 
@@ -44,7 +44,7 @@ def infonce(context: Context) -> Iterator[Row]:
 
 
 def query_gradient(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], tuple]:
-    """Loss (mean) and its gradient, from a function of (queries, keys)."""
+    """Wrap a loss of (queries, keys): return its mean and the query gradient."""
 
     def call(queries: Tensor, keys: Tensor) -> tuple:
         value = loss(queries, keys).mean()
@@ -59,14 +59,14 @@ def unit_rows(rows: int, dim: int, device: torch.device, dtype: torch.dtype) -> 
 
 
 def with_graph(providers: list[Provider], context: Context) -> list[Provider]:
-    """On a CUDA device the same calls also inside a CUDA graph, as in a captured step."""
+    """On a CUDA device, add the eager providers in a CUDA graph, as in a captured step."""
     if context.device.type != "cuda":
         return providers
     return providers + [replace(p, mode="graph") for p in providers if p.mode == "eager"]
 
 
 class CountsGraphs:
-    """A compiled call that knows how many graphs it became: more than one where the compiler had to break off."""
+    """A compiled call that counts its graphs: more than one after a graph break."""
 
     def __init__(self, call: Callable[..., Any]):
         self.call, self.graphs = call, 0
@@ -92,8 +92,8 @@ def compiled_loss(name: str, loss: Callable[[Tensor, Tensor], Tensor], note: str
 
 
 def beside_ours(case: Case, compiled: Provider) -> Case:
-    """The same work by ours and by somebody's compiled code: a case of its own, as compiling may take minutes."""
-    torch._dynamo.reset()  # or the same functions, compiled for other sizes, would count against a limit
+    """Return a separate case of our code against compiled code, as compiling may take minutes."""
+    torch._dynamo.reset()  # otherwise earlier compilations for other sizes count against Dynamo's limit
     ours = [replace(p, energy=False) for p in case.providers if p.name == OURS]
     return replace(case, benchmark=f"{case.benchmark}, compiled", providers=[*ours, compiled])
 
@@ -122,15 +122,13 @@ def _patchnce_cases(context: Context) -> Iterator[Case]:
         providers = [Provider(OURS, ours)]
         if images > 1:
             providers.append(Provider(f"{OURS}, whole batch", whole, note="negatives as DCLGAN's"))
-        given = False
         for checkout in context.published:
             for name, cls in checkout.losses().items():
                 loss = cls(loss_options(images, temperature=TEMPERATURE))
                 fits = fits_here(context, rows, cosine=name == "PatchNCELoss" and checkout.cosine)
                 call = query_gradient(loss) if fits else refuse
                 providers.append(Provider(f"{checkout.name} {name}", call, note="published"))
-                given = True
-        if not given:
+        if not context.published:
             cut = partial(baselines.cut_loss, images=images, temperature=TEMPERATURE)
             dclgan = partial(baselines.dclgan_loss, temperature=TEMPERATURE)
             providers += [Provider("CUT", query_gradient(cut), note=OWN_WRITING)]
@@ -150,11 +148,11 @@ def _patchnce_cases(context: Context) -> Iterator[Case]:
 
 
 GOALS = (16384, 65536, 256)
-"""Rows that the goals are about: P3, P4, and the published number of patches."""
+"""Rows of the goals P3 and P4, and the published number of patches."""
 
 
 def infonce_cases(context: Context, sizes: Sequence[int] = (*GOALS, 1024, 4096)) -> Iterator[Case]:
-    """Of these sizes on a GPU; fewer and small ones elsewhere."""
+    """Yield the cases of these sizes on a GPU, and of fewer, smaller sizes elsewhere."""
     cuda = context.device.type == "cuda"
     dtype = torch.bfloat16 if cuda else torch.float32
     sizes = (64, 128) if context.quick else sizes if cuda else (256, 1024, 4096)
@@ -178,19 +176,19 @@ def infonce_cases(context: Context, sizes: Sequence[int] = (*GOALS, 1024, 4096))
 def _infonce_providers(context: Context, rows: int, dtype: torch.dtype) -> Iterator[Provider]:
     ours = query_gradient(partial(patch_nce, temperature=TEMPERATURE))
     absent = [library.name for library, loss in _libraries() if loss is None]
-    smallest = rows == (64 if context.quick else 256)  # said once
+    smallest = rows == (64 if context.quick else 256)  # to report missing libraries once
     note = f"not installed here: {', '.join(absent)}" if absent and smallest else ""
     energy = rows == 16384
     yield from with_graph([Provider(OURS, ours, note=note, energy=energy)], context)
-    if context.device.type == "cuda":  # elsewhere the promise changes nothing
+    if context.device.type == "cuda":  # `unit_rows` affects only the kernels
         promised = query_gradient(partial(patch_nce, temperature=TEMPERATURE, unit_rows=True))
         yield from with_graph([Provider(f"{OURS}, unit rows", promised)], context)
     width = dtype.itemsize
     peers: list[tuple[str, Callable[[Tensor, Tensor], Tensor], str, bool]] = []
     for checkout in context.published:
         published = checkout.losses()["PatchNCELoss"](loss_options(temperature=TEMPERATURE))
-        given = "published" if dtype == torch.float32 else "published class, given bfloat16 rows"
-        peers.append((f"{checkout.name} PatchNCELoss", published, given, checkout.cosine))
+        note = "published" if dtype == torch.float32 else "published class, given bfloat16 rows"
+        peers.append((f"{checkout.name} PatchNCELoss", published, note, checkout.cosine))
     if not context.published:
         peers.append(("CUT", partial(baselines.cut_loss, temperature=TEMPERATURE), OWN_WRITING, False))
         peers.append(("DCLGAN", partial(baselines.dclgan_loss, temperature=TEMPERATURE), OWN_WRITING, True))
@@ -211,7 +209,7 @@ def _infonce_providers(context: Context, rows: int, dtype: torch.dtype) -> Itera
 
 
 def _libraries() -> Iterator[tuple[baselines.Library, baselines.Loss | None]]:
-    """Other people's losses; None for one that is not installed."""
+    """Yield the losses of other libraries; None if a library is not installed."""
     for library in baselines.LIBRARIES:
         try:
             yield library, library.make(importlib.import_module(library.module), TEMPERATURE)
@@ -220,13 +218,13 @@ def _libraries() -> Iterator[tuple[baselines.Library, baselines.Loss | None]]:
 
 
 def fits_here(context: Context, rows: int, cosine: bool = False, width: int = 4, layers: int = 1) -> bool:
-    """Whether an eager loss fits: about six matrices of logits, or four broadcast (rows, rows, dim) products, a layer.
+    """Return whether an eager loss fits: per layer six logit matrices, or four broadcast (rows, rows, dim) products.
 
-    All layers' are alive when the gradient is taken.
+    The tensors of all layers are alive during the backward pass.
     """
-    wanted = 4.0 * rows * rows * DIM * width if cosine else 6.0 * rows * rows * width
-    return layers * wanted < context.free_bytes()
+    needed = 4.0 * rows * rows * DIM * width if cosine else 6.0 * rows * rows * width
+    return layers * needed < context.free_bytes()
 
 
 def refuse(*_):
-    raise MemoryError("its intermediates are larger than what a provider may take here")
+    raise MemoryError("its intermediates exceed the memory for one provider")

@@ -1,6 +1,6 @@
-"""What the machine is, and the most that it was measured to do: a large copy, matrix products, launches.
+"""Describe the machine and measure its ceilings: a large copy, matrix products, launches.
 
-Recorded beside every result; the floors in the tables come from these ceilings.
+Every result records them. The floors in the tables follow from these ceilings.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Any
 import torch
 
 import fastnce
-from benchmarks.nvml import board
+from benchmarks import nvml
 from fastnce.common.timing import ceilings
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def facts(device: torch.device) -> dict[str, Any]:
-    """Names, versions, clocks, commit and time."""
+    """Return names, versions, clocks, commit and time."""
     try:
         import triton
 
@@ -57,8 +57,7 @@ def facts(device: torch.device) -> dict[str, Any]:
             "rocm": torch.version.hip or "",
             "cudnn": torch.backends.cudnn.version(),
         }
-        nvml = board(device)
-        found |= nvml.facts() if nvml is not None else {}
+        found |= nvml.facts(device)
     return found
 
 
@@ -71,7 +70,7 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str:
-    """The commit that was measured: FASTNCE_COMMIT, or what git says, with a plus when files differ from it."""
+    """Return the measured commit: FASTNCE_COMMIT, or git's HEAD, with a plus sign if files differ from it."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=10).stdout.strip()
@@ -80,7 +79,7 @@ def _commit() -> str:
         return named
     try:
         if Path(git("rev-parse", "--show-toplevel") or "/") != ROOT:
-            return ""  # an unpacked copy within somebody else's repository
+            return ""  # an unpacked copy inside another repository
         commit = git("rev-parse", "--short=12", "HEAD")
         return commit + ("+" if commit and git("status", "--porcelain") else "")
     except (OSError, subprocess.TimeoutExpired):
@@ -88,18 +87,16 @@ def _commit() -> str:
 
 
 def describe(
-    device: torch.device, quick: bool, tell: Callable[[dict[str, Any]], None] = lambda _: None
+    device: torch.device, quick: bool, save: Callable[[dict[str, Any]], None] = lambda _: None
 ) -> dict[str, Any]:
-    """`facts` and `ceilings`; the clocks again after them, when the device has worked for some seconds.
+    """Return `facts` and `ceilings`. Clocks are read again after some seconds of work, with the suffix "_warm".
 
-    tell: given the facts before the ceilings are measured, which may fail.
+    save: called with the facts before the ceilings are measured, because that measurement may fail.
     """
     began = time.perf_counter()
     found = facts(device)
-    tell(found)
+    save(found)
     found["ceilings"] = ceilings(device, quick)
-    nvml = board(device)
-    if nvml is not None:
-        found |= {f"{key}_warm": value for key, value in nvml.facts().items() if "clock_mhz" in key}
+    found |= {f"{key}_warm": value for key, value in nvml.facts(device).items() if "clock_mhz" in key}
     found["measured_in_s"] = round(time.perf_counter() - began, 1)
     return found

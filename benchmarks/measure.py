@@ -1,11 +1,11 @@
-"""How anything is measured here: interleaved times, peak memory, launches, energy, beside the least that it can cost.
+"""Measure cases: interleaved times, peak memory, launches and energy, with lower bounds.
 
-A `Case` is one piece of work on fixed inputs, done by several `Provider`s; `measure(case, context)` gives a `Row` each.
-Times are percentiles over rounds in which every provider runs once, in one process, so that a drift of clocks or a
-neighbour on the machine meets all of them. What cannot be measured stays empty; a figure is never made up.
+A `Case` is one piece of work on fixed inputs for several `Provider`s. `measure(case, context)` yields a `Row` for each.
+Times are percentiles over rounds. In each round every provider runs once in the same process, so that changing clocks
+and other load affect all of them alike. A quantity that cannot be measured stays None.
 
-Each provider is timed alone first, which is worth less but is there when a later one takes the process down. Energy and
-launches come last, when all times of a part are there (`measure_rest`): a profiler stays attached to the process.
+Each provider is first timed alone: a less accurate time, kept in case a later provider crashes the process. Energy and
+launches are measured after all times of a part (`measure_rest`), because a profiler stays attached to the process.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from benchmarks.observe import joules, launches, peak_bytes
 from fastnce.common.timing import capture, floor_ms, percentiles, synchronize, time_interleaved
 
 L2_MULTIPLE = 2
-"""Inputs rotate through this many times the size of the L2 cache."""
+"""Inputs rotate through this multiple of the size of the L2 cache."""
 
 LEAST_LEFT = 3.0
-"""Seconds that must be left of a part's time for anything further to begin."""
+"""Remaining seconds of a part below which no further measurement starts."""
 
 ALONE_SECONDS, ALONE_SECONDS_QUICK = 0.2, 0.02
 SLOW = 1.0
-"""Seconds: a call that takes longer is not repeated to time it alone."""
+"""Seconds; a longer call is not repeated when timed alone."""
 
 OVER = "not run: time is over"
 ALONE = "alone, not interleaved"
 
 
 class DeviceLost(RuntimeError):
-    """The device answers nothing any more: this process can measure nothing further."""
+    """The device no longer responds, so this process cannot measure anything further."""
 
 
 @dataclass
@@ -51,16 +51,16 @@ class _Ready:
     case: Case
     provider: Provider
     call: Callable[[], Any]
-    """What to time."""
+    """The function to time."""
     calls: int
-    """How many of the provider's it holds."""
+    """Number of the provider's calls in it."""
     single: Callable[[], Any]
     """One call of the provider."""
     note: str
-    """What is said of it whatever its times."""
+    """The part of the note that does not depend on its times."""
 
     def take(self, times: Sequence[float], limits: dict[str, float]) -> None:
-        """Fill in the row from rounds in milliseconds."""
+        """Fill in the row from the rounds' milliseconds."""
         row = self.row
         row.p20_ms, row.p50_ms, row.p80_ms = (t / self.calls for t in percentiles(times))
         row.rounds, row.note = len(times), self.note
@@ -71,10 +71,10 @@ class _Ready:
 
 
 def measure(case: Case, context: Context) -> Iterator[Row]:
-    """A row for each provider; one that raises gets a row that says so, and loses nobody else's figures.
+    """Yield a row for each provider. If a provider raises, its row has the error, and the others are measured.
 
-    A provider that hangs, or takes the process or its device down, was named to `context.journal` before: whoever
-    watches starts another process, in which it is refused. Energy and launches are left for `measure_rest`.
+    `context.journal` receives the name of each provider before it runs. If it hangs or crashes the process or the
+    device, the supervisor starts another process that skips it. `measure_rest` adds energy and launches.
     """
     device, limits = context.device, context.limits
     rows = {}
@@ -104,20 +104,20 @@ def measure(case: Case, context: Context) -> Iterator[Row]:
         recorded = [key for key, ready in found.items() if ready.provider.recorded]
         patience = min(context.patience, 10.0 + 4.0 * context.seconds) if device.type != "cpu" else context.left()
         context.journal({"timing": recorded or list(found), "seconds": patience})
-        # the last moment at which a further round may begin; on a slow machine three rounds may last minutes
+        # no round starts after this time: on a slow machine three rounds may take minutes
         until = None if context.until is None else context.until - LEAST_LEFT
         calls = {key: ready.call for key, ready in found.items()}
         times = time_interleaved(calls, device, context.seconds, least_ms=_least_ms(device), until=until)
         context.journal({"timed": list(found)})
         for key, ready in found.items():
-            if times[key]:  # else the row has the times alone
+            if times[key]:  # otherwise the row keeps the time measured alone
                 ready.take(times[key], limits)
         context.timed += found.values()
     yield from rows.values()
 
 
 def measure_rest(context: Context) -> Iterator[Row]:
-    """Energy, then launches, of what `measure` has timed: its rows once more, as far as the time goes."""
+    """Yield the rows of `measure` again with energy, then with launches, as far as the time permits."""
     timed, context.timed[:] = list(context.timed), []
     for ready in timed:
         if ready.provider.energy and not context.quick and context.left() > 2 * LEAST_LEFT:
@@ -134,7 +134,7 @@ def measure_rest(context: Context) -> Iterator[Row]:
 
 
 def _input_sets(case: Case, device: torch.device) -> list[tuple]:
-    """As many sets as the L2 cache does not hold, on a CUDA device; one elsewhere."""
+    """Return enough sets to exceed the L2 cache on a CUDA device, or one set elsewhere."""
     inputs = [case.make_inputs()]
     if device.type == "cuda":
         one = max(1, sum(t.numel() * t.element_size() for t in _tensors(inputs[0])))
@@ -144,15 +144,15 @@ def _input_sets(case: Case, device: torch.device) -> list[tuple]:
 
 
 def _prepared(row: Row, case: Case, provider: Provider, inputs: list[tuple], context: Context) -> _Ready | None:
-    """The provider after its first calls; its memory and its times alone go into the row."""
+    """Make the provider's first calls, and fill in its memory and its time alone; None if it raises."""
     ready = None
     try:
         ready = _first_calls(row, case, provider, inputs, context)
-    except Exception as error:  # out of memory, not supported here, does not compile: said, and the rest goes on
+    except Exception as error:  # such as out of memory, not supported, does not compile
         row.note = f"did not run: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
         print(row.key(), file=sys.stderr)
         traceback.print_exc()
-    if ready is None:  # here, where the error and what it held are gone
+    if ready is None:  # outside the handler, so that the tensors of the traceback are released
         _free(context.device)
     return ready
 
@@ -161,7 +161,7 @@ def _first_calls(row: Row, case: Case, provider: Provider, inputs: list[tuple], 
     device, seconds = context.device, ALONE_SECONDS_QUICK if context.quick else ALONE_SECONDS
     call, calls = _prepare(provider, inputs)
     single = functools.partial(provider.call, *inputs[0])
-    synchronize(device)  # a fault of the device is this provider's
+    synchronize(device)  # attribute a device fault to this provider
     took = [0.0]
 
     def once() -> None:
@@ -170,7 +170,7 @@ def _first_calls(row: Row, case: Case, provider: Provider, inputs: list[tuple], 
         synchronize(device)
         took[0] = time.perf_counter() - began
 
-    if CAPTURED not in provider.mode:  # whose memory was taken when it was recorded, and stays
+    if CAPTURED not in provider.mode:  # a captured graph allocated its memory before
         row.peak_bytes = _try(row, peak_bytes, once, device)
     ready = _Ready(row, case, provider, call, calls, single, row.note)
     if took[0] > SLOW:
@@ -183,15 +183,15 @@ def _first_calls(row: Row, case: Case, provider: Provider, inputs: list[tuple], 
 
 
 def _least_ms(device: torch.device) -> float:
-    """A round lasts as long at least: on a GPU, work is given out ahead, as in training, not once and waited for."""
+    """Return the least duration of a round: on a GPU long enough that launches run ahead, as in training."""
     return 20.0 if device.type == "cuda" else 1.0
 
 
 def _free(device: torch.device) -> None:
-    """Give back what earlier providers held.
+    """Release the memory of earlier providers.
 
     Raises:
-        DeviceLost: after a fault on a CUDA device every further call in the process fails.
+        DeviceLost: after a fault on a CUDA device, as every further call in the process fails.
     """
     gc.collect()
     if device.type == "cuda":
@@ -203,7 +203,7 @@ def _free(device: torch.device) -> None:
 
 
 def _derive(row: Row, case: Case, provider: Provider, limits: dict[str, float]) -> None:
-    """Rates and floors from the median."""
+    """Compute rates and floors from the median."""
     assert row.p50_ms is not None
     row.flop, row.bytes = case.flop, provider.bytes or case.bytes
     row.steps_per_s = 1e3 / row.p50_ms
@@ -220,16 +220,16 @@ def _derive(row: Row, case: Case, provider: Provider, limits: dict[str, float]) 
 
 
 def _try(row: Row, measurement: Callable[..., Any], *arguments: Any) -> Any:
-    """A measurement beside the time: when it fails, its field stays empty and the note says so."""
+    """Return an additional measurement; if it fails, return None and note the error."""
     try:
         return measurement(*arguments)
     except Exception as error:
-        row.add_note(f"no {getattr(measurement, '__name__', 'figure')}: {type(error).__name__}")
+        row.add_note(f"no {getattr(measurement, '__name__', 'measurement')}: {type(error).__name__}")
         return None
 
 
 def _prepare(provider: Provider, inputs: list[tuple]) -> tuple[Callable[[], Any], int]:
-    """(what to time, how many calls of the provider it holds)."""
+    """Return the function to time, and the number of the provider's calls in it."""
     if provider.mode == "graph":
         return capture(provider.call, inputs), len(inputs)
     state = [0]

@@ -1,78 +1,69 @@
-"""What NVIDIA's management library says of a board: driver, clocks, power, energy. Read through ctypes, no package."""
+"""Readings of an NVIDIA board: driver, clocks, power, temperature, energy. They need nvidia-ml-py (extra `bench`)."""
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from typing import Any
 
 import torch
 
-CLOCK_SM, CLOCK_MEMORY = 1, 2
-TEMPERATURE_GPU = 0
+try:
+    import pynvml
+except ImportError:
+    pynvml = None
+
+INSTALL = "no clocks, power or energy: install nvidia-ml-py"
 
 
 class Board:
     """One board.
 
     Raises:
-        OSError: there is no library, no such board, or the board does not answer.
+        pynvml.NVMLError: there is no driver or no such board.
     """
 
     def __init__(self, uuid: str):
-        self.library = ctypes.CDLL("libnvidia-ml.so.1")
-        self._call("nvmlInit_v2")
-        self.handle = ctypes.c_void_p()
-        self._call("nvmlDeviceGetHandleByUUID", uuid.encode(), ctypes.byref(self.handle))
-
-    def _call(self, name: str, *arguments: Any) -> None:
-        try:
-            code = getattr(self.library, name)(*arguments)
-        except AttributeError:
-            raise OSError(f"the library has no {name}") from None
-        if code:
-            raise OSError(f"{name} answered {code}")
-
-    def _number(self, name: str, *arguments: Any, kind: Any = ctypes.c_uint) -> int:
-        value = kind()
-        self._call(name, self.handle, *arguments, ctypes.byref(value))
-        return value.value
+        pynvml.nvmlInit()
+        self.handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
 
     def joules(self) -> float:
-        """Energy since the driver was loaded."""
-        return self._number("nvmlDeviceGetTotalEnergyConsumption", kind=ctypes.c_ulonglong) / 1e3
+        """Return the energy used since the driver was loaded."""
+        return pynvml.nvmlDeviceGetTotalEnergyConsumption(self.handle) / 1e3
 
     def facts(self) -> dict[str, Any]:
-        """Driver, clocks in MHz, power limit in W, temperature in degrees; what does not answer is left out."""
-        text = ctypes.create_string_buffer(96)
-        found: dict[str, Any] = {}
-        wanted = {
-            "sm_clock_mhz": ("nvmlDeviceGetClockInfo", CLOCK_SM),
-            "sm_clock_max_mhz": ("nvmlDeviceGetMaxClockInfo", CLOCK_SM),
-            "memory_clock_mhz": ("nvmlDeviceGetClockInfo", CLOCK_MEMORY),
-            "power_limit_w": ("nvmlDeviceGetPowerManagementLimit",),
-            "temperature_c": ("nvmlDeviceGetTemperature", TEMPERATURE_GPU),
+        """Return driver, clocks in MHz, power limit in W and temperature in degrees Celsius, as far as available."""
+        readings = {
+            "driver": lambda: pynvml.nvmlSystemGetDriverVersion(),
+            "sm_clock_mhz": lambda: pynvml.nvmlDeviceGetClockInfo(self.handle, pynvml.NVML_CLOCK_SM),
+            "sm_clock_max_mhz": lambda: pynvml.nvmlDeviceGetMaxClockInfo(self.handle, pynvml.NVML_CLOCK_SM),
+            "memory_clock_mhz": lambda: pynvml.nvmlDeviceGetClockInfo(self.handle, pynvml.NVML_CLOCK_MEM),
+            "power_limit_w": lambda: pynvml.nvmlDeviceGetPowerManagementLimit(self.handle) / 1e3,
+            "temperature_c": lambda: pynvml.nvmlDeviceGetTemperature(self.handle, pynvml.NVML_TEMPERATURE_GPU),
         }
-        try:
-            self._call("nvmlSystemGetDriverVersion", text, 96)
-            found["driver"] = text.value.decode()
-        except OSError:
-            pass
-        for name, (function, *arguments) in wanted.items():
+        found: dict[str, Any] = {}
+        for name, read in readings.items():
             try:
-                found[name] = self._number(function, *arguments) / (1e3 if name == "power_limit_w" else 1)
-            except OSError:
+                found[name] = read()
+            except pynvml.NVMLError:  # this board or driver does not report it
                 continue
         return found
 
 
 @functools.cache
 def board(device: torch.device) -> Board | None:
-    """The board of a CUDA device, or None where it cannot be asked."""
-    if device.type != "cuda":
+    """Return the board of a CUDA device, or None without readings: another device, no library, no driver."""
+    if device.type != "cuda" or pynvml is None:
         return None
     try:
         uuid = str(torch.cuda.get_device_properties(device).uuid)  # type: ignore[attr-defined]
         return Board(uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}")
-    except (OSError, AttributeError, RuntimeError):
+    except (pynvml.NVMLError, AttributeError, RuntimeError):
         return None
+
+
+def facts(device: torch.device) -> dict[str, Any]:
+    """Return `Board.facts` of a CUDA device; where the library is missing, only "nvml" with a line that says so."""
+    if device.type == "cuda" and pynvml is None:
+        return {"nvml": INSTALL}
+    found = board(device)
+    return {} if found is None else found.facts()

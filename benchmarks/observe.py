@@ -1,4 +1,4 @@
-"""What a call costs besides time: peak memory, launches, energy."""
+"""Measure what a call costs besides time: peak memory, launches, energy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastnce.common.timing import synchronize
 
 
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
-    """Highest allocation during a call, above what was allocated before it."""
+    """Return the peak of allocated bytes during a call, above the bytes allocated before it."""
     gc.collect()
     if device.type == "cuda":
         synchronize(device)
@@ -29,7 +29,7 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
         return torch.cuda.max_memory_allocated(device) - before
     if device.type != "cpu":
         return None
-    # The profiler reports every allocation of a tensor's memory on the CPU; scratch memory of a library is not seen.
+    # On the CPU the profiler reports every tensor allocation, but no scratch memory of libraries.
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
         gc.collect()
@@ -56,15 +56,15 @@ class _Counter(TorchDispatchMode):
 
 
 def launches(call: Callable[[], Any], device: torch.device, mode: str) -> int | None:
-    """Kernels, copies and fills on the device (CUDA), or operators dispatched, views among them (CPU)."""
-    if mode == "compile":  # it may have to be compiled anew, and on a CPU does not come by the dispatcher
+    """Count kernels, copies and fills on the device (CUDA), or dispatched operators including views (CPU)."""
+    if mode == "compile":  # profiling may recompile it; on a CPU compiled code bypasses the dispatcher
         return None
     if device.type == "cuda":
         activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
         with torch.profiler.profile(activities=activities) as profile:
             call()
             synchronize(device)
-        return device_events(profile) or None  # none at all: this machine does not let its kernels be watched
+        return device_events(profile) or None  # no events: this machine does not permit profiling
     if device.type != "cpu":
         return None
     with _Counter() as counter:
@@ -73,18 +73,18 @@ def launches(call: Callable[[], Any], device: torch.device, mode: str) -> int | 
 
 
 def device_events(profile: Any) -> int:
-    """What ran on the device, without the spans that a program names, which the profiler shows there too."""
+    """Count the events on the device, except user annotations, which the profiler lists there too."""
     on_device = torch.autograd.DeviceType.CUDA
-    try:  # as they come: making Python's objects of all events takes seconds
+    try:  # raw events: building Python objects for all of them takes seconds
         events = profile.profiler.kineto_results.events()
         return sum(e.device_type() == on_device and not e.is_user_annotation() for e in events)
-    except AttributeError:  # no public interface: another PyTorch may not have it
+    except AttributeError:  # a private interface, which another PyTorch version may lack
         events = profile.events()
         return sum(e.device_type == on_device and not getattr(e, "is_user_annotation", False) for e in events)
 
 
 def joules(call: Callable[[], Any], device: torch.device, seconds: float = 2.0) -> float | None:
-    """Energy a call, from the board's counter over at least `seconds`; None where there is none."""
+    """Return the energy per call, from the board's counter over at least `seconds`; None without a counter."""
     counter = board(device)
     if counter is None:
         return None

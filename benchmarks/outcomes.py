@@ -1,4 +1,4 @@
-"""A pytest plugin: writes how each test ended as soon as it has, a JSON line each. Whatever ends pytest loses none.
+"""A pytest plugin that writes each outcome as a JSON line when the test ends, so that a crash of pytest loses none.
 
 FASTNCE_OUTCOMES=FILE.jsonl python -m pytest -p benchmarks.outcomes tests
 """
@@ -13,11 +13,11 @@ from typing import Any
 
 FILE = "FASTNCE_OUTCOMES"
 WORKER = "PYTEST_XDIST_WORKER"
-"""Set in the processes of pytest-xdist, which hand their reports to the one that writes."""
+"""Set in the workers of pytest-xdist, which send their reports to the process that writes."""
 
 
 def pytest_runtest_logreport(report: Any) -> None:
-    """Of a test: its own outcome, or that of a fixture that failed or skipped it."""
+    """Write the outcome of a test, or of a fixture that failed or skipped it."""
     if WORKER in os.environ or (report.when != "call" and report.outcome == "passed"):
         return
     crash = getattr(report.longrepr, "reprcrash", None)
@@ -28,10 +28,10 @@ def pytest_runtest_logreport(report: Any) -> None:
 
 
 def read(file: Path) -> list[dict[str, Any]]:
-    """The last word on each test; none where there is no file."""
+    """Return the last outcome of each test; empty if the file does not exist."""
     found = {}
-    for words in file.read_text().splitlines() if file.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):  # a line that a killed process did not finish
-            line = json.loads(words)
+    for text in file.read_text().splitlines() if file.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):  # a killed process may leave an unfinished line
+            line = json.loads(text)
             found[line["name"]] = line
     return list(found.values())

@@ -1,4 +1,4 @@
-"""Rows against time and memory, log-log, one line a provider; and how cost grows, fitted.
+"""Plot time and memory over rows, log-log, one line per provider, and fit the growth of the cost.
 
 python benchmarks/plot.py DIR    # DIR holds results.json
 """
@@ -18,7 +18,7 @@ Series = dict[str, list[tuple[float, float]]]
 
 
 def series(rows: list[dict[str, Any]], column: str) -> Series:
-    """(rows S, value) by provider and mode, of the InfoNCE benchmark, where the value was measured."""
+    """Return (rows S, value) pairs of the InfoNCE benchmark by provider and mode, where the value was measured."""
     found: Series = defaultdict(list)
     for row in rows:
         if row["benchmark"] == "infonce" and row[column]:
@@ -28,7 +28,7 @@ def series(rows: list[dict[str, Any]], column: str) -> Series:
 
 
 def growth(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """Least-squares exponents of time and memory against S, for providers with at least three sizes."""
+    """Yield least-squares exponents of time and memory over S, for providers with at least three sizes."""
     memory = series(rows, "peak_bytes")
     for name, times in series(rows, "p50_ms").items():
         if len(times) >= 3:
@@ -39,12 +39,12 @@ def growth(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def step_growth(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """How a step's time grows with images, side and patches, each alone: t = c * x^e; for images also t = a + b x."""
+    """Yield how a step's time grows with images, side and patches: t = c * x^e; for images also t = a + b x."""
     measured = [r for r in rows if r["benchmark"].startswith("growth") and r["p50_ms"]]
     if not measured:
         return
     axes = ("images", "side", "patches")
-    # the point in the middle: what most rows share
+    # the base point has the values that most rows share
     base = {axis: statistics.mode(r[axis] for r in measured) for axis in axes}
     for axis in axes:
         others = [other for other in axes if other != axis]
@@ -54,7 +54,7 @@ def step_growth(rows: list[dict[str, Any]]) -> Iterator[str]:
         line = f"growth of a step: time {axis}^{_exponent(points):.2f} from {axis} {points[0][0]} to {points[-1][0]}"
         if axis == "images":
             slope, start = statistics.linear_regression(*zip(*points, strict=True))
-            line += f"; {start:.3g} ms + {slope:.3g} ms an image"
+            line += f"; {start:.3g} ms + {slope:.3g} ms per image"
         yield line
 
 
@@ -66,11 +66,11 @@ def _exponent(points: list[tuple[float, float]]) -> float:
 
 
 def draw(folder: Path, rows: list[dict[str, Any]]) -> str:
-    """Write infonce.png into the folder; returns a sentence that says what was done."""
+    """Write infonce.png into the folder and return a sentence about the outcome."""
     panels = [("p50_ms", "milliseconds", 1.0), ("peak_bytes", "MiB above the inputs", 2.0**20)]
     data = [(series(rows, column), label, unit) for column, label, unit in panels]
     if not any(len(points) > 1 for lines, _, _ in data for points in lines.values()):
-        return "no plot: the InfoNCE benchmark has fewer than two sizes here"
+        return "no plot: the InfoNCE benchmark has fewer than two sizes"
     try:
         import matplotlib
 

@@ -1,10 +1,10 @@
-"""What training steps should cost on a GPU that need not be here: counted work over its rates.
+"""Predict the cost of training steps on a GPU without having it: counted work divided by its rates.
 
 python benchmarks/predict.py            # some minutes on a CPU; prints the tables of docs/performance.md
 python benchmarks/predict.py --only steps --names cut --images 1
 
-Nothing is computed: steps run on fake tensors (`benchmarks/count.py`). FLOP, bytes and launches are those of our own
-code, and the times are those over the rates below. A prediction is no measurement.
+Steps run on fake tensors, which compute nothing (`benchmarks/count.py`). FLOP, bytes and launches are those of our
+code; times follow from the rates below. A prediction is not a measurement.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ from typing import Any
 from unittest import mock
 
 if __name__ == "__main__":
-    # so that the kernels can be chosen, on fake tensors without a GPU; not where this is imported, beside real ones
+    # allows the kernels on fake tensors without a GPU; not on import, where it would affect real tensors
     os.environ.setdefault("TRITON_INTERPRET", "1")
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
 from benchmarks import baselines
-from benchmarks.count import Count, Counted, Work, count_step
+from benchmarks.count import Count, Work
 from benchmarks.step import with_all_biases
+from benchmarks.step_costs import Counted, count_step
 from fastnce.engine.recompute import recompute_blocks
 from fastnce.methods import dclgan
 from fastnce.nce import PatchNCEHead
@@ -39,16 +40,18 @@ from fastnce.networks import set_implementation
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU. Bandwidth, rates of products and the cost of launches are an H100's, measured
-    (`benchmarks/results/h100-2026-11-26/`); what its convolutions reach of them, and what its cache brings, is assumed.
+    """A GPU. Bandwidth, product rates and launch costs were measured on an H100
+    (`benchmarks/results/h100-2026-11-26/`). The efficiency of convolutions and the effect of the cache are assumed.
 
     Args:
-        bandwidth: bytes a second that a large copy reaches; cached: the same where all of an operator's data, at most
-            `cache` bytes, stay in the cache between operators.
-        bfloat16, tf32: FLOP a second of large products.
-        products: what a convolution reaches of that when all multiprocessors are busy.
-        few: the part of them that it keeps busy at least, by dividing sums, when it has few outputs.
-        eager, node: seconds that a launch costs the host, and a node in a CUDA graph.
+        bandwidth: bytes per second of a large copy.
+        cached: bytes per second if all data of an operator, at most `cache` bytes, stay in the cache.
+        cache: bytes of the cache.
+        bfloat16, tf32: FLOP per second of large products.
+        products: fraction of these rates that a convolution reaches when all multiprocessors are busy.
+        few: the least fraction of busy multiprocessors for few outputs, reached by splitting sums.
+        eager: seconds per launch on the host.
+        node: seconds per node of a CUDA graph.
     """
 
     bandwidth: float = 3.0e12
@@ -63,7 +66,7 @@ class Device:
     node: float = 1.2e-6
 
     def seconds(self, work: Work) -> float:
-        """Of one operator on the device: the longest of arithmetic, traffic and its launches."""
+        """Return the time of one operator on the device: the longest of arithmetic, traffic and launches."""
         rate = self.bfloat16 if work.dtype == torch.bfloat16 else self.tf32
         waves = max(1, math.ceil(work.tiles / self.multiprocessors))
         busy = max(self.few, work.tiles / (waves * self.multiprocessors)) if work.tiles else 1.0
@@ -71,26 +74,26 @@ class Device:
         return max(work.flop / (rate * self.products * busy), work.bytes / bandwidth, work.launches * self.node)
 
     def eager_seconds(self, count: Count) -> float:
-        """A step launched one by one: the host sets the pace where the device does not."""
+        """Return the time of an uncaptured step: the larger of the host's and the device's time."""
         return max(count.launches * self.eager, self.device_seconds(count))
 
     def device_seconds(self, count: Count) -> float:
-        """A captured step: each operator after the one before."""
+        """Return the time of a captured step, whose operators run one after another."""
         return sum(self.seconds(work) for work in count.works)
 
     def floor_seconds(self, counted: Counted) -> float:
-        """No implementation is faster at this precision: all FLOP at the full rate, or the least traffic."""
+        """Return the lower bound at this precision: all FLOP at the full rate, or the least traffic."""
         rate = self.bfloat16 if any(work.dtype == torch.bfloat16 for work in counted.count.works) else self.tf32
         return max(counted.count.flop / rate, counted.least_bytes / self.bandwidth)
 
 
-HOPEFUL = Device(cached=12e12, products=0.85, few=1.0, node=0.8e-6)
-"""If all goes well: maps stay in the L2 cache, convolutions come near products, nodes cost little."""
+OPTIMISTIC = Device(cached=12e12, products=0.85, few=1.0, node=0.8e-6)
+"""Optimistic: maps stay in the L2 cache, convolutions are almost as fast as products, nodes are cheap."""
 
 
 @contextlib.contextmanager
 def as_on_a_gpu() -> Iterator[None]:
-    """Within: DCLGAN's loss takes the kernels, as it does by itself on a GPU."""
+    """Context manager in which DCLGAN's loss uses the kernels, as it does on a GPU."""
     with contextlib.ExitStack() as stack:
         for name in ("patch_nce_layers", "project_patches"):
             chosen = partial(getattr(dclgan, name), implementation="triton")
@@ -99,20 +102,20 @@ def as_on_a_gpu() -> Iterator[None]:
 
 
 def fused_loss(step: Any) -> None:
-    """The contrastive loss by its kernels."""
+    """Use the kernels for the contrastive loss."""
     for module in step.method.modules():
         if isinstance(module, PatchNCEHead):
             module.implementation = "triton"
 
 
 def fused(step: Any) -> None:
-    """Loss, norms, pads, blurs and last convolutions by kernels, as a GPU's step has them."""
+    """Use the kernels for loss, norms, pads, blurs and last convolutions, as on a GPU."""
     fused_loss(step)
     set_implementation(step.method, "triton")
 
 
 def published_loss(name: str, images: int, patches: int = 256, dim: int = 256) -> Count:
-    """What the published loss moves and launches more than ours does: DCLGAN's broadcast cosines; nothing for CUT."""
+    """Count the extra work of the published loss: DCLGAN's broadcast cosines; none for CUT."""
     rows = [torch.randn(images * patches, dim, device="meta", requires_grad=True) for _ in range(2)]
     with Count() as count:
         if name.startswith(("dclgan", "dcdgan")):
@@ -123,7 +126,7 @@ def published_loss(name: str, images: int, patches: int = 256, dim: int = 256) -
 
 @dataclass
 class Prediction:
-    """One line: milliseconds a step on the assumed device."""
+    """One line of the table: milliseconds per step on the assumed device."""
 
     name: str
     images: int
@@ -132,29 +135,29 @@ class Prediction:
     gbytes: float
     launches: int
     floor: float
-    hopeful: float
+    optimistic: float
     usual: float
     eager: float
 
 
 def predict(name: str, images: int, side: int, device: Device, **more: Any) -> Iterator[Prediction]:
-    """The published way, ours in float32 and bfloat16 with library layers, and ours with fused ones."""
+    """Yield the published step, ours in float32 and bfloat16 with library layers, and ours with fused layers."""
 
     def line(form: str, counted: Counted) -> Prediction:
         count = counted.count
         seconds = (
             device.floor_seconds(counted),
-            HOPEFUL.device_seconds(count),
+            OPTIMISTIC.device_seconds(count),
             device.device_seconds(count),
             device.eager_seconds(count),
         )
         times = (1e3 * t for t in seconds)
         return Prediction(name, images, form, count.flop / 1e9, count.bytes / 1e9, count.launches, *times)
 
-    twice = count_step(name, images, side, "fp32", reuse_key_features=False, prepare=with_all_biases, **more)
-    if name != "dcdgan":  # of which nothing was released
-        twice.count.works += published_loss(name, images).works
-        yield line("as published, float32", twice)
+    published = count_step(name, images, side, "fp32", reuse_key_features=False, prepare=with_all_biases, **more)
+    if name != "dcdgan":  # the code of the paper's DCD-GAN is not published
+        published.count.works += published_loss(name, images).works
+        yield line("as published, float32", published)
     with as_on_a_gpu():
         yield line("ours, float32", count_step(name, images, side, "fp32", prepare=fused_loss, **more))
         yield line("ours, bfloat16", count_step(name, images, side, "bf16", prepare=fused_loss, **more))
@@ -162,7 +165,7 @@ def predict(name: str, images: int, side: int, device: Device, **more: Any) -> I
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
+    """Return a Markdown table."""
     lines = [header, ["---"] * 1 + ["---:"] * (len(header) - 1), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
@@ -176,13 +179,13 @@ def steps_table(names: Sequence[str], batches: Sequence[int], side: int, device:
             for p in predict(name, images, side, device):
                 print(f"{name} B={images}: {p.form}", file=sys.stderr, flush=True)
                 cells = [f"{name}, B={images}", p.form, f"{p.gflop:,.0f}", f"{p.gbytes:.1f}", f"{p.launches:,}"]
-                rows.append([*cells, f"{p.floor:.2f}", f"{p.hopeful:.2f}", f"{p.usual:.2f}", f"{p.eager:.2f}"])
-    header = ["step", "form", "GFLOP", "GB moved", "launches", "floor ms", "hopeful", "usual", "one by one"]
+                rows.append([*cells, f"{p.floor:.2f}", f"{p.optimistic:.2f}", f"{p.usual:.2f}", f"{p.eager:.2f}"])
+    header = ["step", "form", "GFLOP", "GB moved", "launches", "floor ms", "optimistic", "usual", "uncaptured"]
     yield table(header, rows)
 
 
 def memory_table(names: Sequence[str], batches: Sequence[int], sides: Sequence[int]) -> Iterator[str]:
-    """Peak memory by crop size and batch, in GiB: weights and moments, and what lives during a step."""
+    """Yield the peak memory in GiB by crop size and batch: weights, moments and the live tensors of a step."""
 
     def recomputed(step: Any) -> None:
         fused(step)
@@ -192,7 +195,7 @@ def memory_table(names: Sequence[str], batches: Sequence[int], sides: Sequence[i
         "float32": ("fp32", lambda _: None),
         "bfloat16": ("bf16", lambda _: None),
         "bfloat16, kernels": ("bf16", fused),
-        "and blocks computed again": ("bf16", recomputed),
+        "and recomputed blocks": ("bf16", recomputed),
     }
     rows = []
     for name in names:
@@ -207,16 +210,16 @@ def memory_table(names: Sequence[str], batches: Sequence[int], sides: Sequence[i
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the tables in Markdown; 0."""
+    """Print the tables in Markdown and return 0."""
     parser = argparse.ArgumentParser(prog="benchmarks/predict.py", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", choices=("steps", "memory"), help="one of the two tables")
+    parser.add_argument("--only", choices=("steps", "memory"), help="print only one table")
     parser.add_argument("--names", nargs="+", default=["cut", "fastcut", "dclgan", "dcdgan"], metavar="METHOD")
     parser.add_argument("--images", nargs="+", type=int, default=[1, 8], metavar="B")
     parser.add_argument("--side", type=int, default=256)
     args = parser.parse_args(argv)
     device = Device()
     if args.only != "memory":
-        print(f"Usual: {device}\n\nHopeful: {HOPEFUL}\n")
+        print(f"Usual: {device}\n\nOptimistic: {OPTIMISTIC}\n")
         for text in steps_table(args.names, args.images, args.side, device):
             print(text)
     if args.only != "steps":

@@ -1,9 +1,9 @@
-"""Which kernels one replay of a captured step launches: how often, how long, and their share of the whole.
+"""Profile one replay of a captured step: the count, time and share of each kernel.
 
-python -m benchmarks.profiled FILE.csv              # CUT with 1 and 8 pictures, FastCUT; needs a GPU
+python -m benchmarks.profiled FILE.csv              # CUT with 1 and 8 images, FastCUT; needs a GPU
 
-A line a kernel, the longest first, at most 60 a step and one for the rest; the file is written anew after each step.
-"busy" is the time of all kernels over the time from the first one's start to the last one's end.
+One line per kernel, the longest first: at most 60 per step, and one for the others. The file is rewritten after each
+step. "busy" is the time of all kernels divided by the time from the first start to the last end.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Launch(NamedTuple):
 
 @dataclass(frozen=True)
 class Line:
-    """All launches of one kernel in one replay. microseconds: their sum; share: of the sum over all kernels."""
+    """All launches of one kernel in one replay; `microseconds` is their sum, `share` the fraction of all kernels."""
 
     step: str
     images: int
@@ -50,12 +50,12 @@ class Line:
 
 
 def lines_of(step: str, images: int, launches: Iterable[Launch], most: int = MOST) -> list[Line]:
-    """By kernel, the longest first; those after the first `most` together."""
+    """Return one line per kernel, the longest first, with all after the first `most` combined."""
     launches = list(launches)
     if not launches:
         return []
     whole = sum(end - start for _, start, end in launches)
-    # several streams may run side by side
+    # above 1 if streams overlap
     busy = whole / max(1e-9, max(launch.end for launch in launches) - min(launch.start for launch in launches))
     found: dict[str, list[float]] = {}
     for name, start, end in launches:
@@ -69,7 +69,7 @@ def lines_of(step: str, images: int, launches: Iterable[Launch], most: int = MOS
 
 
 def launches_of(profile: Any) -> list[Launch]:
-    """What ran on the device, without the spans that a program names."""
+    """Return the launches on the device, without user annotations."""
     on_device = torch.autograd.DeviceType.CUDA
     return [
         Launch(event.name, event.time_range.start, event.time_range.end)
@@ -79,9 +79,9 @@ def launches_of(profile: Any) -> list[Launch]:
 
 
 def replayed(name: str, images: int, device: torch.device, network: dict[str, Any], side: int) -> list[Launch]:
-    """The launches of one replay of our step in bfloat16."""
+    """Return the launches of one replay of our step in bfloat16."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities):  # its library is there before a graph is made
+    with torch.profiler.profile(activities=activities):  # loads the profiler's library before the capture
         torch.ones(1, device=device).add_(1)
         torch.cuda.synchronize(device)
     step = build(name, network, device, "bf16", {"graph": True}, {})
@@ -107,7 +107,7 @@ def write(file: Path, lines: Sequence[Line]) -> None:
 
 
 def read(file: Path) -> list[Line]:
-    """What `write` wrote; empty where there is no file."""
+    """Return the lines of a file from `write`; empty if the file does not exist."""
     if not file.exists():
         return []
     with file.open(newline="") as lines:
@@ -124,8 +124,8 @@ def read(file: Path) -> list[Line]:
 
 
 def main(arguments: Sequence[str], network: dict[str, Any] | None = None, side: int = 256) -> int:
-    """Profile and write; 1 where a step fails, or the profiler sees nothing."""
-    # or the second use of the profiler in a process may see no graphs
+    """Profile all steps; return 1 if a step fails or the profiler sees no kernel, else 0."""
+    # otherwise the second use of the profiler in a process may miss graphs
     os.environ.setdefault("TEARDOWN_CUPTI", "0")
     os.environ.setdefault("DISABLE_CUPTI_LAZY_REINIT", "1")
     found: list[Line] = []
@@ -133,7 +133,7 @@ def main(arguments: Sequence[str], network: dict[str, Any] | None = None, side: 
     for name, images in STEPS:
         try:
             lines = lines_of(name, images, replayed(name, images, torch.device("cuda"), network or {}, side))
-        except Exception:  # such as out of memory: the other steps are worth having
+        except Exception:  # such as out of memory: profile the other steps
             traceback.print_exc()
             lines = []
         gc.collect()

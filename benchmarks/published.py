@@ -1,12 +1,12 @@
-"""The published repositories themselves, run unmodified from a folder that the user unpacked.
+"""Run the published repositories unmodified, from a folder that the user unpacked.
 
 checkout = Checkout("published/cut")
 loss = checkout.losses()["PatchNCELoss"](options)       # their class
 model = checkout.model(["--batch_size", "1"])           # their model, built from their own options
 
-Packages that their code imports but training steps never use (torchvision's transforms, dominate, visdom) are stood in
-for when they are missing: the stand-in imports, and fails at the first use. `torch.rfft`, which PyTorch removed and
-DCD-GAN calls, is written anew on `torch.fft`. Nothing of their mathematics is touched.
+Their code imports packages that training steps never use (torchvision's transforms, dominate, visdom). A missing one is
+replaced by a stand-in that can be imported and fails at its first use. DCD-GAN calls `torch.rfft`, which PyTorch
+removed; it is reimplemented with `torch.fft`. Their mathematics is unchanged.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ import torch
 from torch import nn
 
 PACKAGES = ("models", "options", "data", "util")
-"""Top-level packages of a checkout. Every checkout has the same, so they are imported under their names only while
-one checkout is active, and kept aside between."""
+"""Top-level packages of a checkout. All checkouts use the same names, so `sys.modules` has them only while a checkout
+is active."""
 
 OPTIONAL = ("torchvision", "dominate", "visdom", "cv2", "bs4", "requests", "GPUtil")
 
 
 class _Missing(types.ModuleType):
-    """Stands in for a package that is not installed: any name can be imported from it, none can be used."""
+    """Stand-in for a package that is not installed: any name can be imported, but not called."""
 
     def __init__(self, name: str):
         super().__init__(name)
@@ -62,20 +62,20 @@ class _StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def find_checkouts(folders: Sequence[str | Path]) -> list[Checkout]:
-    """Each folder is one checkout, or holds several; one that is not there is left out, and said.
+    """Return the checkouts: each folder is one, or contains some. A missing folder is skipped with a warning.
 
     Raises:
-        ValueError: a folder that is neither.
+        ValueError: a folder neither is nor contains a checkout.
     """
     found = []
     for folder in map(Path, folders):
         if not folder.exists():
-            print(f"warning: {folder} is not there: measured without it", file=sys.stderr)
+            print(f"warning: {folder} does not exist: measuring without it", file=sys.stderr)
             continue
         inside = sorted(folder.iterdir()) if folder.is_dir() else []
         here = [path for path in [folder, *inside] if (path / "models" / "patchnce.py").is_file()]
         if not here:
-            raise ValueError(f"{folder} is no checkout of CUT or DCLGAN, and holds none: models/patchnce.py is missing")
+            raise ValueError(f"{folder} neither is nor contains a checkout of CUT or DCLGAN: no models/patchnce.py")
         found += [Checkout(path) for path in here]
     return found
 
@@ -84,7 +84,7 @@ class Checkout:
     """One unpacked repository with the layout of CUT's.
 
     Args:
-        folder: it holds `models/patchnce.py`, `models/networks.py`, `options/`, `data/` and `util/`.
+        folder: with `models/patchnce.py`, `models/networks.py`, `options/`, `data/` and `util/`.
     """
 
     def __init__(self, folder: str | Path):
@@ -92,40 +92,40 @@ class Checkout:
         self.name = self.folder.name
         self._modules: dict[str, types.ModuleType] = {}
         if not (self.folder / "models" / "patchnce.py").is_file():
-            raise ValueError(f"{self.folder} is no checkout of CUT or DCLGAN: models/patchnce.py is missing")
+            raise ValueError(f"{self.folder} is not a checkout of CUT or DCLGAN: no models/patchnce.py")
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Inside, `import models` means this checkout's; afterwards whatever it meant before."""
+        """Context manager in which `import models` imports from this checkout; the state before is restored."""
 
-        def take() -> dict[str, types.ModuleType]:
+        def remove() -> dict[str, types.ModuleType]:
             return {n: sys.modules.pop(n) for n in list(sys.modules) if n.split(".")[0] in PACKAGES}
 
-        others, path = take(), list(sys.path)
+        others, path = remove(), list(sys.path)
         known = set(sys.modules)
         stand_ins = _StandIns()
         sys.modules.update(self._modules)
         sys.path.insert(0, str(self.folder))
-        sys.meta_path.append(stand_ins)  # last: an installed package is found before
+        sys.meta_path.append(stand_ins)  # last, so that installed packages are found first
         importlib.invalidate_caches()
         try:
             yield
         finally:
             sys.meta_path.remove(stand_ins)
             sys.path[:] = path
-            self._modules = take()
+            self._modules = remove()
             sys.modules.update(others)
             for name in set(sys.modules) - known:
                 if isinstance(sys.modules[name], _Missing):
                     del sys.modules[name]
 
     def load(self, module: str) -> types.ModuleType:
-        """A module of the checkout, such as "models.networks"."""
+        """Import a module of the checkout, such as "models.networks"."""
         with self.active():
             return importlib.import_module(module)
 
     def losses(self) -> dict[str, type[nn.Module]]:
-        """Their contrastive losses by class name: CUT has PatchNCELoss, DCLGAN that (cosine) and PatchNCELoss2."""
+        """Return their contrastive losses by class name: PatchNCELoss; DCLGAN's uses cosines, and has PatchNCELoss2."""
         module = self.load("models.patchnce")
         return {name: cls for name, cls in vars(module).items() if name.startswith("PatchNCELoss")}
 
@@ -136,35 +136,35 @@ class Checkout:
 
     @property
     def cosine(self) -> bool:
-        """Whether PatchNCELoss is DCLGAN's: cosines, and the whole batch as negatives."""
+        """Whether PatchNCELoss is DCLGAN's, with cosines and the whole batch as negatives."""
         return hasattr(self.losses()["PatchNCELoss"](loss_options()), "similarity_function")
 
     def options(self, arguments: Sequence[str] = ()) -> Any:
-        """Their training options, made by their own parsers from a command line without the script's name.
+        """Return their training options, parsed by their code from a command line without the script's name.
 
-        Without `--gpu_ids` the first GPU is used where there is one, else the CPU. Pass `--checkpoints_dir`: their
-        parser writes what it parsed there. It also reads `sys.argv`, which is set meanwhile.
+        Without `--gpu_ids`, use the first GPU if there is one, else the CPU. Pass `--checkpoints_dir`: their parser
+        writes the options there. The parser also reads `sys.argv`, which is replaced during the call.
 
         Raises:
-            RuntimeError: their parser does not take the arguments.
+            RuntimeError: their parser rejects the arguments.
         """
         arguments = list(arguments)
         if "--gpu_ids" not in arguments:
             arguments += ["--gpu_ids", "0" if torch.cuda.is_available() else "-1"]
-        kept = sys.argv
+        before = sys.argv
         sys.argv = ["train.py", *arguments]
         try:
             with self._running():
                 return importlib.import_module("options.train_options").TrainOptions().parse()
         finally:
-            sys.argv = kept
+            sys.argv = before
 
     def model(self, arguments: Sequence[str] = ()) -> Any:
-        """Their model (CUTModel, DCLModel or what `--model` names), ready for `data_dependent_initialize`.
+        """Return their model (CUTModel, DCLModel or that of `--model`), ready for `data_dependent_initialize`.
 
-        Arguments: as for `options`. A training step is then, as in their train.py: for the first batch
-        `model.data_dependent_initialize(data); model.setup(model.opt); model.parallelize()`, and for each
-        `model.set_input(data); model.optimize_parameters()` with
+        Arguments: as for `options`. To train as their train.py does, call
+        `model.data_dependent_initialize(data); model.setup(model.opt); model.parallelize()` with the first batch, and
+        `model.set_input(data); model.optimize_parameters()` with each batch, where
         `data = {"A": (batch, 3, height, width), "B": the same, "A_paths": "", "B_paths": ""}`.
         """
         opt = self.options(arguments)
@@ -175,21 +175,21 @@ class Checkout:
 
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:
-        """Their own program: it prints, and where it ends the process it only fails here."""
+        """Context manager for their code: its output goes to stderr, and `sys.exit` raises RuntimeError."""
         try:
             with self.active(), contextlib.redirect_stdout(sys.stderr):
                 yield
         except SystemExit as error:
-            raise RuntimeError(f"{self.name} ended with {error.code}; its words stand above") from error
+            raise RuntimeError(f"{self.name} exited with code {error.code}; see its output above") from error
 
 
 def _rfft(x: torch.Tensor, signal_ndim: int, normalized: bool = False, onesided: bool = True) -> torch.Tensor:
-    """`torch.rfft` as PyTorch had it until 1.7: real and imaginary part as a last dimension of 2."""
+    """`torch.rfft` of PyTorch up to 1.7: real and imaginary parts in a last dimension of 2."""
     dims = list(range(-signal_ndim, 0))
     transform = torch.fft.rfftn if onesided else torch.fft.fftn
     return torch.view_as_real(transform(x, dim=dims, norm="ortho" if normalized else "backward"))
 
 
 def loss_options(images: int = 1, whole_batch: bool = False, temperature: float = 0.07) -> SimpleNamespace:
-    """The options that their losses read."""
+    """Return the options that their losses read."""
     return SimpleNamespace(nce_T=temperature, batch_size=images, nce_includes_all_negatives_from_minibatch=whole_batch)

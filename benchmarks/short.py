@@ -1,4 +1,4 @@
-"""The parts of `check.py`: what the goals are about, in a minute or two each.
+"""The parts of `check.py`: the measurements behind the goals, in one or two minutes each.
 
 python benchmarks/check.py --out DIR --only loss steps waterfall compiled
 """
@@ -18,14 +18,14 @@ from benchmarks.step import growth as step_growth
 from benchmarks.waterfall import fall
 
 STEPS = (("cut", 1), ("cut", 8), ("fastcut", 1), ("dclgan", 1), ("dcdgan-released", 1))
-"""P5, P6, P8, P7."""
+"""Goals P5, P6, P8, P7, P7."""
 
 
 def loss(context: Context) -> Iterator[Row]:
-    """P1 to P4: the chain of one picture, InfoNCE of 16,384 and 65,536 rows, the chain of 16 pictures, 256 rows."""
+    """P1 to P4: the chain of one image, InfoNCE of 16,384 and 65,536 rows, the chain of 16 images, 256 rows."""
     side, patches = (32, 16) if context.quick else (256, 256)
     shapes = layer_shapes(side)
-    context.cases = 16  # each has many providers, whose first calls take time
+    context.cases = 16  # many providers per case, whose first calls take time
     halves = (True, False) if context.device.type == "cuda" else (False,)
     for half in halves:
         yield from measure(chain_case(context, shapes, 1, patches, half), context)
@@ -39,7 +39,7 @@ def loss(context: Context) -> Iterator[Row]:
 
 
 def steps(context: Context) -> Iterator[Row]:
-    """P5 to P8: our captured step beside the published one, or beside what stands in for it."""
+    """P5 to P8: our captured step against the published step or its stand-in."""
     for name, images in STEPS if context.large else STEPS[:1]:
         providers = list(itertools.islice(step_providers(name, images, context), 2))
         count = FASTCUT_STEPS if name == "fastcut" else None
@@ -47,19 +47,19 @@ def steps(context: Context) -> Iterator[Row]:
 
 
 def waterfall(context: Context) -> Iterator[Row]:
-    """What each part of the speed brings to CUT's step, with 1 and with 8 pictures."""
+    """The contribution of each optimisation to CUT's step, with 1 and with 8 images."""
     context.cases = 32  # building sixteen steps takes most of the time
     for images in (1, 8) if context.large else (1,):
         yield from fall("cut", images, context)
 
 
 def growth(context: Context) -> Iterator[Row]:
-    """Our CUT step against batch size, resolution and patches a layer."""
+    """The cost of our CUT step over batch size, resolution and patches per layer."""
     context.cases = 24
     yield from step_growth(context)
 
 
 def compiled(context: Context) -> Iterator[Row]:
-    """CUT's captured step through the compiler, in parts, beside the same without it; nothing on a CPU."""
+    """CUT's captured step compiled in parts, against the same step uncompiled; skipped on a CPU."""
     if context.device.type == "cuda" and not context.quick:
         yield from forms_of("cut", 1, (False, True), context)

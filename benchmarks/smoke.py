@@ -1,10 +1,9 @@
-"""Do the kernels compute on this device, do recorded steps equal launched ones, and was anything compiled?
+"""Check the kernels and captured steps on this device, and count the kernels that had to be compiled.
 
-python -m benchmarks.smoke FILE.json        # about 20 s on a GPU whose kernels lie in Triton's cache
+python -m benchmarks.smoke FILE.json        # about 20 s on a GPU if Triton's cache has the kernels
 
-Every kernel at a size of the published networks against float64, then CUT's and DCD-GAN's step out of a CUDA graph
-against the same step launched one by one. The file is written anew after each check, so that a device that hangs or is
-lost costs only what comes after.
+Compares every kernel with float64 at a size of the published networks, then CUT's and DCD-GAN's captured step with the
+same step launched eagerly. The file is rewritten after each check, so a device that hangs loses only later checks.
 """
 
 from __future__ import annotations
@@ -34,16 +33,16 @@ from fastnce.nce.multilayer import patch_nce_layers
 from fastnce.networks import fused
 
 LAYER_GATES = {torch.float32: 5e-6, torch.bfloat16: 4e-3}
-"""Of pads, blurs and norms, and of a convolution's map gradient: one rounding of the result."""
+"""Gates of pads, blurs, norms and a convolution's map gradient: one rounding of the result."""
 SUM_GATES = {torch.float32: 5e-6, torch.bfloat16: 3e-5}
-"""Of a convolution's float32 results: factors of 17 bits, in sums that a matrix unit cuts. (TF32: 3e-4.)"""
+"""Gates of a convolution's float32 results: factors of 17 bits, in sums that a matrix unit truncates. (TF32: 3e-4.)"""
 CHAIN_GATE = 1e-2
-"""Of the chain's loss and step's losses in bfloat16, whose rows are rounded before they are compared."""
+"""Gate of the losses of the chain and of steps in bfloat16, whose rows are rounded before they are compared."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """How large the checks are."""
+    """The sizes of the checks."""
 
     patches: int = 256
     dim: int = 256
@@ -55,11 +54,11 @@ class Size:
 
 
 Result = tuple[str, float, float]
-"""What was checked, its error, and the largest that is right."""
+"""Name of the check, error, and the largest allowed error."""
 
 
 def relative(ours: Tensor, truth: Tensor) -> float:
-    """Norm of the difference over the norm of the truth; NaN where the truth is nothing but zeros."""
+    """Return the norm of the difference divided by the norm of the truth; NaN if the truth is all zeros."""
     ours, truth = ours.detach().double(), truth.detach().double()
     return ((ours - truth).norm() / truth.norm()).item()
 
@@ -71,7 +70,7 @@ def compared(
     inputs: Sequence[Tensor],
     gates: tuple[float, float],
 ) -> Iterator[Result]:
-    """A function's value and its gradients beside those of another on the same numbers in float64."""
+    """Compare a function's value and gradients with those of another on the same numbers in float64."""
     leaves = [x.detach().requires_grad_() for x in inputs]
     wide = [x.detach().double().requires_grad_() for x in inputs]
     y, exact = ours(*leaves), truth(*wide)
@@ -85,7 +84,7 @@ def compared(
 
 
 def check_rows(device: torch.device, size: Size) -> Iterator[Result]:
-    """InfoNCE of rows with gradients of queries, keys and further keys; all layers of two directions at once."""
+    """InfoNCE with gradients of queries, keys and extra keys; the layers of two directions in one call."""
     for dtype in (torch.bfloat16, torch.float32):
         rows = [F.normalize(torch.randn(size.patches, size.dim, device=device), dim=1).to(dtype) for _ in range(3)]
 
@@ -109,24 +108,24 @@ def check_rows(device: torch.device, size: Size) -> Iterator[Result]:
     def truth(q1: Tensor, q2: Tensor) -> Tensor:
         return layers(q1, q2, *(k.double() for k in four[2:]))
 
-    gates = CHAIN_GATE, 2 * doctor.GRADIENT_GATES[torch.bfloat16]  # rows are divided, and rounded, once more
+    gates = CHAIN_GATE, 2 * doctor.GRADIENT_GATES[torch.bfloat16]  # normalising rounds the rows once more
     yield from compared("nce of two directions, cosine", our_layers, truth, four[:2], gates)
 
 
 def check_chain(device: torch.device, size: Size) -> Iterator[Result]:
-    """Sampling, projection and loss of five layers, and their gradients; drawn and repeated locations."""
+    """Sampling, projection and loss of five layers with gradients; drawn and repeated locations."""
     locations = [side * side for side in size.sides]
     drawn = fused_maps.draw_ids(locations, size.patches, 1, device)
-    fine = all(
+    distinct = all(
         len(ids.unique()) == min(size.patches, n) and 0 <= int(ids.min()) <= int(ids.max()) < n
         for ids, n in zip(drawn, locations, strict=True)
     )
-    yield "drawn locations are distinct and inside", float(not fine), 0.0
+    yield "drawn locations are distinct and inside", float(not distinct), 0.0
     for dtype in (torch.bfloat16, torch.float32):
         head = PatchNCEHead(size.channels, dim=size.dim, init_gain=1.0, implementation="triton").to(device)
         with torch.no_grad():
             for weight in head.parameters():
-                weight.copy_(weight.to(dtype))  # or the products' rounding of weights would count as an error
+                weight.copy_(weight.to(dtype))  # otherwise rounding of weights would count as an error
         queries, keys = (
             [
                 torch.randn(1, c, s, s, device=device).to(dtype, memory_format=torch.channels_last)
@@ -172,7 +171,7 @@ def check_layers(device: torch.device, size: Size) -> Iterator[Result]:
             torch.randn(1, channels, side, side, device=device).to(dtype, memory_format=torch.channels_last)
             for _ in range(2)
         )
-        # what lies on the mean to the last digit may be taken for either side of the ReLU's corner
+        # rounding may put values at the mean on either side of the ReLU's corner
         centre = x.double().mean((2, 3), keepdim=True)
         x = torch.where((x.double() - centre).abs() < 1e-4, x + 0.05, x)
         gates, name = (LAYER_GATES[dtype], LAYER_GATES[dtype]), _short(dtype)
@@ -208,7 +207,7 @@ def check_layers(device: torch.device, size: Size) -> Iterator[Result]:
 
 
 def check_last_convolution(device: torch.device, size: Size) -> Iterator[Result]:
-    """A generator's last convolution: float32 out of either precision."""
+    """A generator's last convolution: float32 results from inputs of either precision."""
     for dtype in (torch.bfloat16, torch.float32):
         x = torch.randn(1, 64, size.sides[0], size.sides[0], device=device)
         x = F.relu(x).to(dtype, memory_format=torch.channels_last)
@@ -229,8 +228,8 @@ def check_last_convolution(device: torch.device, size: Size) -> Iterator[Result]
 
 
 def _normalised(x: Tensor) -> Tensor:
-    apart = x - x.mean((2, 3), keepdim=True)
-    return apart / (apart.square().mean((2, 3), keepdim=True) + 1e-5).sqrt()
+    centred = x - x.mean((2, 3), keepdim=True)
+    return centred / (centred.square().mean((2, 3), keepdim=True) + 1e-5).sqrt()
 
 
 def _blurred(x: Tensor) -> Tensor:
@@ -240,7 +239,7 @@ def _blurred(x: Tensor) -> Tensor:
 
 
 def check_steps(device: torch.device, size: Size) -> Iterator[Result]:
-    """Losses of recorded steps beside those of launched ones from the same weights and seeds."""
+    """Losses of captured steps against eagerly launched steps with the same weights and seeds."""
     for name in ("cut", "dcdgan"):
         plain, recorded = (
             build(name, size.network, device, "bf16", {"graph": graph}, {"patches": size.patches})
@@ -249,7 +248,7 @@ def check_steps(device: torch.device, size: Size) -> Iterator[Result]:
         worst = 0.0
         for number in range(WARM_UP + 2):
             batch = Batch(*(torch.rand(2, 1, 3, size.step_side, size.step_side, device=device) * 2 - 1))
-            with torch.no_grad():  # the same weights and moments each time: Adam makes much of a small difference
+            with torch.no_grad():  # copy weights and moments before each step: Adam amplifies small differences
                 state = plain.state()
                 for key, tensor in recorded.state().items():
                     tensor.copy_(state[key])
@@ -274,24 +273,24 @@ GROUPS = (check_rows, check_chain, check_layers, check_last_convolution, check_s
 
 
 def results(device: torch.device, size: Size) -> Iterator[Result]:
-    """Every check; one that raises is a failed one, and the next group goes on."""
+    """Yield all checks. A group that raises counts as a failed check, and the next group runs."""
     for group in GROUPS:
         try:
             yield from group(device, size)
             synchronize(device)
         except Exception as error:
             traceback.print_exc()
-            words = " ".join(str(error).split())[:120]
-            yield f"{group.__name__} raised {type(error).__name__}: {words}", float("nan"), 0.0
+            message = " ".join(str(error).split())[:120]
+            yield f"{group.__name__} raised {type(error).__name__}: {message}", float("nan"), 0.0
 
 
 def main(arguments: Sequence[str], size: Size | None = None) -> int:
-    """Check and write; 0 when all is right, else 1."""
+    """Run and write the checks; return 0 if all pass, else 1."""
     file = Path(arguments[0])
     device = default_device()
     torch.manual_seed(0)
     for library in (torch.backends.cuda.matmul, torch.backends.cudnn):
-        library.allow_tf32 = False  # float32 as it says, for the gates
+        library.allow_tf32 = False  # the gates are those of true float32
     checks: list[dict] = []
     found: dict = {"checks": checks}
     failed = 0
@@ -304,7 +303,7 @@ def main(arguments: Sequence[str], size: Size | None = None) -> int:
 
     with Compilations() as compilations:
         for name, error, gate in results(device, size or Size()):
-            ok = error <= gate  # a NaN is not
+            ok = error <= gate  # False for NaN
             failed += not ok
             finite = math.isfinite(error)  # JSON has no NaN
             checks.append({"name": name, "error": error if finite else None, "gate": gate, "ok": ok})
@@ -314,7 +313,7 @@ def main(arguments: Sequence[str], size: Size | None = None) -> int:
     found["library"] = library.note
     write()
     print(library.line())
-    print(f"{len(checks) - failed} of {len(checks)} checks are right; {compilations.counted.sentence()}")
+    print(f"{len(checks) - failed} of {len(checks)} checks passed; {compilations.counted.sentence()}")
     return 1 if failed else 0
 
 

@@ -1,10 +1,9 @@
-"""Whole training steps: P5, P6, P7 and P8 of the goals on a GPU, P11 and P12 on a CPU; and how their cost grows.
+"""Whole training steps: goals P5 to P8 on a GPU, P11 and P12 on a CPU, and the growth of their cost.
 
-Each provider trains its own networks on the same pictures. The published repositories run their own
-`optimize_parameters`; without one, our own step that shares nothing (keys encoded again) and adds every bias stands in,
-and the results say so. A step is measured after its first ones, which compile, record, tune and fill Adam's moments.
-FLOP and the least traffic of a step are counted (`benchmarks/count.py`), not measured. Steps through the compiler:
-`compiled.py`.
+Each provider trains its own networks on the same images. Published repositories run their own `optimize_parameters`.
+Without a checkout, our step without reuse (it encodes keys again) and with every bias stands in, and the results say
+so. The first steps compile, capture, tune and fill Adam's moments; they are not timed. FLOP and least traffic are
+counted (`step_costs.py`). For compiled steps see `compiled.py`.
 """
 
 from __future__ import annotations
@@ -30,37 +29,37 @@ from fastnce.methods.presets import PRESETS
 from fastnce.networks import leave_out_biases
 
 COUNTED = [("cut", 1), ("cut", 8), ("dclgan", 1), ("dcdgan-released", 1), ("dclgan", 4), ("dcdgan", 1), ("fastcut", 1)]
-"""Steps at which the parts on a GPU look, to be counted while they do something else."""
+"""Steps of the parts on a GPU, counted in advance in a parallel process."""
 
 PUBLISHED_MODEL = {"cut": "cut", "fastcut": "cut", "dclgan": "dcl", "dcdgan-released": "dcd"}
-"""The name that their `--model` takes."""
+"""The value of their option `--model`."""
 
 FASTCUT_STEPS = 213_400
-"""FastCUT on horse2zebra: 200 epochs of 1,067 pictures."""
+"""FastCUT on horse2zebra: 200 epochs of 1,067 images."""
 
 
 def cut(context: Context) -> Iterator[Row]:
-    """CUT's step beside the published repository's (P5, P6; P11 on a CPU)."""
+    """CUT's step against the published one (P5, P6; P11 on a CPU)."""
     yield from _steps([("cut", 1), ("cut", 8)] if context.large else [("cut", 1)], context)
 
 
 def dual(context: Context) -> Iterator[Row]:
-    """DCLGAN's and DCD-GAN's steps beside the published repositories' (P7; P12 on a CPU)."""
+    """DCLGAN's and DCD-GAN's steps against the published ones (P7; P12 on a CPU)."""
     large = [("dclgan", 1), ("dcdgan-released", 1), ("dclgan", 4), ("dcdgan", 1)]
     yield from _steps(large if context.large else [("dcdgan-released", 1)], context)
 
 
 def fastcut(context: Context) -> Iterator[Row]:
-    """FastCUT's step, and what all steps on horse2zebra would take (P8)."""
+    """FastCUT's step, and the projected time of a training on horse2zebra (P8)."""
     yield from _steps([("fastcut", 1)], context, steps=FASTCUT_STEPS)
 
 
 def growth(context: Context) -> Iterator[Row]:
-    """Our CUT step against batch size, resolution and patches a layer: how does its cost grow?"""
+    """The cost of our CUT step over batch size, resolution and patches per layer."""
     large = context.large
     batches, sides, patches = ((1, 2, 4, 8), (128, 256, 512), (64, 256, 1024)) if large else ((1, 2), (32, 64), ())
     points = [(b, None, 256) for b in batches] + [(1, s, 256) for s in sides] + [(1, None, p) for p in patches]
-    precision = "fp32" if context.device.type == "cpu" else "bf16"  # what our step would choose here
+    precision = "fp32" if context.device.type == "cpu" else "bf16"  # the default precision of our step
     for images, side, count in dict.fromkeys((b, s or (256 if large else 32), p) for b, s, p in points):
         size = {"images": images, "side": side, "patches": count}
         provider = our_provider("cut", context, precision, graph=True, network=small(not large), patches=count)
@@ -70,7 +69,7 @@ def growth(context: Context) -> Iterator[Row]:
 
 
 def _steps(cases: list[tuple[str, int]], context: Context, steps: int | None = None) -> Iterator[Row]:
-    """Steps (name, images) beside the published ones."""
+    """Measure steps (name, images) against the published ones."""
     for name, images in cases:
         providers = list(step_providers(name, images, context))
         yield from measure(step_case(name, images, context, providers, steps=steps), context)
@@ -84,7 +83,7 @@ def step_case(
     title: str = "step",
     steps: int | None = None,
 ) -> Case:
-    """A case of whole steps: its FLOP are those of our step, which computes nothing twice."""
+    """Return a case of whole steps; its FLOP are those of our step, which computes nothing twice."""
     side = step_side(context)
     network = small(context.quick)
     flop = None
@@ -101,7 +100,7 @@ def step_side(context: Context) -> int:
 
 
 def small(quick: bool) -> dict[str, Any]:
-    """Network options of the dry run."""
+    """Return the network options of the quick run."""
     return {"generator": "resnet_6blocks", "width": 8, "discriminator_width": 8} if quick else {}
 
 
@@ -111,14 +110,14 @@ def pictures(images: int, side: int, device: torch.device) -> tuple[Tensor, Tens
 
 
 def _products(precision: str, context: Context) -> str:
-    """Whose ceiling a step is held against. Nearly all FLOP are convolutions, so cuDNN's setting decides."""
+    """Return the precision that selects a step's ceiling: cuDNN's, as nearly all FLOP are convolutions."""
     if precision == "bf16":
         return "bfloat16"
     return "tf32" if context.device.type == "cuda" and torch.backends.cudnn.allow_tf32 else "float32"
 
 
 def step_providers(name: str, images: int, context: Context) -> Iterator[Provider]:
-    """What the goals are about first: on a GPU ours captured, then the published step or what stands in for it."""
+    """Yield the providers, those of the goals first: on a GPU our captured step, then the published one or stand-in."""
     if context.device.type == "cuda":
         yield our_provider(name, context, "bf16", label="fastnce bf16", graph=True, energy=True)
     full, model = _products("fp32", context), PUBLISHED_MODEL.get(name)
@@ -126,7 +125,7 @@ def step_providers(name: str, images: int, context: Context) -> Iterator[Provide
         if model is not None and (checkout.folder / "models" / f"{model}_model.py").is_file():
             call = _theirs(checkout, name, images, context)
             yield Provider(f"{checkout.name} published", call, note="published", dtype=full, energy=True)
-            break  # later checkouts carry copies of the earlier papers' models
+            break  # later checkouts contain copies of the earlier papers' models
     else:
         yield our_provider(
             name,
@@ -143,7 +142,7 @@ def step_providers(name: str, images: int, context: Context) -> Iterator[Provide
 
 
 def with_all_biases(step: Step) -> None:
-    """Add every bias, as the published networks do, also where a norm takes it away."""
+    """Add every bias, as the published networks do, even if a norm cancels it."""
     leave_out_biases(step.method, False)
 
 
@@ -155,9 +154,9 @@ def _tf32(context: Context) -> str:
 
 @contextlib.contextmanager
 def library_flags(tf32: bool | None = None, benchmark: bool | None = None) -> Iterator[None]:
-    """Within: TF32, and cuDNN trying its kernels (None: as it is); whatever is set in here does not get out."""
+    """Context manager that sets TF32 and cuDNN's benchmark mode (None: unchanged) and restores both at the end."""
     products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
-    kept = products.allow_tf32, convolutions.allow_tf32, convolutions.benchmark
+    before = products.allow_tf32, convolutions.allow_tf32, convolutions.benchmark
     try:
         if tf32 is not None:
             products.allow_tf32 = convolutions.allow_tf32 = tf32
@@ -165,7 +164,7 @@ def library_flags(tf32: bool | None = None, benchmark: bool | None = None) -> It
             convolutions.benchmark = benchmark
         yield
     finally:
-        products.allow_tf32, convolutions.allow_tf32, convolutions.benchmark = kept
+        products.allow_tf32, convolutions.allow_tf32, convolutions.benchmark = before
 
 
 def our_provider(
@@ -182,22 +181,22 @@ def our_provider(
     dtype: str | None = None,
     **more: Any,
 ) -> Provider:
-    """A provider of our step, recorded where there are graphs; `more` are arguments of `OurStep`."""
+    """Return a provider of our step, captured if the device has graphs; `more` are arguments of `OurStep`."""
     captured = graph and context.device.type == "cuda"
     call = OurStep(name, context, precision, {"compile": compile, "graph": captured, "layout": layout}, **more)
-    words = ["compile whole" if compile == "whole" else "compile"] * bool(compile) + [CAPTURED] * captured
+    modes = ["compile whole" if compile == "whole" else "compile"] * bool(compile) + [CAPTURED] * captured
     dtype = dtype or _products(precision, context)
-    return Provider(label, call, ", ".join(words) or "eager", note, dtype, energy=energy, check=call.check)
+    return Provider(label, call, ", ".join(modes) or "eager", note, dtype, energy=energy, check=call.check)
 
 
 class OurStep:
-    """A call that makes one step; the first call builds it and takes it to where it goes on without warming up.
+    """A call that runs one step. The first call builds the step and warms it up.
 
     Args:
         form: further arguments of `Step`.
-        network: changes to the preset's; default those of the dry run, if this is one.
-        prepare: given the built step.
-        flags: `library_flags` within every call.
+        network: changes to the preset's network options; default `small(context.quick)`.
+        prepare: called with the built step.
+        flags: arguments of `library_flags` for every call.
         changes: to the method's options.
     """
 
@@ -231,20 +230,20 @@ class OurStep:
             self.step.run(Batch(a, b), self.step.method.draw(random.Random(self._count)))
 
     def check(self) -> str:
-        """What a row has to say of it: how long it was compiled, or that it lost its form while it was timed."""
+        """Return a note for the row: the compile time, or that the step left its form while it was timed."""
         if self.step is None:
             return ""
         if trouble := obstacle(self.step):
             return trouble
         if _graphs(self.step) != self._recorded:
-            return "recorded anew while it was timed"
+            return "captured again while it was timed"
         return f"compiled in {self.step.compile_seconds:.0f} s" if self.step.compile_seconds else ""
 
 
 def build(
     name: str, network: dict[str, Any], device: torch.device, precision: str, form: dict[str, Any], changes: dict
 ) -> Step:
-    """Our step as `fastnce train` runs it; `form` are further arguments of `Step`."""
+    """Return our step as `fastnce train` runs it; `form` has further arguments of `Step`."""
     preset = PRESETS[name]
     options = preset.options()
     for key, value in changes.items():
@@ -255,10 +254,10 @@ def build(
 
 
 def warm(step: Step, batch: Batch) -> None:
-    """Until graphs are recorded and functions compiled.
+    """Run steps until graphs are captured and functions compiled.
 
     Raises:
-        RuntimeError: the step fell back to a slower form than it was asked for.
+        RuntimeError: the step fell back to a slower form than requested.
     """
     flips = (False, True) if getattr(step.method.options, "flip_equivariance", False) else (False,)
     for _ in range(1 if step.graphs is None else WARM_UP + 1):
@@ -269,10 +268,10 @@ def warm(step: Step, batch: Batch) -> None:
 
 
 def obstacle(step: Step) -> str:
-    """Why a warm step does not run in the form that it was asked for; empty where it does."""
+    """Return why a warm step does not run in the requested form; empty if it does."""
     if step.graphs is not None:
         if step.graphs.failed:
-            return f"recording failed: {step.graphs.failed}"
+            return f"capture failed: {step.graphs.failed}"
         if not step.graphs.kinds or None in _graphs(step):
             return "not captured"
     if any(getattr(part, "compiled", part) is None for part in (step.generate, *(p.loss for p in step.phases))):
@@ -287,9 +286,9 @@ def _graphs(step: Step) -> list[Any]:
 
 
 def _theirs(checkout: Checkout, name: str, images: int, context: Context) -> Callable[[Tensor, Tensor], None]:
-    """Their step, as their train.py runs it; built at the first call.
+    """Return their step as their train.py runs it. The first call builds it.
 
-    Their code turns cuDNN's trying of kernels on for the whole process: it is theirs within their calls alone.
+    Their code enables cuDNN's benchmark mode for the whole process; here it is enabled only during their calls.
     """
     state: dict[str, Any] = {"benchmark": None}
 
@@ -309,10 +308,10 @@ def _their_model(checkout: Checkout, name: str, images: int, context: Context, d
     with tempfile.TemporaryDirectory() as folder:
         width = ["--netG", "resnet_6blocks", "--ngf", "8", "--ndf", "8"] if context.quick else []
         mode = ["--CUT_mode", "FastCUT"] if name == "fastcut" else []
-        place = ["--checkpoints_dir", folder, "--name", "benchmark", "--dataroot", folder]
+        folders = ["--checkpoints_dir", folder, "--name", "benchmark", "--dataroot", folder]
         gpus = ["--gpu_ids", str(context.device.index or 0) if context.device.type == "cuda" else "-1"]
         size = ["--batch_size", str(images), *width, *mode]
-        built = checkout.model([*place, *gpus, "--model", PUBLISHED_MODEL[name], *size])
+        built = checkout.model([*folders, *gpus, "--model", PUBLISHED_MODEL[name], *size])
         built.data_dependent_initialize(data)
         built.setup(built.opt)
         built.parallelize()

@@ -1,4 +1,4 @@
-"""Results for reading."""
+"""Format results as a text table."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ Cell = tuple[str, str]
 
 
 def table(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
-    """Medians, each beside ours of the same case, with floors; a column that no row fills is left out."""
+    """Return medians, ratios to our median of the same case, and floors. Empty columns are left out."""
     counted = "operators" if machine.get("device") == "CPU" else "launches"
     ours = {_case(r): r["p50_ms"] for r in reversed(rows) if r["provider"] == "fastnce" and r["mode"] == "eager"}
     lines = [_cells(row, ours.get(_case(row)), counted) for row in rows]
@@ -22,7 +22,7 @@ def table(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
 
 
 def _cells(row: dict[str, Any], own: float | None, counted: str) -> list[Cell]:
-    """(column, text) of one row; the text is empty where nothing was measured."""
+    """Return (column, text) pairs of a row. The text is empty if nothing was measured."""
 
     def text(name: str, form: str, scale: float = 1.0) -> str:
         return "" if row[name] is None else format(row[name] * scale, form)

@@ -1,11 +1,11 @@
-"""Triton's compiled kernels, carried from a machine without a GPU to one with it.
+"""Carry Triton's compiled kernels from a machine without a GPU to one with a GPU.
 
-python -m benchmarks.triton_cache build FILE.tar.xz      # runs what check.py runs, and packs what was compiled
+python -m benchmarks.triton_cache build FILE.tar.xz      # runs the work of check.py and packs the compiled kernels
 python -m benchmarks.triton_cache unpack FILE.tar.xz DIR
 
-Triton finds a compiled kernel by its source, its arguments, the architecture and its own version; the folders of the
-machine are in none of them, but each entry lists its files with their whole paths. Unpacking puts those right.
-`build` needs a CUDA device, or libraries that stand in for one: nothing has to be computed for a kernel to be compiled.
+Triton's cache key is the kernel's source, its arguments, the architecture and the version of Triton. It contains no
+folder of the machine, but each entry lists its files with absolute paths; `unpack` rewrites them. `build` needs a CUDA
+device, or libraries that stand in for one: compiling a kernel computes nothing.
 """
 
 from __future__ import annotations
@@ -24,15 +24,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import outcomes
+from benchmarks.device_tests import pytest_command
+
 ROOT = Path(__file__).resolve().parents[1]
 GROUP = "__grp__"
-"""What the name of an entry's list of files begins with."""
+"""Prefix of the file that lists the files of an entry."""
 NEEDED = (".cubin", ".hsaco", ".json", ".so")
-"""Kernels, what is known of them, and the launchers; the rest is for reading."""
+"""Kernels, metadata and launchers. The other files are for human readers."""
 
 
 def pack(folder: Path, file: Path) -> int:
-    """Write the entries of a cache into one compressed file; returns how many there are."""
+    """Write the entries of a cache into one compressed file and return their number."""
     count = 0
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(file.name + ".part")
@@ -54,21 +57,21 @@ def pack(folder: Path, file: Path) -> int:
 
 
 def unpack(file: Path, folder: Path) -> int:
-    """Put the entries into a cache folder, where Triton will look for them; returns how many there are.
+    """Extract the entries into a cache folder for `TRITON_CACHE_DIR` and return their number.
 
     Raises:
-        ValueError: there is no such file, or it is not one that `pack` has written.
+        ValueError: the file does not exist, or `pack` did not write it.
     """
     folder = folder.resolve()
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: name a folder for the kernels")
     if not file.exists():
-        raise ValueError(f"{file} is not there: `python -m benchmarks.triton_cache build` makes it")
+        raise ValueError(f"{file} does not exist: `python -m benchmarks.triton_cache build` makes it")
     count = 0
     try:
         with tarfile.open(file) as archive:
             if not any(Path(name).name.startswith(GROUP) for name in archive.getnames()):
-                raise ValueError("there is no kernel in it")
+                raise ValueError("it contains no kernel")
             archive.extractall(folder, filter="data")
         for path in folder.glob(f"*/{GROUP}*"):
             names = json.loads(path.read_text())["child_paths"]
@@ -76,26 +79,26 @@ def unpack(file: Path, folder: Path) -> int:
             count += 1
     except (OSError, EOFError, lzma.LZMAError, tarfile.TarError, KeyError, TypeError, ValueError) as error:
         why = str(error).splitlines()[0].removesuffix(":") if str(error) else type(error).__name__
-        raise ValueError(f"{file} is no packed cache of compiled kernels ({why})") from None
+        raise ValueError(f"{file} is not an archive of compiled kernels ({why})") from None
     return count
 
 
 @dataclass
 class Counted:
-    """Kernels that were asked for, and how many of them had to be compiled."""
+    """Numbers of kernels that were requested and compiled."""
 
-    asked: int = 0
+    requested: int = 0
     compiled: int = 0
 
     def sentence(self) -> str:
-        if not self.asked:
-            return "no kernel was asked for"
-        found = self.asked - self.compiled
-        return f"{found} of {self.asked} kernels were in Triton's cache, {self.compiled} were compiled"
+        if not self.requested:
+            return "no kernel was requested"
+        found = self.requested - self.compiled
+        return f"{found} of {self.requested} kernels were in Triton's cache, {self.compiled} were compiled"
 
 
 class Compilations:
-    """Within: counts the kernels that Triton compiles or finds in its cache."""
+    """Context manager that counts the kernels that Triton compiles or finds in its cache."""
 
     def __init__(self) -> None:
         self.counted = Counted()
@@ -113,49 +116,46 @@ class Compilations:
         knobs.compilation.listener = self._before
 
     def _listen(self, *, cache_hit: bool, **_: Any) -> None:
-        self.counted.asked += 1
+        self.counted.requested += 1
         self.counted.compiled += not cache_hit
 
 
 def build(file: Path, published: Sequence[str] = ()) -> int:
-    """Run the check and the tests that it runs, into an empty cache, and pack that; returns how many entries.
+    """Run check.py and its tests with an empty cache, pack the cache, and return the number of entries.
 
     Raises:
-        ValueError: PyTorch finds no CUDA device here, so that nothing would be compiled.
+        ValueError: PyTorch finds no CUDA device, so nothing would be compiled.
     """
-    from benchmarks import outcomes
-    from benchmarks.check import pytest_command
-
-    asked = [sys.executable, "-c", "import torch; raise SystemExit(not torch.cuda.is_available())"]
-    if subprocess.run(asked, capture_output=True, check=False).returncode:
+    probe = [sys.executable, "-c", "import torch; raise SystemExit(not torch.cuda.is_available())"]
+    if subprocess.run(probe, capture_output=True, check=False).returncode:
         raise ValueError("PyTorch finds no CUDA device: build needs one, or libraries that stand in for CUDA's")
     with tempfile.TemporaryDirectory(prefix="fastnce-cache-") as work:
         cache = Path(work) / "triton"
         environment = os.environ | {"TRITON_CACHE_DIR": str(cache), "TRITON_STORE_BINARY_ONLY": "1"}
         environment[outcomes.FILE] = str(Path(work) / "outcomes.jsonl")
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", ""))))
-        # where nothing computes, a test fails at its first comparison: without assertions it goes on to its next kernel
+        # stand-in libraries compute nothing: -O disables assertions, so that a test goes on to its next kernel
         run = [sys.executable, "-O", "-W", "ignore"]
         program = [sys.executable, str(ROOT / "benchmarks" / "check.py"), "--out", str(Path(work) / "out")]
         more = ["--slower", "5", *(["--published", *published] if published else [])]
-        without = ["--only", "smoke", "loss", "steps", "waterfall", "growth", "data", "compiled"]
-        for command in ([*program, *more, *without], [*run, *pytest_command(rest=False)[1:], "--assert=plain"]):
+        stages = ["--only", "smoke", "loss", "steps", "waterfall", "growth", "data", "compiled"]
+        for command in ([*program, *more, *stages], [*run, *pytest_command(second=False)[1:], "--assert=plain"]):
             print(" ".join(command), flush=True)
             subprocess.run(command, cwd=ROOT, env=environment, check=False)
         return pack(cache, file)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0, or 2 with one sentence where a file is not what it should be."""
-    words = (__doc__ or "").split("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.triton_cache", description=words)
+    """Return 0, or 2 after an error message for a wrong file."""
+    summary = (__doc__ or "").split("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.triton_cache", description=summary)
     commands = parser.add_subparsers(dest="command", required=True)
-    building = commands.add_parser("build", help="compile everything that check.py needs, and pack it")
+    building = commands.add_parser("build", help="compile all kernels that check.py needs, and pack them")
     building.add_argument("file", type=Path, help="the archive to write")
-    building.add_argument("--published", nargs="+", default=[], metavar="DIR", help="checkouts that check.py is given")
-    unpacking = commands.add_parser("unpack", help="into a folder that TRITON_CACHE_DIR names")
-    unpacking.add_argument("file", type=Path, help="an archive that build has written")
-    unpacking.add_argument("folder", type=Path, help="where the kernels go")
+    building.add_argument("--published", nargs="+", default=[], metavar="DIR", help="checkouts to pass to check.py")
+    unpacking = commands.add_parser("unpack", help="extract an archive into a folder for TRITON_CACHE_DIR")
+    unpacking.add_argument("file", type=Path, help="an archive that `build` wrote")
+    unpacking.add_argument("folder", type=Path, help="the folder for the kernels")
     options = parser.parse_args(arguments)
     try:
         if options.command == "build":

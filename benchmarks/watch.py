@@ -1,13 +1,13 @@
-"""Run one part of the benchmarks in a process of its own, and lose nothing to a provider that hangs or crashes.
+"""Supervise a part of the benchmarks in its own process, so that a provider that hangs or crashes costs nothing else.
 
-The process is forked, so that importing PyTorch is paid once; the parent must not have touched an accelerator.
+The process is forked, so PyTorch is imported only once; the parent must not have used an accelerator.
 
-The process writes a journal, a JSON line an event: `begin` a provider (with the seconds that it may take), `end` it
-(with its times alone), `timing` of several side by side, `timed`, `row`. When it dies or hangs while a provider is
-begun, that one is refused and the process started again; while several are timed, those that replay graphs are refused,
-or all where none does. Rows that are in the journal are not measured twice.
+The process writes a journal with one JSON line per event: `begin` of a provider (with the allowed seconds), `end` of it
+(with its time alone), `timing` of several interleaved, `timed`, `row`. If the process dies or hangs after `begin`, that
+provider is refused and the process restarted. During `timing`, the providers that replay graphs are refused, or all if
+there are none. Rows in the journal are not measured again.
 
-What hangs is told from what compiles on a busy machine by the time that the processor gave it (`Patience`).
+CPU time distinguishes a hung process from one that compiles on a busy machine (`Patience`).
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ from typing import Any
 
 RESTARTS = 5
 RESTART_SECONDS = 12.0
-"""Below this a new process would hardly get to its first provider: importing and starting a device take that long."""
+"""No restart with less time: importing and starting a device take that long."""
 GRACE = 2.0
-"""Seconds between the moment at which the process should have ended by itself and the signal."""
+"""Seconds between the time limit of the process and the signal that ends it."""
 IDLE = 8.0
-"""Seconds without any work on the CPU after which a process that is overdue counts as hung."""
+"""Seconds without CPU time after which an overdue process counts as hung."""
 
 
 @dataclass
 class Journal:
-    """What a part has written so far."""
+    """The events that a part has written so far."""
 
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Measured, by `Row.key`."""
+    """Measured rows by `Row.key`."""
     prepared: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Rows of providers whose first calls came to an end, with their times alone, if any."""
+    """Rows of providers that finished their first calls, with their time alone, if any."""
     at_work: dict[str, Any] | None = None
-    """The last event, `begin` or `timing`, that has not come to an end."""
+    """The last event `begin` or `timing` that has not ended."""
     refused: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> Journal:
         journal = cls()
         for line in path.read_text().splitlines() if path.exists() else []:
-            with contextlib.suppress(json.JSONDecodeError):  # a line that a killed process did not finish
+            with contextlib.suppress(json.JSONDecodeError):  # a killed process may leave an unfinished line
                 journal.take(json.loads(line))
         return journal
 
@@ -60,7 +60,7 @@ class Journal:
         elif "end" in event:
             self.at_work = None
             if event["row"].get("p50_ms") is not None or event["end"] not in self.prepared:
-                self.prepared[event["end"]] = event["row"]  # a second try that failed takes no figure away
+                self.prepared[event["end"]] = event["row"]  # a failed second try does not replace a time
         elif "timed" in event:
             self.at_work = None
         elif "refuse" in event:
@@ -71,7 +71,7 @@ class Journal:
             self.rows[event["key"]] = event["row"]
 
     def suspects(self) -> dict[str, dict[str, Any]]:
-        """Rows, by key, of those that were at work last."""
+        """Return the rows, by key, of the providers that ran last."""
         if self.at_work is None:
             return {}
         if "begin" in self.at_work:
@@ -79,9 +79,9 @@ class Journal:
         return {key: self.prepared[key] for key in self.at_work["timing"]}
 
     def all_rows(self) -> Iterator[dict[str, Any]]:
-        """Measured rows, then what is known of providers that were not timed beside the others."""
+        """Yield measured rows, then the rows of providers that were not timed with the others."""
         alone = {key for key, row in self.prepared.items() if row.get("p50_ms") is not None}
-        # a row without times, such as a refused one's, does not take the place of times alone
+        # a row without times, such as that of a refused provider, does not replace a time alone
         final = {key: row for key, row in self.rows.items() if row.get("p50_ms") is not None or key not in alone}
         yield from final.values()
         for key, row in self.prepared.items():
@@ -95,7 +95,7 @@ class Journal:
 
 @dataclass
 class Outcome:
-    """How a part went: `trouble` is None when it ran to its end; `restarts` says why it was begun again."""
+    """The outcome of a part: `trouble` is None on success; `restarts` has the reason of each restart."""
 
     rows: list[dict[str, Any]]
     trouble: str | None
@@ -103,11 +103,11 @@ class Outcome:
 
 
 def supervise(work: Callable[[float], int], journal: Path, log: Path, seconds: float) -> Outcome:
-    """Run `work` to its end or for `seconds`, beginning it again without providers that end it.
+    """Run `work` to its end or for `seconds`, and restart it without the providers that crash it.
 
     Args:
-        work: called in a process of its own with the seconds that it has; writes the journal and returns an exit code.
-            Its other words go to `log`.
+        work: called in its own process with its seconds; writes the journal and returns an exit code. Its output goes
+            to `log`.
     """
     journal.unlink(missing_ok=True)
     log.unlink(missing_ok=True)
@@ -124,7 +124,7 @@ def supervise(work: Callable[[float], int], journal: Path, log: Path, seconds: f
             break
         with journal.open("a") as lines:
             for key, row in suspects.items():
-                # a line of its own: the process may have died within one
+                # start a new line: the process may have died within one
                 lines.write("\n" + json.dumps({"refuse": key, "why": fault, "row": row}) + "\n")
         reason = f"{' and '.join(suspects)}: {fault}"
         if left < RESTART_SECONDS or len(restarts) == RESTARTS:
@@ -135,7 +135,7 @@ def supervise(work: Callable[[float], int], journal: Path, log: Path, seconds: f
 
 
 def _once(work: Callable[[float], int], journal: Path, log: Path, end: float) -> str | None:
-    """One process: None, or what went wrong."""
+    """Run one process and return None or the fault."""
     began = time.monotonic()
     start = log.stat().st_size if log.exists() else 0
     process = fork(functools.partial(work, max(1.0, end - began - GRACE)), log)
@@ -146,7 +146,7 @@ def _once(work: Callable[[float], int], journal: Path, log: Path, end: float) ->
         while (code := _exit_code(process)) is None:
             now = time.monotonic()
             if now > end:
-                return f"stopped at its limit of {now - began:.0f} s; what it had measured by then is kept"
+                return f"stopped at its limit of {now - began:.0f} s; its results so far are kept"
             if patience is not None and patience.over(now):
                 return f"hung: it took more than {patience.seconds:.2g} s"
             time.sleep(0.02)
@@ -160,29 +160,29 @@ def _once(work: Callable[[float], int], journal: Path, log: Path, end: float) ->
         return None
     lines = log.read_bytes()[start:].decode(errors="replace").strip().splitlines()
     how = f"exit code {code}" if code > 0 else f"killed by {signal.Signals(-code).name}"
-    return f"{how}: {lines[-1] if lines else 'it said nothing'}"
+    return f"{how}: {lines[-1] if lines else 'no output'}"
 
 
 class Patience:
-    """What a provider may take: `seconds` of the clock and, where more passed, `seconds` of the CPU.
+    """The time limit of a provider: `seconds` of wall time, and beyond that `seconds` of CPU time.
 
-    A compiler that shares its cores with others is not hung: its time on the clock says little. A process that waits
-    for a device in vain either spins, and uses up its time on the CPU, or sleeps, and uses none for `IDLE` seconds.
+    A compiler that shares its cores with other processes is slow but not hung. A process that waits in vain for a
+    device either spins and uses up its CPU time, or sleeps and uses none for `IDLE` seconds.
     """
 
     def __init__(self, group: int, seconds: float):
         self.group, self.seconds = group, seconds
         self.busy = time.monotonic()
-        """When it was last seen to have used the CPU."""
+        """When the process last used the CPU."""
         self.due = self.busy + seconds
         self.at_begin = self.used = cpu_seconds(group)
-        self.ask_at = self.due - IDLE
+        self.check_at = self.due - IDLE
 
     def over(self, now: float) -> bool:
-        """Whether it counts as hung."""
-        if now < self.ask_at:
+        """Return whether the process counts as hung."""
+        if now < self.check_at:
             return False
-        self.ask_at = now + 0.25  # asking reads a file of every process of the machine
+        self.check_at = now + 0.25  # a check reads a file for every process of the machine
         used = cpu_seconds(self.group)
         if used > self.used + 0.01 * IDLE:
             self.busy, self.used = now, used
@@ -191,18 +191,18 @@ class Patience:
 
 
 def cpu_seconds(group: int) -> float:
-    """Of all processes of a group and those of their children that have ended; 0 where the system does not tell."""
+    """Return the CPU seconds of a process group and its ended children; 0 without /proc."""
     ticks = 0
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, ValueError, IndexError):
             fields = path.read_text().rpartition(")")[2].split()
             if int(fields[2]) == group:
-                ticks += sum(map(int, fields[11:15]))  # its own and its ended children's, in user and in kernel mode
+                ticks += sum(map(int, fields[11:15]))  # user and kernel time of the process and its ended children
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def fork(work: Callable[[], int], log: Path) -> int:
-    """The number of a process, and of its group, that does the work and writes to the log."""
+    """Fork a process that does the work with its output in the log; return its id, which is also its group's."""
     sys.stdout.flush()
     sys.stderr.flush()
     process = os.fork()
@@ -211,10 +211,10 @@ def fork(work: Callable[[], int], log: Path) -> int:
     code = 1
     try:
         os.setsid()
-        # A file and not a pipe: a compiler's workers that outlive the process would hold a pipe open.
-        words = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        # a file, as a compiler's workers that outlive the process would hold a pipe open
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         nothing = os.open(os.devnull, os.O_RDONLY)
-        for source, target in ((nothing, 0), (words, 1), (words, 2)):
+        for source, target in ((nothing, 0), (output, 1), (output, 2)):
             os.dup2(source, target)
         sys.stdin, sys.stdout, sys.stderr = open(0, closefd=False), open(1, "w", 1), open(2, "w", 1)  # noqa: SIM115
         code = work()
@@ -224,22 +224,22 @@ def fork(work: Callable[[], int], log: Path) -> int:
         with contextlib.suppress(Exception):
             sys.stdout.flush()
             sys.stderr.flush()
-        os._exit(code)  # nothing of the parent's that is registered for the end is this process's to do
+        os._exit(code)  # skip the exit handlers that the parent registered
 
 
 def end(process: int) -> None:
-    """End a forked process, if it has not ended."""
+    """End a forked process if it is still running."""
     _stop(process, ended=_exit_code(process) is not None)
 
 
 def _exit_code(process: int) -> int | None:
-    """None while it runs; minus the signal that ended it."""
+    """Return the exit code, None while the process runs, or minus the signal that ended it."""
     ended, status = os.waitpid(process, os.WNOHANG)
     return os.waitstatus_to_exitcode(status) if ended else None
 
 
 def _follow(journal: Path, position: int, state: Journal) -> int:
-    """Take the whole lines after `position`; the position after them."""
+    """Read the complete lines after `position` into the state and return the position after them."""
     if not journal.exists():
         return position
     with journal.open("rb") as file:
@@ -253,10 +253,10 @@ def _follow(journal: Path, position: int, state: Journal) -> int:
 
 
 def _stop(process: int, ended: bool) -> None:
-    """End the process and those that it started; one that a driver holds is left behind."""
+    """End the process group; a process blocked in a driver may remain."""
     for number, patience in ((signal.SIGTERM, 1.0), (signal.SIGKILL, 4.0)):
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process, number)  # its own session, so its group has its number
+            os.killpg(process, number)  # the process leads its session, so its id is its group's
         until = time.monotonic() + patience
         while not ended and time.monotonic() < until:
             ended = _exit_code(process) is not None

@@ -1,10 +1,10 @@
-"""What each part of the speed brings: one training step, one thing more switched on at a time.
+"""The contribution of each optimisation: a training step with one more optimisation per stage.
 
 python benchmarks/run.py --out DIR --only waterfall cudnn
 
-Every stage is a step of its own, built with the library's switches and measured interleaved with the others; a stage
-that this machine or version does not have gets a row that says so. A stage that brings nothing is to be taken out. On a
-GPU every stage is captured, or Python's time would hide the device's; the last is launched one by one, to show that.
+Every stage is a separate step, built with the library's switches and measured interleaved with the others. A stage that
+this machine or version does not support gets a row that says so. An optimisation without gain should be removed. On a
+GPU every stage is captured, because Python's time would hide the device's. Only the last is not, to show that time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fastnce.networks.layers import LastConvolution
 
 @dataclass(frozen=True)
 class Stage:
-    """The switches of a step; each stage keeps those of the one before."""
+    """The switches of a step. Each stage keeps those of the stage before."""
 
     name: str
     tf32: bool = False
@@ -35,20 +35,20 @@ class Stage:
     layout: torch.memory_format = torch.contiguous_format
     layers: Literal["eager", "triton"] = "eager"
     last: Literal["eager", "triton"] = "eager"
-    """The generator's last convolution, which `layers` leaves out."""
+    """The generator's last convolution, which `layers` does not cover."""
     loss: Literal["eager", "triton"] = "eager"
     weights_at_once: bool = False
     no_cancelled_biases: bool = False
-    """Convolutions leave out a bias that the norm after them takes away."""
+    """Convolutions omit a bias that the following norm cancels."""
     graph: bool = True
     cudnn_benchmark: bool = False
-    """cuDNN tries its kernels for each shape, as the published repositories have it."""
+    """cuDNN benchmarks its kernels for each shape, as in the published repositories."""
 
 
 def stages(cuda: bool, loss: bool = True) -> list[Stage]:
-    """In the order in which they add up. A CPU has neither TF32 nor kernels nor graphs. Compilers: `compiled.py`.
+    """Return the stages in order. A CPU has no TF32, kernels or graphs. For compilers see `compiled.py`.
 
-    `loss`: the method's loss can be told not to use its kernels. DCLGAN's cannot, and has them from the first stage on.
+    loss: whether the method's loss can run without its kernels. DCLGAN's loss cannot: all its stages use them.
     """
     half: dict[str, Any] = {"tf32": True, "precision": "bf16"}
     last: dict[str, Any] = half | {"layout": torch.channels_last}
@@ -84,15 +84,15 @@ def stages(cuda: bool, loss: bool = True) -> list[Stage]:
 
 
 def waterfall(context: Context) -> Iterator[Row]:
-    """What each part of the speed brings, for CUT's and DCD-GAN's step."""
+    """The contribution of each optimisation to CUT's and DCD-GAN's step."""
     for name, images in [("cut", 1), ("dcdgan", 1), ("cut", 8)] if context.large else [("cut", 1)]:
         yield from fall(name, images, context)
 
 
 def fall(name: str, images: int, context: Context) -> Iterator[Row]:
-    """The stages of one step, each with what it brings.
+    """Measure the stages of one step, each with its gain.
 
-    Many images' maps of all stages do not fit side by side: they are then measured one after another.
+    With several images the maps of all stages do not fit into memory together, so the stages are measured in turn.
     """
     every = stages(context.device.type == "cuda", loss=name == "cut")
     first, before = None, None
@@ -107,18 +107,18 @@ def fall(name: str, images: int, context: Context) -> Iterator[Row]:
                 before = row.p50_ms
             yield row
         if images > 1:
-            context.timed.clear()  # or its memory would be kept to count launches later
+            context.timed.clear()  # frees its memory; launches are not counted
 
 
 def cudnn(context: Context) -> Iterator[Row]:
-    """CUT's captured step, with every stage, where cuDNN tries its kernels for each shape; nothing on a CPU."""
-    # a process of its own: PyTorch keeps the first kernel that it took for a shape, tried or not, whatever is set later
+    """CUT's captured step with all optimisations and cuDNN's benchmark mode; skipped on a CPU."""
+    # needs its own process: PyTorch keeps the first kernel chosen for a shape, whatever is set later
     if context.device.type != "cuda":
         return
     stage = replace(stages(cuda=True)[-1], name="+ cuDNN benchmark", cudnn_benchmark=True, graph=True)
     for images in (1, 8) if context.large else (1,):
         provider = _provider("cut", stage, context)
-        provider.note = "in a process of its own"
+        provider.note = "in its own process"
         yield from measure(step_case("cut", images, context, [provider], "waterfall"), context)
 
 
@@ -138,7 +138,7 @@ def _provider(name: str, stage: Stage, context: Context) -> Provider:
 
 
 def switch(step: Step, stage: Stage) -> None:
-    """Put a built step into the state of a stage."""
+    """Apply the switches of a stage to a built step."""
     step.weights_at_once = stage.weights_at_once
     leave_out_biases(step.method, stage.no_cancelled_biases)
     set_implementation(step.method, stage.layers)

@@ -1,12 +1,12 @@
-"""What each part of DCD-GAN is worth on held-out pairs: held-out PSNR over steps, at one number of steps for all.
+"""Ablation of DCD-GAN: PSNR and SSIM on held-out pairs, with the same number of steps for each variant.
 
 python experiments/derain.py --train DIR --test TEST [TEST ...] --out RESULTS    # DIR as `fastnce unpair` writes it
-python experiments/derain.py ... --pairs PAIRS                                   # and the bound: trained with pairs
+python experiments/derain.py ... --pairs PAIRS                                   # also train with pairs, as a bound
 python experiments/derain.py ... --only plus paper --seeds 0 1 --steps 2000
-python experiments/derain.py ... --seeds 0 1 --collect                           # the table of what is finished
+python experiments/derain.py ... --seeds 0 1 --collect                           # only collect finished runs
 
-Every run is `fastnce train` with other options; what is finished is not run again. Figures are those of the last step's
-averaged weights: to choose the best step on the test set would flatter them.
+Every run is `fastnce train` with other options. Finished runs are not repeated. The results are those of the averaged
+weights after the last step: choosing the best step on the test set would bias them.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when started as a script
+
+from benchmarks import machine
 from fastnce.config import Config, resolve
 from fastnce.engine.loop import train
 from fastnce.engine.validate import Validation, find_validation
@@ -33,10 +37,6 @@ from fastnce.methods import Batch, Draws, Group, Method, NetworkOptions, Phase
 from fastnce.training import train_run
 from fastnce.translate.load import load_translator
 from fastnce.translate.translator import Translator
-
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks import machine
 
 SMALL = [
     "network.width=8",
@@ -51,10 +51,10 @@ SMALL = [
     "run.sample_every=0",
     "run.monitor_every=100",
 ]
-"""What makes `dcdgan-plus` small enough for minutes on a CPU core."""
+"""Options that make `dcdgan-plus` small enough for minutes on a CPU core."""
 
 PAPER = ["loss.lambda_rendered=0"]
-"""The paper's terms alone, at the weights and with the networks of `dcdgan-plus`."""
+"""Only the paper's terms, with the weights and networks of `dcdgan-plus`."""
 
 VARIANTS: dict[str, list[str]] = {
     "plus": [],
@@ -87,7 +87,7 @@ PAIRED = "with pairs"
 
 
 class Paired(Method):
-    """The same generator taught by L1 with pairs: what unpaired training cannot be expected to exceed."""
+    """The same generator trained with L1 on pairs: an upper bound for unpaired training."""
 
     def __init__(self, network: NetworkOptions):
         super().__init__()
@@ -115,7 +115,7 @@ class Paired(Method):
 
 
 class PairedCrops:
-    """Crops of pairs at the same place: as many pairs as the unpaired set has rainy pictures."""
+    """Random crops of pairs at the same position in both images."""
 
     def __init__(self, pairs: list[Pair], crop: int, batch: int, seed: int):
         self.pairs = [pair.load() for pair in pairs]
@@ -129,8 +129,8 @@ class PairedCrops:
             place, top, left, mirror = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
             a, b = self.pairs[int(place * len(self.pairs))]
             y, x = (int(u * (side - self.crop + 1)) for u, side in zip((top, left), a.shape[1:], strict=True))
-            for column, picture in ((rainy, a), (clean, b)):
-                window = picture[:, y : y + self.crop, x : x + self.crop]
+            for column, image in ((rainy, a), (clean, b)):
+                window = image[:, y : y + self.crop, x : x + self.crop]
                 column.append(window.flip(2) if mirror < 0.5 else window)
         return torch.stack(rainy), torch.stack(clean)
 
@@ -142,7 +142,7 @@ class PairedCrops:
 
 
 def configuration(args: argparse.Namespace, name: str, seed: int) -> Config:
-    """The run of a variant; the learning rate falls over the last third."""
+    """Return the configuration of a variant. The learning rate decays over the last third."""
     size = ["network.width=4", "data.batch=1", "loss.patches=8", "loss.projection=8"] if args.quick else []
     variant = VARIANTS.get(name, [])
     config = resolve("dcdgan-plus", None, [*SMALL, *variant, *size, f"run.seed={seed}", "run.device=cpu"])
@@ -161,13 +161,13 @@ def configuration(args: argparse.Namespace, name: str, seed: int) -> Config:
 
 
 def run_one(args: argparse.Namespace, name: str, seed: int, folder: Path) -> dict[str, Any]:
-    """Train a variant and measure it; returns its row of the table."""
+    """Train and measure a variant, and return its row of the table."""
     config = configuration(args, name, seed)
-    asked = {"variant": name, "seed": seed, "steps": args.steps, "pictures": args.pictures}
-    kept = folder / "row.json"
-    if kept.exists():
-        row = json.loads(kept.read_text())
-        if row.items() >= asked.items():
+    settings = {"variant": name, "seed": seed, "steps": args.steps, "pictures": args.pictures}
+    result = folder / "row.json"
+    if result.exists():
+        row = json.loads(result.read_text())
+        if row.items() >= settings.items():
             return row
     began, cpu = time.monotonic(), time.process_time()
     if name == PAIRED:
@@ -178,40 +178,40 @@ def run_one(args: argparse.Namespace, name: str, seed: int, folder: Path) -> dic
         data = PairedCrops(pairs, int(str(config.data.crop_size)), config.data.batch, seed)
         held_out = find_validation("", config.data.validate, args.held_out)
         validation = Validation(held_out, 3, torch.device("cpu"), Translator)
-        settings = {"config": config.as_dict(), "quiet": True, "validation": validation}
-        train(method, data, config.optim, config.run, folder, **settings)
+        more = {"config": config.as_dict(), "quiet": True, "validation": validation}
+        train(method, data, config.optim, config.run, folder, **more)
     else:
         train_run(config, folder, quiet=True)
-    row = {**asked, "seconds": round(time.monotonic() - began), "cpu_seconds": round(time.process_time() - cpu)}
+    row = {**settings, "seconds": round(time.monotonic() - began), "cpu_seconds": round(time.process_time() - cpu)}
     translator = load_translator(folder)
     for test in args.test:
         inputs, outputs = DerainingMetrics(), DerainingMetrics()
         for pair in find_validation("", str(test), args.pictures):
-            rainy, clean = (picture[None] for picture in pair.load())
+            rainy, clean = (image[None] for image in pair.load())
             inputs.update(rainy, clean)
             outputs.update(translator(rainy), clean)
         before, after = inputs.compute(), outputs.compute()
         title = set_name(test)
         row |= {f"{title} {key}": round(after[key], 4) for key in KEYS[:2]}
         row |= {f"{title} gain {key}": round(after[key] - before[key], 4) for key in KEYS[:2]}
-    kept.write_text(json.dumps(row))
+    result.write_text(json.dumps(row))
     return row
 
 
 def set_name(test: Path) -> str:
-    """ "Rain800" of .../Rain800/test."""
+    """Return the name of a test set: "Rain800" for .../Rain800/test."""
     return test.parent.name if test.name in ("test", "test_strips") else test.name
 
 
 def curve(folder: Path) -> list[tuple[int, float, float]]:
-    """(step, PSNR, SSIM) of a run's held-out pairs."""
+    """Return (step, PSNR, SSIM) of a run on the held-out pairs."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     found = {r["step"]: (r["held_out_psnr_y"], r["held_out_ssim_y"]) for r in rows if "held_out_psnr_y" in r}
     return [(step, *values) for step, values in sorted(found.items())]
 
 
 def write(out: Path, rows: list[dict[str, Any]], curves: dict[str, list], facts: dict[str, Any]) -> None:
-    """results.json, results.csv (the table), curves.csv and, with matplotlib, curves.png."""
+    """Write results.json, results.csv (the table), curves.csv and, with matplotlib, curves.png."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps({"machine": facts, "rows": rows}, indent=1) + "\n")
     with (out / "results.csv").open("w", newline="") as file:
@@ -236,7 +236,7 @@ def write(out: Path, rows: list[dict[str, Any]], curves: dict[str, list], facts:
     for name, points in curves.items():
         variant, seed = name.rsplit(" ", 1)
         if max(p[1] for p in points[1:]) < points[0][1] - 3:
-            continue  # far below its inputs: it would squeeze the others together
+            continue  # far below its inputs, which would compress the scale of the others
         strong = variant in ("plus", "paper", PAIRED)
         for axis, column in zip(axes, (1, 2), strict=True):
             x, y = [p[0] for p in points], [p[column] for p in points]
@@ -256,16 +256,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--train", type=Path, required=True, metavar="DIR", help="trainA and trainB")
     parser.add_argument("--test", type=Path, required=True, nargs="+", metavar="TEST", help="paired sets")
-    parser.add_argument("--pairs", type=Path, metavar="PAIRS", help="training pairs, for the bound")
+    parser.add_argument("--pairs", type=Path, metavar="PAIRS", help="training pairs, for the upper bound")
     parser.add_argument("--out", type=Path, required=True, metavar="RESULTS")
-    parser.add_argument("--runs", type=Path, metavar="DIR", help="where the runs lie; default RESULTS/runs")
+    parser.add_argument("--runs", type=Path, metavar="DIR", help="folder of the runs; default RESULTS/runs")
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--pictures", type=int, default=25, help="of each test set; 0 takes all")
-    parser.add_argument("--held-out", type=int, default=8, help="pictures of the first set measured while training")
+    parser.add_argument("--pictures", type=int, default=25, help="per test set; 0 for all")
+    parser.add_argument("--held-out", type=int, default=8, help="pictures of the first set for validation")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--only", nargs="+", metavar="VARIANT", help=f"of {', '.join([*VARIANTS, PAIRED])}")
-    parser.add_argument("--collect", action="store_true", help="write what is finished, run nothing")
-    parser.add_argument("--quick", action="store_true", help="tiny networks: to see that it runs")
+    parser.add_argument("--only", nargs="+", metavar="VARIANT", help=f"one or more of {', '.join([*VARIANTS, PAIRED])}")
+    parser.add_argument("--collect", action="store_true", help="write the results of finished runs, train nothing")
+    parser.add_argument("--quick", action="store_true", help="tiny networks, to test that everything runs")
     args = parser.parse_args(arguments)
     names = args.only or [*VARIANTS, *([PAIRED] if args.pairs else [])]
     unknown = [name for name in names if name not in (*VARIANTS, PAIRED)]

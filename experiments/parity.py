@@ -1,12 +1,14 @@
-"""Does 16-bit training follow float32? The same weights, pictures and seeds in each precision, losses side by side.
+"""Compare training in 16 bits with float32: the same weights, images and seeds in each precision.
 
     python experiments/parity.py --steps 200 --width 8 --crop 64 --out benchmarks/results/parity-cpu-DATE
     python experiments/parity.py --steps 2000 --device cuda --data DIR --pairs DIR/test --out OUT --minutes 8
 
-Writes losses.csv and summary.json after each run, losses.png last; a run that fails loses no other's. Steps drift apart
-(Adam turns the smallest difference of a gradient into a step of full size), so a run of float32 from another seed of
-the step's draws stands beside: what two equal runs differ by. A precision is as good as float32 where its losses, and
-the PSNR on held-out pairs, stay within that. On CUDA "fp32" may compute in TF32 (`--tf32`): the summary says.
+Writes losses.csv and summary.json after each run and losses.png at the end. A failed run does not affect the others.
+
+Runs diverge, because Adam amplifies the smallest difference of a gradient to a full step. A second float32 run with
+another seed for the step's draws therefore shows the difference between two equivalent runs. A precision is as good as
+float32 if its losses, and the PSNR on held-out pairs, stay within this difference. On CUDA "fp32" may compute in TF32
+(`--tf32`); the summary records it.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from typing import Any
 import torch
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when started as a script
 
 from benchmarks.machine import facts
 from fastnce.commands.demo import write_folders
@@ -40,15 +42,15 @@ from fastnce.methods.presets import PRESETS
 from fastnce.translate.translator import Translator
 
 AGAIN = "fp32 again"
-"""Float32 with other patch locations: how far two runs of one precision are from each other."""
+"""Float32 with other patch locations, which shows how far two runs of the same precision differ."""
 
 Rows = list[dict[str, float]]
 
 
 def train(name: str, args: argparse.Namespace, data: UnpairedData, device: torch.device, until: float) -> Rows:
-    """One run; returns each step's losses, and at its end the PSNR on held-out pairs, if there are any.
+    """Train once and return the losses of each step, with the PSNR on held-out pairs where it was measured.
 
-    until: of `time.monotonic()`, after which no further step begins.
+    until: `time.monotonic()` after which no further step starts.
     """
     torch.manual_seed(args.seed)
     preset = PRESETS[args.method]
@@ -81,9 +83,9 @@ def train(name: str, args: argparse.Namespace, data: UnpairedData, device: torch
 
 
 def compare(runs: dict[str, Rows], names: list[str]) -> dict[str, Any]:
-    """For every run beside "fp32": the mean of each loss over the last quarter, and its relative distance.
+    """Return, for every run, the mean of each loss over the last quarter and its relative difference from "fp32".
 
-    A run that was stopped early is held against the same steps of "fp32".
+    A run that stopped early is compared with the same steps of "fp32".
     """
     found: dict[str, Any] = {}
     for run, rows in runs.items():
@@ -99,7 +101,7 @@ def compare(runs: dict[str, Rows], names: list[str]) -> dict[str, Any]:
 
 
 def draw(runs: dict[str, Rows], names: list[str], title: str, file: Path) -> None:
-    """Each loss over steps, a line a run, smoothed over a fortieth of the steps; nothing without matplotlib."""
+    """Plot each loss over steps, smoothed over a fortieth of the steps, one line per run. Needs matplotlib."""
     try:
         import matplotlib
 
@@ -130,13 +132,13 @@ def draw(runs: dict[str, Rows], names: list[str], title: str, file: Path) -> Non
 
 
 def losses_of(runs: dict[str, Rows]) -> list[str]:
-    """Names, in their order; all runs have the same."""
+    """Return the names of the losses in order; all runs have the same."""
     first = next(iter(runs.values()), [{}])[0]
     return [name for name in first if name not in ("step", "psnr_y")]
 
 
 def write(runs: dict[str, Rows], summary: dict[str, Any], args: argparse.Namespace) -> None:
-    """All files, of the runs that there are; the comparison goes into the summary too."""
+    """Write the losses of the finished runs, and the summary with the comparison."""
     names = losses_of(runs)
     with (args.out / "losses.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, ["run", "step", *names, "psnr_y"], restval="")
@@ -149,14 +151,14 @@ def write(runs: dict[str, Rows], summary: dict[str, Any], args: argparse.Namespa
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Train in each precision, write what was found; returns the exit code."""
+    """Parse the command line and call `run_all`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--method", default="fastcut", choices=list(PRESETS))
-    parser.add_argument("--precisions", default="bf16", help="beside fp32, with commas: bf16,fp16")
+    parser.add_argument("--precisions", default="bf16", help="in addition to fp32, separated by commas: bf16,fp16")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--data", type=Path, help="trainA, trainB; default: the demo's photographs")
-    parser.add_argument("--pairs", default="", help="held-out pairs, measured as PSNR on Y (see fastnce evaluate)")
+    parser.add_argument("--data", type=Path, help="folder with trainA and trainB; default: the demo's photographs")
+    parser.add_argument("--pairs", default="", help="held-out pairs for PSNR on Y (see fastnce evaluate)")
     parser.add_argument("--validate-every", type=int, default=500, metavar="STEPS")
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--crop", type=int, default=256)
@@ -165,11 +167,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--compile", default="false")
     parser.add_argument("--graph", default="auto")
     parser.add_argument("--tf32", default="auto")
-    parser.add_argument(
-        "--minutes", type=float, default=float("inf"), help="for all runs together, once pictures are decoded"
-    )
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="total time of all runs, without decoding")
     parser.add_argument("--out", type=Path, default=Path("parity"), help="folder; default %(default)s")
-    args = parser.parse_args(arguments)
+    return run_all(parser.parse_args(arguments))
+
+
+def run_all(args: argparse.Namespace) -> int:
+    """Train in each precision and write the results; return 0 if all runs succeeded, else 1."""
     device = pick_device(args.device)
     tf32 = set_tf32(args.tf32, device)
     runs: dict[str, Rows] = {}
@@ -186,14 +190,14 @@ def main(arguments: list[str] | None = None) -> int:
         root = args.data or Path(folder)
         sizes = {"load_size": args.crop * 286 // 256, "crop_size": args.crop, "batch": args.batch}
         data = UnpairedData(root, **sizes, seed=args.seed, device=device, preprocess="scale_shortside_and_crop")
-        data.batch(0)  # decoded before the clock starts, or the first run would pay for all
+        data.batch(0)  # decodes all images before the time of the first run starts
         end = time.monotonic() + 60 * args.minutes
         planned = list(dict.fromkeys(["fp32", AGAIN, *args.precisions.split(",")]))
         for index, name in enumerate(planned):
             began = time.monotonic()
             try:
                 rows = train(name, args, data, device, began + (end - began) / (len(planned) - index))
-            except Exception as error:  # such as one precision's too little memory: the others are worth having
+            except Exception as error:  # such as out of memory in one precision: run the others
                 traceback.print_exc()
                 states[name] = f"failed: {type(error).__name__}: {error}"
             else:
@@ -207,7 +211,7 @@ def main(arguments: list[str] | None = None) -> int:
     title = f"{args.method}, width {args.width}, crops of {args.crop}, batch {args.batch}, {device.type}"
     if runs:
         draw(runs, names, title, args.out / "losses.png")
-    print("\nmean of the last quarter of the steps, and its distance from fp32's")
+    print("\nmean over the last quarter of the steps, and relative difference from fp32")
     print(f"{'':<12}", *(f"{name:>18}" for name in names))
     for run, values in summary.get("last quarter", {}).items():
         print(f"{run:<12}", *(f"{values[n]['mean']:>9.4f} {values[n]['relative']:>+8.1%}" for n in names))

@@ -1,4 +1,4 @@
-"""The wheel and the sdist: they build, hold every package, and import from anywhere."""
+"""The wheel and the sdist build, hold every package and the type marker, and import from any folder."""
 
 from __future__ import annotations
 
@@ -55,6 +55,8 @@ def test_every_module_is_inside(built):
         assert relative in inside["sdist"], relative
         in_wheel = f"fastnce/{relative}" if relative.startswith("kernels/") else relative
         assert in_wheel in inside["wheel"], in_wheel
+    for names in inside.values():
+        assert "fastnce/py.typed" in names
     assert not any(name.startswith("kernels/") for name in inside["wheel"])
 
 

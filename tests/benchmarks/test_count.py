@@ -1,4 +1,4 @@
-"""Counting FLOP, bytes, launches and live memory, held against values worked out by hand and against a measurement."""
+"""Counted FLOP, bytes, launches and live memory against values derived by hand and against a measurement."""
 
 import os
 import random
@@ -12,24 +12,25 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import observe, predict
-from benchmarks.count import Count, count_step
+from benchmarks.count import Count
 from benchmarks.step import build
+from benchmarks.step_costs import count_step
 from fastnce.methods import Batch
 
 SMALL = {"generator": "resnet_4blocks", "width": 8, "discriminator_width": 8}
 
 
-def test_convolution_and_norm_cost_what_the_hand_says():
+def test_the_cost_of_convolution_and_norm():
     x = torch.randn(2, 3, 8, 8, requires_grad=True)
     weight = torch.randn(4, 3, 3, 3, requires_grad=True)
     with Count() as count:
         y = F.conv2d(x, weight, padding=1)
         F.group_norm(y, 4)
     map_in, kernel, map_out = 4 * 2 * 3 * 64, 4 * 4 * 3 * 9, 4 * 2 * 4 * 64  # bytes
-    forward = 2 * (2 * 4 * 64) * (3 * 9)  # two FLOP for each weight of each output
+    forward = 2 * (2 * 4 * 64) * (3 * 9)  # two FLOP per weight and output
     convolution, norm = count.works
     assert (convolution.flop, convolution.bytes, convolution.launches) == (forward, map_in + kernel + map_out, 1)
-    # read for the moments and for the result, which is written; mean and deviation of 2 * 4 planes
+    # the map is read for the moments, read again and written for the result; 2 * 4 planes have two moments each
     assert (norm.flop, norm.bytes, norm.launches) == (0, 3 * map_out + 2 * 4 * 8, 2)
     upstream = torch.randn_like(y)
     with Count() as count:
@@ -40,7 +41,7 @@ def test_convolution_and_norm_cost_what_the_hand_says():
     assert backward.launches == 2
 
 
-def test_views_move_nothing_and_gathers_what_they_pick():
+def test_views_move_nothing_and_gathers_only_selected_rows():
     x = torch.randn(100, 8)
     ids = torch.tensor([3, 1])
     with Count() as count:
@@ -54,12 +55,12 @@ def test_views_move_nothing_and_gathers_what_they_pick():
     assert count.bytes == 2 * 100 * 8 * 4
 
 
-def test_live_memory_is_that_of_tensors_that_live():
+def test_live_memory_is_that_of_live_tensors():
     with Count() as count:
         a = torch.zeros(1000)
         b = a + 1
         del a
-        c = b.view(10, 100)  # no memory of its own
+        c = b.view(10, 100)  # a view has no storage of its own
         d = torch.zeros(500)
     assert count.peak == 8000
     assert count.live == 6000
@@ -68,12 +69,12 @@ def test_live_memory_is_that_of_tensors_that_live():
 
 
 @pytest.mark.parametrize("name", ["cut", "dclgan"])
-def test_counting_without_computing_gives_the_same(name):
+def test_fake_and_real_tensors_have_equal_counts(name):
     fake, real = (count_step(name, 1, 32, network=SMALL, fake=fake) for fake in (True, False))
     operators = []
     for counted in (fake, real):
         found = counted.count.by_operator()
-        for norm in ("_foreach_norm", "linalg_vector_norm"):  # of gradients: all at once, or one by one where fake
+        for norm in ("_foreach_norm", "linalg_vector_norm"):  # fake tensors compute gradient norms separately
             found.pop(norm, None)
         operators.append(found)
     assert operators[0] == operators[1]
@@ -83,8 +84,8 @@ def test_counting_without_computing_gives_the_same(name):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_counted_peak_is_the_measured_one(precision):
-    """On a CPU, whose allocations the profiler sees; 3 % for what libraries take inside of an operator."""
+def test_the_counted_peak_is_the_measured_peak(precision):
+    """On a CPU, where the profiler reports allocations. Libraries may allocate 3 % inside of operators."""
     side = 64
     step = build("cut", SMALL, torch.device("cpu"), precision, {"layout": torch.contiguous_format}, {})
     batch = Batch(*(torch.rand(2, 1, 3, side, side) * 2 - 1))
@@ -104,9 +105,9 @@ def test_a_step_is_predicted_from_its_work():
     with Count() as count:
         torch.ones(1000, 1000) @ torch.ones(1000, 1000)
     ones, _, product = count.works
-    assert device.seconds(ones) == pytest.approx(4e6 / 2e9)  # it fits into the cache
+    assert device.seconds(ones) == pytest.approx(4e6 / 2e9)  # fits into the cache
     assert replace(device, cache=3e6).seconds(ones) == pytest.approx(4e6 / 1e9)
-    # 64 tiles of 128 x 128 fill 4 multiprocessors 16 times; TF32's rate, of which half is reached
+    # 64 tiles of 128 x 128 fill 4 multiprocessors 16 times, at half of TF32's rate
     assert product.tiles == 64
     assert device.seconds(product) == pytest.approx(2e9 / (1e9 * 0.5))
     assert device.device_seconds(count) == pytest.approx(2 * 2e-3 + 4.0)
@@ -119,7 +120,7 @@ def test_bfloat16_moves_less_and_computes_as_much():
     assert 0 < full.least_bytes < full.count.bytes
 
 
-def test_importing_the_prediction_leaves_kernels_to_the_device():
+def test_importing_the_prediction_does_not_set_the_interpreter():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     program = "import os, benchmarks.predict; assert 'TRITON_INTERPRET' not in os.environ"
     root = Path(__file__).resolve().parents[2]

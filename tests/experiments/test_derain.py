@@ -1,4 +1,4 @@
-"""The deraining benchmark at its smallest, and unpaired sets made of pairs."""
+"""The deraining experiment at its smallest size, and unpaired sets made from pairs."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from PIL import Image
 
 from experiments import derain
 from fastnce.commands.main import main
+from fastnce.config import resolve
 from fastnce.data import load_image
 from fastnce.evaluate.pairs import find_pairs
 
@@ -24,7 +25,7 @@ def picture(seed: int, height: int = 36, width: int = 40) -> np.ndarray:
 
 @pytest.fixture
 def pairs(tmp_path: Path) -> Path:
-    """Five scenes, the first of them under two kinds of rain."""
+    """Five scenes, the first with two kinds of rain."""
     root = tmp_path / "pairs"
     for name in ("rain", "norain"):
         (root / name).mkdir(parents=True)
@@ -42,8 +43,8 @@ def names(folder: Path) -> list[str]:
 def test_no_scene_is_in_both_domains(pairs, tmp_path, capsys):
     out = tmp_path / "set"
     assert main(["unpair", str(pairs), "--out", str(out), "--test", str(pairs)]) == 0
-    said = capsys.readouterr().out
-    assert said.endswith(f"written to {out}: 6 in test/norain, 6 in test/rain, 4 in trainA, 2 in trainB\n")
+    printed = capsys.readouterr().out
+    assert printed.endswith(f"written to {out}: 6 in test/norain, 6 in test/rain, 4 in trainA, 2 in trainB\n")
     assert names(out / "trainA") == ["1_1", "1_2", "3", "5"]
     assert names(out / "trainB") == ["2", "4"]
     assert torch.equal(load_image(out / "trainA" / "3.png"), load_image(pairs / "rain" / "3.png"))
@@ -72,7 +73,7 @@ def test_mistakes_write_nothing(pairs, tmp_path, capsys):
     assert sorted(path.name for path in out.iterdir()) == ["trainB"]
 
 
-def test_the_benchmark_at_its_smallest(pairs, tmp_path, monkeypatch, capsys):
+def test_the_experiment_at_its_smallest(pairs, tmp_path, monkeypatch, capsys):
     data, out = tmp_path / "set", tmp_path / "results"
     assert main(["unpair", str(pairs), "--out", str(data), "--test", str(pairs)]) == 0
     monkeypatch.setattr(sys, "argv", ["derain.py", "--quick"])
@@ -92,8 +93,8 @@ def test_the_benchmark_at_its_smallest(pairs, tmp_path, monkeypatch, capsys):
         steps = [(line["variant"], int(line["step"])) for line in csv.DictReader(file)]
     assert steps == [(name, step) for name in wanted for step in (0, 1, 2)]
     capsys.readouterr()
-    # what is finished is not run again
-    monkeypatch.setattr(derain, "train_run", lambda *args, **kw: pytest.fail("it ran again"))
+    # finished runs are not repeated
+    monkeypatch.setattr(derain, "train_run", lambda *args, **kw: pytest.fail("a finished run was repeated"))
     assert derain.main([*arguments, "--only", "plus"]) == 0
     assert derain.main([*arguments, "--seeds", "0", "1", "--collect"]) == 0
     collected = json.loads((out / "results.json").read_text())["rows"]
@@ -104,9 +105,7 @@ def test_the_benchmark_at_its_smallest(pairs, tmp_path, monkeypatch, capsys):
 
 
 def test_variants_are_configurations(tmp_path):
-    """Every variant differs from the others in what is trained."""
-    from fastnce.config import resolve
-
+    """Each variant has a configuration of its own."""
     seen = {}
     for name, overrides in derain.VARIANTS.items():
         settings = resolve("dcdgan-plus", None, [*derain.SMALL, *overrides]).as_dict()
@@ -115,7 +114,7 @@ def test_variants_are_configurations(tmp_path):
     assert seen["paper"]["loss"]["lambda_rendered"] == 0 < seen["plus"]["loss"]["lambda_rendered"]
 
 
-def test_paired_crops_are_at_one_place(pairs):
+def test_paired_crops_have_one_position(pairs):
     crops = derain.PairedCrops(find_pairs(pairs), 8, 4, seed=0)
     crops.pairs = [(rainy, rainy + 5) for rainy, _ in crops.pairs]
     a, b = crops.batch(3)

@@ -1,4 +1,4 @@
-"""experiments/parity.py: the same start in every precision, and a file that a reader can plot."""
+"""experiments/parity.py: every precision starts from the same state, and the losses are written to a CSV file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from experiments import parity
 from experiments.parity import AGAIN, compare, main
 
 
-def test_runs_side_by_side(folder, tmp_path, capsys):
+def test_all_runs_are_written(folder, tmp_path, capsys):
     options = ["--steps", "3", "--width", "4", "--crop", "32", "--data", str(folder), "--out", str(tmp_path / "out")]
     assert main(options) == 0
     with (tmp_path / "out" / "losses.csv").open() as file:
@@ -21,7 +21,7 @@ def test_runs_side_by_side(folder, tmp_path, capsys):
     found = {name: [row for row in rows if row["run"] == name] for name in ("fp32", AGAIN, "bf16")}
     assert [[row["step"] for row in run] for run in found.values()] == [["1", "2", "3"]] * 3
     first = {name: run[0] for name, run in found.items()}
-    assert first[AGAIN]["D_real"] == first["fp32"]["D_real"]  # before any patch is drawn
+    assert first[AGAIN]["D_real"] == first["fp32"]["D_real"]  # computed before patches are drawn
     assert first[AGAIN]["NCE"] != first["fp32"]["NCE"]
     assert float(first["bf16"]["NCE"]) == pytest.approx(float(first["fp32"]["NCE"]), rel=0.02)
     assert first["bf16"]["NCE"] != first["fp32"]["NCE"]
@@ -36,7 +36,7 @@ def test_runs_side_by_side(folder, tmp_path, capsys):
         assert "matplotlib is not installed" in capsys.readouterr().out
 
 
-def test_the_distance_is_of_the_last_quarter():
+def test_the_last_quarter_is_compared():
     def run(*values):
         return [{"step": i, "G": value} for i, value in enumerate(values)]
 
@@ -46,7 +46,7 @@ def test_the_distance_is_of_the_last_quarter():
     assert found["bf16"]["G"] == {"mean": 3, "relative": 0.5}
 
 
-def test_what_is_there_is_written_after_each_run_and_a_failed_one_loses_no_other(folder, tmp_path, monkeypatch, capsys):
+def test_results_are_written_after_each_run_and_survive_a_failed_run(folder, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     seen = []
 
@@ -66,7 +66,7 @@ def test_what_is_there_is_written_after_each_run_and_a_failed_one_loses_no_other
     assert "too large" in capsys.readouterr().err
 
 
-def test_a_run_that_is_stopped_early_says_at_which_step(folder, tmp_path):
+def test_a_run_that_stops_early_reports_its_step(folder, tmp_path):
     options = ["--steps", "50", "--width", "4", "--crop", "32", "--data", str(folder), "--out", str(tmp_path)]
     assert main([*options, "--minutes", "1e-9", "--precisions", "bf16"]) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
