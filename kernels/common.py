@@ -95,8 +95,7 @@ def _architecture(kind: str, index: int | None) -> str:
         return "interpreter"
     if kind == "cuda" and torch.version.hip is None:
         major, minor = torch.cuda.get_device_capability(index)
-        # devices that are not in the table of tiles, by what they share with one that is
-        return {"sm_87": "sm_80", "sm_103": "sm_100", "sm_121": "sm_120"}.get(name := f"sm_{major}{minor}", name)
+        return f"sm_{major}{minor}"
     if kind == "cuda":
         return torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
     return kind

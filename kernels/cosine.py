@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import block_dim, dense_rows, fields_of, launch, narrow
+from . import configs
+from .common import architecture, block_dim, dense_rows, fields_of, launch, narrow
 
 SHORTEST = tl.constexpr(1e-8)
 """Shorter rows are divided by this (`F.cosine_similarity`), so rows of zeros stay."""
@@ -81,22 +82,20 @@ def row_gradient_kernel(
     tl.store(one.gradient + o_md, narrow(d, one.gradient.dtype.element_ty), mask=m_md)
 
 
-def _block_rows(width: int) -> int:
-    return max(1, 4096 // width)
-
-
 def cosine(rows: Sequence[Tensor]) -> list[Tensor]:
     """rows / max(|rows|, 1e-8), (count, dim) each, in one launch and in their dtype; lengths are taken in float32."""
     rows = [dense_rows(r) for r in rows]
     units = [torch.empty(r.shape, dtype=r.dtype, device=r.device) for r in rows]
     widest = block_dim(max(r.shape[1] for r in rows))
+    tile = configs.rows_tile(architecture(rows[0].device), widest)
     problems: list[Rows] = []
     block = 0
     for r, unit in zip(rows, units, strict=True):
         problems.append(Rows(r, unit, r.stride(0), *r.shape, block))
-        block += triton.cdiv(r.shape[0], _block_rows(widest))
+        block += triton.cdiv(r.shape[0], tile.block_m)
     launch(
-        cosine_kernel, block, rows[0], tuple(problems), COUNT=len(rows), BM=_block_rows(widest), BD=widest, num_warps=4
+        cosine_kernel, block, rows[0], tuple(problems), COUNT=len(rows), BM=tile.block_m, BD=widest,
+        num_warps=tile.warps,
     )  # fmt: skip
     return units
 
@@ -115,15 +114,16 @@ def row_gradients(
     rows = [dense_rows(r) for r in rows]
     gradients = [torch.empty(r.shape, dtype=r.dtype, device=r.device) for r in rows]
     widest = block_dim(max(r.shape[1] for r in rows))
+    tile = configs.rows_tile(architecture(rows[0].device), widest)
     directions = upstream.shape[0]
     problems: list[RowGradient] = []
     block = 0
     for i, (r, d, gradient) in enumerate(zip(rows, d_units, gradients, strict=True)):
         weight = directions / (len(rows) * r.shape[0])
         problems.append(RowGradient(r, d, gradient, r.stride(0), *r.shape, i % directions, weight, block))
-        block += triton.cdiv(r.shape[0], _block_rows(widest))
+        block += triton.cdiv(r.shape[0], tile.block_m)
     launch(
         row_gradient_kernel, block, rows[0], tuple(problems), upstream, upstream.stride(0), COUNT=len(rows),
-        COSINE=divided, BM=_block_rows(widest), BD=widest, num_warps=4,
+        COSINE=divided, BM=tile.block_m, BD=widest, num_warps=tile.warps,
     )  # fmt: skip
     return gradients

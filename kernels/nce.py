@@ -220,8 +220,7 @@ def nce_forward(
     tile = tile_of()
     loss, negative, positive = (first.new_empty(total, dtype=torch.float32) for _ in range(3))
     gradients = [torch.empty(q.shape, dtype=q.dtype, device=q.device) for q in queries] if gradient else []
-    # measured on sm_90; elsewhere the same code would need more registers than there are
-    even = arch in ("sm_90", "interpreter") and first.element_size() == 2 and form != "any"
+    even = arch in configs.EVEN_KEYS and first.element_size() == 2 and form != "any"
     even = even and all(
         x.shape[2] == width and x.shape[1] % tile.block_n == 0 and x.stride(1) < LARGEST_STRIDE for x in [*keys, *extra]
     )
@@ -274,5 +273,8 @@ def mean_by_direction(loss: Tensor, rows: Sequence[int], directions: int) -> Ten
     out = torch.empty(directions, dtype=torch.float32, device=loss.device)
     starts = [sum(rows[:i]) for i in range(len(rows))]
     layers = tuple((start, count // directions) for start, count in zip(starts, rows, strict=True))
-    launch(mean_kernel, directions, loss, loss, out, layers, COUNT=len(rows), BLOCK=1024, num_warps=4)
+    tile = configs.find_tile("mean", architecture(loss.device))
+    launch(
+        mean_kernel, directions, loss, loss, out, layers, COUNT=len(rows), BLOCK=tile.block_m, num_warps=tile.warps
+    )  # fmt: skip
     return out
