@@ -73,7 +73,7 @@ def fields_of(problems, block, COUNT: tl.constexpr):
     found = problems[0]
     for i in tl.static_range(1, COUNT):
         here = block >= problems[i].first_block
-        fields = ()
+        fields: tuple = ()
         for f in tl.static_range(len(found)):
             fields += (tl.where(here, problems[i][f], found[f]),)
         found = fields
@@ -116,7 +116,7 @@ def precision(arch: str, dtype: torch.dtype, convolution: bool = False) -> str:
         return "ieee"
     # reading `allow_tf32` is an error where a program has set `fp32_precision`
     allowed = torch.backends.cudnn.conv if convolution else torch.backends.cuda.matmul  # type: ignore[attr-defined]
-    return "tf32" if allowed.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
+    return "tf32" if allowed.fp32_precision == "tf32" else "ieee"
 
 
 def block_dim(dim: int) -> int:

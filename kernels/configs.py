@@ -34,7 +34,7 @@ MANY_ROWS = 8192
 """From this number of rows, blocks of 64 rows and more fill the processors of a large device."""
 
 FLOAT32 = ("float32", "tf32")
-REGULAR = ("unit", "checked", "online", "unit, extra", "checked, extra", "online, extra")
+REGULAR: tuple[Form, ...] = ("unit", "checked", "online", "unit, extra", "checked, extra", "online, extra")
 """Every form but "any"."""
 UP_TO_128, BELOW_512, FROM_512 = range(129), range(512), range(512, 2**31)
 SMALL_MEMORY = tuple(arch for arch, size in SHARED_MEMORY.items() if size < 128 * 1024)

@@ -1,4 +1,4 @@
-"""The table of tiles: cases written out, a row for every kernel and architecture, and architectures that are not listed."""
+"""The table of tiles: written-out cases, full coverage of kernels and architectures, unlisted architectures."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_every_kernel_has_a_row_on_every_architecture_and_every_row_is_used():
         conditions = [name for name in DOMAIN if any(getattr(row, name) is not None for row in rows)]
         used = set()
         for values in itertools.product(*(DOMAIN[name] for name in conditions)):
-            case = {name: None for name in DOMAIN} | dict(zip(conditions, values, strict=True))
+            case = dict.fromkeys(DOMAIN) | dict(zip(conditions, values, strict=True))
             fitting = [row for row in rows if row.fits(kernel, case)]
             assert fitting, (kernel, case)
             used.add(fitting[0])
