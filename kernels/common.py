@@ -73,7 +73,7 @@ def fields_of(problems, block, COUNT: tl.constexpr):
     found = problems[0]
     for i in tl.static_range(1, COUNT):
         here = block >= problems[i].first_block
-        fields = ()
+        fields: tuple = ()
         for f in tl.static_range(len(found)):
             fields += (tl.where(here, problems[i][f], found[f]),)
         found = fields
@@ -95,8 +95,7 @@ def _architecture(kind: str, index: int | None) -> str:
         return "interpreter"
     if kind == "cuda" and torch.version.hip is None:
         major, minor = torch.cuda.get_device_capability(index)
-        # devices that are not in the table of tiles, by what they share with one that is
-        return {"sm_87": "sm_80", "sm_103": "sm_100", "sm_121": "sm_120"}.get(name := f"sm_{major}{minor}", name)
+        return f"sm_{major}{minor}"
     if kind == "cuda":
         return torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
     return kind
@@ -117,7 +116,7 @@ def precision(arch: str, dtype: torch.dtype, convolution: bool = False) -> str:
         return "ieee"
     # reading `allow_tf32` is an error where a program has set `fp32_precision`
     allowed = torch.backends.cudnn.conv if convolution else torch.backends.cuda.matmul  # type: ignore[attr-defined]
-    return "tf32" if allowed.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
+    return "tf32" if allowed.fp32_precision == "tf32" else "ieee"
 
 
 def block_dim(dim: int) -> int:

@@ -1,28 +1,18 @@
-"""Tile sizes by (architecture, dtype, width, rows): a table, no tuning at run time.
+"""Tile sizes of every kernel: a table of rows, each with a kernel, a tile and the case that the tile is for.
 
-Every entry compiles without spills for its architecture (`tests/kernels/test_aot.py`); `python -m benchmarks.aot`
-prints the registers and the shared memory of each.
+The first row that fits is used; nothing is tuned at run time. To tune a kernel for a GPU, insert one row above those
+that it replaces. `benchmarks/tiles.py` measures candidates. List the GPU's architecture in `SHARED_MEMORY`, and
+`python -m benchmarks.aot` compiles every tile for it: none may spill (`tests/kernels/test_aot.py`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import warnings
+from typing import Literal, NamedTuple, cast
 
 import torch
 
-
-@dataclass(frozen=True)
-class Tile:
-    """Rows kept on chip (block_m), rows or columns streamed past them (block_n), and how."""
-
-    block_m: int
-    block_n: int
-    warps: int
-    stages: int
-
-
-ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+from .lookup import Form, Kernel, Row, Tile, cached, nearest
 
 SHARED_MEMORY = {
     "sm_80": 163 * 1024,
@@ -33,240 +23,305 @@ SHARED_MEMORY = {
     "sm_120": 99 * 1024,
     "gfx942": 64 * 1024,
 }
-"""Bytes that one block may use."""
+"""The architectures that tiles are tuned for, with the bytes of shared memory that one block may use."""
 
+ARCHITECTURES = tuple(SHARED_MEMORY)
 
-Form = Literal["unit", "checked", "online", "unit, extra", "checked, extra", "online, extra", "any"]
-"""Of `nce.py`: rows promised to have unit length, checked, or any; with extra keys; "any" is what needs most registers:
-pair weights, the key pass, and rows whose length is no multiple of 16, which no wide load takes."""
-
-
-def _nce_default(width: int, many: bool, form: Form) -> Tile:
-    if width >= 512:
-        return Tile(32, 32, 8, 2)
-    if width == 256 and form == "any":
-        return Tile(32, 32, 4, 2)
-    return Tile(64, 64, 8, 2) if many else Tile(32, 64, 8, 2)
-
-
-def _nce_amd(width: int, many: bool, form: Form) -> Tile:
-    """Four warps of 64 threads may have 512 registers each, eight only 256."""
-    if width <= 128:
-        return Tile(32, 32, 4, 1)
-    if width == 256 and form != "any":
-        return Tile(32, 32, 4, 1) if many else Tile(16, 64, 4, 1)
-    return Tile(16, 32, 4, 1)
-
-
-_NCE: dict[tuple[str, int, bool, Form | None], Tile] = {
-    # (architecture, width, many rows, form; None: every form but "any"): where the default does not fit, or a larger
-    # tile does
-    ("sm_90", 256, True, None): Tile(128, 64, 8, 3),
-    ("sm_90", 256, True, "checked"): Tile(128, 64, 8, 2),
-    ("sm_90", 256, True, "unit, extra"): Tile(128, 64, 8, 2),
-    ("sm_90", 256, True, "online, extra"): Tile(128, 32, 8, 3),
-    ("sm_90", 256, True, "checked, extra"): Tile(128, 32, 8, 3),
-    ("sm_90", 128, True, None): Tile(128, 64, 8, 3),
-    ("sm_90", 64, True, None): Tile(128, 64, 8, 3),
-    ("sm_90", 256, False, "unit"): Tile(32, 64, 4, 3),
-    ("sm_90", 256, False, "checked"): Tile(16, 64, 4, 3),
-    ("sm_90", 256, False, "online"): Tile(16, 64, 4, 2),
-    ("sm_90", 256, False, "checked, extra"): Tile(32, 64, 8, 2),
-    ("sm_90", 256, False, "unit, extra"): Tile(32, 64, 8, 2),
-    ("sm_90", 256, False, "online, extra"): Tile(32, 64, 8, 2),
-    ("sm_90", 128, False, None): Tile(16, 64, 4, 2),
-    ("sm_90", 64, False, None): Tile(16, 64, 4, 2),
-    ("sm_90", 64, False, "checked"): Tile(16, 64, 8, 2),
-    ("sm_100", 128, True, None): Tile(128, 64, 8, 3),
-    ("sm_100", 64, True, "unit"): Tile(128, 64, 8, 3),
-    ("sm_100", 64, True, "checked, extra"): Tile(32, 64, 8, 2),
-    ("sm_100", 256, True, "checked, extra"): Tile(64, 32, 8, 2),
-    ("sm_100", 256, False, "online"): Tile(16, 64, 8, 2),
-    ("sm_80", 256, True, "checked, extra"): Tile(32, 64, 8, 2),
-    ("sm_80", 256, False, "checked"): Tile(16, 64, 8, 2),
-    ("sm_80", 128, True, "unit, extra"): Tile(32, 64, 8, 2),
-    ("sm_80", 128, True, "any"): Tile(32, 64, 8, 2),
-    ("sm_86", 256, False, "checked"): Tile(16, 64, 8, 2),
-    ("sm_89", 256, False, "checked"): Tile(16, 64, 8, 2),
-    ("sm_86", 64, True, "any"): Tile(32, 64, 8, 2),
-    ("sm_89", 64, True, "any"): Tile(32, 64, 8, 2),
-    ("sm_86", 128, True, "any"): Tile(32, 64, 8, 2),
-    ("sm_89", 128, True, "any"): Tile(32, 64, 8, 2),
-    ("sm_86", 128, True, None): Tile(32, 64, 8, 2),
-    ("sm_89", 128, True, None): Tile(32, 64, 8, 2),
-    ("sm_86", 512, True, None): Tile(16, 32, 4, 2),
-    ("sm_86", 512, True, "checked, extra"): Tile(16, 64, 8, 2),
-    ("sm_86", 512, False, None): Tile(16, 32, 4, 2),
-    ("sm_89", 512, True, None): Tile(16, 32, 4, 2),
-    ("sm_89", 512, True, "checked, extra"): Tile(16, 64, 8, 2),
-    ("sm_89", 512, False, None): Tile(16, 32, 4, 2),
-    ("sm_120", 256, True, "checked"): Tile(64, 32, 8, 2),
-    ("sm_120", 256, True, "online"): Tile(64, 32, 8, 2),
-    ("sm_120", 256, True, "checked, extra"): Tile(32, 64, 8, 2),
-    ("sm_120", 256, True, "online, extra"): Tile(32, 64, 8, 2),
-    ("sm_120", 256, False, "checked"): Tile(16, 64, 8, 2),
-    ("sm_120", 64, True, "any"): Tile(32, 64, 8, 2),
-}
-
-_NCE_RAGGED = {
-    ("sm_90", 256, True, "checked"): Tile(128, 64, 8, 3),
-    ("sm_90", 256, False, "checked"): Tile(16, 64, 8, 2),
-}
-"""Where masks of keys that do not fill their blocks leave no registers: the same blocks, by other warps or stages."""
+RELATIVES = {"sm_87": "sm_80", "sm_103": "sm_100", "sm_121": "sm_120"}
+"""Architectures with the registers and the shared memory of a listed one, whose tiles they share."""
 
 MANY_ROWS = 8192
-"""From here on the blocks of 64 rows and more fill the processors of a large device."""
+"""From this number of rows, blocks of 64 rows and more fill the processors of a large device."""
+
+FLOAT32 = ("float32", "tf32")
+REGULAR: tuple[Form, ...] = ("unit", "checked", "online", "unit, extra", "checked, extra", "online, extra")
+"""Every form but "any"."""
+UP_TO_128, BELOW_512, FROM_512 = range(129), range(512), range(512, 2**31)
+SMALL_MEMORY = tuple(arch for arch, size in SHARED_MEMORY.items() if size < 128 * 1024)
+
+# Tile(block_m, block_n, warps, stages)
+TABLE: tuple[Row, ...] = (
+    # InfoNCE and its key pass, `nce.py` and `nce_keys.py`: block_m rows against block_n rows
+    Row("nce", Tile(128, 128, 4, 1), arch="interpreter"),
+    # exact products on the vector unit: larger tiles spill
+    Row("nce", Tile(16, 16, 4, 1), arch="gfx942", dtype="float32"),
+    Row("nce", Tile(16, 16, 8, 1), dtype="float32", width=128),
+    Row("nce", Tile(16, 16, 4, 1), dtype="float32"),
+    # TF32 keeps each block of keys in shared memory twice: the second product needs it transposed
+    Row("nce", Tile(32, 64, 8, 2), arch="sm_90", dtype="tf32", width=256),
+    Row("nce", Tile(32, 64, 8, 2), arch="sm_100", dtype="tf32", width=(128, 256)),
+    Row("nce", Tile(16, 16, 8, 1), arch="sm_100", dtype="tf32", width=512),
+    Row("nce", Tile(32, 64, 8, 2), arch="sm_120", dtype="tf32", width=128),
+    Row("nce", Tile(16, 32, 4, 2), arch=SMALL_MEMORY, dtype="tf32", width=256),
+    Row("nce", Tile(16, 16, 8, 1), arch=SMALL_MEMORY, dtype="tf32", width=512),
+    Row("nce", Tile(64, 32, 8, 2), arch=SMALL_MEMORY, dtype="tf32"),
+    Row("nce", Tile(16, 64, 4, 2), dtype="tf32", width=256),
+    Row("nce", Tile(16, 32, 4, 2), dtype="tf32", width=512),
+    Row("nce", Tile(64, 64, 8, 2), dtype="tf32"),
+    # four warps of 64 threads may have 512 registers per thread, eight only 256
+    Row("nce", Tile(32, 32, 4, 1), arch="gfx942", width=UP_TO_128),
+    Row("nce", Tile(32, 32, 4, 1), arch="gfx942", width=256, many_rows=True, form=REGULAR),
+    Row("nce", Tile(16, 64, 4, 1), arch="gfx942", width=256, form=REGULAR),
+    Row("nce", Tile(16, 32, 4, 1), arch="gfx942"),
+    Row("nce", Tile(128, 64, 8, 3), arch="sm_90", width=(64, 128), many_rows=True, form=REGULAR),
+    Row("nce", Tile(128, 64, 8, 3), arch="sm_90", width=256, many_rows=True, form="checked", ragged=True),
+    Row("nce", Tile(128, 64, 8, 2), arch="sm_90", width=256, many_rows=True, form=("checked", "unit, extra")),
+    Row("nce", Tile(128, 32, 8, 3), arch="sm_90", width=256, many_rows=True, form=("checked, extra", "online, extra")),
+    Row("nce", Tile(128, 64, 8, 3), arch="sm_90", width=256, many_rows=True, form=REGULAR),
+    Row("nce", Tile(16, 64, 8, 2), arch="sm_90", width=64, many_rows=False, form="checked"),
+    Row("nce", Tile(16, 64, 4, 2), arch="sm_90", width=(64, 128), many_rows=False, form=REGULAR),
+    Row("nce", Tile(32, 64, 4, 3), arch="sm_90", width=256, many_rows=False, form="unit"),
+    Row("nce", Tile(16, 64, 8, 2), arch="sm_90", width=256, many_rows=False, form="checked", ragged=True),
+    Row("nce", Tile(16, 64, 4, 3), arch="sm_90", width=256, many_rows=False, form="checked"),
+    Row("nce", Tile(16, 64, 4, 2), arch="sm_90", width=256, many_rows=False, form="online"),
+    Row("nce", Tile(128, 64, 8, 3), arch="sm_100", width=64, many_rows=True, form="unit"),
+    Row("nce", Tile(32, 64, 8, 2), arch="sm_100", width=64, many_rows=True, form="checked, extra"),
+    Row("nce", Tile(128, 64, 8, 3), arch="sm_100", width=128, many_rows=True, form=REGULAR),
+    Row("nce", Tile(64, 32, 8, 2), arch="sm_100", width=256, many_rows=True, form="checked, extra"),
+    Row("nce", Tile(16, 64, 8, 2), arch="sm_100", width=256, many_rows=False, form="online"),
+    Row("nce", Tile(64, 32, 8, 2), arch="sm_120", width=256, many_rows=True, form=("checked", "online")),
+    Row("nce", Tile(32, 64, 8, 2), arch="sm_120", width=256, many_rows=True, form=("checked, extra", "online, extra")),
+    Row("nce", Tile(32, 64, 8, 2), arch="sm_120", width=64, many_rows=True, form="any"),
+    Row("nce", Tile(32, 64, 8, 2), arch="sm_80", width=256, many_rows=True, form="checked, extra"),
+    Row("nce", Tile(32, 64, 8, 2), arch="sm_80", width=128, many_rows=True, form=("unit, extra", "any")),
+    Row("nce", Tile(32, 64, 8, 2), arch=("sm_86", "sm_89"), width=64, many_rows=True, form="any"),
+    Row("nce", Tile(32, 64, 8, 2), arch=("sm_86", "sm_89"), width=128, many_rows=True),
+    Row("nce", Tile(16, 64, 8, 2), arch=("sm_86", "sm_89"), width=512, many_rows=True, form="checked, extra"),
+    Row("nce", Tile(16, 32, 4, 2), arch=("sm_86", "sm_89"), width=512, form=REGULAR),
+    Row(
+        "nce",
+        Tile(16, 64, 8, 2),
+        arch=("sm_80", "sm_86", "sm_89", "sm_120"),
+        width=256,
+        many_rows=False,
+        form="checked",
+    ),
+    Row("nce", Tile(32, 32, 8, 2), width=FROM_512),
+    Row("nce", Tile(32, 32, 4, 2), width=256, form="any"),
+    Row("nce", Tile(64, 64, 8, 2), many_rows=True),
+    Row("nce", Tile(32, 64, 8, 2)),
+    # means of the loss: block_m rows at a time
+    Row("mean", Tile(1024, 1, 4, 1)),
+    # rows divided by their length, `cosine.py`: block_m * block_n elements
+    Row("rows", Tile(64, 64, 4, 1)),
+    # sampling and projection, `project.py` and `project_backward.py`: block_m rows, block_n hidden units at a time
+    Row("project", Tile(64, 64, 4, 1), arch="interpreter"),
+    Row("project", Tile(16, 16, 4, 1), arch="gfx942", dtype=FLOAT32),
+    Row("project", Tile(16, 16, 4, 1), arch="gfx942", width=FROM_512),
+    Row("project", Tile(16, 32, 4, 1), arch="gfx942"),  # four warps for their registers
+    Row("project", Tile(16, 32, 8, 1), dtype="tf32", width=BELOW_512),
+    Row("project", Tile(16, 16, 4, 1), dtype="tf32"),
+    Row("project", Tile(16, 16, 16, 1), arch=("sm_90", "sm_120"), dtype="float32", width=BELOW_512),
+    Row("project", Tile(16, 16, 8, 1), dtype="float32"),
+    Row("project", Tile(32, 64, 8, 1), arch="sm_90", width=256, many_rows=False),
+    Row("project", Tile(16, 32, 8, 1), arch=("sm_86", "sm_89")),
+    Row("project", Tile(32, 32, 8, 1), width=BELOW_512, many_rows=True),
+    Row("project", Tile(16, 32, 8, 1)),
+    # rows of one location, summed: block_m rows against block_n rows
+    Row("merge", Tile(16, 16, 8, 1), arch="sm_90", dtype="float32", width=BELOW_512),
+    Row("merge", Tile(16, 16, 4, 1), dtype="float32"),
+    Row("merge", Tile(16, 32, 8, 1), width=FROM_512),
+    Row("merge", Tile(32, 32, 8, 1)),
+    # gradients of the projectors: block_m outputs by block_n inputs
+    Row("weight_gradient", Tile(64, 64, 8, 2), arch="sm_90", dtype="tf32"),
+    Row("weight_gradient", Tile(32, 64, 4, 2), dtype="tf32"),
+    Row("weight_gradient", Tile(32, 32, 8, 1), dtype="float32"),
+    Row("weight_gradient", Tile(64, 64, 4, 2), arch=("sm_90", "sm_120")),  # measured on sm_90; on sm_120 eight spill
+    Row("weight_gradient", Tile(64, 64, 8, 2)),
+    # locations of patches: block_m of them
+    Row("draw", Tile(256, 1, 4, 1)),
+    # `instance_norm.py`, `blur.py` and `reflect_pad.py`: block_m pixels by at most block_n channels; narrower maps get
+    # more pixels. Whole lines of memory along the channels (64 of 16 bits are 128 bytes), or along the pixels of plain
+    # maps. Fewer elements where each needs many reads, or where no load takes several at once.
+    Row("layer", Tile(128, 64, 4, 1), arch="interpreter", channels_last=True),  # its time goes by operations
+    Row("layer", Tile(2048, 4, 4, 1), arch="interpreter"),
+    Row("layer", Tile(128, 32, 4, 1), arch="sm_90", wide_loads=True, reads=(1, 2)),  # sm_90: measured on an H100
+    Row("layer", Tile(64, 32, 4, 1), arch="sm_90", wide_loads=True, reads=3),
+    Row("layer", Tile(32, 64, 4, 1), arch="sm_90", wide_loads=True, reads=4),
+    Row("layer", Tile(16, 64, 8, 1), arch="sm_90", wide_loads=True, reads=9),
+    Row("layer", Tile(64, 64, 4, 1), wide_loads=True, reads=1),
+    Row("layer", Tile(32, 64, 8, 1), wide_loads=True),
+    Row("layer", Tile(32, 32, 4, 1), arch="sm_90", channels_last=True, reads=(1, 2)),
+    Row("layer", Tile(16, 32, 4, 1), arch="sm_90", channels_last=True, reads=3),
+    Row("layer", Tile(16, 64, 4, 1), channels_last=True, reads=(1, 2)),
+    Row("layer", Tile(8, 64, 4, 1), channels_last=True, reads=range(3, 10)),
+    Row("layer", Tile(4, 64, 4, 1), channels_last=True),
+    Row("layer", Tile(256, 4, 4, 1), reads=(1, 2)),
+    Row("layer", Tile(128, 4, 4, 1), reads=range(3, 10)),
+    Row("layer", Tile(64, 4, 4, 1)),
+    # parts of a plane, joined: all parts at once by block_n channels
+    Row("layer_join", Tile(1, 16, 8, 1)),
+    # `few_outputs.py` and `few_outputs_backward.py`. Weights laid out: block_m of them
+    Row("pack_weight", Tile(1024, 1, 4, 1)),
+    # block_m pixels in each of block_n rows of outputs, which share the rows of x that they read
+    Row("few_outputs_forward", Tile(128, 2, 4, 1), arch="interpreter"),
+    Row("few_outputs_forward", Tile(32, 1, 4, 1), dtype="float32", wide_loads=True),
+    Row("few_outputs_forward", Tile(32, 1, 8, 1), dtype="float32"),
+    Row("few_outputs_forward", Tile(32, 1, 4, 1), wide_loads=False),
+    Row("few_outputs_forward", Tile(128, 1, 4, 1), arch="gfx942"),
+    Row("few_outputs_forward", Tile(128, 1, 8, 3), arch="sm_120"),
+    Row("few_outputs_forward", Tile(128, 1, 4, 3)),
+    # the gradient laid out: block_m pixels at a time
+    Row("pack_gradient", Tile(8192, 1, 4, 1), arch="interpreter"),
+    Row("pack_gradient", Tile(256, 1, 4, 1)),
+    # block_m pixels by at most block_n channels
+    Row("few_outputs_map", Tile(256, 64, 4, 1), arch="interpreter"),
+    Row("few_outputs_map", Tile(32, 64, 4, 1), dtype="float32"),
+    Row("few_outputs_map", Tile(64, 32, 4, 1), wide_loads=False),
+    Row("few_outputs_map", Tile(128, 64, 4, 1), arch="gfx942"),
+    Row("few_outputs_map", Tile(64, 64, 8, 3), arch=("sm_100", "sm_120")),
+    Row("few_outputs_map", Tile(128, 64, 4, 3)),
+    # block_m pixels at a time, at most block_n columns; with two stages all programs of two images are resident at once
+    Row("few_outputs_weight", Tile(256, 512, 4, 1), arch="interpreter"),
+    Row("few_outputs_weight", Tile(32, 32, 4, 1), dtype="float32"),
+    Row("few_outputs_weight", Tile(64, 128, 4, 1), wide_loads=False),
+    Row("few_outputs_weight", Tile(64, 128, 4, 1), arch="gfx942"),
+    Row("few_outputs_weight", Tile(64, 64, 4, 2), arch=("sm_86", "sm_89"), dtype="float16"),
+    Row("few_outputs_weight", Tile(64, 128, 4, 2)),
+    # parts of the sums, joined: block_m parts at a time by block_n weights
+    Row("few_outputs_join", Tile(64, 64, 4, 1)),
+)
 
 
-_NCE_TF32 = {
-    # (architecture, width), for every form
-    ("sm_90", 256): Tile(32, 64, 8, 2),
-    ("sm_100", 128): Tile(32, 64, 8, 2),
-    ("sm_100", 256): Tile(32, 64, 8, 2),
-    ("sm_120", 128): Tile(32, 64, 8, 2),
-    ("sm_100", 512): Tile(16, 16, 8, 1),
-}
+class Split(NamedTuple):
+    """Into how many programs a reduction over pixels is split, and the most parts of one plane."""
+
+    programs: int
+    parts: int
+    arch: str | None = None
 
 
-def _nce_tf32(arch: str, width: int) -> Tile:
-    """Blocks of keys lie in shared memory twice: the second product wants them transposed."""
-    if (arch, width) in _NCE_TF32:
-        return _NCE_TF32[arch, width]
-    if SHARED_MEMORY[arch] < 128 * 1024:
-        return {256: Tile(16, 32, 4, 2), 512: Tile(16, 16, 8, 1)}.get(width, Tile(64, 32, 8, 2))
-    return {256: Tile(16, 64, 4, 2), 512: Tile(16, 32, 4, 2)}.get(width, Tile(64, 64, 8, 2))
+SPLITS = (
+    Split(4, 256, arch="interpreter"),
+    Split(512, 256),  # a few programs per processor; a second, small launch joins the parts
+)
+
+FEW_OUTPUTS_CHANNELS = 64
+"""The most channels that a program of `few_outputs.py` and `few_outputs_backward.py` multiplies at once."""
+WEIGHT_GRADIENT_ROWS = 32
+"""Rows that `weight_gradient_kernel` multiplies at once."""
+EVEN_KEYS = ("sm_90", "interpreter")
+"""Architectures whose `nce_kernel` loads full blocks of keys without masks: measured on sm_90. On the others the same
+code needs more registers than there are."""
 
 
+@cached
+def tuned_architecture(arch: str) -> str:
+    """The listed architecture whose rows serve `arch` too: itself, its relative, or the nearest one.
+
+    Warns once per architecture that is not listed, has no relative and appears in no row.
+    """
+    if arch == "interpreter" or arch in ARCHITECTURES:
+        return arch
+    if arch in RELATIVES:
+        return RELATIVES[arch]
+    used = nearest(arch, ARCHITECTURES)
+    if not any(row.names(arch) for row in TABLE):
+        warnings.warn(f"no tiles are tuned for {arch}: those of {used} are used, see kernels/configs.py", stacklevel=2)
+    return used
+
+
+@cached
+def find_tile(
+    kernel: Kernel, arch: str, *, dtype: str = "", width: int = 0, many_rows: bool = False, form: Form = "any",
+    ragged: bool = False, channels_last: bool = False, wide_loads: bool = False, reads: int = 1,
+) -> Tile:  # fmt: skip
+    """The tile of the first row of TABLE that fits."""
+    case = {
+        "dtype": dtype, "width": width, "many_rows": many_rows, "form": form,
+        "ragged": ragged, "channels_last": channels_last, "wide_loads": wide_loads, "reads": reads,
+    }  # fmt: skip
+    architectures = (arch, tuned_architecture(arch))
+    return next(row.tile for row in TABLE if any(row.fits(kernel, case | {"arch": name}) for name in architectures))
+
+
+def _products(dtype: torch.dtype, tf32: bool) -> str:
+    return "tf32" if tf32 and dtype == torch.float32 else str(dtype).removeprefix("torch.")
+
+
+@cached
 def nce_tile(
     arch: str, dtype: torch.dtype, width: int, rows: int, form: Form, tf32: bool = False, ragged: bool = False
 ) -> Tile:
-    """For the kernels of `nce.py` and `nce_keys.py`.
+    """The tile of the kernels of `nce.py` and `nce_keys.py`.
 
     Args:
         width: the padded dim.
         rows: all resident rows of the launch.
-        tf32: float32 on the matrix unit.
-        ragged: keys are loaded with masks; blocks have the same sizes either way.
+        tf32: float32 is multiplied on the matrix unit.
+        ragged: keys are loaded with masks. The block sizes are the same either way.
     """
-    if arch == "interpreter":
-        return Tile(128, 128, 4, 1)
-    if dtype == torch.float32 and not tf32:  # exact products on the vector unit: larger tiles spill
-        return Tile(16, 16, 8 if width == 128 and not arch.startswith("gfx") else 4, 1)
-    if tf32:
-        return _nce_tf32(arch, width)
-    many = rows >= MANY_ROWS
-    if arch.startswith("gfx"):
-        return _nce_amd(width, many, form)
-    tile = _NCE_RAGGED.get((arch, width, many, form)) if ragged else None
-    tile = tile or _NCE.get((arch, width, many, form))
-    if tile is None and form != "any":
-        tile = _NCE.get((arch, width, many, None))
-    return tile or _nce_default(width, many, form)
+    many_rows = rows >= MANY_ROWS
+    return find_tile(
+        "nce", arch, dtype=_products(dtype, tf32), width=width, many_rows=many_rows, form=form, ragged=ragged
+    )
 
 
+@cached
+def rows_tile(arch: str, width: int) -> Tile:
+    """The tile of the kernels of `cosine.py`: block_m whole rows of the padded dim `width`."""
+    tile = find_tile("rows", arch)
+    return Tile(max(1, tile.block_m * tile.block_n // width), width, tile.warps, tile.stages)
+
+
+@cached
 def project_tile(arch: str, dtype: torch.dtype, width: int, rows: int, tf32: bool = False) -> Tile:
-    """For `project_kernel` and its backward: block_m rows, block_n hidden units at a time.
+    """The tile of `project_kernel` and its backward: block_m rows, block_n hidden units at a time.
 
     `width` is the padded number of channels or dims, whichever is larger.
     """
-    if arch == "interpreter":
-        return Tile(64, 64, 4, 1)
-    if arch.startswith("gfx"):  # four warps for their registers, see `_nce_amd`
-        return Tile(16, 16, 4, 1) if width >= 512 or dtype == torch.float32 else Tile(16, 32, 4, 1)
-    if tf32:
-        return Tile(16, 32, 8, 1) if width < 512 else Tile(16, 16, 4, 1)
-    if dtype == torch.float32:
-        return Tile(16, 16, 16 if arch in ("sm_90", "sm_120") and width < 512 else 8, 1)
-    if arch == "sm_90" and width == 256 and rows < MANY_ROWS:
-        return Tile(32, 64, 8, 1)
-    small = width >= 512 or rows < MANY_ROWS or arch in ("sm_86", "sm_89")
-    return Tile(16, 32, 8, 1) if small else Tile(32, 32, 8, 1)
+    return find_tile("project", arch, dtype=_products(dtype, tf32), width=width, many_rows=rows >= MANY_ROWS)
 
 
+@cached
 def merge_tile(arch: str, dtype: torch.dtype, width: int) -> Tile:
-    """For `merge_kernel`: block_m rows against block_n rows."""
-    if dtype == torch.float32:
-        return Tile(16, 16, 8 if arch == "sm_90" and width < 512 else 4, 1)
-    return Tile(16, 32, 8, 1) if width >= 512 else Tile(32, 32, 8, 1)
+    """The tile of `merge_kernel`: block_m rows against block_n rows."""
+    return find_tile("merge", arch, dtype=_products(dtype, False), width=width)
 
 
+@cached
 def weight_gradient_tile(arch: str, dtype: torch.dtype, tf32: bool = False) -> Tile:
-    """For `weight_gradient_kernel`: tiles of block_m x block_n weights."""
-    if tf32:
-        return Tile(64, 64, 8, 2) if arch == "sm_90" else Tile(32, 64, 4, 2)
-    if dtype == torch.float32:
-        return Tile(32, 32, 8, 1)
-    # four warps: measured on sm_90; on sm_120 eight would spill
-    return Tile(64, 64, 4 if arch in ("sm_90", "sm_120") else 8, 2)
+    """The tile of `weight_gradient_kernel`: block_m x block_n weights."""
+    return find_tile("weight_gradient", arch, dtype=_products(dtype, tf32))
 
 
-LAYER_PROGRAMS = 512
-"""As many programs as a reduction over pixels is split into where the maps are large enough: a few a processor."""
-LAYER_SPLITS = 256
-"""The most parts of one plane: a second, small launch joins them."""
-
-
-_LAYER_SM_90 = {1: (4096, 32, 4), 2: (4096, 32, 4), 3: (2048, 32, 4), 4: (2048, 64, 4), 9: (1024, 64, 8)}
-"""Elements, channels and warps of a tile by `reads`, measured on an H100."""
-
-
+@cached
 def layer_tile(arch: str, channels: int, channels_last: bool, reads: int = 1) -> Tile:
-    """For the kernels of `instance_norm.py`, `blur.py` and `reflect_pad.py`: block_m pixels by block_n channels.
-
-    Whole lines of memory along the channels (64 of 16 bits are 128 bytes), or along the pixels of plain maps; fewer
-    elements where each is put together from many reads, or where no read takes several at once.
+    """The tile of the kernels of `instance_norm.py`, `blur.py` and `reflect_pad.py`: block_m pixels, block_n channels.
 
     Args:
-        reads: of each element; 3 where it is one, and near a border up to nine.
+        reads: of each element; 3 where it is one, and up to nine near a border.
     """
-    elements, widest, warps = (4096, 64, 4) if reads == 1 else (2048, 64, 8)
-    if arch == "sm_90":
-        elements, widest, warps = _LAYER_SM_90.get(reads, (elements, widest, warps))
+    wide_loads = channels_last and channels % 16 == 0
+    tile = find_tile("layer", arch, channels_last=channels_last, wide_loads=wide_loads, reads=reads)
     block_n = 1
-    while block_n < min(channels, widest if channels_last else 4):
+    while block_n < min(channels, tile.block_n):
         block_n *= 2
-    if arch == "interpreter":  # its time goes by operations: few large programs
-        return Tile(8192 // block_n, block_n, 4, 1)
-    if channels % 16 or not channels_last:
-        elements, warps = 1024 if reads <= 2 else 512 if reads <= 9 else 256, 4
-    return Tile(elements // block_n, block_n, warps, 1)
+    return Tile(tile.block_m * tile.block_n // block_n, block_n, tile.warps, tile.stages)
 
 
+@cached
 def layer_splits(arch: str, programs: int, tiles: int) -> int:
-    """Into how many parts to split a reduction over `tiles` tiles, when there are `programs` of them side by side."""
-    wanted = 4 if arch == "interpreter" else LAYER_PROGRAMS
-    return max(1, min(LAYER_SPLITS, tiles, wanted // max(programs, 1)))
+    """The number of parts of a reduction over `tiles` tiles, of which there are `programs` side by side."""
+    split = next(split for split in SPLITS if split.arch in (None, arch))
+    return max(1, min(split.parts, tiles, split.programs // max(programs, 1)))
 
 
+@cached
 def few_outputs_tile(
     arch: str, dtype: torch.dtype, kernel: Literal["forward", "map", "weight"], tf32: bool = False, lines: bool = True
 ) -> Tile:
-    """For the products of `few_outputs.py` and `few_outputs_backward.py`.
-
-    "forward": block_m pixels in each of block_n rows of outputs, which share the rows of x that they read; "map":
-    block_m pixels by at most block_n channels; "weight": block_m pixels at a time, at most block_n columns.
+    """The tile of a product of `few_outputs.py` ("forward") or `few_outputs_backward.py` ("map", "weight").
 
     Args:
         dtype: of the map.
-        tf32: a float32 map on the matrix unit.
-        lines: a pixel's channels can be read 16 bytes at a time.
+        tf32: a float32 map is multiplied on the matrix unit.
+        lines: the channels of a pixel can be read 16 bytes at a time.
     """
-    if arch == "interpreter":
-        return {"forward": Tile(128, 2, 4, 1), "map": Tile(256, 64, 4, 1), "weight": Tile(256, 512, 4, 1)}[kernel]
-    if dtype == torch.float32 and not tf32:
-        warps = 4 if lines else 8
-        return {"forward": Tile(32, 1, warps, 1), "map": Tile(32, 64, 4, 1), "weight": Tile(32, 32, 4, 1)}[kernel]
-    if not lines:
-        return {"forward": Tile(32, 1, 4, 1), "map": Tile(64, 32, 4, 1), "weight": Tile(64, 128, 4, 1)}[kernel]
-    stages = 1 if arch.startswith("gfx") else 3
-    if kernel == "forward":
-        return Tile(128, 1, 8 if arch == "sm_120" else 4, stages)
-    if kernel == "map":
-        return Tile(64, 64, 8, stages) if arch in ("sm_100", "sm_120") else Tile(128, 64, 4, stages)
-    # with two stages in shared memory all programs of two pictures are there at once
-    return Tile(64, 64 if dtype == torch.float16 and arch in ("sm_86", "sm_89") else 128, 4, min(stages, 2))
+    name = cast(Kernel, f"few_outputs_{kernel}")
+    return find_tile(name, arch, dtype=_products(dtype, tf32), wide_loads=lines)
 
 
 def few_outputs_pack_tile(arch: str) -> Tile:
-    """For `pack_gradient_kernel`: block_m pixels at a time."""
-    return Tile(8192 if arch == "interpreter" else 256, 1, 4, 1)
+    """The tile of `pack_gradient_kernel`: block_m pixels at a time."""
+    return find_tile("pack_gradient", arch)

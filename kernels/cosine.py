@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import block_dim, dense_rows, fields_of, launch, narrow
+from . import configs
+from .common import architecture, block_dim, dense_rows, fields_of, launch, narrow
 
 SHORTEST = tl.constexpr(1e-8)
 """Shorter rows are divided by this (`F.cosine_similarity`), so rows of zeros stay."""
@@ -23,10 +24,10 @@ SHORTEST = tl.constexpr(1e-8)
 class Rows(NamedTuple):
     """One problem of `cosine_kernel`."""
 
-    rows: Tensor  # (count, dim)
-    unit: Tensor  # (count, dim), contiguous
+    x: Tensor  # (rows, dim)
+    unit: Tensor  # (rows, dim), contiguous
     row: int
-    count: int
+    rows: int
     dim: int
     first_block: int
 
@@ -34,11 +35,11 @@ class Rows(NamedTuple):
 class RowGradient(NamedTuple):
     """One problem of `row_gradient_kernel`."""
 
-    rows: Tensor  # (count, dim)
-    d_unit: Tensor  # (count, dim), contiguous, as `gradient`
+    x: Tensor  # (rows, dim)
+    d_unit: Tensor  # (rows, dim), contiguous, as `gradient`
     gradient: Tensor
     row: int
-    count: int
+    rows: int
     dim: int
     direction: int
     weight: float
@@ -51,11 +52,11 @@ def cosine_kernel(problems, COUNT: tl.constexpr, BM: tl.constexpr, BD: tl.conste
     one = Rows(*fields_of(problems, block, COUNT))
     o_m = (block - one.first_block) * BM + tl.arange(0, BM)
     o_d = tl.arange(0, BD)
-    m_md = (o_m < one.count)[:, None] & (o_d < one.dim)[None, :]
-    x = tl.load(one.rows + o_m[:, None] * one.row + o_d[None, :], mask=m_md, other=0.0).to(tl.float32)  # [BM, BD]
+    m_md = (o_m < one.rows)[:, None] & (o_d < one.dim)[None, :]
+    x = tl.load(one.x + o_m[:, None] * one.row + o_d[None, :], mask=m_md, other=0.0).to(tl.float32)  # [BM, BD]
     length = tl.sqrt(tl.sum(x * x, 1))
     x /= tl.where(length < SHORTEST, SHORTEST, length)[:, None]
-    tl.store(one.unit + o_m[:, None] * one.dim + o_d[None, :], narrow(x, one.unit.dtype.element_ty), mask=m_md)
+    tl.store(one.unit + o_m[:, None] * one.dim + o_d[None, :], narrow(x, one.unit.dtype.element_ty), mask=m_md)  # type: ignore[attr-defined]
 
 
 @triton.jit
@@ -66,23 +67,19 @@ def row_gradient_kernel(
     one = RowGradient(*fields_of(problems, block, COUNT))
     o_m = (block - one.first_block) * BM + tl.arange(0, BM)
     o_d = tl.arange(0, BD)
-    m_md = (o_m < one.count)[:, None] & (o_d < one.dim)[None, :]
+    m_md = (o_m < one.rows)[:, None] & (o_d < one.dim)[None, :]
     o_md = o_m[:, None] * one.dim + o_d[None, :]
     d = tl.load(one.d_unit + o_md, mask=m_md, other=0.0).to(tl.float32)  # [BM, BD]
-    d *= tl.load(upstream + one.direction.to(tl.int64) * stride).to(tl.float32) * one.weight
+    d *= tl.load(upstream + one.direction.to(tl.int64) * stride).to(tl.float32) * one.weight  # type: ignore[attr-defined]
     if COSINE:
-        x = tl.load(one.rows + o_m[:, None] * one.row + o_d[None, :], mask=m_md, other=0.0).to(tl.float32)
+        x = tl.load(one.x + o_m[:, None] * one.row + o_d[None, :], mask=m_md, other=0.0).to(tl.float32)
         length = tl.sqrt(tl.sum(x * x, 1))
         short = length < SHORTEST  # the division is by a constant then
         # a row of zeros would get a slope of 1e8, which float16 cannot hold; its projection gives it none either
         inverse = tl.where(length == 0, 0.0, 1.0 / tl.where(short, SHORTEST, length))
         x *= inverse[:, None]
         d = (d - x * tl.where(short, 0.0, tl.sum(x * d, 1))[:, None]) * inverse[:, None]
-    tl.store(one.gradient + o_md, narrow(d, one.gradient.dtype.element_ty), mask=m_md)
-
-
-def _block_rows(width: int) -> int:
-    return max(1, 4096 // width)
+    tl.store(one.gradient + o_md, narrow(d, one.gradient.dtype.element_ty), mask=m_md)  # type: ignore[attr-defined]
 
 
 def cosine(rows: Sequence[Tensor]) -> list[Tensor]:
@@ -90,13 +87,16 @@ def cosine(rows: Sequence[Tensor]) -> list[Tensor]:
     rows = [dense_rows(r) for r in rows]
     units = [torch.empty(r.shape, dtype=r.dtype, device=r.device) for r in rows]
     widest = block_dim(max(r.shape[1] for r in rows))
+    tile = configs.rows_tile(architecture(rows[0].device), widest)
     problems: list[Rows] = []
     block = 0
     for r, unit in zip(rows, units, strict=True):
-        problems.append(Rows(r, unit, r.stride(0), *r.shape, block))
-        block += triton.cdiv(r.shape[0], _block_rows(widest))
+        count, dim = r.shape
+        problems.append(Rows(r, unit, r.stride(0), count, dim, block))
+        block += triton.cdiv(r.shape[0], tile.block_m)
     launch(
-        cosine_kernel, block, rows[0], tuple(problems), COUNT=len(rows), BM=_block_rows(widest), BD=widest, num_warps=4
+        cosine_kernel, block, rows[0], tuple(problems), COUNT=len(rows), BM=tile.block_m, BD=widest,
+        num_warps=tile.warps,
     )  # fmt: skip
     return units
 
@@ -115,15 +115,17 @@ def row_gradients(
     rows = [dense_rows(r) for r in rows]
     gradients = [torch.empty(r.shape, dtype=r.dtype, device=r.device) for r in rows]
     widest = block_dim(max(r.shape[1] for r in rows))
+    tile = configs.rows_tile(architecture(rows[0].device), widest)
     directions = upstream.shape[0]
     problems: list[RowGradient] = []
     block = 0
     for i, (r, d, gradient) in enumerate(zip(rows, d_units, gradients, strict=True)):
-        weight = directions / (len(rows) * r.shape[0])
-        problems.append(RowGradient(r, d, gradient, r.stride(0), *r.shape, i % directions, weight, block))
-        block += triton.cdiv(r.shape[0], _block_rows(widest))
+        count, dim = r.shape
+        weight = directions / (len(rows) * count)
+        problems.append(RowGradient(r, d, gradient, r.stride(0), count, dim, i % directions, weight, block))
+        block += triton.cdiv(r.shape[0], tile.block_m)
     launch(
         row_gradient_kernel, block, rows[0], tuple(problems), upstream, upstream.stride(0), COUNT=len(rows),
-        COSINE=divided, BM=_block_rows(widest), BD=widest, num_warps=4,
+        COSINE=divided, BM=tile.block_m, BD=widest, num_warps=tile.warps,
     )  # fmt: skip
     return gradients

@@ -34,8 +34,6 @@ OUT: tl.constexpr = tl.constexpr(4)
 """Output channels of a program: with both parts of a bfloat16 pair they are one load of 16 bytes."""
 MOST_OUTPUTS = 16
 MOST_TAPS = 7
-PACKED = 1024
-"""Weights that a program of `pack_weight_kernel` lays out."""
 
 
 class Geometry(NamedTuple):
@@ -107,7 +105,7 @@ def padded_taps(kernel: int, pair: bool) -> int:
 
 
 def channel_block(channels: int) -> int:
-    return min(64, max(16, triton.next_power_of_2(channels)))
+    return min(configs.FEW_OUTPUTS_CHANNELS, max(16, triton.next_power_of_2(channels)))
 
 
 def reads_lines(x: Tensor) -> bool:
@@ -229,9 +227,10 @@ def packed_weight(weight: Tensor, pair: bool, rows: int, tf32: bool) -> Tensor:
     total = triton.cdiv(outputs, OUT.value) * OUT.value * (kernel + rows - 1) * padded * rows * taps
     dtype = torch.bfloat16 if pair else torch.float32
     out = torch.empty(total * (1 + pair), dtype=dtype, device=weight.device)
+    tile = configs.find_tile("pack_weight", architecture(weight.device))
     launch(
-        pack_weight_kernel, triton.cdiv(total, PACKED), out, as_map(weight), out, channels, outputs, total,
-        K=kernel, KX=taps, PAIR=pair, ROWS=rows, PADDED=padded, TF32=tf32, BM=PACKED, num_warps=4,
+        pack_weight_kernel, triton.cdiv(total, tile.block_m), out, as_map(weight), out, channels, outputs, total,
+        K=kernel, KX=taps, PAIR=pair, ROWS=rows, PADDED=padded, TF32=tf32, BM=tile.block_m, num_warps=tile.warps,
     )  # fmt: skip
     return out
 

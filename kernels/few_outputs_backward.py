@@ -195,10 +195,6 @@ def few_outputs_join_kernel(
         tl.store(d_bias + b * OUT + o_o, summed, mask=b * OUT + o_o < outputs)
 
 
-JOINED = 64
-"""Weights of a program of `few_outputs_join_kernel`."""
-
-
 def _packed_gradient(
     gradient: Tensor, size: Geometry, wide: bool, pairs: bool, totals: bool, tf32: bool, margin: int
 ) -> tuple[Tensor, Tensor, Tensor, int]:
@@ -303,10 +299,12 @@ def few_outputs_backward(
         return d_x, d_weight, d_bias
     partial = _weight_sums(pairs if pair else wide, x, size, length, multiply) if of_weight else totals
     elements = weight.numel() if of_weight else 0
-    programs = triton.cdiv(elements, JOINED)
+    tile = configs.find_tile("few_outputs_join", arch)
+    programs = triton.cdiv(elements, tile.block_n)
     launch(
         few_outputs_join_kernel, programs + (size.blocks if of_bias else 0), x, partial, totals,
         as_map(d_weight if of_weight else weight), d_bias, size.channels, size.outputs, elements, partial.shape[0],
-        totals.shape[1] if of_bias else 0, programs, K=size.kernel, BS=64, BE=JOINED, num_warps=4,
+        totals.shape[1] if of_bias else 0, programs, K=size.kernel, BS=tile.block_m, BE=tile.block_n,
+        num_warps=tile.warps,
     )  # fmt: skip
     return d_x, d_weight, d_bias

@@ -205,10 +205,6 @@ def gradient_kernel(
     store_tile(out, (arriving - of_gradient - normal * of_product) * scale, image, row, column, m_p, o_c, m_c)
 
 
-JOINED_CHANNELS = 16
-"""Channels of a program of `join_kernel`."""
-
-
 def _split(x: Tensor, arch: str, tile: configs.Tile) -> tuple[int, int]:
     """(parts of a plane, tiles of a part)"""
     tiles = triton.cdiv(x.shape[2] * x.shape[3], tile.block_m)
@@ -220,9 +216,10 @@ def _split(x: Tensor, arch: str, tile: configs.Tile) -> tuple[int, int]:
 def _join(partial: Tensor, pixels: int, span: int, eps: float, moments: bool) -> Tensor:
     images, parts, _, channels = partial.shape
     out = torch.empty(images, 2, channels, dtype=torch.float32, device=partial.device)
+    tile = configs.find_tile("layer_join", architecture(partial.device))
     launch(
-        join_kernel, images * triton.cdiv(channels, JOINED_CHANNELS), partial, partial, out, channels, pixels, parts,
-        span, eps, MOMENTS=moments, BS=triton.next_power_of_2(parts), BC=JOINED_CHANNELS, num_warps=8,
+        join_kernel, images * triton.cdiv(channels, tile.block_n), partial, partial, out, channels, pixels, parts,
+        span, eps, MOMENTS=moments, BS=triton.next_power_of_2(parts), BC=tile.block_n, num_warps=tile.warps,
     )  # fmt: skip
     return out
 

@@ -159,11 +159,14 @@ def nce_kernel(
         pull = acc * tl.where(none, 0.0, 1.0 / tl.where(none, 1.0, total))[:, None]
         d_q = (pull - own) * (share * scale)[:, None]
         p_d = one.gradient + (group * rows + o_m)[:, None] * dim + o_d[None, :]
-        tl.store(p_d, narrow(d_q, one.gradient.dtype.element_ty), mask=m_md)
+        tl.store(p_d, narrow(d_q, one.gradient.dtype.element_ty), mask=m_md)  # type: ignore[attr-defined]
 
 
-def weight_strides(weights: Sequence[Tensor], index: int) -> tuple[int, ...]:
-    return weights[index].stride() if weights else (0, 0, 0)
+def weight_strides(weights: Sequence[Tensor], index: int) -> tuple[int, int, int]:
+    if not weights:
+        return 0, 0, 0
+    group, row, column = weights[index].stride()
+    return group, row, column
 
 
 def nce_forward(
@@ -192,11 +195,11 @@ def nce_forward(
         three float32 (all rows,), problem after problem and group after group; dq in the dtype of the queries.
     """
     if pair_weight and queries[0].dtype == torch.float16:  # whose range a weight beyond 2 would leave
-        wide = ([x.float() for x in xs] for xs in (queries, keys, extra))
-        *rows, gradients = nce_forward(
-            *wide, log_weight, pair_weight, temperatures, decoupled=decoupled, unit=unit, gradient=gradient
+        q32, k32, e32 = ([x.float() for x in xs] for xs in (queries, keys, extra))
+        loss, negative, positive, gradients = nce_forward(
+            q32, k32, e32, log_weight, pair_weight, temperatures, decoupled=decoupled, unit=unit, gradient=gradient
         )
-        return *rows, [g.half() for g in gradients]
+        return loss, negative, positive, [g.half() for g in gradients]
     queries, keys, extra = ([dense_rows(x) for x in xs] for xs in (queries, keys, extra))
     first = queries[0]
     dims = [q.shape[2] for q in queries]
@@ -210,9 +213,9 @@ def nce_forward(
     exact = first.dtype == torch.float32 and product == "ieee" and arch != "interpreter"
     online = online or (exact and not unit)
     checked = not (online or unit)
-    form = "online" if online else "checked" if checked else "unit"
+    form: configs.Form = "online" if online else "checked" if checked else "unit"
     if extra:
-        form += ", extra"
+        form = "online, extra" if online else "checked, extra" if checked else "unit, extra"
     if weighted or any(dim % 16 for dim in dims):
         form = "any"
     width = block_dim(max(dims))
@@ -220,8 +223,7 @@ def nce_forward(
     tile = tile_of()
     loss, negative, positive = (first.new_empty(total, dtype=torch.float32) for _ in range(3))
     gradients = [torch.empty(q.shape, dtype=q.dtype, device=q.device) for q in queries] if gradient else []
-    # measured on sm_90; elsewhere the same code would need more registers than there are
-    even = arch in ("sm_90", "interpreter") and first.element_size() == 2 and form != "any"
+    even = arch in configs.EVEN_KEYS and first.element_size() == 2 and form != "any"
     even = even and all(
         x.shape[2] == width and x.shape[1] % tile.block_n == 0 and x.stride(1) < LARGEST_STRIDE for x in [*keys, *extra]
     )
@@ -274,5 +276,8 @@ def mean_by_direction(loss: Tensor, rows: Sequence[int], directions: int) -> Ten
     out = torch.empty(directions, dtype=torch.float32, device=loss.device)
     starts = [sum(rows[:i]) for i in range(len(rows))]
     layers = tuple((start, count // directions) for start, count in zip(starts, rows, strict=True))
-    launch(mean_kernel, directions, loss, loss, out, layers, COUNT=len(rows), BLOCK=1024, num_warps=4)
+    tile = configs.find_tile("mean", architecture(loss.device))
+    launch(
+        mean_kernel, directions, loss, loss, out, layers, COUNT=len(rows), BLOCK=tile.block_m, num_warps=tile.warps
+    )  # fmt: skip
     return out

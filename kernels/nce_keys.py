@@ -23,11 +23,11 @@ from .nce import weight_strides
 class KeyProblem(NamedTuple):
     """One set of groups for the key pass: `keys` stay on chip and the queries stream."""
 
-    keys: Tensor  # (groups, count, dim)
+    keys: Tensor  # (groups, key_rows, dim)
     queries: Tensor  # (groups, rows, dim)
     log_weight: Tensor
     pair_weight: Tensor
-    gradient: Tensor  # (groups, count, dim), contiguous
+    gradient: Tensor  # (groups, key_rows, dim), contiguous
     k_group: int
     k_row: int
     q_group: int
@@ -38,7 +38,7 @@ class KeyProblem(NamedTuple):
     w_group: int
     w_row: int
     w_col: int
-    count: int
+    key_rows: int
     rows: int
     dim: int
     scale: float
@@ -68,7 +68,7 @@ def nce_keys_kernel(
     """
     block = tl.program_id(0).to(tl.int64)
     one = KeyProblem(*fields_of(problems, block, COUNT))
-    count, rows, dim, scale = one.count, one.rows, one.dim, one.scale
+    count, rows, dim, scale = one.key_rows, one.rows, one.dim, one.scale
     block -= one.first_block
     blocks = tl.cdiv(count, BM)
     group = block // blocks
@@ -112,7 +112,7 @@ def nce_keys_kernel(
         own = tl.load(queries + o_m[:, None] * one.q_row + o_d[None, :], mask=m_md, other=0.0).to(tl.float32)
         acc -= own * (tl.load(coefficient + first_row + o_m, mask=m_m, other=0.0) * factor)[:, None]
     p_d = one.gradient + (group * count + o_m)[:, None] * dim + o_d[None, :]
-    tl.store(p_d, narrow(acc, one.gradient.dtype.element_ty), mask=m_md)
+    tl.store(p_d, narrow(acc, one.gradient.dtype.element_ty), mask=m_md)  # type: ignore[attr-defined]
 
 
 def nce_key_gradients(
@@ -134,11 +134,11 @@ def nce_key_gradients(
         coefficient: float32 (all rows,), upstream gradient times the share of the row's negatives.
     """
     if pair_weight and queries[0].dtype == torch.float16:  # as `nce_forward`
-        wide = ([x.float() for x in xs] for xs in (queries, keys))
-        return [
-            g.half()
-            for g in nce_key_gradients(*wide, log_weight, pair_weight, temperatures, negative, coefficient, extra=extra)
-        ]
+        q32, k32 = ([x.float() for x in xs] for xs in (queries, keys))
+        gradients = nce_key_gradients(
+            q32, k32, log_weight, pair_weight, temperatures, negative, coefficient, extra=extra
+        )
+        return [g.half() for g in gradients]
     queries, keys = ([dense_rows(x) for x in xs] for xs in (queries, keys))
     first = queries[0]
     widest = block_dim(max(q.shape[2] for q in queries))

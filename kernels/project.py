@@ -141,8 +141,14 @@ def project_kernel(
         tl.store(length + first_row + o_r, size, mask=m_r & (number < SAVED))
 
 
-def groups_of_four(mlp: Sequence[Tensor], layers: int) -> list[Sequence[Tensor]]:
-    return [mlp[4 * i : 4 * i + 4] for i in range(layers)] if mlp else [()] * layers
+Weights = tuple[Tensor, Tensor, Tensor, Tensor]
+"""weight1, bias1, weight2, bias2 of one layer."""
+
+
+def groups_of_four(mlp: Sequence[Tensor], layers: int) -> list[Weights] | list[None]:
+    if not mlp:
+        return [None] * layers
+    return [(mlp[i], mlp[i + 1], mlp[i + 2], mlp[i + 3]) for i in range(0, 4 * layers, 4)]
 
 
 def project(
@@ -171,10 +177,11 @@ def project(
     for m, i, weights, dim, rows in zip(maps, ids, groups_of_four(mlp, len(maps)), dims, all_rows, strict=True):
         unit = torch.empty(rows, dim, dtype=dtype, device=m.device)
         units.append(unit)
-        places.append(Map(m, *m.stride(), m.shape[3]))
+        image, channel, y_stride, x_stride = m.stride()
+        places.append(Map(m, image, channel, y_stride, x_stride, m.shape[3]))
         layers.append(
             Layer(
-                i, *(weights or (unit,) * 4), unit, *i.stride(), m.shape[0] // i.shape[0],
+                i, *(weights or (unit, unit, unit, unit)), unit, i.stride(0), i.stride(1), m.shape[0] // i.shape[0],
                 m.shape[2] * m.shape[3], i.shape[1], rows, m.shape[1], dim, block, row, x,
             )
         )  # fmt: skip

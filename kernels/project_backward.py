@@ -197,7 +197,8 @@ class MapLayout(NamedTuple):
 def map_layout(feature_map: Tensor) -> MapLayout:
     """Channels-last where the map is, else contiguous."""
     channels_last = feature_map.is_contiguous(memory_format=torch.channels_last) and not feature_map.is_contiguous()
-    return MapLayout(*feature_map.shape, channels_last, feature_map.dtype)
+    images, channels, height, width = feature_map.shape
+    return MapLayout(images, channels, height, width, channels_last, feature_map.dtype)
 
 
 def map_views(buffer: Tensor, maps: Sequence[MapLayout], wanted: Sequence[bool]) -> list[Tensor | None]:
@@ -264,8 +265,9 @@ def project_backward(
         rows, channels = unit.shape[0], m.channels
         places.append(Map(unit if d_map is None else d_map, *m.strides(), m.width))
         fields = LayerGradient(
-            i, w[0] if w else unit, w[2] if w else unit, unit, d_units[k], *i.stride(), m.images // i.shape[0],
-            d_units[k].stride(0), 0 if d_map is None else m.height * m.width,  # a map of no locations takes no store
+            i, w[0] if w else unit, w[2] if w else unit, unit, d_units[k], i.stride(0), i.stride(1),
+            m.images // i.shape[0], d_units[k].stride(0),
+            0 if d_map is None else m.height * m.width,  # a map without locations gets no stores
             i.shape[1], rows, channels, unit.shape[1], directions / (rows * len(maps)), rows // directions,
             block, row, x,
         )  # fmt: skip
@@ -292,5 +294,5 @@ def project_backward(
         )  # fmt: skip
     if not (mlp and weights_wanted):
         return buffer, torch.empty(0, dtype=torch.float32, device=first.device)
-    rows = [u.shape[0] for u in units]
-    return buffer, weight_gradients(d_z, d_h, h_saved, x_saved, rows, [w.shape for w in mlp])
+    all_rows = [u.shape[0] for u in units]
+    return buffer, weight_gradients(d_z, d_h, h_saved, x_saved, all_rows, [w.shape for w in mlp])

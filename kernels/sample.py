@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import fields_of, launch, number_of
+from . import configs
+from .common import architecture, fields_of, launch, number_of
 
 ROUNDS = tl.constexpr(8)
 
@@ -63,14 +64,18 @@ def draw_ids(seeds: Tensor, locations: Sequence[int], patches: int) -> Tensor:
         seeds: int64 (layers, sets), random.
     """
     sets = seeds.shape[1]
+    tile = configs.find_tile("draw", architecture(seeds.device))
     layers, block, total = [], 0, 0
     for count in locations:
         taken = min(patches, count)
         side = int(count**0.5)
         side += side * side < count
         layers.append(Draw(count, side, taken, block, total))
-        block += sets * triton.cdiv(taken, 256)
+        block += sets * triton.cdiv(taken, tile.block_m)
         total += sets * taken
     ids = torch.empty(total, dtype=torch.int64, device=seeds.device)
-    launch(draw_kernel, block, seeds, tuple(layers), seeds, ids, sets, COUNT=len(layers), BLOCK=256, num_warps=4)
+    launch(
+        draw_kernel, block, seeds, tuple(layers), seeds, ids, sets, COUNT=len(layers), BLOCK=tile.block_m,
+        num_warps=tile.warps,
+    )  # fmt: skip
     return ids

@@ -86,7 +86,7 @@ def weight_gradients(
         x += count * channels
     launch(
         weight_gradient_kernel, block, out, tuple(weights), out, COUNT=len(weights), PRECISION=product,
-        BM=tile.block_m, BN=tile.block_n, BK=32, num_warps=tile.warps, num_stages=tile.stages,
+        BM=tile.block_m, BN=tile.block_n, BK=configs.WEIGHT_GRADIENT_ROWS, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
 

@@ -38,7 +38,7 @@ def _pack(layouts: Sequence[MapLayout]) -> list[int]:
 
 def _unpack(packed: Sequence[int]) -> list[MapLayout]:
     sixes = [packed[i : i + 6] for i in range(0, len(packed), 6)]
-    return [MapLayout(*x[:4], bool(x[4]), _MAP_DTYPES[x[5]]) for x in sixes]
+    return [MapLayout(n, c, h, w, bool(last), _MAP_DTYPES[dtype]) for n, c, h, w, last, dtype in sixes]
 
 
 def _project(maps, ids, mlp, dtype, save):
