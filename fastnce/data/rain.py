@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..common.locking import hold
-from ..common.writing import check_free, distinct_names, partial_name, show_together, sweep
+from ..common.writing import check_free, distinct_names, move_together, partial_name, sweep
 from .encoding import save_image
 from .folder import DataError, find_images, load_image
 
@@ -217,7 +217,7 @@ def _write(
                 counts[folder] = counts.get(folder, 0) + 1
             if progress is not None:
                 progress(f"{place + 1}/{len(names)} {file.name}")
-        show_together(aside, out, sorted(entry.name for entry in aside.iterdir()))
+        move_together(aside, out, sorted(entry.name for entry in aside.iterdir()))
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return counts

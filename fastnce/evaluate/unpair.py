@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..common.locking import hold
-from ..common.writing import check_free, partial_name, show_together, sweep
+from ..common.writing import check_free, move_together, partial_name, sweep
 from ..data import DataError, save_image
 from .pairs import Pair, find_pairs
 
@@ -85,7 +85,7 @@ def _write(
             rainy, clean = pair.load()
             write(rainy, "test/rain", pair.name)
             write(clean, "test/norain", pair.name)
-        show_together(aside, out, tops)
+        move_together(aside, out, tops)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return counts
