@@ -189,7 +189,7 @@ RELATIONS = [
     ("cut", ["data.load_size=[286, 200]", "data.preprocess=scale_width_and_crop"], "data.load_size=[286, 200] is too"),
     ("cut", ["data.crop_size=30"], "data.crop_size=30 must have sides that are multiples of 4"),
     ("cut", ["data.rain_like=density=2"], "data.rain_like: rain density must be"),
-    ("cut", ["data.rain_like=layers=²"], "data.rain_like: 'layers=²' is no range"),
+    ("cut", ["data.rain_like=layers=²"], "data.rain_like: 'layers=²' is not a range"),
     ("dcdgan", ["loss.rendered_rain=angle=nan"], "loss.rendered_rain: rain angle must be"),
 ]
 

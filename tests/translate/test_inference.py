@@ -169,40 +169,40 @@ def small() -> Small:
 
 
 def test_tiles_where_memory_says_no(monkeypatch):
-    network, said = small(), []
-    translator = Translator(network, say=said.append)
+    network, messages = small(), []
+    translator = Translator(network, say=messages.append)
     picture = smooth(142, 201)
     result = translator(picture)
     network.limit = 10**9
     torch.testing.assert_close(result, Translator(network)(picture), rtol=1e-4, atol=1e-4)
-    assert said == ["a picture of 204x144 does not fit into memory as a whole: exact tiles of 128"]
+    assert messages == ["a picture of 204x144 does not fit into memory as a whole: exact tiles of 128"]
 
     monkeypatch.setattr(inference, "available_memory", lambda: 0)  # a CPU does not ask twice
     torch.testing.assert_close(translator(picture), result, rtol=1e-4, atol=1e-4)
-    assert len(said) == 2
+    assert len(messages) == 2
 
 
 def test_a_batch_that_does_not_fit_goes_one_by_one():
-    network, said = small(), []
+    network, messages = small(), []
     pictures = torch.cat([smooth(80, 100) for _ in range(4)])
-    result = Translator(network, say=said.append)(pictures)
-    assert said == []
+    result = Translator(network, say=messages.append)(pictures)
+    assert messages == []
     torch.testing.assert_close(result[2:3], Translator(network)(pictures[2:3]))
 
 
 def test_tiles_that_do_not_fit_are_halved(monkeypatch):
-    tried, said = [], []
+    tried, messages = [], []
 
     def out_of_memory(generator, picture, tile, device):
         tried.append(tile)
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(inference, "translate_exact", out_of_memory)
-    translator = Translator(resnet(), tiles="exact", tile_size=512, say=said.append)
+    translator = Translator(resnet(), tiles="exact", tile_size=512, say=messages.append)
     with pytest.raises(ValueError, match="a picture of 600x16 does not fit into memory, not even in tiles of 128"):
         translator(torch.zeros(1, 3, 16, 600))
     assert tried == [512, 256, 128]
-    assert said[0] == "tiles of 512 do not fit into memory: tiles of 256"
+    assert messages[0] == "tiles of 512 do not fit into memory: tiles of 256"
 
 
 def test_other_errors_are_not_memory(monkeypatch):
@@ -374,8 +374,8 @@ def test_tiles_from_the_command_line(colour, tmp_path, capsys):
     noise(0, 140, 300).save(tmp_path / "a.png")
     for name, options in (("whole", []), ("exact", ["--tiles", "exact"]), ("fast", ["--tiles", "fast"])):
         translate(colour, tmp_path / "a.png", "--out", tmp_path / name, "--tile-size", 128, *options)
-        said = capsys.readouterr().out
-        assert ("fast tiles differ from exact ones by" in said) == (name == "fast")
+        out = capsys.readouterr().out
+        assert ("fast tiles differ from exact ones by" in out) == (name == "fast")
     whole, exact = (np.asarray(Image.open(tmp_path / n / "a.png")).astype(int) for n in ("whole", "exact"))
     assert abs(whole - exact).max() <= 1
 
