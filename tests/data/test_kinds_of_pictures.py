@@ -101,9 +101,9 @@ def test_levels_in_every_dtype(dtype):
 def test_other_values_than_levels_are_refused():
     a = tensor(levels(0)).double()
     for function in (psnr, ssim):
-        with pytest.raises(ValueError, match="levels go from 0 to 255, these begin at -1"):
+        with pytest.raises(ValueError, match="levels must be from 0 to 255, but their minimum is -1"):
             function(a, a / 127.5 - 1)
-        with pytest.raises(ValueError, match="must have one shape"):
+        with pytest.raises(ValueError, match="must have the same shape"):
             function(a, a[:, :1])
         with pytest.raises(ValueError, match=r"levels must be numbers from 0 to 255, not torch\.bool"):
             function(a > 0, a > 1)
@@ -223,5 +223,5 @@ def test_levels_of_16_bits_and_wrong_arguments():
         for measure in (lambda x: psnr(x, x), lambda x: ssim(x, x), luma):
             with pytest.raises(ValueError, match="levels must be a tensor"):
                 measure(wrong)
-    with pytest.raises(ValueError, match="luma is of 3 channels, not 1"):
+    with pytest.raises(ValueError, match="luma needs 3 channels, not 1"):
         luma(torch.zeros(1, 1, 16, 16))
