@@ -62,7 +62,7 @@ def test_mistakes_write_nothing(pairs, tmp_path, capsys):
         (pairs / "rain" / f"{scene}.png").unlink()
         (pairs / "norain" / f"{scene}.png").unlink()
     assert main(["unpair", str(pairs), "--out", str(out)]) == 2
-    assert "two at least" in capsys.readouterr().err
+    assert "at least two" in capsys.readouterr().err
     assert not out.exists()
     (out / "trainB").mkdir(parents=True)
     Image.fromarray(picture(9)).save(pairs / "norain" / "2.png")
