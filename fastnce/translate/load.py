@@ -1,4 +1,4 @@
-"""A translator from a run, a checkpoint or a published file."""
+"""Load a translator from a run, a checkpoint or a published file."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def load_translator(
     tile_size: int = 1024,
     say: Callable[[str], None] | None = None,
 ) -> Translator:
-    """A translator from a run's folder, a checkpoint's folder or a published `.pth` file.
+    """Load a translator from a run's folder, a checkpoint's folder or a published `.pth` file.
 
     Args:
-        source: the path; RUN/checkpoints/best and latest are followed.
-        generator: which one of a method with two: "G_A" (A to B, the default) or "G_B".
-        device, tiles, tile_size, say: as `Translator`.
+        source: the path; the pointers RUN/checkpoints/best and latest are followed.
+        generator: for a method with two generators, "G_A" (A to B, the default) or "G_B".
+        device, tiles, tile_size, say: see `Translator`.
 
     Raises:
-        ValueError: nothing there, or not what it should be.
+        ValueError: there is no such run or file, or it does not contain a usable generator.
     """
     source = follow(Path(source))
     if source.is_dir():
