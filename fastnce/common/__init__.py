@@ -1,1 +1,1 @@
-"""What every other package may use: options, files, locks, the terminal, operators."""
+"""Shared helpers: options, files, locks, terminal output, timing, operators."""

@@ -1,4 +1,4 @@
-"""How weights start, for networks and projectors alike."""
+"""Weight initialisation of networks and projectors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ INIT_TYPES = ("normal", "xavier", "kaiming", "orthogonal")
 
 
 def init_weights(network: nn.Module, init_type: str = "xavier", gain: float = 0.02) -> nn.Module:
-    """Published initialisation: weights of convolutions and linear layers as named, biases 0, batch norm N(1, gain)."""
+    """Initialise convolutions and linear layers by `init_type`, batch norms with N(1, gain) and all biases with 0.
+
+    This is the published initialisation. Returns the network itself.
+    """
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
             if init_type == "normal":

@@ -1,4 +1,4 @@
-"""One process at a time in a folder: a lock that ends with its process, however that ends, and says whose it is."""
+"""A lock that lets one process at a time use a folder. It names its holder and ends with the holder's process."""
 
 from __future__ import annotations
 
@@ -17,27 +17,28 @@ from .writing import is_dead, named, owner, partial_name
 
 NAME = ".fastnce-lock"
 MISSING = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
-"""What disks without locks of this kind say."""
+"""Error numbers of file systems without `flock`."""
 UNSIGNED_SECONDS = 10
-"""So long a lock file without content may be one that is being written."""
+"""An empty lock file younger than this may still be being written."""
 
 
 class InUse(ValueError):
-    """Another process holds the lock; the message says which, and what can be done."""
+    """Another process holds the lock. The message names the process and the remedies."""
 
 
 @dataclass
 class _Held:
-    """What holds a lock: a descriptor, and the file to remove at the end."""
+    """A lock that this process holds: an open file descriptor, and the file to remove at the end."""
 
     number: int
     file: Path
 
     def release(self) -> None:
-        """Does nothing the second time."""
+        """Remove the file and close the descriptor. A second call does nothing."""
         if self.number < 0:
             return
-        with suppress(OSError):  # while it is still held: whoever has opened it sees that it is gone, and tries anew
+        # Remove the file before the lock is released: a waiting process then sees that it is gone and opens a new one.
+        with suppress(OSError):
             if _is_named(self.number, self.file):
                 self.file.unlink()
         number, self.number = self.number, -1
@@ -55,25 +56,26 @@ def hold(
 ) -> Iterator[None]:
     """Hold a folder's lock.
 
-    The system's own lock (`flock`) is used. It ends with its process, also after kill -9, and holds between machines
-    where the shared disk passes it on, as NFS does. Where a disk has no such locks, a file is the lock: one whose
-    process has ended on this machine is taken over, one of another machine has to be removed by hand.
+    The lock is the operating system's (`flock`). It ends with its process, also after kill -9. It works between
+    machines if the shared disk passes it on, as NFS does. On a disk without `flock`, the existence of a file is the
+    lock. If the process of such a file has ended on this machine, the lock is taken over. A file of another machine
+    must be removed by hand.
 
     Args:
-        folder: made if need be, and removed at the end if it is still empty then.
-        what: this process does, as others will read it, such as "fastnce train".
-        remedy: what else the user may do; the end of the sentence.
-        name: of the file that is locked.
-        wait: given, nothing is refused; it is told once who is waited for.
+        folder: created if it does not exist; removed at the end if it was created here and is empty.
+        what: what this process does, as shown to other processes, such as "fastnce train".
+        remedy: the last alternative that the error message offers.
+        name: of the locked file.
+        wait: if given, wait for the lock instead of raising. It is called once, with a sentence that names the holder.
 
     Raises:
-        InUse: another process holds it.
+        InUse: another process holds the lock.
         OSError: the folder cannot be written.
     """
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
-    told = False
+    reported = False
     held: _Held | None = None
 
     def leave() -> None:
@@ -83,26 +85,26 @@ def hold(
             with suppress(OSError):  # not empty
                 place.rmdir()
 
-    try:  # from here on, as a signal may come at any moment
+    try:  # a signal may arrive at any moment from here on
         while (held := _take(path, what)) is None:
             sentence = f"{folder} is in use by {_holder(path)}"
             if wait is None:
                 raise InUse(f"{sentence}: wait until it ends, stop it, or {remedy}")
-            if not told:
+            if not reported:
                 wait(f"{sentence}; waiting until it ends")
-                told = True
+                reported = True
             time.sleep(0.2)
         yield
     finally:
         try:
             leave()
-        except BaseException:  # a signal, whose handler raises once
+        except BaseException:  # a signal: its handler raises only once, so the second call completes
             leave()
             raise
 
 
 def _take(path: Path, what: str) -> _Held | None:
-    """The lock, or None where another process has it."""
+    """Take the lock; None if another process has it."""
     try:
         while True:
             number = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -130,7 +132,7 @@ def _take(path: Path, what: str) -> _Held | None:
 
 
 class _NoLocks(Exception):
-    """This system or disk has no locks of this kind."""
+    """This system or disk does not support `flock`."""
 
 
 def _lock(number: int) -> bool:
@@ -150,7 +152,7 @@ def _lock(number: int) -> bool:
 
 
 def _is_named(number: int, path: Path) -> bool:
-    """Whether the locked file still has this name: its last holder may have removed it meanwhile."""
+    """Whether the locked file still has this name. Its last holder may have removed it."""
     try:
         return os.path.samestat(os.fstat(number), path.stat())
     except FileNotFoundError:
@@ -158,7 +160,7 @@ def _is_named(number: int, path: Path) -> bool:
 
 
 def _take_file(file: Path, what: str) -> _Held | None:
-    """As `_take`, where the file is the lock: who makes it has it."""
+    """Take the lock as `_take` does, without `flock`: the process that creates the file has the lock."""
     try:
         return _signed(_Held(os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), file), what)
     except FileExistsError:
@@ -170,7 +172,7 @@ def _take_file(file: Path, what: str) -> _Held | None:
         if not found and time.time() - file.stat().st_mtime < UNSIGNED_SECONDS:
             return None
         file.rename(stale)
-        if _read(stale) != found:  # another process was quicker, and this is its lock
+        if _read(stale) != found:  # another process was faster, and this is its lock
             os.replace(stale, file)
             return None
         stale.unlink()
@@ -187,14 +189,14 @@ def _signed(held: _Held, what: str) -> _Held:
     machine, pid, born = owner()
     since = time.strftime("%Y-%m-%d %H:%M:%S")
     facts = {"what": what, "pid": pid, "host": socket.gethostname(), "since": since, "machine": machine, "born": born}
-    with suppress(OSError):  # a full disk: the lock holds without its signature
+    with suppress(OSError):  # a full disk: the lock works without its content
         os.ftruncate(held.number, 0)
         os.write(held.number, json.dumps(facts).encode())
     return held
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """What the holder wrote; empty where that cannot be read."""
+    """Read the holder's facts; an empty dict if they cannot be read."""
     try:
         found = json.loads(file.read_text(encoding="utf-8", errors="replace")[:10_000])
         return found if isinstance(found, dict) and type(found.get("pid")) is int else {}

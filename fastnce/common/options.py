@@ -1,4 +1,4 @@
-"""Options as dataclasses whose fields say what they do and which values they take."""
+"""Options as dataclasses whose fields carry a help text and the accepted values."""
 
 from __future__ import annotations
 
@@ -11,16 +11,20 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from .imports import is_import_path
 
 BITS_64 = 2**63 - 1
-"""The largest whole number that an option takes unless it says otherwise: tensors and TOML hold no larger ones."""
+"""The largest whole number that an option takes by default: tensors and TOML hold no larger ones."""
 
 
 @dataclass(frozen=True)
 class Accepts:
-    """Which values an option takes, beside their kind; of a list, what holds for each element.
+    """The values that an option accepts, within its type. For a list, the limits hold for each element.
 
-    low, high: at least, at most. below: less than that. choices: of texts. ascending: a list of one element at least,
-    each larger than the one before. anything: there is nothing to say beside the kind. imports: beside the choices, an
-    import path such as mycode.py:Name.
+    Args:
+        low, high: inclusive limits.
+        below: exclusive upper limit.
+        choices: accepted texts.
+        ascending: a list of at least one element, each larger than the one before.
+        anything: every value of the type is accepted.
+        imports: beside the choices, an import path such as mycode.py:Name.
     """
 
     low: float | None = None
@@ -33,7 +37,7 @@ class Accepts:
 
 
 def option(default: Any, consequence: str, **accepts: Any) -> Any:
-    """A field with the sentence that tells what changes with it, and the values that it takes (see `Accepts`)."""
+    """Define a dataclass field with a help text (`consequence`: what the option changes) and limits (see `Accepts`)."""
     metadata = {"help": consequence, "accepts": Accepts(**accepts)}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -41,12 +45,12 @@ def option(default: Any, consequence: str, **accepts: Any) -> Any:
 
 
 def describe(options: Any) -> dict[str, tuple[Any, str]]:
-    """Name -> (value, consequence) of an options dataclass."""
+    """Map each option's name to (value, help text)."""
     return {f.name: (getattr(options, f.name), f.metadata.get("help", "")) for f in fields(options)}
 
 
 def kinds(options: Any) -> dict[str, tuple[Any, Accepts]]:
-    """Name -> (type, what it takes) of an options dataclass; a `Literal` is a text with these choices."""
+    """Map each option's name to (type, accepted values). A `Literal` becomes str with its choices."""
     kind: Any = type(options)
     return _kinds(kind)
 
@@ -81,25 +85,28 @@ def check_kinds(options: type, name: str) -> None:
 
 
 def check(options: Any, section: str) -> None:
-    """Refuse an options dataclass with a value of the wrong kind or outside of its range.
+    """Check that every value has the right type and lies within its limits.
 
     Raises:
-        ValueError: the first such value, by its key in `section`.
+        ValueError: names the first wrong value as `section`.key.
     """
     for key in kinds(options):
         check_value(options, key, getattr(options, key), f"{section}.{key}")
 
 
 def check_value(options: Any, key: str, value: Any, name: str, shown: str = "") -> None:
-    """Refuse a value for one key; `name` and `shown` are what the sentence calls the two."""
+    """Check one key's value; `name` and `shown` stand for the key and the value in the message."""
     hint, accepts = kinds(options)[key]
     if not _fits(hint, accepts, value):
         raise ValueError(f"{name} must be {wanted(options, key)}, not {shown or brief(value)}")
 
 
 def converted(options: Any, key: str, value: Any) -> Any:
-    """A value of a file or a command line as the option holds it: 3.0 is 3 for a whole number, 1 is 1.0 for another,
-    and true is "true" where that is one of the choices. What fits nothing is returned as it is."""
+    """Convert a value from a file or a command line to the option's type.
+
+    3.0 becomes 3 for a whole number, 1 becomes 1.0 for a float, and true becomes "true" if that is one of the choices.
+    Any other value is returned unchanged.
+    """
     hint, accepts = kinds(options)[key]
     if isinstance(value, list):
         element = float if hint == list[float] else int
@@ -111,7 +118,7 @@ def converted(options: Any, key: str, value: Any) -> Any:
 
 
 def wanted(options: Any, key: str) -> str:
-    """What a key takes, as the end of a sentence: "a whole number from 1 to 1,024"."""
+    """Describe the values that a key accepts, to end a sentence: "a whole number from 1 to 1,024"."""
     hint, accepts = kinds(options)[key]
     if accepts.choices:
         own = ", or an import path such as mycode.py:Name" if accepts.imports else ""
@@ -125,7 +132,7 @@ def wanted(options: Any, key: str) -> str:
 
 
 def range_of(options: Any, key: str) -> str:
-    """The same without its kind, for lists of options: "1 to 1,024"; empty where the consequence says it already."""
+    """Describe a key's limits for lists of options: "1 to 1,024". Empty if the help text names all the choices."""
     _, accepts = kinds(options)[key]
     consequence = describe(options)[key][1]
     if accepts.choices:
@@ -165,12 +172,12 @@ def _in(accepts: Accepts, value: float) -> bool:
 def _finite(value: float) -> bool:
     try:
         return math.isfinite(value)
-    except OverflowError:  # a whole number beyond every float
+    except OverflowError:  # a whole number larger than every float
         return False
 
 
 def _writable(text: str) -> bool:
-    """Not so of file names that are no UTF-8: a configuration could not be written."""
+    """Whether a configuration file can hold this text. A file name that is not UTF-8 cannot be written."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -197,9 +204,9 @@ def _bounds(accepts: Accepts) -> str:
 
 
 def brief(value: Any) -> str:
-    """A value in a sentence: short, and on one line."""
+    """Shorten a value's `repr` for use in a sentence."""
     try:
         text = repr(value)
-    except ValueError:  # Python writes no whole number of more than 4,300 digits
+    except ValueError:  # Python does not print whole numbers of more than 4,300 digits
         return "a number of thousands of digits"
     return text if len(text) <= 60 else f"{text[:50]}..."

@@ -1,4 +1,4 @@
-"""Where a command's words go: streams that are closed, full, or lack a character, and errors told in one sentence."""
+"""Terminal output of the commands: streams that are closed or full, missing characters, errors as one sentence."""
 
 from __future__ import annotations
 
@@ -12,41 +12,41 @@ from .writing import PARTIAL
 
 
 def open_streams() -> None:
-    """Make standard streams safe to print to.
+    """Make the standard streams safe to print to.
 
-    A closed one becomes the null device: its number would go to the next file that is opened, and what a library prints
-    into that file. Characters that the encoding lacks are printed as escapes.
+    A closed stream becomes the null device. Otherwise the next opened file would get its descriptor, and libraries
+    would print into that file. Characters that the encoding lacks are printed as escapes.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  (for the process's life)
         elif mode == "w" and getattr(stream, "errors", None) in ("strict", "surrogateescape"):
-            with suppress(AttributeError, OSError, ValueError):  # a stand-in that knows no encoding; nobody reads
+            with suppress(AttributeError, OSError, ValueError):  # a replaced stream that has no encoding
                 stream.reconfigure(errors="backslashreplace")
 
 
 def tell(sentence: str, code: int) -> int:
-    """Print one sentence on stderr, if that can be; returns the exit code."""
+    """Print one sentence on stderr if possible; return the exit code `code`."""
     with suppress(OSError, ValueError):
         print(f"fastnce: {sentence}", file=sys.stderr, flush=True)
     return code
 
 
 def show(line: str) -> None:
-    """Print a line for whoever reads it: where nobody does, the work that it tells of goes on."""
+    """Print a line. A closed or full stdout is ignored, so that the work goes on."""
     with suppress(OSError, ValueError):
         print(line, flush=True)
 
 
 def sentence_of(error: OSError) -> str:
-    """The file and what the system says of it. Files that are written aside are named as they will be."""
+    """Format an error as the file name and the system's message. A temporary name is replaced by the final one."""
     name = "" if error.filename is None else re.sub(rf"{PARTIAL.pattern}/", "", f"{os.fsdecode(error.filename)}: ")
     return f"{name}{error.strerror or error}"
 
 
 def stdout_takes() -> bool:
-    """Whether everything printed so far got out."""
+    """Flush stdout; return whether that succeeded."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError):
@@ -55,26 +55,26 @@ def stdout_takes() -> bool:
 
 
 def give_up_stdout() -> None:
-    """Drop what stdout has not taken and will be given, lest it is tried again at the end."""
+    """Discard everything that stdout still buffers or will receive, so that Python does not retry it at exit."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def flush(code: int) -> int:
-    """Empty stdout while its errors can still be told; returns the exit code."""
+    """Flush stdout while its errors can still be reported; return the exit code."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError) as error:
         give_up_stdout()
-        if not isinstance(error, BrokenPipeError):  # the reader, such as head, has seen enough
+        if not isinstance(error, BrokenPipeError):  # a broken pipe is no failure: the reader, such as head, has stopped
             code = tell(f"standard output: {getattr(error, 'strerror', None) or error}", code or 2)
     return code
 
 
 class ProgressLine:
-    """A line on stderr, rewritten in place; where stderr is no terminal, a line every ten seconds.
+    """A progress line on stderr, rewritten in place. If stderr is not a terminal, one line every ten seconds.
 
-    Nothing that happens to these lines, such as a closed pipe, ends the work that they tell of.
+    Errors of the stream, such as a closed pipe, are ignored, so that the work goes on.
     """
 
     EVERY = 10.0
@@ -91,7 +91,7 @@ class ProgressLine:
             self._last = time.monotonic()
 
     def say(self, sentence: str) -> None:
-        """A line that stays, on stdout."""
+        """Print a permanent line on stdout."""
         self.clear()
         show(sentence)
 

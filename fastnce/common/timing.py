@@ -1,4 +1,4 @@
-"""Times, and what the machine can do at most: for `fastnce bench` and for the benchmarks of the repository."""
+"""Timing of functions and peak rates of the machine, for `fastnce bench` and the repository's benchmarks."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import Tensor
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until an accelerator has done what it was given."""
+    """Wait until the accelerator has finished all its work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 def percentiles(times: Sequence[float]) -> tuple[float, float, float]:
-    """20th, 50th and 80th."""
+    """Return the 20th, 50th and 80th percentile."""
     values = torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64))
     p20, p50, p80 = values.tolist()
     return p20, p50, p80
@@ -35,11 +35,12 @@ def time_interleaved(
     least_ms: float = 1.0,
     until: float | None = None,
 ) -> dict[str, list[float]]:
-    """Milliseconds a call, one figure a round; short calls are repeated within a round until it lasts `least_ms`.
+    """Measure milliseconds per call, one figure per round, the calls in turn.
 
-    `seconds` is shared equally; the order turns round every time, so that nobody always comes after the same one.
-    After `until` (of `time.monotonic()`) nothing further begins; a call may then have fewer than `min_rounds`, or none.
-    CUDA events on a CUDA device, so that waiting for launches counts as it does in training; `perf_counter` elsewhere.
+    A short call is repeated within a round until the round lasts `least_ms`. All calls get an equal share of `seconds`.
+    The order is reversed after each round, so that no call always follows the same other one. Nothing starts after
+    `until` (a time of `time.monotonic()`); a call may then have fewer than `min_rounds` figures, or none. CUDA devices
+    are timed with CUDA events, which count launch overhead as training does; other devices with `perf_counter`.
     """
 
     def once(call: Callable[[], Any], repeats: int) -> float:
@@ -68,12 +69,12 @@ def time_interleaved(
             return times
         first = once(call, 1)
         repeats[name] = min(1000, max(1, math.ceil(least_ms / max(first, 1e-4))))
-        if repeats[name] == 1:  # nothing to repeat: it was a round, and a slow call is not made for nothing
+        if repeats[name] == 1:  # a slow call: the first one already is a round
             times[name].append(first)
     share = seconds * 1e3 / max(1, len(calls))
 
     def unfinished(name: str) -> bool:
-        # a slow one gives up after its share of the time, so that it does not take the others'
+        # A slow call stops after its share of the time and leaves the other shares untouched.
         done = times[name]
         return len(done) < min_rounds or (len(done) < max_rounds and sum(done) * repeats[name] < share)
 
@@ -88,7 +89,7 @@ def time_interleaved(
 
 
 def capture(call: Callable[..., Any], inputs: Sequence[tuple]) -> Callable[[], None]:
-    """A CUDA graph that does the work once for each input set, one after another."""
+    """Record a CUDA graph that runs the call once per input set, in order; return its replay."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -103,12 +104,12 @@ def capture(call: Callable[..., Any], inputs: Sequence[tuple]) -> Callable[[], N
 
 
 def ceilings(device: torch.device, quick: bool = False) -> dict[str, float]:
-    """The most that the machine was seen to do, the best of several tries.
+    """Measure the machine's peak rates, the best of several tries.
 
     Returns:
-        copy_bytes_per_s: bytes read and written a second by a large copy; matmul_*_flop_per_s: of square products of
-        random matrices in float32, tf32 (CUDA) and bfloat16; launch_eager_s and launch_graph_s (CUDA): seconds a
-        one-element operator takes when it is launched alone, and as a node of a graph.
+        copy_bytes_per_s: bytes read and written per second by a large copy; matmul_*_flop_per_s: rate of square
+        products of random matrices in float32, tf32 (CUDA) and bfloat16; launch_eager_s and launch_graph_s (CUDA):
+        seconds of a one-element operator, launched alone and as a node of a graph; matmul_size: side of the matrices.
     """
     cpu = device.type == "cpu"
     numbers = (1 << 22 if quick else 1 << 25) if cpu else (1 << 24 if quick else 1 << 29)
@@ -150,7 +151,11 @@ def _launch_seconds(device: torch.device, count: int = 1000) -> dict[str, float]
 
 
 def floor_ms(flop: float | None, traffic: float | None, dtype: str, limits: dict[str, float]) -> float | None:
-    """The least time that the ceilings allow: arithmetic at the rate of `dtype` products, or traffic in bytes."""
+    """Return the shortest possible time at the peak rates of `ceilings`, in milliseconds.
+
+    It is the larger of the time of `flop` at the rate of `dtype` products and the time of `traffic` bytes; None if
+    neither is known.
+    """
     rate, bandwidth = limits.get(f"matmul_{dtype}_flop_per_s"), limits.get("copy_bytes_per_s")
     times = []
     if flop and rate:
@@ -161,7 +166,7 @@ def floor_ms(flop: float | None, traffic: float | None, dtype: str, limits: dict
 
 
 def default_device(name: str | None = None) -> torch.device:
-    """The device of this name; without one the accelerator, or the CPU."""
+    """Return the device of this name; without a name, the accelerator if there is one, else the CPU."""
     if name is not None:
         return torch.device(name)
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None

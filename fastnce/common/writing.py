@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, what killed processes leave of them, and errors that name the file."""
+"""Atomic writing of files, removal of what killed processes left behind, errors that name the file."""
 
 from __future__ import annotations
 
@@ -15,21 +15,24 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 PARTIAL = re.compile(r"\.fastnce-(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-(?P<born>[0-9a-f]{8})-[0-9a-f]{8}(?:\.\w+)?")
-"""Names of what is not finished yet: whose it is, and something random."""
+"""Temporary names of unfinished files and folders: the writing process, and a random part."""
 
 
 def named(error: OSError, path: str | os.PathLike[str]) -> OSError:
-    """The same error with a name that the user knows: a full disk's has none, a rename's has the temporary one."""
+    """Return the error with a file name that the user knows.
+
+    The error of a full disk names no file, and that of a rename names the temporary file.
+    """
     if error.filename is not None and error.filename2 is None and not Path(error.filename).name.startswith("."):
         return error
     return OSError(error.errno, error.strerror or str(error), os.fspath(path))
 
 
 @contextmanager
-def aside(path: Path) -> Iterator[Path]:
-    """Where to write a file; at the end it is flushed to the disk and renamed to `path`, after an error removed.
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path to write to, then flush it to the disk and rename it to `path`. Remove it after an error.
 
-    The name is short, because `path` may have the longest name that the disk allows. It keeps the suffix.
+    The temporary name keeps the suffix. It is short, because `path` may have the longest name that the disk allows.
 
     Raises:
         OSError: with `path` as its file name.
@@ -46,10 +49,10 @@ def aside(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write aside, then rename; what is no regular file (a pipe, a device) is written to as it is.
+    """Write a temporary file, then rename it to `path`. A pipe or a device is written to directly.
 
     Raises:
-        OSError: with `path` as its file name; nothing is left behind.
+        OSError: with `path` as its file name; no temporary file is left behind.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
@@ -58,12 +61,12 @@ def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
         except OSError as error:
             raise named(error, path) from None
         return
-    with aside(Path(os.path.realpath(path))) as partial:  # a link stays one
+    with atomic_file(Path(os.path.realpath(path))) as partial:  # write to the target of a link, and keep the link
         partial.write_bytes(data)
 
 
 def flush_to_disk(path: Path) -> None:
-    """Wait until a file, or the names in a folder, would outlive a power cut; not every disk can do so for folders."""
+    """Wait until a file, or the list of names in a folder, is on the disk. Not every disk can flush folders."""
     with suppress(OSError) if path.is_dir() else nullcontext():
         number = os.open(path, os.O_RDONLY)
         try:
@@ -72,8 +75,8 @@ def flush_to_disk(path: Path) -> None:
             os.close(number)
 
 
-def show_together(aside: Path, folder: Path, names: Iterable[str]) -> None:
-    """Move what is complete from `aside` into `folder`: all of it, or nothing where an error or a signal comes."""
+def move_together(aside: Path, folder: Path, names: Iterable[str]) -> None:
+    """Move all these names from `aside` into `folder`. After an error or a signal, move them back."""
     names = list(names)
     try:
         for name in names:
@@ -81,20 +84,20 @@ def show_together(aside: Path, folder: Path, names: Iterable[str]) -> None:
     except BaseException:
         for name in names:
             if not os.path.lexists(aside / name):
-                with suppress(OSError):  # a disk that fails for good: the first error is the one to tell
+                with suppress(OSError):  # a disk that fails for good: raise the first error
                     os.replace(folder / name, aside / name)
         raise
 
 
 def check_free(folder: Path, names: Iterable[str]) -> None:
-    """ValueError where `folder` holds one of these names already, be it a link to nothing."""
+    """Raise ValueError if `folder` already holds one of these names, even as a broken link."""
     for name in names:
         if os.path.lexists(folder / name):
             raise ValueError(f"{folder / name} is there already: take another folder for --out")
 
 
 def check_not_replaced(targets: Iterable[Path], sources: Iterable[Path]) -> None:
-    """ValueError where writing a target would replace a source or another target, links followed."""
+    """Raise ValueError if writing a target would replace a source or another target. Links are followed."""
     originals = {os.path.realpath(source) for source in sources}
     written: dict[str, Path] = {}
     for target in targets:
@@ -107,10 +110,10 @@ def check_not_replaced(targets: Iterable[Path], sources: Iterable[Path]) -> None
 
 
 def distinct_names(files: Iterable[Path], root: Path, suffix: str) -> dict[Path, Path]:
-    """A name with `suffix` for each file, relative like the file to `root`: no two are the same on any kind of disk.
+    """Give each file a name with `suffix`, relative to `root`, so that no two names are equal on any disk.
 
-    Where a.jpg has taken a.png, the picture a.bmp becomes a.bmp.png. Some disks tell neither case nor the encoding of
-    accents apart.
+    If a.jpg has become a.png, then a.bmp becomes a.bmp.png. Names that differ only in case or in the encoding of
+    accents count as equal, as some disks treat them.
     """
     names: dict[Path, Path] = {}
     taken: set[str] = set()
@@ -125,23 +128,23 @@ def distinct_names(files: Iterable[Path], root: Path, suffix: str) -> dict[Path,
     return names
 
 
-# ---- what is not finished, and whose it is ----
+# ---- unfinished files and their owners ----
 
 
 def partial_name(suffix: str = "") -> str:
-    """A hidden name that no other call gives; it tells which process writes there."""
+    """Return a new hidden name that identifies this process."""
     machine, pid, born = owner()
     return f".fastnce-{machine}-{pid}-{born}-{uuid.uuid4().hex[:8]}{suffix}"
 
 
 def owner() -> tuple[str, int, str]:
-    """This process: its machine, its number there, and when it was born, as numbers are given out again."""
+    """Identify this process: machine, process number and start time (process numbers are reused)."""
     pid = os.getpid()
     return _machine(pid), pid, _born(pid)
 
 
 def is_dead(machine: str, pid: int, born: str) -> bool | None:
-    """Whether a process has ended; None where that cannot be known, because it runs on another machine."""
+    """Whether a process has ended; None if that is unknown because it runs on another machine."""
     if machine != _machine(os.getpid()) or os.name != "posix":
         return None
     try:
@@ -154,10 +157,10 @@ def is_dead(machine: str, pid: int, born: str) -> bool | None:
 
 
 def sweep(folder: Path, *, held: bool = False) -> list[Path]:
-    """Remove what dead processes left unfinished in a folder; returns what was removed.
+    """Remove the unfinished files and folders of dead processes; return the removed paths.
 
     Args:
-        held: this process holds the folder's lock, so what comes from other machines is nobody's either.
+        held: this process holds the folder's lock, so unfinished files of other machines are removed too.
     """
     removed = []
     with suppress(OSError):
@@ -182,7 +185,7 @@ def _short(text: str) -> str:
 
 @functools.lru_cache(maxsize=2)
 def _machine(pid: int) -> str:
-    """The machine, or the container, whose numbers of processes these are; `pid` because a fork may change it."""
+    """Identify the machine or container that numbers the processes. `pid` is the cache key, as a fork may change it."""
     space = ""
     with suppress(OSError):
         space = os.readlink("/proc/self/ns/pid")
@@ -190,10 +193,10 @@ def _machine(pid: int) -> str:
 
 
 def _born(pid: int) -> str:
-    """When a process was started, and in which session of the system; of zeros where the system does not tell."""
+    """Digest of a process's start time and the system's boot; zeros if the system does not report them."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text()
-        # the second field is the program's name in parentheses, and may hold any character
+        # The second field is the program's name in parentheses and may hold any character.
         ticks = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         return "0" * 8

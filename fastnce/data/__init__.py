@@ -1,4 +1,4 @@
-"""Pictures: found, opened, cached, cropped and mirrored on the device; rain rendered on them."""
+"""Image files: find, decode, cache, crop and mirror on the device; render rain on them."""
 
 from .cache import build_cache
 from .encoding import save_image

@@ -1,7 +1,7 @@
 """Crop, mirror and normalise a batch on the device in one gather from flat storage.
 
-There is no loop over pictures and nothing is read back: the host sends one small integer per picture and property, the
-device computes the address of every pixel.
+There is no loop over pictures, and the host reads nothing back from the device. The host sends one small integer per
+picture and property; the device computes the address of every pixel.
 """
 
 import warnings
@@ -17,19 +17,19 @@ PINNED = ("cuda", "xpu")  # devices to which page-locked memory is copied asynch
 
 
 def send(small: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the CPU on `device`, without waiting for what the device is doing."""
+    """Copy a CPU tensor to `device` without waiting for the device."""
     if device.type in PINNED:
         small = small.pin_memory()
     return small.to(device, non_blocking=True)
 
 
 def gather_crops(flat: torch.Tensor, places: torch.Tensor, height: int, width: int, channels: int) -> torch.Tensor:
-    """Cut one window out of each of several pictures.
+    """Cut one window out of each picture.
 
     Args:
-        flat: (elements,) uint8, or int16 holding the bits of uint16; pictures of (H, W, channels) one after another.
+        flat: (elements,) uint8, or int16 with the bits of uint16: pictures of (H, W, channels) one after another.
         places: (5, B) int64 on the device of `flat`: first pixel of the picture, its width, top, left, mirrored or not.
-        height, width: of the window, which must lie inside every picture.
+        height, width: of the window. It must lie inside every picture.
 
     Returns:
         (B, channels, height, width) float32 in [-1, 1], channels-last in memory.
@@ -47,40 +47,43 @@ def gather_crops(flat: torch.Tensor, places: torch.Tensor, height: int, width: i
 
 
 class PictureStore:
-    """The pictures of one cache file, as the device reads them.
+    """The pictures of one cache file, as a source of crops on a device.
 
     Args:
         cache: the decoded pictures.
-        device: where batches are wanted.
-        resident: keep the whole file in the device's memory. Otherwise only the windows of a batch are sent, from
-            page-locked memory and without waiting. On the CPU the file is mapped and neither copies it.
+        device: where the batches are made.
+        resident: keep the whole file in the device's memory. Otherwise only the windows of each batch are sent, from
+            page-locked memory and without waiting. On the CPU the mapped file is read directly in both cases.
     """
 
     def __init__(self, cache: PictureCache, device: torch.device, resident: bool) -> None:
         self.cache, self.device = cache, device
         self.channels = cache.channels
         bits = torch.uint8 if cache.pixels.dtype == np.uint8 else torch.int16
-        with warnings.catch_warnings():  # that the mapped file cannot be written is as it should be
+        with warnings.catch_warnings():  # the file is mapped read-only on purpose
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")
             flat = torch.from_numpy(cache.pixels.view(np.uint8 if bits == torch.uint8 else np.int16))
         if resident and device.type != "cpu":
             cache.check()
         self.flat = flat.to(device) if resident or device.type == "cpu" else None
         self._host = flat
-        # None where everything is in the device's memory
+        # None if the device's memory holds everything
         self._mapped = getattr(cache.pixels, "_mmap", None) if self.flat is None or device.type == "cpu" else None
 
     def crops(self, draw: Draw, size: tuple[int, int] | None, flip: bool) -> torch.Tensor:
-        """(B, channels, height, width) float32 in [-1, 1] on the device.
+        """Return (B, channels, height, width) float32 in [-1, 1] on the device.
 
-        `size` is (height, width) of the window; None takes the whole picture, of which all must then be of one size.
+        Args:
+            draw: which pictures, crops and flips.
+            size: (height, width) of the window. None takes whole pictures, which must then all have the same size.
+            flip: whether to apply the flips of `draw`.
 
         Raises:
-            DataError: the cache has been cut short (the system would end a process that reads where nothing is left);
-                or a picture is damaged in it and its source has changed.
+            DataError: the cache file was truncated (the system would kill a process that reads beyond its end), or a
+                picture in it is damaged and its source has changed.
         """
         if self._mapped is not None and self._mapped.size() < self.cache.pixels.nbytes:
-            raise DataError(f"{self.cache.path} was cut short while it was read; the next start makes it anew")
+            raise DataError(f"{self.cache.path} was truncated while it was read; the next start builds it again")
         self.cache.check(draw.index)
         offset, rows, columns = self.cache.index[draw.index].T  # each (B,)
         height, width = size if size is not None else (int(rows[0]), int(columns[0]))
@@ -94,7 +97,7 @@ class PictureStore:
 
         count = len(draw.index)
         shape = (count, height, width, self.channels)
-        # A new block a batch: the allocator of page-locked memory does not hand a block out while a copy reads it.
+        # Allocate per batch: the page-locked allocator does not reuse a block while a copy still reads it.
         windows = torch.empty(shape, dtype=self._host.dtype, pin_memory=self.device.type in PINNED)
         for i in range(count):
             picture = self._host[offset[i] : offset[i] + rows[i] * columns[i] * self.channels]

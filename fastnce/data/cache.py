@@ -1,8 +1,8 @@
-"""Decode and resize every picture once, into one flat file that is mapped afterwards.
+"""Decode and resize every picture once, into one flat file that is then memory-mapped.
 
-A cache is two files, ``NAME.bin`` and ``NAME.index`` (see `cached`). NAME carries a digest of the name, size and time
-of every source file and of what is done to it. A cache whose index does not agree with its sources, or is damaged, is
-built again. A picture whose pixels are damaged is decoded again when it is first read.
+A cache consists of two files, ``NAME.bin`` and ``NAME.index`` (see `cached`). NAME contains a digest of the name, size
+and time of every source file and of the preprocessing. A cache is built again if its index is damaged or differs from
+its sources. A picture with damaged pixels is decoded again when it is first read.
 """
 
 import contextlib
@@ -19,13 +19,14 @@ from .decoding import Progress, decode_all, forget
 from .folder import DataError, Folder, domain_folders
 from .target import Target
 
-FORMAT = 3  # of the files; also covers decoding: change it whenever the same source would give other pixels
+FORMAT = 3  # version of the files and of decoding: increase it whenever the same source would give other pixels
 
 
 def cache_place(root: Path, cache_dir: str | os.PathLike[str] | None) -> Path:
-    """`cache_dir`, or `root`/.fastnce-cache where that may be written, or the user's cache folder; it exists then.
+    """Return the folder for caches, created if need be.
 
-    A root without any write permission is left alone, also by an administrator who could write there.
+    It is `cache_dir` if given, else `root`/.fastnce-cache if that can be written, else the user's cache folder. A root
+    without any write permission is never written to, not even by an administrator who could.
 
     Raises:
         DataError: none of them can be written.
@@ -49,14 +50,14 @@ def cache_place(root: Path, cache_dir: str | os.PathLike[str] | None) -> Path:
 def open_cache(
     folder: Folder, target: Target, place: Path, *, skip_bad: bool = False, progress: Progress | None = None
 ) -> PictureCache:
-    """The cache of a folder for a target, built when there is none that can be trusted.
+    """Open the cache of a folder for a target; build it first if there is no valid one.
 
     Args:
-        skip_bad: leave files out that cannot be used, and list them in `skipped`.
-        progress: called with a sentence when decoding starts and every few seconds while it goes on.
+        skip_bad: skip files that cannot be used and list them in `skipped`.
+        progress: called with a sentence when decoding starts and every few seconds while it runs.
 
     Raises:
-        DataError: files cannot be used (all of them are named), none can, or the disk is full.
+        DataError: some files cannot be used (the message names all of them), or none can, or the disk is full.
     """
     key = {**target.key(), "format": FORMAT}
     stem = f"{folder.path.name}-{_digest(os.fspath(folder.path.resolve()), key)[:8]}"
@@ -69,10 +70,10 @@ def open_cache(
         forget(place, digest)
         return cache
     with hold(place, "fastnce cache", name=f"{stem}.lock", wait=progress or (lambda sentence: None)):
-        cache = _usable(base, digest, folder, target, skip_bad)  # another process may have built it meanwhile
+        cache = _usable(base, digest, folder, target, skip_bad)  # another process may have built it in the meantime
         if cache is not None:
             return cache
-        for old in place.glob(f"{stem}-*"):  # of what the sources were before
+        for old in place.glob(f"{stem}-*"):  # of an earlier state of the sources
             with contextlib.suppress(OSError):
                 old.unlink()
         decode_all(base, digest, folder, target, skip_bad, progress)
@@ -106,13 +107,13 @@ def build_cache(
     skip_bad: bool = False,
     progress: Progress | None = None,
 ) -> list[tuple[Path, int]]:
-    """Build every cache that training with these settings needs; both before and after the learning rate decays.
+    """Build every cache that training with these settings needs, before and after the learning rate decays.
 
     Returns:
         (path, bytes) of each cache file.
 
     Raises:
-        DataError: as `domain_folders` and `open_cache`.
+        DataError: see `domain_folders` and `open_cache`.
     """
     target = Target.checked(preprocess, load_size, crop_size, channels)
     folders = domain_folders(root, phase)
@@ -122,6 +123,6 @@ def build_cache(
         for variant in dict.fromkeys((target, target.decaying())):
             cache = open_cache(folder, variant, place, skip_bad=skip_bad, progress=progress)
             cache.check()
-            folder = cache.folder  # as training opens the second one
+            folder = cache.folder  # without skipped files, as training opens the second cache
             written[cache.path] = cache.path.stat().st_size
     return list(written.items())

@@ -1,8 +1,8 @@
 """The files of a cache, and the pictures in them.
 
-``NAME.bin`` holds the pixels of all pictures one after another as uint8, or as uint16 where any of them has 16 bits;
-8-bit ones are then multiplied by 257. ``NAME.index`` holds a digest of all that follows it, a line of JSON, and for
-each picture its height, its width and the CRC-32 of its pixels, as little-endian uint32.
+``NAME.bin`` contains the pixels of all pictures one after another, as uint8. If any picture has 16 bits, all are stored
+as uint16, and 8-bit values are multiplied by 257. ``NAME.index`` contains a digest of the rest of the file, a line of
+JSON, and the height, width and CRC-32 of the pixels of each picture, as little-endian uint32.
 """
 
 import hashlib
@@ -24,23 +24,23 @@ from .target import Target
 
 DTYPES: dict[str, np.dtype] = {"uint8": np.dtype(np.uint8), "uint16": np.dtype(np.uint16)}
 ROWS = np.dtype("<u4")
-LONGEST_REASON = 2000  # characters that are kept of why a picture was skipped
+LONGEST_REASON = 2000  # characters that are stored of the reason why a picture was skipped
 
 
 @dataclass(frozen=True, eq=False)
 class PictureCache:
     """The decoded pictures of one folder.
 
-    A picture is compared with its checksum when it is first read: a start reads the index alone.
+    Opening a cache reads only the index. Each picture is compared with its checksum when it is first read.
 
     Args:
-        path: of the pixels.
-        folder: the pictures that are in it, in their order.
-        target: what they were resized to.
-        pixels: flat uint8 or uint16, mapped.
+        path: file of the pixels.
+        folder: the pictures of the cache, in order.
+        target: the sizes that they were resized to.
+        pixels: flat uint8 or uint16, memory-mapped.
         index: (pictures, 3) int64 of first element, height, width.
         checksums: (pictures,) uint32.
-        skipped: files that could not be used, and why.
+        skipped: files that could not be used, with the reasons.
     """
 
     path: Path
@@ -60,13 +60,13 @@ class PictureCache:
         return self.target.channels
 
     def check(self, places: np.ndarray | None = None) -> None:
-        """Compare pictures with their checksums, each once; a damaged one is decoded anew, into the file.
+        """Compare pictures with their checksums, each once. A damaged one is decoded again and written to the file.
 
         Args:
-            places: of the pictures, int64; None for all.
+            places: int64 indices of the pictures; None for all.
 
         Raises:
-            DataError: one is damaged and its source does not give the same pixels any more.
+            DataError: a picture is damaged and its source no longer gives the same pixels.
         """
         if places is None:
             places = np.flatnonzero(~self._checked)
@@ -89,7 +89,7 @@ class PictureCache:
             fresh = prepared(file, self.target, self.pixels.dtype).data
             if zlib.crc32(fresh) != self.checksums[place]:
                 raise DataError(f"{file} has changed since")
-            with self.path.open("r+b") as out:  # the mapping shows what is written
+            with self.path.open("r+b") as out:  # the mapping sees what is written
                 out.seek(int(self.index[place, 0]) * self.pixels.itemsize)
                 out.write(fresh)
                 out.flush()
@@ -99,23 +99,23 @@ class PictureCache:
         except (OSError, DataError) as error:
             reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
             raise DataError(
-                f"the cache {self.path} is damaged where it holds {file}, which cannot be mended: {reason}; remove "
-                f"the cache and start again"
+                f"the cache {self.path} is damaged where it holds {file}, and this cannot be repaired: {reason}; "
+                f"remove the cache and start again"
             ) from error
-        warnings.warn(f"the cache {self.path} was damaged where it holds {file}, which was decoded anew", stacklevel=4)
+        warnings.warn(f"the cache {self.path} was damaged where it holds {file}, which was decoded again", stacklevel=4)
 
 
 def prepared(file: Path, target: Target, dtype: np.dtype) -> np.ndarray:
-    """One picture as a cache holds it, contiguous (height, width, channels).
+    """Read a picture and resize it for a cache; contiguous (height, width, channels).
 
     Raises:
-        DataError: as `read_picture`, or too small for anything to be left of it.
+        DataError: see `read_picture`; or the picture is so small that resizing would leave nothing.
     """
     picture = read_picture(file, target.channels)
     height, width = target.size(*picture.shape[:2])
     if height < 1 or width < 1:
-        raise DataError(f"{file} is {picture.shape[1]}x{picture.shape[0]}; 3x3 is the least that can be used")
-    if picture.dtype != dtype:  # 255 * 257 = 65535; the other way round, a file that changed since its probe
+        raise DataError(f"{file} is {picture.shape[1]}x{picture.shape[0]}; 3x3 is the smallest size that can be used")
+    if picture.dtype != dtype:  # 255 * 257 = 65535; 16 to 8 bits happens only if the file changed after its probe
         picture = picture * np.uint16(257) if dtype == np.uint16 else (picture >> 8).astype(np.uint8)
     return np.ascontiguousarray(resize_picture(picture, height, width))
 
@@ -133,7 +133,7 @@ def write_index(base: Path, digest: str, dtype: np.dtype, rows: np.ndarray, skip
 
     Args:
         rows: (pictures, 3) of height, width, checksum.
-        skipped: place in the folder's listing and reason of each file that could not be used.
+        skipped: for each file that could not be used, its position in the folder's listing and the reason.
     """
     head = {"digest": digest, "dtype": dtype.name, "skipped": [(place, why[:LONGEST_REASON]) for place, why in skipped]}
     content = json.dumps(head).encode() + b"\n" + rows.astype(ROWS).tobytes()
@@ -141,10 +141,10 @@ def write_index(base: Path, digest: str, dtype: np.dtype, rows: np.ndarray, skip
 
 
 def read_cache(base: Path, digest: str, folder: Folder, target: Target) -> PictureCache | None:
-    """The cache at `base`, or None where anything about its index or its size is not as it should be.
+    """Open the cache at `base`; None if its index or its size is invalid.
 
     Args:
-        digest: of the sources and of what is done to them, as `write_index` got it.
+        digest: of the sources and their preprocessing, as given to `write_index`.
     """
     try:
         with regular_file(index_file(base)) as file:
@@ -167,7 +167,7 @@ def read_cache(base: Path, digest: str, folder: Folder, target: Target) -> Pictu
         if len(rows) + len(skipped) != len(folder) or not len(rows) or sides.min() < 1:
             return None
         with regular_file(pixel_file(base)) as file:
-            size = sides.prod(axis=1, dtype=float).sum() * target.channels * dtype.itemsize  # no number is too large
+            size = sides.prod(axis=1, dtype=float).sum() * target.channels * dtype.itemsize  # floats do not overflow
             if os.fstat(file.fileno()).st_size != size:
                 return None
             pixels = np.memmap(file, dtype, mode="r")

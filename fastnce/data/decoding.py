@@ -1,7 +1,8 @@
-"""Decode a folder into a cache; what was decoded before the process was killed is not decoded again.
+"""Decode a folder into a cache. After a kill, the next process continues where the killed one stopped.
 
-While it is made, a cache is two files that name their process (see `fastnce.common.writing.partial_name`): the pixels,
-and a journal with a line of JSON for each picture, its [height, width, checksum] or why it cannot be used.
+An unfinished cache consists of two files whose names identify the process (`fastnce.common.writing.partial_name`): the
+pixels, and a journal. The journal has one line of JSON per picture: [height, width, checksum], or why the picture
+cannot be used.
 """
 
 import json
@@ -24,9 +25,9 @@ from .folder import DataError, Folder, probe_picture
 from .target import Target
 
 Progress = Callable[[str], None]
-SECONDS = 5.0  # between two sentences about the progress
-FLUSHED = 1.0  # seconds of work that a killed process loses
-PROBED = 64  # files whose heads are read in one piece of work
+SECONDS = 5.0  # between two progress messages
+FLUSHED = 1.0  # seconds between flushes: the most work that a killed process loses
+PROBED = 64  # files per task that reads file headers
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -34,10 +35,10 @@ R = TypeVar("R")
 def decode_all(
     base: Path, digest: str, folder: Folder, target: Target, skip_bad: bool, progress: Progress | None
 ) -> None:
-    """Make ``base.bin`` and ``base.index``.
+    """Write ``base.bin`` and ``base.index``.
 
     Raises:
-        DataError: files cannot be used (all of them are named), none can, or the disk is full or fails.
+        DataError: some files cannot be used (the message names all of them), or none can, or the disk is full or fails.
     """
     place = base.parent
     name = f"{partial_name()}.{digest[:16]}"
@@ -63,7 +64,7 @@ def decode_all(
                     except DataError as error:
                         return str(error)
 
-                said = flushed = time.monotonic()
+                reported = flushed = time.monotonic()
                 for number, picture in _in_order(pool, decode, range(done, len(folder))):
                     if isinstance(picture, str):
                         bad.append((number, picture))
@@ -78,8 +79,8 @@ def decode_all(
                         flushed = now
                         out.flush()
                         lines.flush()
-                    if progress and now - said > SECONDS:
-                        said = now
+                    if progress and now - reported > SECONDS:
+                        reported = now
                         progress(f"decoding {folder.path}: {number + 1} of {len(folder)} pictures")
                 out.flush()
                 os.fsync(out.fileno())
@@ -94,7 +95,7 @@ def decode_all(
         raise DataError(f"the cache {base}.bin, {needed} bytes, cannot be written: {reason}") from error
     except Exception:
         raise
-    except BaseException:  # a signal: the next process goes on from here
+    except BaseException:  # a signal: keep both files, so that the next process continues
         unfinished = []
         raise
     finally:
@@ -104,18 +105,18 @@ def decode_all(
 
 
 def bad_files(reasons: list[str], of: int, folder: Path) -> str:
-    """One line that says how many, then one for each file."""
-    how = "data.skip_bad=true, in Python skip_bad=True, passes over them"
+    """Format the error: one line with the count, then one line per file."""
+    how = "data.skip_bad=true, in Python skip_bad=True, skips them"
     return "\n  ".join([f"{len(reasons)} of {of} pictures in {folder} cannot be used ({how}):", *reasons])
 
 
 def _survey(pool: ThreadPoolExecutor, folder: Folder, target: Target) -> tuple[np.dtype, int]:
-    """The cache's dtype and bytes, by the files' heads."""
+    """Return the cache's dtype and size in bytes, from the headers of the files."""
 
     def probe(numbers: range) -> tuple[int, bool]:
         elements, deep = 0, False
         for number in numbers:
-            with suppress(DataError):  # decoding it will say so
+            with suppress(DataError):  # decoding the file will report the error
                 height, width, bits = probe_picture(folder.file(number))
                 height, width = target.size(height, width)
                 elements, deep = elements + height * width, deep or bits == 16
@@ -128,7 +129,7 @@ def _survey(pool: ThreadPoolExecutor, folder: Folder, target: Target) -> tuple[n
 
 
 def _take_up(place: Path, digest: str, pixels: Path, journal: Path) -> None:
-    """Give the files of a process that was killed while it made the same cache these names."""
+    """Rename the unfinished files of a killed process that was building the same cache to these names."""
     for found in _of_the_dead(place, digest, "journal"):
         with suppress(OSError):
             os.replace(found.with_name(found.name.removesuffix("journal") + "pixels"), pixels)
@@ -137,7 +138,7 @@ def _take_up(place: Path, digest: str, pixels: Path, journal: Path) -> None:
 
 
 def forget(place: Path, digest: str) -> None:
-    """Remove what a process left that was killed when the cache was all but made."""
+    """Remove the files of a process that was killed just before it had finished the cache."""
     for found in _of_the_dead(place, digest, "*"):
         with suppress(OSError):
             found.unlink()
@@ -158,19 +159,20 @@ def _updating(file: Path) -> BinaryIO:
 def _agreeing(
     out: BinaryIO, lines: BinaryIO, pictures: int, channels: int, dtype: np.dtype
 ) -> tuple[np.ndarray, list[tuple[int, str]], int]:
-    """What is taken up: rows of height, width, checksum, those that are bad, and how many pictures these are.
+    """Read what a killed process decoded, and truncate both files after the last picture that matches the journal.
 
-    Both files are cut after the last picture whose pixels are as the journal says.
+    Returns:
+        rows of (height, width, checksum), the bad files with the reasons, and the number of pictures of both kinds.
     """
     rows, bad, done = np.zeros((pictures, 3), np.uint32), list[tuple[int, str]](), 0
     size, end, line_end = os.fstat(out.fileno()).st_size, 0, 0
-    with suppress(ValueError, TypeError, OverflowError, RecursionError):  # a line that is none: the last that counts
+    with suppress(ValueError, TypeError, OverflowError, RecursionError):  # an invalid line ends the journal
         for line in lines:
-            said = json.loads(line)
-            if isinstance(said, str):
-                bad.append((done, said))
+            entry = json.loads(line)
+            if isinstance(entry, str):
+                bad.append((done, entry))
             else:
-                height, width, checksum = map(int, said)
+                height, width, checksum = map(int, entry)
                 data = out.read(min(height * width * channels * dtype.itemsize, size - end))
                 if len(data) != height * width * channels * dtype.itemsize or zlib.crc32(data) != checksum:
                     break
@@ -185,7 +187,7 @@ def _agreeing(
 
 
 def _in_order(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T]) -> Iterator[tuple[T, R]]:
-    """(item, result) in order, with few results waiting: all decoded pictures together may not fit in memory."""
+    """Yield (item, result) in order. Few results wait at a time: all decoded pictures may not fit into memory."""
     waiting: deque[tuple[T, Future[R]]] = deque()
     for item in items:
         waiting.append((item, pool.submit(function, item)))

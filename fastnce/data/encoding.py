@@ -1,4 +1,4 @@
-"""Write pictures: what each format holds, and files that appear whole or not at all."""
+"""Encode images and write them to files atomically."""
 
 import io
 import os
@@ -15,21 +15,22 @@ from .opening import DataError
 
 
 def save_image(image: torch.Tensor, path: str | os.PathLike[str]) -> None:
-    """Write (channels, height, width) in [-1, 1] as 8 bits, rounded to nearest; the suffix says the format.
+    """Write an image (channels, height, width) in [-1, 1] with 8 bits, in the format that the suffix names.
 
-    Values outside are clipped and NaN becomes the darkest value. 1, 3 and 4 channels go to any format that has them,
-    any number to ``.npy``. JPEG is written at quality 95, WebP without loss. The file appears whole or not at all.
+    Values are rounded to nearest; values outside [-1, 1] are clipped and NaN becomes -1. Any format takes the numbers
+    of channels that it supports of 1, 3 and 4; ``.npy`` takes any number. JPEG is written at quality 95, WebP without
+    loss. The file appears complete or not at all.
 
     Raises:
         DataError: the shape or the suffix does not fit.
-        OSError: the disk is full or may not be written; it names the file, and nothing is left behind.
+        OSError: the disk is full or cannot be written. The error names the file, and no partial file is left.
     """
     path = Path(path)
     suffix = path.suffix.lower()
     if image.ndim != 3:
         raise DataError(f"save_image takes (channels, height, width), not a tensor of shape {tuple(image.shape)}")
     if not image.numel():
-        raise DataError(f"{path}: a picture of shape {tuple(image.shape)} has no pixels to write")
+        raise DataError(f"{path}: an image of shape {tuple(image.shape)} has no pixels to write")
     if suffix not in SUFFIXES:
         raise DataError(f"{path} ends with {suffix or 'no suffix'}; a picture can be written as {', '.join(SUFFIXES)}")
     if suffix != ".npy" and image.shape[0] not in (1, 3, 4):
@@ -42,16 +43,17 @@ def save_image(image: torch.Tensor, path: str | os.PathLike[str]) -> None:
 
 
 def encoded(pixels: np.ndarray | Image.Image, path: Path, **options: Any) -> bytes:
-    """A picture file's content, in the format that the suffix of `path` names.
+    """Encode an image as the content of a file, in the format that the suffix of `path` names.
 
-    In memory: PIL does not notice when a disk takes only a part of what it writes, and NumPy does not say why.
+    The content is encoded in memory, because PIL does not notice a disk that takes only a part of it, and NumPy does
+    not report the reason.
 
     Args:
-        pixels: (height, width, channels) of any dtype that the format holds, or a picture; ``.npy`` takes arrays.
-        options: as the format's writer takes them, besides JPEG's quality 95 and WebP without loss.
+        pixels: (height, width, channels) of any dtype that the format supports, or a PIL image; ``.npy`` takes arrays.
+        options: of the format's writer. They override quality 95 for JPEG and lossless WebP.
 
     Raises:
-        DataError: the format cannot hold it.
+        DataError: the format cannot hold the image.
     """
     suffix = path.suffix.lower()
     packed = io.BytesIO()

@@ -1,18 +1,17 @@
-"""Picture files: find them, decode them, resize them, write them.
+"""Picture files: find, decode and resize them.
 
-PNG, JPEG, WebP, BMP, TIFF, PPM and PGM are decoded by PIL, and no other format, whatever a file is called; ``.npy``
-holds an array (H, W) or (H, W, C) of uint8 or uint16 and is the way to more than four channels. What is done to a file
-before anything else sees it:
+PIL decodes PNG, JPEG, WebP, BMP, TIFF, PPM and PGM; other formats are refused, whatever the file name. A ``.npy`` file
+holds an array (H, W) or (H, W, C) of uint8 or uint16, with any number of channels. Decoding a file:
 
-- the EXIF orientation is applied (the published loaders do not), and only the first frame of several is read;
-- ``channels=3``: grey is repeated, a palette is looked up, alpha is dropped;
-- ``channels=1``: colour becomes ITU-R 601 luma (PIL's mode L);
-- any other number must be the file's own.
+- applies the EXIF orientation (the published loaders do not), and reads only the first of several frames;
+- with ``channels=3``, repeats grey, looks up palettes and drops alpha;
+- with ``channels=1``, converts colour to ITU-R 601 luma (PIL's mode L);
+- with any other number of channels, requires that the file has this number.
 
-16 bits are kept for grey PNG, TIFF, PGM and for ``.npy``. PIL reads 16-bit *colour* files, and grey ones with alpha, at
-8 bits (the high byte of each sample; PPM is rounded); that is said once as a warning, and ``.npy`` is the way to keep
-them. TIFF is read as its tags say: grey of either polarity with 1 to 16 bits, palettes, RGB and CMYK of 8 or 16, YCbCr
-in JPEG; what PIL would misread is refused (see `tiff`).
+16 bits are kept for grey PNG, TIFF and PGM and for ``.npy``. PIL reads 16-bit *colour* files, and grey files with
+alpha, at 8 bits (the high byte of each sample; PPM is rounded). One warning says so; ``.npy`` keeps 16 bits of any
+colour. TIFF is read as its tags define it: grey of either polarity with 1 to 16 bits, palettes, RGB and CMYK of 8 or 16
+bits, YCbCr in JPEG. Files that PIL would misread are refused (see `tiff`).
 """
 
 import os
@@ -29,14 +28,14 @@ from PIL import Image
 from .opening import DataError, Head, decoded, decoding, opened, pixel_limit, too_large
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".npy")
-LONGEST_HEAD = 10_000  # bytes of text; NumPy refuses more as well, but takes memory for them first
+LONGEST_HEAD = 10_000  # bytes of a .npy header; NumPy refuses longer ones too, but allocates memory for them first
 
 
 def find_images(folder: str | os.PathLike[str]) -> list[Path]:
-    """Every picture in a folder and the folders below it, sorted by path.
+    """Find every picture in a folder and its subfolders, sorted by path.
 
-    Links are followed. Files and folders whose name begins with a dot are passed over; a warning names folders that may
-    not be read.
+    Links are followed. Files and folders whose name begins with a dot are skipped. A warning names each folder that
+    cannot be read for lack of permission.
 
     Raises:
         DataError: the folder is missing or cannot be listed.
@@ -46,7 +45,7 @@ def find_images(folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def _scan(top: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """The path below `top` and the entry of every picture, in the order of the disk."""
+    """Yield (path below `top`, entry) of every picture, in the order of the disk."""
     if not top.is_dir():
         raise DataError(f"there is no folder {top}")
     visited: set[str] = set()
@@ -55,7 +54,7 @@ def _scan(top: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
         inside = waiting.pop()
         here = os.path.join(top, inside)
         real = os.path.realpath(here)
-        if real in visited:  # a link to a folder above would be walked for ever
+        if real in visited:  # a link to a parent folder would be followed forever
             continue
         visited.add(real)
         below = []
@@ -68,7 +67,7 @@ def _scan(top: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
                         below.append(os.path.join(inside, entry.name))
                     elif entry.name.lower().endswith(SUFFIXES):
                         yield os.path.join(inside, entry.name), entry
-        except PermissionError:  # such as lost+found, which is root's
+        except PermissionError:  # such as lost+found, which belongs to root
             warnings.warn(f"the folder {here} may not be read: its pictures are left out", stacklevel=3)
         except OSError as error:
             raise DataError(f"the folder {here} cannot be listed: {error.strerror or error}") from error
@@ -84,12 +83,12 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Folder:
-    """The pictures of one domain, sorted by path. A picture takes about 100 bytes here: there may be millions.
+    """The pictures of one domain, sorted by path, in about 100 bytes per picture: there may be millions.
 
     Args:
         path: the folder.
-        names: of the files, below the folder.
-        sizes, times: (pictures,) int64, bytes and time of change in nanoseconds; -1 where the system does not tell.
+        names: of the files, relative to the folder.
+        sizes, times: (pictures,) int64 of bytes and of modification times in nanoseconds; -1 if unknown.
     """
 
     path: Path
@@ -99,7 +98,7 @@ class Folder:
 
     @classmethod
     def listed(cls, path: str | os.PathLike[str]) -> "Folder":
-        """Raises DataError where there is no picture in the folder."""
+        """List the pictures of a folder; raise DataError if it holds none."""
         path = Path(path)
         found: list[str] = []
         stats = array("q")
@@ -108,7 +107,7 @@ class Folder:
             try:
                 stat = entry.stat()
                 stats.extend((stat.st_size, stat.st_mtime_ns))
-            except OSError:  # a link to nothing; decoding it will say so
+            except OSError:  # a broken link; decoding it will report the error
                 stats.extend((-1, -1))
         if not found:
             raise DataError(f"there is no picture in {path} (looked for {', '.join(SUFFIXES)})")
@@ -123,12 +122,12 @@ class Folder:
         return self.path / self.names[place]
 
     def listing(self) -> list[tuple[str, int, int]]:
-        """(name, bytes, time) of each; the names are below the folder, so that it may be moved."""
+        """Return (name, bytes, time) of each picture. Names are relative, so that the folder may be moved."""
         names = [name.replace(os.sep, "/") for name in self.names]
         return list(zip(names, self.sizes.tolist(), self.times.tolist(), strict=True))
 
     def without(self, skipped: list[tuple[Path, str]]) -> "Folder":
-        """The folder as if the named files were not in it."""
+        """Return this list without the skipped files."""
         gone = {file for file, _ in skipped}
         if not gone:
             return self
@@ -137,10 +136,10 @@ class Folder:
 
 
 def domain_folders(root: str | os.PathLike[str], phase: str) -> tuple[Folder, Folder]:
-    """`root`/{phase}A and {phase}B; for "test", valA and valB where testA is absent.
+    """List `root`/{phase}A and {phase}B. For "test", list valA and valB if testA does not exist.
 
     Raises:
-        DataError: a folder is missing (the message says what lies in `root` instead) or holds no picture.
+        DataError: a folder is missing (the message names the content of `root`) or holds no picture.
     """
     root = Path(root)
     if not root.is_dir():
@@ -156,10 +155,10 @@ def domain_folders(root: str | os.PathLike[str], phase: str) -> tuple[Folder, Fo
 
 
 def clean_folder(root: str | os.PathLike[str], phase: str) -> Folder:
-    """`root`/{phase}B alone; DataError where it is missing or holds no picture."""
+    """List `root`/{phase}B alone; raise DataError if it is missing or holds no picture."""
     path = Path(root) / f"{phase}B"
     if not path.is_dir():
-        raise DataError(f"there is no folder {path}; it should hold clean pictures for rain to fall on")
+        raise DataError(f"there is no folder {path}; it should hold clean pictures to render rain on")
     return Folder.listed(path)
 
 
@@ -167,10 +166,11 @@ def read_picture(path: str | os.PathLike[str], channels: int = 3) -> np.ndarray:
     """Decode one file.
 
     Returns:
-        (height, width, channels) uint8, or uint16 where the file holds 16 bits and they can be kept.
+        (height, width, channels) uint8, or uint16 if the file has 16 bits that can be kept.
 
     Raises:
-        DataError: missing, empty, truncated, enormous, of a kind that is not read, or with channels that do not match.
+        DataError: the file is missing, empty, truncated, too large or of an unsupported kind, or its channels do not
+            match.
     """
     path = Path(path)
     with decoding(path):
@@ -181,10 +181,10 @@ def read_picture(path: str | os.PathLike[str], channels: int = 3) -> np.ndarray:
 
 
 def probe_picture(path: str | os.PathLike[str]) -> tuple[int, int, int]:
-    """(height, width, bits) as `read_picture` gives them, from the head of a file; bits is 8 or 16.
+    """Read (height, width, bits) of the array that `read_picture` would return, from a file's header; bits is 8 or 16.
 
     Raises:
-        DataError: as `read_picture`, as far as the head shows it.
+        DataError: see `read_picture`, as far as the header shows the error.
     """
     path = Path(path)
     with decoding(path):
@@ -196,12 +196,12 @@ def probe_picture(path: str | os.PathLike[str]) -> tuple[int, int, int]:
 
 
 def match_channels(image: Image.Image, head: Head, channels: int, path: Path) -> np.ndarray:
-    """A decoded picture as (height, width, channels) uint8 or uint16; DataError where it has others."""
+    """Convert a decoded picture to (height, width, channels) uint8 or uint16; raise DataError if that is impossible."""
     if head.bits == 16:
         array = np.asarray(image).astype(np.uint16)
         return _match_array(65535 - array if head.inverted else array, channels, path)
     if channels in (1, 3):
-        image.info.pop("transparency", None)  # dropped with alpha; PIL would look for it in each conversion
+        image.info.pop("transparency", None)  # alpha is dropped; PIL would search for this colour when converting
         image = image.convert("L" if channels == 1 else "RGB")
     elif image.mode in ("P", "PA"):
         image = image.convert("RGBA" if image.mode == "PA" or "transparency" in image.info else "RGB")
@@ -219,9 +219,9 @@ def _map_array(path: Path) -> np.ndarray:
     with path.open("rb") as file:
         head = file.read(12)
     if head[:6] == b"\x93NUMPY" and head[6] > 1 and int.from_bytes(head[8:], "little") > LONGEST_HEAD:
-        raise DataError(f"{path} cannot be decoded: its head claims {int.from_bytes(head[8:], 'little'):,} bytes")
+        raise DataError(f"{path} cannot be decoded: its header claims {int.from_bytes(head[8:], 'little'):,} bytes")
     array = np.load(path, mmap_mode="r", allow_pickle=False)
-    kinds = (np.uint8, np.uint16)  # in either order of bytes
+    kinds = (np.uint8, np.uint16)  # of either byte order
     if not isinstance(array, np.ndarray) or array.ndim not in (2, 3) or array.dtype.newbyteorder("=") not in kinds:
         kind = f"{array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else "several arrays"
         raise DataError(f"{path} holds {kind}; it should hold uint8 or uint16 of shape (H, W) or (H, W, C)")
@@ -234,7 +234,7 @@ def _map_array(path: Path) -> np.ndarray:
 
 
 def _match_array(array: np.ndarray, channels: int, path: Path) -> np.ndarray:
-    """(H, W) or (H, W, C) to (H, W, channels), without changing the depth."""
+    """Convert (H, W) or (H, W, C) to (H, W, channels) of the same dtype."""
     if array.ndim == 2:
         array = array[:, :, None]
     bands = array.shape[2]
@@ -249,9 +249,9 @@ def _match_array(array: np.ndarray, channels: int, path: Path) -> np.ndarray:
 
 
 def resize_picture(picture: np.ndarray, height: int, width: int) -> np.ndarray:
-    """PIL's antialiased bicubic resize of (H, W, C); uint8 is bit-equal to ``Image.resize``.
+    """Resize (H, W, C) with PIL's antialiased bicubic filter; uint8 is bit-equal to ``Image.resize``.
 
-    Every channel is resized on its own (PIL would weigh colour by alpha). 16 bits go through PIL's float mode and are
+    Channels are resized separately (PIL would weight colours by alpha). 16-bit values are resized as floats, then
     rounded and clipped.
     """
     if picture.shape[:2] == (height, width):
@@ -273,15 +273,15 @@ def resize_picture(picture: np.ndarray, height: int, width: int) -> np.ndarray:
 def load_image(
     path: str | os.PathLike[str], channels: int = 3, size: int | tuple[int, int] | None = None
 ) -> torch.Tensor:
-    """One picture as float32 (channels, height, width) in [-1, 1].
+    """Load a picture as float32 (channels, height, width) in [-1, 1].
 
     Args:
         path: a file of any format named at the top of this module.
         channels: 1, 3 or the file's own number.
-        size: None keeps the picture's own size; an int or (height, width) resizes it (bicubic).
+        size: an int or (height, width) to resize to (bicubic); None keeps the picture's size.
 
     Raises:
-        DataError: as `read_picture`.
+        DataError: see `read_picture`.
     """
     picture = read_picture(path, channels)
     if size is not None:
@@ -290,13 +290,13 @@ def load_image(
 
 
 def as_tensor(picture: np.ndarray) -> torch.Tensor:
-    """(H, W, C) uint8 or uint16 as float32 (C, H, W) in [-1, 1]."""
+    """Convert (H, W, C) uint8 or uint16 to float32 (C, H, W) in [-1, 1]."""
     half = 127.5 if picture.dtype == np.uint8 else 32767.5
     return torch.from_numpy(picture.astype(np.float32)).permute(2, 0, 1).contiguous().div_(half).sub_(1)
 
 
 def pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
-    """An int or (height, width) as (height, width)."""
+    """Convert an int or (height, width) to (height, width)."""
     sides = tuple(value) if isinstance(value, tuple | list) else (value, value)
     if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
         raise DataError(f"{name} should be a positive int or (height, width), not {value!r}")

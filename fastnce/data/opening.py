@@ -1,4 +1,4 @@
-"""Open picture files: which formats, how large, and what their heads say."""
+"""Open picture files: accepted formats, the size limit, and the facts in a file's header."""
 
 import io
 import os
@@ -15,7 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from . import tiff
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM")  # no others: PIL runs a program to read EPS
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM")  # only these: for EPS, for example, PIL runs a program
 EXIF_ORIENTATION = 0x0112
 LIMIT = "FASTNCE_MAX_PIXELS"
 KINDS = (
@@ -28,19 +28,19 @@ KINDS = (
 
 
 class DataError(ValueError):
-    """Pictures or folders that cannot be used; the message says which, why, and what would be right."""
+    """A picture, a folder or a setting cannot be used. The message says which, why, and what would be right."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """What is known before decoding.
+    """Facts about a picture that are known before decoding.
 
     Args:
-        height, width: once the orientation is applied.
-        bits: of the array that is read, 8 or 16.
-        raw: PIL's name for the samples as they are stored, such as "RGB;16B".
-        lost: samples of 16 bits are read at 8.
-        inverted: 16-bit grey whose 0 is white, which PIL does not invert.
+        height, width: after the orientation is applied.
+        bits: of the decoded array, 8 or 16.
+        raw: PIL's name for the stored samples, such as "RGB;16B".
+        lost: 16-bit samples are read at 8 bits.
+        inverted: 16-bit grey in which 0 is white. PIL does not invert it.
     """
 
     height: int
@@ -53,7 +53,7 @@ class Head:
 
 @contextmanager
 def decoding(path: Path) -> Iterator[None]:
-    """Turn whatever a decoder raises on a bad file into one sentence that names the file."""
+    """Convert every error of a decoder into a DataError of one sentence that names the file."""
     try:
         status = path.stat()
         _check_regular(path, status.st_mode)
@@ -66,16 +66,16 @@ def decoding(path: Path) -> Iterator[None]:
         raise DataError(f"there is no file {path}") from None
     except Image.DecompressionBombError as error:
         raise DataError(too_large(path, int(re.findall(r"\d+", str(error))[0]))) from error
-    except Exception as error:  # decoders raise nearly anything on damaged content: SyntaxError, struct.error, ...
+    except Exception as error:  # decoders raise almost any error on damaged content: SyntaxError, struct.error, ...
         raise DataError(f"{path} cannot be decoded: {str(error) or type(error).__name__}") from error
 
 
 def regular_file(path: Path) -> io.BufferedReader:
-    """Open a file to read it. Opening a pipe would wait for ever, reading a device may, so only files are opened.
+    """Open a regular file for reading. Opening a pipe or reading a device could wait forever, so these are refused.
 
     Raises:
-        DataError: it is something else.
-        OSError: it cannot be opened.
+        DataError: the path is not a regular file.
+        OSError: the file cannot be opened.
     """
     number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
@@ -93,17 +93,17 @@ def _check_regular(path: Path, mode: int) -> None:
 
 
 def pixel_limit() -> int | None:
-    """Pixels of the largest picture that is read: FASTNCE_MAX_PIXELS, or twice PIL's own limit; None for no limit.
+    """Return the largest accepted number of pixels: FASTNCE_MAX_PIXELS, or twice PIL's own limit; None for no limit.
 
-    PIL holds to it for the rest of the process.
+    FASTNCE_MAX_PIXELS also sets PIL's limit for the rest of the process.
     """
     text = os.environ.get(LIMIT, "")
     if text:
         if not text.isdecimal() or int(text) == 0:
             raise DataError(f"{LIMIT}={text!r} should be a whole number of pixels above 0")
-        Image.MAX_IMAGE_PIXELS = (int(text) + 1) // 2  # PIL refuses twice as many
+        Image.MAX_IMAGE_PIXELS = (int(text) + 1) // 2  # PIL refuses more than twice this number
     if not any(entry[2] is Image.DecompressionBombWarning for entry in warnings.filters):
-        # PIL warns from half of the limit on; whoever set a filter for it keeps that one
+        # PIL warns above half of the limit. A filter that the user has set takes precedence.
         warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning, append=True)
     return None if Image.MAX_IMAGE_PIXELS is None else 2 * Image.MAX_IMAGE_PIXELS
 
@@ -117,12 +117,13 @@ def too_large(path: Path, pixels: int) -> str:
 
 @contextmanager
 def opened(path: Path) -> Iterator[tuple[Image.Image, Head]]:
-    """A picture that is not decoded yet, and its head.
+    """Open a picture without decoding it; yield it with its `Head`.
 
-    Through a file object, not by name: PIL maps files that it opens by name, those of TIFF with the wrong size.
+    PIL gets a file object instead of a name, because it memory-maps files that it opens by name, and TIFF files with a
+    wrong size.
 
     Raises:
-        DataError: a format or kind that is not read.
+        DataError: the format or kind is not supported.
     """
     limit = pixel_limit()
     with path.open("rb") as file:
@@ -143,10 +144,10 @@ def opened(path: Path) -> Iterator[tuple[Image.Image, Head]]:
 
 
 def decoded(path: Path) -> tuple[Image.Image, Head]:
-    """A whole picture, its orientation applied; its transparent colour, if it has one, is on the scale of its pixels.
+    """Decode a picture and apply its orientation. A transparent colour is scaled like the pixels.
 
     Raises:
-        DataError: as `opened`, or the content does not agree with the head.
+        DataError: see `opened`; or the content disagrees with the header.
     """
     with opened(path) as (image, head):
         if head.lost:
@@ -159,25 +160,25 @@ def decoded(path: Path) -> tuple[Image.Image, Head]:
         upright = ImageOps.exif_transpose(image)
     if upright.size != (head.width, head.height):
         found = f"{upright.width}x{upright.height}"
-        raise DataError(f"{path} was decoded to {found} pixels and its head says {head.width}x{head.height}")
-    if upright.mode == "La":  # which nothing converts
+        raise DataError(f"{path} was decoded to {found} pixels, but its header says {head.width}x{head.height}")
+    if upright.mode == "La":  # no other function converts this mode
         upright = upright.convert("LA")
     return upright, head
 
 
 def alpha_of(image: Image.Image) -> np.ndarray | None:
-    """(height, width) uint8 of a decoded picture; None where it has no transparency."""
+    """Return a decoded picture's alpha as (height, width) uint8; None if it has no transparency."""
     if not image.has_transparency_data:
         return None
     key = image.info.get("transparency")
     if isinstance(key, int) and (image.mode in ("1", "L") or image.mode.startswith("I")):
-        # one transparent grey: PIL looks for it among 8-bit values, and some versions not rightly among bits
+        # One transparent grey: PIL compares it with 8-bit values, and some versions compare bits wrongly.
         return np.where(np.asarray(image) == (bool(key) if image.mode == "1" else key), 0, 255).astype(np.uint8)
     return np.asarray(image.convert("RGBA").getchannel("A"))
 
 
 def _webp_pixels(head: bytes) -> int:
-    """Of a WebP file's canvas, for which some versions of PIL take memory before they ask how large it is; else 0."""
+    """Pixels of a WebP file's canvas, else 0. Some versions of PIL allocate the canvas before they check its size."""
     if head[:4] != b"RIFF" or head[8:12] != b"WEBP":
         return 0
     if head[12:16] == b"VP8X":
@@ -190,7 +191,7 @@ def _webp_pixels(head: bytes) -> int:
 
 def _head(image: Image.Image, path: Path) -> Head:
     tiles = getattr(image, "tile", [])
-    raw = str(tiles[0][3]) if tiles else ""  # before anything decodes the picture and empties them
+    raw = str(tiles[0][3]) if tiles else ""  # read before decoding, which empties the list
     width, height = image.size
     lost = not image.mode.startswith("I") and ";16" in raw
     inverted = False
@@ -198,12 +199,12 @@ def _head(image: Image.Image, path: Path) -> Head:
         tags = image.tag_v2  # type: ignore[attr-defined]
         if why := tiff.refusal(tags):
             raise DataError(f"{path} {why}")
-        width, height = tags[tiff.WIDTH], tags[tiff.HEIGHT]  # some versions of PIL have turned the size, some have not
+        width, height = tags[tiff.WIDTH], tags[tiff.HEIGHT]  # only some versions of PIL have already rotated the size
         deep, photometric = tiff.bits_of(tags) == 16, tags[tiff.PHOTOMETRIC]
         lost = deep and photometric not in (tiff.WHITE_IS_ZERO, tiff.GREY)
         inverted = deep and photometric == tiff.WHITE_IS_ZERO
     elif image.format == "PPM" and image.mode == "RGB":
-        largest = re.findall(r"\d+", raw)  # its largest value stands beside the name
+        largest = re.findall(r"\d+", raw)  # the name contains the largest value
         lost = bool(largest) and int(largest[-1]) > 255
     if image.mode == "F":
         raise DataError(f"{path} holds 32-bit floats; 8 and 16 bit integers are read")
@@ -213,7 +214,7 @@ def _head(image: Image.Image, path: Path) -> Head:
 
 
 def _exif(image: Image.Image) -> Image.Exif:
-    """PIL decodes a PNG to know it, as it may stand behind the pixels; here only where something does."""
+    """Return the EXIF data. PIL decodes any PNG first, as EXIF may follow the pixels; here only if a chunk follows."""
     file = getattr(image, "fp", None)
     if image.format != "PNG" or file is None or "exif" in image.info:
         return image.getexif()
@@ -232,8 +233,8 @@ def _mend_transparency(image: Image.Image, head: Head, path: Path) -> None:
     key = image.info.get("transparency")
     if image.format != "PNG" or key is None:
         return
-    if head.raw in ("L;2", "L;4"):  # PIL scales the pixels to 8 bits and leaves the transparent grey as it is
+    if head.raw in ("L;2", "L;4"):  # PIL scales the pixels to 8 bits, but not the transparent grey
         image.info["transparency"] = key * {"L;2": 85, "L;4": 17}[head.raw]
     elif image.mode == "RGB" and head.lost:
         del image.info["transparency"]
-        warnings.warn(f"{path}: its transparent colour has 16 bits and is left out (PIL reads 8 of them)", stacklevel=3)
+        warnings.warn(f"{path}: its transparent colour has 16 bits and is ignored (PIL reads 8 of them)", stacklevel=3)

@@ -1,9 +1,9 @@
-"""Rain on clean pictures: to train and test deraining without a data set.
+"""Render rain on clean pictures, to train and test deraining without a data set.
 
 fastnce rain PHOTOS --out DIR               # DIR/rain/NAME.png and DIR/norain/NAME.png
 fastnce rain PHOTOS --out DIR --unpaired    # DIR/trainA (rainy) and DIR/trainB (clean), of different pictures
 
-`render_rain` works on tensors on any device, so that it can also be an augmentation.
+`render_rain` works on tensors on any device, so it can also serve as an augmentation.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..common.locking import hold
-from ..common.writing import check_free, distinct_names, partial_name, show_together, sweep
+from ..common.writing import check_free, distinct_names, move_together, partial_name, sweep
 from .encoding import save_image
 from .folder import DataError, find_images, load_image
 
@@ -30,25 +30,25 @@ Range = tuple[float, float]
 
 @dataclass(frozen=True)
 class RainOptions:
-    """What the rain is like; every picture draws its own values, uniformly from (low, high).
+    """Parameters of the rain. Each picture draws its own values, uniformly from (low, high).
 
-    Lengths are shares of the picture's shorter side, so that photographs of any size look alike.
+    Lengths are fractions of the picture's shorter side, so that photographs of any size look alike.
     """
 
     density: Range = (0.06, 0.2)
-    """Share of the picture that streaks cover."""
+    """Fraction of the picture that streaks cover."""
     length: Range = (0.07, 0.18)
-    """Of the nearest streaks."""
+    """Length of the nearest streaks."""
     width: Range = (0.004, 0.008)
-    """Of the nearest streaks, at half their brightness; never thinner than a pixel."""
+    """Width of the nearest streaks at half their brightness; at least one pixel."""
     angle: Range = (-25.0, 25.0)
-    """Degrees from the vertical; positive leans to the right at the top."""
+    """Degrees from the vertical; positive values lean to the right at the top."""
     opacity: Range = (0.4, 0.8)
-    """Of the nearest and brightest streaks, 0 to 1."""
+    """Opacity of the nearest and brightest streaks, 0 to 1."""
     haze: Range = (0.0, 0.15)
-    """How much of the light is lost to the veil where it is thickest, 0 to 1."""
+    """Fraction of the light that the veil absorbs where it is thickest, 0 to 1."""
     layers: int = 3
-    """Depths: streaks farther away are shorter, thinner, fainter and more of them."""
+    """Number of depths. Farther streaks are shorter, thinner, fainter and more numerous."""
 
     def __post_init__(self) -> None:
         least = {"length": 1e-3, "width": 1e-4, "angle": -80.0}
@@ -72,27 +72,29 @@ def render_rain(
     *,
     side: int | None = None,
 ) -> Tensor:
-    """Pictures as if it rained.
+    """Render rain on images.
 
-    A veil of haze (thicker towards the top, where scenes are far away), then streaks from the farthest layer to the
-    nearest. A layer is sparse noise convolved with one motion-blurred drop; light in a streak is the drop's, which
-    shows the bright sky, so dark places change more than bright ones and nothing becomes brighter than that light.
+    First a veil of haze is added, thicker towards the top, where scenes are far away. Then streaks are added from the
+    farthest layer to the nearest. A layer is sparse noise convolved with one motion-blurred drop. A streak has the
+    light of its drop, which shows the bright sky: dark places change more than bright ones, and nothing becomes
+    brighter than that light.
 
     Args:
         clean: (images, 1 or 3, height, width) float in [-1, 1].
-        generator: where the draws come from; with one on the CPU, the same rain falls on every device.
-        side: what lengths are shares of, in pixels; the shorter side unless given. A crop takes that of the photograph
-            that it was cut from.
+        options: of the rain; None for the defaults.
+        generator: of the random draws. With a CPU generator, the rain is the same on every device.
+        side: length in pixels that the options' lengths are fractions of; default the shorter side. For a crop, pass
+            the shorter side of its photograph.
 
     Returns:
         the same shape, dtype and device.
 
     Raises:
-        ValueError: another shape.
+        ValueError: the shape is wrong.
     """
     options = options or RainOptions()
     if clean.dim() != 4 or clean.shape[1] not in (1, 3):
-        raise ValueError(f"pictures must be (images, 1 or 3, height, width), not {tuple(clean.shape)}")
+        raise ValueError(f"clean must be (images, 1 or 3, height, width), not {tuple(clean.shape)}")
     images, _, height, width = clean.shape
     device = clean.device
     source = device if generator is None else generator.device
@@ -125,8 +127,9 @@ def render_rain(
         across = down * lean.sin() + right * lean.cos()
         ends = 0.35 * long  # streaks fade in and out
         drop = ((long / 2 - along) / ends + 0.5).clamp(0, 1) * torch.exp(-4 * math.log(2) * (across / wide) ** 2)
-        chance = density / options.layers / (long.clamp(max=height) * wide).clamp(min=1.0)  # inside, a crop cuts it
-        # the brightest are few
+        # the clamp to `height` counts only the part of a streak inside the image
+        chance = density / options.layers / (long.clamp(max=height) * wide).clamp(min=1.0)
+        # squaring makes bright drops rare
         drops = (draw(images, height, width) < chance) * draw(images, height, width).square().mul(0.8).add(0.2)
         streaks = torch.fft.irfft2(torch.fft.rfft2(drops) * torch.fft.rfft2(drop), s=(height, width))
         cover = (opacity * near**0.5 * streaks.clamp(0, 1))[:, None]
@@ -144,21 +147,24 @@ def write_rain(
     test: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, int]:
-    """Render rain on a picture or on every picture of a folder.
+    """Render rain on a picture or on every picture of a folder, and write 8-bit PNG files.
 
     Args:
-        out: receives `rain` and `norain`; with `unpaired`, `trainA` and `trainB`, each of half the pictures, so that no
-            rainy picture's own truth is in trainB. Pictures are written as 8-bit PNG.
-        seed: the rain of the picture at a place in the sorted folder follows from (seed, place).
-        test: so many pictures are kept out of the rest and written as pairs to `test/rain` and `test/norain`.
+        source: a picture or a folder.
+        out: receives the folders `rain` and `norain`. With `unpaired`, it receives `trainA` and `trainB`, each from one
+            half of the pictures, so that trainB never contains the clean version of a picture in trainA.
+        options: of the rain; None for the defaults.
+        seed: the rain on a picture depends only on (seed, position in the sorted folder).
+        unpaired: see `out`.
+        test: number of pictures that are held out and written as pairs to `test/rain` and `test/norain`.
         progress: called with a sentence after each picture.
 
     Returns:
-        folder -> pictures in it.
+        folder -> number of pictures in it.
 
     Raises:
-        DataError: no picture, too few, a folder in the way or a file that cannot be read. Nothing is written then.
-        InUse: another process writes there.
+        DataError: there are too few pictures, an output folder exists, or a file cannot be read. Nothing is written.
+        InUse: another process writes to `out`.
     """
     source, out = Path(source), Path(out)
     options = options or RainOptions()
@@ -185,7 +191,7 @@ def write_rain(
     tops = sorted({f.split("/")[0] for kind in set(kind_of.values()) for f in parts[kind] if f})
     top, own = (os.path.join(os.path.realpath(folder), "") for folder in (source, out))
     if source.is_dir() and own.startswith(top):
-        raise DataError(f"{out} lies in {source}, which would hold rainy pictures then: take another folder for --out")
+        raise DataError(f"{out} is in {source}, which would then hold rainy pictures: take another folder for --out")
     names = distinct_names(files, source if source.is_dir() else source.parent, ".png")
     folders = [parts[kind_of[place]] for place in range(len(files))]
     with hold(out, "fastnce rain", "take another folder for --out"):
@@ -217,14 +223,14 @@ def _write(
                 counts[folder] = counts.get(folder, 0) + 1
             if progress is not None:
                 progress(f"{place + 1}/{len(names)} {file.name}")
-        show_together(aside, out, sorted(entry.name for entry in aside.iterdir()))
+        move_together(aside, out, sorted(entry.name for entry in aside.iterdir()))
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return counts
 
 
 def parse_range(name: str, text: str) -> Range:
-    """ "0.1" or "0.1:0.3" as (low, high); ValueError for anything else."""
+    """Parse "0.1" or "0.1:0.3" to (low, high); raise ValueError for anything else."""
     low, _, high = text.partition(":")
     try:
         return float(low), float(high or low)
@@ -233,10 +239,10 @@ def parse_range(name: str, text: str) -> Range:
 
 
 def parse_ranges(name: str, text: str) -> dict[str, Any]:
-    """ "density=0.1:0.3, angle=-10:10, layers=2" as arguments of `RainOptions`; `name` is the option that held it.
+    """Parse "density=0.1:0.3, angle=-10:10, layers=2" to arguments of `RainOptions`; `name` is the option's name.
 
     Raises:
-        ValueError: an unknown range, or one that is none.
+        ValueError: an unknown key, or a value that is not a range.
     """
     found: dict[str, Any] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
@@ -249,12 +255,15 @@ def parse_ranges(name: str, text: str) -> dict[str, Any]:
             except ValueError:
                 raise ValueError(f"{name}: {key} must be a number or LOW:HIGH, not {value!r}") from None
         else:
-            raise ValueError(f"{name}: {part!r} is no range of rain; write {', '.join(RANGES)} =LOW:HIGH, or layers=N")
+            raise ValueError(
+                f"{name}: {part!r} is not a range of rain; write KEY=LOW:HIGH with KEY one of {', '.join(RANGES)}, or "
+                f"layers=N"
+            )
     return found
 
 
 def join_negative(arguments: list[str]) -> list[str]:
-    """`--angle -10:10` as `--angle=-10:10`: argparse takes a value that begins with a dash for an option."""
+    """Join `--angle -10:10` to `--angle=-10:10`: argparse takes a value that begins with a dash for an option."""
     joined: list[str] = []
     for argument in arguments:
         if joined and joined[-1] == "--angle" and argument[:1] == "-":
@@ -265,4 +274,4 @@ def join_negative(arguments: list[str]) -> list[str]:
 
 
 RANGES = [f.name for f in fields(RainOptions) if f.name != "layers"]
-"""The options that are ranges, in order."""
+"""Names of the options that are ranges, in order."""

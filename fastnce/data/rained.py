@@ -1,4 +1,4 @@
-"""Rain as an augmentation: rainy pictures made of clean crops while training, so that clean photographs are enough."""
+"""Rain as an augmentation: render rain on clean crops during training, so that clean photographs suffice."""
 
 from __future__ import annotations
 
@@ -17,26 +17,25 @@ from .rain import RainOptions, render_rain
 from .unpaired import UnpairedData
 
 RAIN = 2
-"""Stream of the Philox key, beside those of `Order`."""
+"""Stream of the Philox key, different from those of `Order`."""
 WORDS = 6
 
 
 class RainedData(UnpairedData):
-    """`UnpairedData` where a share of A's pictures is drawn from B and rained on.
+    """`UnpairedData` in which a share of A's pictures are pictures of B with rendered rain.
 
-    Which ones, their crops and their rain follow from (seed, step) and the place in the global batch: a run continues
-    bit for bit, and the number of ranks changes nothing. A picture under rain is drawn on its own, B's part of the
-    batch shows other crops.
+    The pictures, their crops and their rain depend only on (seed, step) and the position in the global batch: a
+    continued run is bit-equal, and the number of ranks changes nothing. Pictures for rain are drawn independently of
+    B's part of the batch, which shows other crops.
 
     Args:
-        root: holds trainA and trainB; with `share` 1, trainA is not needed (and not read).
-        share: probability that a picture of A is a rained one, from above 0 to 1.
-        rain: what the rain is like. Lengths are shares of the picture's shorter side as it lies in the cache, before it
-            is cropped.
-        arguments: as `UnpairedData`; 1 or 3 channels.
+        root: holds trainA and trainB. With `share` 1, trainA is not needed and not read.
+        share: probability that a picture of A is a rained one, above 0 and at most 1.
+        rain: parameters of the rain. Lengths are fractions of the cached picture's shorter side, before cropping.
+        arguments: see `UnpairedData`; 1 or 3 channels.
 
     Raises:
-        DataError: as `UnpairedData`, or a share or number of channels that does not fit.
+        DataError: see `UnpairedData`; or the share or the number of channels is out of range.
     """
 
     def __init__(
@@ -45,10 +44,10 @@ class RainedData(UnpairedData):
         if not 0 < share <= 1:
             raise DataError(f"share={share} should be above 0 and at most 1")
         if arguments.get("channels", 3) not in (1, 3):
-            raise DataError(f"rain falls on pictures of 1 or 3 channels, not {arguments['channels']}")
+            raise DataError(f"rain is rendered on pictures of 1 or 3 channels, not {arguments['channels']}")
         self.share, self.rain = share, rain or RainOptions()
         if torch.device(arguments.get("device", "cpu")).type != "cpu":
-            # rain is drawn on the CPU and sent in dozens of copies that wait for the device: beside the step, not in it
+            # Rain is drawn on the CPU and sent in dozens of synchronous copies: run them beside the training step.
             arguments.setdefault("ahead", True)
         super().__init__(root, **arguments)
         self.skipped = list(dict.fromkeys(self.skipped))  # trainB may have been opened for both domains
@@ -65,7 +64,7 @@ class RainedData(UnpairedData):
         return super()._stored(caches[1:]) * 2  # one copy on the device
 
     def sizes(self) -> tuple[dict[tuple[int, int], Path], dict[tuple[int, int], Path]]:
-        """As `UnpairedData.sizes`; a picture of A may be one of B under rain."""
+        """See `UnpairedData.sizes`. A picture of A may be one of B with rain."""
         a, b = super().sizes()
         return {**b, **a}, b
 
@@ -97,7 +96,7 @@ class RainedData(UnpairedData):
         return a.contiguous(memory_format=torch.channels_last), b
 
     def samples(self, count: int, phase: str = "test") -> tuple[torch.Tensor, torch.Tensor]:
-        """As `UnpairedData.samples`; under rain where A's samples would be clean training pictures."""
+        """See `UnpairedData.samples`. If A's samples would be clean training pictures, rain is rendered on them."""
         a, b = super().samples(count, phase)
         try:
             domain_folders(self.root, phase)

@@ -1,4 +1,4 @@
-"""One picture a domain: crops of a zoomed picture, as SinCUT is trained (Park et al., ECCV 2020, section 4.4).
+"""One picture per domain: crops of a zoomed picture, as SinCUT is trained (Park et al., ECCV 2020, section 4.4).
 
 ::
 
@@ -20,30 +20,31 @@ from .augment import send
 from .folder import DataError, Folder, domain_folders, load_image
 from .order import philox_words
 
-STREAM_A, STREAM_B = 2, 3  # apart from the streams of `order`
+STREAM_A, STREAM_B = 2, 3  # different from the streams of `order`
 
 
 class SinglePictureData:
     """Batches of crops of two pictures, with the interface of `UnpairedData`.
 
-    Each batch has one zoom a domain, drawn for width and height on their own, and its crops are different cells of one
-    grid, so that no two overlap: negatives never show the place of their query. (The published loader means to do both,
-    but its shuffling mixes zooms and lets cells repeat.) Where the zoomed picture would have fewer cells than the batch
-    has crops, it is zoomed less.
+    Each batch draws one zoom per domain, independently for width and height. Its crops are different cells of one grid,
+    so no two overlap and negatives never show the place of their query. (The published loader intends both, but its
+    shuffling mixes zooms and repeats cells.) If the zoomed picture had fewer cells than the batch has crops, it is
+    zoomed less.
 
     Args:
         root: holds trainA and trainB with one picture each.
         crop_size: side of the crops.
         channels: 1, 3 or the files' own number.
         flip: mirror crops left to right with probability 1/2.
-        batch: crops of each domain, a rank and step.
-        seed, rank, world: `world` ranks of batch b see together what one of batch world*b sees.
-        device: where the pictures stay and batches appear.
-        zoom: smallest factor, in (0, 1]; the largest is 1.
-        crops_per_epoch: what counts as an epoch.
+        batch: crops per domain, rank and step.
+        seed, rank, world: together, `world` ranks of batch b see what one rank of batch world*b sees.
+        device: of the pictures and the batches.
+        zoom: smallest zoom factor, in (0, 1]; the largest is 1.
+        crops_per_epoch: number of crops that count as an epoch.
 
     Raises:
-        DataError: not one picture a domain, a picture that cannot be read, or one too small for a batch.
+        DataError: a domain does not have exactly one picture, or the picture cannot be read or is too small for a
+            batch.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class SinglePictureData:
     def _read(self, folder: Folder) -> Tensor:
         if len(folder) != 1:
             raise DataError(
-                f"{folder.path} holds {len(folder)} pictures; single-picture training takes exactly one a domain"
+                f"{folder.path} holds {len(folder)} pictures; single-picture training takes exactly one per domain"
             )
         path = folder.file(0)
         picture = load_image(path, self.channels)[None].to(self.device)
@@ -95,7 +96,7 @@ class SinglePictureData:
         return picture
 
     def batch(self, step: int, *, decaying: bool = False) -> tuple[Tensor, Tensor]:
-        """The crops of one step, a function of (seed, rank, step) alone; `decaying` changes nothing here.
+        """Return the crops of one step. They depend only on (seed, rank, step); `decaying` has no effect.
 
         Returns:
             A and B, float32 (batch, channels, crop_size, crop_size) in [-1, 1], channels-last in memory.
@@ -104,10 +105,10 @@ class SinglePictureData:
         return self._crops(a, STREAM_A, step), self._crops(b, STREAM_B, step)
 
     def prepare(self, *, decaying: bool = False) -> None:
-        """Nothing: both pictures are in memory."""
+        """Do nothing: both pictures are in memory."""
 
     def cached(self, *, decaying: bool = False) -> dict[Path, int]:
-        """No file: the pictures are read anew by every run."""
+        """Return no files: every run reads the pictures again."""
         return {}
 
     def _crops(self, picture: Tensor, stream: int, step: int) -> Tensor:
@@ -131,7 +132,7 @@ class SinglePictureData:
         return crops.contiguous(memory_format=torch.channels_last)
 
     def zoomed(self, height: int, width: int, y: float, x: float) -> tuple[int, int]:
-        """Sides of the zoomed picture for draws in [0, 1): brought towards full size until a batch fits."""
+        """Return the sides of the zoomed picture for draws in [0, 1), enlarged towards full size until a batch fits."""
         for shrink in np.linspace(1.0, 0.0, 21):
             sides = [
                 max(self.crop, round(side * (1 - shrink * (1 - self.zoom) * (1 - draw))))
@@ -142,10 +143,10 @@ class SinglePictureData:
         return sides[0], sides[1]
 
     def samples(self, count: int, phase: str = "train") -> tuple[Tensor, Tensor]:
-        """The whole pictures, one of each domain, sides cut to multiples of 4; `count` and `phase` change nothing."""
+        """Return the picture of each domain, cut to sides of multiples of 4; `count` and `phase` have no effect."""
         a, b = (p[:, :, : p.shape[2] // 4 * 4, : p.shape[3] // 4 * 4] for p in self._pictures)
         return a, b
 
     def digest(self) -> str:
-        """64 hexadecimal digits that change when a picture is renamed or written again."""
+        """Return 64 hexadecimal digits that change when a picture is renamed or written again."""
         return hashlib.sha256(json.dumps([folder.listing() for folder in self._folders]).encode()).hexdigest()

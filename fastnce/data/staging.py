@@ -1,10 +1,10 @@
-"""The next batch is made while the device computes with the present one.
+"""Make the next batch while the device computes with the current one.
 
     staging = Staging(make, torch.device("cuda"))
-    real_a, real_b = staging.take(step, decaying)  # make(step, decaying), most likely ready
+    real_a, real_b = staging.take(step, decaying)  # make(step, decaying), usually ready
 
-For data sets that do not fit into the device's memory: a thread reads the windows (perhaps from the disk) into
-page-locked memory, and a stream of its own copies, crops, mirrors and normalises them beside the training step.
+This is for data sets that do not fit into the device's memory. A thread reads the windows, possibly from the disk, into
+page-locked memory. A separate stream copies, crops, mirrors and normalises them beside the training step.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ Pictures = tuple[Tensor, Tensor]
 
 
 class Staging:
-    """Batches of consecutive steps, one ahead; any other step is made when it is asked for.
+    """Batches of consecutive steps, one made ahead. A batch of any other step is made on request.
 
     Args:
-        make: (step, decaying) to A and B on `device`, launched on the current stream; called from one thread only.
-        device: with streams (CUDA, XPU) the work goes on one of its own; on the CPU only the thread is beside.
+        make: (step, decaying) -> A and B on `device`, launched on the current stream. Only one thread calls it.
+        device: on a device with streams (CUDA, XPU), the work runs on a separate stream; on the CPU, only in the
+            thread.
     """
 
     def __init__(self, make: Callable[[int, bool], Pictures], device: torch.device):
@@ -35,17 +36,17 @@ class Staging:
         self.ahead: tuple[tuple[int, bool], Future[tuple[Pictures, Any]]] | None = None
 
     def take(self, step: int, decaying: bool) -> Pictures:
-        """The pictures of a step; those of the next one are begun.
+        """Return the batch of a step, and start making the next one.
 
-        Whatever is launched on the current stream from now on sees them whole, and their memory is not handed out again
-        before it has been used.
+        Work launched on the current stream from now on sees the complete batch, and the batch's memory is not reused
+        before that work has finished.
         """
         wanted = (step, decaying)
         if self.ahead is None or self.ahead[0] != wanted:
             self._begin(*wanted)
         assert self.ahead is not None
         future = self.ahead[1]
-        self.ahead = None  # also where the result is an error: the next call asks anew
+        self.ahead = None  # even if the result is an error: the next call then starts again
         pictures, ready = future.result()
         self._begin(step + 1, decaying)
         if self.module is not None:
@@ -68,6 +69,6 @@ class Staging:
         return pictures, ready
 
     def close(self) -> None:
-        """End the thread; a batch that it is making is finished first."""
+        """Stop the thread after the batch that it is making."""
         self.ahead = None
         self.thread.shutdown(cancel_futures=True)

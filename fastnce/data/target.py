@@ -1,4 +1,4 @@
-"""What a picture is resized to before it is cropped."""
+"""The size of pictures before cropping."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +10,11 @@ PREPROCESS = ("resize_and_crop", "crop", "scale_width_and_crop", "scale_shortsid
 
 @dataclass(frozen=True)
 class Target:
-    """What a picture is resized to before it is cropped; `load` and `crop` are (height, width).
+    """The preprocessing that resizes a picture before cropping; `load` and `crop` are (height, width).
 
-    The modes are the published ones. "crop" keeps the picture's size, "scale_width_and_crop" sets its width,
-    "scale_shortside_and_crop" only enlarges, both when they are too small; "none" rounds sides to a multiple of 4.
+    The modes are the published ones. "resize_and_crop" resizes to `load`. "crop" keeps the size and
+    "scale_shortside_and_crop" only enlarges: both enlarge a picture that is smaller than `load`. "scale_width_and_crop"
+    sets the width. "none" rounds the sides to multiples of 4.
     """
 
     preprocess: str
@@ -25,14 +26,14 @@ class Target:
     def checked(
         cls, preprocess: str, load: int | tuple[int, int], crop: int | tuple[int, int], channels: int
     ) -> "Target":
-        """Raises DataError where the settings contradict each other."""
+        """Check the settings; raise DataError if they contradict each other."""
         if preprocess not in PREPROCESS:
             raise DataError(f"preprocess={preprocess!r} is none of {', '.join(PREPROCESS)}")
         if channels < 1:
             raise DataError(f"channels should be at least 1, not {channels}")
         load, crop = pair("load_size", load), pair("crop_size", crop)
         if preprocess in ("crop", "none"):
-            load = crop  # load_size has no part in these: nothing changes when the learning rate decays
+            load = crop  # these modes ignore load_size: nothing changes when the learning rate decays
         if preprocess != "none" and (crop[0] % 4 or crop[1] % 4):
             raise DataError(f"the sides of crop_size should be multiples of 4, not {crop}")
         if load[1] < crop[1] or (load[0] < crop[0] and preprocess != "scale_width_and_crop"):
@@ -40,11 +41,11 @@ class Target:
         return cls(preprocess, load, crop, channels)
 
     def decaying(self) -> "Target":
-        """Once the learning rate decays, load_size becomes crop_size (published rule of CUT)."""
+        """Return the target for the decay of the learning rate: load_size becomes crop_size (published rule of CUT)."""
         return Target(self.preprocess, self.crop, self.crop, self.channels)
 
     def size(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) to which a picture of this size is resized."""
+        """Return the (height, width) to which a picture of this size is resized."""
         if self.preprocess == "resize_and_crop":
             return self.load
         if self.preprocess == "scale_width_and_crop":
@@ -57,7 +58,7 @@ class Target:
         return (height, width) if scale <= 1 else (round(height * scale), round(width * scale))
 
     def key(self) -> dict[str, Any]:
-        """The settings that decide about the cached pixels, and only those."""
+        """Return the settings that change the cached pixels, and only those."""
         key = {"filter": "bicubic", "preprocess": self.preprocess, "channels": self.channels}
         if self.preprocess != "none":
             key["load"] = self.load

@@ -1,7 +1,7 @@
-"""Which TIFF files are read rightly, told by their tags.
+"""Decide from a TIFF file's tags whether PIL reads it correctly.
 
-PIL chooses a mode from some of the tags and reads what does not fit it as noise, as a negative or on another scale, and
-says nothing. Here the tags decide; each kind that is let through was compared with what its tags mean.
+PIL chooses a mode from some of the tags. It silently reads files that do not fit the mode as noise, as a negative or on
+another scale. Each kind of file that passes these checks was compared with the meaning of its tags.
 """
 
 import struct
@@ -12,7 +12,7 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, SAMPLES, PLANAR = 256, 257, 258, 259, 262, 277, 284
 FILL_ORDER = 266
-STRIPS, TILES = 273, 324  # where they begin
+STRIPS, TILES = 273, 324  # their offsets
 COLOUR_MAP, INK_SET, EXTRA_SAMPLES, SAMPLE_FORMAT, SUBSAMPLING, REFERENCE = 320, 332, 338, 339, 530, 532
 PLAIN, JPEG = 1, 7
 FAX = (2, 3, 4)
@@ -35,17 +35,17 @@ KINDS = {2: "signed integers", 3: "floats", 5: "complex integers", 6: "complex f
 FULL_RANGE = (0.0, 255.0, 128.0, 255.0, 128.0, 255.0)
 MOST_TAGS, MOST_VALUES = 1 << 16, 1 << 16
 INTEGERS = {3: "H", 4: "I"}
-BYTES = (1, 2, 6, 7)  # types whose values PIL leaves as they are, such as those of colour profiles
-LISTS = (BITS, STRIPS, STRIPS + 6, TILES, TILES + 1, EXTRA_SAMPLES, SAMPLE_FORMAT)  # lists whatever their type
+BYTES = (1, 2, 6, 7)  # types whose values PIL keeps as bytes, such as those of colour profiles
+LISTS = (BITS, STRIPS, STRIPS + 6, TILES, TILES + 1, EXTRA_SAMPLES, SAMPLE_FORMAT)  # PIL makes lists of these anyway
 
 
 def bits_of(tags: Mapping[int, Any]) -> int:
-    """Bits of a sample; of the deepest where they differ."""
+    """Return the bits per sample, of the deepest if they differ."""
     return max(_several(tags, BITS, 1))
 
 
 def refusal(tags: Mapping[int, Any]) -> str:
-    """Why a file with these tags is not read and what would be, to follow its name; empty where it is read."""
+    """Return why a file with these tags is refused and what is accepted, to follow its name; empty if accepted."""
     bits, samples = set(_several(tags, BITS, 1)), tags.get(SAMPLES, 1)
     compression, photometric, planar = tags.get(COMPRESSION, PLAIN), tags.get(PHOTOMETRIC), tags.get(PLANAR, 1)
     extra = _several(tags, EXTRA_SAMPLES)
@@ -65,11 +65,11 @@ def refusal(tags: Mapping[int, Any]) -> str:
         return f"holds samples of {depths} bits; {', '.join(map(str, DEPTHS[photometric]))} are read of such colours"
     if samples != COLOURS[photometric] + len(extra) and not (photometric == RGB and samples == 4 and not extra):
         return (
-            f"has {samples} samples a pixel and names {COLOURS[photometric]} colours and {len(extra)} extra samples; "
-            "the numbers should agree"
+            f"has {samples} samples per pixel, but its tags name {COLOURS[photometric]} colours and {len(extra)} extra "
+            "samples; the numbers should agree"
         )
     if photometric == PALETTE and 0 < max(_several(tags, COLOUR_MAP, 0)) < 256:
-        return "has a palette of 8-bit values, with which it would be black; TIFF's palettes hold 16-bit values"
+        return "has a palette of 8-bit values, which PIL would read as black; TIFF's palettes hold 16-bit values"
     if photometric == CMYK and tags.get(INK_SET, 1) != 1:
         return "holds inks other than CMYK; grey, palette, RGB, CMYK and YCbCr are read"
     if photometric == YCBCR and compression != JPEG:
@@ -94,9 +94,9 @@ def refusal(tags: Mapping[int, Any]) -> str:
 
 
 def refusal_of_head(file: BinaryIO) -> str:
-    """Why PIL should not even read the tags: it makes a Python number of each value that they hold.
+    """Return why PIL should not even read the tags; empty if it may, or if the file is not a TIFF.
 
-    Empty where it may, or where the file is no TIFF. A picture may have as many values as pixels, a strip for each.
+    PIL makes a Python number of each value in the tags. A picture may have as many values as pixels: one strip each.
     """
     file.seek(0)
     head = file.read(16)
@@ -122,7 +122,7 @@ def refusal_of_head(file: BinaryIO) -> str:
 
 
 def refusal_of_file(file: BinaryIO) -> str:
-    """The same for a file that PIL does not take for a picture; empty where it is no TIFF."""
+    """Return why PIL does not recognise this file as a picture; empty if it is not a TIFF."""
     file.seek(0)
     head = file.read(8)
     if head[:4] == b"MM\0\x2b":

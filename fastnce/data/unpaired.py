@@ -1,4 +1,4 @@
-"""Unpaired image folders, decoded once, cropped and mirrored on the device.
+"""Unpaired image folders: decoded once, then cropped and mirrored on the device.
 
 ::
 
@@ -27,30 +27,30 @@ CACHE_BUDGET = 2 << 30  # bytes of device memory: horse2zebra at 286x286 takes 0
 
 
 class UnpairedData:
-    """Batches of two domains as unpaired translation is trained (CUT, Park et al. 2020, published loader).
+    """Batches of two domains for unpaired translation (published loader of CUT, Park et al. 2020).
 
-    Opening decodes what is not in the cache yet, so every file that cannot be used is known before training.
+    Opening decodes every picture that is not cached yet, so unusable files are found before training.
 
     Args:
-        root: holds {phase}A and {phase}B; for "test", valA and valB where testA is absent.
-        load_size, crop_size: int or (height, width). Pictures are resized to load_size (bicubic), then crop_size is cut
-            out at random; once `decaying`, they are resized to crop_size at once. Sides of crop_size: multiples of 4.
+        root: holds {phase}A and {phase}B. For "test", valA and valB are used if testA does not exist.
+        load_size, crop_size: int or (height, width). Pictures are resized to load_size (bicubic), then a random crop of
+            crop_size is taken; once `decaying`, they are resized to crop_size. Sides of crop_size: multiples of 4.
         channels: 1, 3 or the files' own number.
         preprocess: "resize_and_crop", "crop", "scale_width_and_crop", "scale_shortside_and_crop" or "none" (whole
             pictures, sides rounded to multiples of 4, only for batch=1).
         flip: mirror left to right with probability 1/2.
-        batch: pictures of each domain, a rank and step.
-        seed, rank, world: `world` ranks of batch b see together, step for step, what one of batch world*b sees.
-        device: where batches appear.
-        cache_dir: default `root`/.fastnce-cache, or the user's cache folder where root cannot be written.
-        cache_budget: bytes. Both domains stay in the memory of a device when they fit; otherwise windows are sent,
-            those of the next step while the present one is computed. The CPU reads the mapped cache and ignores it.
-        ahead: make the next step's batch in a thread; None decides: where windows are sent.
-        skip_bad: pass over files that cannot be used and list them in `skipped`, as (path, reason).
-        progress: called with a sentence now and then while pictures are decoded.
+        batch: pictures per domain, rank and step.
+        seed, rank, world: at each step, `world` ranks of batch b together see what one rank of batch world*b sees.
+        device: of the batches.
+        cache_dir: default `root`/.fastnce-cache, or the user's cache folder if root cannot be written.
+        cache_budget: bytes. If both domains fit, they stay in the device's memory. Otherwise only the crops are sent,
+            those of the next step during the current one. The CPU reads the mapped cache and ignores this.
+        ahead: make the next step's batch in a thread; None: only if crops are sent.
+        skip_bad: skip files that cannot be used and list them in `skipped` as (path, reason).
+        progress: called with a sentence every few seconds while pictures are decoded.
 
     Raises:
-        DataError: folders, files or settings that cannot be used; all bad files are named.
+        DataError: folders, files or settings cannot be used. The message names all bad files.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class UnpairedData:
         self.root = Path(root)
         self.target = Target.checked(preprocess, load_size, crop_size, channels)
         if batch < 1 or (preprocess == "none" and batch != 1):
-            wanted = "1 with preprocess='none', which keeps every picture's own size" if batch > 1 else "at least 1"
+            wanted = "1 with preprocess='none', which keeps the size of each picture" if batch > 1 else "at least 1"
             raise DataError(f"batch={batch} should be {wanted}")
         if not 0 <= rank < world:
             raise DataError(f"rank={rank} should be between 0 and world-1, and world is {world}")
@@ -109,15 +109,16 @@ class UnpairedData:
 
     @property
     def one_size(self) -> bool:
-        """Whether the pictures of all steps are of one size."""
+        """Whether the batches of all steps have the same size."""
         return self.target.preprocess != "none"
 
     def batch(self, step: int, *, decaying: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        """The pictures of one step: a function of (seed, rank, step) alone.
+        """Return the batch of one step. It depends only on (seed, rank, step).
 
         Args:
             step: counted from 0 over the whole run.
-            decaying: the learning rate has begun to fall; the first such call makes the cache for it (see `prepare`).
+            decaying: whether the learning rate is decaying. The first such call builds the cache for it (see
+                `prepare`).
 
         Returns:
             A and B, float32 (batch, channels, height, width) in [-1, 1], channels-last in memory.
@@ -125,7 +126,7 @@ class UnpairedData:
         return self._make(step, decaying) if self.staging is None else self.staging.take(step, decaying)
 
     def close(self) -> None:
-        """End the thread that makes batches ahead, if there is one."""
+        """Stop the thread that makes batches ahead, if there is one."""
         if self.staging is not None:
             self.staging.close()
 
@@ -138,19 +139,19 @@ class UnpairedData:
         return store_a.crops(draw_a, size, self.flip), store_b.crops(draw_b, size, self.flip)
 
     def prepare(self, *, decaying: bool = False) -> None:
-        """Make the cache and the stores that `batch(decaying=...)` reads; nothing where they are there already."""
+        """Build the cache and the stores that `batch(decaying=...)` reads, unless they exist."""
         target = self.target.decaying() if decaying else self.target
         if target in self._stores:
             return
         caches = [open_cache(folder, target, self._place, progress=self.progress) for folder in self._folders]
         if self.device.type != "cpu":
-            self._stores.clear()  # two variants at once would take twice the budget
+            self._stores.clear()  # both variants together would exceed the budget
         self._stores[target] = self._stored(caches)
 
     def sizes(self) -> tuple[dict[tuple[int, int], Path], dict[tuple[int, int], Path]]:
-        """(height, width) of the pictures that batches hold of A and of B, each with a file that gives it.
+        """Return every (height, width) of the batches of A and of B, each with an example file.
 
-        They are the same before and after the learning rate decays.
+        The sizes are the same before and after the learning rate decays.
         """
         found: list[dict[tuple[int, int], Path]] = []
         for folder, store in zip(self._folders, next(iter(self._stores.values())), strict=True):
@@ -162,7 +163,7 @@ class UnpairedData:
         return found[0], found[1]
 
     def cached(self, *, decaying: bool = False) -> dict[Path, int]:
-        """The cache files that `batch(decaying=...)` reads, made if need be and checked, each with its bytes."""
+        """Build (if need be) and check the cache files that `batch(decaying=...)` reads; return path -> bytes."""
         self.prepare(decaying=decaying)
         stores = self._stores[self.target.decaying() if decaying else self.target]
         for store in stores:
@@ -174,14 +175,14 @@ class UnpairedData:
         return [PictureStore(cache, self.device, resident) for cache in caches]
 
     def samples(self, count: int, phase: str = "test") -> tuple[torch.Tensor, torch.Tensor]:
-        """The first pictures of each domain, resized to crop_size and nothing else, for sample grids.
+        """Load the first pictures of each domain for sample grids, resized to crop_size without cropping.
 
-        From {phase}A and {phase}B (for "test", valA and valB where testA is absent), or from the training pictures
-        where there are none.
+        They come from {phase}A and {phase}B (for "test", from valA and valB if testA does not exist). Without these
+        folders, they are training pictures.
 
         Returns:
-            A and B on the device, float32 (n, channels, *crop_size) in [-1, 1]; n is `count` or the size of the smaller
-            folder.
+            A and B on the device, float32 (n, channels, *crop_size) in [-1, 1]; n is `count`, or the size of the
+            smaller folder if that is less.
 
         Raises:
             DataError: a picture cannot be used and `skip_bad` is off.
@@ -209,9 +210,9 @@ class UnpairedData:
         return a, b
 
     def digest(self) -> str:
-        """64 hexadecimal digits of the pictures' names and sizes in bytes, for a run to notice that they changed.
+        """Return 64 hexadecimal digits of the files' names and sizes in bytes, so that a run detects changed data.
 
-        Times are left out: a copied data set is the same data set.
+        Modification times are not included: a copied data set is the same data set.
         """
         listings = [[(name, size) for name, size, _ in folder.listing()] for folder in self._folders]
         return hashlib.sha256(json.dumps(listings).encode()).hexdigest()

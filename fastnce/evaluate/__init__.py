@@ -1,4 +1,4 @@
-"""What a translation is worth: PSNR and SSIM against the truth, FID and KID between sets, reports of both."""
+"""Evaluation of translations: PSNR and SSIM against the truth, FID and KID between sets, reports."""
 
 from .quality import DerainingMetrics, luma, psnr, ssim
 

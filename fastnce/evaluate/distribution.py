@@ -1,4 +1,4 @@
-"""FID and KID between two sets of pictures, computed by torch-fidelity (extra ``eval``) with its Inception weights."""
+"""FID and KID between two sets of images, computed by torch-fidelity (extra ``eval``) with its Inception weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 
 class _Levels(Dataset):
-    """uint8 (3, height, width), as torch-fidelity takes them."""
+    """A data set of uint8 (3, height, width), as torch-fidelity expects it."""
 
     def __init__(self, pictures: Sequence[Tensor]):
         self.pictures = pictures
@@ -25,29 +25,31 @@ class _Levels(Dataset):
 
 
 def require_fidelity() -> None:
-    """ValueError where torch-fidelity is not installed: to be told before anything is translated."""
+    """Raise ValueError if torch-fidelity is not installed. Call this before anything is translated."""
     try:
         import torch_fidelity  # noqa: F401
-    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that was built for another torch
+    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision was built for another version of torch
         raise ValueError(f"FID and KID need torch-fidelity: pip install 'fastnce[eval]' ({error})") from None
 
 
 def fid_kid(
     outputs: Sequence[Tensor], reference: Sequence[Tensor], device: torch.device | str = "cpu"
 ) -> dict[str, float]:
-    """Distances between what was made and what is real.
+    """Compute FID and KID between generated and real images.
 
-    FID: Heusel et al., NeurIPS 2017; KID (x 1, not x 100): Binkowski et al., ICLR 2018, over 100 subsets of up to 1,000
-    pictures. With few pictures FID is far too high; compare it only between sets of equal size.
+    FID: Heusel et al., NeurIPS 2017. KID (x 1, not x 100): Binkowski et al., ICLR 2018, over 100 subsets of up to 1,000
+    images. With few images FID is far too high; compare it only between sets of equal size.
 
     Args:
         outputs, reference: uint8 (3, height, width) each, at least two of each; sizes may differ.
+        device: where Inception runs.
 
     Returns:
         "fid", "kid" and "kid_std".
 
     Raises:
-        ValueError: torch-fidelity is not installed, its weights cannot be had, there are too few pictures, or others.
+        ValueError: torch-fidelity is not installed, its weights are not available, or the images are too few or have
+            another dtype or shape.
     """
     require_fidelity()
     from torch_fidelity import calculate_metrics

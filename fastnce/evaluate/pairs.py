@@ -1,17 +1,17 @@
-"""Paired test sets: which rainy picture belongs to which truth.
+"""Paired test sets: match each rainy picture with its truth.
 
-Recognised, with any format of picture, in the folder itself or in its subfolder ``test``:
+These layouts are recognised, in the folder itself or in its subfolder ``test``, with any picture format:
 
 - two folders (``rain`` and ``norain``, ``input`` and ``gt``, ... see `RAINY` and `CLEAN`), matched by name:
   the same stem, ``rain-001``/``norain-001``, ``000``/``000gt``, ``0_rain``/``0_clean``, and several rainy pictures
   for one truth as ``001x2``/``001`` (Rain100H, Rain200) and ``901_14``/``901`` (Rain1400);
-- a folder of rainy pictures, the truths in the folder above it (Rain100L as PReNet unpacks it);
-- both in one folder, told apart by their names;
-- strips: one picture that holds the truth on its left half and the rainy one on its right (Rain800), or the other way
-  round where `rain_side` says so.
+- a folder of rainy pictures, with the truths in its parent folder (Rain100L as PReNet unpacks it);
+- both in one folder, distinguished by their names;
+- strips: one picture with the truth on its left half and the rainy picture on its right half (Rain800). `rain_side`
+  selects the opposite order.
 
-Names are compared as they look, however their accents are encoded (NFC), and without regard to case; where two truths
-differ in nothing but case, the one in the rainy picture's own case is meant.
+Names are compared in NFC, so that the encoding of accents does not matter, and without regard to case. If two truths
+differ only in case, the one with the rainy picture's case is taken.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _CLEAN_WORD = r"(?:norain|no_rain|groundtruth|ground_truth|gt|clean|clear|target
 _ANY_WORD = rf"(?:{_CLEAN_WORD}|{_RAINY_WORD})"
 RAIN_SIDES = ("right", "left")
 RAIN_SIDE_HELP = "the half of strips that is rainy (default %(default)s)"
-SIDE_STRIPS, SIDE_MAJORITY = 20, 0.75  # so many strips are asked which half is rainy, and so many must agree
+SIDE_STRIPS, SIDE_MAJORITY = 20, 0.75  # number of strips that are checked for rain, and the share that must agree
 STRIP_AGREEMENT = 0.8  # mean correlation of the halves: measured 0.97 on Rain800, 0.2 on single pictures of Rain100L
 
 
@@ -51,7 +51,7 @@ class Pair:
     """One rainy picture and its truth; `rainy` and `clean` are the same file for a strip.
 
     Args:
-        name: differs from all other names of the set, also where case is ignored.
+        name: unique in the set, also if case is ignored.
         rain_side: the half of a strip that is rainy, "right" or "left".
     """
 
@@ -65,7 +65,7 @@ class Pair:
         return self.rainy == self.clean
 
     def load(self, channels: int = 3) -> tuple[Tensor, Tensor]:
-        """Rainy and clean, float32 (channels, height, width) in [-1, 1]; DataError as `load_image`."""
+        """Load (rainy, clean), float32 (channels, height, width) in [-1, 1]; raise DataError as `load_image` does."""
         rainy = load_image(self.rainy, channels)
         if not self.strip:
             return rainy, load_image(self.clean, channels)
@@ -75,17 +75,18 @@ class Pair:
 
 
 def find_pairs(root: str | os.PathLike[str], rain_side: str = "right", split: str = "test") -> list[Pair]:
-    """All pairs of a test set, in the order of the rainy pictures' names.
+    """Find all pairs of a test set, in the order of the rainy pictures' names.
 
     Args:
-        rain_side: the half of strips that is rainy, "right" or "left"; nothing in other layouts. A warning says where
-            most strips look as if it were the other one; that changes nothing.
-        split: "test" or "train": which to take of a set that holds both, such as train_strips and test_strips. A
-            warning says so.
+        root: the folder of the set.
+        rain_side: the half of strips that is rainy, "right" or "left"; other layouts ignore it. If most strips look as
+            if the other half were rainy, a warning says so, and the result stays the same.
+        split: "test" or "train": which folders to take if the set has both, such as train_strips and test_strips. A
+            warning names them.
 
     Raises:
-        DataError: no layout that is known (the message says what lies there), or pictures without a partner, with more
-            than one, or of another size than their partner: all of them are named.
+        DataError: the layout is unknown (the message names the content of the folder); or pictures have no partner,
+            several partners, or a partner of another size (the message names all of them).
     """
     check_rain_side(rain_side)
     root = Path(root)
@@ -112,13 +113,13 @@ def find_pairs(root: str | os.PathLike[str], rain_side: str = "right", split: st
     names = sorted(entry.name for entry in root.iterdir() if not entry.name.startswith("."))
     held = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     raise DataError(
-        f"{root} is no paired test set: it holds {held or 'nothing'}, and should hold rain/ and norain/ (or input/ and "
-        f"gt/), pictures named rain-001 and norain-001, or strips with the truth on the left half"
+        f"{root} is not a paired test set: it holds {held or 'nothing'}, and should hold rain/ and norain/ (or input/ "
+        f"and gt/), pictures named rain-001 and norain-001, or strips with the truth on the left half"
     )
 
 
 def check_rain_side(rain_side: str) -> None:
-    """DataError where it names no half."""
+    """Raise DataError unless `rain_side` names a half."""
     if rain_side not in RAIN_SIDES:
         raise DataError(f"rain_side={rain_side!r} should be one of {', '.join(RAIN_SIDES)}: the half that is rainy")
 
@@ -128,7 +129,7 @@ def _folders(folder: Path) -> list[str]:
 
 
 def _strip_folders(folder: Path, split: str) -> list[str]:
-    """Those of one split where there are both: training pictures measured as test pictures would look too good."""
+    """Folders of strips, of one split if there are both: measuring training pictures would look too good."""
     names = [name for name in _folders(folder) if "strip" in name.lower()]
     other = "train" if split == "test" else "test"
     wanted = [name for name in names if split in name.lower()]
@@ -148,7 +149,7 @@ def _marked(file: Path, word: str) -> bool:
 
 
 def _plain(stem: str) -> list[str]:
-    """A name, the name without its word for rainy or clean, and a number without its zeros."""
+    """Variants of a name: as it is, without its word for rainy or clean, and a number without leading zeros."""
     stem = _composed(stem)
     words = rf"^{_ANY_WORD}(?:[-_ ]+(?=.)|(?=\d))|(?:(?<=.)[-_ ]+|(?<=\d)){_ANY_WORD}$"
     bare = re.sub(words, "", stem, flags=re.IGNORECASE)
@@ -156,7 +157,7 @@ def _plain(stem: str) -> list[str]:
 
 
 def _keys(stem: str) -> list[str]:
-    """What the truth of a rainy picture may be called, the most literal first."""
+    """Possible names of a rainy picture's truth, the most literal first."""
     keys = _plain(stem)
     bare = keys[min(1, len(keys) - 1)]
     for ending in (r"x\d+$", r"_\d+$"):  # several rainy pictures for one truth
@@ -180,7 +181,7 @@ def _matched(rainy_top: Path, rainy: list[Path], clean_top: Path, clean: list[Pa
     for file in rainy:
         key = next((key for key in _keys(file.stem) if key.lower() in by_key), "")
         found = by_key.get(key.lower(), [])
-        if len(found) > 1:  # the same names in several subfolders: the one that lies alike
+        if len(found) > 1:  # the same name in several subfolders: take the one in the same subfolder
             place = _place(file, rainy_top)
             found = [truth for truth in found if _place(truth, clean_top) == place] or found
         if len(found) > 1:
@@ -193,12 +194,12 @@ def _matched(rainy_top: Path, rainy: list[Path], clean_top: Path, clean: list[Pa
         used.add(truth)
         twin = cases.setdefault((truth, _composed(str(file.with_suffix(""))).lower()), file)
         if twin.stem != file.stem:
-            problems.append(f"{file.relative_to(root)} and {twin.name} differ in case alone and share a truth")
+            problems.append(f"{file.relative_to(root)} and {twin.name} differ only in case and share a truth")
             continue
         sizes = [probe_picture(path)[:2] for path in (file, truth)]
         if sizes[0] != sizes[1]:
             (h, w), (th, tw) = sizes
-            problems.append(f"{file.relative_to(root)} is {w}x{h} and its truth {truth.relative_to(root)} {tw}x{th}")
+            problems.append(f"{file.relative_to(root)} is {w}x{h}, its truth {truth.relative_to(root)} is {tw}x{th}")
             continue
         pairs.append(Pair(file.relative_to(rainy_top).with_suffix("").as_posix(), file, truth))
     problems += [f"{file.relative_to(root)} has no rainy picture" for file in clean if file not in used]
@@ -216,7 +217,7 @@ def _place(file: Path, top: Path) -> str:
 
 
 def _check_spelling(files: list[Path], top: Path, root: Path) -> None:
-    """DataError where two names look the same and only their accents are encoded differently."""
+    """Raise DataError if two names differ only in the encoding of their accents."""
     seen: dict[str, Path] = {}
     for file in files:
         twin = seen.setdefault(_composed(file.relative_to(top).with_suffix("").as_posix()), file)
@@ -228,7 +229,7 @@ def _check_spelling(files: list[Path], top: Path, root: Path) -> None:
 
 
 def _distinct(pairs: list[Pair], top: Path) -> list[Pair]:
-    """The pairs, those whose name another one has named by their path or file name as well: a.jpg beside a.png."""
+    """Make names unique: a pair with a used name gets its path or file name, as for a.jpg beside a.png."""
     taken: set[str] = set()
     named: list[Pair] = []
     for pair in pairs:
@@ -259,25 +260,26 @@ def _are_strips(files: list[Path]) -> bool:
 
 
 def _warn_of_rain_side(pairs: list[Pair], root: Path) -> None:
-    """Warn where the halves taken for clean look rainy; a set that looks so by mistake loses nothing."""
-    looked_at = [pairs[i * len(pairs) // min(len(pairs), SIDE_STRIPS)] for i in range(min(len(pairs), SIDE_STRIPS))]
-    against = sum(streaks(*pair.load(1)) < 0 for pair in looked_at)
-    if against >= SIDE_MAJORITY * len(looked_at):
+    """Warn if the halves taken as clean look rainy. The warning changes no result, so a false one does no harm."""
+    checked = [pairs[i * len(pairs) // min(len(pairs), SIDE_STRIPS)] for i in range(min(len(pairs), SIDE_STRIPS))]
+    against = sum(streaks(*pair.load(1)) < 0 for pair in checked)
+    if against >= SIDE_MAJORITY * len(checked):
         taken = pairs[0].rain_side
         other = next(side for side in RAIN_SIDES if side != taken)
         warnings.warn(
-            f"{root}: {against} of {len(looked_at)} strips look as if it rained on their {other} half, which is taken "
-            f"as clean; if it does, say so with rain_side={other!r} (--rain-side {other}, data.rain_side={other})",
+            f"{root}: {against} of {len(checked)} strips look as if it rained on their {other} half, which is taken as "
+            f"clean; if so, set rain_side={other!r} (--rain-side {other}, data.rain_side={other})",
             stacklevel=3,
         )
 
 
 def streaks(first: Tensor, second: Tensor) -> float:
-    """Above 0 where the first of two pictures of one scene, (1, height, width), shows rain and the second does not.
+    """Return a score above 0 if the first of two images (1, height, width) of one scene shows rain, not the second.
 
-    Streaks are bright and thin across. So each picture less its means over 9 pixels of a row, divided by the spread of
-    what is left (haze takes contrast away), differs from the other by few large values of the rainy one's sign and many
-    small ones of the other sign; the mean of their cubes tells which.
+    Streaks are bright and thin. From each image, its means over 9 pixels of a row are subtracted, and the rest is
+    divided by its standard deviation, as haze reduces contrast. The difference of the two results then has few large
+    values with the sign of the rainy image and many small values of the other sign. The mean of the cubes shows the
+    sign of the large ones.
     """
     fine = [
         picture - F.avg_pool2d(picture, (1, 9), stride=1, padding=(0, 4), count_include_pad=False)

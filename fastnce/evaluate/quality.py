@@ -1,4 +1,4 @@
-"""PSNR and SSIM as the deraining papers count them.
+"""PSNR and SSIM as the deraining papers compute them.
 
 ::
 
@@ -6,10 +6,10 @@
     metrics.update(output, truth)  # (B, 3, H, W), float in [-1, 1], uint8 or uint16
     metrics.compute()              # {"psnr_y": 31.8, "ssim_y": 0.94, "psnr_rgb": 30.2, "ssim_rgb": 0.93}
 
-Pictures are rounded to 8 bits first, as if they had been written to a file. Y is MATLAB's
-``rgb2ycbcr(im2double(picture))``, which the evaluation scripts of the field use: from 16 to 235 and *not* rounded.
-(``rgb2ycbcr`` of a uint8 picture rounds Y; the rainy inputs of Rain100L then have 26.898 dB and 0.83822 instead of
-26.901 dB and 0.83837.) The peak is 255 although Y spans 219 levels, as in those scripts.
+Images are first rounded to 8 bits, as in a file. Y is MATLAB's ``rgb2ycbcr(im2double(image))``, as in the evaluation
+scripts of the field: from 16 to 235 and *not* rounded. (``rgb2ycbcr`` of a uint8 image rounds Y; the rainy inputs of
+Rain100L then have 26.898 dB and 0.83822 instead of 26.901 dB and 0.83837.) The peak is 255 although Y spans 219 levels,
+as in those scripts.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ C1, C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 
 
 def to_levels(pictures: Tensor, value_range: tuple[float, float] = (-1.0, 1.0)) -> Tensor:
-    """Pictures to what an 8-bit file would hold: float64 of whole numbers from 0 to 255.
+    """Convert images to the levels of an 8-bit file: whole numbers from 0 to 255 as float64.
 
     Args:
-        pictures: float in `value_range` (values somewhat outside are clipped), uint8 (0 to 255) or uint16 (0 to 65535).
+        pictures: float in `value_range` (values slightly outside are clipped), uint8 (0 to 255) or uint16 (0 to 65535).
+        value_range: (black, white) of floats.
 
     Raises:
-        ValueError: another dtype, or floats too far outside to be pictures in this range.
+        ValueError: the dtype is another one, or floats are far outside `value_range`.
     """
     if pictures.dtype == torch.uint8:
         return pictures.double()
@@ -44,7 +45,7 @@ def to_levels(pictures: Tensor, value_range: tuple[float, float] = (-1.0, 1.0)) 
 
 
 def check_range(pictures: Tensor, value_range: tuple[float, float] = (-1.0, 1.0)) -> None:
-    """ValueError where pictures are no floats in this range. They may go beyond it by half its width; NaN passes."""
+    """Raise ValueError unless images are floats in this range, or beyond it by at most half its width. NaN passes."""
     low, high = value_range
     if pictures.dtype not in FLOATS:
         raise ValueError(f"pictures must be floats from {low:g} to {high:g}, uint8 or uint16, not {pictures.dtype}")
@@ -56,41 +57,46 @@ def check_range(pictures: Tensor, value_range: tuple[float, float] = (-1.0, 1.0)
 
 
 def luma(levels: Tensor) -> Tensor:
-    """Y of YCbCr (ITU-R 601, 16 to 235), not rounded.
+    """Compute Y of YCbCr (ITU-R 601, 16 to 235), not rounded.
 
     Args:
         levels: (images, 3, height, width), 0 to 255.
 
     Returns:
-        (images, 1, height, width) of the same dtype; float64 for integers and for floats of 16 bits.
+        (images, 1, height, width) of the same dtype; float64 for integers and 16-bit floats.
     """
     (levels,) = _measurable(levels)
     if levels.shape[1] != 3:
-        raise ValueError(f"luma is of 3 channels, not {levels.shape[1]}")
+        raise ValueError(f"luma needs 3 channels, not {levels.shape[1]}")
     weight = torch.tensor([65.481, 128.553, 24.966], dtype=levels.dtype, device=levels.device) / 255
     return 16 + torch.einsum("bchw,c->bhw", levels, weight)[:, None]
 
 
 def _measurable(*pictures: Tensor) -> list[Tensor]:
-    """Levels in a dtype that squares them without overflow."""
+    """Check levels, and convert them to a dtype whose squares do not overflow."""
     for levels in pictures:
         if not isinstance(levels, Tensor) or levels.dim() != 4:
             found = tuple(levels.shape) if isinstance(levels, Tensor) else type(levels).__name__
             raise ValueError(f"levels must be a tensor (images, channels, height, width), not {found}")
     if len({tuple(levels.shape) for levels in pictures}) > 1:
-        raise ValueError(f"output {tuple(pictures[0].shape)} and truth {tuple(pictures[1].shape)} must have one shape")
+        raise ValueError(
+            f"output {tuple(pictures[0].shape)} and truth {tuple(pictures[1].shape)} must have the same shape"
+        )
     for levels in pictures:
         if levels.dtype == torch.bool or levels.is_complex():
             raise ValueError(f"levels must be numbers from 0 to 255, not {levels.dtype}")
     numbers = [x if x.dtype in (torch.float32, torch.float64) else x.double() for x in pictures]
     for levels in numbers:
         if levels.numel() and levels.min() < 0:
-            raise ValueError(f"levels go from 0 to 255, these begin at {levels.min().item():g}: see DerainingMetrics")
+            raise ValueError(
+                f"levels must be from 0 to 255, but their minimum is {levels.min().item():g}: DerainingMetrics takes "
+                f"images in another range"
+            )
     return numbers
 
 
 def psnr(output: Tensor, truth: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB with peak 255, over all channels; infinite for equal pictures.
+    """Compute the peak signal-to-noise ratio in dB with peak 255, over all channels; infinite for equal images.
 
     Args:
         output, truth: (images, channels, height, width), 0 to 255.
@@ -99,7 +105,7 @@ def psnr(output: Tensor, truth: Tensor) -> Tensor:
         (images,)
 
     Raises:
-        ValueError: two shapes, no such tensors, or values below 0, which are no levels.
+        ValueError: the shapes differ, the arguments are not such tensors, or values are negative.
     """
     output, truth = _measurable(output, truth)
     error = (output - truth).square().mean(dim=(1, 2, 3))
@@ -107,10 +113,9 @@ def psnr(output: Tensor, truth: Tensor) -> Tensor:
 
 
 def ssim(output: Tensor, truth: Tensor) -> Tensor:
-    """Structural similarity of each channel (Wang et al., TIP 2004, equation 13, as in the authors' ssim_index.m).
+    """Compute the structural similarity per channel (Wang et al., TIP 2004, equation 13, as in their ssim_index.m).
 
-    Gaussian window 11x11 of sigma 1.5, K1 = 0.01, K2 = 0.03, L = 255, mean over the windows that lie inside the
-    picture.
+    Gaussian window 11x11 of sigma 1.5, K1 = 0.01, K2 = 0.03, L = 255, mean over the windows inside the image.
 
     Args:
         output, truth: (images, channels, height, width), 0 to 255, sides of at least 11.
@@ -119,7 +124,7 @@ def ssim(output: Tensor, truth: Tensor) -> Tensor:
         (images, channels)
 
     Raises:
-        ValueError: smaller pictures, two shapes, or values below 0, which are no levels.
+        ValueError: the images are smaller, the shapes differ, or values are negative.
     """
     output, truth = _measurable(output, truth)
     if min(output.shape[2:]) < WINDOW:
@@ -128,7 +133,7 @@ def ssim(output: Tensor, truth: Tensor) -> Tensor:
 
 
 def _ssim(x: Tensor, y: Tensor) -> Tensor:
-    """One channel, (images, height, width) to (images,): a CPU's cache holds what belongs to it."""
+    """SSIM of one channel, (images, height, width) to (images,). One channel's data fits into a CPU's cache."""
     mean_x, mean_y, energy, xy = (_blur(m) for m in (x, y, x * x + y * y, x * y))
     product, squares = mean_x * mean_y, mean_x * mean_x + mean_y * mean_y
     similar = (2 * product + C1) * (2 * (xy - product) + C2)
@@ -136,9 +141,9 @@ def _ssim(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _blur(x: Tensor) -> Tensor:
-    """The Gaussian window along the last two dimensions, valid region only.
+    """Apply the Gaussian window along the last two dimensions, valid region only.
 
-    Shifted sums: for a float64 picture on a CPU about eight times as fast as a convolution.
+    It adds shifted copies: for a float64 image on a CPU, this is about eight times as fast as a convolution.
     """
     taps = [math.exp(-((i - WINDOW // 2) ** 2) / (2 * SIGMA**2)) for i in range(WINDOW)]
     taps = [tap / sum(taps) for tap in taps]
@@ -152,12 +157,13 @@ def _blur(x: Tensor) -> Tensor:
 
 
 class DerainingMetrics:
-    """PSNR and SSIM on Y and on RGB, for each picture and in the mean.
+    """PSNR and SSIM on Y and on RGB, per image and as means.
 
-    On RGB, PSNR is over all channels at once and SSIM the mean of the three. Grey pictures count as R = G = B.
+    On RGB, PSNR is over all channels at once and SSIM is the mean of the three channels. Grey images count as
+    R = G = B.
 
     Args:
-        value_range: what black and white are in float pictures; uint8 (0 to 255) and uint16 (0 to 65535) need none.
+        value_range: (black, white) of float images. uint8 (0 to 255) and uint16 (0 to 65535) do not use it.
     """
 
     def __init__(self, value_range: tuple[float, float] = (-1.0, 1.0)):
@@ -169,22 +175,22 @@ class DerainingMetrics:
 
     @torch.no_grad()
     def update(self, output: Tensor, truth: Tensor) -> list[dict[str, float]]:
-        """Count pictures; returns the measures of these.
+        """Measure and count images; return their measures.
 
         Args:
-            output, truth: (images, 1 or 3, height, width) or without the first dimension; as `to_levels` takes them;
+            output, truth: (images, 1 or 3, height, width) or without the first dimension; dtypes as for `to_levels`;
                 any device; sides of at least 11.
 
         Raises:
-            ValueError: shapes that differ or do not fit, other dtypes, and floats far outside `value_range`.
+            ValueError: shapes differ or do not fit, a dtype is another one, or floats are far outside `value_range`.
         """
         for pictures in (output, truth):
             if not isinstance(pictures, Tensor):
                 raise ValueError(f"output and truth must be tensors, not {type(pictures).__name__}")
         if output.shape != truth.shape:
-            raise ValueError(f"output {tuple(output.shape)} and truth {tuple(truth.shape)} must have one shape")
+            raise ValueError(f"output {tuple(output.shape)} and truth {tuple(truth.shape)} must have the same shape")
         if output.dim() not in (3, 4) or output.shape[-3] not in (1, 3):
-            raise ValueError(f"pictures must be (images, 1 or 3, height, width), not {tuple(output.shape)}")
+            raise ValueError(f"output must be (images, 1 or 3, height, width), not {tuple(output.shape)}")
         if output.device.type == "mps":  # has no float64
             output, truth = output.cpu(), truth.cpu()
         both = []
@@ -200,11 +206,11 @@ class DerainingMetrics:
         return measured
 
     def compute(self) -> dict[str, float]:
-        """The means over all pictures so far; ValueError where there are none."""
+        """Return the means over all images so far; raise ValueError if there are none."""
         if not self.pictures:
             raise ValueError("nothing was measured yet: call update(output, truth) first")
         return {key: math.fsum(p[key] for p in self.pictures) / len(self.pictures) for key in KEYS}
 
     def reset(self) -> None:
-        """Forget all pictures."""
+        """Forget all images."""
         self.pictures.clear()

@@ -1,4 +1,4 @@
-"""Measure a paired or unpaired test set and write what was found as JSON, CSV and a contact sheet.
+"""Measure a paired or unpaired test set and write the results as JSON, CSV and a contact sheet.
 
 fastnce evaluate RUN --data TEST --json scores.json --sheet sheet.png
 fastnce evaluate --inputs-only --data TEST --json inputs.json
@@ -33,13 +33,13 @@ SHEET_ROWS, SHEET_SIDE, DIFFERENCE_GAIN = 12, 320, 4
 
 @dataclass
 class Report:
-    """What was measured.
+    """The results of `evaluate`.
 
     Args:
         data: the test set.
-        mean: of psnr_y, ssim_y, psnr_rgb, ssim_rgb over the pictures; fid, kid, kid_std where asked for.
-        inputs: the same means of the untranslated pictures against their truths; empty for an unpaired set.
-        pictures: "name" and the four measures of each; empty for an unpaired set.
+        mean: of psnr_y, ssim_y, psnr_rgb, ssim_rgb over the pictures; fid, kid, kid_std if requested.
+        inputs: the same means for the untranslated pictures; empty for an unpaired set.
+        pictures: "name" and the four measures of each picture; empty for an unpaired set.
     """
 
     data: str
@@ -48,12 +48,12 @@ class Report:
     pictures: list[dict[str, Any]]
 
     def as_json(self) -> str:
-        """`data`, `mean`, `inputs`, `pictures`; infinities (equal pictures) are the text "inf"."""
+        """Format `data`, `mean`, `inputs` and `pictures` as JSON. Infinity (equal pictures) becomes the text "inf"."""
         found = {"data": self.data, "mean": self.mean, "inputs": self.inputs, "pictures": self.pictures}
         return json.dumps(_finite(found), indent=1, ensure_ascii=False) + "\n"
 
     def as_csv(self) -> str:
-        """One line a picture, the means last."""
+        """Format one line per picture, then the means."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["name", *KEYS])
@@ -62,7 +62,7 @@ class Report:
         return text.getvalue()
 
     def summary(self) -> str:
-        """One line for a reader."""
+        """Format the results as one line for the terminal."""
         parts = []
         if self.pictures:
             m = self.mean
@@ -99,19 +99,21 @@ def evaluate(
     sheet: str | os.PathLike[str] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Report:
-    """Measure a test set; nothing is written unless everything was measured.
+    """Measure a test set. Files are written only after everything has been measured.
 
     Args:
-        data: a paired set (see `find_pairs`), or testA and testB for FID alone.
-        rain_side: the half of strips that is rainy, "right" or "left".
+        data: a paired set (see `find_pairs`), or a folder with testA and testB for FID alone.
         translate: the model; None measures the inputs themselves.
-        channels: that the model takes.
+        rain_side: the half of strips that is rainy, "right" or "left".
+        channels: of the model's input.
         device: where the measures are computed.
-        fid: also FID and KID between outputs and truths (or testB); needs torch-fidelity.
+        fid: also compute FID and KID between outputs and truths (or testB); needs torch-fidelity.
+        json_file, csv_file, sheet: files to write: all results, one line per picture, and a contact sheet (PNG).
         progress: called with a sentence after each picture.
 
     Raises:
-        ValueError: DataError among them: no such set, pictures that cannot be read, an extra that is missing.
+        ValueError: the set or a picture cannot be used (`DataError`), a file cannot be written, or torch-fidelity is
+            missing.
     """
     data = Path(data)
     json_file, csv_file, sheet = (None if file is None else Path(file) for file in (json_file, csv_file, sheet))
@@ -125,7 +127,7 @@ def evaluate(
     if (data / "testA").is_dir() and (data / "testB").is_dir():
         if not fid or csv_file or sheet:
             raise DataError(
-                f"{data} holds testA and testB, which are not paired: only --fid with --json measures them (PSNR, "
+                f"{data} holds testA and testB, which are not paired: measure them with --fid and --json only (PSNR, "
                 f"SSIM, --csv and --sheet need pairs, such as rain/ and norain/)"
             )
         _check_kept(files, [*find_images(data / "testA"), *find_images(data / "testB")], translate)
@@ -138,17 +140,17 @@ def evaluate(
             drawn = _sheet(pairs, report.pictures, translate, channels)
     try:
         for file, text in ((json_file, report.as_json), (csv_file, report.as_csv)):
-            if file is not None:  # bytes of a name that are no Unicode become \\udcXX, which JSON reads back
+            if file is not None:  # bytes of a file name that are not Unicode become \\udcXX, which JSON can read back
                 write_whole(file, text().encode("utf-8", "backslashreplace"))
         if sheet is not None:
             write_whole(sheet, drawn)
-    except OSError as error:  # an hour's work: not lost for want of a few kilobytes
+    except OSError as error:  # the message includes the results, so that a full disk does not lose an hour's work
         raise OSError(error.errno, f"{error.strerror}; measured: {report.summary()}", error.filename) from error
     return report
 
 
 def _check_writable(files: list[Path]) -> None:
-    """ValueError for what can be known before anything is measured."""
+    """Raise ValueError, before anything is measured, for files that cannot be written."""
     for file in files:
         folder = file.absolute().parent
         if not folder.is_dir():
@@ -158,11 +160,11 @@ def _check_writable(files: list[Path]) -> None:
         if not os.access(file if file.exists() and not file.is_file() else folder, os.W_OK):
             raise ValueError(f"{file} cannot be written: {folder} allows no new files")
     if len({os.path.realpath(file) for file in files}) < len(files):
-        raise ValueError(f"the reports need files of their own, not {', '.join(map(str, files))}")
+        raise ValueError(f"the reports need different files, not {', '.join(map(str, files))}")
 
 
 def _check_kept(files: list[Path], pictures: list[Path], translate: Translate | None) -> None:
-    """ValueError where a report would replace a picture or the model; what killed processes left beside it goes."""
+    """Raise ValueError if a report would replace a picture or the model; remove leftovers of killed processes."""
     check_not_replaced(files, [*pictures, *getattr(translate, "sources", ())])
     for folder in {file.absolute().parent for file in files}:
         sweep(folder)
@@ -220,12 +222,12 @@ def _unpaired(
 
 def _for_inception(picture: Tensor) -> Tensor:
     if not torch.isfinite(picture).all():
-        raise ValueError("the generator makes numbers that are not finite: there is no FID of those")
+        raise ValueError("the generator's output is not finite, so it has no FID")
     return to_levels(picture[0]).to(torch.uint8).expand(3, -1, -1).cpu()
 
 
 def _sheet(pairs: list[Pair], pictures: list[dict[str, Any]], translate: Translate | None, channels: int) -> bytes:
-    """A PNG: input, output, truth and difference of up to 12 pictures, from the lowest PSNR on Y to the highest."""
+    """Draw a PNG of input, output, truth and difference of up to 12 pictures, from the lowest PSNR on Y up."""
     order = sorted(range(len(pairs)), key=lambda i: pictures[i]["psnr_y"])
     count = min(SHEET_ROWS, len(order))
     chosen = [order[round(i * (len(order) - 1) / max(count - 1, 1))] for i in range(count)]

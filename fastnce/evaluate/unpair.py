@@ -1,4 +1,4 @@
-"""An unpaired training set out of pairs: rainy pictures of one half of the scenes, clean ones of the other.
+"""Make an unpaired training set from pairs: rainy pictures of one half of the scenes, clean pictures of the other.
 
 fastnce unpair PAIRS --out DIR --test TEST
 """
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..common.locking import hold
-from ..common.writing import check_free, partial_name, show_together, sweep
+from ..common.writing import check_free, move_together, partial_name, sweep
 from ..data import DataError, save_image
 from .pairs import Pair, find_pairs
 
@@ -25,20 +25,21 @@ def write_unpaired(
 ) -> dict[str, int]:
     """Write `trainA` (rainy) and `trainB` (clean) of different scenes, and pairs to `test/rain` and `test/norain`.
 
-    Scenes go to A and B in turn, in the order of their clean pictures' names; several rainy pictures of one scene stay
+    Scenes go to A and B in turn, in the order of their clean pictures' names. All rainy pictures of one scene stay
     together. Pictures are written as 8-bit PNG.
 
     Args:
-        pairs, test: folders in any layout that `find_pairs` knows.
-        out: must not hold these folders yet.
+        pairs, test: folders in any layout of `find_pairs`.
+        out: must not contain these folders yet.
+        progress: called with a sentence after each picture.
         rain_side: the half of strips that is rainy (see `find_pairs`).
 
     Returns:
-        folder -> pictures in it.
+        folder -> number of pictures in it.
 
     Raises:
-        DataError: no pairs, fewer than two scenes, or a folder in the way. Nothing is written then.
-        InUse: another process writes there.
+        DataError: there are no pairs or fewer than two scenes, or an output folder exists. Nothing is written.
+        InUse: another process writes to `out`.
     """
     out = Path(out)
     if out.exists() and not out.is_dir():
@@ -46,7 +47,7 @@ def write_unpaired(
     found = find_pairs(pairs, rain_side, split="train")
     scenes = {clean: place for place, clean in enumerate(sorted({pair.clean for pair in found}))}
     if len(scenes) < 2:
-        raise DataError(f"{pairs} holds one scene; two at least make rainy and clean pictures of different ones")
+        raise DataError(f"{pairs} holds one scene; at least two are needed, one for rainy and one for clean pictures")
     held_out = find_pairs(test, rain_side) if test is not None else []
     tops = ["trainA", "trainB", *(["test"] if held_out else [])]
     with hold(out, "fastnce unpair", "take another folder for --out"):
@@ -85,7 +86,7 @@ def _write(
             rainy, clean = pair.load()
             write(rainy, "test/rain", pair.name)
             write(clean, "test/norain", pair.name)
-        show_together(aside, out, tops)
+        move_together(aside, out, tops)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return counts

@@ -15,7 +15,7 @@ from .photographs import Photograph, check_format, read_photograph, write_photog
 from .translator import Translator
 
 MOST_AT_ONCE = 1_024
-"""Pictures of a batch; four batches of them may wait in memory."""
+"""Largest batch, in pictures. Up to four batches may wait in memory."""
 
 
 def translate_files(
@@ -28,22 +28,24 @@ def translate_files(
     bits: int | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> list[Path]:
-    """Translate one picture or every picture of a folder (keeping its subfolders); returns the files written.
+    """Translate one picture, or every picture of a folder (keeping its subfolders); return the written files.
 
-    Alpha and colour profile are carried over where the format holds them.
+    Alpha and colour profile are kept if the format supports them.
 
     Args:
-        source: a picture, or a folder; pictures in `out` are not translated again where that lies in it.
-        out: a folder, made if need be. Files in it may be replaced, but never a picture of `source` or the model.
-        suffix: the format of the files written.
-        batch: how many pictures of one size to translate at once.
-        bits: 8, 16, or None: as the source where the format can (see `check_format`).
+        translator: the model.
+        source: a picture or a folder. If `out` is inside it, the pictures in `out` are not translated.
+        out: a folder, created if need be. Files in it may be replaced, but never a picture of `source` or the model.
+        suffix: the format of the written files.
+        batch: number of pictures of the same size to translate at once.
+        bits: 8, 16, or None for the source's depth if the format supports it (see `check_format`).
         progress: called with "done/total, images/s" after each picture.
 
     Raises:
-        ValueError: no picture there, a format that cannot hold what is asked for, or a picture that its translation
-            would replace; nothing is written then. Pictures that cannot be used are all named, after the others were
-            written. A disk that refuses a file ends it at once, with the file's name and how many were written.
+        ValueError: there are no pictures, the format does not support `bits`, or a translation would replace its
+            source; nothing is written. Or some pictures cannot be used: the others are written first, and the message
+            names all bad ones. Or the disk refuses a file: the translation stops, and the message names the file and
+            the number of written pictures.
     """
     if not 1 <= batch <= MOST_AT_ONCE:
         raise ValueError(f"batch must be from 1 to {MOST_AT_ONCE:,} pictures, not {batch}")
@@ -76,7 +78,7 @@ def translate_files(
             return
         for result, (path, target, photograph) in zip(results, group, strict=True):
             if not torch.isfinite(result).all():
-                bad.append(f"{path}: the generator makes numbers of it that are not finite; nothing was written")
+                bad.append(f"{path}: the generator's output is not finite; nothing was written")
                 continue
             try:
                 write_photograph(result, target, photograph, bits)
@@ -85,7 +87,7 @@ def translate_files(
             except OSError as error:
                 done = f"{len(written)} of {len(pictures)} pictures were written"
                 bad.append(f"{target}: {error.strerror or error}; {done}")
-                if error.errno is None:  # the format's, not the disk's: others may do
+                if error.errno is None:  # an error of the format, not of the disk: other pictures may succeed
                     continue
                 raise DataError("\n".join(bad)) from error
             else:
@@ -104,7 +106,7 @@ def translate_files(
         waiting.setdefault(size, []).append((path, target, photograph))
         if len(waiting[size]) == batch:
             flush(size)
-        elif sum(map(len, waiting.values())) > 4 * batch:  # many sizes: do not hold them all
+        elif sum(map(len, waiting.values())) > 4 * batch:  # many different sizes: do not keep all in memory
             flush(next(iter(waiting)))
     for size in list(waiting):
         flush(size)

@@ -1,4 +1,4 @@
-"""A translator from a run, a checkpoint or a published file."""
+"""Load a translator from a run, a checkpoint or a published file."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def load_translator(
     say: Callable[[str], None] | None = None,
     trust_code: bool = False,
 ) -> Translator:
-    """A translator from a run's folder, a checkpoint's folder or a published `.pth` file.
+    """Load a translator from a run's folder, a checkpoint's folder or a published `.pth` file.
 
     Args:
-        source: the path; RUN/checkpoints/best and latest are followed.
-        generator: which one of a method with two: "G_A" (A to B, the default) or "G_B".
-        device, tiles, tile_size, say: as `Translator`.
-        trust_code: import classes of the user's own that the checkpoint names; importing runs their code.
+        source: the path; the pointers RUN/checkpoints/best and latest are followed.
+        generator: for a method with two generators, "G_A" (A to B, the default) or "G_B".
+        device, tiles, tile_size, say: see `Translator`.
+        trust_code: import the user's own classes that the checkpoint names. Importing runs their code.
 
     Raises:
-        ValueError: nothing there, or not what it should be.
+        ValueError: there is no such run or file, or it does not contain a usable generator.
     """
     source = follow(Path(source))
     if source.is_dir():

@@ -1,8 +1,8 @@
-"""Photographs as users have them: what a translation must carry over besides the pixels.
+"""Read and write photographs with the metadata that a translation keeps.
 
-The EXIF orientation is applied when a file is read. Alpha is kept aside and put back, but not beside 16 bits, where PIL
-cannot write it (a warning says so). A colour profile of less than 1 MiB is kept when it is one of the kind of picture
-that is written (RGB or grey). Other metadata is not carried over.
+The EXIF orientation is applied when a file is read. Alpha is copied from the source, except with 16 bits, where PIL
+cannot write it (a warning says so). A colour profile of less than 1 MiB is copied if it fits the written channels (RGB
+or grey). Other metadata is dropped.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ LARGEST_PROFILE = 1 << 20  # bytes; PIL does not read a PNG with a larger one
 
 @dataclass(frozen=True)
 class Photograph:
-    """A picture that was read.
+    """A photograph read from a file.
 
     Args:
         pixels: (channels, height, width) float32 in [-1, 1].
         bits: of the file, 8 or 16.
-        alpha: (height, width) uint8 where the file has transparency.
-        profile: its ICC profile.
+        alpha: (height, width) uint8; None if the file has no transparency.
+        profile: the ICC profile, if any.
     """
 
     pixels: Tensor
@@ -48,7 +48,7 @@ class Photograph:
 
 
 def read_photograph(path: str | os.PathLike[str], channels: int) -> Photograph:
-    """DataError as `load_image`."""
+    """Read a photograph; raise DataError as `load_image` does."""
     path = Path(path)
     if path.suffix.lower() == ".npy":
         return Photograph(load_image(path, channels), probe_picture(path)[2])
@@ -60,13 +60,13 @@ def read_photograph(path: str | os.PathLike[str], channels: int) -> Photograph:
 
 
 def check_format(suffix: str, bits: int | None, channels: int) -> None:
-    """ValueError where pictures of `channels` cannot be written with so many bits in this format."""
+    """Raise ValueError if this format cannot store `channels` channels with `bits` bits."""
     if bits not in (None, 8, 16):
         raise ValueError(f"bits must be 8 or 16, not {bits}")
     if bits == 16 and not _holds_16(suffix, channels):
         raise ValueError(
-            f"16 bits cannot be written as {suffix.lstrip('.')} with {channels} channels (PIL writes them for one "
-            f"channel, to PNG and TIFF): take --format npy, which holds any, or --bits 8"
+            f"16 bits cannot be written as {suffix.lstrip('.')} with {channels} channels (PIL writes them only for one "
+            f"channel, as PNG or TIFF): take --format npy, which holds any number, or --bits 8"
         )
 
 
@@ -75,13 +75,16 @@ def _holds_16(suffix: str, channels: int) -> bool:
 
 
 def write_photograph(result: Tensor, path: str | os.PathLike[str], source: Photograph, bits: int | None = None) -> None:
-    """Write (channels, height, width) in [-1, 1] with the alpha and the profile of its source.
+    """Write an image (channels, height, width) in [-1, 1] with the alpha and the profile of its source.
 
     Args:
-        bits: 8, 16, or None: as the source, where the format can.
+        result: the image.
+        path: of the file; its suffix names the format.
+        source: the photograph that was translated.
+        bits: 8, 16, or None for the source's depth if the format supports it.
 
     Raises:
-        DataError, OSError: as `save_image`; the file appears whole or not at all.
+        DataError, OSError: see `save_image`. The file appears complete or not at all.
     """
     path = Path(path)
     suffix, channels = path.suffix.lower(), result.shape[0]
@@ -89,10 +92,10 @@ def write_photograph(result: Tensor, path: str | os.PathLike[str], source: Photo
     alpha = source.alpha if suffix in ALPHA and channels in (1, 3) else None
     if deep and alpha is not None:
         alpha = None
-        warnings.warn("16 bits are written without alpha, which PIL cannot add; 8 bits would keep it", stacklevel=2)
+        warnings.warn("16 bits are written without alpha, which PIL does not support; 8 bits keep it", stacklevel=2)
     profile = source.profile if suffix in PROFILE and _fits(source.profile, channels) else None
     if profile is not None and len(profile) >= LARGEST_PROFILE:
-        warnings.warn(f"{path}: its colour profile of {len(profile):,} bytes is left out", stacklevel=2)
+        warnings.warn(f"{path}: its colour profile of {len(profile):,} bytes is too large and is dropped", stacklevel=2)
         profile = None
     if not deep and alpha is None and profile is None:
         save_image(result, path)
@@ -110,7 +113,7 @@ def write_photograph(result: Tensor, path: str | os.PathLike[str], source: Photo
 def _compose(pixels: np.ndarray, alpha: np.ndarray | None, suffix: str) -> Image.Image:
     image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
     if alpha is not None:
-        if suffix == ".webp":  # has no grey with alpha
+        if suffix == ".webp":  # WebP has no grey with alpha
             image = image.convert("RGB")
         image.putalpha(Image.fromarray(alpha))
     return image
@@ -124,5 +127,5 @@ def _options(suffix: str, profile: bytes | None) -> dict[str, Any]:
 
 
 def _fits(profile: bytes | None, channels: int) -> bool:
-    """Whether a profile is for such pictures: bytes 16 to 19 of its header name the colour space."""
+    """Whether a profile fits this number of channels: bytes 16 to 19 of its header name the colour space."""
     return profile is not None and profile[16:20] == (b"GRAY" if channels == 1 else b"RGB ")

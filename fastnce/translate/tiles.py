@@ -1,11 +1,11 @@
-"""Generators over pictures that do not fit into memory, tile by tile.
+"""Apply generators, tile by tile, to images that do not fit into memory.
 
-A convolution needs its neighbourhood, so tiles overlap; an instance norm (or the restorer's channel attention) needs
-the whole picture, so a tile alone comes out wrong. Two ways out:
+A convolution needs its neighbourhood, so tiles overlap. An instance norm (or the restorer's channel attention) needs
+statistics of the whole image, so translating tiles independently is wrong. There are two solutions:
 
-- `translate_exact` computes the whole picture's statistics, one norm after another, each over all tiles, and keeps the
-  maps between them where they are small (at half resolution or below; larger ones are computed again).
-- `translate_fast` takes the statistics from one pass over a downscaled picture, then each tile once.
+- `translate_exact` computes the statistics of the whole image over all tiles, one norm after another. It stores the
+  feature maps between norms if they are small (at half resolution or below) and recomputes larger ones.
+- `translate_fast` takes the statistics from one pass over a downscaled image, then computes each tile once.
 """
 
 from __future__ import annotations
@@ -20,14 +20,26 @@ from torch import Tensor, nn
 
 from ..networks import InstanceNorm
 from ..networks.restorer import GatedBlock
-from .windows import Gate, Gated, Normalise, Residual, Size, Statistics, Step, Window, run_steps, spans, steps_of
+from .windows import (
+    FirstGate,
+    Normalise,
+    Operation,
+    Residual,
+    RestorerBlock,
+    Size,
+    Statistics,
+    Window,
+    operations_of,
+    run_operations,
+    spans,
+)
 
 OVERLAP = 32
-"""Pixels on each side of a fast tile; a multiple of every generator's factor."""
+"""Pixels added on each side of a fast tile; a multiple of every generator's factor."""
 
 
 class Moments:
-    """Mean and variance of each channel over tiles, merged in float64 (Chan et al., 1979)."""
+    """Mean and variance per channel over tiles, merged in float64 (Chan et al., 1979)."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -37,9 +49,9 @@ class Moments:
         variance, mean = (t.cpu().double() for t in torch.var_mean(x, dim=(0, 2, 3), correction=0))
         count = x.numel() // x.shape[1]
         total = self.count + count
-        apart = mean - self.mean
-        self.squares = self.squares + variance * count + apart.square() * (self.count * count / total)
-        self.mean = self.mean + apart * (count / total)
+        delta = mean - self.mean
+        self.squares = self.squares + variance * count + delta.square() * (self.count * count / total)
+        self.mean = self.mean + delta * (count / total)
         self.count, self.dtype = total, x.dtype
 
     def result(self, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -49,43 +61,48 @@ class Moments:
 
 
 class Tiler:
-    """Runs steps over whole maps, tile by tile.
+    """Run operations over whole feature maps, tile by tile.
 
     Args:
-        picture: (1, channels, height, width), sides as the generator needs them.
-        tile: side of a tile, in pixels of the picture.
-        device: where tiles are computed; maps lie there when they fit, else in the host's memory.
+        picture: (1, channels, height, width), with sides as the generator requires.
+        tile: side of a tile, in pixels of the image.
+        device: where tiles are computed. Feature maps are stored there if they fit, else in the host's memory.
     """
 
     def __init__(self, picture: Tensor, tile: int, device: torch.device):
         self.height, self.width = picture.shape[2:]
         self.tile, self.device = tile, device
 
-    def outputs(self, source: Tensor, steps: Sequence[Step]) -> Iterator[tuple[Window, Size, Tensor]]:
-        """(window, whole size, output there) for every tile; the windows cover the output and do not overlap."""
+    def outputs(self, source: Tensor, operations: Sequence[Operation]) -> Iterator[tuple[Window, Size, Tensor]]:
+        """Yield (window, whole size, output in the window) for every tile. The windows tile the output."""
         size = (source.shape[2], source.shape[3])
-        height, width = (spans(steps, (0, 1), side)[1][-1] for side in size)
+        height, width = (spans(operations, (0, 1), side)[1][-1] for side in size)
         tall = max(8, self.tile * height // self.height)
         wide = max(8, self.tile * width // self.width)
         for top in range(0, height, tall):
             for left in range(0, width, wide):
                 want = ((top, min(top + tall, height)), (left, min(left + wide, width)))
-                (y0, y1), (x0, x1) = (spans(steps, w, side)[0][0] for w, side in zip(want, size, strict=True))
+                (y0, y1), (x0, x1) = (spans(operations, w, side)[0][0] for w, side in zip(want, size, strict=True))
                 x = source[:, :, y0:y1, x0:x1].to(self.device).contiguous(memory_format=torch.channels_last)
-                yield want, (height, width), run_steps(steps, x, want, size)
+                yield want, (height, width), run_operations(operations, x, want, size)
 
-    def moments(self, source: Tensor, steps: Sequence[Step]) -> tuple[Tensor, Tensor]:
+    def moments(self, source: Tensor, operations: Sequence[Operation]) -> tuple[Tensor, Tensor]:
+        """Return mean and variance of the output."""
         found = Moments()
-        for _, _, output in self.outputs(source, steps):
+        for _, _, output in self.outputs(source, operations):
             found.add(output)
         return found.result(self.device)
 
     def whole(
-        self, source: Tensor, steps: Sequence[Step], into: Tensor | None = None, moments: Moments | None = None
+        self,
+        source: Tensor,
+        operations: Sequence[Operation],
+        into: Tensor | None = None,
+        moments: Moments | None = None,
     ) -> Tensor:
-        """The whole output as one map, added to `into` where that is given."""
+        """Return the whole output as one map. If `into` is given, add the output to it in place."""
         result = into
-        for ((top, bottom), (left, right)), size, output in self.outputs(source, steps):
+        for ((top, bottom), (left, right)), size, output in self.outputs(source, operations):
             if result is None:
                 result = self._room((1, output.shape[1], *size), output.dtype)
             place = result[:, :, top:bottom, left:right]
@@ -98,66 +115,68 @@ class Tiler:
     def _room(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         device = torch.device("cpu")
         if self.device.type == "cuda" and 16 * math.prod(shape) < torch.cuda.mem_get_info(self.device)[0]:
-            device = self.device  # a quarter of what is free: up to three maps are alive, and the tiles
+            device = self.device  # at most a quarter of the free memory: up to three maps are alive, plus the tiles
         return torch.empty(shape, dtype=dtype, device=device)
 
-    def exact(self, source: Tensor, steps: Sequence[Step], keep: int, into: Tensor | None = None) -> Tensor:
-        """Run steps whose statistics are to be found on the way.
+    def exact(self, source: Tensor, operations: Sequence[Operation], keep: int, into: Tensor | None = None) -> Tensor:
+        """Run operations, and compute the statistics that they need on the way.
 
         Args:
-            keep: the most elements of a map that is kept rather than computed again.
-            into: receives the sum with the result.
+            keep: largest number of elements of a map that is stored; larger maps are recomputed.
+            into: if given, the result is added to it in place.
         """
         current = source
-        pending: list[Step] = []
-        for step in steps:
-            if pending and pending[-1].shrinks and not isinstance(step, Normalise):
+        pending: list[Operation] = []
+        for operation in operations:
+            if pending and pending[-1].shrinks and not isinstance(operation, Normalise):
                 current, pending = self.whole(current, pending), []
-            if isinstance(step, Residual):
+            if isinstance(operation, Residual):
                 if pending or current is source:
                     current, pending = self.whole(current, pending), []
-                current = self.exact(current, step.inner, keep, into=current)
-            elif isinstance(step, Gated):
-                step.statistics[step.block.attention] = self.moments(current, [*pending, Gate(step.block)])
-                current, pending = self.whole(current, [*pending, step]), []
-            elif isinstance(step, Normalise):
+                current = self.exact(current, operation.inner, keep, into=current)
+            elif isinstance(operation, RestorerBlock):
+                gate = FirstGate(operation.block)
+                operation.statistics[operation.block.attention] = self.moments(current, [*pending, gate])
+                current, pending = self.whole(current, [*pending, operation]), []
+            elif isinstance(operation, Normalise):
                 height, width = (spans(pending, (0, 1), side)[1][-1] for side in current.shape[2:])
-                if pending and height * width * step.norm.channels <= keep:
+                if pending and height * width * operation.norm.channels <= keep:
                     moments = Moments()
                     current, pending = self.whole(current, pending, moments=moments), []
-                    step.statistics[step.norm] = moments.result(self.device)
+                    operation.statistics[operation.norm] = moments.result(self.device)
                 else:
-                    step.statistics[step.norm] = self.moments(current, pending)
-                pending.append(step)
+                    operation.statistics[operation.norm] = self.moments(current, pending)
+                pending.append(operation)
             else:
-                pending.append(step)
-        if into is not None and current is into:  # neighbours must not see the sums
+                pending.append(operation)
+        if into is not None and current is into:  # the input must not change while neighbouring tiles still read it
             return into.add_(self.whole(current, pending))
         return self.whole(current, pending, into)
 
 
 @torch.inference_mode()
 def translate_exact(generator: nn.Module, picture: Tensor, tile: int, device: torch.device | str) -> Tensor:
-    """What `generator(picture)` gives, to rounding, in the memory of a few tiles and of maps at half resolution.
+    """Compute `generator(picture)`, up to rounding, in the memory of a few tiles and of maps at half resolution.
 
     Args:
         generator: a `ResnetGenerator` or `Restorer` on the device, in eval mode.
-        picture: (1, channels, height, width), sides as the generator needs them; on any device.
+        picture: (1, channels, height, width), with sides as the generator requires; on any device.
         tile: side of a tile in pixels.
+        device: of the generator.
 
     Raises:
-        ValueError: another generator.
+        ValueError: the generator is of another kind.
     """
-    steps = steps_of(generator, {})
+    operations = operations_of(generator, {})
     picture = picture.to(next(generator.parameters()).dtype)
     first = next(module for module in generator.modules() if isinstance(module, nn.Conv2d))
     keep = picture.shape[2] * picture.shape[3] * max(first.out_channels // 2, 1)
-    return Tiler(picture, tile, torch.device(device)).exact(picture, steps, keep)
+    return Tiler(picture, tile, torch.device(device)).exact(picture, operations, keep)
 
 
 @dataclass(frozen=True)
 class FastError:
-    """How far `fast` was from exact on a crop of the picture, translated both ways; in levels of 255."""
+    """Difference of fast from exact tiles on a crop of the image, in levels of 255."""
 
     mean: float
     largest: float
@@ -175,13 +194,13 @@ class FastError:
 def translate_fast(
     generator: nn.Module, picture: Tensor, tile: int, device: torch.device | str
 ) -> tuple[Tensor, FastError]:
-    """Translate tile by tile with the statistics of the picture shrunk to about one tile.
+    """Translate tile by tile with the statistics of the image downscaled to about one tile.
 
-    Tiles overlap by `OVERLAP` pixels on each side, less than a generator of many blocks looks around. Nothing but the
-    picture is kept between tiles.
+    Tiles overlap by `OVERLAP` pixels on each side, which is less than the receptive field of a generator with many
+    blocks. Only the output is stored between tiles.
 
-    Arguments and errors as `translate_exact`. The error is measured on a crop from the middle: shrunk by the same
-    factor and cut into four tiles, against the crop as a whole.
+    For arguments and errors, see `translate_exact`. The returned error is measured on a crop from the middle, which is
+    translated as a whole, and in four tiles with statistics of the crop downscaled by the same factor.
     """
     device = torch.device(device)
     factor = getattr(generator, "factor", 1)
@@ -206,15 +225,15 @@ def _with_shrunk_statistics(
     size = [max(smallest, round(side * shrink / factor) * factor) for side in picture.shape[2:]]
     small = F.interpolate(picture.to(device), size, mode="bilinear", antialias=True, align_corners=False)
     statistics: Statistics = {}
-    steps = steps_of(generator, statistics)
+    operations = operations_of(generator, statistics)
 
     def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         variance, mean = torch.var_mean(inputs[0], dim=(0, 2, 3), correction=0, keepdim=True)
         statistics[module] = (mean, variance)
 
-    seen = [m for m in generator.modules() if isinstance(m, InstanceNorm)]
-    seen += [m.attention for m in generator.modules() if isinstance(m, GatedBlock)]  # type: ignore[misc]
-    hooks = [module.register_forward_pre_hook(record) for module in seen]
+    recorded = [m for m in generator.modules() if isinstance(m, InstanceNorm)]
+    recorded += [m.attention for m in generator.modules() if isinstance(m, GatedBlock)]  # type: ignore[misc]
+    hooks = [module.register_forward_pre_hook(record) for module in recorded]
     try:
         generator(small)
     finally:
@@ -226,7 +245,7 @@ def _with_shrunk_statistics(
     for top, y0, y1 in _overlapping(picture.shape[2], tile):
         for left, x0, x1 in _overlapping(picture.shape[3], tile):
             x = picture[:, :, y0:y1, x0:x1].to(device).contiguous(memory_format=torch.channels_last)
-            part = run_steps(steps, x, ((0, y1 - y0), (0, x1 - x0)), (y1 - y0, x1 - x0))
+            part = run_operations(operations, x, ((0, y1 - y0), (0, x1 - x0)), (y1 - y0, x1 - x0))
             part = part[:, :, top - y0 :, left - x0 :][:, :, :tile, :tile].cpu()
             if output is None:
                 output = torch.empty((1, part.shape[1], *picture.shape[2:]), dtype=part.dtype)
@@ -236,5 +255,5 @@ def _with_shrunk_statistics(
 
 
 def _overlapping(size: int, tile: int) -> list[tuple[int, int, int]]:
-    """(first of a tile, first and end of what it is computed from) along an axis."""
-    return [(at, max(at - OVERLAP, 0), min(at + tile + OVERLAP, size)) for at in range(0, size, tile)]
+    """Return (start of the tile, start and end of its input) for each tile along an axis."""
+    return [(start, max(start - OVERLAP, 0), min(start + tile + OVERLAP, size)) for start in range(0, size, tile)]

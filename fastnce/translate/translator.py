@@ -1,4 +1,4 @@
-"""Translate pictures with a trained generator: one picture, a folder of them, or one that is larger than memory.
+"""Translate images of any size with a trained generator, also images that do not fit into memory.
 
 translator = load_translator("runs/horse2zebra")       # a run, a checkpoint folder or a published .pth
 picture = translator(load_image("horse.jpg")[None])    # any size
@@ -18,26 +18,26 @@ from ..engine.memory import available_memory, out_of_memory
 from ..evaluate.quality import FLOATS, check_range
 from ..networks import channels_last
 from .tiles import translate_exact, translate_fast
-from .windows import steps_of
+from .windows import operations_of
 
 Tiles = Literal["auto", "exact", "fast"]
 SMALLEST_TILE = 128
 
 
 class Translator:
-    """A generator that takes pictures of any size: padded by reflection to what it needs, cropped back after.
+    """A generator for images of any size. It pads them by reflection to a valid size and crops the result.
 
     Args:
-        generator: its `factor` says what sides must be multiples of.
-        device: where it computes.
-        tiles: "auto" translates whole pictures, and those that do not fit into memory by exact tiles; "exact" cuts
-            every picture larger than a tile and gives the same as the whole to rounding; "fast" takes the statistics of
-            instance norms from a downscaled picture, and `say` is told how far that is from exact on a crop.
-        tile_size: side of a tile in pixels; halved as long as it does not fit into memory.
-        say: called with a sentence where something is done otherwise than expected.
+        generator: the sides of its input must be multiples of its attribute `factor`.
+        device: where it runs.
+        tiles: "auto" translates whole images, and uses exact tiles if an image does not fit into memory. "exact" cuts
+            every image larger than a tile; the result equals that of the whole image up to rounding. "fast" takes the
+            statistics of instance norms from a downscaled image, and reports the error on a crop through `say`.
+        tile_size: side of a tile in pixels. It is halved until a tile fits into memory.
+        say: called with a sentence about each fallback to tiles or smaller tiles, and about the error of fast tiles.
 
     Raises:
-        ValueError: settings that make no sense, or tiles asked for with a generator that they are not for.
+        ValueError: a setting is invalid, or the generator does not support tiles.
     """
 
     def __init__(
@@ -54,19 +54,19 @@ class Translator:
         if tile_size < SMALLEST_TILE:
             raise ValueError(f"tile_size must be at least {SMALLEST_TILE}, not {tile_size}")
         if tiles != "auto":
-            steps_of(generator, {})
+            operations_of(generator, {})
         self.device = torch.device(device)
         self.generator = generator.to(self.device).eval()
         self.layout = torch.contiguous_format
-        if self.device.type != "cpu":  # where it is no faster
+        if self.device.type != "cpu":  # channels-last is not faster on a CPU
             self.layout = torch.channels_last
             channels_last(self.generator)
         self.sources: tuple[Path, ...] = ()
-        """The files that the weights came from, where that is known."""
+        """The files that the weights came from, if known."""
         self.tiles, self.tile_size, self.say = tiles, tile_size, say or (lambda sentence: None)
         self.factor: int = getattr(generator, "factor", 1)
         self.smallest: int = getattr(generator, "smallest", self.factor)
-        # the convolution that sees the picture, whatever its class
+        # the weight of the first convolution, whatever its class
         first = next(p for p in generator.parameters() if p.dim() == 4)
         self.channels, self.dtype = first.shape[1], first.dtype
         self.out_channels: int = getattr(generator, "out_channels", self.channels)
@@ -74,12 +74,13 @@ class Translator:
 
     @torch.inference_mode()
     def __call__(self, pictures: Tensor) -> Tensor:
-        """Floats (images, channels, height, width) in [-1, 1] to the same size, float32 in [-1, 1] on the CPU.
+        """Translate floats (images, channels, height, width) in [-1, 1].
 
-        What a generator puts outside of [-1, 1] is clipped, as it is in a file.
+        Returns:
+            the same size, float32 on the CPU. Values outside [-1, 1] are clipped, as in a file.
 
         Raises:
-            ValueError: another shape, dtype or range, or a picture that does not fit into memory even in tiles.
+            ValueError: the shape, dtype or range is wrong, or an image does not fit into memory even in tiles.
         """
         self._check(pictures)
         return self._translate(pictures.to(self.dtype)).clamp(-1, 1)
@@ -88,7 +89,7 @@ class Translator:
         wanted = f"pictures must be (images, {self.channels}, height, width)"
         if not isinstance(pictures, Tensor) or pictures.dtype not in FLOATS:
             kind = pictures.dtype if isinstance(pictures, Tensor) else type(pictures).__name__
-            raise ValueError(f"{wanted}, floats in [-1, 1], not {kind}: fastnce.data.load_image(path)[None] is")
+            raise ValueError(f"{wanted}, floats in [-1, 1], not {kind}: use fastnce.data.load_image(path)[None]")
         if pictures.dim() != 4 or pictures.shape[1] != self.channels or 0 in pictures.shape:
             raise ValueError(f"{wanted}, not {tuple(pictures.shape)}")
         check_range(pictures)
@@ -105,8 +106,8 @@ class Translator:
         return torch.cat([self._tiled(picture)[:, :, :height, :width] for picture in padded.split(1)])
 
     def _whole(self, padded: Tensor) -> Tensor | None:
-        """None where memory is too small for it."""
-        if self.device.type == "cpu":  # where memory runs out only when it is written to, and the process is killed
+        """Translate without tiles; None if memory does not suffice."""
+        if self.device.type == "cpu":  # check first: a process that uses too much memory is killed without an exception
             room = available_memory()
             if room is not None and self._needed(padded) > room:
                 return None
@@ -124,17 +125,17 @@ class Translator:
         tile = self.tile_size
         if self.tiles == "auto":
             try:
-                steps_of(self.generator, {})
+                operations_of(self.generator, {})
             except ValueError as error:
                 raise ValueError(f"a picture of {size} does not fit into memory as a whole, and {error}") from None
             while tile > SMALLEST_TILE and tile >= max(padded.shape[2:]):
                 tile //= 2
-            self.say(f"a picture of {size} does not fit into memory as a whole: exact tiles of {tile}")
+            self.say(f"a picture of {size} does not fit into memory as a whole: using exact tiles of {tile}")
         while True:
             try:
                 if self.tiles == "fast":
-                    output, apart = translate_fast(self.generator, padded, tile, self.device)
-                    self.say(str(apart))
+                    output, difference = translate_fast(self.generator, padded, tile, self.device)
+                    self.say(str(difference))
                 else:
                     output = translate_exact(self.generator, padded, tile, self.device)
                 return output.float().cpu()
@@ -145,14 +146,14 @@ class Translator:
             if tile // 2 < SMALLEST_TILE:
                 raise ValueError(f"a picture of {size} does not fit into memory, not even in tiles of {tile}")
             tile //= 2
-            self.say(f"tiles of {2 * tile} do not fit into memory: tiles of {tile}")
+            self.say(f"tiles of {2 * tile} do not fit into memory: using tiles of {tile}")
 
     def _release(self) -> None:
         if self.device.type != "cpu":
             torch.accelerator.empty_cache()
 
     def _needed(self, padded: Tensor) -> float:
-        """An estimate of the bytes that a pass over the whole picture takes, from the widest layer's maps."""
+        """Estimate the bytes of a pass over the whole image, from the maps of the widest layer."""
         if not self._bytes_per_pixel:
             widest = 0
 
@@ -168,14 +169,14 @@ class Translator:
             finally:
                 for hook in hooks:
                     hook.remove()
-            self._bytes_per_pixel = 2 * 4 * widest / side**2  # twice: skips, and what convolutions need for themselves
+            self._bytes_per_pixel = 2 * 4 * widest / side**2  # twice: skip connections and workspaces of convolutions
         return self._bytes_per_pixel * padded.shape[0] * padded.shape[2] * padded.shape[3]
 
 
 def pad_to_multiple(pictures: Tensor, factor: int, smallest: int = 1) -> Tensor:
-    """Pad the right and lower border to multiples of `factor`, at least `smallest`.
+    """Pad on the right and at the bottom to multiples of `factor`, at least `smallest`.
 
-    By reflection, by replication where the picture is too small for that.
+    Padding is by reflection, or by replication if the image is too small for reflection.
     """
     height, width = pictures.shape[2:]
     bottom, right = (max(side + -side % factor, smallest) - side for side in (height, width))

@@ -1,8 +1,8 @@
-"""Generators as steps that can be computed at some rows and columns only.
+"""Generators as sequences of operations that can be computed in a window of rows and columns.
 
-Each step says what its output at a window needs of its input. Borders of the picture are padded as the network does;
-borders of a window are not padded, they are computed from the neighbours. What needs the whole picture (the statistics
-of an instance norm, the restorer's channel attention) is given from outside.
+Each operation knows which part of its input it needs for a window of its output. Borders of the image are padded as in
+the network; borders of a window are computed from neighbouring pixels instead. Quantities of the whole image (the
+statistics of an instance norm, the means for the restorer's channel attention) are passed in.
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ from ..networks.resnet import ResnetBlock
 from ..networks.restorer import GatedBlock
 
 Span = tuple[int, int]
-"""Rows (or columns) from the first to before the second."""
+"""Rows (or columns) as a half-open range."""
 Window = tuple[Span, Span]
 Size = tuple[int, int]
 Statistics = dict[nn.Module, tuple[Tensor, Tensor]]
-"""Mean and variance of what comes into a module, (1, channels, 1, 1) each."""
+"""Mean and variance of a module's input, (1, channels, 1, 1) each."""
 
 
-class Step:
-    """One step of a network; the base class is pointwise."""
+class Operation:
+    """One operation of a network. The base class is pointwise."""
 
     shrinks = False
 
     def size(self, size: int) -> int:
-        """Of the output along an axis, for an input of `size`."""
+        """Return the output's size along an axis, for an input of `size`."""
         return size
 
     def needs(self, want: Span, size: int) -> Span:
-        """What an input of `size` must provide for the output at `want`."""
+        """Return the span of an input of `size` that the output at `want` needs."""
         return want
 
     def run(self, x: Tensor, have: Window, want: Window, size: Size) -> Tensor:
-        """The output at `want` from the input at `have`, which is what `needs` says."""
+        """Compute the output at `want` from the input at `have`, the span that `needs` returns."""
         raise NotImplementedError
 
 
 @dataclass
-class Pointwise(Step):
+class Pointwise(Operation):
     function: Callable[[Tensor], Tensor]
 
     def run(self, x: Tensor, have: Window, want: Window, size: Size) -> Tensor:
@@ -55,7 +55,7 @@ class Pointwise(Step):
 
 
 @dataclass
-class Normalise(Step):
+class Normalise(Operation):
     """Instance norm with given statistics."""
 
     norm: InstanceNorm
@@ -67,7 +67,7 @@ class Normalise(Step):
 
 
 @dataclass
-class Convolve(Step):
+class Convolve(Operation):
     """Convolution with any padding."""
 
     function: Callable[[Tensor], Tensor]
@@ -98,8 +98,8 @@ class Convolve(Step):
 
 
 @dataclass
-class Double(Step):
-    """Twice the size; `reach` input pixels beyond the halved window are needed on each side."""
+class Upsample(Operation):
+    """Upsampling by 2. It needs `reach` input pixels beyond the halved window on each side."""
 
     function: Callable[[Tensor], Tensor]
     reach: int
@@ -117,10 +117,10 @@ class Double(Step):
 
 
 @dataclass
-class Residual(Step):
-    """x + the inner steps, which give the size back that they take."""
+class Residual(Operation):
+    """x plus the output of the inner operations, which keep its size."""
 
-    inner: list[Step]
+    inner: list[Operation]
 
     def needs(self, want: Span, size: int) -> Span:
         return spans(self.inner, want, size)[0][0]
@@ -128,12 +128,12 @@ class Residual(Step):
     def run(self, x: Tensor, have: Window, want: Window, size: Size) -> Tensor:
         (top, bottom), (left, right) = want
         y0, x0 = have[0][0], have[1][0]
-        return x[:, :, top - y0 : bottom - y0, left - x0 : right - x0] + run_steps(self.inner, x, want, size)
+        return x[:, :, top - y0 : bottom - y0, left - x0 : right - x0] + run_operations(self.inner, x, want, size)
 
 
 @dataclass
-class Gate(Step):
-    """The restorer's block up to its first gate, whose mean over the picture the attention asks for."""
+class FirstGate(Operation):
+    """The restorer's block up to its first gate. The attention needs the mean of this output over the image."""
 
     block: GatedBlock
 
@@ -150,8 +150,8 @@ class Gate(Step):
 
 
 @dataclass
-class Gated(Gate):
-    """The restorer's block with a given mean."""
+class RestorerBlock(FirstGate):
+    """The whole block of the restorer, with a given mean."""
 
     statistics: Statistics
 
@@ -165,37 +165,41 @@ class Gated(Gate):
         return x + block.gamma * block.project2(a * b)
 
 
-def spans(steps: Sequence[Step], want: Span, size: int) -> tuple[list[Span], list[int]]:
-    """Along one axis: the span of every step's input and of the last one's output; the same for whole sizes."""
+def spans(operations: Sequence[Operation], want: Span, size: int) -> tuple[list[Span], list[int]]:
+    """Propagate a span of the last output backwards, along one axis.
+
+    Returns:
+        the spans of every operation's input and of the last output, and their whole sizes.
+    """
     sizes = [size]
-    for step in steps:
-        sizes.append(step.size(sizes[-1]))
+    for operation in operations:
+        sizes.append(operation.size(sizes[-1]))
     found = [want]
-    for step, before in zip(reversed(steps), reversed(sizes[:-1]), strict=True):
-        found.append(step.needs(found[-1], before))
+    for operation, before in zip(reversed(operations), reversed(sizes[:-1]), strict=True):
+        found.append(operation.needs(found[-1], before))
     return found[::-1], sizes
 
 
-def run_steps(steps: Sequence[Step], x: Tensor, want: Window, size: Size) -> Tensor:
-    """The output at `want` of a picture of `size`; x is the part of it that the first step needs."""
-    (rows, heights), (columns, widths) = (spans(steps, span, side) for span, side in zip(want, size, strict=True))
-    for i, step in enumerate(steps):
-        x = step.run(x, (rows[i], columns[i]), (rows[i + 1], columns[i + 1]), (heights[i], widths[i]))
+def run_operations(operations: Sequence[Operation], x: Tensor, want: Window, size: Size) -> Tensor:
+    """Compute the output at `want` for an input of `size`; x is the part of it that the first operation needs."""
+    (rows, heights), (columns, widths) = (spans(operations, span, side) for span, side in zip(want, size, strict=True))
+    for i, operation in enumerate(operations):
+        x = operation.run(x, (rows[i], columns[i]), (rows[i + 1], columns[i + 1]), (heights[i], widths[i]))
     return x
 
 
-def steps_of(generator: nn.Module, statistics: Statistics) -> list[Step]:
-    """The steps of a generator; `statistics` is filled in before they run.
+def operations_of(generator: nn.Module, statistics: Statistics) -> list[Operation]:
+    """Return the operations of a generator. The caller must fill `statistics` before they run.
 
     Raises:
-        ValueError: a generator whose parts see too much of the picture (U-Net), or of another kind.
+        ValueError: the generator is not supported, such as a U-Net, whose layers see too much of the image.
     """
     if isinstance(generator, ResnetGenerator):
         return _chain(generator.model, statistics)
     if not isinstance(generator, Restorer):
         raise ValueError(f"tiles are for the ResNet generator and the restorer, not for {type(generator).__name__}")
 
-    def part(*modules: nn.Module) -> list[Step]:
+    def part(*modules: nn.Module) -> list[Operation]:
         return _chain(modules, statistics)
 
     encoder = list(generator.encoder)
@@ -204,34 +208,34 @@ def steps_of(generator: nn.Module, statistics: Statistics) -> list[Step]:
     return [Residual([*part(*encoder[:4]), half, *part(*generator.decode1, generator.ending)])]
 
 
-def _chain(modules: Iterable[nn.Module], statistics: Statistics) -> list[Step]:
-    steps: list[Step] = []
-    margin = 0  # of a reflection that belongs to the next convolution
+def _chain(modules: Iterable[nn.Module], statistics: Statistics) -> list[Operation]:
+    operations: list[Operation] = []
+    margin = 0  # of a reflection padding that the next convolution applies
     for module in modules:
         if isinstance(module, ReflectionPad):
             margin = module.margin
         elif isinstance(module, nn.Conv2d):
             function = partial(F.conv2d, weight=module.weight, bias=module.bias, stride=module.stride)
             padding, mode = (margin, "reflect") if margin else (int(module.padding[0]), "constant")
-            steps.append(Convolve(function, module.kernel_size[0], module.stride[0], padding, mode))
+            operations.append(Convolve(function, module.kernel_size[0], module.stride[0], padding, mode))
             margin = 0
         elif isinstance(module, BlurDown):
             filt = module.filt
-            steps.append(Convolve(partial(F.conv2d, weight=filt, stride=2, groups=len(filt)), 3, 2, 1, "reflect"))
+            operations.append(Convolve(partial(F.conv2d, weight=filt, stride=2, groups=len(filt)), 3, 2, 1, "reflect"))
         elif isinstance(module, BlurUp | nn.ConvTranspose2d):
-            steps.append(Double(module, reach=1))
+            operations.append(Upsample(module, reach=1))
         elif isinstance(module, nn.PixelShuffle):
-            steps.append(Double(module, reach=0))
+            operations.append(Upsample(module, reach=0))
         elif isinstance(module, ResnetBlock):
-            steps.append(Residual(_chain(module.conv_block, statistics)))
+            operations.append(Residual(_chain(module.conv_block, statistics)))
         elif isinstance(module, InstanceNorm):
-            steps.append(Normalise(module, statistics))
+            operations.append(Normalise(module, statistics))
         elif isinstance(module, GatedBlock):
-            steps.append(Gated(module, statistics))
+            operations.append(RestorerBlock(module, statistics))
         elif isinstance(module, nn.ReLU):
-            steps.append(Pointwise(F.relu))  # the module would work in place
+            operations.append(Pointwise(F.relu))  # the module works in place
         elif isinstance(module, nn.Tanh | nn.BatchNorm2d | nn.Identity | nn.Dropout):
-            steps.append(Pointwise(module))
+            operations.append(Pointwise(module))
         else:
-            raise ValueError(f"tiles cannot pass through {type(module).__name__}")
-    return steps
+            raise ValueError(f"tiles do not support the layer {type(module).__name__}")
+    return operations

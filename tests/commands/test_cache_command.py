@@ -126,10 +126,10 @@ WRONG = [
 
 @pytest.mark.parametrize(("options", "sentence"), WRONG)
 def test_what_training_refuses_is_refused_in_the_same_words(options, sentence, root, tmp_path, capsys):
-    said = []
+    messages = []
     for arguments in (["cache", "fastcut"], ["train", "fastcut", "--out", str(tmp_path / "run")]):
         assert main([*arguments, "--data", str(root), *SMALL, *options]) == 2
-        said.append(capsys.readouterr().err)
-    assert said[0] == said[1]
-    assert sentence in said[0]
+        messages.append(capsys.readouterr().err)
+    assert messages[0] == messages[1]
+    assert sentence in messages[0]
     assert not (tmp_path / "run").exists()

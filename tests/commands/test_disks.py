@@ -171,7 +171,7 @@ def test_files_and_folders_in_each_others_place(model, photos, pairs, tmp_path, 
         (["evaluate", model, "--data", file], "there is no folder"),
         ([*measure, "--json", file / "m.json"], "there is no folder"),
         ([*measure, "--csv", photos], "is a folder; name a file in it"),
-        ([*measure, "--csv", tmp_path / "m", "--json", tmp_path / "m"], "the reports need files of their own"),
+        ([*measure, "--csv", tmp_path / "m", "--json", tmp_path / "m"], "the reports need different files"),
     ):
         assert main([str(argument) for argument in arguments]) == 2
         assert wanted in one_sentence(capsys)

@@ -89,8 +89,8 @@ def test_ctrl_c_in_a_process(model, tmp_path):
     while not (out / "0.png").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    said, told = process.communicate(timeout=60)
-    assert (process.returncode, said, told) == (130, "", "fastnce: stopped by Ctrl-C\n")
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "", "fastnce: stopped by Ctrl-C\n")
     made = left(out)
     assert 0 < len(made) < 3000
     for name in made:

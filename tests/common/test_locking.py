@@ -1,4 +1,4 @@
-"""One process in a folder: who else comes is told, and the lock ends with its process."""
+"""Folder locks: a second process gets an error that names the first, and a lock ends with its process."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FORK = multiprocessing.get_context("fork")
 
 @pytest.fixture(params=["flock", "file"])
 def kind(request, monkeypatch):
-    """A disk with locks and one without."""
+    """Run the test on a disk with `flock` and on one without."""
     if request.param == "file":
 
         def missing(*_):
@@ -38,7 +38,7 @@ def kind(request, monkeypatch):
 
 
 class Holder:
-    """Another process that holds a folder's lock, until it is killed."""
+    """A process that holds a folder's lock until it is killed."""
 
     def __init__(self, folder: Path, **options):
         ours, theirs = FORK.Pipe()
@@ -61,7 +61,7 @@ class Holder:
         self.process.join()
 
 
-def test_the_second_is_told_who_holds_it(kind, tmp_path):
+def test_the_error_names_the_holder(kind, tmp_path):
     with Holder(tmp_path / "run") as other:
         with pytest.raises(InUse) as caught, hold(tmp_path / "run", "fastnce train", "take another --out"):
             pass
@@ -71,12 +71,12 @@ def test_the_second_is_told_who_holds_it(kind, tmp_path):
         assert ("is no longer there: then remove" in message) == (kind == "file")
         with hold(tmp_path / "run", "fastnce export", name=".fastnce-export-lock"):
             pass
-    with hold(tmp_path / "run", "fastnce train"):  # the other was killed with -9
+    with hold(tmp_path / "run", "fastnce train"):  # the other process was killed with -9
         pass
     assert left(tmp_path) == []
 
 
-def test_a_folder_that_was_made_for_the_lock_alone_goes_with_it(kind, tmp_path):
+def test_a_folder_made_for_the_lock_is_removed_if_empty(kind, tmp_path):
     with hold(tmp_path / "a" / "b", "x"):
         pass
     assert not (tmp_path / "a").exists()
@@ -85,7 +85,7 @@ def test_a_folder_that_was_made_for_the_lock_alone_goes_with_it(kind, tmp_path):
     assert left(tmp_path) == ["a/file"]
 
 
-def test_the_lock_of_another_machine_is_respected_where_the_disk_has_none(tmp_path, monkeypatch):
+def test_a_lock_file_of_another_machine_holds_on_a_disk_without_flock(tmp_path, monkeypatch):
     monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(errno.EOPNOTSUPP, "not supported")))
     file = tmp_path / f"{NAME}-owner"
     machine, pid, born = owner()
@@ -93,13 +93,13 @@ def test_the_lock_of_another_machine_is_respected_where_the_disk_has_none(tmp_pa
     file.write_text(json.dumps(facts))
     with pytest.raises(InUse, match=rf"process {pid} on far, since then, or is no longer there: then remove .*-owner"):
         hold(tmp_path, "x").__enter__()
-    file.write_text("")  # perhaps about to be written
+    file.write_text("")  # may be about to be written
     with pytest.raises(InUse, match="in use by another process"):
         hold(tmp_path, "x").__enter__()
     os.utime(file, (0, 0))
     with hold(tmp_path, "x"):
         pass
-    file.write_text(json.dumps(facts | {"machine": machine, "born": "0" * 8}))  # the number is another process's now
+    file.write_text(json.dumps(facts | {"machine": machine, "born": "0" * 8}))  # another process has the number now
     with hold(tmp_path, "x"):
         pass
     file.write_text("[" * 100_000)
@@ -109,8 +109,8 @@ def test_the_lock_of_another_machine_is_respected_where_the_disk_has_none(tmp_pa
     assert left(tmp_path) == []
 
 
-def test_a_lock_without_its_signature_holds(tmp_path, monkeypatch):
-    """On a full disk a name can be made, and no content."""
+def test_a_lock_without_content_holds(tmp_path, monkeypatch):
+    """A full disk still takes a file name, but no content."""
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
         held = hold(tmp_path, "x")
@@ -121,45 +121,45 @@ def test_a_lock_without_its_signature_holds(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("place", ["_is_named", "_signed"])
-def test_a_signal_while_it_is_taken_leaves_no_lock(place, tmp_path, monkeypatch):
+def test_a_signal_during_locking_leaves_no_lock(place, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(f"fastnce.common.locking.{place}", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt), hold(tmp_path / "a", "x"):
             pass
-    with hold(tmp_path / "a", "x"):  # nobody has it
+    with hold(tmp_path / "a", "x"):  # the lock is free
         pass
     assert left(tmp_path) == []
 
 
 @pytest.mark.parametrize("kind", [(Path, "unlink"), (Path, "rmdir"), (os, "close")], ids=lambda kind: kind[1])
-def test_a_signal_while_it_is_given_back_leaves_no_lock(kind, tmp_path, monkeypatch):
-    original, came = getattr(*kind), []
+def test_a_signal_during_release_leaves_no_lock(kind, tmp_path, monkeypatch):
+    original, interruptions = getattr(*kind), []
 
     def interrupted(*arguments):
-        if not came:
-            came.append(True)
+        if not interruptions:
+            interruptions.append(True)
             raise KeyboardInterrupt
         return original(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), hold(tmp_path / "a", "x"):
         patch.setattr(*kind, interrupted)
-    assert came
+    assert interruptions
     assert left(tmp_path) == []
-    with hold(tmp_path / "a", "x"):  # nobody has it
+    with hold(tmp_path / "a", "x"):  # the lock is free
         pass
 
 
 def count(folder: Path, times: int) -> None:
-    said: list[str] = []
+    sentences: list[str] = []
     for _ in range(times):
-        with hold(folder, "count", wait=said.append):
+        with hold(folder, "count", wait=sentences.append):
             number = int((folder / "number").read_text())
             time.sleep(0.001)
             (folder / "number").write_text(str(number + 1))
 
 
-def test_nobody_is_let_in_twice(kind, tmp_path, monkeypatch):
-    """Six processes count to 60 together, each alone for a moment."""
+def test_one_process_at_a_time(kind, tmp_path, monkeypatch):
+    """Six processes increment a counter 60 times, each under the lock."""
     monkeypatch.setattr(time, "sleep", lambda seconds, sleep=time.sleep: sleep(seconds / 40))
     (tmp_path / "number").write_text("0")
     others = [FORK.Process(target=count, args=(tmp_path, 10)) for _ in range(6)]
@@ -188,7 +188,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path, capsys):
         assert left(run) == before
 
 
-def test_commands_that_write_folders_take_their_lock(tmp_path, capsys):
+def test_commands_that_write_folders_lock_them(tmp_path, capsys):
     pictures = write(tmp_path / "pairs", *(f"{side}/{n}.png" for n in (1, 2) for side in ("rain", "norain")))
     out = tmp_path / "out"
     with Holder(out):
@@ -201,11 +201,11 @@ def test_commands_that_write_folders_take_their_lock(tmp_path, capsys):
         save_published({"G": ResnetGenerator(width=2, blocks=1)}, out)
 
 
-# ---- what killed processes leave ----
+# ---- files of killed processes ----
 
 
 def killed_name(suffix: str = "") -> str:
-    """A name that a process made before it was killed."""
+    """A temporary name of a process that has ended."""
     ours, theirs = FORK.Pipe()
     process = FORK.Process(target=lambda: theirs.send(partial_name(suffix)))
     process.start()
@@ -214,7 +214,7 @@ def killed_name(suffix: str = "") -> str:
     return name
 
 
-def test_only_what_nobody_writes_any_more_is_removed(tmp_path):
+def test_sweep_removes_only_files_of_dead_processes(tmp_path):
     dead, alive, foreign = killed_name(".png"), partial_name(".png"), f".fastnce-00000000-1-00000000-{'a' * 8}.png"
     other = [".fastnce-lock", ".fastnce-cache", ".fastnce-notes.png", ".hidden.png", "a.png"]
     for name in (dead, alive, foreign, *other):
@@ -243,7 +243,7 @@ def test_a_process_is_dead_or_alive_or_unknown():
     assert is_dead(machine, child.pid, born) is True
 
 
-def test_the_next_start_removes_what_killed_ones_left(tmp_path):
+def test_the_next_start_removes_files_of_killed_processes(tmp_path):
     photos = write(tmp_path / "photos", "a.png", "sub/b.png")
     (model,) = save_published({"G": ResnetGenerator(width=2, blocks=1)}, tmp_path / "published")
     pairs = write(tmp_path / "pairs", *(f"{side}/{n}.png" for n in (1, 2) for side in ("rain", "norain")))

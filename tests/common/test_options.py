@@ -1,4 +1,4 @@
-"""Every option of every preset states what it takes, and is refused for anything else, in one sentence."""
+"""Every option of every preset declares the values that it takes and rejects others with one sentence."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ KEYS = [
 
 
 def kind_of(hint) -> type:
-    """Of one element: a size is one or two whole numbers."""
+    """The type of one element. A size is one or two whole numbers."""
     return get_args(hint)[0] if get_origin(hint) is list else int if isinstance(hint, UnionType) else hint
 
 
 def around(hint, accepts: Accepts) -> tuple[list, list]:
-    """Values just inside of a range, and just outside or of another kind; of a list, its elements."""
+    """Values just inside a range, and values just outside or of another type; for a list, of its elements."""
     kind = kind_of(hint)
     if kind is bool:
         return [True, False], [0, 1, 1.0, "x", [True], None]
@@ -59,7 +59,7 @@ def around(hint, accepts: Accepts) -> tuple[list, list]:
 
 
 def refused(words: str, call, *arguments) -> None:
-    """One sentence of some length that has these words."""
+    """Check that the call raises ValueError with one short sentence that contains these words."""
     with pytest.raises(ValueError, match=re.escape(words)) as caught:
         call(*arguments)
     sentence = str(caught.value)
@@ -67,7 +67,7 @@ def refused(words: str, call, *arguments) -> None:
     assert len(sentence) < 400
 
 
-def test_every_option_states_what_it_takes():
+def test_every_option_declares_its_values():
     for preset, section, key in KEYS:
         holder = getattr(from_preset(preset, PRESETS[preset]), section)
         hint, accepts = kinds(holder)[key]
@@ -80,14 +80,14 @@ def test_every_option_states_what_it_takes():
             assert kind_of(hint) is bool, key
 
 
-def test_an_option_without_a_range_is_noticed():
-    """What the test above looks at is there: a field that states nothing has nothing."""
+def test_an_option_without_a_range_is_detected():
+    """The test above would fail for it: a field without declared values has an empty `Accepts`."""
     assert option(1, "a number").metadata["accepts"] == Accepts()
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_option_at_its_ends(preset):
-    """Set by hand, as a program does: what lies inside is taken, what lies outside is named."""
+    """Values set by a program: those inside the range are accepted, those outside are rejected by name."""
     for _, section, key in (k for k in KEYS if k[0] == preset):
         config = from_preset(preset, PRESETS[preset])
         holder = getattr(config, section)
@@ -109,8 +109,8 @@ def test_every_option_at_its_ends(preset):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_every_option_as_it_is_typed(preset):
-    """On the command line, where everything is text."""
+def test_every_option_on_the_command_line(preset):
+    """On the command line every value is text."""
     for _, section, key in (k for k in KEYS if k[0] == preset):
         holder = getattr(from_preset(preset, PRESETS[preset]), section)
         hint, accepts = kinds(holder)[key]
@@ -125,7 +125,7 @@ def test_every_option_as_it_is_typed(preset):
             refused(f"{section}.{key} must be ", resolve, preset, None, [f"{section}.{key}={text}"])
 
 
-REFUSED = {  # by hand, from what each key means
+REFUSED = {  # chosen by hand, from the meaning of each key
     "data.batch": ["0", "-1", "1000000"],
     "data.load_size": ["0", "-4", "[286]", "[286, true]", "1000000000000"],
     "data.crop_size": ["0", "-256", "30", "[64, 66]", "512"],
@@ -162,14 +162,14 @@ REFUSED = {  # by hand, from what each key means
 }
 
 
-def test_what_each_key_means_decides():
+def test_values_without_meaning_are_refused():
     for key, values in REFUSED.items():
         for value in values:
             refused(key, resolve, "cut", None, [f"{key}={value}"])
 
 
-def test_what_is_taken():
-    """Whole numbers may be written as 1e5, and true for the text; a seed has 64 bits."""
+def test_accepted_spellings():
+    """A whole number may be written as 1e5, the text "true" as true. A seed has 64 bits."""
     config = resolve(
         "cut",
         None,
@@ -189,7 +189,7 @@ RELATIONS = [
     ("cut", ["data.load_size=[286, 200]", "data.preprocess=scale_width_and_crop"], "data.load_size=[286, 200] is too"),
     ("cut", ["data.crop_size=30"], "data.crop_size=30 must have sides that are multiples of 4"),
     ("cut", ["data.rain_like=density=2"], "data.rain_like: rain density must be"),
-    ("cut", ["data.rain_like=layers=²"], "data.rain_like: 'layers=²' is no range"),
+    ("cut", ["data.rain_like=layers=²"], "data.rain_like: 'layers=²' is not a range"),
     ("dcdgan", ["loss.rendered_rain=angle=nan"], "loss.rendered_rain: rain angle must be"),
 ]
 
@@ -211,25 +211,25 @@ def test_values_that_contradict_each_other(preset, overrides, sentence):
     ],
 )
 def test_options_that_do_not_go_with_the_networks(preset, overrides, sentence):
-    """Found without memory for them."""
+    """They are found without allocating the networks."""
     refused(sentence, plan, resolve(preset, None, overrides))
 
 
-def test_load_size_has_no_part_in_some_modes():
+def test_some_modes_ignore_load_size():
     resolve("cut", None, ["data.preprocess=crop", "data.load_size=64"])
     resolve("cut", None, ["data.preprocess=none", "data.load_size=64", "data.crop_size=30"])
     resolve("cut", None, ["data.preprocess=scale_width_and_crop", "data.load_size=[64, 286]"])
 
 
-def test_methods_by_hand_are_looked_at_too():
+def test_options_of_methods_built_by_hand_are_checked():
     network = NetworkOptions(generator="resnet_4blocks", width=2, discriminator_width=2)
     refused("loss.lambda_nce must be a number", CUT, CUTOptions(lambda_nce=math.nan), network)
     refused("loss.lambda_gp must be a number", CycleGAN, CycleGANOptions(lambda_gp=-1.0), network)
     refused("network.width must be a whole number", CUT, CUTOptions(), NetworkOptions(width=0))
 
 
-def test_what_is_said():
-    """The same words where a range is listed and where it is refused."""
+def test_messages_and_lists_state_the_same_range():
+    """A range reads the same in the list of options and in an error message."""
     refused("data.batch must be a whole number from 1 to 65,536, not 0", resolve, "cut", None, ["data.batch=0"])
     refused("optim.ema must be a number from 0 to below 1, not 1", resolve, "cut", None, ["optim.ema=1"])
     refused("run.keep must be a whole number of at least 2, not 1", resolve, "cut", None, ["run.keep=1"])
@@ -245,7 +245,7 @@ def test_what_is_said():
 
 
 def test_a_stored_configuration():
-    """A run of another version translates; one whose networks cannot be is refused."""
+    """A configuration of another version can be read. One with impossible networks is refused."""
     stored = resolve("cut").as_dict()
     stored["run"]["keep"], stored["run"]["gone"] = 1, 5
     stored["network"]["build_generator"] = 3
@@ -259,8 +259,8 @@ def test_a_stored_configuration():
     refused("must be a table of sections", from_dict, [])
 
 
-def test_a_run_of_before_the_penalty_goes_on():
-    """Under its own terms: with wgangp, those had no penalty."""
+def test_a_run_from_before_the_gradient_penalty_continues():
+    """A stored wgangp run without `lambda_gp` had no penalty; the difference is reported."""
     for overrides, different in ([], []), (["loss.gan_mode=wgangp"], ["loss.lambda_gp: 0.0, now 10.0"]):
         config = resolve("cut", None, overrides)
         stored = config.as_dict()
@@ -268,15 +268,15 @@ def test_a_run_of_before_the_penalty_goes_on():
         assert config.differences(stored) == different
 
 
-def test_refusals_are_short(tmp_path):
-    """Whatever is wrong is quoted in part: a file may hold a name of megabytes."""
+def test_error_messages_are_short(tmp_path):
+    """A message quotes only a part of a wrong value: a file may hold a name of megabytes."""
     long, file = "x" * 100_000, tmp_path / "c.toml"
     for text in (f"[loss]\n{long} = 1", f"[{long}]", f"{long} = 1"):
         file.write_text(text)
-        with pytest.raises(ValueError, match="xxx") as told:
+        with pytest.raises(ValueError, match="xxx") as caught:
             resolve("cut", file)
-        assert len(str(told.value)) < 500
+        assert len(str(caught.value)) < 500
     for arguments in ((long,), ("cut", None, [long]), ("cut", None, [f"loss.{long}=1"])):
-        with pytest.raises(ValueError, match="xxx") as told:
+        with pytest.raises(ValueError, match="xxx") as caught:
             resolve(*arguments)
-        assert len(str(told.value)) < 500
+        assert len(str(caught.value)) < 500

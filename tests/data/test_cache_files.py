@@ -1,4 +1,4 @@
-"""The files of a cache: of any content, damaged, left by killed builders; and the memory that they take."""
+"""The files of a cache: with any content, damaged, or left by killed builders; and memory use."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ COUNT = 5
 
 @pytest.fixture
 def root(tmp_path) -> Path:
-    """Two domains; B has a picture that cannot be read."""
+    """Two domains; B has one unreadable picture."""
     for domain in "AB":
         (tmp_path / "data" / f"train{domain}").mkdir(parents=True)
         for i in range(COUNT):
@@ -42,7 +42,7 @@ def root(tmp_path) -> Path:
 
 
 def wanted(folder: Path) -> bytes:
-    """What a cache of a folder should hold, by PIL alone."""
+    """The expected content of a folder's cache, computed with PIL alone."""
     found = b""
     for file in sorted(folder.iterdir()):
         with contextlib.suppress(OSError):
@@ -62,12 +62,12 @@ def hidden(place: Path) -> list[str]:
 
 
 def sealed(head: object, rows: bytes) -> bytes:
-    """An index whose digest is right, whatever it holds."""
+    """An index with this content and the right digest."""
     content = (head if isinstance(head, bytes) else json.dumps(head).encode()) + b"\n" + rows
     return hashlib.sha256(content).hexdigest().encode() + b"\n" + content
 
 
-def test_an_index_with_any_bit_changed_or_cut_anywhere_is_not_used(root, tmp_path):
+def test_an_index_with_a_flipped_bit_or_truncated_anywhere_is_not_used(root, tmp_path):
     cache = opened(root, tmp_path)
     file = cache.path.with_suffix(".index")
     whole = file.read_bytes()
@@ -106,7 +106,7 @@ ODD = [
 ODD += [[[True, "x"]], [[3, None]], [[3, "x"], [3, "x"]], [[99, "x"]], [["../../x.png", "x"]], float("nan"), [[[]]]]
 
 
-def test_an_index_of_nonsense_with_the_right_digest_is_rebuilt(root, tmp_path):
+def test_an_invalid_index_with_the_right_digest_is_rebuilt(root, tmp_path):
     cache = opened(root, tmp_path)
     file = cache.path.with_suffix(".index")
     _, line, rows = file.read_bytes().split(b"\n", 2)
@@ -140,7 +140,7 @@ def test_an_index_of_nonsense_with_the_right_digest_is_rebuilt(root, tmp_path):
 
 @pytest.mark.parametrize("suffix", [".index", ".bin"])
 @pytest.mark.parametrize("kind", ["gone", "empty", "longer", "loop", "pipe", "folder"])
-def test_files_of_another_kind_in_a_caches_place(suffix, kind, root, tmp_path):
+def test_other_kinds_of_files_in_place_of_a_cache(suffix, kind, root, tmp_path):
     cache = opened(root, tmp_path / "c")
     file = cache.path.with_suffix(suffix)
     whole = file.read_bytes()
@@ -182,29 +182,30 @@ def draw(*places: int) -> Draw:
 
 
 @pytest.mark.parametrize("staged", [False, True])
-def test_a_damaged_picture_is_decoded_anew_when_it_is_read(staged, root, tmp_path, monkeypatch):
+def test_a_damaged_picture_is_decoded_again_when_it_is_read(staged, root, tmp_path, monkeypatch):
     opened(root, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(cached.zlib, "crc32", lambda _: pytest.fail("a start reads pixels"))
+        patch.setattr(cached.zlib, "crc32", lambda _: pytest.fail("opening a cache reads pixels"))
         cache = opened(root, tmp_path)
         store = PictureStore(cache, torch.device("cpu"), resident=False)
     damage(cache.path)
     if staged:
-        store.flat = None  # what a device does that cannot hold the cache
+        store.flat = None  # as on a device that cannot hold the cache
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        store.crops(draw(1, 3), (8, 8), flip=False)  # whole ones
-    with pytest.warns(UserWarning, match=r"\.bin was damaged where it holds .*0\.png, which was decoded anew") as said:
+        store.crops(draw(1, 3), (8, 8), flip=False)  # undamaged pictures
+    words = r"\.bin was damaged where it holds .*0\.png, which was decoded again"
+    with pytest.warns(UserWarning, match=words) as caught:
         got = store.crops(draw(0, 1, 0), (8, 8), flip=False)
-    assert len(said) == 1
+    assert len(caught) == 1
     right = np.frombuffer(wanted(root / "trainB"), np.uint8).reshape(-1, 8, 8, 3)
     assert np.abs(got.permute(0, 2, 3, 1).numpy() * 127.5 + 127.5 - right[[0, 1, 0]]).max() < 1e-4
     with pytest.warns(UserWarning, match=r"holds .*2\.png"):
         store.crops(draw(2), (8, 8), flip=False)
-    assert cache.path.read_bytes() == wanted(root / "trainB")  # for the next start too
+    assert cache.path.read_bytes() == wanted(root / "trainB")  # the file is repaired too
 
 
-def test_every_picture_is_checked_where_caches_are_made_and_where_a_device_takes_them_all(root, tmp_path):
+def test_all_pictures_are_checked_when_a_cache_is_built_or_moved_to_a_device(root, tmp_path):
     for check in (
         lambda: build_cache(root, cache_dir=tmp_path, load_size=8, crop_size=8, skip_bad=True),
         lambda: UnpairedData(root, cache_dir=tmp_path, load_size=8, crop_size=8, skip_bad=True).cached(),
@@ -212,12 +213,12 @@ def test_every_picture_is_checked_where_caches_are_made_and_where_a_device_takes
     ):
         cache = opened(root, tmp_path)
         damage(cache.path)
-        with pytest.warns(UserWarning, match="decoded anew"):
+        with pytest.warns(UserWarning, match="decoded again"):
             check()
         assert cache.path.read_bytes() == wanted(root / "trainB")
 
 
-def test_damage_that_cannot_be_mended_names_the_cache_the_picture_and_the_remedy(root, tmp_path):
+def test_the_error_of_irreparable_damage_names_the_cache_the_picture_and_the_remedy(root, tmp_path):
     cache = opened(root, tmp_path)
     damage(cache.path)
     file = root / "trainB" / "0.png"
@@ -230,7 +231,7 @@ def test_damage_that_cannot_be_mended_names_the_cache_the_picture_and_the_remedy
             PictureStore(cache, torch.device("cpu"), False).crops(draw(0), (8, 8), flip=False)
         file.write_bytes(b"") if reason == "has changed since" else file.unlink(missing_ok=True)
     file.write_bytes(before)
-    with pytest.warns(UserWarning, match="decoded anew"):
+    with pytest.warns(UserWarning, match="decoded again"):
         cache.check(np.array([0]))
 
 
@@ -238,7 +239,7 @@ def test_damage_that_cannot_be_mended_names_the_cache_the_picture_and_the_remedy
 
 
 def killed_after(pictures: int, root: Path, place: Path, end=signal.SIGKILL) -> None:
-    """A process that makes A's cache and is killed when so many pictures are in its journal."""
+    """Run a process that builds A's cache and is killed once its journal lists `pictures` + 1 pictures."""
     pid = os.fork()
     if pid == 0:
         decoding.FLUSHED = -1.0
@@ -246,7 +247,7 @@ def killed_after(pictures: int, root: Path, place: Path, end=signal.SIGKILL) -> 
         real, done = cached.prepared, []
 
         def prepared(*arguments):
-            if len(done) == pictures + 1:  # the one before may wait for its turn
+            if len(done) == pictures + 1:
                 threading.Event().wait(0.2)
                 os.kill(os.getpid(), end)
             done.append(1)
@@ -262,8 +263,8 @@ def killed_after(pictures: int, root: Path, place: Path, end=signal.SIGKILL) -> 
 
 
 @pytest.mark.parametrize("torn", ["", "journal", "line", "pixels", "byte", "nonsense", "no pixels"])
-def test_what_a_killed_builder_decoded_is_not_decoded_again(torn, root, tmp_path, monkeypatch):
-    """Where its files do not agree, the pictures from there on are."""
+def test_pictures_that_a_killed_builder_decoded_are_reused(torn, root, tmp_path, monkeypatch):
+    """From the first disagreement of its two files on, pictures are decoded again."""
     place = tmp_path / "c"
     place.mkdir()
     killed_after(2, root, place)
@@ -292,18 +293,18 @@ def test_what_a_killed_builder_decoded_is_not_decoded_again(torn, root, tmp_path
     elif torn == "no pixels":
         pixels.unlink()
         kept = 0
-    decoded, said, real = [], [], cached.prepared
+    decoded, messages, real = [], [], cached.prepared
     monkeypatch.setattr(decoding, "prepared", lambda file, *rest: (decoded.append(file.name), real(file, *rest))[1])
-    open_cache(Folder.listed(root / "trainA"), TARGET, place, progress=said.append)
+    open_cache(Folder.listed(root / "trainA"), TARGET, place, progress=messages.append)
     assert sorted(decoded) == [f"{i}.png" for i in range(kept, COUNT)]
-    assert (f"; {kept} of them were decoded before" in said[0]) == (kept > 0)
+    assert (f"; {kept} of them were decoded before" in messages[0]) == (kept > 0)
     cache = opened(root, place, "A")
     assert cache.path.read_bytes() == wanted(root / "trainA")
     cache.check()
     assert hidden(place) == []
 
 
-def test_what_is_left_of_a_finished_cache_goes_at_the_next_start(root, tmp_path):
+def test_leftovers_of_a_finished_cache_are_removed_at_the_next_start(root, tmp_path):
     place = tmp_path / "c"
     place.mkdir()
     killed_after(2, root, place)
@@ -325,13 +326,13 @@ def test_what_is_left_of_a_finished_cache_goes_at_the_next_start(root, tmp_path)
     assert [name.rpartition("_")[2] for name in hidden(place) if "lock" not in name] == ["journal"]
     half = f".fastnce-{'-'.join(decoding.partial_name().split('-')[1:])}.{'0' * 16}_journal"  # alive
     (place / half).touch()
-    other = f"{dead}.{'1' * 16}_journal"  # of another cache, to be taken up
+    other = f"{dead}.{'1' * 16}_journal"  # of another unfinished cache, to be continued
     (place / other).touch()
     assert opened(root, place, "A").pixels.tobytes() == wanted(root / "trainA")
     assert {name for name in hidden(place) if "lock" not in name} == {half, other}
 
 
-def test_only_the_same_pictures_are_taken_up_and_the_rest_is_cleared(root, tmp_path):
+def test_an_unfinished_cache_of_changed_sources_is_removed(root, tmp_path):
     place = tmp_path / "c"
     place.mkdir()
     killed_after(2, root, place)
@@ -341,8 +342,8 @@ def test_only_the_same_pictures_are_taken_up_and_the_rest_is_cleared(root, tmp_p
     assert hidden(place) == []
 
 
-def test_a_living_builders_files_are_left_alone(root, tmp_path):
-    """On a disk without locks two may work at once."""
+def test_the_files_of_a_running_builder_are_kept(root, tmp_path):
+    """On a disk without locks, two builders may run at once."""
     place = tmp_path / "c"
     place.mkdir()
     killed_after(2, root, place)
@@ -355,7 +356,7 @@ def test_a_living_builders_files_are_left_alone(root, tmp_path):
     assert sorted(place.glob(".fastnce-*")) == before
 
 
-def test_bad_pictures_leave_nothing(root, tmp_path):
+def test_a_failed_build_leaves_no_files(root, tmp_path):
     place = tmp_path / "c"
     place.mkdir()
     with pytest.raises(DataError, match=r"1 of 5 pictures .*\n  .*3\.png is not a picture"):
@@ -368,7 +369,7 @@ def test_bad_pictures_leave_nothing(root, tmp_path):
 
 @pytest.mark.parametrize("work", ["list", "make", "open"])
 def test_memory_does_not_grow_with_the_number_of_pictures(work, tmp_path, monkeypatch):
-    """Besides the list of names and the index; a decoded picture alone takes 192 bytes."""
+    """Apart from the list of names and the index. One decoded picture takes 192 bytes."""
     picture = np.zeros((8, 8, 3), np.uint8)
     monkeypatch.setattr(decoding, "probe_picture", lambda _: (8, 8, 8))
     monkeypatch.setattr(decoding, "prepared", lambda *_: picture)
@@ -390,5 +391,5 @@ def test_memory_does_not_grow_with_the_number_of_pictures(work, tmp_path, monkey
             tracemalloc.stop()
 
     few = peak(200)
-    many = min(peak(2200), peak(2200, "again"))  # a path may make Python's own table of strings grow, by megabytes
+    many = min(peak(2200), peak(2200, "again"))  # a path may enlarge Python's table of strings by megabytes
     assert (many - few) / 2000 < 250

@@ -1,4 +1,4 @@
-"""fastnce.data: folders, decoding, the cache, the order and the device-side augmentation."""
+"""Folders, decoding, the cache, the order of pictures and the device-side augmentation."""
 
 import errno
 import multiprocessing
@@ -37,7 +37,7 @@ def write(path, array):
 
 @pytest.fixture
 def root(tmp_path):
-    """5 pictures in A and 7 in B, each of its own size."""
+    """5 pictures in A and 7 in B, all of different sizes."""
     folder = tmp_path / "set"
     for domain, count in (("trainA", 5), ("trainB", 7)):
         for i in range(count):
@@ -52,12 +52,12 @@ def normalised(picture):
 
 
 def close(got, expected):
-    """Equal but for the rounding of float32 on the way to [-1, 1]; one step of 16 bits is 3e-5."""
+    """Equal up to float32 rounding in the conversion to [-1, 1]; one step of 16 bits is 3e-5."""
     return got.shape == expected.shape and (got - expected).abs().max().item() <= 2e-7
 
 
 def by_hand(file, load, crop, top, left, mirrored):
-    """PIL and NumPy only: resize, crop at a relative place, mirror, normalise."""
+    """Resize, crop at a relative position, mirror and normalise with PIL and NumPy only."""
     image = Image.open(file).convert("RGB").resize((load[1], load[0]), Image.Resampling.BICUBIC)
     y, x = int(top * (load[0] - crop[0] + 1)), int(left * (load[1] - crop[1] + 1))
     image = image.crop((x, y, x + crop[1], y + crop[0]))
@@ -197,7 +197,7 @@ def test_exif_orientation_is_applied(tmp_path, name):
     picture = np.zeros((16, 32, 3), np.uint8)
     picture[:, :16] = 255  # left half white
     exif = Image.Exif()
-    exif[0x0112] = 6  # stored turned: show it turned by 90 degrees clockwise
+    exif[0x0112] = 6  # to be displayed rotated by 90 degrees clockwise
     Image.fromarray(picture).save(tmp_path / name, exif=exif)
     shown = read_picture(tmp_path / name)
     assert shown.shape == (32, 16, 3)
@@ -242,7 +242,7 @@ def test_folder_errors(tmp_path, root):
         ({"load_size": 28.6}, "load_size should be"),
         ({"channels": 0}, "channels should be"),
         ({"batch": 0}, "batch=0"),
-        ({"batch": 2, "preprocess": "none"}, "keeps every picture's own size"),
+        ({"batch": 2, "preprocess": "none"}, "keeps the size of each picture"),
         ({"rank": 2, "world": 2}, "rank=2"),
         ({"seed": -1}, "seed=-1"),
     ],
@@ -253,7 +253,7 @@ def test_setting_errors(root, options, words):
 
 
 def bad_pictures(folder):
-    """One file for each way of being unusable for channels=3."""
+    """Write one file per kind of defect, for channels=3."""
     whole = write(folder / "ok.png", noise(40, 40)).read_bytes()
     (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
     Image.fromarray(noise(64, 64)).save(folder / "cut.jpg")
@@ -282,7 +282,7 @@ def bad_pictures(folder):
     }
 
 
-def test_each_bad_file_has_its_sentence(tmp_path):
+def test_the_error_of_each_kind_of_bad_file(tmp_path):
     for name, words in bad_pictures(tmp_path).items():
         with pytest.raises(DataError, match=words) as caught:
             read_picture(tmp_path / name)
@@ -313,7 +313,7 @@ def test_all_bad_files_of_both_domains_are_named_before_training(root, tmp_path)
     assert not list((tmp_path / "c").glob("*.bin*"))
 
 
-def test_skip_bad_passes_over_and_records(root, tmp_path):
+def test_skip_bad_skips_and_records(root, tmp_path):
     clean = UnpairedData(root, cache_dir=tmp_path / "clean", **SMALL)
     expected = [clean.batch(step, decaying=d)[0] for step in range(9) for d in (False, True)]
     names = ["0a.png", "zz.jpg"]
@@ -326,7 +326,7 @@ def test_skip_bad_passes_over_and_records(root, tmp_path):
         assert (data.size_a, data.size_b) == (5, 7)
         got = [data.batch(step, decaying=d)[0] for step in range(9) for d in (False, True)]
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
-    with pytest.raises(DataError, match="2 of 7 pictures"):  # the cache does not hide them from who did not ask for it
+    with pytest.raises(DataError, match="2 of 7 pictures"):  # without skip_bad, the cache does not hide them
         UnpairedData(root, cache_dir=tmp_path / "c", **SMALL)
 
 
@@ -376,7 +376,7 @@ def test_draws_are_uniform_and_independent():
     count = 250 * 64
     a = {name: np.concatenate([getattr(d[0], name) for d in draws]) for name in ("index", "top", "left", "flip")}
     b = {name: np.concatenate([getattr(d[1], name) for d in draws]) for name in ("index", "top", "left", "flip")}
-    # chi-square with 7 degrees of freedom: 24.3 is exceeded once in a thousand seeds, and this seed is fixed
+    # chi-square with 7 degrees of freedom: one seed in a thousand exceeds 24.3, and this seed is fixed
     assert ((np.bincount(b["index"], minlength=8) - count / 8) ** 2 / (count / 8)).sum() < 24.3
     columns = [a["top"], a["left"], a["flip"], b["index"], b["top"], b["left"], b["flip"], a["index"]]
     for uniform in (a["top"], a["left"], b["top"], b["left"]):
@@ -392,7 +392,7 @@ def test_draws_are_uniform_and_independent():
 
 
 def test_the_streams_never_change():
-    """Recorded: a resumed run must see the same pictures with any later version of fastnce and NumPy."""
+    """Recorded values: a resumed run must see the same pictures with any later version of fastnce and NumPy."""
     a, b = Order(5, 9, 4, seed=1).draw(3)
     assert a.index.tolist() == [3, 1, 2, 4]
     assert b.index.tolist() == [2, 5, 2, 7]
@@ -472,7 +472,7 @@ def child_batch(root, place, queue):
 
 def test_a_batch_depends_on_seed_and_step_alone(root, tmp_path):
     data = UnpairedData(root, batch=2, seed=9, cache_dir=tmp_path, **SMALL)
-    for step in (3, 100, 7):  # another history than the other process
+    for step in (3, 100, 7):  # a history that differs from the other process's
         data.batch(step)
     a, b = data.batch(41)
     context = multiprocessing.get_context("spawn")
@@ -498,7 +498,7 @@ def test_depths_and_channels(tmp_path, channels, dtype, staged):
     assert cache.pixels.dtype == dtype
     store = PictureStore(cache, torch.device("cpu"), resident=True)
     if staged:
-        store.flat = None  # what a device does that cannot hold the cache
+        store.flat = None  # as on a device that cannot hold the cache
     draw = Order(2, 2, 6, seed=1).draw(0)[0]
     images = store.crops(draw, (8, 8), True)
     assert images.shape == (6, channels, 8, 8)
@@ -608,19 +608,19 @@ def cache_state(place):
 
 def test_cache_is_used_again_and_rebuilt_when_a_source_changes(root, tmp_path):
     place = tmp_path / "c"
-    said = []
-    UnpairedData(root, cache_dir=place, progress=said.append, **SMALL)
-    assert len(said) == 2
-    assert "decoding 5 pictures" in said[0]
+    messages = []
+    UnpairedData(root, cache_dir=place, progress=messages.append, **SMALL)
+    assert len(messages) == 2
+    assert "decoding 5 pictures" in messages[0]
     before = cache_state(place)
-    UnpairedData(root, cache_dir=place, progress=said.append, **SMALL)
+    UnpairedData(root, cache_dir=place, progress=messages.append, **SMALL)
     assert cache_state(place) == before
-    assert len(said) == 2
+    assert len(messages) == 2
     write(root / "trainA" / "2.png", noise(33, 30, seed=77))
     data = UnpairedData(root, cache_dir=place, **SMALL)
     after = cache_state(place)
-    assert len(after) == 4  # two files a domain: the old ones are gone
-    assert len(after.keys() & before.keys()) == 2  # B was left alone
+    assert len(after) == 4  # two files per domain: the old ones are removed
+    assert len(after.keys() & before.keys()) == 2  # B's files are unchanged
     fresh = UnpairedData(root, cache_dir=tmp_path / "d", **SMALL)
     assert all(torch.equal(data.batch(s)[0], fresh.batch(s)[0]) for s in range(7))
 
@@ -713,7 +713,7 @@ def test_two_processes_build_at_once(root, tmp_path, locks, monkeypatch):
     assert not [file for file in place.iterdir() if file.suffix not in (".bin", ".index")]
 
 
-def test_a_killed_builders_rest_is_cleared(root, tmp_path):
+def test_the_files_of_a_killed_builder_are_removed(root, tmp_path):
     first = build_cache(root, cache_dir=tmp_path, **SMALL)[0][0]
     rest = tmp_path / f"{first.name}.123-abc.tmp"
     rest.write_bytes(b"half")
@@ -766,24 +766,24 @@ def test_published_pictures(tmp_path):
             assert close(images[0], expected)
 
 
-def test_batches_made_ahead_are_the_batches(root):
-    """In order, out of order, twice, and across the change to the decaying sizes; each is made once."""
+def test_batches_made_ahead_equal_the_others(root):
+    """In order, out of order, twice, and across the change to the decaying sizes. Each is made once."""
     plain = UnpairedData(root, **SMALL, batch=2, seed=3)
     ahead = UnpairedData(root, **SMALL, batch=2, seed=3, ahead=True)
     made = []
     real = ahead.staging.make
     ahead.staging.make = lambda step, decaying: made.append((step, decaying)) or real(step, decaying)
-    asked = [(0, False), (1, False), (2, False), (3, True), (4, True), (9, True), (9, True), (10, True)]
-    for step, decaying in asked:
+    steps = [(0, False), (1, False), (2, False), (3, True), (4, True), (9, True), (9, True), (10, True)]
+    for step, decaying in steps:
         for one, other in zip(plain.batch(step, decaying=decaying), ahead.batch(step, decaying=decaying), strict=True):
             assert torch.equal(one, other)
     ahead.close()
     decaying = [(step, True) for step in (3, 4, 5, 9, 10, 9, 10)]
-    assert made[:11] == [*((step, False) for step in range(4)), *decaying]  # then, perhaps, one more
+    assert made[:11] == [*((step, False) for step in range(4)), *decaying]  # one more may follow
     assert plain.staging is None
 
 
-def test_a_batch_that_cannot_be_made_ahead_is_an_error_when_it_is_asked_for(root):
+def test_an_error_in_a_batch_made_ahead_is_raised_when_it_is_taken(root):
     data = UnpairedData(root, **SMALL, ahead=True)
     data.batch(0)
     data.batch(1)

@@ -1,4 +1,4 @@
-"""Files that are no pictures, or lie: no plug-in but ours reads them, no memory is taken for them, nothing waits."""
+"""Files that are not pictures: no other plug-in of PIL reads them, no memory is allocated, and nothing blocks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ OTHER_READERS |= {
 
 
 def openings(source: str) -> list[int]:
-    """The lines that open a picture by PIL or any other library."""
+    """Find the lines that open a picture with PIL or any other library."""
     nodes = list(ast.walk(ast.parse(source)))
     modules, functions = {"PIL.Image"}, set()
     for node in nodes:
@@ -111,7 +111,7 @@ OTHERS = {
 
 
 def test_other_formats_reach_no_plug_in_by_any_command(tmp_path, monkeypatch, capsys):
-    """Whatever they are called; a program `gs`, which PIL would run for EPS, leaves a mark."""
+    """Whatever their names. A program `gs`, which PIL would run for EPS, would leave a file."""
     mark, programs = tmp_path / "mark", tmp_path / "programs"
     programs.mkdir()
     (programs / "gs").write_text(f"#!/bin/sh\necho run >> {mark}\nexit 1\n")
@@ -143,12 +143,12 @@ def test_other_formats_reach_no_plug_in_by_any_command(tmp_path, monkeypatch, ca
     assert not mark.exists()
 
 
-# ---- what is no file ----
+# ---- pipes, devices, sockets, folders ----
 
 
 @pytest.fixture
 def _hurry():
-    """A read that waits for ever is an error."""
+    """A read that blocks raises an error after a while."""
     before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits"))
     signal.alarm(30)
     yield

@@ -1,4 +1,4 @@
-"""What a number in a picture means: the dtypes and ranges that are measured and translated, and those that are not."""
+"""The dtypes and ranges of images that are measured and translated, and those that are refused."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ REFUSED = [torch.int8, torch.int16, torch.int32, torch.int64, torch.uint32, torc
 
 
 def levels(seed: int, peak: int = 255) -> np.ndarray:
-    """(height, width, 3) from 0 to the peak."""
+    """Random (height, width, 3) from 0 to the peak."""
     return np.random.default_rng(seed).integers(0, peak + 1, (16, 20, 3))
 
 
@@ -39,7 +39,7 @@ def tensor(array: np.ndarray) -> torch.Tensor:
 # ---- measured ----
 
 
-def test_sixteen_bits_are_measured_as_the_eight_that_a_file_would_hold():
+def test_sixteen_bits_are_measured_at_the_eight_of_a_file():
     a, b = levels(0, 65535), levels(1, 65535)
     eight = [np.floor(x * 255 / 65535 + 0.5) for x in (a, b)]
     wanted = 10 * math.log10(255**2 / np.mean((eight[0] - eight[1]) ** 2))
@@ -53,7 +53,7 @@ def test_sixteen_bits_are_measured_as_the_eight_that_a_file_would_hold():
 
 
 @pytest.mark.parametrize("dtype", REFUSED)
-def test_dtypes_that_say_no_range_are_refused(dtype):
+def test_dtypes_without_a_known_range_are_refused(dtype):
     a = tensor(levels(0)).to(torch.uint8)
     metrics = DerainingMetrics()
     for pair in ((a.to(dtype), a), (a, a.to(dtype))):
@@ -80,12 +80,12 @@ def test_floats_in_another_range_are_refused():
     DerainingMetrics(value_range=(0, 255)).update(a, a + 1)
     with pytest.raises(ValueError, match="must be tensors, not ndarray"):
         DerainingMetrics().update(a.numpy(), a.numpy())
-    assert math.isnan(DerainingMetrics().update(a / 127.5 - 1, a * math.nan)[0]["psnr_rgb"])  # which is seen
+    assert math.isnan(DerainingMetrics().update(a / 127.5 - 1, a * math.nan)[0]["psnr_rgb"])  # NaN shows in the result
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64, torch.float16, torch.float32, torch.float64])
-def test_levels_are_levels_in_every_dtype(dtype):
-    """`psnr`, `ssim` and `luma` take 0 to 255 and nothing else, so every dtype that holds those will do."""
+def test_levels_in_every_dtype(dtype):
+    """`psnr`, `ssim` and `luma` take only 0 to 255, in any dtype that holds these values."""
     a, b = levels(0), levels(1)
     x, y = tensor(a).to(dtype), tensor(b).to(dtype)
     assert psnr(x, y).item() == pytest.approx(10 * math.log10(255**2 / np.mean((a - b) ** 2.0)), rel=1e-5)
@@ -98,12 +98,12 @@ def test_levels_are_levels_in_every_dtype(dtype):
     np.testing.assert_allclose(luma(x)[0, 0].numpy(), grey, rtol=1e-5)
 
 
-def test_what_are_no_levels():
+def test_other_values_than_levels_are_refused():
     a = tensor(levels(0)).double()
     for function in (psnr, ssim):
-        with pytest.raises(ValueError, match="levels go from 0 to 255, these begin at -1"):
+        with pytest.raises(ValueError, match="levels must be from 0 to 255, but their minimum is -1"):
             function(a, a / 127.5 - 1)
-        with pytest.raises(ValueError, match="must have one shape"):
+        with pytest.raises(ValueError, match="must have the same shape"):
             function(a, a[:, :1])
         with pytest.raises(ValueError, match=r"levels must be numbers from 0 to 255, not torch\.bool"):
             function(a > 0, a > 1)
@@ -137,19 +137,19 @@ def test_only_floats_are_translated(dtype):
         small()(torch.ones(1, 3, 8, 8).to(dtype))
 
 
-def test_what_is_no_tensor_is_not_translated(tmp_path):
+def test_only_tensors_are_translated(tmp_path):
     for picture, kind in (
         (Image.new("RGB", (8, 8)), "Image"),
         (np.zeros((8, 8, 3), np.uint8), "ndarray"),
         ([1], "list"),
     ):
-        with pytest.raises(ValueError, match=rf"not {kind}: fastnce\.data\.load_image\(path\)\[None\] is"):
+        with pytest.raises(ValueError, match=rf"not {kind}: use fastnce\.data\.load_image\(path\)\[None\]"):
             small()(picture)
     for shape in ((3, 8, 8), (1, 1, 8, 8), (0, 3, 8, 8), (1, 3, 0, 8)):
         with pytest.raises(ValueError, match=r"pictures must be \(images, 3, height, width\), not \("):
             small()(torch.zeros(shape))
     Image.new("RGB", (9, 8)).save(tmp_path / "a.png")
-    assert small()(load_image(tmp_path / "a.png")[None]).shape == (1, 3, 8, 9)  # as the sentence says
+    assert small()(load_image(tmp_path / "a.png")[None]).shape == (1, 3, 8, 9)  # as the message suggests
 
 
 def test_floats_of_another_range_are_not_translated():
@@ -160,7 +160,7 @@ def test_floats_of_another_range_are_not_translated():
 
 @torch.no_grad()
 def test_every_float_is_translated():
-    """The network's own dtype decides the precision."""
+    """The network's dtype determines the precision."""
     translator = small()
     x = torch.rand(1, 3, 12, 8, dtype=torch.float64) * 2 - 1
     wanted = translator.generator(x.float())
@@ -175,7 +175,7 @@ def test_every_float_is_translated():
 @torch.no_grad()
 @pytest.mark.parametrize("network", [Restorer(width=2, middle=1), StyleGAN2Generator(3, 3, 1)], ids=["r", "s"])
 def test_outputs_are_clipped_as_in_a_file(network):
-    """These two have no tanh: measured in training, by `fastnce evaluate` and from files, they are the same."""
+    """Generators without tanh: validation in training, `fastnce evaluate` and written files agree."""
     for parameter in network.parameters():
         parameter.add_(torch.randn_like(parameter))
     x = torch.rand(1, 3, 16, 16) * 2 - 1
@@ -184,13 +184,13 @@ def test_outputs_are_clipped_as_in_a_file(network):
     assert torch.equal(Translator(network)(x), torch.clip(whole, -1, 1))
 
 
-def test_an_output_that_is_not_finite_is_no_picture(tmp_path, monkeypatch):
+def test_an_output_that_is_not_finite_is_refused(tmp_path, monkeypatch):
     for name in ("a.png", "b.png"):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
     translator, factors = small(), iter([math.nan, 1.0])
     whole = Translator._whole
     monkeypatch.setattr(Translator, "_whole", lambda self, x: whole(self, x) * next(factors))
-    with pytest.raises(ValueError, match=r"a\.png: the generator makes numbers of it that are not finite"):
+    with pytest.raises(ValueError, match=r"a\.png: the generator's output is not finite"):
         translate_files(translator, tmp_path, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["b.png"]
 
@@ -208,14 +208,14 @@ def test_paths_may_be_text(tmp_path):
     assert json.loads((tmp_path / "m.json").read_text())["data"] == text[2]
 
 
-def test_one_nan_hides_no_range():
+def test_a_nan_does_not_hide_a_wrong_range():
     pictures = torch.full((1, 3, 16, 16), 200.0)
     pictures[0, 0, 0, 0] = float("nan")
     with pytest.raises(ValueError, match="these reach from 200 to 200"):
         DerainingMetrics().update(pictures, pictures)
 
 
-def test_levels_of_16_bits_and_what_is_none():
+def test_levels_of_16_bits_and_wrong_arguments():
     deep = torch.tensor([0, 1000], dtype=torch.int32).to(torch.uint16).reshape(1, 1, 1, 2)
     other = torch.zeros(1, 1, 1, 2)
     assert psnr(deep, other).item() == pytest.approx(10 * math.log10(255**2 / (1000**2 / 2)))
@@ -223,5 +223,5 @@ def test_levels_of_16_bits_and_what_is_none():
         for measure in (lambda x: psnr(x, x), lambda x: ssim(x, x), luma):
             with pytest.raises(ValueError, match="levels must be a tensor"):
                 measure(wrong)
-    with pytest.raises(ValueError, match="luma is of 3 channels, not 1"):
+    with pytest.raises(ValueError, match="luma needs 3 channels, not 1"):
         luma(torch.zeros(1, 1, 16, 16))

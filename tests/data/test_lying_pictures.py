@@ -1,4 +1,4 @@
-"""Files that lie about what they hold: no memory is taken for it; and what stands beside the pixels."""
+"""Files with false headers do not cost memory; orientation and colour profiles that follow the pixels."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastnce.data import DataError
 from fastnce.data.folder import probe_picture, read_picture
 from fastnce.translate.photographs import Photograph, read_photograph, write_photograph
 
-# ---- what lies about its size ----
+# ---- false sizes ----
 
 
 def chunk(name: bytes, data: bytes) -> bytes:
@@ -34,7 +34,7 @@ def png(width: int, height: int, *, before: bytes = b"", pixels: bytes | None = 
 
 
 def tiff(*entries: tuple[int, int, int, int], tail: int = 0) -> bytes:
-    """40x40 grey; `entries` are more tags, or others: (tag, type, count, value)."""
+    """40x40 grey; `entries` add or replace tags: (tag, type, count, value)."""
     tags = {256: (4, 1, 40), 257: (4, 1, 40), 258: (3, 1, 8), 259: (3, 1, 1), 262: (3, 1, 1), 273: (4, 1, 400)}
     tags |= {277: (3, 1, 1), 278: (4, 1, 40), 279: (4, 1, 1600)} | {tag: rest for tag, *rest in entries}
     block = b"".join(struct.pack("<HHII", tag, *tags[tag]) for tag in sorted(tags))
@@ -49,7 +49,7 @@ def jpeg(*segments: tuple[bytes, bytes]) -> bytes:
 
 
 def webp(side: int) -> bytes:
-    """An animation on a canvas of so many pixels."""
+    """An animation with a canvas of this size."""
     packed = io.BytesIO()
     Image.new("RGB", (16, 16)).save(packed, "WEBP", lossless=True)
     sides = (side - 1).to_bytes(3, "little") * 2
@@ -60,7 +60,7 @@ def webp(side: int) -> bytes:
 
 
 def still_webp(lossless: bool) -> bytes:
-    """One of 16x16 that claims 16383x16383."""
+    """A file of 16x16 pixels that claims 16383x16383."""
     packed = io.BytesIO()
     Image.new("RGB", (16, 16)).save(packed, "WEBP", lossless=lossless)
     whole = packed.getvalue()
@@ -124,15 +124,15 @@ LYING = {
     "deep.npy": (npy("(" * 9000), BROKEN),
     "head.npy": (npy("", 2)[:8] + b"\xff\xff\xff\xff", BROKEN),
 }
-ROOM = 48 << 20  # bytes, for the files' own content and PIL's tables
+ROOM = 48 << 20  # bytes, for the content of the files and PIL's tables
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="there is no such limit")
-def test_no_memory_is_taken_for_what_lies(tmp_path):
-    """A process that may take 48 MiB more reads each; without the limit, the sentences are the same."""
+def test_false_headers_do_not_cost_memory(tmp_path):
+    """A process limited to 48 MiB more memory reads each file. Without the limit, the errors are the same."""
     for name, (content, _) in LYING.items():
         (tmp_path / name).write_bytes(content)
-    Image.init()  # plug-ins take memory of their own
+    Image.init()  # load the plug-ins before memory is limited
 
     def outcome(name: str) -> str:
         try:
@@ -165,12 +165,12 @@ def test_no_memory_is_taken_for_what_lies(tmp_path):
         assert limited.startswith(f"{RIGHT} (40, 40, 3), (40, 40, 8)") or name in limited
 
 
-# ---- what stands in a head ----
+# ---- metadata ----
 
 
 @pytest.mark.parametrize("place", ["before", "after", "text after"])
-def test_an_orientation_beside_the_pixels_of_a_png(place, tmp_path, monkeypatch):
-    """It counts behind them too; only then is the picture decoded to know its sides."""
+def test_the_orientation_of_a_png(place, tmp_path, monkeypatch):
+    """It may precede or follow the pixels. Only in the second case must the probe decode the picture."""
     exif = b"II*\0\x08\0\0\0\1\0\x12\1\3\0\1\0\0\0\6\0\0\0\0\0\0\0"
     file = tmp_path / "x.png"
     chunks = {"before": {"before": chunk(b"eXIf", exif)}, "after": {"after": chunk(b"eXIf", exif)}}
@@ -189,15 +189,15 @@ def test_an_orientation_beside_the_pixels_of_a_png(place, tmp_path, monkeypatch)
     assert decoded == []
 
 
-def test_a_colour_profile_that_could_not_be_read_back_is_left_out(tmp_path):
-    """PIL refuses a PNG whose profile has more than 1 MiB, and cuts what does not fit into JPEG's segments."""
+def test_a_colour_profile_that_could_not_be_read_back_is_dropped(tmp_path):
+    """PIL refuses a PNG with a profile of more than 1 MiB, and truncates a profile too long for JPEG's segments."""
     pixels = torch.zeros(3, 8, 8)
     for size, kept in (((1 << 20) - 1, True), (1 << 20, False), (17 << 20, False)):
         profile = bytes(16) + b"RGB " + bytes(size - 20)
         for suffix in (".png", ".jpg", ".webp", ".tif"):
             file = tmp_path / f"x{suffix}"
-            with warnings.catch_warnings(record=True) as said:
+            with warnings.catch_warnings(record=True) as messages:
                 warnings.simplefilter("always")
                 write_photograph(pixels, file, Photograph(pixels, profile=profile))
-            assert [f"{size:,} bytes is left out" in str(one.message) for one in said] == [True] * (not kept)
+            assert [f"{size:,} bytes is too large" in str(one.message) for one in messages] == [True] * (not kept)
             assert read_photograph(file, 3).profile == (profile if kept else None)

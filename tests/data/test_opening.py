@@ -1,4 +1,4 @@
-"""What is opened as a picture and how large it may be; transparency, orientation, depth; names and paths."""
+"""Opening pictures: formats, size limit, transparency, orientation, depth, names and paths."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RNG = np.random.default_rng(0)
 
 
 def png(path: Path, pixels: np.ndarray, depth: int, kind: int, key: tuple[int, ...] = ()) -> None:
-    """PNG by its definition: kind 0 grey, 2 RGB, 4 grey with alpha, 6 RGBA; `key` is the transparent colour."""
+    """Write a PNG by its specification: kind 0 grey, 2 RGB, 4 grey with alpha, 6 RGBA; `key`: transparent colour."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -45,21 +45,21 @@ def png(path: Path, pixels: np.ndarray, depth: int, kind: int, key: tuple[int, .
 
 @pytest.mark.parametrize(("depth", "kind"), [*((d, 0) for d in (1, 2, 4, 8, 16)), (8, 2), (16, 2)])
 def test_one_transparent_colour(tmp_path, depth, kind):
-    """The pixels of exactly that colour; a 16-bit colour cannot be told at 8 bits, which is said."""
+    """Exactly the pixels of that colour are transparent. A 16-bit colour cannot be matched at 8 bits: a warning."""
     path = tmp_path / "x.png"
     pixels = RNG.integers(0, 2**depth, (9, 11, 3 if kind == 2 else 1))
     pixels[4, 5] = pixels[0, 0] = 2**depth - 1 if depth < 8 else pixels[0, 0]
     png(path, pixels, depth, kind, tuple(pixels[4, 5]))
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as messages:
         warnings.simplefilter("always")
         photograph = read_photograph(path, 3)
         read = read_picture(path, 3)
     if (depth, kind) == (16, 2):
         assert photograph.alpha is None
-        assert any("transparent colour has 16 bits" in str(w.message) for w in said)
+        assert any("transparent colour has 16 bits" in str(w.message) for w in messages)
     else:
         assert np.array_equal(photograph.alpha, np.where((pixels == pixels[4, 5]).all(2), 0, 255))
-        assert not said
+        assert not messages
     deep = (depth, kind) == (16, 0)
     want = pixels if deep else pixels >> 8 if depth == 16 else pixels * (255 // (2**depth - 1))
     assert np.array_equal(read, np.broadcast_to(want, (9, 11, 3)))
@@ -72,10 +72,10 @@ def test_alpha_of_png(tmp_path, depth, kind):
     path = tmp_path / "x.png"
     pixels = RNG.integers(0, 2**depth, (9, 11, 4 if kind == 6 else 2))
     png(path, pixels, depth, kind)
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as messages:
         warnings.simplefilter("always")
         photograph = read_photograph(path, 3)
-    assert ["read at 8 bits" in str(w.message) for w in said] == [True] * (depth == 16)
+    assert ["read at 8 bits" in str(w.message) for w in messages] == [True] * (depth == 16)
     assert np.array_equal(photograph.alpha, pixels[:, :, -1] >> (depth - 8))
     want = np.broadcast_to(pixels[:, :, :-1] >> (depth - 8), (9, 11, 3))
     assert np.array_equal(read_picture(path, 3) if depth == 8 else quiet(read_picture, path, 3), want)
@@ -101,7 +101,7 @@ def test_alpha_of_a_palette(tmp_path):
     assert np.array_equal(read_picture(tmp_path / "x.png", 3), colours[index])
 
 
-def test_sixteen_bits_lose_alpha_aloud(tmp_path):
+def test_a_warning_says_that_sixteen_bits_lose_alpha(tmp_path):
     source = Photograph(torch.zeros(1, 9, 11), 16, np.full((9, 11), 7, np.uint8))
     with pytest.warns(UserWarning, match="16 bits are written without alpha"):
         write_photograph(torch.zeros(1, 9, 11), tmp_path / "x.png", source)
@@ -120,7 +120,7 @@ def test_head_and_content_agree_on_every_orientation(tmp_path, name):
     stored[4:, 16:, 3] = 0
     mode = "RGB" if name == "x.jpg" else "RGBA"
     corner = {1: (0, 0), 2: (0, 1), 3: (1, 1), 4: (1, 0), 5: (0, 0), 6: (0, 1), 7: (1, 1), 8: (1, 0)}
-    for orientation, (down, right) in corner.items():  # where the white corner at the top left is shown
+    for orientation, (down, right) in corner.items():  # where the white corner at the top left is displayed
         exif = Image.Exif()
         exif[0x0112] = orientation
         Image.fromarray(stored).convert(mode).save(tmp_path / name, exif=exif)
@@ -137,18 +137,18 @@ def test_head_and_content_agree_on_every_orientation(tmp_path, name):
 
 @pytest.mark.parametrize("largest", [1, 100, 255, 1023, 65535])
 def test_netpbm(tmp_path, largest):
-    """Values are shares of the largest; grey of more than 8 bits is read with 16, colour with 8, which is said."""
+    """Values are fractions of the largest. Grey of more than 8 bits is read at 16, colour at 8 with a warning."""
     for kind, channels in ((b"P5", 1), (b"P6", 3)):
         values = RNG.integers(0, largest + 1, (9, 11, channels))
         path = tmp_path / ("x.pgm" if channels == 1 else "x.ppm")
         path.write_bytes(kind + b" 11 9 %d\n" % largest + values.astype(">u2" if largest > 255 else "u1").tobytes())
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as messages:
             warnings.simplefilter("always")
             got = read_picture(path, channels)
         deep = largest > 255 and channels == 1
         assert np.abs(got - values / largest * (65535 if deep else 255)).max() <= 0.5
         assert probe_picture(path) == (9, 11, 8 * got.itemsize) == (9, 11, 16 if deep else 8)
-        assert len(said) == (largest > 255 and channels == 3)
+        assert len(messages) == (largest > 255 and channels == 3)
 
 
 # --- which formats, and how large -------------------------------------------------------------------------------------
@@ -166,8 +166,8 @@ def test_other_formats_are_not_opened(tmp_path, kind, suffix, monkeypatch):
         assert str(path) in str(caught.value)
 
 
-def test_what_a_file_is_called_does_not_matter(tmp_path):
-    """Also pictures of phones, which hold several frames."""
+def test_file_names_do_not_decide_the_format(tmp_path):
+    """This includes pictures of phones, which hold several frames."""
     image = Image.fromarray(RNG.integers(0, 256, (8, 16, 3)).astype(np.uint8))
     image.save(tmp_path / "x.jpg", "PNG")
     assert np.array_equal(read_picture(tmp_path / "x.jpg"), np.asarray(image))
@@ -195,14 +195,14 @@ def test_the_limit_of_pixels(tmp_path, monkeypatch):
                 read_picture(file)
 
 
-def test_large_pictures_are_read_in_silence(tmp_path, monkeypatch):
+def test_large_pictures_are_read_without_a_warning(tmp_path, monkeypatch):
     save_image(torch.zeros(3, 20, 50), tmp_path / "x.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 800)
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as messages:
         warnings.resetwarnings()
         read_picture(tmp_path / "x.png")
-        assert not said
-        warnings.simplefilter("error")  # whoever wants it still has it
+        assert not messages
+        warnings.simplefilter("error")  # users may still turn it into an error
         with pytest.raises(DataError, match="could be decompression bomb"):
             read_picture(tmp_path / "x.png")
 
@@ -251,8 +251,8 @@ def test_paths_of_every_kind(tmp_path, kind):
     assert Folder.listed(kind(tmp_path)).names == ["a.npy", "a.png"]
 
 
-def test_noise_in_a_cache_does_not_live_on(tmp_path, monkeypatch):
-    """What older versions decoded and kept is decoded anew."""
+def test_caches_of_older_formats_are_rebuilt(tmp_path, monkeypatch):
+    """Pictures that an older version decoded differently are decoded again."""
     for domain, i in itertools.product(("trainA", "trainB"), range(2)):
         save_image(torch.full((3, 8, 8), 0.1 * i), tmp_path / domain / f"{i}.png")
 

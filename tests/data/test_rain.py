@@ -1,4 +1,4 @@
-"""Rendered rain: what it does to a picture, that it repeats, and what the command writes."""
+"""Rendered rain: its effect on an image, its reproducibility, and the files of the command."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_rain_repeats_and_differs():
     assert torch.equal(rainy, render_rain(clean, generator=seeded(1)))
     assert not torch.equal(rainy, render_rain(clean, generator=seeded(2)))
     same = render_rain(clean[:1].expand(2, -1, -1, -1), generator=seeded(1))
-    assert not torch.equal(same[0], same[1])  # every picture has its own rain
+    assert not torch.equal(same[0], same[1])  # every image has different rain
     half = render_rain(clean.bfloat16(), generator=seeded(1))
     assert half.dtype == torch.bfloat16
 
@@ -45,18 +45,18 @@ def test_streaks_are_brighter_than_what_they_cover():
     rainy = render_rain(clean, RainOptions(**STREAKS_ONLY), seeded(0))
     assert (rainy >= clean - 1e-6).all()
     assert (rainy - clean).max() > 0.2
-    assert torch.equal(rainy[:, 0], rainy[:, 1])  # of no colour on grey
+    assert torch.equal(rainy[:, 0], rainy[:, 1])  # colourless on grey
     bright = torch.ones(1, 3, 96, 128)
     torch.testing.assert_close(render_rain(bright, RainOptions(**STREAKS_ONLY), seeded(0)), bright)
 
 
-def test_none_of_it_is_the_clean_picture():
+def test_no_rain_leaves_the_image_unchanged():
     clean = torch.rand(1, 1, 32, 40) * 2 - 1
     nothing = RainOptions(density=(0, 0), **STREAKS_ONLY)
     torch.testing.assert_close(render_rain(clean, nothing, seeded(0)), clean)
 
 
-def test_density_is_the_share_covered():
+def test_density_is_the_fraction_covered():
     clean = torch.full((4, 1, 256, 256), -1.0)
     covered = []
     for density in (0.03, 0.3):
@@ -72,7 +72,7 @@ def test_the_angle_is_that_of_the_streaks(angle):
     options = RainOptions(angle=(angle, angle), length=(0.3, 0.3), width=(0.03, 0.03), layers=1, **STREAKS_ONLY)
     x = render_rain(clean, options, seeded(3))[0, 0]
     dy, dx = torch.gradient(x)
-    # the main axis of the gradient is across the streaks: the eigenvector of the structure tensor
+    # the gradient is largest across the streaks: an eigenvector of the structure tensor
     tensor = torch.tensor([[(dy * dy).sum(), (dy * dx).sum()], [(dy * dx).sum(), (dx * dx).sum()]])
     along = torch.linalg.eigh(tensor).eigenvectors[:, 0]  # (down, right)
     found = torch.rad2deg(torch.atan2(-along[1], along[0])).item()
@@ -89,7 +89,7 @@ def test_haze_lifts_the_dark_and_more_so_at_the_top():
 
 
 def test_one_scale_for_all_sizes():
-    """Lengths are shares of the shorter side: a picture of twice the size has streaks of twice the length."""
+    """Lengths are fractions of the shorter side: an image of twice the size has streaks of twice the length."""
     options = RainOptions(angle=(0, 0), length=(0.2, 0.2), width=(0.03, 0.03), layers=1, **STREAKS_ONLY)
     extent = []
     for side in (64, 256):
@@ -187,7 +187,7 @@ def clean_only(tmp_path) -> Path:
     root = tmp_path / "clean"
     (root / "trainB").mkdir(parents=True)
     for i in range(5):
-        pixels = np.full((48, 60, 3), 30 + 20 * i, np.uint8)  # a brightness for each, so that rain and picture are told
+        pixels = np.full((48, 60, 3), 30 + 20 * i, np.uint8)  # different levels, to tell rain from pictures
         Image.fromarray(pixels).save(root / "trainB" / f"{i}.png")
     return root
 
@@ -208,7 +208,7 @@ def test_clean_pictures_are_enough(clean_only):
         rained += sum(bool(p.std() > 0.01) for p in a)
         streaks = [p[0] > p[0].median() + 0.02 for p in a]
         shared = (streaks[0] & streaks[1]).sum() / (streaks[0] | streaks[1]).sum()
-        assert shared < 0.8  # every picture has its own rain
+        assert shared < 0.8  # every image has different rain
         again = RainedData(clean_only, batch=4, **SIZES).batch(step)
         assert torch.equal(a, again[0])
         assert torch.equal(b, again[1])
@@ -216,11 +216,11 @@ def test_clean_pictures_are_enough(clean_only):
     assert not torch.equal(data.batch(0)[0], RainedData(clean_only, batch=4, seed=1, **SIZES).batch(0)[0])
     with pytest.raises(DataError, match="there is no folder trainA"):
         UnpairedData(clean_only, **SIZES)
-    with pytest.raises(DataError, match="clean pictures for rain to fall on"):
+    with pytest.raises(DataError, match="clean pictures to render rain on"):
         RainedData(clean_only / "trainB", **SIZES)
 
 
-def test_b_is_what_it_is_without_rain(clean_only):
+def test_rain_does_not_change_b(clean_only):
     (clean_only / "trainA").mkdir()
     Image.fromarray(np.zeros((48, 60, 3), np.uint8)).save(clean_only / "trainA" / "black.png")
     plain, mixed = UnpairedData(clean_only, batch=8, **SIZES), RainedData(clean_only, share=0.5, batch=8, **SIZES)
@@ -231,8 +231,8 @@ def test_b_is_what_it_is_without_rain(clean_only):
         changed = [not torch.equal(one, other) for one, other in zip(a, rained, strict=True)]
         wet += sum(changed)
         for picture, is_wet in zip(rained, changed, strict=True):
-            assert (picture.min() > -0.99) == is_wet  # A's own picture is black, B's are not
-    assert 20 < wet < 44  # 64 draws at one half
+            assert (picture.min() > -0.99) == is_wet  # the picture in A is black, those in B are not
+    assert 20 < wet < 44  # 64 draws with probability 1/2
 
 
 def test_rain_does_not_depend_on_the_number_of_ranks(clean_only):
@@ -246,16 +246,16 @@ def test_rain_does_not_depend_on_the_number_of_ranks(clean_only):
             assert torch.equal(half_b, b[rank::2])
 
 
-def test_crops_have_the_photographs_rain(clean_only):
-    """Streaks are as long as they would be on the whole picture, not on the crop."""
+def test_rain_on_crops_has_the_scale_of_the_photograph(clean_only):
+    """Streaks are as long as on the whole picture."""
     clean = torch.full((1, 3, 64, 64), -1.0)
     options = RainOptions(length=(0.1, 0.1), width=(0.01, 0.01), angle=(0, 0), layers=1, **STREAKS_ONLY)
     own, photograph = (render_rain(clean, options, seeded(0), side=side)[0, 0] for side in (None, 512))
     wet = [(x > -0.9).float() for x in (own, photograph)]
     covered = [x.mean().item() for x in wet]
-    goes_on = [(x[1:] * x[:-1]).mean().item() / share for x, share in zip(wet, covered, strict=True)]
-    assert goes_on[1] > goes_on[0] + 0.05
-    assert covered[1] == pytest.approx(covered[0], rel=0.6)  # of one density
+    continued = [(x[1:] * x[:-1]).mean().item() / share for x, share in zip(wet, covered, strict=True)]
+    assert continued[1] > continued[0] + 0.05
+    assert covered[1] == pytest.approx(covered[0], rel=0.6)  # the same density
 
 
 def test_samples_are_rainy_too(clean_only):
@@ -273,7 +273,7 @@ def test_train_on_clean_pictures_alone(clean_only, tmp_path, capsys):
     capsys.readouterr()
     for wrong, message in (
         ("data.rain=2", "data.rain must be a number from 0 to 1, not 2"),
-        ("data.rain_like=wet=1:2", "data.rain_like: 'wet=1:2' is no range of rain"),
+        ("data.rain_like=wet=1:2", "data.rain_like: 'wet=1:2' is not a range of rain"),
         ("data.rain_like=haze=much", "haze must be a number or LOW:HIGH, not 'much'"),
     ):
         assert main([*arguments, "--dry-run", "data.rain=1", wrong]) == 2
@@ -284,7 +284,7 @@ def test_train_on_clean_pictures_alone(clean_only, tmp_path, capsys):
 
 
 def test_rendered_pairs_teach(clean_only):
-    """The term alone brings G_A's restoration of rendered rain nearer to the clean picture."""
+    """With this term alone, G_A's restoration of rendered rain approaches the clean picture."""
     network = NetworkOptions(generator="restorer", width=4, discriminator="pixel", discriminator_width=4)
     weights = {"lambda_gan": 0.0, "lambda_nce": 0.0, "lambda_idt": 0.0, "lambda_color": 0.0, "lambda_frequency": 0.0}
     with pytest.raises(ValueError, match="every term has weight 0"):
@@ -298,11 +298,11 @@ def test_rendered_pairs_teach(clean_only):
         torch.manual_seed(i % 2)
         losses.append(step.run(Batch(*data.batch(0)), Draws())["rendered"].item())
     assert sum(losses[-2:]) < 0.7 * sum(losses[:2])
-    with pytest.raises(ValueError, match=r"loss\.rendered_rain: 'fog=1' is no range"):
+    with pytest.raises(ValueError, match=r"loss\.rendered_rain: 'fog=1' is not a range"):
         DCDGAN(DCDGANOptions(rendered_rain="fog=1"), network)
 
 
-def test_rain_is_not_written_into_what_it_falls_on(photos, capsys):
+def test_rain_is_not_written_into_its_source_folder(photos, capsys):
     for out in (photos, photos / "wet"):
         assert main(["rain", str(photos), "--out", str(out)]) == 2
         assert "take another folder for --out" in capsys.readouterr().err

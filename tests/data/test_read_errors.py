@@ -1,4 +1,4 @@
-"""Pictures that go or break while a run reads them: what was trained is saved, and the file is named."""
+"""Pictures that disappear or break while a run reads them: the run is saved, and the error names the file."""
 
 from __future__ import annotations
 
@@ -53,18 +53,18 @@ def saved(run: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("damage", ["removed", "emptied"])
-def test_a_picture_that_goes_before_the_learning_rate_falls(damage, pictures, tmp_path, monkeypatch, capsys):
-    """The second half of training reads pictures of another size, which are decoded then."""
+def test_a_picture_that_disappears_before_the_learning_rate_decays(damage, pictures, tmp_path, monkeypatch, capsys):
+    """The second half of training reads pictures of another size, which are decoded when it begins."""
     halves = ["optim.n_epochs=1", "optim.n_epochs_decay=1"]
     victim, kept, run = pictures / "trainA" / "1.png", tmp_path / "kept.png", tmp_path / "run"
     shutil.copy2(victim, kept)
     after_step(monkeypatch, 2, victim.unlink if damage == "removed" else lambda: victim.write_bytes(b""))
     assert main(tiny(pictures, run, *halves)) == 2
-    told = capsys.readouterr()
-    assert str(victim) in told.err
-    assert "Traceback" not in told.err
-    assert "stopped after step 3 and saved\n" in told.out
-    assert log_of(run).endswith(told.err.removeprefix("fastnce: "))
+    printed = capsys.readouterr()
+    assert str(victim) in printed.err
+    assert "Traceback" not in printed.err
+    assert "stopped after step 3 and saved\n" in printed.out
+    assert log_of(run).endswith(printed.err.removeprefix("fastnce: "))
     assert (run / "checkpoints" / "latest").read_text() == "step-00000003"
     shutil.copy2(kept, victim)
     assert main(tiny(pictures, run, *halves)) == 0
@@ -74,7 +74,7 @@ def test_a_picture_that_goes_before_the_learning_rate_falls(damage, pictures, tm
     assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
 
 
-def test_a_truth_that_goes_ends_the_run_saved(pictures, tmp_path, monkeypatch, capsys):
+def test_a_missing_truth_ends_the_run_after_saving(pictures, tmp_path, monkeypatch, capsys):
     victim, run = pictures / "test" / "norain" / "1.png", tmp_path / "run"
     after_step(monkeypatch, 2, victim.unlink)
     assert main(tiny(pictures, run, "run.validate_every=2", "run.steps=4")) == 2
@@ -83,7 +83,7 @@ def test_a_truth_that_goes_ends_the_run_saved(pictures, tmp_path, monkeypatch, c
     assert (run / "checkpoints" / "latest").read_text() == "step-00000002"
 
 
-def test_a_truth_that_goes_is_passed_over(pictures, tmp_path, monkeypatch, capsys):
+def test_a_missing_truth_is_skipped(pictures, tmp_path, monkeypatch, capsys):
     victim, run = pictures / "test" / "norain" / "1.png", tmp_path / "run"
     after_step(monkeypatch, 3, victim.unlink)
     assert main(tiny(pictures, run, "run.validate_every=2", "run.steps=6", "data.skip_bad=true")) == 0
@@ -94,11 +94,11 @@ def test_a_truth_that_goes_is_passed_over(pictures, tmp_path, monkeypatch, capsy
     assert [row["step"] for row in rows if "held_out_psnr_y" in row] == [0, 2, 4, 6]
     found = Checkpoints(run / "checkpoints").best()
     assert found is not None
-    assert found[1]["step"] in (4, 6)  # what was measured on three pairs is not comparable
+    assert found[1]["step"] in (4, 6)  # figures on three pairs are not comparable
 
 
 def psnr(pairs) -> float:
-    """Of RGB, by its formula; the mean over pairs."""
+    """PSNR of RGB by its formula, the mean over pairs."""
     values = []
     for pair in pairs:
         a, b = (np.asarray(Image.open(path), np.float64) for path in (pair.rainy, pair.clean))
@@ -107,7 +107,7 @@ def psnr(pairs) -> float:
 
 
 @pytest.mark.parametrize("half", ["rainy", "clean"])
-def test_what_is_measured_without_a_pair(half, pictures):
+def test_measuring_without_a_pair(half, pictures):
     pairs = find_pairs(pictures)
     validation = Validation(pairs, 3, CPU, Translator, skip_bad=True)
     before, whole = validation.digest(), psnr(pairs)
@@ -131,8 +131,8 @@ def test_what_is_measured_without_a_pair(half, pictures):
         validation._measure(None)
 
 
-def test_a_pair_that_goes_after_it_was_measured(pictures, tmp_path, monkeypatch):
-    """A checkpoint names the pairs as they were: nothing is read for that."""
+def test_a_pair_that_disappears_after_it_was_measured(pictures, tmp_path, monkeypatch):
+    """A checkpoint names the pairs without reading them again."""
     victim, run = pictures / "test" / "norain" / "1.png", tmp_path / "run"
     real = Validation.measure
 
@@ -154,8 +154,8 @@ def test_samples_are_read_when_the_run_begins(pictures, tmp_path, monkeypatch):
     Image.open(tmp_path / "run" / "samples" / "step-00000002.png").load()
 
 
-def test_a_cache_that_is_cut_short_is_noticed(pictures, tmp_path, monkeypatch, capsys):
-    """By one byte, within a page: the system ends a process that reads a page that is gone."""
+def test_a_truncated_cache_is_detected(pictures, tmp_path, monkeypatch, capsys):
+    """It loses one byte, within a page: the system would kill a process that reads a missing page."""
     run, cache = tmp_path / "run", tmp_path / "cache"
     command = tiny(pictures, run, "run.steps=4", f"data.cache_dir={cache}")
 
@@ -167,6 +167,6 @@ def test_a_cache_that_is_cut_short_is_noticed(pictures, tmp_path, monkeypatch, c
         after_step(patch, 2, cut)
         assert main(command) == 2
     (path,) = cache.glob("trainB*.bin")
-    assert one_sentence(capsys) == f"fastnce: {path} was cut short while it was read; the next start makes it anew\n"
+    assert one_sentence(capsys) == f"fastnce: {path} was truncated while it was read; the next start builds it again\n"
     assert (run / "checkpoints" / "latest").read_text() == "step-00000002"
     assert main(command) == 0

@@ -1,4 +1,4 @@
-"""TIFF of every kind: read to what its tags mean, as tifffile tells them, or refused by name; never anything else."""
+"""Every kind of TIFF is read as its tags define it (checked with tifffile), or refused with an error that names it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ORIENTATION, FILL_ORDER = 274, 266
 
 @functools.cache
 def places(h: int, w: int, orientation: int) -> tuple[np.ndarray, np.ndarray]:
-    """Row and column of the file that are shown at each place, as TIFF 6.0 says of tag 274."""
+    """The file's row and column for each displayed pixel, as TIFF 6.0 defines tag 274."""
     tall, wide = (w, h) if orientation >= 5 else (h, w)
     rows, columns = np.empty((2, tall, wide), int)
     for r, c in itertools.product(range(tall), range(wide)):
@@ -46,7 +46,7 @@ def upright(stored: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def meaning(path: Path) -> tuple[np.ndarray, bool]:
-    """(H, W, 1 or 3) that a file's samples and tags mean, 16-bit colour on 8 bits; whether they are of 16 bits."""
+    """Return (H, W, 1 or 3) from a file's samples and tags, 16-bit colour at 8 bits; and whether it has 16 bits."""
     with tifffile.TiffFile(path) as file:
         page = file.pages[0]
         stored = page.asarray()
@@ -61,16 +61,16 @@ def meaning(path: Path) -> tuple[np.ndarray, bool]:
         colours = 2**bits - 1 - colours
     if bits == 16 and not grey:
         colours >>= 8
-    if kind == "SEPARATED":  # light that the inks and black let through
+    if kind == "SEPARATED":  # the light that passes the inks and black
         colours = np.rint((255 - colours[:, :, :3]) * (255 - colours[:, :, 3:]) / 255).astype(np.int64)
     return upright(colours, orientation), bits == 16
 
 
 def check(path: Path) -> np.ndarray | None:
-    """What is read, once it is seen to be right; None where the file is refused. Head and content must agree."""
+    """Read a file, check the values, and that header and content agree; None if the file is refused."""
     want, deep = meaning(path)
     try:
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as messages:
             warnings.simplefilter("always")
             got = read_picture(path, want.shape[2])
     except DataError as refused_for:
@@ -85,7 +85,7 @@ def check(path: Path) -> np.ndarray | None:
     assert got.shape == want.shape
     assert np.array_equal(got, want)
     assert probe_picture(path) == (*want.shape[:2], 8 * got.itemsize)
-    assert [str(w.message)[:23] for w in said] == ["16-bit colour pictures "] * (deep and want.shape[2] == 3)
+    assert [str(w.message)[:23] for w in messages] == ["16-bit colour pictures "] * (deep and want.shape[2] == 3)
     return got
 
 
@@ -95,10 +95,10 @@ LAYOUTS = [{"rowsperstrip": HEIGHT}, {"rowsperstrip": 5}, {"tile": (16, 16)}]
 PACKINGS = [(None, False), ("zlib", False), ("zlib", True)]
 
 
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # PIL's, of a byte order that it does not know
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # PIL's, for a byte order that it does not know
 @pytest.mark.parametrize(("bits", "photo"), KINDS)
 def test_product(tmp_path, bits, photo):
-    """Byte order, BigTIFF, packing, strips and tiles, planes, extra samples; each with the next orientation."""
+    """All combinations of byte order, BigTIFF, packing, tiles, planes, extra samples; orientations in turn."""
     path = tmp_path / "x.tif"
     rng = np.random.default_rng(0)
     base = {"rgb": 3, "separated": 4}.get(photo, 1)
@@ -111,7 +111,7 @@ def test_product(tmp_path, bits, photo):
             continue
         stored = rng.integers(0, 2**bits, (HEIGHT, WIDTH, samples)).astype(np.uint8 if bits == 8 else np.uint16)
         if extra == (1,):
-            stored[:, :, -1] = 2**bits - 1  # opaque: colours multiplied by it are themselves
+            stored[:, :, -1] = 2**bits - 1  # opaque: multiplying colours by it changes nothing
         planes = np.moveaxis(stored, 2, 0).copy() if planar == "separate" else stored.squeeze()
         tifffile.imwrite(
             path,
@@ -128,7 +128,7 @@ def test_product(tmp_path, bits, photo):
             **layout,
         )
         got = check(path)
-        noise = bits == 16 and planar == "separate" and packing is None  # what PIL makes of it
+        noise = bits == 16 and planar == "separate" and packing is None  # PIL reads these as noise
         unknown_to_some = order == ">" and bits == 16 and photo in ("miniswhite", "separated")
         if not extra and not (big and order == ">") and not noise and not unknown_to_some:
             assert got is not None, (order, big, packing, layout, planar)
@@ -139,7 +139,7 @@ def test_product(tmp_path, bits, photo):
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientations_of_one_strip(tmp_path, orientation, dtype):
-    """The one layout that PIL maps instead of reading it: uncompressed, one strip; also the transparency beside it."""
+    """PIL memory-maps only this layout: uncompressed, one strip. Also checks its transparency."""
     path = tmp_path / "x.tif"
     stored = np.random.default_rng(1).integers(0, 256, (HEIGHT, WIDTH, 4)).astype(dtype)
     tags = [(ORIENTATION, "H", 1, orientation, True)]
@@ -166,11 +166,11 @@ def test_colours_multiplied_by_alpha_are_divided_by_it(tmp_path):
     assert np.array_equal(read_photograph(path, 3).alpha, alpha[:, :, 0])
 
 
-# --- what tifffile does not write -------------------------------------------------------------------------------------
+# --- files that tifffile cannot write ---------------------------------------------------------------------------------
 
 
 def by_hand(path: Path, values: np.ndarray, bits: int, tags: dict[int, tuple[str, list[int]]], order: str) -> None:
-    """One uncompressed strip; values (H, W) are packed from the highest bit on, rows begin with a byte."""
+    """Write one uncompressed strip; values (H, W) are packed from the highest bit, each row starts at a byte."""
     rows = ["".join(f"{value:0{bits}b}" for value in row) for row in values]
     data = b"".join(int(row.ljust(-(-len(row) // 8) * 8, "0"), 2).to_bytes(-(-len(row) // 8), "big") for row in rows)
     if tags.get(FILL_ORDER) == ("H", [2]):
@@ -248,7 +248,7 @@ def test_other_numbers_are_refused(tmp_path, dtype, words, order, packing):
         (12, {262: ("H", [1])}, "samples of 12 bits"),
         (8, {262: ("H", [1]), 259: ("H", [50001])}, "TIFF's scheme 50001"),
         (8, {262: ("H", [1]), 259: ("H", [6])}, "TIFF's scheme 6"),
-        (8, {262: ("H", [2])}, "1 samples a pixel and names 3 colours"),
+        (8, {262: ("H", [2])}, "1 samples per pixel, but its tags name 3 colours"),
         (8, {262: ("H", [1]), 273: ("I", [0, 0])}, "sparse TIFF"),
         (4, {262: ("H", [3]), 320: ("H", [9] * 48)}, "palette of 8-bit values"),
     ],
@@ -259,7 +259,7 @@ def test_other_tags_are_refused(tmp_path, bits, tags, words):
 
 
 def test_other_layouts_are_refused_by_their_tags():
-    """Kinds that neither library here writes."""
+    """Layouts that neither PIL nor tifffile writes."""
     ycbcr = {tiff.PHOTOMETRIC: 6, tiff.SAMPLES: 3, tiff.BITS: (8, 8, 8)}
     assert not tiff.refusal({**ycbcr, tiff.COMPRESSION: 7})
     assert not tiff.refusal({**ycbcr, tiff.COMPRESSION: 5, tiff.SUBSAMPLING: (1, 1)})
@@ -281,7 +281,7 @@ def test_packings_of_pil(tmp_path, mode, packing):
     colour = Image.fromarray((ramp[:, :, None] + [0, 40, 80]).clip(0, 255).astype(np.uint8))
     image = Image.fromarray((ramp * 257).astype(np.uint16)) if mode == "I;16" else colour.convert(mode)
     if packing == "jpeg" and mode in ("1", "P", "I;16"):
-        return  # it holds no bits, no palette and no 16 bits
+        return  # JPEG has no 1-bit, palette or 16-bit pixels
     image.save(tmp_path / "x.tif", compression=packing)
     channels = 1 if mode in ("1", "L", "LA", "I;16") else 3
     got = read_picture(tmp_path / "x.tif", channels).squeeze().astype(int)

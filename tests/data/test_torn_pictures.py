@@ -1,4 +1,4 @@
-"""Pictures appear whole or not at all, wherever the disk stops taking bytes."""
+"""Picture files appear complete or not at all, at whatever byte the disk becomes full."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PROFILE = bytes(16) + b"RGB " + bytes(range(256)) * 8
 
 
 def shown(file: Path) -> bytes:
-    """The pixels, by PIL's and NumPy's own readers; an error where the file is torn."""
+    """Read the pixels with PIL or NumPy; a truncated file is an error."""
     if file.suffix == ".npy":
         return np.load(file).tobytes()
     if file.suffix == ".pth":
@@ -62,7 +62,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_file_is_whole_or_as_it_was(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda _: None)  # the time of a disk
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # saves time
     file, write = tmp_path / name, WRITERS[name]
     torch.manual_seed(0)
     write(file)
@@ -89,7 +89,7 @@ def test_a_file_is_whole_or_as_it_was(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "suffix"), [*(("translate", s) for s in ("png", "jpg", "bmp", "tiff")), ("rain", "png"), ("unpair", "png")]
 )
-def test_commands_leave_whole_pictures_alone(name, suffix, tmp_path, monkeypatch, capsys):
+def test_commands_keep_complete_pictures(name, suffix, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(os, "fsync", lambda _: None)
     photos, pairs = tmp_path / "photos", tmp_path / "pairs"
     for number, (folder, side) in enumerate(itertools.product((photos, pairs / "rain", pairs / "norain"), (24, 64))):
@@ -110,7 +110,7 @@ def test_commands_leave_whole_pictures_alone(name, suffix, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("option", ["--sheet", "--json", "--csv"])
-def test_reports_are_whole_or_absent(option, tmp_path, capsys):
+def test_reports_are_complete_or_absent(option, tmp_path, capsys):
     pairs = write(tmp_path / "pairs", *(f"{side}/{n}.png" for n in (1, 2) for side in ("rain", "norain")))
     target = tmp_path / "m.png"
     measure = ["evaluate", "--inputs-only", "--data", str(pairs), "--device", "cpu", option, str(target)]
@@ -121,8 +121,8 @@ def test_reports_are_whole_or_absent(option, tmp_path, capsys):
         assert [file.name for file in tmp_path.iterdir()] == ["pairs"]
 
 
-def test_a_tiff_is_what_pil_writes_to_a_file(tmp_path):
-    """Encoding in memory changes no byte of any format."""
+def test_encoding_in_memory_equals_pils_files(tmp_path):
+    """For every format, encoding in memory gives the bytes that PIL writes to a file."""
     for suffix in (".png", ".jpg", ".webp", ".bmp", ".tiff", ".ppm"):
         save_image(PICTURE, tmp_path / f"x{suffix}")
         pixels = np.rint((PICTURE.numpy() + 1) * 127.5).astype(np.uint8).transpose(1, 2, 0)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fastnce.commands.main import main
-from fastnce.common.writing import check_free, check_not_replaced, distinct_names, show_together, write_whole
+from fastnce.common.writing import check_free, check_not_replaced, distinct_names, move_together, write_whole
 from fastnce.config import resolve
 from fastnce.networks import ResnetGenerator
 from fastnce.networks.published import save_published
@@ -118,9 +118,9 @@ def test_folders_are_shown_together_or_not_at_all(at, after, tmp_path, monkeypat
 
     monkeypatch.setattr(os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        show_together(files / ".aside", files, ["a", "b", "c"])
+        move_together(files / ".aside", files, ["a", "b", "c"])
     assert sorted(os.listdir(files)) == [".aside"]
-    show_together(files / ".aside", files, ["a", "b", "c"])
+    move_together(files / ".aside", files, ["a", "b", "c"])
     assert sorted(os.listdir(files)) == [".aside", "a", "b", "c"]
 
 
@@ -136,7 +136,7 @@ def test_a_disk_that_fails_for_good_is_told_by_its_first_error(tmp_path, monkeyp
 
     monkeypatch.setattr(os, "replace", failing)
     with pytest.raises(OSError, match="Read-only") as caught:
-        show_together(files / ".aside", files, ["a", "b"])
+        move_together(files / ".aside", files, ["a", "b"])
     assert caught.value.filename == str(files / "b")
 
 

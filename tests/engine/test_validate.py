@@ -221,7 +221,7 @@ def test_which_pairs(rainy_set, tmp_path):
     assert [p.name for p in find_validation(str(rainy_set), "", 2)] == ["0", "1"]
     assert find_validation(str(tmp_path), str(rainy_set / "test"), 5) == everything
     assert find_validation(str(rainy_set / "trainA"), "") == []
-    with pytest.raises(ValueError, match="no paired test set"):
+    with pytest.raises(ValueError, match="not a paired test set"):
         find_validation(str(rainy_set), str(rainy_set / "trainA"))
     with pytest.raises(ValueError, match="at least 0"):
         find_validation(str(rainy_set), "", -1)

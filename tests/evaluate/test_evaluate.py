@@ -1,4 +1,4 @@
-"""Measures against scikit-image, pairing of test sets, reports, and the published figure of Rain100L's inputs."""
+"""Measures compared with scikit-image, pairing of test sets, reports, and the published figure of Rain100L's inputs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fastnce.networks.published import save_published
 
 
 def picture(seed: int, height: int = 40, width: int = 56) -> np.ndarray:
-    """Smooth with some noise, uint8 (height, width, 3)."""
+    """A smooth image with some noise, uint8 (height, width, 3)."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (6, 7, 3), np.uint8)).resize(
         (width, height), Image.Resampling.BICUBIC
@@ -54,7 +54,7 @@ def skimage_ssim(a: np.ndarray, b: np.ndarray) -> float:
 # ---- measures ----
 
 
-def test_measures_are_scikit_images():
+def test_measures_equal_scikit_images():
     a, b = picture(0), picture(1)
     (row,) = DerainingMetrics().update(tensor(a), tensor(b))
     ya, yb = y_of(a), y_of(b)
@@ -65,7 +65,7 @@ def test_measures_are_scikit_images():
     assert row["ssim_rgb"] == pytest.approx(np.mean(channels), abs=1e-9)
 
 
-def test_luma_is_matlabs():
+def test_luma_equals_matlabs():
     white, black, green = (tensor(np.full((11, 11, 3), v, np.uint8)).double() for v in (255, 0, (0, 255, 0)))
     assert luma(white).unique().tolist() == pytest.approx([235])
     assert luma(black).unique().tolist() == [16]
@@ -78,7 +78,7 @@ def test_kinds_of_pictures():
     as_float = DerainingMetrics().update(a / 127.5 - 1, b / 127.5 - 1)
     unit = DerainingMetrics(value_range=(0, 1)).update((a / 255)[0], (b / 255)[0])
     assert wanted == as_float == unit
-    # 8 bits, as a file would hold: what is a third of a level away, or too bright, makes no difference
+    # rounded to 8 bits as in a file: a third of a level, or values above the range, change nothing
     moved = (a + 0.3) / 127.5 - 1
     moved[a == 255] = 1.5
     assert DerainingMetrics().update(moved, b / 127.5 - 1) == wanted
@@ -93,7 +93,7 @@ def test_a_batch_and_the_mean():
     metrics = DerainingMetrics()
     rows = metrics.update(a, b)
     for row, x, y in zip(rows, a.split(1), b.split(1), strict=True):
-        # float64 sums: some processors' convolutions order those of a batch in another way
+        # some processors sum a batch in another order
         assert row == pytest.approx(DerainingMetrics().update(x, y)[0], rel=1e-12)
     metrics.update(b[:1], b[1:2])
     assert len(metrics.pictures) == 4
@@ -107,7 +107,7 @@ def test_equal_and_impossible_pictures():
     a = tensor(picture(0))
     assert DerainingMetrics().update(a, a) == [{"psnr_y": math.inf, "ssim_y": 1, "psnr_rgb": math.inf, "ssim_rgb": 1}]
     assert psnr(a.double(), a.double() + 1).item() == pytest.approx(10 * math.log10(255**2))
-    with pytest.raises(ValueError, match="must have one shape"):
+    with pytest.raises(ValueError, match="must have the same shape"):
         DerainingMetrics().update(a, a[:, :, 1:])
     with pytest.raises(ValueError, match=r"must be \(images, 1 or 3, height, width\)"):
         DerainingMetrics().update(a[:, :2], a[:, :2])
@@ -157,7 +157,7 @@ def test_layouts(layout, tmp_path):
     assert found == wanted
 
 
-def test_all_that_does_not_pair_is_listed(tmp_path):
+def test_all_pictures_without_a_partner_are_listed(tmp_path):
     write(tmp_path, {"rain/a.png": 0, "norain/a.png": 0, "rain/lonely.png": 0, "norain/single.png": 0})
     write(tmp_path, {"rain/small.png": 0}, (30, 30))
     write(tmp_path, {"norain/small.png": 0})
@@ -167,7 +167,7 @@ def test_all_that_does_not_pair_is_listed(tmp_path):
     assert "3 pictures do not pair" in message
     assert "rain/lonely.png has no truth" in message
     assert "norain/single.png has no rainy picture" in message
-    assert "rain/small.png is 30x30 and its truth norain/small.png 56x40" in message
+    assert "rain/small.png is 30x30, its truth norain/small.png is 56x40" in message
     assert "\n" not in message
 
 
@@ -180,7 +180,7 @@ def test_two_truths_for_one(tmp_path):
 def test_strips(tmp_path):
     clean, rainy = picture(0), np.clip(picture(0).astype(int) + 30, 0, 255).astype(np.uint8)
     Image.fromarray(np.concatenate([clean, rainy], axis=1)).save(tmp_path / "1.png")
-    with pytest.warns(UserWarning, match="1 of 1 strips look as if it rained on their left half"):  # it is the brighter
+    with pytest.warns(UserWarning, match="1 of 1 strips look as if it rained on their left half"):  # it is brighter
         (pair,) = find_pairs(tmp_path)
     assert pair.strip
     loaded = [((p + 1) * 127.5).round().byte().permute(1, 2, 0).numpy() for p in pair.load()]
@@ -193,7 +193,7 @@ def test_no_test_set(tmp_path):
         find_pairs(tmp_path / "absent")
     with pytest.raises(DataError, match="holds nothing"):
         find_pairs(tmp_path)
-    write(tmp_path, {"photo.png": 0, "other.png": 1})  # whose halves do not agree
+    write(tmp_path, {"photo.png": 0, "other.png": 1})  # their halves do not agree
     with pytest.raises(DataError, match="holds other.png, photo.png"):
         find_pairs(tmp_path)
     (tmp_path / "rain").mkdir()
@@ -234,7 +234,7 @@ def test_a_model_is_measured(small_set, tmp_path, capsys):
     assert "(inputs: Y " in capsys.readouterr().out
     found = json.loads(out.read_text())
     assert found["mean"] != found["inputs"]
-    # the model's own files, measured from outside, say the same
+    # measuring the files that the model writes gives the same figures
     assert (
         main(
             ["translate", str(model), str(small_set / "rain"), "--out", str(tmp_path / "o" / "rain"), "--device", "cpu"]
@@ -286,7 +286,7 @@ def install_fidelity(monkeypatch, calculate) -> None:
     monkeypatch.setitem(sys.modules, "torch_fidelity", module)
 
 
-def test_fid_is_handed_over_and_back(monkeypatch, tmp_path, capsys):
+def test_arguments_and_results_of_torch_fidelity(monkeypatch, tmp_path, capsys):
     seen = {}
 
     def calculate(**settings):
@@ -309,7 +309,7 @@ def test_fid_is_handed_over_and_back(monkeypatch, tmp_path, capsys):
         fid_kid([seen["input1"][0]], [seen["input1"][0]])
 
 
-def test_fid_that_cannot_be_had(monkeypatch, small_set, capsys):
+def test_errors_of_torch_fidelity(monkeypatch, small_set, capsys):
     def calculate(**settings):
         raise URLError("no network")
 
@@ -324,7 +324,7 @@ def test_fid_that_cannot_be_had(monkeypatch, small_set, capsys):
 
 
 def test_the_inputs_of_rain100l(shared, tmp_path):
-    """26.901 dB / 0.8384 on Y, as recorded beside the pictures."""
+    """26.901 dB / 0.8384 on Y, the figure recorded with the data set."""
     data = shared / "data" / "Rain100L" / "test"
     if not data.is_dir():
         pytest.skip(f"no Rain100L in {shared}")

@@ -1,4 +1,4 @@
-"""Pairs whose names look alike, names that must not fall together, and strips with their rain on either half."""
+"""Pairs with similar names, names that must stay different, and strips with rain on either half."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def names(root: Path) -> dict[str, str]:
         {f"rain-7{NFD}.png": f"norain-7{NFC}.png"},
     ],
 )
-def test_accents_are_compared_as_they_look(tmp_path, layout):
+def test_the_encoding_of_accents_does_not_matter(tmp_path, layout):
     for place in [*layout, *layout.values()]:
         write(tmp_path / place)
     assert names(tmp_path) == layout
 
 
-def test_unpair_takes_them_for_one_scene(tmp_path):
+def test_unpair_treats_both_encodings_as_one_scene(tmp_path):
     for place in (f"rain/{NFC}7_1.png", f"rain/{NFD}7_2.png", f"norain/{NFD}7.png", "rain/z.png", "norain/z.png"):
         write(tmp_path / "set" / place)
     assert write_unpaired(tmp_path / "set", tmp_path / "out") == {"trainA": 2, "trainB": 1}
@@ -63,23 +63,23 @@ def test_names_that_look_the_same_in_one_folder(tmp_path, folder):
         write(tmp_path / place)
     with pytest.raises(DataError, match=r"look the same \(their accents are encoded differently\): rename") as caught:
         find_pairs(tmp_path)
-    assert "\\u0301" in str(caught.value)  # to be told apart in the sentence
+    assert "\\u0301" in str(caught.value)  # the message shows the difference
     assert "\\xe9" in str(caught.value)
 
 
-def test_case_decides_where_nothing_else_does(tmp_path):
+def test_case_decides_if_nothing_else_differs(tmp_path):
     wanted = {"rain/a.png": "norain/a.png", "rain/A.png": "norain/A.png", "rain/rain-B1.png": "norain/norain-B1.png"}
     wanted |= {"rain/rain-b1.png": "norain/norain-b1.png", "rain/C.png": "norain/c.png"}
     for place in [*wanted, *wanted.values()]:
         write(tmp_path / place)
     assert names(tmp_path) == wanted
     (tmp_path / "norain" / "A.png").unlink()
-    with pytest.raises(DataError, match=r"rain/a.png and A.png differ in case alone and share a truth"):
+    with pytest.raises(DataError, match=r"rain/a.png and A.png differ only in case and share a truth"):
         find_pairs(tmp_path)
 
 
-def test_no_name_is_given_twice(tmp_path):
-    """Files that differ in their suffix alone are several rainy pictures of one scene; none overwrites another."""
+def test_names_are_unique(tmp_path):
+    """Files that differ only in their suffix are several rainy pictures of one scene; none overwrites another."""
     rainy = ["1.png", "1.jpg", "2.png", "3.png", "3.bmp", "3.bmp.png"]
     for seed, name in enumerate(rainy):
         write(tmp_path / "set/rain" / name, seed)
@@ -100,7 +100,7 @@ def test_no_name_is_given_twice(tmp_path):
 
 @pytest.fixture(scope="module")
 def scenes() -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Six scenes, rainy and clean: smooth, as photographs are, with the rain of `fastnce rain`."""
+    """Six scenes, rainy and clean: smooth like photographs, with the rain of `fastnce rain`."""
     made = []
     for seed in range(6):
         noise = np.random.default_rng(seed).integers(0, 256, (8, 9, 3), np.uint8)
@@ -157,13 +157,13 @@ def test_the_side_reaches_every_command(tmp_path, scenes, capsys):
         assert np.array_equal(levels(load_image(tmp_path / "set" / f"{half}.png")), levels(want))
         assert np.array_equal(levels(load_image(tmp_path / "set/test/rain" / f"{place}.png")), levels(rainy))
         assert np.array_equal(levels(pairs[place].load()[0]), levels(rainy))
-    # as many decibels as the halves have, whichever is which; the side shows on the sheet of pictures
+    # PSNR is symmetric in the halves, so it does not depend on the side; only the contact sheet does
     capsys.readouterr()
     assert main(["evaluate", "--inputs-only", "--data", str(root), "--rain-side", "left", "--device", "cpu"]) == 0
     assert f"{report.mean['psnr_y']:.2f} dB" in capsys.readouterr().out
 
 
-def test_a_side_that_is_none(tmp_path):
+def test_an_invalid_side(tmp_path):
     for call in (
         lambda: find_pairs(tmp_path, "top"),
         lambda: find_validation(str(tmp_path), "", rain_side="top"),
@@ -173,8 +173,8 @@ def test_a_side_that_is_none(tmp_path):
             call()
 
 
-def test_few_against_many_is_no_reason_to_warn(tmp_path, scenes):
-    """Two of six the other way round."""
+def test_no_warning_for_a_minority_of_strips(tmp_path, scenes):
+    """Two of six strips are in the opposite order."""
     root = strips(tmp_path / "strips", [*scenes[:4], *((clean, rainy) for rainy, clean in scenes[4:])], "right")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -199,12 +199,12 @@ def test_strips_whose_names_look_the_same(tmp_path, scenes):
         find_pairs(root)
 
 
-def test_equal_halves_say_nothing():
+def test_equal_halves_are_undecided():
     flat = torch.zeros(1, 12, 8)
     assert streaks(flat, flat) == 0
     noise = torch.rand(1, 12, 8, generator=torch.Generator().manual_seed(0))
     assert streaks(noise, noise) == 0
-    assert abs(streaks(noise, noise / 2)) < 1e-9  # contrast alone is no rain
+    assert abs(streaks(noise, noise / 2)) < 1e-9  # contrast alone is not rain
 
 
 def test_real_strips(shared):
@@ -214,12 +214,12 @@ def test_real_strips(shared):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pairs = find_pairs(folder)[::5]
-    assert sum(streaks(*pair.load(1)) > 0 for pair in pairs) >= 18  # of 20; of all 389 strips, 5 are taken wrongly
+    assert sum(streaks(*pair.load(1)) > 0 for pair in pairs) >= 18  # of 20; of all 389 strips, 5 are classified wrongly
     with pytest.warns(UserWarning, match=r"20 strips look as if it rained on their right half"):
         find_pairs(folder, "left")
 
 
-def test_training_and_test_pictures_of_one_set_stay_apart(tmp_path, scenes):
+def test_training_and_test_pictures_are_not_mixed(tmp_path, scenes):
     for name in ("train_strips", "test_strips"):
         strips(tmp_path / "set" / name, scenes, "right", count=3)
     for split in ("test", "train"):

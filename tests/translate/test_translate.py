@@ -1,4 +1,4 @@
-"""Translation in practice: tiles that equal the whole, folders, and what files carry besides pixels."""
+"""Translation: exact and fast tiles, memory, folders, and the metadata of files."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from fastnce.common.streams import ProgressLine
 from fastnce.engine.memory import available_memory
 from fastnce.networks import ResnetGenerator, Restorer, UnetGenerator, init_weights
 from fastnce.networks.published import save_published
-from fastnce.translate import files, load_translator
-from fastnce.translate import translator as inference
+from fastnce.translate import files
+from fastnce.translate import translator as translator_module
 from fastnce.translate.files import translate_files
+from fastnce.translate.load import load_translator
 from fastnce.translate.photographs import read_photograph
 from fastnce.translate.tiles import Tiler, translate_exact, translate_fast
 from fastnce.translate.translator import Translator
-from fastnce.translate.windows import steps_of
+from fastnce.translate.windows import operations_of
 
 NETWORKS = {
     "antialias": {},
@@ -64,7 +65,7 @@ def smooth(height: int, width: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("tile", [32, 60, 500])
 @pytest.mark.parametrize("name", [*NETWORKS, "restorer"])
-def test_exact_tiles_are_the_whole_picture(name, tile):
+def test_exact_tiles_equal_the_whole_image(name, tile):
     network = (restorer() if name == "restorer" else resnet(**NETWORKS[name])).double()
     picture = smooth(100, 132).double()
     with torch.no_grad():
@@ -74,14 +75,14 @@ def test_exact_tiles_are_the_whole_picture(name, tile):
 
 
 @torch.no_grad()
-def test_tiles_alone_are_not():
-    """What exact tiles mend: each tile translated on its own."""
+def test_independent_tiles_differ_from_the_whole_image():
+    """The error that exact tiles avoid: each tile normalised by its own statistics."""
     network, picture = resnet().double(), smooth(100, 128).double()
     alone = torch.cat([network(part) for part in picture.split(64, dim=3)], dim=3)
     assert (alone - network(picture)).abs().mean() > 0.01
 
 
-def test_exact_tiles_to_rounding_in_single_precision():
+def test_exact_tiles_in_single_precision_differ_by_rounding():
     network, picture = resnet(), smooth(100, 132)
     with torch.no_grad():
         whole = network(picture)
@@ -91,7 +92,7 @@ def test_exact_tiles_to_rounding_in_single_precision():
     assert (translate_exact(network, picture, 48, "cpu") - wanted).abs().max() <= 4 * rounding
 
 
-def test_large_maps_are_not_kept(monkeypatch):
+def test_large_maps_are_not_stored(monkeypatch):
     network, picture = resnet(), smooth(128, 160)
     rooms = []
     room = Tiler._room
@@ -99,7 +100,7 @@ def test_large_maps_are_not_kept(monkeypatch):
     before = picture.clone()
     translate_exact(network, picture, 32, "cpu")
     assert torch.equal(picture, before)
-    # a whole pass makes maps of 12 channels at full size; the largest kept one holds 3 (12 at half the sides)
+    # a whole pass makes maps of 12 channels at full size; the largest stored one has 3 (12 at half the sides)
     assert max(shape[1] * shape[2] * shape[3] for shape in rooms) == 3 * 128 * 160
 
 
@@ -108,27 +109,27 @@ def test_fast_tiles_with_the_pictures_own_statistics_are_exact():
         picture = smooth(64, 64).double()
         with torch.no_grad():
             whole = network(picture)
-        result, apart = translate_fast(network, picture, 64, "cpu")  # one tile: not shrunk
+        result, apart = translate_fast(network, picture, 64, "cpu")  # one tile: not downscaled
         torch.testing.assert_close(result, whole, rtol=1e-9, atol=1e-9)
         assert apart.largest < 1e-6
         assert apart.crop == (64, 64)
 
 
 def test_tiles_join_without_seams():
-    """With the same statistics, their size makes no difference."""
+    """With the same statistics, the tile size does not change the result."""
     network, picture = resnet().double(), smooth(96, 128).double()
-    steps_statistics = {}
-    steps = steps_of(network, steps_statistics)
+    statistics = {}
+    operations = operations_of(network, statistics)
     for module in network.modules():
         if type(module).__name__ == "InstanceNorm":
             mean, variance = torch.randn(1, module.channels, 1, 1), torch.rand(1, module.channels, 1, 1) + 0.5
-            steps_statistics[module] = (mean.double(), variance.double())
+            statistics[module] = (mean.double(), variance.double())
     with torch.no_grad():
-        results = [Tiler(picture, tile, torch.device("cpu")).whole(picture, steps) for tile in (32, 200)]
+        results = [Tiler(picture, tile, torch.device("cpu")).whole(picture, operations) for tile in (32, 200)]
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
 
 
-def test_fast_tiles_say_how_far_they_are():
+def test_fast_tiles_report_their_error():
     network, picture = resnet(), smooth(300, 360)
     result, apart = translate_fast(network, picture, 128, "cpu")
     assert result.shape == picture.shape
@@ -153,7 +154,7 @@ def test_generators_without_tiles():
 
 
 class Small(ResnetGenerator):
-    """Runs out of memory beyond so many pixels."""
+    """A generator that runs out of memory above `limit` pixels."""
 
     limit = 20_000
 
@@ -169,44 +170,44 @@ def small() -> Small:
     return network.eval()
 
 
-def test_tiles_where_memory_says_no(monkeypatch):
-    network, said = small(), []
-    translator = Translator(network, say=said.append)
+def test_tiles_if_memory_is_too_small(monkeypatch):
+    network, messages = small(), []
+    translator = Translator(network, say=messages.append)
     picture = smooth(142, 201)
     result = translator(picture)
     network.limit = 10**9
     torch.testing.assert_close(result, Translator(network)(picture), rtol=1e-4, atol=1e-4)
-    assert said == ["a picture of 204x144 does not fit into memory as a whole: exact tiles of 128"]
+    assert messages == ["a picture of 204x144 does not fit into memory as a whole: using exact tiles of 128"]
 
-    monkeypatch.setattr(inference, "available_memory", lambda: 0)  # a CPU does not ask twice
+    monkeypatch.setattr(translator_module, "available_memory", lambda: 0)  # a CPU checks before it tries
     torch.testing.assert_close(translator(picture), result, rtol=1e-4, atol=1e-4)
-    assert len(said) == 2
+    assert len(messages) == 2
 
 
-def test_a_batch_that_does_not_fit_goes_one_by_one():
-    network, said = small(), []
+def test_a_batch_that_does_not_fit_is_split():
+    network, messages = small(), []
     pictures = torch.cat([smooth(80, 100) for _ in range(4)])
-    result = Translator(network, say=said.append)(pictures)
-    assert said == []
+    result = Translator(network, say=messages.append)(pictures)
+    assert messages == []
     torch.testing.assert_close(result[2:3], Translator(network)(pictures[2:3]))
 
 
 def test_tiles_that_do_not_fit_are_halved(monkeypatch):
-    tried, said = [], []
+    tried, messages = [], []
 
     def out_of_memory(generator, picture, tile, device):
         tried.append(tile)
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(inference, "translate_exact", out_of_memory)
-    translator = Translator(resnet(), tiles="exact", tile_size=512, say=said.append)
+    monkeypatch.setattr(translator_module, "translate_exact", out_of_memory)
+    translator = Translator(resnet(), tiles="exact", tile_size=512, say=messages.append)
     with pytest.raises(ValueError, match="a picture of 600x16 does not fit into memory, not even in tiles of 128"):
         translator(torch.zeros(1, 3, 16, 600))
     assert tried == [512, 256, 128]
-    assert said[0] == "tiles of 512 do not fit into memory: tiles of 256"
+    assert messages[0] == "tiles of 512 do not fit into memory: using tiles of 256"
 
 
-def test_other_errors_are_not_memory(monkeypatch):
+def test_other_errors_are_raised(monkeypatch):
     network = resnet()
     monkeypatch.setattr(network, "forward", lambda x: (_ for _ in ()).throw(RuntimeError("a fault")))
     with pytest.raises(RuntimeError, match="a fault"):
@@ -214,12 +215,12 @@ def test_other_errors_are_not_memory(monkeypatch):
 
 
 def test_a_unet_that_does_not_fit(monkeypatch):
-    monkeypatch.setattr(inference, "available_memory", lambda: 0)
+    monkeypatch.setattr(translator_module, "available_memory", lambda: 0)
     with pytest.raises(ValueError, match="does not fit into memory as a whole, and tiles are for the ResNet"):
         Translator(UnetGenerator(3, 3, 5, 4))(torch.zeros(1, 3, 64, 64))
 
 
-def test_memory_is_known_or_not():
+def test_available_memory():
     room = available_memory()
     assert room is None or room > 0
 
@@ -284,7 +285,7 @@ def test_batches_of_one_size(tmp_path, monkeypatch):
         translate_files(translator, source, tmp_path / "two", batch=0)
 
 
-def test_many_sizes_are_not_all_held(tmp_path, monkeypatch):
+def test_pictures_of_many_sizes_are_written_early(tmp_path, monkeypatch):
     source = tmp_path / "in"
     source.mkdir()
     for i in range(12):
@@ -302,7 +303,7 @@ def test_orientation_profile_and_alpha(colour, tmp_path):
     source = tmp_path / "in"
     source.mkdir()
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees
+    exif[0x0112] = 6  # rotate by 90 degrees
     noise(0, 20, 32).save(source / "turned.jpg", exif=exif, icc_profile=profile)
     noise(1, 20, 32, 4).save(source / "alpha.png", icc_profile=profile)
     noise(2, 20, 32).quantize(8).save(source / "palette.png", transparency=0)
@@ -318,7 +319,7 @@ def test_orientation_profile_and_alpha(colour, tmp_path):
             if alpha.mode == "RGBA":
                 with Image.open(source / "alpha.png") as original:
                     assert (np.asarray(alpha.getchannel("A")) == np.asarray(original.getchannel("A"))).all()
-                    # the pixels below full transparency are the translated ones
+                    # fully transparent pixels are translated too
                     result = read_photograph(out / f"alpha.{suffix}", 3).pixels
                 wanted = read_photograph(tmp_path / "png" / "alpha.png", 3).pixels
                 assert torch.equal(result, wanted)
@@ -375,8 +376,8 @@ def test_tiles_from_the_command_line(colour, tmp_path, capsys):
     noise(0, 140, 300).save(tmp_path / "a.png")
     for name, options in (("whole", []), ("exact", ["--tiles", "exact"]), ("fast", ["--tiles", "fast"])):
         translate(colour, tmp_path / "a.png", "--out", tmp_path / name, "--tile-size", 128, *options)
-        said = capsys.readouterr().out
-        assert ("fast tiles differ from exact ones by" in said) == (name == "fast")
+        out = capsys.readouterr().out
+        assert ("fast tiles differ from exact ones by" in out) == (name == "fast")
     whole, exact = (np.asarray(Image.open(tmp_path / n / "a.png")).astype(int) for n in ("whole", "exact"))
     assert abs(whole - exact).max() <= 1
 
@@ -393,7 +394,7 @@ def test_progress_where_there_is_no_terminal(monkeypatch, capsys):
 
 @torch.no_grad()
 def test_large_pictures_keep_their_precision():
-    """The library's channels-last group norm does not on a CPU: a low-contrast picture comes out wrong by about 1."""
+    """PyTorch's channels-last group norm on a CPU is imprecise: a low-contrast image would be wrong by about 1."""
     network, picture = resnet(), smooth(512, 768) * 0.05 + 0.9
     wanted = network.double()(picture.double())
     result = Translator(network.float())(picture)
