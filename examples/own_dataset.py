@@ -6,15 +6,9 @@ python examples/own_dataset.py                         # the same for three step
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
 import torch
-from pictures import SMALL, picture
+from pictures import picture, train_small
 from torch import Tensor
-
-from fastnce.config import resolve
-from fastnce.training import train_run
 
 
 class Discs:
@@ -47,9 +41,7 @@ class Discs:
 
 
 def main() -> int:
-    with tempfile.TemporaryDirectory() as folder:
-        settings = [*SMALL, f"data.dataset={Path(__file__)}:Discs", "loss.nce_layers=0,4,8"]
-        return train_run(resolve("fastcut", None, settings), Path(folder) / "run")
+    return train_small("fastcut", f"data.dataset={__file__}:Discs", "loss.nce_layers=0,4,8")
 
 
 if __name__ == "__main__":

@@ -7,17 +7,12 @@ python examples/own_generator.py                       # the same on small pictu
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
-from pictures import SMALL, write_folders
+from pictures import train_small
 from torch import Tensor, nn
 
-from fastnce.config import resolve
 from fastnce.networks import InstanceNorm
-from fastnce.training import train_run
-from fastnce.translate import load_translator
 
 
 class SmallGenerator(nn.Module):
@@ -55,13 +50,7 @@ class SmallGenerator(nn.Module):
 
 
 def main() -> int:
-    with tempfile.TemporaryDirectory() as folder:
-        data = write_folders(Path(folder) / "pictures")
-        own = [f"network.generator={Path(__file__)}:SmallGenerator", "loss.nce_layers=0,1,2"]
-        steps = train_run(resolve("fastcut", None, [*SMALL, f"data.dir={data}", *own]), Path(folder) / "run")
-        translator = load_translator(Path(folder) / "run", trust_code=True)
-        print(f"{steps} steps; a translator of {type(translator.generator).__name__}")
-        return steps
+    return train_small("fastcut", f"network.generator={__file__}:SmallGenerator", "loss.nce_layers=0,1,2")
 
 
 if __name__ == "__main__":

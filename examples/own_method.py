@@ -6,17 +6,13 @@ python examples/own_method.py                          # the same on small pictu
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch.nn.functional as F
-from pictures import SMALL, write_folders
+from pictures import train_small
 
-from fastnce.config import resolve
 from fastnce.methods import Group, Method, Phase, option
 from fastnce.methods.losses import gan_loss
-from fastnce.training import train_run
 
 
 @dataclass
@@ -68,10 +64,7 @@ class CoarseGAN(Method):
 
 
 def main() -> int:
-    with tempfile.TemporaryDirectory() as folder:
-        data = write_folders(Path(folder) / "pictures")
-        config = resolve(f"{Path(__file__)}:CoarseGAN", None, [*SMALL, f"data.dir={data}", "loss.lambda_coarse=5"])
-        return train_run(config, Path(folder) / "run")
+    return train_small(f"{__file__}:CoarseGAN", "loss.lambda_coarse=5")
 
 
 if __name__ == "__main__":

@@ -7,15 +7,10 @@ python examples/own_weighting.py                       # the same on small pictu
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
-from pictures import SMALL, write_folders
+from pictures import train_small
 from torch import Tensor
 
-from fastnce.config import resolve
 from fastnce.nce import Weights
-from fastnce.training import train_run
 
 
 def weight(queries: Tensor, keys: Tensor, groups: int, *, power: float = 1.0) -> Weights:
@@ -26,11 +21,8 @@ def weight(queries: Tensor, keys: Tensor, groups: int, *, power: float = 1.0) ->
 
 
 def main() -> int:
-    here = f"loss.weighting={Path(__file__)}:weight"
-    with tempfile.TemporaryDirectory() as folder:
-        data = write_folders(Path(folder) / "pictures")
-        settings = [*SMALL, f"data.dir={data}", here, "loss.weighting_options=power=2.0", "loss.nce_layers=0,4,8"]
-        return train_run(resolve("fastcut", None, settings), Path(folder) / "run")
+    weighting = [f"loss.weighting={__file__}:weight", "loss.weighting_options=power=2.0"]
+    return train_small("fastcut", "loss.nce_layers=0,4,8", *weighting)
 
 
 if __name__ == "__main__":

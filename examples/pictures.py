@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from fastnce.config import resolve
+from fastnce.training import train_run
 
 
 def picture(seed: int, warm: bool, side: int = 48) -> np.ndarray:
@@ -41,3 +45,10 @@ SMALL = [
     "run.compile=false",
 ]
 """Settings for three steps in a second on a CPU."""
+
+
+def train_small(method: str, *settings: str) -> int:
+    """Train for three steps on the pictures above, in a temporary folder; returns the steps done."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = write_folders(Path(folder) / "pictures")
+        return train_run(resolve(method, None, [*SMALL, f"data.dir={data}", *settings]), Path(folder) / "run")

@@ -37,6 +37,8 @@ def blocks_of(method: Method) -> list[nn.Module]:
     """Every residual block of the generators; ValueError where there is none."""
     generators = list(method.generators().values())
     blocks: list[nn.Module] = [module for net in generators for module in net.modules() if isinstance(module, BLOCKS)]
+    own: list[Any] = [net for net in generators if hasattr(net, "residual_blocks")]
+    blocks += [block for net in own for block in net.residual_blocks()]
     if not blocks:
         kind = type(generators[0]).__name__
         raise ValueError(f"run.checkpoint_activations: {kind} has no residual blocks to compute again; leave it false")

@@ -196,6 +196,8 @@ def operations_of(generator: nn.Module, statistics: Statistics) -> list[Operatio
     """
     if isinstance(generator, ResnetGenerator):
         return _chain(generator.model, statistics)
+    if hasattr(generator, "tile_layers"):  # a user's own, see `fastnce.networks.Generator`
+        return _chain(generator.tile_layers(), statistics)
     if not isinstance(generator, Restorer):
         raise ValueError(f"tiles are for the ResNet generator and the restorer, not for {type(generator).__name__}")
 
@@ -215,6 +217,7 @@ def _chain(modules: Iterable[nn.Module], statistics: Statistics) -> list[Operati
         if isinstance(module, ReflectionPad):
             margin = module.margin
         elif isinstance(module, nn.Conv2d):
+            _check_convolution(module)
             function = partial(F.conv2d, weight=module.weight, bias=module.bias, stride=module.stride)
             padding, mode = (margin, "reflect") if margin else (int(module.padding[0]), "constant")
             operations.append(Convolve(function, module.kernel_size[0], module.stride[0], padding, mode))
@@ -223,6 +226,8 @@ def _chain(modules: Iterable[nn.Module], statistics: Statistics) -> list[Operati
             filt = module.filt
             operations.append(Convolve(partial(F.conv2d, weight=filt, stride=2, groups=len(filt)), 3, 2, 1, "reflect"))
         elif isinstance(module, BlurUp | nn.ConvTranspose2d):
+            if isinstance(module, nn.ConvTranspose2d):
+                _check_doubling(module)
             operations.append(Upsample(module, reach=1))
         elif isinstance(module, nn.PixelShuffle):
             operations.append(Upsample(module, reach=0))
@@ -239,3 +244,21 @@ def _chain(modules: Iterable[nn.Module], statistics: Statistics) -> list[Operati
         else:
             raise ValueError(f"tiles do not support the layer {type(module).__name__}")
     return operations
+
+
+def _check_convolution(module: nn.Conv2d) -> None:
+    square = len(set(module.kernel_size)) == len(set(module.stride)) == 1
+    dense = module.groups == 1 and set(module.dilation) == {1} and module.padding_mode == "zeros"
+    if not (square and dense and isinstance(module.padding, tuple) and len(set(module.padding)) == 1):
+        raise ValueError(f"tiles support square, dense convolutions with numbers as padding, not {module}")
+
+
+def _check_doubling(module: nn.ConvTranspose2d) -> None:
+    """One pixel of the input beside it reaches each output: kernels up to 4, and no row at the end is dropped."""
+    sides = zip(module.kernel_size, module.stride, module.padding, module.output_padding, module.dilation, strict=True)
+    exact = all(
+        stride == 2 and kernel <= 4 and kernel - 2 * int(padding) + more == 2 and dilation == 1
+        for kernel, stride, padding, more, dilation in sides
+    )
+    if not (exact and module.groups == 1):
+        raise ValueError(f"tiles support transposed convolutions that double both sides, not {module}")

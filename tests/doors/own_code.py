@@ -24,6 +24,8 @@ from torch import nn
 
 from fastnce.methods import CUT, CUTOptions, Group, Method, Phase, option
 from fastnce.nce import Weights
+from fastnce.networks import InstanceNorm
+from fastnce.networks.layers import ReflectionPad
 
 
 @dataclass
@@ -102,6 +104,28 @@ class Net(nn.Module):
 class FeatureNet(Net):
     def feature_channels(self, layers):
         return [self.first.out_channels for _ in layers]
+
+
+class Blocks(nn.Module):
+    """Everything that tiles and recomputation need."""
+
+    factor = smallest = 4
+
+    def __init__(self, in_channels, out_channels, width):
+        super().__init__()
+        self.down = nn.Conv2d(in_channels, width, 4, 2, padding=1)
+        self.norm = InstanceNorm(width)
+        self.block = nn.Sequential(ReflectionPad(1), nn.Conv2d(width, width, 3))
+        self.up = nn.ConvTranspose2d(width, out_channels, 4, 2, padding=1)
+
+    def forward(self, x, layers=(), encode_only=False):
+        return self.up(self.block(self.norm(self.down(x)).relu())).tanh()
+
+    def tile_layers(self):
+        return [self.down, self.norm, nn.ReLU(), *self.block, self.up, nn.Tanh()]
+
+    def residual_blocks(self):
+        return [self.block]
 
 
 class WrongFeatures(Net):

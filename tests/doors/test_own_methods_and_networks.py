@@ -9,8 +9,12 @@ from safetensors.torch import load_file
 
 from fastnce.commands.main import main
 from fastnce.config import resolve
+from fastnce.engine.recompute import recompute_blocks
+from fastnce.methods import CycleGAN, CycleGANOptions, NetworkOptions
+from fastnce.networks import build_generator
 from fastnce.training import train_run
 from fastnce.translate import load_translator
+from fastnce.translate.tiles import translate_exact
 from tests.doors.own_code import CODE, SMALL, refused, train
 
 
@@ -127,6 +131,38 @@ def test_a_generator_without_features_serves_methods_that_need_none(folder, here
     options = [s for s in SMALL if not s.startswith("loss.")]
     arguments = ["train", "cyclegan", "--data", str(folder), "--out", str(here / "run"), *options]
     assert main([*arguments, "network.generator=mine.py:Net"]) == 0
+
+
+def test_tiles_and_recomputation_of_a_generator(here):
+    network = build_generator("mine.py:Blocks", width=4).double()
+    picture = torch.rand(1, 3, 132, 140, dtype=torch.float64) * 2 - 1
+    with torch.no_grad():
+        whole, tiled = network(picture), translate_exact(network, picture, 64, torch.device("cpu"))
+    torch.testing.assert_close(tiled, whole, rtol=1e-9, atol=1e-9)
+    options = NetworkOptions(generator="mine.py:Blocks", width=4, discriminator_width=2)
+    method = CycleGAN(CycleGANOptions(lambda_identity=0.0), options)
+    assert recompute_blocks(method) == 2
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        torch.nn.Conv2d(3, 3, 3, groups=3),
+        torch.nn.Conv2d(3, 3, 3, dilation=2),
+        torch.nn.Conv2d(3, 3, (3, 1)),
+        torch.nn.Conv2d(3, 3, 3, padding="same"),
+        torch.nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect"),
+        torch.nn.ConvTranspose2d(3, 3, 5, 2, padding=2, output_padding=1),
+        torch.nn.ConvTranspose2d(3, 3, 3, 2, padding=1),
+        torch.nn.ConvTranspose2d(3, 3, 3, 1, padding=1),
+        torch.nn.Upsample(scale_factor=2),
+    ],
+)
+def test_layers_that_tiles_cannot_compute_are_refused(here, layer):
+    network = build_generator("mine.py:Blocks", width=4)
+    network.tile_layers = lambda: [layer]
+    with pytest.raises(ValueError, match="tiles (do not )?support"):
+        translate_exact(network, torch.zeros(1, 3, 132, 140), 64, torch.device("cpu"))
 
 
 def test_a_file_may_import_its_neighbours(here, capsys):

@@ -1,0 +1,42 @@
+"""Every example runs, in seconds, on a CPU."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+FILES = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name != "pictures.py")
+
+
+def run(name: str, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.chdir(EXAMPLES.parent)
+    monkeypatch.setattr(sys, "argv", [name])
+    return runpy.run_path(str(EXAMPLES / name), run_name="example")["main"]()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_an_example_runs(name, monkeypatch, capsys):
+    result = run(name, monkeypatch)
+    printed = capsys.readouterr().out
+    if name in ("own_loop.py", "external_negatives.py"):
+        assert len(result) == 3
+        assert len(set(result)) == 3
+        assert printed.count("step ") == 3
+        assert name != "own_loop.py" or result[-1] < result[0]
+    elif name == "derain_folder.py":
+        assert len(result) == 2
+        assert all(path.parts[0] == "derained" for path in result)
+    else:
+        assert result == 3
+        assert "step 3/3" in printed
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_an_example_is_short_and_named_in_the_docs(name):
+    code = (EXAMPLES / name).read_text().partition("from __future__ import annotations\n")[2]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 60
+    docs = (EXAMPLES.parent / "docs" / "extending.md").read_text()
+    assert f"../examples/{name}" in docs
