@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -255,7 +256,9 @@ def _check_convolution(module: nn.Conv2d) -> None:
 
 def _check_doubling(module: nn.ConvTranspose2d) -> None:
     """One pixel of the input beside it reaches each output: kernels up to 4, and no row at the end is dropped."""
-    sides = zip(module.kernel_size, module.stride, module.padding, module.output_padding, module.dilation, strict=True)
+    sides: Any = zip(
+        module.kernel_size, module.stride, module.padding, module.output_padding, module.dilation, strict=True
+    )
     exact = all(
         stride == 2 and kernel <= 4 and kernel - 2 * int(padding) + more == 2 and dilation == 1
         for kernel, stride, padding, more, dilation in sides
