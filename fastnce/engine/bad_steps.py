@@ -4,7 +4,7 @@ Everything else is afterwards, bit for bit, what it was before: weights, moments
 weights, statistics of batch norms, pools of pictures, banks of codes. All of it is decided on the device.
 
 Some losses use a discriminator that an earlier loss has just updated. That update is made before it is known whether
-the step is good, and taken back if it is not (`Kept`). Buffers that forward passes change are taken back too. The
+the step is good, and taken back if it is not (`Snapshot`). Buffers that forward passes change are taken back too. The
 updates of the last loss are not made at all.
 """
 
@@ -91,7 +91,7 @@ def early_groups(phases: Sequence[Phase]) -> list[str]:
     return list(dict.fromkeys(name for phase in phases[: max(needs, default=0)] for name in phase.groups))
 
 
-class Row:
+class BadStepCount:
     """The count of bad steps in a row as the host sees it, without waiting in every step.
 
     On an accelerator a copy is begun every `every` steps and read that many steps later, when it has long been there:
@@ -114,7 +114,7 @@ class Row:
         self.place = torch.zeros((), dtype=counter.dtype, pin_memory=device.type in PINNED)
         self.begun = 0
 
-    def look(self, done: int) -> tuple[float, int]:
+    def read(self, done: int) -> tuple[float, int]:
         """After step `done`: bad steps in a row, and the step after which that was so; (0.0, 0) where none is read."""
         if self.limit <= 0 or done % self.every:
             return 0.0, 0

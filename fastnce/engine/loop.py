@@ -9,52 +9,40 @@ import random
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..methods.base import Batch, Method
-from .bad_steps import Row
+from .bad_steps import BadStepCount
 from .checkpoint import Checkpoints
 from .checks import check_run
 from .choices import pick_compile, pick_precision, set_tf32
+from .contracts import DataSet
 from .cudagraph import pick_graph
 from .distributed import RankLost, Ranks
-from .log import Pace, RunLog, Silence, clock, save_grid
+from .log import Pace, RunLog, Silence
 from .memory import out_of_memory, too_large
-from .monitor import Monitor
+from .observe import Observer
 from .optim import schedule
 from .options import OptimOptions, RunOptions
 from .progress import Progress, check_batch, check_pictures
-from .samples import padded, translated
 from .saving import Saving, TrainingFailed
 from .step import Step
 from .stop import Stopped, StopRequest
 from .validate import Validation
 
-SETTLED = 20
-"""Steps after which every kind of step (FastCUT's mirrored one) has most likely been compiled."""
+COMPILED_AFTER = 20
+"""Steps after which every kind of step (such as FastCUT's mirrored one) has most likely been compiled."""
 
-STOP_EVERY = 10
-"""Most steps between the questions of several ranks whether one of them was asked to stop."""
-
-
-class Data(Protocol):
-    """What the loop asks of a data set (see `fastnce.data.UnpairedData`)."""
-
-    steps_per_epoch: int
-
-    def batch(self, step: int, *, decaying: bool = False) -> tuple[Tensor, Tensor]: ...
-
-    def samples(self, count: int) -> tuple[Tensor, Tensor]: ...
-
-    def digest(self) -> str: ...
+STOP_CHECK = 10
+"""At most this many steps pass before several ranks ask each other whether to stop."""
 
 
 def train(
     method: Method,
-    data: Data,
+    data: DataSet,
     optim: OptimOptions,
     run: RunOptions,
     folder: Path,
@@ -120,9 +108,23 @@ def due(every: int, done: int) -> bool:
 
 
 class _Run:
-    def __init__(self, method, data, optim, run, folder, config, batch_size, log, ranks, validation=None):
+    """One call of `train`: the schedule, the steps, the checkpoints, and when to stop."""
+
+    def __init__(
+        self,
+        method: Method,
+        data: DataSet,
+        optim: OptimOptions,
+        run: RunOptions,
+        folder: Path,
+        config: dict[str, Any],
+        batch_size: int,
+        log: RunLog | Silence,
+        ranks: Ranks,
+        validation: Validation | None = None,
+    ):
         self.method, self.data, self.optim, self.run = method, data, optim, run
-        self.folder, self.config, self.log, self.ranks = folder, config, log, ranks
+        self.config, self.log, self.ranks = config, log, ranks
         epochs = optim.n_epochs + optim.n_epochs_decay
         self.progress = Progress(epochs, data.steps_per_epoch, batch_size * ranks.world, ranks.world)
         device = next(method.parameters()).device
@@ -141,17 +143,18 @@ class _Run:
             recompute=run.checkpoint_activations,
         )
         self.device = self.step.bad_steps.device
-        self.row = Row(self.step.bad_steps, optim.max_bad_steps)
+        self.bad_count = BadStepCount(self.step.bad_steps, optim.max_bad_steps)
         self.why = ""
+        """Why the run stops before its end; empty as long as it goes on."""
         self.checkpoints = Checkpoints(folder / "checkpoints", run.keep, log.say)
         networks = list(method.networks().values())
         self.saving = Saving(self._save, self.checkpoints, networks, ranks, self.device, log.say)
-        self.best_at = self.validated_at = -1
-        self.sample_batch: Batch | None = None
-        self.monitor = Monitor(method.discriminator_losses(), method.identity_losses())
+        self.best_at = -1
         self.validation: Validation | None = validation if run.validate_every and validation else None
+        self.observer = Observer(self.step, data, run, folder, log, ranks, self.validation)
 
     def go(self, stop: StopRequest) -> int:
+        """Train; returns the steps done, all of which are saved."""
         try:
             done = self._go(stop)
         except Exception as error:
@@ -167,23 +170,24 @@ class _Run:
         self.total = self.progress.end(self.run.steps)
         if done >= self.total:
             return done
-        state = [*self.method.networks().values(), *self.method.extra_state_modules().values()]
-        self.ranks.broadcast(state)
+        stateful = [*self.method.networks().values(), *self.method.extra_state_modules().values()]
+        self.ranks.broadcast(stateful)
         with self.ranks.together(self.device):
             if self.ranks.first and (self.run.monitor_every or (self.run.sample_every and self.run.samples)):
-                self._samples()  # while the pictures are there
-        self._begin_validation(done)
+                self.observer.samples()  # now, because files may be gone later
+        if self.validation is not None:
+            self._begin_validation(done, self.validation)
         started, pace, epoch, decaying = done, Pace(), -1, None
         self.began = time.monotonic()
-        self.asked, self.asked_at, self.ask_at = self.began, done, done
+        self.checked, self.checked_at, self.check_at = self.began, done, done
         self.method.train()
-        while done < self.total and not self._asked_to_stop(stop, done):
+        while done < self.total and not self._has_to_stop(stop, done):
             if self.progress.epoch(done) != epoch:
                 epoch = self.progress.epoch(done)
                 self.step.set_learning_rate(schedule(epoch, self.optim.n_epochs, self.optim.n_epochs_decay))
             began = time.perf_counter()
             before, decaying = decaying, epoch >= self.optim.n_epochs
-            # the other pictures that a falling learning rate takes may have to be decoded first
+            # a falling learning rate takes other versions of the images, which may have to be decoded first
             with self.ranks.together(self.device) if decaying != before else nullcontext():
                 batch = Batch(*self.data.batch(self.progress.place(done), decaying=decaying))
             pace.step(time.perf_counter() - began)
@@ -197,42 +201,43 @@ class _Run:
             stop.wait_for_steps()
             if done == started + 1 and self.step.compile_seconds:
                 self.log.say(f"compiled, and ran the first step, in {self.step.compile_seconds:.0f} s")
-            if done == started + SETTLED:
+            if done == started + COMPILED_AFTER:
                 self.ranks.settle()
             if due(self.run.monitor_every, done) and self.ranks.first:
-                self._look()
+                self.observer.monitor_samples()
             if self.validation and (due(self.run.validate_every, done) or done == self.total):
                 self._validate(done, self.validation)
             if due(self.run.log_every, done) or done == self.total:
                 self._report(done, epoch, losses, pace)
-            self._end_if_bad(*self.row.look(done))
+            self._end_if_bad(*self.bad_count.read(done))
             grids = self.run.sample_every if self.run.samples and self.ranks.first else 0
             if due(grids, done) or (grids and done == self.total):
-                self._sample(done)
+                self.observer.save_samples(done)
             if due(self.run.save_every, done) and done < self.total:
                 self.saving.save()
         return done
 
-    def _asked_to_stop(self, stop: StopRequest, done: int) -> bool:
-        """Several ranks must stop after the same step: they ask each other about once a second."""
+    def _has_to_stop(self, stop: StopRequest, done: int) -> bool:
+        """Whether to stop before the next step. Several ranks exchange it about once a second, and stop together."""
         over = self.run.minutes and time.monotonic() - self.began > 60 * self.run.minutes
         self.why = stop.name or (f"{self.run.minutes:g} minutes are over" if over else "")
         if self.ranks.world == 1:
             return bool(self.why)
-        if done < self.ask_at:
+        if done < self.check_at:
             return False
         now = time.monotonic()
-        asked, seconds = self.ranks.most([float(bool(self.why)), now - self.asked], self.device)
+        asked, seconds = self.ranks.most([float(bool(self.why)), now - self.checked], self.device)
         if asked:
             self.why = self.why or "another process was asked to stop"
             return True
-        # the slowest rank's seconds, which all of them know now, decide when to ask again
-        pace = seconds / max(done - self.asked_at, 1)
-        self.ask_at = done + max(1, min(STOP_EVERY, int(1 / max(pace, 1e-6))))
-        self.asked, self.asked_at = now, done
+        # every rank now knows the seconds of the slowest one, so all choose the same next step
+        pace = seconds / max(done - self.checked_at, 1)
+        self.check_at = done + max(1, min(STOP_CHECK, int(1 / max(pace, 1e-6))))
+        self.checked, self.checked_at = now, done
         return False
 
     def _resume(self) -> int:
+        """Take over the newest checkpoint, if there is one; returns the steps done."""
         found = self.checkpoints.load()
         if found is None:
             return 0
@@ -247,43 +252,20 @@ class _Run:
         except ValueError as error:
             raise ValueError(f"{path}: {error}; remove that folder to continue from the one before") from None
         self.saving.resumed(done)
-        for sentence in self.progress.told(done, self.run.steps, stored, str(path)):
+        for sentence in self.progress.resume_messages(done, self.run.steps, stored, str(path)):
             self.log.say(sentence)
         return done
 
     def _report(self, done: int, epoch: int, losses: dict[str, Tensor], pace: Pace) -> None:
-        names = list(losses)
-        stacked = torch.stack([losses[name].float() for name in names] + [self.step.bad_steps.float()])
-        *values, bad = self.ranks.mean(stacked).tolist()
-        found = pace.read(self.progress.batch, self.total - done)
-        rate = next(iter(self.step.groups.values()))
-        epochs = self.progress.epochs
-        line = (
-            f"epoch {epoch + 1}/{epochs} step {done:,}/{self.total:,} | {found['images_per_second']:.2f} images/s, "
-            f"data {found['data_share']:.0%}, ETA {clock(found['seconds_left'])} | "
-            + " ".join(f"{name} {value:.3f}" for name, value in zip(names, values, strict=True))
-            + (f" | {bad:.0f} steps in a row not finite: none was applied" if bad else "")
-        )
-        logged = dict(zip(names, values, strict=True))
-        for sentence in self.monitor.judge(logged):
-            self.log.say(sentence)
-        for words in (self.validation.short() if self.validation else "", self.monitor.short()):
-            line += f" | {words}" if words else ""
-        self.log.progress(line)
-        learning_rate = rate.base_lr * schedule(epoch, self.optim.n_epochs, self.optim.n_epochs_decay)
-        self.log.metrics(
-            done,
-            logged
-            | self.monitor.metrics()
-            | {"epoch": epoch, "pictures": self.progress.seen(done), "lr": learning_rate, "skipped_steps": bad}
-            | {key: found[key] for key in ("images_per_second", "data_share")},
-        )
+        base_lr = next(iter(self.step.groups.values())).base_lr
+        learning_rate = base_lr * schedule(epoch, self.optim.n_epochs, self.optim.n_epochs_decay)
+        bad = self.observer.report(done, self.total, self.progress, learning_rate, losses, pace)
         self._end_if_bad(bad, done)
 
     def _end_if_bad(self, bad: float, step: int) -> None:
-        """`bad` steps in a row after `step`; the ranks count alike, so all of them end here."""
+        """End after too many bad steps in a row, `bad` after `step`. The ranks have the same count, so all end here."""
         if 0 < self.optim.max_bad_steps <= bad:
-            self.saving.sound = False  # such a state is not what to continue from
+            self.saving.sound = False  # such a state is not to be continued from
             good = self.checkpoints.good(step, int(bad))
             kept = f"the last good checkpoint is {good}" if good else "there is no checkpoint that is known to be good"
             raise TrainingFailed(
@@ -291,59 +273,25 @@ class _Run:
                 f"try a lower optim.lr with another --out"
             )
 
-    def _look(self) -> None:
-        if self.monitor.pictures is None:
-            self.monitor.pictures = self._samples()
-        for sentence in self.monitor.look(self.method):
-            self.log.say(sentence)
-        self.method.train()
-
-    def _begin_validation(self, done: int) -> None:
-        if self.validation is None:
+    def _begin_validation(self, done: int, validation: Validation) -> None:
+        """Measure the inputs, and take over the best value if the run is continued."""
+        self.observer.measure_inputs(validation)
+        if done == 0:
+            self.log.metrics(0, {f"held_out_{key}": value for key, value in validation.inputs.items()})
             return
-        said = self.validation.measure_inputs()
-        for sentence in [*self.validation.told(), said]:
-            self.log.say(sentence)
-        if done:
-            kept = self.checkpoints.best()
-            if changed := self.validation.resume(kept[1].get("validation") if kept else None):
-                self.log.say(changed)
-        else:
-            self.log.metrics(0, {f"held_out_{key}": value for key, value in self.validation.inputs.items()})
+        best = self.checkpoints.best()
+        if changed := validation.resume(best[1].get("validation") if best else None):
+            self.log.say(changed)
 
     def _validate(self, done: int, validation: Validation) -> None:
-        """Every rank measures its share, so all of them agree on what is best."""
+        """Measure the held-out pairs, and save the state if it is the best."""
         best = validation.best
-        with self.step.averaged():
-            better = validation.measure(self.method)
-        self.method.train()
-        self.validated_at = done
-        for sentence in validation.told():
-            self.log.say(sentence)
-        self.log.metrics(done, {"pictures": self.progress.seen(done)} | validation.metrics())
-        self.log.say(f"step {done:,}: {validation.short()} on Y{', the best so far' if better else ''}")
-        if better:
-            self.best_at = done
-            self.saving.save()
-            if any(self.ranks.most([float(self.saving.saved_at != done)], self.device)):
-                validation.best = best  # which is saved
-
-    def _samples(self) -> Batch:
-        if self.sample_batch is None:
-            self.sample_batch = padded(self.method, *self.data.samples(max(self.run.samples, 2)))
-        return self.sample_batch
-
-    def _sample(self, done: int) -> None:
-        samples = Batch(*(column[: self.run.samples] for column in self._samples()))
-        self.method.eval()
-        with torch.no_grad(), self.step.averaged():
-            pictures = translated(self.method, samples)
-        self.method.train()
-        path = self.folder / "samples" / f"step-{done:08d}.png"
-        try:
-            save_grid(pictures, path)
-        except OSError as error:
-            self.log.say(f"{path}: no sample grid ({error.strerror or error}); training goes on")
+        if not self.observer.validate(validation, done, self.progress.seen(done)):
+            return
+        self.best_at = done
+        self.saving.save()
+        if any(self.ranks.most([float(self.saving.saved_at != done)], self.device)):
+            validation.best = best  # of the checkpoint that is on the disk
 
     def _save(self, done: int) -> None:
         state = {
@@ -352,7 +300,7 @@ class _Run:
             "generators": list(self.method.generators()),
             "config": self.config,
         }
-        if self.validation and self.validated_at == done:
+        if self.validation and self.observer.validated_at == done:
             state["validation"] = self.validation.state()
         best = self.best_at == done
         self.checkpoints.save(done, self.step.generator_weights(), self.step.state(), state, best=best)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .kept import Kept
+from .snapshot import Snapshot
 
 
 def schedule(epoch: int, n_epochs: int, n_epochs_decay: int) -> float:
@@ -169,10 +169,10 @@ class WeightAverage:
     @torch.no_grad()
     def update(self, bad: Tensor) -> None:
         """After a step; where `bad`, () bool, is true, the average stays as it is."""
-        kept = Kept(list(self.average.values()))
+        before = Snapshot(list(self.average.values()))
         state = self.network.state_dict()
         smooth = [name for name, tensor in state.items() if tensor.is_floating_point()]
         torch._foreach_lerp_([self.average[n] for n in smooth], [state[n] for n in smooth], 1.0 - self.decay)
         for name in state.keys() - set(smooth):
             self.average[name].copy_(state[name])
-        kept.put_back(bad)
+        before.restore(bad)

@@ -81,7 +81,7 @@ class Progress:
         extra = stored["seen"] - done * self.batch
         return Progress(self.epochs, self.steps_per_epoch, self.batch, self.ranks, place - done, extra)
 
-    def told(self, done: int, steps: int, stored: dict[str, int] | None, where: str) -> list[str]:
+    def resume_messages(self, done: int, steps: int, stored: dict[str, int] | None, where: str) -> list[str]:
         """What to say when a run is continued from the checkpoint `where`, with `end(steps)` as its end."""
         if done >= self.end(steps):
             done_with = f"{self.epochs:,} epochs are" if done >= self.total else f"run.steps={steps} is"

@@ -18,10 +18,10 @@ from .choices import PRECISIONS, pick_layout
 from .compiled import Compiled, CompiledWhole, whole_obstacle
 from .cudagraph import CudaRecorder, Graphs, Recorder, library_settings
 from .distributed import Ranks
-from .kept import Kept
 from .optim import LossScale, ParameterGroup, WeightAverage
 from .options import OptimOptions
 from .recompute import recompute_blocks
+from .snapshot import Snapshot
 from .training_state import TrainingState
 from .weights import converted_weights
 
@@ -170,14 +170,14 @@ class Step:
         """`run`, launch by launch: what is recorded. Nothing in here waits for the device or asks it."""
         batch = Batch(*(pictures.contiguous(memory_format=self.layout) for pictures in batch))
         self.method.prepare(batch)
-        kept = Kept(self._changed_early())
+        before = Snapshot(self._changed_early())
         if self.whole is not None and self.whole.usable:
             losses, bad = self.whole(batch, draws)
         elif self.options.accumulate > 1:
             losses, bad = self._in_parts(batch, draws)
         else:
             losses, bad = self._at_once(batch, draws)
-        kept.put_back(bad)
+        before.restore(bad)
         self.bad_steps.add_(1).mul_(bad)
         if self.loss_scale is not None:
             self.loss_scale.update(bad)

@@ -161,10 +161,10 @@ class Validation:
             self.best = float("-inf")
             self.inputs = self._measure(None)
 
-    def told(self) -> list[str]:
-        """What has been left out since the last call."""
-        told, self.left_out = self.left_out, []
-        return told
+    def take_messages(self) -> list[str]:
+        """Return the sentences about pairs that were left out since the last call."""
+        messages, self.left_out = self.left_out, []
+        return messages
 
     def metrics(self) -> dict[str, float]:
         """The latest values for metrics.jsonl and TensorBoard, as held_out_psnr_y and so on."""

@@ -121,10 +121,10 @@ def test_measuring_without_a_pair(half, pictures):
     assert validation.inputs["psnr_rgb"] == pytest.approx(left, abs=1e-4)
     assert validation.best == -math.inf
     assert validation.digest() != before
-    first, second = validation.told()
+    first, second = validation.take_messages()
     assert first.startswith(f"the held-out pair 0 is left out from now on: {getattr(pairs[0], half)} ")
     assert second == "a new best checkpoint is looked for, on the pairs that are left"
-    assert validation.told() == []
+    assert validation.take_messages() == []
     for pair in pairs[1:]:
         pair.clean.unlink()
     with pytest.raises(DataError, match="none of the 2 held-out pairs can be read"):

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from fastnce.engine.compiled import TRACES_GRADIENTS
 from fastnce.engine.cudagraph import WARM_UP
-from fastnce.engine.kept import Kept
 from fastnce.engine.options import OptimOptions
+from fastnce.engine.snapshot import Snapshot
 from fastnce.engine.step import Step
 from fastnce.methods import Batch, Draws, Group, Method, Phase
 from fastnce.methods.cyclegan import ImagePool
@@ -289,7 +289,7 @@ def test_a_good_step_is_the_plain_one(case):
         assert torch.equal(found[name], average), name
 
 
-def test_what_is_kept_is_put_back_bit_for_bit():
+def test_what_is_kept_is_restore_bit_for_bit():
     """Whatever became of it meanwhile, in any dtype and layout."""
     hostile = [0.0, -0.0, float("inf"), float("nan"), 1e-40, 3e38]
     for bad in (False, True):
@@ -302,7 +302,7 @@ def test_what_is_kept_is_put_back_bit_for_bit():
             torch.arange(3, dtype=torch.int32),
         ]
         start = [t.clone() for t in tensors]
-        kept = Kept(tensors)
+        before = Snapshot(tensors)
         tensors[0].neg_()
         tensors[1].fill_(float("nan"))
         tensors[2].copy_(torch.tensor(hostile))
@@ -310,7 +310,7 @@ def test_what_is_kept_is_put_back_bit_for_bit():
         tensors[4].fill_(-5)
         tensors[5].add_(9)
         changed = [t.clone() for t in tensors]
-        kept.put_back(torch.tensor(bad))
+        before.restore(torch.tensor(bad))
         for tensor, wanted in zip(tensors, start if bad else changed, strict=True):
             as_bits = [t.contiguous().flatten().view(torch.uint8) for t in (tensor, wanted)]
             assert torch.equal(*as_bits)

@@ -1,8 +1,8 @@
 """Copies of what a step changes, put back where the step turns out bad: decided on the device, without waiting for it.
 
-kept = Kept(tensors)
+before = Snapshot(tensors)
 ...                     # changes them in place
-kept.put_back(bad)
+before.restore(bad)
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 
-class Kept:
+class Snapshot:
     """Copies of tensors as they are now: one launch for 64 of them.
 
     Putting them back is one launch for 48, which only looks at `bad` where the step was good.
@@ -33,7 +33,7 @@ class Kept:
             assert all(t.stride() == copy.stride() for t, copy in zip(kind, copies, strict=True))
             torch._foreach_copy_(copies, kind)
 
-    def put_back(self, bad: Tensor) -> None:
+    def restore(self, bad: Tensor) -> None:
         """Give the tensors the numbers that they had, where `bad`, () bool, is true."""
         good = bad.logical_not().float()
         for tensors, copies in self.pairs:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastnce.engine import loop
-from fastnce.engine.bad_steps import Row
+from fastnce.engine.bad_steps import BadStepCount
 from fastnce.engine.distributed import ranks_of_launcher
 from fastnce.engine.loop import TrainingFailed, train
 from fastnce.engine.options import OptimOptions, RunOptions
@@ -27,14 +27,14 @@ def test_a_row_is_seen_within_its_length(limit, late):
     """Begun at any step; shorter rows, however many, are none."""
     for first in range(2 * limit + 1):
         counter = torch.zeros(())
-        row = Row(counter, limit, late=late)
+        count = BadStepCount(counter, limit, late=late)
         counts = [0]
         for done in itertools.count(1):
             # rows of limit - 1 up to `first`, then one without an end
             bad = done > first or (limit > 1 and done % limit != 0)
             counts.append(counts[-1] + 1 if bad else 0)
             counter.fill_(counts[-1])
-            found, step = row.look(done)
+            found, step = count.read(done)
             assert found == (counts[step] if step else 0)
             if found >= limit:
                 break
@@ -63,7 +63,7 @@ def begin(run: Path, data: Toy, steps: int, limit: int = 5, **options) -> int:
 @pytest.mark.parametrize(("log_every", "late", "saved"), [(100, False, 6), (0, False, 6), (100, True, 8)])
 def test_a_run_ends_within_the_row(tmp_path, monkeypatch, log_every, late, saved):
     """Steps 4 to 8 are bad. What is saved meanwhile is the state after step 3; known to be good is that before it."""
-    monkeypatch.setattr(loop, "Row", functools.partial(Row, late=late))
+    monkeypatch.setattr(loop, "BadStepCount", functools.partial(BadStepCount, late=late))
     said = r"^5 steps in a row were not finite at step 8, none of them was applied; the last good .*step-00000002;"
     with pytest.raises(TrainingFailed, match=said):
         begin(tmp_path / "run", Breaks(4), 60, log_every=log_every)
@@ -100,7 +100,7 @@ def two_ranks(folder: Path) -> int:
             bad = step >= 2 and ranks.rank == 1
             return torch.rand(1, 3, 16, 16) * (float("nan") if bad else 1.0), torch.rand(1, 3, 16, 16)
 
-    loop.Row = functools.partial(Row, late=True)
+    loop.BadStepCount = functools.partial(BadStepCount, late=True)
     with ranks_of_launcher("cpu") as ranks:
         step, batch = Step(method(), OptimOptions(), ranks=ranks), Batch(*Data().batch(0))
         step.run(batch, Draws())

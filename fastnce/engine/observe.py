@@ -1,0 +1,142 @@
+"""What a run shows of its progress: lines and metrics, warnings, held-out pairs and sample grids.
+
+Nothing here changes training.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..methods.base import Batch
+from .contracts import DataSet
+from .distributed import Ranks
+from .log import Pace, RunLog, Silence, clock, save_grid
+from .monitor import Monitor
+from .options import RunOptions
+from .progress import Progress
+from .samples import padded, translated
+from .step import Step
+from .validate import Validation
+
+
+class Observer:
+    """Reads a run between two steps, and writes to its log and its folder.
+
+    Args:
+        step: the step, with its method.
+        data: gives the sample images.
+        run: how many samples to take.
+        folder: the run's.
+        log: receives every line; silent on all ranks but the first.
+        ranks: the processes that share the run.
+        validation: held-out pairs, if the run has any.
+    """
+
+    def __init__(
+        self,
+        step: Step,
+        data: DataSet,
+        run: RunOptions,
+        folder: Path,
+        log: RunLog | Silence,
+        ranks: Ranks,
+        validation: Validation | None,
+    ):
+        self.step, self.method, self.data = step, step.method, data
+        self.run, self.folder, self.log, self.ranks, self.validation = run, folder, log, ranks, validation
+        self.monitor = Monitor(self.method.discriminator_losses(), self.method.identity_losses())
+        self.validated_at = -1
+        """The step after which the held-out pairs were last measured."""
+        self._samples: Batch | None = None
+
+    def samples(self) -> Batch:
+        """The images of sample grids and of the monitor, padded to sides that the generators take."""
+        if self._samples is None:
+            self._samples = padded(self.method, *self.data.samples(max(self.run.samples, 2)))
+        return self._samples
+
+    def report(
+        self, done: int, total: int, progress: Progress, learning_rate: float, losses: dict[str, Tensor], pace: Pace
+    ) -> float:
+        """Write a progress line and its metrics; returns the length of the open row of bad steps.
+
+        Args:
+            done: steps up to now.
+            total: steps after which the run ends.
+            losses: of the last step, on the device; every rank takes part in their mean.
+            pace: of the steps since the last line.
+        """
+        names = list(losses)
+        stacked = torch.stack([losses[name].float() for name in names] + [self.step.bad_steps.float()])
+        *values, bad = self.ranks.mean(stacked).tolist()
+        found = pace.read(progress.batch, total - done)
+        epoch = progress.epoch(done - 1)
+        line = (
+            f"epoch {epoch + 1}/{progress.epochs} step {done:,}/{total:,} | {found['images_per_second']:.2f} images/s, "
+            f"data {found['data_share']:.0%}, ETA {clock(found['seconds_left'])} | "
+            + " ".join(f"{name} {value:.3f}" for name, value in zip(names, values, strict=True))
+            + (f" | {bad:.0f} steps in a row not finite: none was applied" if bad else "")
+        )
+        logged = dict(zip(names, values, strict=True))
+        for sentence in self.monitor.judge(logged):
+            self.log.say(sentence)
+        for words in (self.validation.short() if self.validation else "", self.monitor.short()):
+            line += f" | {words}" if words else ""
+        self.log.progress(line)
+        self.log.metrics(
+            done,
+            logged
+            | self.monitor.metrics()
+            | {"epoch": epoch, "pictures": progress.seen(done), "lr": learning_rate, "skipped_steps": bad}
+            | {key: found[key] for key in ("images_per_second", "data_share")},
+        )
+        return bad
+
+    def monitor_samples(self) -> None:
+        """Let the monitor translate the samples, and say what it finds."""
+        if self.monitor.pictures is None:
+            self.monitor.pictures = self.samples()
+        for sentence in self.monitor.look(self.method):
+            self.log.say(sentence)
+        self.method.train()
+
+    def save_samples(self, done: int) -> None:
+        """Write a sample grid; a disk that does not take it is a line in the log."""
+        samples = Batch(*(column[: self.run.samples] for column in self.samples()))
+        self.method.eval()
+        with torch.no_grad(), self.step.averaged():
+            pictures = translated(self.method, samples)
+        self.method.train()
+        path = self.folder / "samples" / f"step-{done:08d}.png"
+        try:
+            save_grid(pictures, path)
+        except OSError as error:
+            self.log.say(f"{path}: no sample grid ({error.strerror or error}); training goes on")
+
+    def measure_inputs(self, validation: Validation) -> None:
+        """Measure the inputs of the held-out pairs, for comparison."""
+        inputs = validation.measure_inputs()
+        for sentence in [*validation.take_messages(), inputs]:
+            self.log.say(sentence)
+
+    def validate(self, validation: Validation, done: int, images: int) -> bool:
+        """Measure the held-out pairs; returns whether the method is better than ever before.
+
+        Every rank measures its share, so all of them agree.
+
+        Args:
+            done: steps up to now.
+            images: of each domain that the run has seen.
+        """
+        with self.step.averaged():
+            better = validation.measure(self.method)
+        self.method.train()
+        self.validated_at = done
+        for sentence in validation.take_messages():
+            self.log.say(sentence)
+        self.log.metrics(done, {"pictures": images} | validation.metrics())
+        self.log.say(f"step {done:,}: {validation.short()} on Y{', the best so far' if better else ''}")
+        return better
