@@ -85,11 +85,11 @@ def geometry(x: Tensor, weight: Tensor, padding: int) -> Geometry:
         raise ValueError(why)
     outputs, channels, kernel, _ = weight.shape
     if x.shape[1] != channels:
-        raise ValueError(f"the map has {x.shape[1]} channels, the weights are for {channels}")
+        raise ValueError(f"the map has {x.shape[1]} channels, but the weights are for {channels}")
     found = Geometry(kernel, padding, channels, outputs, x.shape[2], x.shape[3])
     if padding < 0 or found.out_height < 1 or found.out_width < 1:
         raise ValueError(
-            f"padding {padding} and a kernel of {kernel} leave nothing of {x.shape[2]}x{x.shape[3]} pixels"
+            f"padding {padding} and a kernel of {kernel} leave no output of {x.shape[2]}x{x.shape[3]} pixels"
         )
     return found
 
