@@ -1,9 +1,9 @@
-"""Compile every kernel that the tables give, for every architecture listed, without a device.
+"""Compile every kernel with every tile of the table, for every listed architecture, without a device.
 
 python -m benchmarks.aot --out benchmarks/results
 
-The launchers run as they always do, on tensors without storage; the launch itself is replaced by Triton's compiler, so
-signature, alignment hints and options are those of a real call. TRITON_INTERPRET must not be set.
+The launchers run unchanged on tensors without storage. Triton's compiler replaces the launch, so signatures, alignment
+hints and options are those of a real call. TRITON_INTERPRET must not be set.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from benchmarks.aot_cases import QUICK, cases
 
 @dataclass(frozen=True)
 class Build:
-    """What the compiler made of one kernel for one architecture."""
+    """One kernel, compiled for one architecture."""
 
     arch: str
     case: str
@@ -45,7 +45,7 @@ class Build:
     crash: str = ""
 
     def fault(self) -> str | None:
-        """Why this build must not ship, or None."""
+        """Why this tile must not be used, or None."""
         if self.crash:
             return f"the compiler fails: {self.crash}"
         limit = configs.SHARED_MEMORY[self.arch]
@@ -60,19 +60,20 @@ class Build:
 
 
 WITHOUT_PRODUCTS = ("float32", "without MLP", "draw", "mean", "rows:", "layer:")
-"""Cases, and kernels of any case, that multiply no matrices, or not on the matrix unit."""
+"""Cases without products on the matrix unit."""
 KERNELS_WITHOUT_PRODUCTS = ("pack_weight_kernel", "pack_gradient_kernel", "few_outputs_join_kernel")
+"""Kernels of other cases without products on the matrix unit."""
 
 
 class _NamedDriver:
-    """Stands where Triton's driver stands and only says which architecture is wanted."""
+    """Replaces Triton's driver; it only names the architecture to compile for."""
 
     def __init__(self, arch: str):
         self.index = configs.ARCHITECTURES.index(arch)
         self.target = GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
 
     def get_current_device(self) -> int:
-        return self.index  # compiled kernels are kept by device
+        return self.index  # Triton caches compiled kernels per device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -82,7 +83,7 @@ class _NamedDriver:
 
 
 def compile_all(archs: tuple[str, ...] = configs.ARCHITECTURES, only: str = "", quick: bool = False) -> Iterator[Build]:
-    """Every case (or every QUICK one) for every architecture; each distinct kernel once."""
+    """Compile every case (or every QUICK case) for every architecture; each distinct kernel once."""
     kept = common.launch, common.architecture
     modules = [module for module in sys.modules.values() if getattr(module, "launch", None) is common.launch]
     for arch in archs:
@@ -97,7 +98,7 @@ def compile_all(archs: tuple[str, ...] = configs.ARCHITECTURES, only: str = "", 
                 start = time.perf_counter()
                 try:
                     compiled = kernel.run(*args, grid=None, warmup=True, **options)
-                except Exception as error:  # whatever a pass of the compiler raises; the other cases go on
+                except Exception as error:  # a pass of the compiler may raise anything; continue with the other cases
                     seconds = round(time.perf_counter() - start, 2)
                     builds.append(_crashed(arch, case, kernel.fn.__name__, options, seconds, error))
                     return
@@ -160,7 +161,7 @@ def _amd(compiled) -> tuple[int, int, int]:
     def number(name: str) -> int:
         return int(re.search(rf"\.{name}:\s+(\d+)", text).group(1))  # type: ignore[union-attr]
 
-    # scalar registers spill into lanes of vector registers: only what is private memory counts
+    # scalar registers spill into lanes of vector registers: only private memory counts
     registers = number("vgpr_count") + number("agpr_count")
     return registers, number("private_segment_fixed_size"), len(re.findall("v_mfma", text))
 
@@ -169,7 +170,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="folder for aot.csv")
     parser.add_argument("--arch", nargs="*", default=configs.ARCHITECTURES)
-    parser.add_argument("--case", default="", help="only cases whose name holds this")
+    parser.add_argument("--case", default="", help="only cases whose name contains this")
     parser.add_argument("--quick", action="store_true", help="only the cases of everyday training")
     arguments = parser.parse_args()
     builds = []

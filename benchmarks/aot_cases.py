@@ -1,4 +1,4 @@
-"""What `aot` compiles: calls of the launchers, on tensors without storage, that use every form of every kernel."""
+"""The cases that `aot` compiles: calls of the launchers on tensors without storage, for every form of every kernel."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 def nce_cases() -> Iterator[tuple[str, Callable[[], object]]]:
-    """(name, call): every width of the table, few and many rows, in every form that has code of its own."""
+    """(name, call) for every width of the table, few and many rows, and every form with code of its own."""
     for width in (64, 128, 256, 512):
         few, many = _tensor(1, 256, width), _tensor(1, configs.MANY_ROWS, width)
         weight = _tensor(1, configs.MANY_ROWS, configs.MANY_ROWS)
@@ -47,12 +47,12 @@ def nce_cases() -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"nce D={width} sharp few rows, uneven", lambda x=uneven_few: _forward([x], temperature=0.02)
         yield f"nce D={width} sharp many rows, uneven", lambda x=uneven: _forward([x], temperature=0.02)
         yield f"nce D={width} sharp, extra keys, uneven", lambda x=uneven: _forward([x], extra=[x], temperature=0.02)
-        # no promise: the bounded form, and the online one behind a check
+        # no promise of unit rows: the bounded form, and the online form after a check
         yield f"nce D={width} any length few rows", lambda x=few: _forward([x])
         yield f"nce D={width} any length many rows", lambda x=many: _forward([x])
         yield f"nce D={width} any length loss only", lambda x=many: _forward([x], gradient=False)
         yield f"nce D={width} any length, extra keys", lambda x=many: _forward([x], extra=[x])
-        # too sharp for a bound: the online form alone
+        # a low temperature allows no bound: the online form alone
         yield f"nce D={width} sharp few rows", lambda x=few: _forward([x], temperature=0.02)
         yield f"nce D={width} sharp many rows", lambda x=many: _forward([x], temperature=0.02)
         yield f"nce D={width} sharp, extra keys", lambda x=many: _forward([x], extra=[x], temperature=0.02)
@@ -102,7 +102,7 @@ def nce_cases() -> Iterator[tuple[str, Callable[[], object]]]:
             f"rows: gradient, divided={divided}",
             lambda d=divided: cosine.row_gradients(rows, rows, _scales(), divided=d),
         )
-    ragged = [_tensor(3, 49, 101)[:, :, 1:]]  # what no vector load can take
+    ragged = [_tensor(3, 49, 101)[:, :, 1:]]  # no vector load can read these
     yield "nce ragged", lambda: _forward(ragged)
 
 
@@ -111,7 +111,7 @@ def _forward(x, extra=(), log_weight=(), pair_weight=(), temperature=0.07, **opt
 
 
 def _in_tf32(call: Callable[[], object]) -> Callable[[], object]:
-    """The same where the user allows TF32 in products."""
+    """The same call with TF32 allowed in float32 products."""
     return partial(_in_precision, "tf32", call)
 
 
@@ -137,7 +137,7 @@ def _keys(x: torch.Tensor, weight: Sequence[torch.Tensor] = (), extra: bool = Fa
 
 
 def sample_cases() -> Iterator[tuple[str, Callable[[], object]]]:
-    """The chain of the published networks, of wider ones, and of sampling without a projection."""
+    """Sampling and projection of the published networks, of wider networks, and without a projection."""
     published, wide = (3, 128, 256), (64, 512)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         name = str(dtype).removeprefix("torch.")
@@ -147,7 +147,7 @@ def sample_cases() -> Iterator[tuple[str, Callable[[], object]]]:
                 f"sample D={dim} {name} repeated ids",
                 lambda t=dtype, d=dim, c=channels: _sample(d, c, dtype=t, distinct=False),
             )
-    for dim, channels in ((256, published), (512, wide)):  # repeated ids are summed exactly: that is float32's kernel
+    for dim, channels in ((256, published), (512, wide)):  # repeated ids are summed exactly, by the kernel for float32
         yield f"sample D={dim} tf32", _in_tf32(lambda d=dim, c=channels: _sample(d, c, dtype=torch.float32))
     yield "sample D=256 images=64", lambda: _sample(256, published, images=64)
     yield "sample D=256 a set an image, directions", lambda: _sample(256, published, images=2, sets=2, directions=2)
@@ -167,7 +167,7 @@ def _sample(
     dtype: torch.dtype = torch.bfloat16,
 ) -> None:
     maps = [_tensor(images, c, 32, 32, dtype=dtype).to(memory_format=torch.channels_last) for c in channels]
-    maps[0] = _tensor(images, channels[0], 32, 32, dtype=torch.float32)  # a picture beside 16-bit features
+    maps[0] = _tensor(images, channels[0], 32, 32, dtype=torch.float32)  # an image beside 16-bit features
     ids = [_tensor(sets, 256, dtype=torch.int64) for _ in maps]
     shapes = [s for c in channels for s in ((dim, c), (dim,), (dim, dim), (dim,))] if dim else []
     mlp = [_tensor(*shape, dtype=torch.float32) for shape in shapes]
@@ -180,7 +180,7 @@ def _sample(
 
 
 def layer_cases() -> Iterator[tuple[str, Callable[[], object]]]:
-    """The layers at the published widths, in the forms that the networks use, and in some that no vector load takes."""
+    """The layers at the published widths, in the forms of the networks, and in some that allow no vector loads."""
     forms = {
         "norm, ReLU, pad 1": (256, 64, 0.0, 1, False),
         "norm, ReLU, pad 3": (64, 256, 0.0, 3, False),
@@ -226,7 +226,7 @@ def _blurs(x: torch.Tensor) -> None:
 
 
 def few_outputs_cases() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Last convolutions of generators: the ResNet's, the restorer's, and others that the kernels take."""
+    """Last convolutions of generators: of the ResNet, of the restorer, and others that the kernels support."""
     forms = {
         "64 to 3, 7x7": (64, 256, 3, 7, 0),
         "32 to 3, 3x3, padded": (32, 256, 3, 3, 1),
@@ -251,6 +251,7 @@ def _few_outputs(x: torch.Tensor, weight: torch.Tensor, padding: int) -> None:
 
 
 def cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """(name, call) of every case."""
     yield from nce_cases()
     yield from sample_cases()
     yield from layer_cases()
@@ -266,5 +267,5 @@ QUICK = re.compile(
     r"|layer: (norm, ReLU, pad 1|norm, residual|norm, one pixel|pad 1 C=256|blur C=128) torch.bfloat16"
     r"|few outputs: 64 to 3, 7x7 (bfloat16|float16|float32|tf32)|few outputs: 256 to 16, 5x5 bfloat16"
 )
-"""The forms of the published training steps, and of each kernel the one that needs most: a minute or two on an idle
-machine, where all take ten."""
+"""The forms of the published training steps, and the most demanding form of each kernel. They take one or two minutes
+on an idle machine; all cases take ten."""

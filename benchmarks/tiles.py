@@ -1,11 +1,11 @@
-"""Which tiles are fastest on this GPU: every candidate measured, for the table in `kernels/configs.py`.
+"""Measure which tiles are fastest on this GPU, for the table in `kernels/configs.py`.
 
-python benchmarks/tiles.py --out FILE.json               # about a minute where the kernels are compiled already
-python benchmarks/tiles.py --out FILE.json --only nce    # works whose name begins so
+python benchmarks/tiles.py --out FILE.json               # about a minute if the kernels are already compiled
+python benchmarks/tiles.py --out FILE.json --only nce    # only workloads whose name begins with nce
 
-Each work is done with the tile of the table first. A candidate whose result differs from that one's is named wrong, one
-that the device refuses is named with the reason. The three fastest are measured once more, in turn with the tile of the
-table, before anything is printed: a difference below a few percent is noise.
+Each workload runs first with the tile of the table. A candidate whose result differs is marked wrong; one that the
+device refuses is listed with the reason. The three fastest are measured again, interleaved with the tile of the table,
+before anything is printed. A difference of less than a few percent is noise.
 """
 
 from __future__ import annotations
@@ -36,17 +36,18 @@ from fastnce import PatchNCEHead  # noqa: E402
 from fastnce.common.timing import capture, default_device, synchronize, time_interleaved  # noqa: E402
 
 SAME = 2e-2
-"""Relative difference up to which two tiles of 16-bit sums gave the same."""
+"""The largest relative difference between the results of two tiles, for sums of 16-bit numbers."""
 BEST = 3
+"""Candidates that are measured again."""
 
 
 @dataclass
-class Work:
-    """Something that kernels do, whose tile is to be chosen."""
+class Workload:
+    """A call of kernels whose tile is to be chosen."""
 
     name: str
     chooser: str
-    """The function of `kernels.configs` that answers with a tile."""
+    """The function of `kernels.configs` that returns the tile."""
     candidates: Sequence[Tile]
     call: Callable[..., Any]
     inputs: list[tuple] = field(default_factory=lambda: [()])
@@ -54,7 +55,10 @@ class Work:
 
 @dataclass
 class Found:
-    """One tile of a work. ms: None where it did not run, and `why`; again_ms: in turn with the others."""
+    """The time of one tile for one workload.
+
+    ms is None if it did not run; `why` is the reason. again_ms is the time interleaved with the best ones.
+    """
 
     work: str
     tile: Tile | None
@@ -71,7 +75,7 @@ def unit_rows(groups: int, rows: int, device: torch.device, dtype: torch.dtype =
     return F.normalize(torch.randn(groups, rows, 256, device=device), dim=2).to(dtype)
 
 
-def nce_works(device: torch.device, quick: bool) -> Iterator[Work]:
+def nce_workloads(device: torch.device, quick: bool) -> Iterator[Workload]:
     """InfoNCE of many rows, and of five layers in two directions."""
     large = 256 if quick else 16384
     many = [(unit_rows(1, large, device), unit_rows(1, large, device))]
@@ -88,13 +92,13 @@ def nce_works(device: torch.device, quick: bool) -> Iterator[Work]:
         def five(q: Sequence[Tensor], k: Sequence[Tensor], unit=unit, temperature=temperature) -> Any:
             return nce.nce_forward(q, k, [], [], [], [temperature] * 5, decoupled=False, unit=unit, gradient=True)
 
-        yield Work(f"nce {large} rows, {form}", "nce_tile", wide, one, many)
+        yield Workload(f"nce {large} rows, {form}", "nce_tile", wide, one, many)
         if form != "online":
-            yield Work(f"nce 5 layers, {form}", "nce_tile", small, five, layers)
+            yield Workload(f"nce 5 layers, {form}", "nce_tile", small, five, layers)
 
 
-def chain_works(device: torch.device, quick: bool) -> Iterator[Work]:
-    """Sampling and projection of the five published layers with their gradients, in bfloat16."""
+def chain_workloads(device: torch.device, quick: bool) -> Iterator[Workload]:
+    """Sampling and projection of the five published layers, with gradients, in bfloat16."""
     side = 32 if quick else 256
     shapes = [(3, side + 6), (128, side), (256, side // 2), (256, side // 4), (256, side // 4)]
     head = PatchNCEHead([c for c, _ in shapes], dim=256, patches=16 if quick else 256).to(device)
@@ -113,13 +117,13 @@ def chain_works(device: torch.device, quick: bool) -> Iterator[Work]:
         return loss, *torch.autograd.grad(loss, [*queries, *weights])
 
     project = tiles((16, 32, 64), (16, 32, 64), (4, 8), (1,))
-    yield Work("chain, project", "project_tile", project, call, pairs)
+    yield Workload("chain, project", "project_tile", project, call, pairs)
     products = tiles((32, 64), (32, 64), (4, 8), (2, 3))
-    yield Work("chain, weight gradient", "weight_gradient_tile", products, call, pairs)
+    yield Workload("chain, weight gradient", "weight_gradient_tile", products, call, pairs)
 
 
-def layer_works(device: torch.device, quick: bool) -> Iterator[Work]:
-    """Norms and blurs of the published generator's maps, channels-last in bfloat16."""
+def layer_workloads(device: torch.device, quick: bool) -> Iterator[Workload]:
+    """Norms and blurs of the published generator's maps, channels-last, in bfloat16."""
     candidates = [
         Tile(elements // channels, channels, warps, 1)
         for elements, channels, warps in itertools.product((1024, 2048, 4096), (32, 64, 128), (4, 8))
@@ -145,16 +149,16 @@ def layer_works(device: torch.device, quick: bool) -> Iterator[Work]:
         def folded(padded: Tensor, x: Tensor, statistics: Tensor) -> Any:
             return instance_norm.instance_norm_backward(padded, x, statistics, 0.0, 1)
 
-        yield Work(f"norm {size}", "layer_tile", fit, forward, inputs)
-        yield Work(f"norm backward {size}", "layer_tile", fit, backward, norm)
+        yield Workload(f"norm {size}", "layer_tile", fit, forward, inputs)
+        yield Workload(f"norm backward {size}", "layer_tile", fit, backward, norm)
         if channels == 256:
             padded = [(drawn(channels, side + 2), *pair) for pair in norm]
-            yield Work(f"norm backward {size}, padded", "layer_tile", fit, folded, padded)
+            yield Workload(f"norm backward {size}, padded", "layer_tile", fit, folded, padded)
         else:
             half = (side + 1) // 2
-            yield Work(f"blur down {size}", "layer_tile", fit, lambda x, h=half: blur.blur_down(x, h, h), inputs)
+            yield Workload(f"blur down {size}", "layer_tile", fit, lambda x, h=half: blur.blur_down(x, h, h), inputs)
             twice = 2 * side
-            yield Work(f"blur up {size}", "layer_tile", fit, lambda x, h=twice: blur.blur_up(x, h, h), inputs)
+            yield Workload(f"blur up {size}", "layer_tile", fit, lambda x, h=twice: blur.blur_up(x, h, h), inputs)
             halved = [(drawn(channels, half),) for _ in inputs]
             doubled = [(drawn(channels, twice),) for _ in inputs[::4]]
 
@@ -164,12 +168,12 @@ def layer_works(device: torch.device, quick: bool) -> Iterator[Work]:
             def up_back(x: Tensor, s: int = side) -> Tensor:
                 return blur.blur_up_backward(x, s, s)
 
-            yield Work(f"blur down backward {size}", "layer_tile", fit, down_back, halved)
-            yield Work(f"blur up backward {size}", "layer_tile", fit, up_back, doubled)
+            yield Workload(f"blur down backward {size}", "layer_tile", fit, down_back, halved)
+            yield Workload(f"blur up backward {size}", "layer_tile", fit, up_back, doubled)
 
 
-def few_outputs_works(device: torch.device, quick: bool) -> Iterator[Work]:
-    """The ResNet generator's last convolution on two padded pictures, in bfloat16."""
+def few_outputs_workloads(device: torch.device, quick: bool) -> Iterator[Workload]:
+    """The ResNet generator's last convolution on two padded images, in bfloat16."""
     side = 22 if quick else 262
     forward = [
         *tiles((64, 128), (1, 2), (4,), (2, 3, 4)),
@@ -204,23 +208,28 @@ def few_outputs_works(device: torch.device, quick: bool) -> Iterator[Work]:
         return few_outputs.few_outputs(x, weight, bias, 0)
 
     name, chooser = f"last convolution 2x64x{side}x{side}", "few_outputs_tile"
-    yield Work(f"{name}, forward", chooser, forward, value, inputs)
-    yield Work(f"{name}, map's gradient", chooser, map_gradient, of_map, gradients)
-    yield Work(f"{name}, weight's gradient", chooser, weight_gradient, of_weight, gradients)
+    yield Workload(f"{name}, forward", chooser, forward, value, inputs)
+    yield Workload(f"{name}, map's gradient", chooser, map_gradient, of_map, gradients)
+    yield Workload(f"{name}, weight's gradient", chooser, weight_gradient, of_weight, gradients)
 
 
-GROUPS = {"nce": nce_works, "chain": chain_works, "layers": layer_works, "few outputs": few_outputs_works}
+GROUPS = {
+    "nce": nce_workloads,
+    "chain": chain_workloads,
+    "layers": layer_workloads,
+    "few outputs": few_outputs_workloads,
+}
 
 
 def flat(result: Any) -> Tensor:
-    """All numbers of a result, one after another."""
+    """All numbers of a result in one vector."""
     if isinstance(result, Tensor):
         return result.detach().float().flatten()
     return torch.cat([flat(part) for part in result]) if result else torch.empty(0)
 
 
-def measured(work: Work, device: torch.device, seconds: float) -> list[Found]:
-    """The tile of the table (no tile), then every candidate; the best ones once more."""
+def measured(work: Workload, device: torch.device, seconds: float) -> list[Found]:
+    """Measure the tile of the table (tile None), then every candidate, then the best ones again."""
     expected, ready, found = None, {}, []
     for tile in (None, *work.candidates):
         result = Found(work.name, tile)
@@ -238,7 +247,7 @@ def measured(work: Work, device: torch.device, seconds: float) -> list[Found]:
             times = time_interleaved({"": call}, device, seconds, least_ms=2.0)[""]
             result.ms = sorted(times)[len(times) // 2] / len(work.inputs)
             ready[id(result)] = call
-        except Exception as error:  # too much shared memory, say
+        except Exception as error:  # too much shared memory, for example
             result.why = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
     fastest = sorted((f for f in found[1:] if f.ms is not None and not f.why), key=lambda f: f.ms or 0.0)[:BEST]
     again = [f for f in (found[0], *fastest) if id(f) in ready]
@@ -250,22 +259,22 @@ def measured(work: Work, device: torch.device, seconds: float) -> list[Found]:
 
 
 def line(found: Sequence[Found]) -> str:
-    """The table's tile and the best candidates."""
+    """One line: the time of the table's tile and of the best candidates."""
     ran = [f for f in found[1:] if f.again_ms is not None]
     ran.sort(key=lambda f: f.again_ms or 0.0)
-    said = [f"{f.again_ms * 1e3:.1f} us {tuple(asdict(f.tile).values())}" for f in ran if f.again_ms and f.tile]
-    today = found[0].again_ms
-    return f"{found[0].work}: {f'{today * 1e3:.1f} us' if today else found[0].why} | {' | '.join(said)}"
+    fastest = [f"{f.again_ms * 1e3:.1f} us {tuple(asdict(f.tile).values())}" for f in ran if f.again_ms and f.tile]
+    current = found[0].again_ms
+    return f"{found[0].work}: {f'{current * 1e3:.1f} us' if current else found[0].why} | {' | '.join(fastest)}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0; the file is written anew after each work."""
+    """Measure all workloads; the file is rewritten after each. Returns 0."""
     parser = argparse.ArgumentParser(prog="benchmarks/tiles.py", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON of everything measured")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="works whose name begins so")
-    parser.add_argument("--seconds", type=float, default=0.03, help="a candidate; default 0.03")
-    parser.add_argument("--minutes", type=float, default=5.0, help="nothing begins after them; default 5")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="only workloads whose name begins with one of these")
+    parser.add_argument("--seconds", type=float, default=0.03, help="time per candidate; default 0.03")
+    parser.add_argument("--minutes", type=float, default=5.0, help="start no workload after this time; default 5")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to test that everything runs")
     options = parser.parse_args(argv)
     device = default_device()
     torch.manual_seed(0)
@@ -275,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if options.only and not work.name.startswith(tuple(options.only)):
                 continue
             if time.monotonic() - began > 60 * options.minutes:
-                print(f"{work.name}: not begun, the time is over", flush=True)
+                print(f"{work.name}: skipped, the time limit has passed", flush=True)
                 continue
             found = measured(work, device, options.seconds)
             print(line(found), flush=True)

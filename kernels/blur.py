@@ -1,13 +1,12 @@
-"""The anti-aliasing filters of the published networks, one channel at a time, and their transposes as gathers.
+"""The anti-aliasing filters of the published networks, per channel, and their transposes as gathers.
 
-Down: [1, 2, 1] / 4 along each axis at every other place, reflected at the border. Up: twice the size; the published
-transposed convolution [1, 3, 3, 1] has two taps an output, 1/4 and 3/4, replicated at the border: it is bilinear
+Down: [1, 2, 1] / 4 along each axis at every other position, reflected at the border. Up: twice the size. The published
+transposed convolution [1, 3, 3, 1] has two taps per output, 1/4 and 3/4, replicated at the border, which is bilinear
 interpolation. Sums are float32, in a fixed order, without atomics.
 
-Elements moved at least, for each element of the larger map: 1 read + 1/4 write down, 1/4 read + 1 write up, and the
-reverse for the gradients. The kernels read each element of the larger map from memory once and again from the cache
-(nine reads an output down, four up; for the gradients four and sixteen), where a library's depthwise convolution also
-pads into a copy of its own.
+Minimum traffic per element of the larger map: 1 read + 1/4 write down, 1/4 read + 1 write up, and the reverse for the
+gradients. The kernels read each element of the larger map once from memory and again from the cache (nine reads per
+output down, four up; four and sixteen for the gradients). A library's depthwise convolution also writes a padded copy.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from .planes import (
     as_map,
     check_plane,
     empty_like,
-    lies_channels_last,
+    is_channels_last,
     load_tile,
     pixels_from,
     place,
@@ -35,16 +34,16 @@ DOWN, DOWN_BACK, UP, UP_BACK = (tl.constexpr(kind) for kind in range(4))
 
 @triton.jit
 def down_tap(position, size, TAP: tl.constexpr):
-    """Where, along an axis of `size` inputs, an output reads, and with which weight."""
+    """The position among `size` inputs of an axis that an output reads, and its weight."""
     weight = tl.full(position.shape, 0.5 if TAP == 1 else 0.25, tl.float32)
     return reflected(2 * position + TAP - 1, size), weight
 
 
 @triton.jit
 def down_back_tap(position, size, out_size, TAP: tl.constexpr):
-    """An output that one of `out_size` inputs went into; there are `size` outputs.
+    """One of the `size` outputs that read this one of `out_size` inputs, and its weight.
 
-    Even inputs are in the middle of one output; odd ones stand between two, and those that the border reflects count
+    Even inputs are the centre of one output. Odd inputs are shared by two, and those that the border reflects count
     twice.
     """
     at = position // 2 + TAP
@@ -59,7 +58,7 @@ def down_back_tap(position, size, out_size, TAP: tl.constexpr):
 
 @triton.jit
 def up_tap(position, size, TAP: tl.constexpr):
-    """The input that an output lies in, and that input's neighbour on the output's side."""
+    """The input that contains an output (TAP 0), or that input's neighbour on the output's side, and its weight."""
     if TAP == 0:
         at = position // 2
     else:
@@ -69,7 +68,7 @@ def up_tap(position, size, TAP: tl.constexpr):
 
 @triton.jit
 def up_back_tap(position, size, out_size, TAP: tl.constexpr):
-    """An output that one of `out_size` inputs went into; inputs at the border take their missing neighbour's share."""
+    """An output that reads this one of `out_size` inputs. Inputs at the border replace their missing neighbour."""
     at = 2 * position + TAP - 1
     if TAP == 1:
         weight = tl.where(position == 0, 1.0, 0.75)
@@ -82,6 +81,7 @@ def up_back_tap(position, size, out_size, TAP: tl.constexpr):
 
 @triton.jit
 def tap_of(position, size, out_size, KIND: tl.constexpr, TAP: tl.constexpr):
+    """(position to read, weight) of one tap along one axis."""
     if KIND == DOWN:
         return down_tap(position, size, TAP)
     elif KIND == DOWN_BACK:
@@ -97,7 +97,7 @@ def blur_kernel(
     source, out, channels, height, width, out_height, out_width, pixels, parts, KIND: tl.constexpr, TAPS: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Pixels of the output, each the weighted sum of TAPS x TAPS of the source."""
+    """Pixels of the output, each the weighted sum of TAPS x TAPS pixels of the source."""
     image, part, first_c = place(channels, parts, BC)
     o_c = first_c + tl.arange(0, BC)
     m_c = o_c < channels
@@ -123,7 +123,7 @@ def _blur(x: Tensor, height: int, width: int, kind: int) -> Tensor:
     out = empty_like(x, height, width)
     check_plane(out)
     images, channels = x.shape[:2]
-    tile = configs.layer_tile(architecture(x.device), channels, lies_channels_last(x), reads=_TAPS[kind] ** 2)
+    tile = configs.layer_tile(architecture(x.device), channels, is_channels_last(x), reads=_TAPS[kind] ** 2)
     parts = triton.cdiv(height * width, tile.block_m)
     launch(
         blur_kernel, images * parts * triton.cdiv(channels, tile.block_n), x, as_map(x), as_map(out), channels,
@@ -134,20 +134,20 @@ def _blur(x: Tensor, height: int, width: int, kind: int) -> Tensor:
 
 
 def blur_down(x: Tensor, height: int, width: int) -> Tensor:
-    """(images, channels, h, w) of any strides, at least 2x2, to half the size: height = ceil(h / 2), width alike."""
+    """Halve a map (images, channels, h, w) of any strides, at least 2x2: height = ceil(h / 2), width = ceil(w / 2)."""
     return _blur(x, height, width, DOWN.value)
 
 
 def blur_down_backward(gradient: Tensor, height: int, width: int) -> Tensor:
-    """The gradient of a map of `height` x `width` from that of the halved one."""
+    """The gradient of a map of `height` x `width`, from the gradient of the halved map."""
     return _blur(gradient, height, width, DOWN_BACK.value)
 
 
 def blur_up(x: Tensor, height: int, width: int) -> Tensor:
-    """(images, channels, h, w) of any strides to height = 2 h, width = 2 w."""
+    """Double a map (images, channels, h, w) of any strides: height = 2 h, width = 2 w."""
     return _blur(x, height, width, UP.value)
 
 
 def blur_up_backward(gradient: Tensor, height: int, width: int) -> Tensor:
-    """The gradient of a map of `height` x `width` from that of the doubled one."""
+    """The gradient of a map of `height` x `width`, from the gradient of the doubled map."""
     return _blur(gradient, height, width, UP_BACK.value)

@@ -1,4 +1,4 @@
-"""What the kernels share: the matrix product, the launch, and the name of the device's architecture."""
+"""Parts that all kernels share: the matrix product, rounding, the launch, and the name of the architecture."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import triton.language as tl
 from torch import Tensor
 
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
-"""Kernels run in Triton's interpreter (TRITON_INTERPRET was set when this module was imported)."""
+"""Whether kernels run in Triton's interpreter: TRITON_INTERPRET was set when this module was imported."""
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 LN2_HIGH: tl.constexpr = tl.constexpr(0.693145751953125)
-"""The first 16 bits of log(2): its product with a small whole number is exact in float32."""
+"""The first 16 bits of log(2): the product with a small integer is exact in float32."""
 LN2_LOW: tl.constexpr = tl.constexpr(1.4286068203094173e-06)
 
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a @ b in float32. The interpreter multiplies bfloat16 as bit patterns, so it gets float32."""
+    """acc + a @ b in float32. The interpreter would multiply the bit patterns of bfloat16, so it gets float32."""
     if INTERPRET:
         return acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     else:
@@ -33,7 +33,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def long_dot(a, b, acc, PRECISION: tl.constexpr):
-    """`dot` over many inner values. Exact products hold a whole inner row in registers, so float32 goes in parts."""
+    """`dot` over a long inner dimension, in parts of 64 for exact float32: it keeps whole inner rows in registers."""
     PARTS: tl.constexpr = a.shape[1] // 64
     if INTERPRET or a.dtype != tl.float32 or PARTS < 2 or PRECISION != "ieee":
         return dot(a, b, acc, PRECISION)
@@ -45,7 +45,7 @@ def long_dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def narrow(x, dtype: tl.constexpr):
-    """x rounded to nearest in `dtype`. The interpreter would cut the low bits of a float32 off to make a bfloat16."""
+    """x rounded to the nearest value of `dtype`. The interpreter would truncate float32 to bfloat16."""
     if INTERPRET and dtype == tl.bfloat16 and x.dtype != tl.bfloat16:
         x = x.to(tl.float32)
         bits = x.to(tl.uint32, bitcast=True)
@@ -56,7 +56,7 @@ def narrow(x, dtype: tl.constexpr):
 
 @triton.jit
 def number_of(problems, block, COUNT: tl.constexpr):
-    """Which of the COUNT problems of a launch a block belongs to."""
+    """The index, among the COUNT problems of a launch, of the problem that a block belongs to."""
     number = block * 0
     for i in tl.static_range(1, COUNT):
         number = tl.where(block >= problems[i].first_block, i, number)
@@ -65,10 +65,10 @@ def number_of(problems, block, COUNT: tl.constexpr):
 
 @triton.jit
 def fields_of(problems, block, COUNT: tl.constexpr):
-    """The fields of the problem that a block belongs to, in their order: `One(*fields_of(problems, block, COUNT))`.
+    """The fields of the problem that a block belongs to, in order: `One(*fields_of(problems, block, COUNT))`.
 
-    Problems are named tuples of one class with `first_block` among the fields, each field of one type in all of them.
-    Fields that a kernel does not read cost nothing: the compiler drops them.
+    Problems are named tuples of one class with a field `first_block`. A field has the same type in all problems. The
+    compiler removes fields that a kernel does not read.
     """
     found = problems[0]
     for i in tl.static_range(1, COUNT):
@@ -82,7 +82,7 @@ def fields_of(problems, block, COUNT: tl.constexpr):
 
 @triton.jit
 def bound(count):
-    """The end of a loop. (The interpreter of Triton 3.6 cannot turn its own scalars into numbers for numpy 2.4.)"""
+    """`count` as the end of a loop. The interpreter of Triton 3.6 cannot convert its scalars for numpy 2.4."""
     if INTERPRET:
         return count.handle.data.item()
     else:
@@ -102,35 +102,35 @@ def _architecture(kind: str, index: int | None) -> str:
 
 
 def architecture(device: torch.device) -> str:
-    """sm_90, gfx942, xpu, or interpreter for the CPU."""
+    """The name of a device's architecture: sm_90, gfx942, xpu, or interpreter for the CPU."""
     return _architecture(device.type, device.index)
 
 
 def precision(arch: str, dtype: torch.dtype, convolution: bool = False) -> str:
-    """How a kernel multiplies: "tf32" where the user allows that to the library's float32 products, else "ieee".
+    """How a kernel multiplies: "tf32" if PyTorch's float32 products may use TF32, else "ieee".
 
-    PyTorch keeps apart what it allows to convolutions (TF32 unless told otherwise) and to other products.
-    NVIDIA_TF32_OVERRIDE=0 forbids it to NVIDIA's libraries, and so here.
+    PyTorch has one setting for convolutions (TF32 by default) and one for other products. NVIDIA_TF32_OVERRIDE=0
+    disables TF32 in NVIDIA's libraries and therefore here.
     """
     if dtype != torch.float32 or not arch.startswith("sm_") or os.environ.get("NVIDIA_TF32_OVERRIDE") == "0":
         return "ieee"
-    # reading `allow_tf32` is an error where a program has set `fp32_precision`
+    # reading `allow_tf32` is an error after a program has set `fp32_precision`
     allowed = torch.backends.cudnn.conv if convolution else torch.backends.cuda.matmul  # type: ignore[attr-defined]
     return "tf32" if allowed.fp32_precision == "tf32" else "ieee"
 
 
 def block_dim(dim: int) -> int:
-    """The width of a tile that holds rows of this length: a power of two. Narrow rows share the kernel of 64."""
+    """The width of a tile for rows of this length: a power of two. Rows of up to 64 share one kernel."""
     return max(64, triton.next_power_of_2(dim))
 
 
 def dense_rows(rows: Tensor) -> Tensor:
-    """The same rows, copied only when the elements of a row are not side by side."""
+    """The same rows, copied only if the elements of a row are not adjacent in memory."""
     return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
 
 
 def launch(kernel: Callable, blocks: int, like: Tensor, *args, **options) -> None:
-    """Start `blocks` programs on the device of `like`, which need not be the current one."""
+    """Start `blocks` programs on the device of `like`, which need not be the current device."""
     if blocks == 0:
         return
     device: contextlib.AbstractContextManager = contextlib.nullcontext()

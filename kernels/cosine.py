@@ -1,7 +1,8 @@
-"""Rows divided by their own length, and the way back: what cosine similarity adds to InfoNCE, for a list of problems.
+"""Rows divided by their length, and the gradient of that: what cosine similarity adds to InfoNCE.
 
-`cosine_kernel` makes the unit rows of all problems in one launch. `row_gradient_kernel` brings InfoNCE's ready query
-gradients to the rows as they came: times the upstream gradient of their direction, and through the division.
+`cosine_kernel` writes the unit rows of a list of problems in one launch. `row_gradient_kernel` turns the query
+gradients of InfoNCE into gradients of the original rows: it multiplies by the upstream gradient of their direction and
+differentiates the division.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from . import configs
 from .common import architecture, block_dim, dense_rows, fields_of, launch, narrow
 
 SHORTEST = tl.constexpr(1e-8)
-"""Shorter rows are divided by this (`F.cosine_similarity`), so rows of zeros stay."""
+"""Shorter rows are divided by this, as in `F.cosine_similarity`, so that rows of zeros stay zero."""
 
 
 class Rows(NamedTuple):
@@ -74,8 +75,8 @@ def row_gradient_kernel(
     if COSINE:
         x = tl.load(one.x + o_m[:, None] * one.row + o_d[None, :], mask=m_md, other=0.0).to(tl.float32)
         length = tl.sqrt(tl.sum(x * x, 1))
-        short = length < SHORTEST  # the division is by a constant then
-        # a row of zeros would get a slope of 1e8, which float16 cannot hold; its projection gives it none either
+        short = length < SHORTEST  # then the divisor is a constant
+        # a row of zeros would get a slope of 1e8, beyond float16; after `project` its gradient is zero as well
         inverse = tl.where(length == 0, 0.0, 1.0 / tl.where(short, SHORTEST, length))
         x *= inverse[:, None]
         d = (d - x * tl.where(short, 0.0, tl.sum(x * d, 1))[:, None]) * inverse[:, None]
@@ -83,7 +84,7 @@ def row_gradient_kernel(
 
 
 def cosine(rows: Sequence[Tensor]) -> list[Tensor]:
-    """rows / max(|rows|, 1e-8), (count, dim) each, in one launch and in their dtype; lengths are taken in float32."""
+    """rows / max(|rows|, 1e-8) for a list of (count, dim), in their dtype, in one launch. Lengths are float32."""
     rows = [dense_rows(r) for r in rows]
     units = [torch.empty(r.shape, dtype=r.dtype, device=r.device) for r in rows]
     widest = block_dim(max(r.shape[1] for r in rows))
@@ -104,13 +105,13 @@ def cosine(rows: Sequence[Tensor]) -> list[Tensor]:
 def row_gradients(
     rows: Sequence[Tensor], d_units: Sequence[Tensor], upstream: Tensor, *, divided: bool
 ) -> list[Tensor]:
-    """The gradients of the rows, in their dtype, of a mean over rows, then over layers, in one launch.
+    """The gradients of the rows of a mean over rows, then over layers: in their dtype, in one launch.
 
     Args:
-        rows: (count, dim) a problem, the directions of a layer one after another.
-        d_units: the gradient of each row's own loss, as `nce_forward` left it.
+        rows: (count, dim) per problem; the directions of a layer are consecutive problems.
+        d_units: the gradient of each row's own loss, from `nce_forward`.
         upstream: (directions,), the gradients of the means.
-        divided: `d_units` belong to rows that `cosine` divided by their length.
+        divided: `d_units` are gradients of the unit rows that `cosine` returned.
     """
     rows = [dense_rows(r) for r in rows]
     gradients = [torch.empty(r.shape, dtype=r.dtype, device=r.device) for r in rows]

@@ -1,20 +1,20 @@
 """Convolutions with few output channels, as the last one of a generator: 16-bit maps in, float32 out.
 
-A matrix product for each tap would read x kernel^2 times over and leave most of the matrix unit's columns empty. Here
-the columns of one product are all taps of a kernel's row, times four outputs, so x is read once per row of the kernel:
+One matrix product per tap would read x kernel^2 times and leave most columns of the matrix unit empty. Here the columns
+of one product are all taps of a row of the kernel, times four outputs, so x is read once per row of the kernel:
 
     Y[p, tap, o] = sum over rows i and channels c of x[p + row i, c] w[o, c, i, tap]
     out[p, o] = sum over taps of Y[p + tap, tap, o]
 
-Pixels are counted row by row in the padded picture, `span` to a row, so that a move along the row is a move by one in
-that count; what runs over the end of a row belongs to no output. A program computes OUT outputs.
+Pixels are numbered row by row in the padded image, `span` per row, so the next pixel of a row has the next number.
+Positions beyond the end of a row belong to no output. A program computes OUT outputs.
 
-Weights are not rounded to 16 bits: they are two of bfloat16, w = high + low, exact to 2^-17. Both are columns of the
-same product, so x is read once and stays as it lies in memory. (TF32 keeps 2^-11, costs as much time, and wants x
-widened in registers.) x of float16 is a sum of two of bfloat16 as well, without any error. Float32 maps are multiplied
-exactly, or in TF32 where the library may do that, rounded to nearest: the matrix unit alone would cut digits off.
+Weights are not rounded to 16 bits. They are split into two bfloat16 numbers, w = high + low, exact to 2^-17. Both are
+columns of the same product, so x is read once and used as it is in memory. (TF32 is exact to 2^-11, takes as much time,
+and needs x widened in registers.) x of float16 is also split into two bfloat16 numbers, without any error. Float32 maps
+are multiplied exactly, or in TF32 if PyTorch may use it, rounded to nearest: the matrix unit itself would truncate.
 
-An infinity in a 16-bit map becomes NaN in the outputs that see it: the low part of a weight may be zero.
+An infinity in a 16-bit map becomes NaN in the outputs that read it, because the low part of a weight may be zero.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from torch import Tensor
 
 from . import configs
 from .common import architecture, dot, launch, narrow, precision
-from .planes import as_map, check_plane, lies_channels_last
+from .planes import as_map, check_plane, is_channels_last
 
 OUT: tl.constexpr = tl.constexpr(4)
-"""Output channels of a program: with both parts of a bfloat16 pair they are one load of 16 bytes."""
+"""Output channels per program: with both parts of a bfloat16 pair they are one load of 16 bytes."""
 MOST_OUTPUTS = 16
 MOST_TAPS = 7
 
 
 class Geometry(NamedTuple):
-    """Sizes of a convolution of stride 1, and how its pixels are counted."""
+    """Sizes of a convolution of stride 1, and how its pixels are numbered."""
 
     kernel: int
     padding: int
@@ -48,7 +48,7 @@ class Geometry(NamedTuple):
 
     @property
     def span(self) -> int:
-        """Pixels of a padded row."""
+        """Pixels per padded row."""
         return self.width + 2 * self.padding
 
     @property
@@ -65,12 +65,12 @@ class Geometry(NamedTuple):
 
     @property
     def blocks(self) -> int:
-        """Of OUT outputs."""
+        """The number of blocks of OUT outputs."""
         return triton.cdiv(self.outputs, OUT.value)
 
 
 def obstacle(outputs: int, channels: int, kernel: int, width: int) -> str | None:
-    """Why the kernels do not take weights of this shape, or None."""
+    """Why the kernels do not support weights of this shape, or None if they do."""
     if 1 <= outputs <= MOST_OUTPUTS and channels >= 1 and kernel == width and kernel % 2 and kernel <= MOST_TAPS:
         return None
     return (
@@ -80,49 +80,50 @@ def obstacle(outputs: int, channels: int, kernel: int, width: int) -> str | None
 
 
 def geometry(x: Tensor, weight: Tensor, padding: int) -> Geometry:
-    """ValueError where the kernels cannot compute such a convolution."""
+    """The sizes of a convolution. Raises ValueError if the kernels cannot compute it."""
     if (why := obstacle(*weight.shape)) is not None:
         raise ValueError(why)
     outputs, channels, kernel, _ = weight.shape
     if x.shape[1] != channels:
-        raise ValueError(f"the map has {x.shape[1]} channels, the weights are for {channels}")
+        raise ValueError(f"the map has {x.shape[1]} channels, but the weights are for {channels}")
     found = Geometry(kernel, padding, channels, outputs, x.shape[2], x.shape[3])
     if padding < 0 or found.out_height < 1 or found.out_width < 1:
         raise ValueError(
-            f"padding {padding} and a kernel of {kernel} leave nothing of {x.shape[2]}x{x.shape[3]} pixels"
+            f"padding {padding} and a kernel of {kernel} leave no output of {x.shape[2]}x{x.shape[3]} pixels"
         )
     return found
 
 
 def is_pair(dtype: torch.dtype) -> bool:
-    """Float32 factors of such maps are pairs of bfloat16."""
+    """Whether the float32 factors of such maps are split into pairs of bfloat16."""
     return dtype != torch.float32
 
 
 def padded_taps(kernel: int, pair: bool) -> int:
-    """A power of two; with the outputs, at least 16 columns."""
+    """Taps per row of the kernel, padded to a power of two and, with the outputs, to at least 16 columns."""
     return triton.next_power_of_2(max(kernel, 16 // (OUT.value * (1 + pair))))
 
 
 def channel_block(channels: int) -> int:
+    """Channels that a program multiplies at once."""
     return min(configs.FEW_OUTPUTS_CHANNELS, max(16, triton.next_power_of_2(channels)))
 
 
 def reads_lines(x: Tensor) -> bool:
-    """Its channels can be read 16 bytes at a time."""
+    """Whether the channels of a pixel can be read 16 bytes at a time."""
     return x.stride(1) == 1 and x.shape[1] % 16 == 0
 
 
 @triton.jit
 def to_tf32(x):
-    """x rounded to nearest with TF32's 10 bits. (A NaN's bits are left alone: they could overflow to a zero.)"""
+    """x rounded to nearest with TF32's 10 bits. NaN is kept: its bits could overflow to zero."""
     bits = (x.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000
     return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
 
 
 @triton.jit
 def pair_of(x):
-    """float32 as the sum of two of bfloat16."""
+    """float32 as the sum of two bfloat16 numbers."""
     high = narrow(x, tl.bfloat16)
     return high, narrow(x - high.to(tl.float32), tl.bfloat16)
 
@@ -132,12 +133,12 @@ def pack_weight_kernel(
     weight, out, channels, outputs, total, K: tl.constexpr, KX: tl.constexpr, PAIR: tl.constexpr, ROWS: tl.constexpr,
     PADDED: tl.constexpr, TF32: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """Weights as `few_outputs_kernel` wants them: (blocks of outputs, K + ROWS - 1, PADDED channels, columns).
+    """Weights in the layout of `few_outputs_kernel`: (blocks of outputs, K + ROWS - 1, PADDED channels, columns).
 
-    Columns are (ROWS, KX, parts of a pair, OUT): the i-th row of x that a program reads is under the kernel's row i - r
-    for its r-th row of outputs. Places without a weight hold zeros.
+    Columns are (ROWS, KX, parts of a pair, OUT). The i-th row of x that a program reads meets row i - r of the kernel
+    for the r-th row of outputs. Positions without a weight are zero.
     """
-    o_n = tl.program_id(0) * BM + tl.arange(0, BM)  # a place, parts of a pair counted once
+    o_n = tl.program_id(0) * BM + tl.arange(0, BM)  # a position; both parts of a pair have the same one
     o = o_n % OUT
     tap = o_n // OUT % KX
     r = o_n // (OUT * KX) % ROWS
@@ -159,7 +160,7 @@ def pack_weight_kernel(
 
 @triton.jit
 def product(x, other, acc, PRECISION: tl.constexpr):
-    """acc + x @ other for x as it was read, float32 or 16 bits, and pairs of bfloat16 or float32."""
+    """acc + x @ other, for x in the dtype of the map, and `other` bfloat16 pairs or float32."""
     if x.dtype == tl.float16:
         high, low = pair_of(x.to(tl.float32))
         return dot(high, other, dot(low, other, acc, PRECISION), PRECISION)
@@ -175,14 +176,14 @@ def few_outputs_kernel(
     K: tl.constexpr, KX: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, PADDING: tl.constexpr,
     CHUNKS: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """BM - K + 1 places in each of ROWS rows of outputs, OUT channels."""
+    """BM - K + 1 positions in each of ROWS rows of outputs, OUT channels."""
     N: tl.constexpr = ROWS * KX * PARTS * OUT
     block = tl.program_id(0)
     part = block // blocks % parts
     image = (block // blocks // parts).to(tl.int64)
     block = block % blocks
     o_m = tl.arange(0, BM)
-    o_p = part * (BM - K + 1) + o_m  # in a plane whose rows are ROWS rows of outputs
+    o_p = part * (BM - K + 1) + o_m  # in a plane of which each row is ROWS rows of outputs
     row = o_p // span * ROWS - PADDING
     column = o_p % span - PADDING
     o_c = tl.arange(0, BC)
@@ -220,7 +221,7 @@ def few_outputs_kernel(
 
 
 def packed_weight(weight: Tensor, pair: bool, rows: int, tf32: bool) -> Tensor:
-    """Flat; see `pack_weight_kernel`."""
+    """The weights in the flat layout of `pack_weight_kernel`."""
     outputs, channels, kernel, _ = weight.shape
     taps, block = padded_taps(kernel, pair), channel_block(channels)
     padded = triton.cdiv(channels, block) * block
@@ -236,23 +237,24 @@ def packed_weight(weight: Tensor, pair: bool, rows: int, tf32: bool) -> Tensor:
 
 
 def empty_output(x: Tensor, size: Geometry) -> Tensor:
-    """Room for the float32 output: channels-last where x is, else plain."""
-    layout = torch.channels_last if lies_channels_last(x) else torch.contiguous_format
+    """An empty float32 output: channels-last if x is, else contiguous."""
+    layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
     shape = (x.shape[0], size.outputs, size.out_height, size.out_width)
     return torch.empty(shape, dtype=torch.float32, device=x.device, memory_format=layout)
 
 
 def few_outputs(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
-    """The convolution of stride 1 in float32; two launches.
+    """The convolution of stride 1 in float32, in two launches.
 
     Args:
         x: (images, channels, height, width), bfloat16, float16 or float32, any strides.
-        weight: (outputs, channels, kernel, kernel), at most MOST_OUTPUTS, odd and at most MOST_TAPS, of any dtype of x.
-        bias: (outputs,), or none.
+        weight: (outputs, channels, kernel, kernel), outputs <= MOST_OUTPUTS, odd kernel <= MOST_TAPS; any dtype of x.
+        bias: (outputs,), or None.
         padding: zeros on each side.
 
     Returns:
-        float32 (images, outputs, height + 2 * padding - kernel + 1, and so on), channels-last where x is.
+        float32 (images, outputs, height + 2 * padding - kernel + 1, width + 2 * padding - kernel + 1), channels-last if
+        x is.
     """
     size = geometry(x, weight, padding)
     check_plane(x)

@@ -1,16 +1,17 @@
-"""Gradients of `few_outputs.py`: of the map, the weights and the bias. Nothing is added atomically: bits repeat.
+"""Gradients of `few_outputs.py`: of the map, the weights and the bias. Without atomics, so results repeat to the bit.
 
-The gradient g of the outputs is small, so it is laid out once as both products want it: four outputs side by side,
-rows as long as x's padded ones, zeros around. Then the values of all taps of a kernel's row that a pixel went into,
-G[p, tap, o] = g[p + tap, o], lie one after another in memory: a row of the matrix G is a plain piece of the buffer, one
-pixel after the row above. With the kernel turned by 180 degrees (ky', kx'):
+The gradient g of the outputs is small, so it is copied once into the layout that both products need: four outputs
+adjacent, rows as long as the padded rows of x, zeros around them. Then the values of all taps of a kernel row that read
+a pixel, G[p, tap, o] = g[p + tap, o], are consecutive in memory: a row of the matrix G is a slice of the buffer that
+begins one pixel after the previous row. With the kernel rotated by 180 degrees (ky', kx'):
 
     d_x[p, c] = sum over ky', kx', o of G[p + ky' span, kx', o] w[o, ky', kx', c]
     d_w[o, ky', kx', c] = sum over p of G[p + ky' span, kx', o] x[p, c]
 
-For 16-bit maps the first is in TF32 whatever the library may use, its factors rounded to nearest: its result is rounded
-to 16 bits. For float32 maps it is exact unless the library may use TF32. In the second g is two of bfloat16, exact to
-2^-17, and x as it lies in memory. Sums over pixels are split into parts that a second launch adds up in a fixed order.
+For 16-bit maps the first product always uses TF32, its factors rounded to nearest, because its result is rounded to 16
+bits. For float32 maps it is exact unless PyTorch may use TF32. In the second product, g is split into two bfloat16
+numbers, exact to 2^-17, and x is used as it is in memory. Sums over pixels are split into parts, which a second launch
+adds in a fixed order.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def pack_gradient_kernel(
     gradient, wide, pairs, totals, images, outputs, out_height, out_width, span, front, length, parts, tiles,
     WIDE: tl.constexpr, PAIRS: tl.constexpr, TOTALS: tl.constexpr, TF32: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """g as (blocks of outputs, images, length, OUT) in float32 and as pairs, and its sums, a row for each program."""
+    """g as (blocks of outputs, images, length, OUT) in float32 and as pairs, and its sums, one row per program."""
     program = tl.program_id(0)
     part = program % parts
     image = (program // parts % images).to(tl.int64)
@@ -78,7 +79,7 @@ def map_gradient_kernel(
     wide, weight, out, images, channels, outputs, height, width, span, pixels, length, parts, blocks, K: tl.constexpr,
     KX: tl.constexpr, PADDING: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """BM pixels of the padded picture by BC channels; those of the border are not kept."""
+    """BM pixels of the padded image by BC channels; pixels of the padding are dropped."""
     block = tl.program_id(0)
     across = tl.cdiv(channels, BC)
     part = block // across % parts
@@ -94,7 +95,7 @@ def map_gradient_kernel(
     p_w += (K - 1 - tap).to(tl.int64)[:, None] * weight.x
     acc = tl.zeros([BM, BC], tl.float32)
     for step in range(bound(blocks) * K):
-        i = step % K  # a row of the turned kernel
+        i = step % K  # a row of the rotated kernel
         b = step // K
         b_g = tl.load(p_g + (b * tl.cast(images, tl.int64) * length + i * span) * OUT, mask=m_p[:, None], other=0.0)
         m_w = (tap < K) & (b * OUT + o_n % OUT < outputs)
@@ -118,8 +119,8 @@ def few_outputs_sums_kernel(
 ):  # fmt: skip
     """A part of the pixels of all images, BC channels by BN columns of G.
 
-    `partial` is (parts, outputs, K, K, channels). `tiles` of BK pixels make an image, `each` of them a part. Programs
-    that read the same pixels are neighbours.
+    `partial` is (parts, outputs, K, K, channels). An image has `tiles` tiles of BK pixels, a part has `each` tiles.
+    Programs that read the same pixels are adjacent.
     """
     LINE: tl.constexpr = KX * PARTS * OUT
     block = tl.program_id(0)
@@ -169,7 +170,7 @@ def few_outputs_join_kernel(
     partial, totals, d_weight, d_bias, channels, outputs, elements, parts, rows, programs, K: tl.constexpr,
     BS: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
-    """Sums of all parts in a fixed order: of weights, and in the programs after the first `programs` of biases."""
+    """Sums of all parts in a fixed order: weights in the first `programs` programs, biases in the others."""
     block = tl.program_id(0)
     o_s = tl.arange(0, BS)
     o_e = block * BE + tl.arange(0, BE)
@@ -198,7 +199,7 @@ def few_outputs_join_kernel(
 def _packed_gradient(
     gradient: Tensor, size: Geometry, wide: bool, pairs: bool, totals: bool, tf32: bool, margin: int
 ) -> tuple[Tensor, Tensor, Tensor, int]:
-    """(float32, pairs, sums (blocks, rows, OUT), length of an image); what is not wanted is empty."""
+    """(float32, pairs, sums (blocks, rows, OUT), length per image). Results that are not wanted are empty."""
     images = gradient.shape[0]
     front = (size.kernel - 1) * (size.span + 1)
     length = front + size.span * size.rows + margin
@@ -208,12 +209,12 @@ def _packed_gradient(
     each = triton.cdiv(tiles, parts)
     parts = triton.cdiv(tiles, each)
 
-    def room(wanted: bool, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    def empty(wanted: bool, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape if wanted else (0,), dtype=dtype, device=gradient.device)
 
-    whole = room(wide, size.blocks, images, length, OUT.value)
-    halves = room(pairs, size.blocks, images, length, 2 * OUT.value, dtype=torch.bfloat16)
-    sums = room(totals, size.blocks, images * parts, OUT.value)
+    whole = empty(wide, size.blocks, images, length, OUT.value)
+    halves = empty(pairs, size.blocks, images, length, 2 * OUT.value, dtype=torch.bfloat16)
+    sums = empty(totals, size.blocks, images * parts, OUT.value)
     launch(
         pack_gradient_kernel, size.blocks * images * parts, gradient, as_map(gradient), whole, halves, sums, images,
         size.outputs, size.out_height, size.out_width, size.span, front, length, parts, each,
@@ -238,7 +239,7 @@ def _map_gradient(
 
 
 def _weight_sums(packed: Tensor, x: Tensor, size: Geometry, length: int, multiply: str) -> Tensor:
-    """float32 (parts, outputs, kernel, kernel, channels)."""
+    """The gradient of the weights in parts: float32 (parts, outputs, kernel, kernel, channels)."""
     arch = architecture(x.device)
     pair = is_pair(x.dtype)
     tile = configs.few_outputs_tile(arch, x.dtype, "weight", multiply == "tf32", reads_lines(x))
@@ -249,7 +250,7 @@ def _weight_sums(packed: Tensor, x: Tensor, size: Geometry, length: int, multipl
     tiles = triton.cdiv(pixels, tile.block_m)
     programs = triton.cdiv(columns, width) * triton.cdiv(size.channels, block)
     every = tiles * x.shape[0]
-    each = max(1, triton.cdiv(every, configs.layer_splits(arch, programs, every)))  # no pictures: no parts
+    each = max(1, triton.cdiv(every, configs.layer_splits(arch, programs, every)))  # no images: no parts
     parts = triton.cdiv(every, each)
     partial = torch.empty(
         parts, size.outputs, size.kernel, size.kernel, size.channels, dtype=torch.float32, device=x.device
@@ -266,7 +267,7 @@ def _weight_sums(packed: Tensor, x: Tensor, size: Geometry, length: int, multipl
 def empty_gradients(
     x: Tensor, weight: Tensor, of_x: bool, of_weight: bool, of_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for what is wanted, of no elements for what is not."""
+    """Empty gradients of x, weight and bias; those that are not wanted have no elements."""
     return (
         empty_like(x, x.shape[2], x.shape[3]) if of_x else x.new_empty(0),
         torch.empty_like(weight, dtype=torch.float32) if of_weight else weight.new_empty(0, dtype=torch.float32),
@@ -277,10 +278,10 @@ def empty_gradients(
 def few_outputs_backward(
     gradient: Tensor, x: Tensor, weight: Tensor, padding: int, of_x: bool, of_weight: bool, of_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, in its dtype and layout, of the weight, in its layout, and of the bias, both float32.
+    """Gradients of x, in its dtype and layout, of the weight, float32 in its layout, and of the bias, float32.
 
-    Four launches, fewer where not all are wanted; what is not wanted is empty. `gradient` is that of the output, of any
-    dtype and strides.
+    Takes four launches, or fewer if not all gradients are wanted; those that are not wanted are empty. `gradient` is
+    the gradient of the output, of any dtype and strides.
     """
     size = geometry(x, weight, padding)
     check_plane(x, gradient)

@@ -1,16 +1,17 @@
-"""Instance norm without parameters, with what follows it in the networks: a (leaky) ReLU, a reflection pad, a sum.
+"""Instance norm without parameters, fused with what follows it: a (leaky) ReLU, a reflection pad, a residual sum.
 
-Forward: `moments_kernel` (a part of a plane a program), `join_kernel` (the parts of a plane), `normalise_kernel`, which
-writes the activated and padded map, or the sum with a residual, at once. Backward: `sums_kernel`, `join_kernel`,
-`gradient_kernel`; the mask of the ReLU and the normalised values are formed again from x, the mean and 1 / deviation.
+Forward: `moments_kernel` (one part of a plane per program), `join_kernel` (joins the parts of a plane), and
+`normalise_kernel`, which writes the activated and padded map, or the sum with a residual. Backward: `sums_kernel`,
+`join_kernel`, `gradient_kernel`. The backward recomputes the ReLU's mask and the normalised values from x, the mean and
+1 / deviation.
 
-Reads and writes for each element of x: forward 2 + 1, with a residual 3 + 1; backward 4 + 1. (Norm, ReLU and pad one by
-one move 3 + 2 + 2 forward and 2 + 3 + 5 back.) A map that stays in the cache between two launches is read from memory
-once: that is the floor, 1 + 1 forward, 2 + 1 back.
+Reads + writes per element of x: forward 2 + 1, with a residual 3 + 1; backward 4 + 1. (Separate norm, ReLU and pad move
+3 + 2 + 2 forward and 2 + 3 + 5 backward.) A map that stays in the cache between two launches is read from memory once,
+so the minimum is 1 + 1 forward and 2 + 1 backward.
 
-Means and squared deviations are followed value by value (Welford, 1962) and parts joined (Chan et al., 1979): a flat
-picture of millions of pixels keeps its digits, which sums of squares in float32 would lose. Sums run in a fixed order
-and nothing is added atomically: the same input gives the same bits.
+Means and squared deviations are updated value by value (Welford, 1962) and the parts are joined (Chan et al., 1979).
+So a flat image of millions of pixels keeps its digits, which sums of squares in float32 would lose. Sums run in a fixed
+order without atomics: the same input gives the same bits.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from .planes import (
     as_map,
     check_plane,
     empty_like,
-    lies_channels_last,
+    is_channels_last,
     load_folded,
     load_tile,
     pixels_from,
@@ -39,9 +40,9 @@ from .planes import (
 
 @triton.jit
 def joined(mean, squares, count, total):
-    """Mean and sum of squared deviations of parts joined along axis 0; count is [parts, 1]."""
+    """Mean and sum of squared deviations of parts, joined along axis 0. `count` is [parts, 1]."""
     centre = tl.sum(mean * count, 0) / total
-    centre += tl.sum((mean - centre[None, :]) * count, 0) / total  # what rounding left
+    centre += tl.sum((mean - centre[None, :]) * count, 0) / total  # corrects the rounding
     apart = mean - centre[None, :]
     return centre, tl.sum(squares + apart * apart * count, 0)
 
@@ -51,7 +52,7 @@ def moments_kernel(
     x, out, channels, width, pixels, parts, tiles, eps, WHOLE: tl.constexpr, FLAT: tl.constexpr, BM: tl.constexpr,
     BC: tl.constexpr,
 ):  # fmt: skip
-    """Mean and squared deviations of `tiles` tiles of a plane; of a WHOLE plane, mean and 1 / deviation.
+    """Mean and sum of squared deviations of `tiles` tiles of a plane, or mean and 1 / deviation of a WHOLE plane.
 
     `out` is float32 (images, parts, 2, channels).
     """
@@ -70,7 +71,7 @@ def moments_kernel(
         apart = tl.where(m_p[:, None], value - mean, 0.0)
         mean += apart * (1.0 / (t + 1))
         squares += apart * (value - mean)
-    count = ((last - tl.arange(0, BM) + BM - 1) // BM).to(tl.float32)[:, None]  # of values that each row has seen
+    count = ((last - tl.arange(0, BM) + BM - 1) // BM).to(tl.float32)[:, None]  # values per row of the tile
     total = last.to(tl.float32)
     centre, deviations = joined(mean, squares, tl.maximum(count, 0.0), total)
     if WHOLE:
@@ -84,9 +85,9 @@ def moments_kernel(
 def join_kernel(
     partial, out, channels, pixels, parts, span, eps, MOMENTS: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr
 ):
-    """(images, parts, 2, channels) to (images, 2, channels): MOMENTS to mean and 1 / deviation, sums to their means.
+    """Join (images, parts, 2, channels) to (images, 2, channels): mean and 1 / deviation if MOMENTS, else mean sums.
 
-    `span` pixels make a part, the last one may have fewer.
+    A part has `span` pixels; the last one may have fewer.
     """
     image, _, first_c = place(channels, 1, BC)
     o_c = first_c + tl.arange(0, BC)
@@ -114,7 +115,7 @@ def normalise_kernel(
     x, residual, out, statistics, channels, height, width, out_width, pixels, parts, SLOPE: tl.constexpr,
     RESIDUAL: tl.constexpr, MARGIN: tl.constexpr, FLAT: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Pixels of the output, each from the pixel of x that it shows."""
+    """Pixels of the output, each from its source pixel in x."""
     image, part, first_c = place(channels, parts, BC)
     o_c = first_c + tl.arange(0, BC)
     m_c = o_c < channels
@@ -144,7 +145,7 @@ def normal_and_gradient(
     x, gradient, statistics, channels, image, start, o_c, m_c, m_p, row, column, height, width,
     SLOPE: tl.constexpr, MARGIN: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """A tile of normalised values and of the gradient that reaches them, and 1 / deviation."""
+    """A tile of normalised values, the gradient with respect to them, and 1 / deviation."""
     p_s = statistics + image * 2 * channels + o_c
     mean = tl.load(p_s, mask=m_c, other=0.0)[None, :]
     scale = tl.load(p_s + channels, mask=m_c, other=0.0)[None, :]
@@ -162,7 +163,7 @@ def sums_kernel(
     x, gradient, statistics, out, channels, height, width, pixels, parts, tiles, SLOPE: tl.constexpr,
     MARGIN: tl.constexpr, FLAT: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Sums of the gradient, and of gradient * normalised value, over `tiles` tiles; `out` as in `moments_kernel`."""
+    """Sums of the gradient and of gradient * normalised value over `tiles` tiles. `out` is as in `moments_kernel`."""
     image, part, first_c = place(channels, parts, BC)
     o_c = first_c + tl.arange(0, BC)
     m_c = o_c < channels
@@ -206,7 +207,7 @@ def gradient_kernel(
 
 
 def _split(x: Tensor, arch: str, tile: configs.Tile) -> tuple[int, int]:
-    """(parts of a plane, tiles of a part)"""
+    """(parts per plane, tiles per part)."""
     tiles = triton.cdiv(x.shape[2] * x.shape[3], tile.block_m)
     parts = configs.layer_splits(arch, x.shape[0] * triton.cdiv(x.shape[1], tile.block_n), tiles)
     each = triton.cdiv(tiles, parts)
@@ -229,7 +230,7 @@ def moments(x: Tensor, eps: float) -> Tensor:
     check_plane(x)
     images, channels, height, width = x.shape
     arch = architecture(x.device)
-    tile = configs.layer_tile(arch, channels, lies_channels_last(x))
+    tile = configs.layer_tile(arch, channels, is_channels_last(x))
     parts, tiles = _split(x, arch, tile)
     partial = torch.empty(images, parts, 2, channels, dtype=torch.float32, device=x.device)
     launch(
@@ -243,23 +244,23 @@ def moments(x: Tensor, eps: float) -> Tensor:
 
 
 def instance_norm(x: Tensor, residual: Tensor | None, eps: float, slope: float, margin: int) -> tuple[Tensor, Tensor]:
-    """Each plane to mean 0 and variance 1, activated, padded or added to a residual; two or three launches.
+    """Normalise each plane to mean 0 and variance 1, then activate and pad, or add a residual: two or three launches.
 
     Args:
         x: (images, channels, height, width), float32, bfloat16 or float16, any strides.
-        residual: added at the end, of x's shape; not together with a margin.
-        slope: of the activation for negative values: 1 none, 0 ReLU, between them leaky ReLU.
-        margin: of the reflection pad, below height and width.
+        residual: added at the end, of x's shape; cannot be combined with a margin.
+        slope: of the activation for negative values: 1 for none, 0 for ReLU, between them for leaky ReLU.
+        margin: of the reflection pad, smaller than height and width.
 
     Returns:
-        the map, of x's dtype and layout, (images, channels, height + 2 * margin, width + 2 * margin), and its
-        `moments`.
+        the result (images, channels, height + 2 * margin, width + 2 * margin) in x's dtype and layout, and the
+        `moments` of x.
     """
     statistics = moments(x, eps)
     images, channels, height, width = x.shape
     out = empty_like(x, height + 2 * margin, width + 2 * margin)
     check_plane(out)
-    tile = configs.layer_tile(architecture(x.device), channels, lies_channels_last(x))
+    tile = configs.layer_tile(architecture(x.device), channels, is_channels_last(x))
     pixels = out.shape[2] * out.shape[3]
     parts = triton.cdiv(pixels, tile.block_m)
     added = x if residual is None else residual
@@ -273,14 +274,14 @@ def instance_norm(x: Tensor, residual: Tensor | None, eps: float, slope: float, 
 
 
 def instance_norm_backward(gradient: Tensor, x: Tensor, statistics: Tensor, slope: float, margin: int) -> Tensor:
-    """The gradient of x, in its dtype and layout, from that of the (padded) output; two or three launches.
+    """The gradient of x, in its dtype and layout, from the gradient of the (padded) output: two or three launches.
 
-    (A residual's gradient is the output's own.)
+    The gradient of a residual is the gradient of the output.
     """
     images, channels, height, width = x.shape
     check_plane(gradient)
     arch = architecture(x.device)
-    tile = configs.layer_tile(arch, channels, lies_channels_last(x), reads=3 if margin else 2)
+    tile = configs.layer_tile(arch, channels, is_channels_last(x), reads=3 if margin else 2)
     parts, tiles = _split(x, arch, tile)
     pixels = height * width
     flat = margin == 0 and rows_join(x, gradient)

@@ -1,7 +1,4 @@
-"""How a kernel's tile is looked up: rows with conditions, of which the first that fits is used.
-
-The rows themselves are in `configs.py`.
-"""
+"""Parts of the table in `configs.py`: rows with conditions, tiles, and the nearest architecture."""
 
 from __future__ import annotations
 

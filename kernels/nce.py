@@ -1,15 +1,16 @@
 """InfoNCE: loss, logsumexp, positive logit and query gradient of every row in one pass, for a list of problems.
 
 The keys are constants of the loss, so dL_i/dq_i = (sum_j p_ij k_j - k_i) / T: attention's forward with values = keys. A
-block of query rows stays on chip while the keys stream past it once, and no logit reaches memory.
+block of query rows stays on chip while the keys stream past it once. No logit is written to memory.
 
-The positive stays out of the 16-bit product: with negatives alone in the sum, loss = softplus(lse_negatives - positive)
-and p_negatives * k_i is subtracted in float32, which keeps the digits of confident rows.
+The positive is not part of the 16-bit product. The sum contains the negatives alone, the loss is
+softplus(lse_negatives - positive), and p_negatives * k_i is subtracted in float32. This keeps the digits of confident
+rows.
 
-Rows of unit length bound the logits by 1/T, so exp2(s - ceil(c)) needs no running maximum while 2c stays inside
-float32's exponent (`UNIT_TEMPERATURE`). A block takes its rows for such, and looks at their sums in the end: where one
-has left its range the rows were longer, and the block streams the keys once more, with a running maximum.
-float16 has it from the start, and scales its exponentials by 2^15 (SHIFT): its exponent has five bits.
+For rows of unit length, 1/T bounds the logits, so exp2(s - ceil(c)) needs no running maximum while 2c fits into
+float32's exponent (`UNIT_TEMPERATURE`). A block first assumes unit rows and checks their sums at the end. If a sum is
+out of range, the rows were longer, and the block streams the keys again with a running maximum. float16 uses the
+running maximum from the start and scales its exponentials by 2^15 (SHIFT), because its exponent has only five bits.
 """
 
 from __future__ import annotations
@@ -41,10 +42,10 @@ from .common import (
 from .nce_stream import HIGHEST_TOTAL, LOWEST_TOTAL, log1p, stream
 
 UNIT_TEMPERATURE = 0.023
-"""Above this temperature rows of unit length need no running maximum: exp2(-2 log2(e) / T) is a normal float32."""
+"""Above this temperature, rows of unit length need no running maximum: exp2(-2 log2(e) / T) is a normal float32."""
 
 LARGEST_STRIDE = 2**23
-"""Of rows whose block of at most 128 has its places in 32 bits."""
+"""Below this stride between rows, the offsets inside a block of up to 128 rows fit into 32 bits."""
 
 
 class Problem(NamedTuple):
@@ -73,7 +74,7 @@ class Problem(NamedTuple):
     extras: int
     scale: float  # 1 / T
     first_block: int
-    first_row: int  # where this problem's rows begin in the outputs
+    first_row: int  # of this problem in the outputs
 
 
 @triton.jit
@@ -112,7 +113,7 @@ def nce_kernel(
     queries = one.queries + group * one.q_group
     keys = one.keys + group * one.k_group
 
-    # by chunks, so that a block of queries and one of keys are not held at the same time
+    # in chunks, so that registers never hold a block of queries and a block of keys at the same time
     pos = tl.zeros([BM], tl.float32)
     CHUNK: tl.constexpr = min(BD, 64)
     o_c = tl.arange(0, CHUNK)
@@ -130,7 +131,7 @@ def nce_kernel(
         ONLINE, SHIFT, GRADIENT, EXTRA, LOG_WEIGHT, PAIR_WEIGHT, EVEN, PRECISION, BM, BN, BD,
     )  # fmt: skip
     if CHECKED:
-        safe = (total > LOWEST_TOTAL) & (total < HIGHEST_TOTAL)  # a NaN is not
+        safe = (total > LOWEST_TOTAL) & (total < HIGHEST_TOTAL)  # false for NaN
         if tl.min(safe.to(tl.int32), 0) == 0:
             total, offset, acc = stream(
                 one, group, q, o_m, m_m, shift,
@@ -138,11 +139,11 @@ def nce_kernel(
             )  # fmt: skip
 
     none = total == 0  # a row may have no negative at all
-    # the shift is a whole number, and log(2) comes in two parts: it cancels against the positive without a trace
+    # the shift is an integer and log(2) has two parts, so that it cancels exactly against the positive
     log_total = tl.where(none, float("-inf"), tl.log2(tl.where(none, 1.0, total)) * LN2 + offset * LN2_LOW)
     neg = offset * LN2_HIGH + log_total
     margin = (offset * LN2_HIGH - pos) + log_total
-    # softplus and the share of the row's probability that lies on its negatives, without overflow
+    # softplus, and the share of the row's probability that its negatives have, without overflow
     small = tl.exp2(-tl.abs(margin) * LOG2E)
     if DECOUPLED:
         row_loss = margin
@@ -163,6 +164,7 @@ def nce_kernel(
 
 
 def weight_strides(weights: Sequence[Tensor], index: int) -> tuple[int, int, int]:
+    """The strides of one problem's weights, or zeros if there are none."""
     if not weights:
         return 0, 0, 0
     group, row, column = weights[index].stride()
@@ -181,20 +183,20 @@ def nce_forward(
     unit: bool = False,
     gradient: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """All problems in one launch: (loss, logsumexp of the negatives, positive logit) of every row, and dq.
+    """Loss, logsumexp of the negatives and positive logit of every row, and dq, for all problems in one launch.
 
     Args:
-        queries, keys: (groups, rows, dim) a problem; 16-bit or float32.
-        extra: none, or (groups, extras, dim) a problem; stride 0 over groups shares them.
-        log_weight, pair_weight: none, or (groups, rows, rows) a problem.
-        temperatures: one a problem.
-        unit: the rows have unit length (to the rounding of their dtype): nobody checks whether a sum left its range.
-        gradient: form dq as well (else the last list is empty).
+        queries, keys: (groups, rows, dim) per problem; 16-bit or float32.
+        extra: none, or (groups, extras, dim) per problem; stride 0 over groups shares them.
+        log_weight, pair_weight: none, or (groups, rows, rows) per problem.
+        temperatures: one per problem.
+        unit: the rows have unit length (up to the rounding of their dtype), so sums are not checked for their range.
+        gradient: compute dq as well (else the last list is empty).
 
     Returns:
-        three float32 (all rows,), problem after problem and group after group; dq in the dtype of the queries.
+        three float32 tensors (all rows,), ordered by problem, then group; dq in the dtype of the queries.
     """
-    if pair_weight and queries[0].dtype == torch.float16:  # whose range a weight beyond 2 would leave
+    if pair_weight and queries[0].dtype == torch.float16:  # a weight above 2 would exceed its range
         q32, k32, e32 = ([x.float() for x in xs] for xs in (queries, keys, extra))
         loss, negative, positive, gradients = nce_forward(
             q32, k32, e32, log_weight, pair_weight, temperatures, decoupled=decoupled, unit=unit, gradient=gradient
@@ -207,9 +209,9 @@ def nce_forward(
     weighted = bool(log_weight or pair_weight)
     arch = architecture(first.device)
     product = precision(arch, first.dtype)
-    # float16 has no room for a row whose logits all lie far below the bound
+    # float16 cannot represent a row whose logits are all far below the bound
     online = weighted or min(temperatures) <= UNIT_TEMPERATURE or first.dtype == torch.float16
-    # exact products leave no registers for both forms, and take so long that a running maximum does not show
+    # exact products leave no registers for both forms, and take so long that a running maximum costs nothing
     exact = first.dtype == torch.float32 and product == "ieee" and arch != "interpreter"
     online = online or (exact and not unit)
     checked = not (online or unit)
@@ -257,7 +259,7 @@ def nce_forward(
 
 @triton.jit
 def mean_kernel(loss, out, layers, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """Mean over the rows of a direction, then over layers: one program a direction, in a fixed order."""
+    """Mean over the rows of a direction, then over layers: one program per direction, in a fixed order."""
     direction = tl.program_id(0).to(tl.int64)
     mean = 0.0
     for i in tl.static_range(COUNT):
@@ -272,7 +274,10 @@ def mean_kernel(loss, out, layers, COUNT: tl.constexpr, BLOCK: tl.constexpr):
 
 
 def mean_by_direction(loss: Tensor, rows: Sequence[int], directions: int) -> Tensor:
-    """float32 (directions,): mean over the rows of a direction, then over layers; `rows` of each layer in `loss`."""
+    """Mean over the rows of a direction, then over layers: float32 (directions,).
+
+    `rows` is the number of rows of each layer in `loss`.
+    """
     out = torch.empty(directions, dtype=torch.float32, device=loss.device)
     starts = [sum(rows[:i]) for i in range(len(rows))]
     layers = tuple((start, count // directions) for start, count in zip(starts, rows, strict=True))

@@ -1,8 +1,8 @@
 """The gradient of keys and extra keys that are not constants: InfoNCE's second, transposed pass.
 
-dL/dk_j = sum_i c_i w_ij q_i, where w_ij is the share of key j in row i's negatives, rebuilt from the logsumexp that
-`nce_forward` left. A block of keys stays on chip while the queries stream past it. The positive's part is subtracted in
-float32.
+dL/dk_j = sum_i c_i w_ij q_i, where w_ij is the share of key j among row i's negatives, recomputed from the logsumexp of
+`nce_forward`. A block of keys stays on chip while the queries stream past it. The contribution of the positive is
+subtracted in float32.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .nce import weight_strides
 
 
 class KeyProblem(NamedTuple):
-    """One set of groups for the key pass: `keys` stay on chip and the queries stream."""
+    """One set of groups for the key pass: `keys` stay on chip, the queries stream."""
 
     keys: Tensor  # (groups, key_rows, dim)
     queries: Tensor  # (groups, rows, dim)
@@ -61,10 +61,10 @@ def nce_keys_kernel(
     PAIR_WEIGHT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dk_j = sum_i c_i w_ij q_i, less the positive's part: BM keys stay on chip, BN queries stream.
+    """dk_j = sum_i c_i w_ij q_i minus the positive's contribution: BM keys stay on chip, BN queries stream.
 
-    The coefficients c_i come divided by their largest (`peak`), and the products carry a factor 2^15, so that float16
-    neither overflows nor goes subnormal.
+    The coefficients c_i arrive divided by the largest (`peak`), and the products are scaled by 2^15, so that float16
+    neither overflows nor becomes subnormal.
     """
     block = tl.program_id(0).to(tl.int64)
     one = KeyProblem(*fields_of(problems, block, COUNT))
@@ -126,12 +126,13 @@ def nce_key_gradients(
     *,
     extra: bool,
 ) -> list[Tensor]:
-    """The transposed pass: the gradient of every key, in its dtype, from the saved logsumexp.
+    """The gradient of every key, in its dtype, from the saved logsumexp: the transposed pass.
 
     Args:
-        keys: (groups, count, dim) a problem. `extra` says that they are extra keys: no row is their positive.
+        keys: (groups, count, dim) per problem.
         negative: (all rows,), logsumexp of the negatives as `nce_forward` returned it.
         coefficient: float32 (all rows,), upstream gradient times the share of the row's negatives.
+        extra: they are extra keys: none is the positive of a row.
     """
     if pair_weight and queries[0].dtype == torch.float16:  # as `nce_forward`
         q32, k32 = ([x.float() for x in xs] for xs in (queries, keys))

@@ -1,8 +1,8 @@
-"""How a block of query rows takes in the keys that stream past it: the loops of `nce_kernel`.
+"""The loops of `nce_kernel`: a block of query rows accumulates the keys that stream past it.
 
-Two forms. The bounded one subtracts one number from every logit, and its partial sums simply add up. The online one
-subtracts each row's running maximum, and rescales what it has whenever that grows: right for rows of any length, but
-with more registers and more work per logit.
+There are two forms. The bounded form subtracts one constant from every logit, so its partial sums add up. The online
+form subtracts each row's running maximum and rescales the sums whenever it grows. That is correct for rows of any
+length, but needs more registers and more work per logit.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from .common import LOG2E, bound, dot, narrow
 
 LOWEST_TOTAL = tl.constexpr(2.0**-64)
 HIGHEST_TOTAL = tl.constexpr(2.0**32)
-"""A row's bounded sum between these has all its digits: each term that underflowed is below 2^-62 of it, and its
-products with the keys stay inside float32's range for keys from 2^-38 to 2^95. Unit rows stay below their number."""
+"""A row's bounded sum between these limits is accurate: each term that underflowed is below 2^-62 of it, and its
+products with keys from 2^-38 to 2^95 stay in float32's range. The sum of a unit row is at most its number of keys."""
 
 
 @triton.jit
 def absorb(s, k, weight, total, top, acc, shift, SHIFT: tl.constexpr, ONLINE: tl.constexpr, GRADIENT: tl.constexpr,
            WEIGHTED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Take one block of logits (base 2, -inf where there is no negative) into the running sums."""
+    """Add one block of logits (base 2, -inf where there is no negative) to the running sums."""
     if ONLINE:
         new = tl.maximum(top, tl.ceil(tl.max(s, 1)))
         safe = tl.where(new == float("-inf"), 0.0, new)
@@ -45,8 +45,8 @@ def absorb(s, k, weight, total, top, acc, shift, SHIFT: tl.constexpr, ONLINE: tl
 def load_keys(keys, n, count, stride, o_n, o_d, m_d, EVEN: tl.constexpr):
     """Keys n, n + 1, ... of `count`: [BN, BD].
 
-    EVEN: every block is full and every key as long as the tile is wide, so that loads need no predicates; places inside
-    a block fit into 32 bits, half the registers.
+    EVEN: every block is full and every key is as long as the tile is wide, so loads need no masks. Offsets inside a
+    block fit into 32 bits, which takes half the registers.
     """
     if EVEN:
         k = tl.load(keys + tl.cast(n, tl.int64) * stride + (o_n[:, None] * stride + o_d[None, :]))
@@ -61,12 +61,15 @@ def load_keys(keys, n, count, stride, o_n, o_d, m_d, EVEN: tl.constexpr):
 def stream(one, group, q, o_m, m_m, shift, ONLINE: tl.constexpr, SHIFT: tl.constexpr, GRADIENT: tl.constexpr,
            EXTRA: tl.constexpr, LOG_WEIGHT: tl.constexpr, PAIR_WEIGHT: tl.constexpr, EVEN: tl.constexpr,
            PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):  # fmt: skip
-    """All negatives of the rows `o_m` of a group: the sum of their exponentials, what each row's logits were
-    shifted by, and the sum of their keys times their exponentials."""
+    """Sums over all negatives of the rows `o_m` of a group.
+
+    Returns the sum of the exponentials, the shift of each row's logits, and the sum of the keys times their
+    exponentials.
+    """
     o_n = tl.arange(0, BN)
     o_d = tl.arange(0, BD)
     m_d = o_d < one.dim
-    # compared with every key: 64 bits take twice the instructions
+    # compared with every key: 64 bits would take twice the instructions
     own = o_m.to(tl.int32) if EVEN else o_m
     c = one.scale * LOG2E
     keys = one.keys + group * one.k_group
@@ -111,7 +114,7 @@ def stream(one, group, q, o_m, m_m, shift, ONLINE: tl.constexpr, SHIFT: tl.const
 
 @triton.jit
 def log1p(x):
-    """log(1 + x) for 0 <= x <= 1 by the series of atanh: the device's logarithm loses the digits of a small x."""
+    """log(1 + x) for 0 <= x <= 1, by the series of atanh: the device's logarithm loses the digits of a small x."""
     z = x / (2.0 + x)
     y = z * z
     odd = 1.0 + y * (1 / 3 + y * (1 / 5 + y * (1 / 7 + y * (1 / 9 + y * (1 / 11 + y * (1 / 13 + y * (1 / 15)))))))

@@ -1,7 +1,8 @@
-"""What the kernels of layers share: maps with their strides, tiles of pixels, and reflection at the border.
+"""Parts that the layer kernels share: maps with their strides, tiles of pixels, and reflection at the border.
 
-A tile is BM pixels by BC channels, [BM, BC]. Pixels of a plane are counted row by row in 32 bits (a plane has fewer
-than 2^31 of them), places in memory in 64. Channels-last maps are read and written in whole lines along the channels.
+A tile is BM pixels by BC channels, [BM, BC]. Pixels of a plane are numbered row by row in 32 bits (a plane has fewer
+than 2^31 of them); memory offsets have 64 bits. Channels-last maps are read and written in whole lines along the
+channels.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from torch import Tensor
 from .common import narrow
 
 MOST_PIXELS = 2**31 - 2**16
-"""Of one plane, so that the last tile still counts in 32 bits."""
+"""The most pixels of one plane, so that the pixel numbers of the last tile fit into 32 bits."""
 
 
 class Map(NamedTuple):
-    """A (images, channels, height, width) map; the tensor becomes a pointer inside the kernel."""
+    """A map (images, channels, height, width) with its strides; the tensor becomes a pointer inside the kernel."""
 
     data: Tensor
     image: int
@@ -30,30 +31,31 @@ class Map(NamedTuple):
 
 
 def as_map(x: Tensor) -> Map:
-    """Any strides, those of expanded tensors too."""
+    """A tensor of any strides, expanded tensors included."""
     return Map(x, *x.stride())
 
 
-def lies_channels_last(x: Tensor) -> bool:
-    """The channels of a pixel are neighbours in memory (and x is not plain as well, as with one channel)."""
+def is_channels_last(x: Tensor) -> bool:
+    """Whether the channels of a pixel are adjacent in memory. False if x is also contiguous, as with one channel."""
     return x.stride(1) == 1 and x.shape[1] > 1 and not x.is_contiguous()
 
 
 def empty_like(x: Tensor, height: int, width: int) -> Tensor:
-    """Room for x's images and channels at another size: channels-last where x is, else plain.
+    """An empty map with x's images, channels, dtype and layout (channels-last or contiguous), and another size.
 
-    Written with operators alone, so that it also serves as the shape of an operator traced by the compiler.
+    Uses only traceable operations, so that fake operators can call it too.
     """
-    layout = torch.channels_last if lies_channels_last(x) else torch.contiguous_format
+    layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
     return torch.empty(x.shape[0], x.shape[1], height, width, dtype=x.dtype, device=x.device, memory_format=layout)
 
 
 def rows_join(*maps: Tensor) -> bool:
-    """Each row of pixels begins where the one above ends, in every map: the plane can be read as one long row."""
+    """Whether, in every map, each row of pixels begins where the previous one ends: a plane is one long row."""
     return all(m.shape[2] == 1 or m.stride(2) == m.shape[3] * m.stride(3) for m in maps)
 
 
 def check_plane(*maps: Tensor) -> None:
+    """Raise ValueError for planes of more than MOST_PIXELS pixels."""
     for m in maps:
         if m.shape[2] * m.shape[3] > MOST_PIXELS:
             raise ValueError(f"a plane of {m.shape[2]}x{m.shape[3]} pixels is too large for the kernels: use tiles")
@@ -61,7 +63,7 @@ def check_plane(*maps: Tensor) -> None:
 
 @triton.jit
 def place(channels, parts, BC: tl.constexpr):
-    """(image, part of the plane, first channel) of this program; neighbours read neighbouring channels."""
+    """(image, part of the plane, first channel) of this program. Adjacent programs read adjacent channels."""
     block = tl.program_id(0)
     across = tl.cdiv(channels, BC)
     part = block // across
@@ -70,7 +72,7 @@ def place(channels, parts, BC: tl.constexpr):
 
 @triton.jit
 def pixels_from(start, width, FLAT: tl.constexpr, BM: tl.constexpr):
-    """Row and column of BM pixels; with FLAT the plane is one long row."""
+    """Rows and columns of BM pixels. With FLAT, the plane is one long row."""
     o_p = start + tl.arange(0, BM)
     if FLAT:
         return tl.zeros([BM], tl.int32), o_p
@@ -80,7 +82,7 @@ def pixels_from(start, width, FLAT: tl.constexpr, BM: tl.constexpr):
 
 @triton.jit
 def load_tile(source, image, y, x, m_p, o_c, m_c):
-    """Values at some pixels, in float32, 0 where masked: [BM, BC]."""
+    """Values at the given pixels in float32, 0 where masked: [BM, BC]."""
     offset = image * source.image + y.to(tl.int64) * source.y + x.to(tl.int64) * source.x
     p_s = source.data + offset[:, None] + o_c.to(tl.int64)[None, :] * source.channel
     return tl.load(p_s, mask=m_p[:, None] & m_c[None, :], other=0.0).to(tl.float32)
@@ -95,18 +97,18 @@ def store_tile(target, value, image, y, x, m_p, o_c, m_c):
 
 @triton.jit
 def reflected(position, size):
-    """Where a position outside of 0..size-1 is mirrored to, the border pixel itself not being repeated."""
+    """A position outside 0..size-1 mirrored at the border; the border pixel itself is not repeated."""
     position = tl.where(position < 0, -position, position)
     return tl.where(position >= size, 2 * (size - 1) - position, position)
 
 
 @triton.jit
 def load_folded(source, image, start, y, x, m_p, o_c, m_c, height, width, MARGIN: tl.constexpr, BM: tl.constexpr):
-    """The sum of all places of a padded map that show each pixel: the transpose of reflection padding. [BM, BC]
+    """For each pixel, the sum of all its copies in a padded map: the transpose of reflection padding. [BM, BC]
 
-    A pixel is shown at its own place (side 0), and near a border again above the first row (1) or below the last (2),
-    and so for columns: up to nine times. Tiles away from the border find that out from their first and last pixel and
-    read once.
+    A pixel has one copy at its own position (side 0). Near a border it has another one above the first row (side 1) or
+    below the last (side 2), and the same holds for columns: up to nine copies. Tiles away from the border detect this
+    from their first and last pixel and read once.
     """
     p_s = source.data + image * source.image + (o_c.to(tl.int64) * source.channel)[None, :]
     mask = m_p[:, None] & m_c[None, :]
@@ -116,7 +118,7 @@ def load_folded(source, image, start, y, x, m_p, o_c, m_c, height, width, MARGIN
         top = start // width
         bottom = (start + BM - 1) // width
         left = start % width
-        whole = top != bottom  # such a tile reaches both ends of a row
+        whole = top != bottom  # such a tile touches both ends of a row
         for side_y in tl.static_range(3):
             near_y = bottom >= 0
             at_y = y + MARGIN

@@ -1,8 +1,9 @@
-"""Patch rows of unit length from feature maps: gather, project, normalise, for all layers and sides at once.
+"""Patch rows of unit length from feature maps: gather, project and normalise, for all layers and sides in one launch.
 
-`project_kernel` reads only the sampled locations, through the map's own strides, and runs Linear-ReLU-Linear in chunks
-of hidden units: a chunk of the first product feeds the second at once, so the hidden rows cross memory only when the
-backward asks for them. The projection itself stays in float32 until it has unit length: it can be as short as 1e-6.
+`project_kernel` reads only the sampled locations, through the map's own strides. It runs Linear-ReLU-Linear in chunks
+of hidden units: a chunk of the first product is multiplied into the second immediately, so the hidden rows are written
+only if the backward needs them. The projection stays in float32 until it has unit length, because it can be as short as
+1e-6.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ NORM_EPS = tl.constexpr(1e-7)
 TRITON_DTYPE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
-class Map(NamedTuple):
-    """Where a map (or its gradient) lies; each has its own dtype, strides and alignment."""
+class FeatureMap(NamedTuple):
+    """A map (or its gradient) with its own dtype, strides and alignment."""
 
     map: Tensor  # (images, channels, height, width)
     m_image: int
@@ -35,9 +36,9 @@ class Map(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """The rest of one map of `project_kernel`; tensors become pointers inside the kernel."""
+    """What else `project_kernel` needs of one map; tensors become pointers inside the kernel."""
 
-    ids: Tensor  # int64, (sets, patches): each set serves `share` images
+    ids: Tensor  # int64, (sets, patches): each set is for `share` images
     weight1: Tensor  # (hidden, channels)
     bias1: Tensor
     weight2: Tensor  # (dim, hidden)
@@ -65,7 +66,7 @@ def locations_of(one, o_r, m_r):
 
 @triton.jit
 def places_of(one, image, patch, o_c):
-    """Pointers to the channels of a map at these locations of these images."""
+    """Pointers to the channels of a map at the given locations of the given images."""
     offset = image * one.m_image + (patch // one.width) * one.m_y + (patch % one.width) * one.m_x
     return one.map + offset[:, None] + o_c.to(tl.int64)[None, :] * one.m_channel  # [BM, BC]
 
@@ -88,7 +89,7 @@ def project_kernel(
     BH: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Rows of the first SAVED layers also leave their length, sampled and hidden values for the backward."""
+    """Write unit rows. The first SAVED layers also save lengths, sampled values and hidden values for the backward."""
     block = tl.program_id(0).to(tl.int64)
     number = number_of(layers, block, COUNT)
     one = Layer(*fields_of(layers, block, COUNT))
@@ -104,7 +105,7 @@ def project_kernel(
     for i in tl.static_range(COUNT):
         if number == i:
             p_x = places_of(maps[i], image, patch, o_c)
-            # this map's own number, as a multiple of which its channels are read side by side: the picture has three
+            # mask with this map's own channel count: its divisibility lets the loads vectorise (an image has three)
             m_x = m_in[:, None] & (o_c < layers[i].channels)[None, :]
             x = narrow(tl.load(p_x, mask=m_x, other=0.0), DTYPE)
     m_saved = (m_r & (number < SAVED))[:, None]
@@ -133,7 +134,7 @@ def project_kernel(
     else:
         z = x.to(tl.float32)
     size = tl.sqrt(tl.sum(z * z, 1))
-    size = tl.where(m_r & (m_in == 0), float("nan"), size)  # a location outside of the map makes its row NaN
+    size = tl.where(m_r & (m_in == 0), float("nan"), size)  # a location outside the map makes its row NaN
     z *= tl.where(size == 0, 0.0, 1.0 / (size + NORM_EPS))[:, None]
     p_u = one.unit + o_r[:, None] * dim + o_d[None, :]
     tl.store(p_u, narrow(z, DTYPE), mask=m_r[:, None] & m_d[None, :])
@@ -146,6 +147,7 @@ Weights = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def groups_of_four(mlp: Sequence[Tensor], layers: int) -> list[Weights] | list[None]:
+    """The weights of each layer, or None per layer without an MLP."""
     if not mlp:
         return [None] * layers
     return [(mlp[i], mlp[i + 1], mlp[i + 2], mlp[i + 3]) for i in range(0, 4 * layers, 4)]
@@ -154,13 +156,14 @@ def groups_of_four(mlp: Sequence[Tensor], layers: int) -> list[Weights] | list[N
 def project(
     maps: Sequence[Tensor], ids: Sequence[Tensor], mlp: Sequence[Tensor], dtype: torch.dtype, saved: int
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-    """All layers in one launch: unit rows, and what the backward of the first `saved` layers needs.
+    """Unit rows of all layers, and what the backward of the first `saved` layers needs, in one launch.
 
     Args:
-        maps: (images, channels, height, width) each, any strides and floating dtype.
-        ids: int64 (sets, patches) a map; the images share the sets equally, in order.
+        maps: (images, channels, height, width) per map, any strides and floating dtype.
+        ids: int64 (sets, patches) per map; consecutive images share a set, each set serves equally many.
         mlp: none, or weight1, bias1, weight2, bias2 of each map in turn, contiguous and of one dtype.
         dtype: of the products and of the rows.
+        saved: the number of layers, from the first, to save for the backward.
 
     Returns:
         [(images * patches, dim)], float32 lengths, sampled rows, hidden rows (the last three flat, over all layers).
@@ -178,7 +181,7 @@ def project(
         unit = torch.empty(rows, dim, dtype=dtype, device=m.device)
         units.append(unit)
         image, channel, y_stride, x_stride = m.stride()
-        places.append(Map(m, image, channel, y_stride, x_stride, m.shape[3]))
+        places.append(FeatureMap(m, image, channel, y_stride, x_stride, m.shape[3]))
         layers.append(
             Layer(
                 i, *(weights or (unit, unit, unit, unit)), unit, i.stride(0), i.stride(1), m.shape[0] // i.shape[0],

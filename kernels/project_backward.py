@@ -1,7 +1,7 @@
-"""From the gradients of unit rows to those of maps and MLPs, as `project` formed the rows.
+"""The backward of `project`: from the gradients of unit rows to the gradients of maps and MLPs.
 
-`project_backward_kernel` writes the map's gradient by plain stores; rows of the same location are added by
-`merge_kernel` first. No atomics: the same input gives the same bits.
+`project_backward_kernel` writes the gradient of a map with plain stores if no location repeats. Otherwise
+`merge_kernel` adds the rows of each location. No atomics are used: the same input gives the same bits.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from .common import (
     number_of,
     precision,
 )
-from .project import NORM_EPS, TRITON_DTYPE, Map, groups_of_four, locations_of, places_of
+from .project import NORM_EPS, TRITON_DTYPE, FeatureMap, groups_of_four, locations_of, places_of
 from .weight_gradient import weight_gradients
 
 
 class LayerGradient(NamedTuple):
-    """One map of `project_backward_kernel` and `merge_kernel`, apart from where its gradient lies."""
+    """One map of `project_backward_kernel` and `merge_kernel`, without its gradient (see `FeatureMap`)."""
 
     ids: Tensor
     weight1: Tensor
@@ -49,7 +49,7 @@ class LayerGradient(NamedTuple):
     rows: int
     channels: int
     dim: int
-    weight: float  # of each row's upstream gradient
+    weight: float  # factor of each row's upstream gradient
     per_direction: int
     first_block: int
     first_row: int
@@ -79,7 +79,7 @@ def project_backward_kernel(
     BH: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """From the gradient of unit rows to those of the projection, the hidden rows and the map (or sampled rows)."""
+    """From the gradient of unit rows to those of the projection, the hidden rows, and the map or the sampled rows."""
     block = tl.program_id(0).to(tl.int64)
     one = LayerGradient(*fields_of(layers, block, COUNT))
     rows, channels, dim, first_row = one.rows, one.channels, one.dim, one.first_row
@@ -124,7 +124,7 @@ def project_backward_kernel(
         for i in tl.static_range(COUNT):
             if number == i:
                 p_m = places_of(maps[i], o_r // one.patches, patch, o_c)
-                m_x = m_in[:, None] & (o_c < layers[i].channels)[None, :]  # its own number, see `project_kernel`
+                m_x = m_in[:, None] & (o_c < layers[i].channels)[None, :]  # as in `project_kernel`
                 tl.store(p_m, narrow(x, maps[i].map.dtype.element_ty), mask=m_x)
     else:
         p_x = d_x + one.first_x + o_r[:, None] * channels + o_c[None, :]
@@ -133,9 +133,9 @@ def project_backward_kernel(
 
 @triton.jit
 def merge_kernel(maps, layers, d_x, COUNT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr):
-    """The map's gradient where locations may repeat: every row stores the sum over the rows of its location.
+    """The gradient of the map if locations may repeat: every row stores the sum over the rows of its location.
 
-    Rows of one location store the same bits to the same place, so that their order does not matter.
+    Rows of the same location store the same bits at the same address, so their order does not matter.
     """
     block = tl.program_id(0).to(tl.int64)
     one = LayerGradient(*fields_of(layers, block, COUNT))
@@ -168,12 +168,12 @@ def merge_kernel(maps, layers, d_x, COUNT: tl.constexpr, BM: tl.constexpr, BN: t
 
 
 def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float16 rows have their gradients multiplied in bfloat16: 1 / |x| of a short row leaves float16's range."""
+    """The dtype of the products: bfloat16 for float16 rows, because 1 / |x| of a short row exceeds float16's range."""
     return torch.bfloat16 if dtype == torch.float16 else dtype
 
 
 class MapLayout(NamedTuple):
-    """All that the backward needs to know of a map, so that its values need not be kept."""
+    """What the backward needs to know of a map; the values of the map need not be kept."""
 
     images: int
     channels: int
@@ -190,26 +190,26 @@ class MapLayout(NamedTuple):
         return self.images * self.channels * self.height * self.width
 
     def bytes(self) -> int:
-        """Room for the gradient in the one zeroed buffer of all maps."""
+        """Bytes of the gradient in the common zeroed buffer of all maps."""
         return (self.numel() * self.dtype.itemsize + 255) // 256 * 256
 
 
 def map_layout(feature_map: Tensor) -> MapLayout:
-    """Channels-last where the map is, else contiguous."""
+    """The layout of the gradient of a map: channels-last if the map is, else contiguous."""
     channels_last = feature_map.is_contiguous(memory_format=torch.channels_last) and not feature_map.is_contiguous()
     images, channels, height, width = feature_map.shape
     return MapLayout(images, channels, height, width, channels_last, feature_map.dtype)
 
 
 def map_views(buffer: Tensor, maps: Sequence[MapLayout], wanted: Sequence[bool]) -> list[Tensor | None]:
-    """The gradients of the wanted maps inside the buffer."""
+    """Views of the gradients of the wanted maps in the buffer; None for the other maps."""
     views: list[Tensor | None] = []
     start = 0
     for m, want in zip(maps, wanted, strict=True):
         if not want:
             views.append(None)
             continue
-        # Not `as_strided`, whose offset is that of the storage: a compiler may have put the bytes anywhere.
+        # not `as_strided`: its offset counts from the storage, in which a compiler may place the buffer anywhere
         images, channels, height, width, channels_last, dtype = m
         flat = buffer.narrow(0, start, m.numel() * dtype.itemsize).view(dtype)
         if channels_last:
@@ -239,10 +239,11 @@ def project_backward(
     """Gradients of the maps (bytes, see `map_views`) and of the MLPs (float32, see `weight_views`).
 
     Args:
-        d_units: (rows, dim) a layer, the gradient of the unit rows; with `upstream` times upstream[direction] over
-            (rows of a direction * layers), the rows being divided among `directions` in order.
-        distinct: no location appears twice in a picture.
+        d_units: (rows, dim) per layer, the gradient of the unit rows. With `upstream`, it is multiplied by
+            upstream[direction] / (rows per direction * layers); the rows are split into `directions` equal parts.
+        distinct: no location appears twice in an image.
         wanted: which maps need a gradient.
+        weights_wanted: compute the gradients of the MLPs; otherwise they are empty.
     """
     first = units[0]
     arch = architecture(first.device)
@@ -263,7 +264,7 @@ def project_backward(
     for k, (m, i, w) in enumerate(zip(maps, ids, groups_of_four(mlp, len(maps)), strict=True)):
         d_map, unit = gradients[k], units[k]
         rows, channels = unit.shape[0], m.channels
-        places.append(Map(unit if d_map is None else d_map, *m.strides(), m.width))
+        places.append(FeatureMap(unit if d_map is None else d_map, *m.strides(), m.width))
         fields = LayerGradient(
             i, w[0] if w else unit, w[2] if w else unit, unit, d_units[k], i.stride(0), i.stride(1),
             m.images // i.shape[0], d_units[k].stride(0),

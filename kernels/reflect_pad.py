@@ -1,8 +1,8 @@
-"""Reflection padding, and its transpose as a gather: every pixel sums the places that show it, in a fixed order.
+"""Reflection padding, and its transpose as a gather: every pixel sums its copies in a fixed order.
 
-The library's gradient scatters with atomic additions on a GPU, which `torch.use_deterministic_algorithms(True)`
-refuses; this one repeats to the bit. Both read and write each element once: that is the floor of a separate padding.
-(After an instance norm there need be none: `instance_norm.py` writes the padded map at once.)
+On a GPU, PyTorch's gradient scatters with atomic additions, which `torch.use_deterministic_algorithms(True)` refuses.
+This gradient is deterministic to the bit. Each kernel reads and writes each element once, the minimum for a separate
+padding. After an instance norm no separate padding is needed: `instance_norm.py` writes the padded map directly.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .planes import (
     as_map,
     check_plane,
     empty_like,
-    lies_channels_last,
+    is_channels_last,
     load_folded,
     load_tile,
     pixels_from,
@@ -57,16 +57,16 @@ def reflect_pad_backward_kernel(
 
 
 def reflect_pad(x: Tensor, height: int, width: int) -> Tensor:
-    """(images, channels, h, w) of any strides to (images, channels, height, width), the same margin on all sides.
+    """Pad a map (images, channels, h, w) of any strides to (images, channels, height, width), equally on all sides.
 
     Args:
-        height, width: h + 2 * margin and w + 2 * margin, the margin below h and w.
+        height, width: h + 2 * margin and w + 2 * margin, with margin < min(h, w).
     """
     check_plane(x)
     out = empty_like(x, height, width)
     check_plane(out)
     images, channels = x.shape[:2]
-    tile = configs.layer_tile(architecture(x.device), channels, lies_channels_last(x))
+    tile = configs.layer_tile(architecture(x.device), channels, is_channels_last(x))
     parts = triton.cdiv(height * width, tile.block_m)
     launch(
         reflect_pad_kernel, images * parts * triton.cdiv(channels, tile.block_n), x, as_map(x), as_map(out), channels,
@@ -77,11 +77,11 @@ def reflect_pad(x: Tensor, height: int, width: int) -> Tensor:
 
 
 def reflect_pad_backward(gradient: Tensor, height: int, width: int) -> Tensor:
-    """The gradient of a map of `height` x `width` from that of the padded one."""
+    """The gradient of a map of `height` x `width`, from the gradient of the padded map."""
     check_plane(gradient)
     out = empty_like(gradient, height, width)
     images, channels = gradient.shape[:2]
-    tile = configs.layer_tile(architecture(gradient.device), channels, lies_channels_last(gradient), reads=3)
+    tile = configs.layer_tile(architecture(gradient.device), channels, is_channels_last(gradient), reads=3)
     parts = triton.cdiv(height * width, tile.block_m)
     launch(
         reflect_pad_backward_kernel, images * parts * triton.cdiv(channels, tile.block_n), gradient, as_map(gradient),

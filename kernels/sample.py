@@ -1,4 +1,4 @@
-"""Locations of patches: distinct, uniform, drawn on the device for all layers and sets in one launch."""
+"""Distinct, uniform locations of patches, drawn on the device for all layers and sets in one launch."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Draw(NamedTuple):
 
 @triton.jit
 def draw_kernel(layers, seeds, ids, sets, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """Distinct locations, uniform: the first `patches` values of a random permutation of the locations.
+    """Distinct, uniform locations: the first `patches` values of a random permutation of the locations.
 
-    The permutation is a Feistel network on pairs (a, b) below `side`, walked on until it lands below `locations`
-    (Black and Rogaway, CT-RSA 2002); its round function is Philox.
+    The permutation is a Feistel network on pairs (a, b) below `side`, repeated until the result is below `locations`
+    (Black and Rogaway, CT-RSA 2002). Its round function is Philox.
     """
     block = tl.program_id(0)
     one = Draw(*fields_of(layers, block, COUNT))
@@ -58,10 +58,11 @@ def draw_kernel(layers, seeds, ids, sets, COUNT: tl.constexpr, BLOCK: tl.constex
 
 
 def draw_ids(seeds: Tensor, locations: Sequence[int], patches: int) -> Tensor:
-    """int64 (sum of sets * min(patches, locations),): layer after layer, set after set, distinct within a set.
+    """Draw locations: int64 (sum of sets * min(patches, locations),), ordered by layer, then set; distinct per set.
 
     Args:
-        seeds: int64 (layers, sets), random.
+        seeds: random int64 (layers, sets).
+        locations: of each layer.
     """
     sets = seeds.shape[1]
     tile = configs.find_tile("draw", architecture(seeds.device))

@@ -1,4 +1,4 @@
-"""Gradients of the projectors' weights and biases, for all layers in one launch, rows summed in a fixed order."""
+"""Gradients of the projectors' weights and biases for all layers in one launch; rows are summed in a fixed order."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .common import architecture, bound, dot, fields_of, launch, narrow, precisi
 
 
 class WeightGradient(NamedTuple):
-    """One weight of `weight_gradient_kernel`: its gradient, and after it that of its bias, from a layer's rows."""
+    """One weight of `weight_gradient_kernel`. The output is its gradient, followed by the gradient of its bias."""
 
     d_out: Tensor  # flat, (rows, outputs) from `first_d_out` on
     inputs: Tensor  # flat, (rows, inputs) from `first_input` on
@@ -32,7 +32,7 @@ class WeightGradient(NamedTuple):
 def weight_gradient_kernel(
     weights, out, COUNT: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
 ):
-    """d_weight = d_out^T inputs with the sums of d_out, by tiles, rows in a fixed order."""
+    """d_weight = d_out^T inputs, and the sums of d_out, by tiles; rows in a fixed order."""
     tile = tl.program_id(0).to(tl.int64)
     one = WeightGradient(*fields_of(weights, tile, COUNT))
     rows, size_m, size_n = one.rows, one.size_m, one.size_n
@@ -63,10 +63,10 @@ def weight_gradient_kernel(
 def weight_gradients(
     d_z: Tensor, d_h: Tensor, hidden: Tensor, sampled: Tensor, rows: Sequence[int], shapes: Sequence[torch.Size]
 ) -> Tensor:
-    """Float32, flat: weight1, bias1, weight2, bias2 of each layer one after another, see `weight_views`.
+    """The gradients of weight1, bias1, weight2, bias2 of each layer in turn: float32, flat, see `weight_views`.
 
     Args:
-        d_z, d_h: gradients of the projections and of the hidden rows of all layers, flat, in one dtype.
+        d_z, d_h: gradients of the projections and of the hidden rows of all layers, flat, of one dtype.
         hidden, sampled: hidden rows and sampled rows of all layers, flat.
         rows: of each layer.
         shapes: of weight1, bias1, weight2, bias2 of each layer.
@@ -92,6 +92,6 @@ def weight_gradients(
 
 
 def weight_views(flat: Tensor, mlp: Sequence[Tensor]) -> list[Tensor]:
-    """The gradient of each weight and bias inside the flat one."""
+    """Views of the gradient of each weight and bias in the flat tensor."""
     parts = flat.split([weight.numel() for weight in mlp]) if mlp else []
     return [part.view(weight.shape) for part, weight in zip(parts, mlp, strict=True)]

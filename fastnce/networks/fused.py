@@ -1,8 +1,8 @@
-"""The layers' kernels as PyTorch operators with gradients: norms with their neighbours, pads, blurs, last convolutions.
+"""The layer kernels as PyTorch operators with gradients: fused norms, pads, blurs and last convolutions.
 
-The operators (`torch.ops.fastnce.*`) have fakes, so that `torch.compile` traces through them without a break. Pads and
-blurs are linear: each is the gradient of its transpose, so they can be differentiated as often as one likes. The
-gradient of a norm's or convolution's gradient (R1 and WGAN-GP penalties) is left to plain PyTorch.
+The operators (`torch.ops.fastnce.*`) have fakes, so `torch.compile` traces through them without a graph break. Pads and
+blurs are linear, and each is the gradient of its transpose, so they can be differentiated any number of times. Second
+derivatives of norms and convolutions (R1 and WGAN-GP penalties) are computed by plain PyTorch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..kernels import blur, few_outputs, few_outputs_backward, reflect_pad
 from ..kernels import instance_norm as norm
 from ..kernels.planes import empty_like
 
-_TAGS = [torch.Tag.needs_exact_strides]  # results lie in memory as the arguments do
+_TAGS = [torch.Tag.needs_exact_strides]  # the layout of the results follows the layout of the arguments
 
 
 # Pads and blurs: linear maps of a plane onto one of another size, and their transposes
@@ -63,13 +63,13 @@ class _Plane(torch.autograd.Function):
 
 
 def reflection_pad(x: Tensor, margin: int) -> Tensor:
-    """`F.pad(x, (margin,) * 4, mode="reflect")`; its gradient is a gather, and repeats to the bit."""
+    """`F.pad(x, (margin,) * 4, mode="reflect")`, with a gradient that is a gather and deterministic to the bit."""
     _check_margin(x, margin)
     return call(_Plane, x, "reflect_pad", x.shape[2] + 2 * margin, x.shape[3] + 2 * margin)
 
 
 def blur_down(x: Tensor) -> Tensor:
-    """The filter [1, 2, 1] / 4 along both axes at every other place, reflected at the border; see `BlurDown`."""
+    """The filter [1, 2, 1] / 4 along both axes at every other position, reflected at the border; see `BlurDown`."""
     _check_margin(x, 1)
     return call(_Plane, x, "blur_down", (x.shape[2] + 1) // 2, (x.shape[3] + 1) // 2)
 
@@ -82,7 +82,7 @@ def blur_up(x: Tensor) -> Tensor:
 def _check_margin(x: Tensor, margin: int) -> None:
     if margin >= min(x.shape[2], x.shape[3]):
         raise ValueError(
-            f"a picture of {x.shape[2]}x{x.shape[3]} is too small for a reflection of {margin} pixels: both sides must "
+            f"an image of {x.shape[2]}x{x.shape[3]} is too small for a reflection of {margin} pixels: both sides must "
             f"be longer than that"
         )
 
@@ -107,13 +107,13 @@ _norm_backward = operator(
 
 
 def instance_norm_formula(x: Tensor, eps: float, slope: float, margin: int) -> Tensor:
-    """What the kernels compute of x, in plain PyTorch and float32 at least; differentiable without end."""
+    """The formula of the kernels in plain PyTorch, in float32 or float64; differentiable any number of times."""
     wide = x if x.dtype == torch.float64 else x.float()
     apart = wide - wide.mean(dim=(2, 3), keepdim=True)
     y = apart * torch.rsqrt(apart.square().mean(dim=(2, 3), keepdim=True) + eps)
     y = y if slope == 1.0 else F.leaky_relu(y, slope)
     if margin > 0 and obstacle(y.device, y.dtype) is None:
-        y = reflection_pad(y, margin)  # deterministic, unlike the library's
+        y = reflection_pad(y, margin)  # deterministic, unlike `F.pad`
     elif margin > 0:
         y = F.pad(y, (margin,) * 4, mode="reflect")
     return y.to(x.dtype)
@@ -150,13 +150,13 @@ class _InstanceNorm(torch.autograd.Function):
 def instance_norm(
     x: Tensor, eps: float = 1e-5, slope: float = 1.0, margin: int = 0, residual: Tensor | None = None
 ) -> Tensor:
-    """Each channel of each picture to mean 0 and variance 1, then what follows in the networks, in one operator.
+    """Normalise each channel of each image to mean 0 and variance 1, then activate, pad or add, in one operator.
 
     Args:
         x: (images, channels, height, width), bfloat16, float16 or float32, any strides.
         slope: of the activation for negative values: 1 for none, 0 for ReLU, 0.2 for the published leaky ReLU.
         margin: of the reflection pad at the end.
-        residual: added at the end, of x's shape and dtype; not together with a margin.
+        residual: added at the end, of x's shape and dtype; cannot be combined with a margin.
 
     Returns:
         (images, channels, height + 2 * margin, width + 2 * margin) in x's dtype and layout.
@@ -165,7 +165,7 @@ def instance_norm(
         _check_margin(x, margin)
     if residual is not None and (margin or residual.shape != x.shape or residual.dtype != x.dtype):
         raise ValueError(
-            f"a residual must have the map's shape and dtype and goes with no margin: {tuple(residual.shape)} "
+            f"a residual must have the map's shape and dtype, and the margin must be 0: {tuple(residual.shape)} "
             f"{residual.dtype} for {tuple(x.shape)} {x.dtype}, margin {margin}"
         )
     return call(_InstanceNorm, x, residual, eps, slope, margin)[0]
@@ -230,7 +230,7 @@ class _FewOutputs(torch.autograd.Function):
 
 
 def few_outputs_obstacle(outputs: int, channels: int, kernel: int) -> str | None:
-    """Why `few_outputs_convolution` does not take weights of this shape, or None."""
+    """Why `few_outputs_convolution` does not support weights of this shape, or None if it does."""
     return few_outputs.obstacle(outputs, channels, kernel, kernel)
 
 
@@ -239,12 +239,13 @@ def few_outputs_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, padd
 
     Args:
         x: (images, channels, height, width), bfloat16, float16 or float32, any strides.
-        weight: (outputs, channels, kernel, kernel), see `few_outputs_obstacle`; float32, or of 16 bits.
-        bias: (outputs,), or none.
+        weight: (outputs, channels, kernel, kernel), see `few_outputs_obstacle`; float32 or 16 bits.
+        bias: (outputs,), or None.
         padding: zeros on each side.
 
     Returns:
-        float32 (images, outputs, height + 2 * padding - kernel + 1, and so on), channels-last where x is.
+        float32 (images, outputs, height + 2 * padding - kernel + 1, width + 2 * padding - kernel + 1), channels-last if
+        x is.
     """
     few_outputs.geometry(x, weight, padding)
     return call(_FewOutputs, x, weight, bias, padding)

@@ -1,9 +1,9 @@
-"""The kernels of everyday training compile for every architecture, spill nothing, fit and use the matrix unit.
+"""The kernels of common training runs compile for every architecture, do not spill, fit, and use the matrix unit.
 
-`python -m benchmarks.aot` without `--quick` compiles every form of every tile: benchmarks/results/aot.csv.
+`python -m benchmarks.aot` without `--quick` compiles every form with every tile: benchmarks/results/aot.csv.
 
-No device is needed. Triton must not be in its interpreter, so they are compiled in a process of its own: in one, for
-importing PyTorch and Triton takes longer than compiling for an architecture what Triton's cache has not kept.
+No device is needed. Triton's interpreter must be off, so the kernels are compiled in a separate process. One process
+serves all architectures, because importing PyTorch and Triton takes longer than compiling for one of them.
 """
 
 from __future__ import annotations

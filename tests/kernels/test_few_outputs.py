@@ -16,21 +16,21 @@ from fastnce.networks.layers import LastConvolution, full_precision, keeps_float
 from tests.maps import DEVICE, GATE, error, launches, random_map
 
 VALUE_GATE = {torch.float32: 1e-6, torch.float16: 1e-5, torch.bfloat16: 1e-5}
-"""Of outputs and of weights' gradients: sums in float32 of exact products, or of factors of 17 bits."""
+"""For outputs and weight gradients: float32 sums of exact products, or of factors of 17 bits."""
 MAP_GATE = {**GATE, torch.float32: 1e-6}
-"""Of the map's gradient, which is rounded to the map's dtype."""
+"""For the gradient of the map, which is rounded to the map's dtype."""
 
 
 @pytest.fixture(autouse=True)
 def exact_products():
-    """The library's convolutions round to 10 bits otherwise, and so do the kernels."""
+    """Without this, PyTorch's convolutions and the kernels round to 10 bits."""
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         yield
 
 
 @pytest.fixture
 def poison(monkeypatch):
-    """Memory that nobody has written yet is NaN."""
+    """Memory that has not been written is NaN."""
 
     def poisoned(create):
         def filled(*args, **options):
@@ -44,7 +44,7 @@ def poison(monkeypatch):
 
 
 def small_tiles(monkeypatch, rows: int = 2) -> None:
-    """So small that everything takes several programs, and a reduction several parts."""
+    """Tiles so small that everything takes several programs, and a reduction several parts."""
     tiles = {"forward": Tile(16, rows, 4, 1), "map": Tile(32, 16, 4, 1), "weight": Tile(32, 32, 4, 1)}
     monkeypatch.setattr(configs, "few_outputs_tile", lambda arch, dtype, kernel, *_: tiles[kernel])
     monkeypatch.setattr(configs, "few_outputs_pack_tile", lambda arch: Tile(64, 1, 4, 1))
@@ -56,7 +56,7 @@ def parameters(outputs: int, channels: int, kernel: int, bias: bool = True) -> t
 
 
 def check(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, upstream: Tensor | None = None):
-    """Output and gradients, which it returns, against float64 on the same rounded numbers."""
+    """Compare output and gradients with float64 on the same rounded numbers; return them."""
     y = few_outputs.few_outputs(x, weight, bias, padding)
     upstream = torch.randn_like(y) if upstream is None else upstream
     wanted = True, True, bias is not None
@@ -155,7 +155,7 @@ def test_weights_and_gradients_of_16_bits():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", [1e-7, 3e5])
-def test_factors_that_float16_does_not_hold(dtype, size):
+def test_factors_beyond_the_range_of_float16(dtype, size):
     x, (weight, _) = random_map(1, 8, 7, 7, dtype=dtype), parameters(3, 8, 3)
     leaf = (size * weight).double().cpu().requires_grad_()
     truth = F.conv2d(x.double().cpu(), leaf)
@@ -165,7 +165,7 @@ def test_factors_that_float16_does_not_hold(dtype, size):
     assert error(d_weight, torch.autograd.grad(truth, leaf, upstream.double().cpu())[0]) <= 1e-5
 
 
-def test_only_what_is_wanted(monkeypatch):
+def test_only_wanted_gradients_are_computed(monkeypatch):
     names = launches(monkeypatch)
     x, (weight, _) = random_map(1, 4, 5, 5, dtype=torch.bfloat16), parameters(3, 4, 3)
     upstream = torch.randn(1, 3, 3, 3, device=DEVICE)
@@ -184,7 +184,7 @@ def test_only_what_is_wanted(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:invalid value")  # the interpreter's
 def test_an_infinity_reaches_its_neighbours_alone(monkeypatch):
-    """With one row of outputs per program; more rows share products with zeros between them."""
+    """One row of outputs per program: several rows share products with zeros between them."""
     small_tiles(monkeypatch, rows=1)
     x = random_map(1, 4, 9, 9, dtype=torch.bfloat16)
     x[0, 1, 5, 6] = torch.inf
@@ -195,8 +195,8 @@ def test_an_infinity_reaches_its_neighbours_alone(monkeypatch):
     assert y[:, :, ~touched].isfinite().all()
 
 
-def test_places_beyond_32_bits():
-    """The second picture or row lies 2^31 elements after the first."""
+def test_offsets_beyond_32_bits():
+    """The second image or row is 2^31 elements after the first."""
     far = 2**31 + 64
     room = torch.empty(far + 4096, dtype=torch.float16, device=DEVICE)  # untouched pages take no memory
     values = torch.randn(2, 3, 2, 40).half()
@@ -213,19 +213,19 @@ def test_places_beyond_32_bits():
         assert error(d_weight, expected) <= 1e-5
 
 
-def test_what_the_kernels_do_not_take():
+def test_unsupported_weights():
     x = random_map(1, 4, 5, 5)
     for shape in ((17, 4, 3, 3), (3, 4, 4, 4), (3, 4, 3, 5), (3, 4, 9, 9)):
         assert "at most 16 outputs" in few_outputs.obstacle(*shape)
         with pytest.raises(ValueError, match="at most 16 outputs"):
             fused.few_outputs_convolution(x, torch.empty(shape), None)
-    with pytest.raises(ValueError, match="4 channels, the weights are for 5"):
+    with pytest.raises(ValueError, match="4 channels, but the weights are for 5"):
         fused.few_outputs_convolution(x, torch.empty(3, 5, 3, 3), None)
-    with pytest.raises(ValueError, match="leave nothing of 5x5"):
+    with pytest.raises(ValueError, match="leave no output of 5x5"):
         fused.few_outputs_convolution(x, torch.empty(3, 4, 7, 7), None)
 
 
-# As PyTorch's citizens
+# As PyTorch operators
 
 
 def test_opcheck():
@@ -271,7 +271,7 @@ def layer_and_map(dtype: torch.dtype = torch.bfloat16) -> tuple[LastConvolution,
     return LastConvolution(8, 3, 7).to(DEVICE), random_map(1, 8, 12, 13, dtype=dtype)
 
 
-def test_the_layer_is_a_convolution_of_the_library():
+def test_the_layer_is_a_conv2d():
     layer, x = layer_and_map()
     assert isinstance(layer, torch.nn.Conv2d)
     assert list(layer.state_dict()) == ["weight", "bias"]
@@ -287,7 +287,7 @@ def test_the_layer_is_a_convolution_of_the_library():
             assert error(y, twin(x.float()).double()) <= 1e-5
 
 
-def test_who_computes(monkeypatch):
+def test_which_implementation_computes(monkeypatch):
     names = launches(monkeypatch)
     layer, x = layer_and_map()
     set_implementation(layer, "eager")
@@ -298,7 +298,7 @@ def test_who_computes(monkeypatch):
     assert names == ["pack_weight_kernel", "few_outputs_kernel"]
     with pytest.raises(ValueError, match="float64"):
         layer.double()(x.double())
-    wide = LastConvolution(4, 17, 3).to(DEVICE)  # not for the kernels
+    wide = LastConvolution(4, 17, 3).to(DEVICE)  # the kernels do not support it
     set_implementation(wide, "triton")
     del names[:]
     assert wide(random_map(1, 4, 5, 5)).shape == (1, 17, 3, 3)
@@ -306,7 +306,7 @@ def test_who_computes(monkeypatch):
 
 
 @pytest.mark.parametrize("build", [lambda: ResnetGenerator(width=8, blocks=1), lambda: Restorer(width=8, middle=1)])
-def test_generators_use_it(build, monkeypatch):
+def test_generators_use_the_kernels(build, monkeypatch):
     network, x = build().to(DEVICE), random_map(1, 3, 16, 16, spread=0.5, centre=0.0)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
@@ -324,7 +324,7 @@ def test_generators_use_it(build, monkeypatch):
             assert error(ours, theirs.double()) <= 2e-5
 
 
-def test_compiles_without_a_break():
+def test_compiles_without_a_graph_break():
     layer, x = layer_and_map()
     layer.implementation = "triton"
     results = []

@@ -1,4 +1,4 @@
-"""Last convolutions in odd company: no pictures, autocast around a second derivative, weights of 16 bits."""
+"""Last convolutions in unusual cases: no images, autocast around a second derivative, weights of 16 bits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.kernels.test_few_outputs import parameters
 from tests.maps import DEVICE, error, random_map
 
 
-def test_no_pictures():
+def test_no_images():
     x = random_map(0, 16, 5, 6, dtype=torch.bfloat16).requires_grad_()
     leaves = [x, *(t.requires_grad_() for t in parameters(3, 16, 3))]
     y = fused.few_outputs_convolution(*leaves)

@@ -1,7 +1,7 @@
-"""What only a device can show: capture in a CUDA graph, sizes, the current device, repeatability, the sanitizer.
+"""Tests that need a GPU: capture in a CUDA graph, sizes, the current device, repeatability, the sanitizer.
 
-The matrix of `test_kernels_nce.py`, `test_kernels_sample.py` and `test_nce_ops.py` runs on the device as well, where
-there is one: the interpreter is then off.
+With a GPU, the interpreter is off, and `test_kernels_nce.py`, `test_kernels_sample.py` and `test_nce_ops.py` run on the
+GPU as well.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CHANNELS, SIDES = (3, 128, 256, 256, 256), (262, 256, 128, 64, 64)
 def published_maps(images: int, dtype=torch.bfloat16) -> list[torch.Tensor]:
     maps = [torch.randn(images, c, s, s, device=DEVICE) for c, s in zip(CHANNELS, SIDES, strict=True)]
     maps = [m.to(memory_format=torch.channels_last) for m in maps]
-    return [maps[0], *(m.to(dtype) for m in maps[1:])]  # the picture stays float32
+    return [maps[0], *(m.to(dtype) for m in maps[1:])]  # the image stays float32
 
 
 def published_head(implementation="triton") -> PatchNCEHead:
@@ -130,7 +130,7 @@ def test_every_tile_of_the_table(dim, dtype):
 @pytest.mark.parametrize("dim", [64, 256, 512])
 def test_float32_is_exact_unless_the_library_may_use_tf32(dim):
     if not torch.cuda.is_available() or torch.version.hip:
-        pytest.skip("TF32 is of CUDA devices")
+        pytest.skip("only CUDA devices have TF32")
     q, k = unit_rows(1, 1000, dim), unit_rows(1, 1000, dim)
     truth = oracle(q, k, torch.ones(1, 1000), temperature=0.07)
     kept = torch.backends.cuda.matmul.fp32_precision
@@ -168,7 +168,7 @@ def test_under_the_sanitizer():
         "with torch.autocast('cuda', dtype=torch.bfloat16):\n"
         "    h(q, [x.detach() for x in q], directions=2).sum().backward()\n"
     )
-    # each tensor in a block of its own: the sanitizer does not see the borders inside of a cached one
+    # allocate each tensor separately: the sanitizer does not see borders inside a cached block
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     command = [tool, "--error-exitcode", "9", sys.executable, "-c", program]
     try:

@@ -1,4 +1,4 @@
-"""The layers' kernels against float64 formulas. Without a GPU they run in Triton's interpreter."""
+"""The layer kernels against float64 formulas. Without a GPU they run in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.maps import DEVICE, FILTERS, GATE, error, filter_truth, norm_truth, r
 
 @pytest.fixture(autouse=True)
 def poison(monkeypatch):
-    """Memory that nobody has written yet is NaN (but for the gigabytes of one test)."""
+    """Memory that has not been written is NaN, except for the gigabytes of one test."""
     empty = torch.empty
 
     def poisoned(*args, **options):
@@ -24,7 +24,7 @@ def poison(monkeypatch):
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """So small that every map takes several programs, and a reduction several parts."""
+    """Tiles so small that every map takes several programs, and a reduction several parts."""
     monkeypatch.setattr(configs, "layer_tile", lambda arch, channels, *_, **__: configs.Tile(16, 32, 4, 1))
     monkeypatch.setattr(configs, "layer_splits", lambda arch, programs, tiles: min(tiles, 5))
 
@@ -83,7 +83,7 @@ def test_instance_norm_in_every_layout(layouts):
 
 
 def test_instance_norm_of_an_expanded_gradient():
-    """As a mean hands it down: every element in one place of memory."""
+    """As a mean returns it: all elements share one memory location."""
     x = random_map(2, 8, 6, 6)
     y, statistics = instance_norm.instance_norm(x, None, 1e-5, 0.0, 0)
     upstream = torch.tensor(0.5, device=DEVICE).expand(y.shape)
@@ -91,15 +91,15 @@ def test_instance_norm_of_an_expanded_gradient():
     assert error(d_x, norm_truth(x, 0.0, 0, None, upstream)[1]) <= 5e-6
 
 
-def test_instance_norm_of_a_large_flat_picture():
+def test_instance_norm_of_a_large_flat_image():
     """Mean 3, deviation 0.01: sums of squares in float32 would lose every digit."""
     x = random_map(1, 2, 600, 800, spread=0.01, centre=3.0)
-    x[0, 0, 5, 7] = 200.0  # and one pixel that no shift by a first value foresees
+    x[0, 0, 5, 7] = 200.0  # an outlier, so that shifting by the first value is not enough
     upstream = torch.randn_like(x)
     y, statistics = instance_norm.instance_norm(x, None, 1e-5, 1.0, 0)
     d_x = instance_norm.instance_norm_backward(upstream, x, statistics, 1.0, 0)
     truth, d_truth = norm_truth(x, 1.0, 0, None, upstream)
-    assert error(y[:, 1:], truth[:, 1:]) <= 5e-5  # of which the rounding of x - 3 is the most
+    assert error(y[:, 1:], truth[:, 1:]) <= 5e-5  # mostly the rounding of x - 3
     assert error(y[:, :1], truth[:, :1]) <= 5e-5
     assert error(d_x, d_truth) <= 5e-5
     spread = x.double().cpu().var(dim=(2, 3), correction=0)
@@ -111,7 +111,7 @@ def test_instance_norm_of_a_large_flat_picture():
 def test_pads_and_blurs(name, size):
     forward, backward = FILTERS[name]
     if name == "reflect_pad" and min(size) <= 3:
-        size = (4, 4)  # the smallest that it takes
+        size = (4, 4)  # the smallest supported
     for (channels, layout), dtype in zip(
         [(20, "channels_last"), (3, "contiguous"), (1, "channels_last"), (64, "inside")],
         [torch.float32, torch.float32, torch.float16, torch.bfloat16],
@@ -141,8 +141,8 @@ def test_pads_and_blurs_in_many_programs(name, small_tiles):
         assert error(backward(upstream, *shape[2:]), d_truth) <= 1e-6
 
 
-def test_places_beyond_32_bits():
-    """The third picture or row lies 2^31 elements after the first: few of them are touched."""
+def test_offsets_beyond_32_bits():
+    """The third image or row is 2^31 elements after the first; few elements are touched."""
     far = 2**30 + 32
     room = torch.empty(2 * far + 1536, dtype=torch.float16, device=DEVICE)  # untouched pages take no memory
     values = (3 * torch.randn(3, 2, 3, 40)).half()

@@ -1,4 +1,4 @@
-"""Blocks of keys that are full are loaded without predicates: the same numbers, and only where every block is full."""
+"""Full blocks of keys are loaded without masks: same results, and only if every block is full."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def test_full_blocks_of_confident_rows(p):
     check(q, k, temperature=temperature, unit=True)
 
 
-def test_full_blocks_of_rows_that_lie_apart():
-    """Rows inside of wider ones, and groups in the other order: no place is taken for granted."""
+def test_full_blocks_of_strided_rows():
+    """Rows that are slices of wider rows, and groups in the other order."""
     wide = unit_rows(256, 3, 128, dtype=torch.bfloat16)
-    rows = wide.transpose(0, 1)[1:]  # a row every 3 * 128 numbers
+    rows = wide.transpose(0, 1)[1:]  # one row per 3 * 128 elements
     assert rows.stride() == (128, 384, 1)
     check(rows, unit_rows(2, 256, 128, dtype=torch.bfloat16))
     check(unit_rows(2, 256, 128, dtype=torch.bfloat16), rows)
@@ -42,7 +42,7 @@ def even(monkeypatch, *shape, extras=None, dtype=torch.bfloat16, weight=False, s
     return options_of(monkeypatch, lambda: nce.nce_forward([rows], [keys], extra, weights, [], [0.07]))["EVEN"]
 
 
-def test_predicates_are_left_out_where_every_block_is_full(monkeypatch):
+def test_no_masks_if_every_block_is_full(monkeypatch):
     assert even(monkeypatch, 16384, 256)
     assert even(monkeypatch, 256, 64, extras=512)
     assert not even(monkeypatch, 16383, 256)

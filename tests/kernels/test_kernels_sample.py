@@ -18,7 +18,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def chain(dtype, *, mlp=True, layout="nchw", map_dtype=None, repeated=False, per_image=False, hidden=32, dim=24):
-    """Maps of three layers, ids (sets, patches), weights that dtype holds exactly."""
+    """Maps of three layers, ids (sets, patches), and weights that are exact in dtype."""
     channels, sides, images = (3, 20, 33), (9, 7, 6), 2
     maps = [torch.randn(images, c, s, s + 1).to(dtype) for c, s in zip(channels, sides, strict=True)]
     maps = [m.to(device=DEVICE, dtype=map_dtype or dtype) for m in maps]
@@ -48,7 +48,7 @@ def definition(maps, ids, weights, upstream):
 
 
 def eager_errors(maps, ids, weights, dtype, upstream, gradients):
-    """Of the same gradients by the library's operators in the same dtype."""
+    """The errors of the same gradients, computed by PyTorch's operators in the same dtype."""
     leaves = [x.detach().clone().requires_grad_() for x in [*maps, *(w.to(dtype) for w in weights)]]
     mlps = [tuple(leaves[i : i + 4]) for i in range(len(maps), len(leaves), 4)] or None
     feats = leaves[: len(maps)] if mlps else [m.to(dtype) for m in leaves]
@@ -57,12 +57,13 @@ def eager_errors(maps, ids, weights, dtype, upstream, gradients):
 
 
 def gradient_gate(dtype, mlp):
-    """The stated one, but for 16-bit MLPs.
+    """GRADIENT_GATE, except for 16-bit MLPs.
 
-    Rounding to bfloat16 costs 2^-8 / sqrt(3) of the value at the lower end of a binade, 0.735 of that over a whole one:
-    1.66e-3. A map's gradient passes three (d_z and d_h on their way into the matrix unit, the store): 2.9e-3, and
-    tensors of a few dozen values scatter by half as much again. In float16 the gradients are multiplied in bfloat16 as
-    well, for their range (1 / |x| of a short row), so that both weights are rounded to it too: five, 3.7e-3.
+    Rounding to bfloat16 has an error of 2^-8 / sqrt(3) of the value at the lower end of a binade, and 0.735 of that
+    over a whole binade: 1.66e-3. The gradient of a map is rounded three times (d_z and d_h before the matrix unit, and
+    the store): 2.9e-3. Tensors of a few dozen values vary by half as much again. For float16 rows, the gradients are
+    also multiplied in bfloat16, for its range (1 / |x| of a short row), which rounds both weights too: five times,
+    3.7e-3.
     """
     if dtype == torch.float32 or not mlp:
         return {torch.float32: 2e-6}.get(dtype, GRADIENT_GATE[torch.bfloat16])
@@ -105,7 +106,7 @@ def test_rows_and_gradients(case, dtype):
     gate, library = gradient_gate(dtype, bool(weights)), eager_errors(maps, ids, weights, dtype, upstream, gradients)
     for a, b, eager in zip(ours, gradients, library, strict=True):
         assert error(a, b) <= gate
-        assert dtype == torch.float16 or error(a, b) <= max(2 * eager, 1e-6)  # float16: the next comment
+        assert dtype == torch.float16 or error(a, b) <= max(2 * eager, 1e-6)  # float16: see `gradient_gate`
     for m, g in zip(maps, ours, strict=False):
         assert g.dtype == m.dtype
         assert g.is_contiguous(memory_format=torch.channels_last) or not project_backward.map_layout(m).channels_last
@@ -125,7 +126,7 @@ def test_every_element_is_written(monkeypatch):
 
 
 def test_a_row_of_zeros_and_a_very_short_one():
-    """The length is taken in float32 and the addition to it counts; the gradient at zero is 0."""
+    """The length is computed in float32 and includes eps; the gradient at zero is 0."""
     m = torch.zeros(1, 4, 1, 3)
     m[0, :, 0, 1] = 1e-6
     m[0, :, 0, 2] = 1.0
@@ -140,7 +141,7 @@ def test_a_row_of_zeros_and_a_very_short_one():
 
 
 def test_short_projections_in_float16():
-    """As at initialisation: rows of length 1e-6 before the division, which float16 cannot hold."""
+    """As at initialisation: rows of length 1e-6 before the division, too short for float16."""
     torch.manual_seed(0)
     maps, ids, weights = chain(torch.float16)
     weights = [w * 2.0**-9 for w in weights]  # a power of two: still exact in float16
@@ -150,7 +151,7 @@ def test_short_projections_in_float16():
         assert error(ours, truth) <= 5e-3
 
 
-def test_a_location_outside_of_the_map_is_visible():
+def test_a_location_outside_the_map_gives_nan():
     maps, ids, weights = chain(torch.float32)
     ids[1][0, 4] = maps[1].shape[2] * maps[1].shape[3]
     units, *_ = project.project(maps, ids, weights, torch.float32, len(maps))
@@ -158,7 +159,7 @@ def test_a_location_outside_of_the_map_is_visible():
     assert units[1][:4].isfinite().all()
 
 
-def test_unwanted_maps_take_no_room():
+def test_unwanted_maps_take_no_memory():
     maps, ids, weights = chain(torch.float32)
     units, *saved = project.project(maps, ids, weights, torch.float32, len(maps))
     layouts, wanted = [project_backward.map_layout(m) for m in maps], [False, True, False]
@@ -198,7 +199,7 @@ def test_drawn_ids_are_distinct_and_inside(locations, patches):
 
 
 def test_drawn_ids_are_uniform():
-    """Chi-square over 60 locations and over the steps between neighbours: 60 draws of 20."""
+    """Chi-square over 60 locations and over the differences of consecutive ids: 60 draws of 20."""
     seeds = torch.randint(2**62, (1, 60), device=DEVICE)
     ids = draw_ids(seeds, [60], 20).view(60, 20).cpu()
     counts = torch.bincount(ids.flatten(), minlength=60).double()
