@@ -1,1 +1,1 @@
-"""Every speed that the project claims, beside what it is compared with: `python benchmarks/run.py --out DIR`."""
+"""Benchmarks behind every speed that the project claims: `python benchmarks/run.py --out DIR`."""

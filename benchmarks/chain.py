@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks import baselines
 from benchmarks.cases import Case, Context, Provider, Row
-from benchmarks.loss import DIM, OURS, OWN_WRITING, TEMPERATURE, beside_ours, compiled, fits_here, refuse, with_graph
+from benchmarks.loss import DIM, OURS, OWN_WRITING, TEMPERATURE, against_ours, compiled, fits_here, refuse, with_graph
 from benchmarks.measure import measure
 from benchmarks.published import Checkout, loss_options
 from fastnce import PatchNCEHead, PatchNCELoss, PatchSampleF
@@ -56,7 +56,7 @@ def chain_cases(context: Context) -> Iterator[Case]:
             if fits_here(context, images * patches, checkout.cosine, layers=len(shapes)):
                 sampler, loss = (torch.compile(c, dynamic=False) for c in _classes(checkout, context, shapes, images))
                 call = _as_published(sampler, loss, patches)
-                yield beside_ours(case, compiled(f"{checkout.name} classes", call, "published"))
+                yield against_ours(case, compiled(f"{checkout.name} classes", call, "published"))
 
 
 def chain_case(context: Context, shapes: list[tuple[int, int]], images: int, patches: int, half: bool) -> Case:

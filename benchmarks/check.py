@@ -97,13 +97,13 @@ FIRST = [
     Stage("smoke", 25, command=lambda o: _module("smoke", str(o.work / "smoke.json"))),
     Stage("tests", 110, command=lambda o: pytest_command(second=False)),
     Stage("ceilings", 15, _part("machine")),
-    Stage("loss", 55, _part("loss")),
-    Stage("steps", 110, _part("steps")),
+    Stage("loss", 55, _part("short loss")),
+    Stage("steps", 110, _part("short steps")),
     Stage("profile", 45, command=lambda o: _module("profiled", str(o.out / "profile.csv"))),
-    Stage("waterfall", 60, _part("fall")),
-    Stage("growth", 22, _part("grow")),
+    Stage("waterfall", 60, _part("short waterfall")),
+    Stage("growth", 22, _part("short growth")),
     Stage("data", 13, _part("data")),
-    Stage("compiled", 60, _part("one compiled")),
+    Stage("compiled", 60, _part("short compiled")),
 ]
 SECOND = [
     Stage("ceilings", 15, _part("machine")),

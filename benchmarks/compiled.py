@@ -1,4 +1,4 @@
-"""Our steps compiled whole and in parts, beside the same captured step without the compiler.
+"""Our captured steps compiled whole and in parts, against the same steps without the compiler.
 
 python benchmarks/run.py --out DIR --only compiled
 

@@ -91,7 +91,7 @@ def compiled_loss(name: str, loss: Callable[[Tensor, Tensor], Tensor], note: str
     return compiled(name, query_gradient(torch.compile(loss, dynamic=False)), note)
 
 
-def beside_ours(case: Case, compiled: Provider) -> Case:
+def against_ours(case: Case, compiled: Provider) -> Case:
     """Return a separate case of our code against compiled code, as compiling may take minutes."""
     torch._dynamo.reset()  # otherwise earlier compilations for other sizes count against Dynamo's limit
     ours = [replace(p, energy=False) for p in case.providers if p.name == OURS]
@@ -108,7 +108,7 @@ def patchnce_cases(context: Context) -> Iterator[Case]:
         yield case
     for checkout in context.published[:1] if context.large else ():
         theirs = checkout.losses()["PatchNCELoss"](loss_options(temperature=TEMPERATURE))
-        yield beside_ours(found[0], compiled_loss(f"{checkout.name} PatchNCELoss", theirs, "published"))
+        yield against_ours(found[0], compiled_loss(f"{checkout.name} PatchNCELoss", theirs, "published"))
 
 
 def _patchnce_cases(context: Context) -> Iterator[Case]:
@@ -170,7 +170,7 @@ def infonce_cases(context: Context, sizes: Sequence[int] = (*GOALS, 1024, 4096))
     for rows in (1024, 16384) if context.large else ():
         if rows in found and fits_here(context, rows, width=dtype.itemsize):
             plain = partial(baselines.normalized_cross_entropy, temperature=TEMPERATURE)
-            yield beside_ours(found[rows], compiled_loss(PLAIN, plain))
+            yield against_ours(found[rows], compiled_loss(PLAIN, plain))
 
 
 def _infonce_providers(context: Context, rows: int, dtype: torch.dtype) -> Iterator[Provider]:

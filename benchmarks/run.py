@@ -70,11 +70,11 @@ PARTS = [
     Part("compiled", "benchmarks.compiled", "compiled", 150),
 ]
 SHORT = [
-    Part("loss", "benchmarks.short", "loss", 55),
-    Part("steps", "benchmarks.short", "steps", 110),
-    Part("fall", "benchmarks.short", "waterfall", 60),
-    Part("grow", "benchmarks.short", "growth", 22),
-    Part("one compiled", "benchmarks.short", "compiled", 60),
+    Part("short loss", "benchmarks.short", "loss", 55),
+    Part("short steps", "benchmarks.short", "steps", 110),
+    Part("short waterfall", "benchmarks.short", "waterfall", 60),
+    Part("short growth", "benchmarks.short", "growth", 22),
+    Part("short compiled", "benchmarks.short", "compiled", 60),
 ]
 """Shorter parts for `check.py`."""
 MACHINE = Part("machine", "benchmarks.machine", "describe", 30)

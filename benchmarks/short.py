@@ -15,7 +15,7 @@ from benchmarks.loss import GOALS, infonce_cases
 from benchmarks.measure import measure
 from benchmarks.step import FASTCUT_STEPS, step_case, step_providers
 from benchmarks.step import growth as step_growth
-from benchmarks.waterfall import fall
+from benchmarks.waterfall import measure_stages
 
 STEPS = (("cut", 1), ("cut", 8), ("fastcut", 1), ("dclgan", 1), ("dcdgan-released", 1))
 """Goals P5, P6, P8, P7, P7."""
@@ -50,7 +50,7 @@ def waterfall(context: Context) -> Iterator[Row]:
     """The contribution of each optimisation to CUT's step, with 1 and with 8 images."""
     context.cases = 32  # building sixteen steps takes most of the time
     for images in (1, 8) if context.large else (1,):
-        yield from fall("cut", images, context)
+        yield from measure_stages("cut", images, context)
 
 
 def growth(context: Context) -> Iterator[Row]:

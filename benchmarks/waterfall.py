@@ -86,10 +86,10 @@ def stages(cuda: bool, loss: bool = True) -> list[Stage]:
 def waterfall(context: Context) -> Iterator[Row]:
     """The contribution of each optimisation to CUT's and DCD-GAN's step."""
     for name, images in [("cut", 1), ("dcdgan", 1), ("cut", 8)] if context.large else [("cut", 1)]:
-        yield from fall(name, images, context)
+        yield from measure_stages(name, images, context)
 
 
-def fall(name: str, images: int, context: Context) -> Iterator[Row]:
+def measure_stages(name: str, images: int, context: Context) -> Iterator[Row]:
     """Measure the stages of one step, each with its gain.
 
     With several images the maps of all stages do not fit into memory together, so the stages are measured in turn.

@@ -13,11 +13,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(
-    "words", [["experiments/derain.py"], ["experiments/parity.py"], ["-m", "experiments.derain"]], ids=" ".join
+    "arguments", [["experiments/derain.py"], ["experiments/parity.py"], ["-m", "experiments.derain"]], ids=" ".join
 )
-def test_experiment_starts(words):
+def test_experiment_starts(arguments):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [sys.executable, *words, "--help"]
+    command = [sys.executable, *arguments, "--help"]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment)
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.startswith("usage: ")

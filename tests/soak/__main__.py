@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-# before PyTorch is imported
+# must be set before PyTorch is imported
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
@@ -24,7 +24,7 @@ from .table import write_results
 
 
 def campaigns() -> dict[str, Campaign]:
-    """Those of all modules beside this one, by name."""
+    """Return the campaigns of all modules of this package by name."""
     found: dict[str, Campaign] = {}
     for module in sorted(info.name for info in pkgutil.iter_modules(_package) if not info.name.startswith("_")):
         names = vars(importlib.import_module(f"tests.soak.{module}"))
@@ -44,17 +44,17 @@ def _run(name: str, tries: int, seed: int, folder: Path) -> tuple[Outcome, float
 def main() -> int:
     known = campaigns()
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"all if none: {', '.join(known)}")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"default all: {', '.join(known)}")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", type=int, metavar="NUMBER", help="this try alone")
-    parser.add_argument("--share", type=float, default=1.0, help="of the tries of a full run")
-    parser.add_argument("--minutes", type=float, default=0.0, help="begin no try after this time; 0 sets no limit")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="campaigns at once")
-    parser.add_argument("--write", type=Path, metavar="FILE.md", help="put the results into the table there")
-    parser.add_argument("--folder", type=Path, help="where to work; what lost something stays there")
+    parser.add_argument("--only", type=int, metavar="NUMBER", help="run only this try")
+    parser.add_argument("--share", type=float, default=1.0, help="fraction of the tries of a full run")
+    parser.add_argument("--minutes", type=float, default=0.0, help="start no try after this time; 0 sets no limit")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="number of parallel campaigns")
+    parser.add_argument("--write", type=Path, metavar="FILE.md", help="write the results into the table of this file")
+    parser.add_argument("--folder", type=Path, help="working folder; lost tries keep their files there")
     args = parser.parse_args()
     if unknown := set(args.names) - known.keys():
-        parser.error(f"no campaign is called {', '.join(sorted(unknown))}: {', '.join(known)}")
+        parser.error(f"unknown campaign {', '.join(sorted(unknown))}: choose from {', '.join(known)}")
     BOUNDS.only = args.only
     if args.minutes:
         BOUNDS.until = time.monotonic() + 60 * args.minutes
@@ -78,7 +78,7 @@ def main() -> int:
     if args.write is not None:
         write_results(args.write, {name: (known[name], outcome) for name, outcome in outcomes.items()}, args.seed)
     if lost:
-        print(f"{lost} tries lost something; what they left is in {folder}", file=sys.stderr)
+        print(f"{lost} tries were lost; their files are in {folder}", file=sys.stderr)
     return 1 if lost else 0
 
 

@@ -1,4 +1,4 @@
-"""The public functions, called rightly and wrongly: the formula's numbers, or one clear error."""
+"""Correct and wrong calls of public functions: the result equals the formula, or one clear error is raised."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4}
 
 
 def laid_out(rows: Tensor, layout: str) -> Tensor:
-    """The same numbers with other strides; "expanded" repeats the first row."""
+    """Return the same rows with other strides; "expanded" repeats the first row."""
     if layout == "strided":
         return rows.repeat_interleave(2, 1)[:, ::2]
     if layout == "transposed":
@@ -39,7 +39,7 @@ def laid_out(rows: Tensor, layout: str) -> Tensor:
 
 
 def formula(queries: Tensor, keys: Tensor, images: int, temperature: float) -> np.ndarray:
-    """InfoNCE of each row against the keys of its image, float64 (Park et al., ECCV 2020, equation 3)."""
+    """Return InfoNCE of each row against the keys of its image in float64 (Park et al., ECCV 2020, equation 3)."""
     q, k = (part.detach().double().numpy().reshape(images, -1, part.shape[1]) for part in (queries, keys))
     logits = q @ k.transpose(0, 2, 1) / temperature
     top = logits.max(2, keepdims=True)
@@ -48,7 +48,7 @@ def formula(queries: Tensor, keys: Tensor, images: int, temperature: float) -> n
 
 
 def broken(rng: Random, queries: Tensor, keys: Tensor, options: dict) -> tuple[str, Tensor, Tensor, dict]:
-    """One thing is wrong."""
+    """Return a call with one fault: its name and the arguments."""
     wrong = {
         "fewer keys": (queries, keys[:-1], {}),
         "narrower keys": (queries, keys[:, :-1], {}),
@@ -93,7 +93,7 @@ def losses(rng: Random) -> tuple[str, list[str]]:
         try:
             patch_nce(queries, keys, **options)
         except (ValueError, TypeError) as error:
-            return f"{done}, {what}", [] if str(error) else ["the error says nothing"]
+            return f"{done}, {what}", [] if str(error) else ["the error has no message"]
         return f"{done}, {what}", ["no error"]
     found = patch_nce(queries, keys, **options)
     wrong = []
@@ -126,13 +126,13 @@ def not_finite(rng: Random) -> tuple[str, list[str]]:
 
 
 def _work(state: bytes) -> list[float]:
-    """In another process: the loss of what was pickled."""
+    """Return the loss of pickled arguments; runs in another process."""
     loss, queries, keys = pickle.loads(state)
     return loss(queries, keys).tolist()
 
 
 def modules(rng: Random) -> tuple[str, list[str]]:
-    """Copied, pickled, in eight threads, forked and spawned: the same numbers."""
+    """Modules give the same numbers when copied, pickled, in eight threads, forked and spawned."""
     torch.manual_seed(rng.getrandbits(40))
     maps = [torch.randn(2, 3, 8, 8), torch.randn(2, 5, 4, 4)]
     ids = [torch.randperm(64)[:6], torch.randperm(16)[:6]]
@@ -142,36 +142,36 @@ def modules(rng: Random) -> tuple[str, list[str]]:
     loss = PatchNCELoss(temperature=0.07)
     rows = [F.normalize(torch.randn(12, 8), dim=1) for _ in range(2)]
 
-    def answers(sampler, head, bank, loss) -> list[Tensor]:
+    def outputs(sampler, head, bank, loss) -> list[Tensor]:
         with torch.no_grad():
             return [*sampler(maps, 6, ids)[0], head(maps, maps, patch_ids=ids), *bank.keys(), loss(*rows)]
 
     mine = [sampler, head, bank, loss]
-    wanted = answers(*mine)
+    wanted = outputs(*mine)
     here = ("deepcopy", "pickle", "save", "threads")
     how = rng.choice(("fork", "spawn") if rng.random() < 0.03 else here)
     if how == "deepcopy":
-        found = [answers(*copy.deepcopy(mine))]
+        found = [outputs(*copy.deepcopy(mine))]
     elif how == "pickle":
-        found = [answers(*pickle.loads(pickle.dumps(mine)))]
+        found = [outputs(*pickle.loads(pickle.dumps(mine)))]
     elif how == "save":
-        held = io.BytesIO()
-        torch.save(mine, held)
-        held.seek(0)
-        found = [answers(*torch.load(held, weights_only=False))]
+        buffer = io.BytesIO()
+        torch.save(mine, buffer)
+        buffer.seek(0)
+        found = [outputs(*torch.load(buffer, weights_only=False))]
     elif how == "threads":
         with ThreadPoolExecutor(8) as pool:
-            found = list(pool.map(lambda _: answers(*mine), range(16)))
+            found = list(pool.map(lambda _: outputs(*mine), range(16)))
     else:
         with get_context(how).Pool(1) as pool:
             got = pool.apply(_work, (pickle.dumps((loss, *rows)),))
         return f"modules: {how}", [] if torch.equal(torch.tensor(got), wanted[-1]) else ["another loss"]
-    same = all(torch.equal(a, b) for answer in found for a, b in zip(answer, wanted, strict=True))
+    same = all(torch.equal(a, b) for values in found for a, b in zip(values, wanted, strict=True))
     return f"modules: {how}", [] if same else ["other numbers"]
 
 
 def pictures(rng: Random, place: Path) -> tuple[str, list[str]]:
-    """What is saved is what is loaded, to rounding; odd tensors are refused, and no file is left."""
+    """A saved picture is loaded with the same values up to rounding. Wrong tensors are refused without a file."""
     channels = rng.choice((1, 3))
     picture = torch.rand(channels, rng.randint(1, 30), rng.randint(1, 30)) * 2.4 - 1.2
     suffix = rng.choice((".png", ".bmp", ".tiff", ".webp", ".npy"))
@@ -202,8 +202,8 @@ def run(count: int, seed: int, folder: Path) -> Outcome:
 
 CAMPAIGN = Campaign(
     "calls",
-    "Public functions with odd strides, shapes, dtypes, values, in threads, forks, copies and pickles: the formula's "
-    "numbers, or one clear error.",
+    "Public functions with unusual strides, shapes, dtypes and values, in threads, forks, copies and pickles, return "
+    "the numbers of the formula or raise one clear error.",
     2000,
     run,
 )

@@ -1,4 +1,4 @@
-"""Damaged checkpoints: refused with their path and a remedy, or passed over with a sentence; never loaded wrong."""
+"""Damaged checkpoints are refused with path and remedy, or skipped with a message; wrong values are never loaded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .damage import LAST, MIDDLE, NEWEST, OLDEST, Damage, damages, place, replac
 from .runs import OPTIONS, STEPS, Reference, arguments, done, reference, tensors_differ, whole
 
 MEMORY = 1 << 30
-"""Bytes that a command on these tiny networks may take at most."""
+"""Memory limit in bytes of a command on these tiny networks."""
 SECONDS = 60.0
 REMEDY = re.compile(r"another|move|remove|use the same|should|wait|take")
 
@@ -45,7 +45,7 @@ def damaged_checkpoints(count: int, seed: int, folder: Path) -> Outcome:
     for pointer, step in (("latest", NEWEST), ("good", MIDDLE), ("best", OLDEST)):
         (begun / "checkpoints" / pointer).write_text(place(begun, step).name)
     assert sorted(whole(begun)[0]) == [OLDEST, MIDDLE, NEWEST]
-    # what each of them gives, and that they differ
+    # the outputs of each checkpoint, which must differ
     outputs: dict[str, dict[int, dict[str, bytes]]] = {"translate": {}, "export": {}}
     for kind, found in outputs.items():
         for step in (OLDEST, MIDDLE, NEWEST):
@@ -85,7 +85,7 @@ def damaged_checkpoints(count: int, seed: int, folder: Path) -> Outcome:
         return f"{damage.name} ({told})", wrong
 
     outcome = survey(count, seed, folder, attempt)
-    outcome.notes.append(f"{counts['refused']} commands refused, {counts['done']} did what they do with a whole one.")
+    outcome.notes.append(f"{counts['refused']} commands refused, {counts['done']} did the same as with an intact one.")
     return outcome
 
 
@@ -95,7 +95,7 @@ def _of_other_runs(base: Reference, folder: Path) -> list[Damage]:
         out = folder / f"other-{name}"
         words = ["train", method, "--data", str(base.data), "--out", str(out), *OPTIONS, *more, f"run.steps={NEWEST}"]
         done(run(words))
-        # a whole checkpoint of another run is not damaged: only training can tell that it does not belong here
+        # an intact checkpoint of another run is not damaged: only training can detect that it does not belong here
         found.append(Damage(f"another {name}'s", replaced(out), commands=("train",)))
     return found
 
@@ -106,13 +106,13 @@ def _loaded_wrong(
     allowed = [OLDEST] if name == "best" and not damage.pointer else list(outputs)
     if any(found == outputs[step] for step in allowed):
         return []
-    return ["what was loaded is none of the whole checkpoints"]
+    return ["the loaded weights are those of no intact checkpoint"]
 
 
 def _passed_over_silently(
     name: str, good: dict[int, object], ended: Ended, found: dict[str, bytes] | None, outputs: dict
 ) -> list[str]:
-    """Where the newest checkpoint was not taken, a message must name it."""
+    """Return a fault if the newest checkpoint was skipped and no message names it."""
     if found is not None:
         taken = next((step for step in outputs["translate"] if outputs["translate"][step] == found), NEWEST)
         passed_over = taken < NEWEST
@@ -120,23 +120,23 @@ def _passed_over_silently(
         passed_over = NEWEST not in good
     text = ended.out + ended.err
     if passed_over and not ("damaged" in text and re.search(r"step-\d{8}", text)):
-        return [f"passed over without a word: {text[-300:]!r}"]
+        return [f"skipped without a message: {text[-300:]!r}"]
     return []
 
 
 def _told(ended: Ended, model: Path, remedy: bool) -> list[str]:
-    """A refusal names a path in the run, and what to do."""
+    """Return faults of an error message, which must name a path in the run and a remedy."""
     sentence = ended.said[0]
-    wrong = [] if str(model) in sentence else [f"it names no path: {sentence}"]
+    wrong = [] if str(model) in sentence else [f"the message names no path: {sentence}"]
     if remedy and ended.code == 2 and not REMEDY.search(sentence):
-        wrong.append(f"it names no remedy: {sentence}")
+        wrong.append(f"the message names no remedy: {sentence}")
     return wrong
 
 
 CAMPAIGN = Campaign(
     "checkpoints",
-    "A damaged checkpoint is refused with its path and a remedy, or passed over with a sentence; what is loaded is "
-    "what was written, and whole checkpoints stay.",
+    "A damaged checkpoint is refused with its path and a remedy, or skipped with a message; only the written values "
+    "are loaded, and intact checkpoints are kept.",
     420,
     damaged_checkpoints,
 )

@@ -1,4 +1,4 @@
-"""Random command lines, valid and broken: they end as documented, leave nothing half-written, and lose no file."""
+"""Random command lines, valid and invalid: they end as documented, leave no partial file, and lose no file."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ WORDS = (
     "8",
 )
 LARGE = re.compile(r"\d{3}|\d[eE]|whole|compile")
-"""Values with which a step may take minutes: such a run is only planned."""
+"""Values with which a step may take minutes; such a run is tried with --dry-run only."""
 
 
 PLAUSIBLE = {
@@ -170,7 +170,7 @@ PLAUSIBLE = {
     "--width": ("0.01",),
     "--angle": ("-10:10", "20"),
 }
-"""Values that are right, at least with some commands."""
+"""Values that are valid for at least some commands."""
 
 
 def number(rng: Random) -> str:
@@ -200,12 +200,12 @@ def value(rng: Random, kind: str) -> str:
 
 
 def option(rng: Random, text: str, sober: bool) -> list[str]:
-    """One option with its value, or a positional argument."""
+    """Return an option with its value, or a positional argument."""
     name, equals, kind = text.partition("=")
     if not equals:
         return [name if name.startswith("--") else value(rng, name)]
     if rng.random() < 0.03 and not sober:
-        return [name]  # its value forgotten
+        return [name]  # without its value
     drawn = rng.choice(PLAUSIBLE[name]) if sober and name in PLAUSIBLE else value(rng, kind)
     return [f"{name}={drawn}"] if rng.random() < 0.3 else [name, drawn]
 
@@ -233,7 +233,7 @@ def keys_of(method: str) -> list[str]:
 
 
 def tiny(method: str) -> list[str]:
-    """Of a step that takes no time, apart from what this method does not know."""
+    """Return the options of a fast step, without those that the method does not have."""
     known = keys_of(method) if method in PRESETS else keys_of("cut")
     return [text for text in TINY if text.partition("=")[0] in known]
 
@@ -254,7 +254,7 @@ def training(rng: Random, sober: bool) -> list[str]:
 
 
 def command_line(rng: Random) -> list[str]:
-    """One, drawn anew each time; many of them sober."""
+    """Return a random command line; 40 % of them have only plausible values ("sober")."""
     sober = rng.random() < 0.4
     command = rng.choices(list(OPTIONS), [WEIGHTS.get(name, 1) for name in OPTIONS])[0]
     arguments: list[str] = []
@@ -283,7 +283,7 @@ def command_line(rng: Random) -> list[str]:
     for _ in range(rng.choice([0, 1, 1, 2, 3])):
         arguments += option(rng, rng.choice(known), sober)
     if command in ("demo", "doctor", "bench") and "--help" not in arguments:
-        arguments.append("--bogus")  # what is valid takes minutes
+        arguments.append("--bogus")  # a valid command would take minutes
     if arguments and rng.random() < 0.05:
         arguments.append(rng.choice(arguments))
     if rng.random() < 0.04 and "--dry-run" in arguments:
@@ -294,7 +294,7 @@ def command_line(rng: Random) -> list[str]:
 
 
 def has_fidelity() -> bool:
-    """FID would fetch its network's weights."""
+    """Return whether torch-fidelity is installed, which would download weights for FID."""
     return importlib.util.find_spec("torch_fidelity") is not None
 
 
@@ -318,8 +318,8 @@ def campaign(count: int, seed: int, folder: Path) -> Outcome:
 
 CAMPAIGN = Campaign(
     "command-lines",
-    "a command line of any words ends with exit code 0, 1 or 2 and, where it fails, a sentence; no file is lost that "
-    "it did not name for writing, and no file is half-written",
+    "Any command line ends with exit code 0, 1 or 2, and with an error message if it fails; no file is lost except "
+    "those named for writing, and no file is partial.",
     2000,
     campaign,
 )

@@ -1,6 +1,6 @@
-"""What the campaigns share: tries with a random source of their own, and commands in forks of this process.
+"""Shared code of the campaigns: tries with their own random generators, and commands in forks of this process.
 
-A fork of a process that has imported PyTorch starts in milliseconds; the interpreter alone would take seconds a try.
+A fork of a process that has imported PyTorch starts in milliseconds; a new interpreter would take seconds per try.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-import fastnce.commands.main  # noqa: F401  (else each fork would import it)
+import fastnce.commands.main  # noqa: F401  (imported once, not in each fork)
 from fastnce.__main__ import entry
 from fastnce.config import plan, resolve
 
@@ -44,12 +44,12 @@ TINY = [
     "run.sample_every=0",
 ]
 MARK = "FASTNCE_SOAK"
-"""Variable by which the processes of a try are found, whatever became of their parents."""
+"""Environment variable that identifies the processes of a try, even without their parents."""
 
 
 @dataclass
 class Outcome:
-    """Of a campaign: how many tries there were, a sentence for each that lost something, and figures to tell."""
+    """The outcome of a campaign: the number of tries, a sentence per lost try, and further notes."""
 
     tried: int = 0
     lost: list[str] = field(default_factory=list)
@@ -58,7 +58,14 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Campaign:
-    """run: takes the number of tries, the seed and an empty folder. tries: of a full run."""
+    """A campaign of faults.
+
+    Args:
+        name: of the campaign.
+        promise: what must hold in every try.
+        tries: number of tries of a full run.
+        run: takes the number of tries, the seed and an empty folder.
+    """
 
     name: str
     promise: str
@@ -68,7 +75,7 @@ class Campaign:
 
 @dataclass
 class Bounds:
-    """What the command line narrows: one try alone, a time after which no further try begins."""
+    """Limits from the command line: a single try, and a time after which no try starts."""
 
     only: int | None = None
     until: float = float("inf")
@@ -78,7 +85,7 @@ BOUNDS = Bounds()
 
 
 def tries(count: int, seed: int) -> Iterator[tuple[int, Random]]:
-    """The tries' numbers, each with its source of choices, so that one can be repeated alone."""
+    """Yield the number of each try with its own random generator, so that a single try can be repeated."""
     for number in range(count) if BOUNDS.only is None else [BOUNDS.only]:
         if time.monotonic() > BOUNDS.until:
             return
@@ -88,11 +95,11 @@ def tries(count: int, seed: int) -> Iterator[tuple[int, Random]]:
 def survey(
     count: int, seed: int, folder: Path, attempt: Callable[[int, Random, Path], tuple[str, list[str]]]
 ) -> Outcome:
-    """Make the tries.
+    """Run the tries.
 
     Args:
-        attempt: takes a try's number, source of choices and empty folder, which is removed where nothing was lost;
-            returns what was done, and what is wrong.
+        attempt: takes the number of a try, its random generator and an empty folder, which is removed after a success;
+            returns a description and a list of faults.
     """
     outcome = Outcome()
     for number, rng in tries(count, seed):
@@ -101,7 +108,7 @@ def survey(
         try:
             done, wrong = attempt(number, rng, place)
         except Exception:
-            done, wrong = "the judge itself failed", [traceback.format_exc()]
+            done, wrong = "the test itself failed", [traceback.format_exc()]
         outcome.tried += 1
         if wrong:
             outcome.lost.append(f"--seed {seed} --only {number}: {done}: {'; '.join(wrong)}")
@@ -111,14 +118,14 @@ def survey(
 
 
 def heed_signals() -> None:
-    """As when started from a terminal: nohup, and a shell's `&`, leave processes that ignore some of them."""
+    """Restore default signal handling: nohup and a shell's `&` start processes that ignore some signals."""
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pictures(folder: Path, *names: str, side: int = 20, seed: int = 0) -> Path:
-    """Noisy square pictures, no two the same."""
+    """Write square pictures of noise, each different."""
     for name in names:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -128,13 +135,13 @@ def pictures(folder: Path, *names: str, side: int = 20, seed: int = 0) -> Path:
 
 
 def training_pictures(folder: Path, count: int = 3) -> Path:
-    """trainA, trainB, and pairs that are held out."""
+    """Write trainA, trainB and held-out pairs."""
     names = [f"{part}/{n}.png" for part in ("trainA", "trainB", "test/rain", "test/norain") for n in range(count)]
     return pictures(folder, *names)
 
 
 def warm() -> None:
-    """Import what commands import late, so that forks need not; nothing is computed, and no thread started."""
+    """Import modules that commands import lazily, so that forks need not. Computes nothing and starts no thread."""
     torch.set_num_threads(1)
     Image.init()
     plan(resolve("fastcut"))
@@ -142,8 +149,13 @@ def warm() -> None:
 
 @dataclass(frozen=True)
 class Ended:
-    """A command that has ended. code: negative where a signal ended it, None where it had to be killed in the end.
-    peak: of its memory, in MiB. behind: processes that it left."""
+    """A command that has ended.
+
+    Args:
+        code: exit code; negative after a signal, None if it exceeded its time and was killed.
+        peak: memory in MiB.
+        behind: processes that it left running.
+    """
 
     code: int | None
     out: str
@@ -154,15 +166,15 @@ class Ended:
 
     @property
     def said(self) -> list[str]:
-        """Lines on stderr, without warnings and without progress."""
+        """The lines on stderr without warnings and progress."""
         lines = [line for line in self.err.splitlines() if line.startswith("fastnce: ") or "Traceback" in line]
         return [line for line in lines if not line.startswith("fastnce: warning: ")]
 
     def wrong(self, *codes: int) -> list[str]:
-        """What no command may do: hang, break off, say nothing or more than a sentence, or leave processes."""
+        """Return faults: a wrong exit code, a traceback, no or several error messages, processes left running."""
         found = []
         if self.code not in codes:
-            found.append(f"exit code {self.code} is none of {', '.join(map(str, codes))}: {self.err[-300:]!r}")
+            found.append(f"exit code {self.code} is not one of {', '.join(map(str, codes))}: {self.err[-300:]!r}")
         if "Traceback" in self.err or "Traceback" in self.out:
             found.append(f"a traceback: {self.err[-600:]!r}")
         elif self.code and self.code > 0 and len(self.said) != 1:
@@ -173,12 +185,12 @@ class Ended:
 
 
 class Child:
-    """`fastnce ARGUMENTS` in a fork, in a session of its own.
+    """`fastnce ARGUMENTS` in a fork, in its own session.
 
     Args:
-        prepare: called in the fork before.
-        memory: bytes that it may take beside what it begins with; 0 sets no limit.
-        work: called in place of the command.
+        prepare: called in the fork before the command.
+        memory: limit in bytes beyond the memory at the start; 0 sets no limit.
+        work: called instead of the command.
     """
 
     def __init__(
@@ -202,7 +214,7 @@ class Child:
             os.close(writable)
             os.set_blocking(readable, False)
             self._pipes[readable] = self._text[number]
-        while not self._ready[0] and self.alive():  # what comes before is no program of a user's
+        while not self._ready[0] and self.alive():  # the set-up is not part of the command
             time.sleep(0.001)
 
     def _live(self, ends, arguments, prepare, memory, work) -> None:
@@ -220,7 +232,7 @@ class Child:
             if memory:
                 pages = int(Path("/proc/self/statm").read_text().split()[0])
                 resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + memory,) * 2)
-            warnings.showwarning = _show  # whatever a test has done to it
+            warnings.showwarning = _show  # a test may have replaced it
             warnings.simplefilter("default")
             sys.argv = ["fastnce", *arguments]
             if prepare is not None:
@@ -229,7 +241,7 @@ class Child:
             code = work() if work is not None else entry()
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 1
-        except BaseException as error:  # as an interpreter would
+        except BaseException as error:  # as the interpreter does
             traceback.print_exception(error, file=sys.stderr)
         finally:
             sys.stdout.flush()
@@ -237,7 +249,7 @@ class Child:
             os._exit(code)
 
     def read(self, seconds: float = 0.0) -> str:
-        """What it has printed on stdout so far, after waiting so long for more at most."""
+        """Return the output on stdout so far, after waiting at most `seconds` for more."""
         for pipe in select.select(list(self._pipes), [], [], seconds)[0]:
             try:
                 while part := os.read(pipe, 65536):
@@ -258,7 +270,7 @@ class Child:
         os.kill(self.pid, number)
 
     def sleep(self, seconds: float) -> None:
-        """Wait so long, or until it ends."""
+        """Wait `seconds`, or until the command ends."""
         until = time.monotonic() + seconds
         while self.alive() and (left := until - time.monotonic()) > 0:
             if self._pipes:
@@ -267,7 +279,7 @@ class Child:
                 time.sleep(min(left, 0.01))
 
     def end(self, seconds: float = 180.0) -> Ended:
-        """Wait for its end; killed when it takes longer."""
+        """Wait for the command to end; kill it after `seconds`."""
         self.sleep(seconds)
         late = self.alive()
         if late:
@@ -290,17 +302,17 @@ def _show(message, category, filename, lineno, file=None, line=None) -> None:
 
 
 def run(arguments: list[str], **how) -> Ended:
-    """`fastnce ARGUMENTS` in a fork, until it ends (see `Child`)."""
+    """Run `fastnce ARGUMENTS` in a fork until it ends (see `Child`)."""
     return Child(arguments, **how).end()
 
 
 def in_session(session: int) -> list[int]:
-    """Processes of a session that still run, where the system tells."""
+    """Return the running processes of a session, as far as /proc lists them."""
     return [pid for pid, fields in _processes() if int(fields[3]) == session]
 
 
 def marked(mark: str) -> list[int]:
-    """Programs that were started with this value of the variable `MARK` and still run."""
+    """Return the running processes that were started with this value of the variable `MARK`."""
     found = []
     for pid, _ in _processes():
         try:
@@ -313,10 +325,10 @@ def marked(mark: str) -> list[int]:
 
 
 def _processes() -> Iterator[tuple[int, list[str]]]:
-    """Number and state of each process that is no zombie: state, parent, group, session, ..."""
+    """Yield the id and the status fields (state, parent, group, session, ...) of each process except zombies."""
     for place in Path("/proc").glob("[0-9]*"):
         try:
-            # the second field is the program's name in parentheses
+            # the fields after the program's name, which is in parentheses
             fields = (place / "stat").read_text(errors="replace").rpartition(")")[2].split()
         except OSError:
             continue
@@ -325,5 +337,5 @@ def _processes() -> Iterator[tuple[int, list[str]]]:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder by its name relative to it, hidden ones too."""
+    """Return the content of every file below a folder, including hidden files, by relative name."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -1,4 +1,4 @@
-"""Ways to damage a run's checkpoints: files, what is in state.json, tensors, and what lies in the folder."""
+"""Ways to damage a run's checkpoints: whole files, state.json, tensors, and the entries of the folder."""
 
 from __future__ import annotations
 
@@ -18,16 +18,21 @@ from safetensors.torch import load_file, save_file
 from .runs import FILES
 
 OLDEST, MIDDLE, NEWEST, LAST = 5, 6, 8, 10
-"""Steps of the checkpoints in a run that is damaged (the first is the best), and of the one that it ends with."""
+"""Steps of the checkpoints in a damaged run (the first is the best one), and the step at its end."""
 ALL = ("train", "translate", "best", "export")
 
 
 @dataclass(frozen=True)
 class Damage:
-    """apply: does it to a run, and returns what it did. commands: that it is tried with. codes: that they may end with.
+    """One kind of damage.
 
-    silent: there is nothing left that a message could name. pointer: `best` may name another checkpoint. remedy: has to
-    be told with a refusal; what the system says of a file in the way is enough.
+    Args:
+        apply: damages a run and returns a description.
+        commands: to try with it.
+        codes: allowed exit codes of training.
+        silent: no message is required, as nothing remains that it could name.
+        pointer: `best` may name another checkpoint.
+        remedy: the error message must have a remedy. False if the system's error about a blocked path is enough.
     """
 
     name: str
@@ -43,7 +48,7 @@ def place(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}"
 
 
-# ---- files, whatever is in them ----
+# ---- whole files ----
 
 
 def _flip(rng: Random, path: Path, run: Path) -> None:
@@ -109,7 +114,7 @@ def _files() -> list[Damage]:
                 TO_FILES[name](rng, run / file, run)
                 return file
 
-            # what is no file cannot be written to
+            # a folder or link in place of the file cannot be written to
             found.append(Damage(f"a file of the run is {name}", apply, codes=(0, 1, 2), pointer=True, remedy=False))
     return found
 
@@ -120,7 +125,7 @@ ODD = (None, "x", "", -1, 10**30, [], {}, True, 1.5, [["G"]], "x" * 5_000)
 
 
 def seal(state: dict) -> dict:
-    """With the digest of its other keys, as a program would write it that means no harm, and errs."""
+    """Update the digest, so that the state looks intact."""
     state.pop("digest", None)
     state["digest"] = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
     return state
@@ -182,7 +187,7 @@ TEXTS: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-# ---- tensors, with digests that are right ----
+# ---- tensors, with valid digests ----
 
 
 def sealed_file(run: Path, file: str, content: bytes) -> None:
@@ -298,7 +303,7 @@ def _all_tensors() -> list[Damage]:
     return found
 
 
-# ---- what lies in the folder ----
+# ---- entries of the folder ----
 
 NONSENSE = (
     "",
@@ -365,7 +370,7 @@ def _copied(rng: Random, run: Path) -> str:
 
 
 def replaced(other: Path) -> Callable[[Random, Path], str]:
-    """Damage by the newest checkpoint of another run."""
+    """Return damage that replaces the newest checkpoint by that of another run."""
 
     def apply(rng: Random, run: Path) -> str:
         shutil.rmtree(place(run, NEWEST))

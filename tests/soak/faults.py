@@ -1,8 +1,8 @@
-"""Faults in a process's own dealings with files, at a chosen one of them. For forks: hooks stay until the process ends.
+"""Inject faults into a process at a chosen file operation. Use only in forks: hooks stay until the process ends.
 
-Python tells an audit hook of everything that it opens, renames, removes or makes; a hook that raises, kills or signals
-does so just before. `os.fsync` and `os.write` are wrapped. What libraries write past Python is reached by limits: of a
-file's size (`limit_files`), of which the system lets a process write a part, and of a disk (`on_a_small_disk`).
+Python calls an audit hook before it opens, renames, removes or creates a file; the hook then raises, kills or signals.
+`os.fsync` and `os.write` are wrapped. Two limits also affect libraries that write without Python: the size of files
+(`limit_files`), up to which a write is done in part, and the size of the disk (`on_a_small_disk`).
 """
 
 from __future__ import annotations
@@ -24,12 +24,18 @@ from .common import Child
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 NAMED = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink", "os.chmod")
 PLACES = {"os.rename": (2, 3), "os.remove": (1,), "os.mkdir": (2,), "os.rmdir": (1,), "os.chmod": (2,)}
-"""Where an event has the numbers of the folders that its names are relative to."""
+"""Positions of the folder descriptors in the arguments of an event; names are relative to these folders."""
 
 
 @dataclass(frozen=True)
 class Event:
-    """paths: absolute; empty for what the system knows no name of. part: does a part of a write."""
+    """A file operation.
+
+    Args:
+        name: of the audit event.
+        paths: absolute; empty for writes to a descriptor.
+        part: performs a part of a write.
+    """
 
     name: str
     paths: tuple[str, ...]
@@ -40,17 +46,17 @@ Action = Callable[[Event], None]
 
 
 class Events:
-    """Counts what is done to files in some folders, and acts at a chosen count.
+    """Count the file operations in some folders, and act at a chosen count.
 
     Args:
-        folders: what happens elsewhere does not count.
-        reads: opening files for reading counts, too.
+        folders: operations elsewhere do not count.
+        reads: whether opening files for reading counts.
     """
 
     def __init__(self, *folders: Path, reads: bool = False):
         self._folders = tuple(os.path.realpath(folder) for folder in folders)
         self._reads = reads
-        self._shared = mmap.mmap(-1, 8)  # the parent reads it when the child is gone
+        self._shared = mmap.mmap(-1, 8)  # shared memory, which the parent reads after the child's end
         self._number, self._again, self._acting = 0, False, False
         self._action: Action | None = None
 
@@ -59,7 +65,7 @@ class Events:
         return int.from_bytes(self._shared[:8], "little")
 
     def watch(self, number: int = 0, action: Action | None = None, again: bool = False) -> Callable[[], None]:
-        """For `prepare` of a child: count, and act at event `number`, counted from 1, or `again` at each after it."""
+        """Return a `prepare` of a child that counts and acts at event `number` (from 1), and with `again` after it."""
 
         def prepare() -> None:
             self._number, self._action, self._again = number, action, again
@@ -97,7 +103,7 @@ class Events:
         count = self.count + 1
         self._shared[:8] = count.to_bytes(8, "little")
         if self._action is not None and (count == self._number or (self._again and count > self._number)):
-            self._acting = True  # what the action does is no event
+            self._acting = True  # operations of the action are not counted
             try:
                 self._action(event)
             finally:
@@ -122,18 +128,18 @@ def _absolute(name: object, folder: object = -1) -> str:
 
 
 def kill(event: Event) -> None:
-    """An action: the process is gone, after a part of what it was about to write."""
+    """An action: write a part, then kill the process."""
     event.part()
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def sending(number: int) -> Action:
-    """An action: a signal to this process."""
+    """Return an action that sends a signal to this process."""
     return lambda event: os.kill(os.getpid(), number)
 
 
 def failing(number: int) -> Action:
-    """An action: the system's error `number`, with the names that the system tells. What is removed still can be."""
+    """Return an action that raises the system error `number` with its file names. Removing files does not fail."""
 
     def fail(event: Event) -> None:
         if event.name in ("os.remove", "os.rmdir", "os.truncate"):
@@ -145,10 +151,10 @@ def failing(number: int) -> Action:
 
 
 def limit_files(size: int, deadly: bool = False) -> None:
-    """No file grows past `size` bytes: the write that would is done in part, then fails.
+    """Limit the size of files: a write beyond `size` bytes is done in part, then fails.
 
     Args:
-        deadly: it kills the process instead.
+        deadly: the write kills the process instead.
     """
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL if deadly else signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
@@ -156,22 +162,22 @@ def limit_files(size: int, deadly: bool = False) -> None:
 
 
 def log_uniform(rng: Random, low: int, high: int) -> int:
-    """From low to high, each magnitude as likely as another."""
+    """Return a number from low to high, with a uniform logarithm."""
     return round(low * (high / low) ** rng.random())
 
 
 def fill(folder: Path, leave: int) -> None:
-    """Fill the disk of a folder with the file `filler`, except for about so many bytes."""
+    """Fill the disk of a folder with the file `filler`, except for about `leave` bytes."""
     state = os.statvfs(folder)
     with (folder / "filler").open("wb") as file:
         file.write(bytes(max(0, state.f_bavail * state.f_bsize - leave)))
 
 
 def on_a_small_disk(folder: Path, size: int, work: Callable[[], tuple[str, list[str]]]) -> tuple[str, list[str]] | str:
-    """What `work` returns, called in a process for which `folder` is a disk of `size` bytes; gone with that process.
+    """Call `work` in a process for which `folder` is a disk of `size` bytes, which disappears with the process.
 
     Returns:
-        a text that says why, where this system does not allow it.
+        the result of `work`, or a text with the reason if the system does not allow it.
     """
 
     def live() -> int:
@@ -188,21 +194,21 @@ def on_a_small_disk(folder: Path, size: int, work: Callable[[], tuple[str, list[
 
 
 def _mount(folder: Path, size: int) -> str:
-    """What keeps this process from a disk of its own, empty where it has one."""
+    """Mount a small disk for this process; return the reason if this fails, else an empty text."""
     space, user, private, recursive = 0x00020000, 0x10000000, 1 << 18, 16384
     library = ctypes.CDLL(None, use_errno=True)
     if not hasattr(library, "unshare"):
-        return "this system has no name spaces of disks"
+        return "this system has no mount namespaces"
     owner, group = os.getuid(), os.getgid()
     if library.unshare(space):
         if library.unshare(space | user):
-            return f"no disk of its own for a process: {os.strerror(ctypes.get_errno())}"
+            return f"no mount namespace for a process: {os.strerror(ctypes.get_errno())}"
         try:
             Path("/proc/self/setgroups").write_text("deny")
             Path("/proc/self/uid_map").write_text(f"0 {owner} 1")
             Path("/proc/self/gid_map").write_text(f"0 {group} 1")
         except OSError as error:
-            return f"no disk of its own for a process: {error.strerror}"
+            return f"no mount namespace for a process: {error.strerror}"
     library.mount(b"none", b"/", None, private | recursive, None)
     if library.mount(b"none", os.fsencode(folder), b"tmpfs", 0, f"size={size}".encode()):
         return f"no small disk can be mounted: {os.strerror(ctypes.get_errno())}"

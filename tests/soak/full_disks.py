@@ -1,4 +1,4 @@
-"""Disks that are full or fail at any write: of training, and of every other command that writes files."""
+"""Disks that are full or fail at any write, for training and for every other command that writes files."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .runs import Reference, arguments, differences, done, half_files, newest, r
 ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 FORMATS = ("png", "jpg", "webp", "bmp", "tiff", "npy")
 PAGE = 4096
-"""Bytes that a disk in memory takes for the smallest file."""
+"""Bytes of the smallest file on a disk in memory."""
 Prepare = Callable[[], None]
 
 
 def left_out(result: tuple[str, list[str]] | str, skipped: set[str]) -> tuple[str, list[str]]:
-    """Of a try on a small disk: what it found, or, where there can be no such disk, nothing but the reason."""
+    """Return the result of a try on a small disk; without such a disk, add the reason to `skipped`."""
     if isinstance(result, str):
         skipped.add(result)
         return "", []
@@ -29,12 +29,12 @@ def left_out(result: tuple[str, list[str]] | str, skipped: set[str]) -> tuple[st
 
 
 def noted(outcome: Outcome, skipped: set[str]) -> Outcome:
-    outcome.notes += [f"Full disks were left out, limits of files were not: {reason}." for reason in sorted(skipped)]
+    outcome.notes += [f"Only limits of files were tested, not full disks: {reason}." for reason in sorted(skipped)]
     return outcome
 
 
 def fault(rng: Random, folder: Path, events: int, largest: int) -> tuple[str, Prepare]:
-    """Files that cannot grow past a size, or an error of the disk at one event, or from there on."""
+    """Return a limit of file sizes, or a disk error at one event or from one event on."""
     if rng.random() < 0.4:
         size = log_uniform(rng, 1, largest)
         return f"files of at most {size} bytes", lambda: limit_files(size)
@@ -48,7 +48,7 @@ def fault(rng: Random, folder: Path, events: int, largest: int) -> tuple[str, Pr
 
 def train_on_full_disks(count: int, seed: int, folder: Path) -> Outcome:
     base = reference(folder)
-    begun = folder / "begun"  # and stopped in the middle
+    begun = folder / "begun"  # a run that stopped in the middle
     done(run(arguments(base.data, begun), prepare=Events(begun).watch(base.events // 2, sending(signal.SIGTERM))))
     size = sum(path.stat().st_size for path in base.run.rglob("*") if path.is_file())
     skipped: set[str] = set()
@@ -74,7 +74,7 @@ def _train_on_a_small_disk(base: Reference, place: Path, begun: Path, fresh: boo
 
 
 def _train(base: Reference, out: Path, begun: Path | None, prepare: Prepare, mend: Callable[[], None]) -> list[str]:
-    """Train on a disk that fails, then on one that does not."""
+    """Train on a failing disk, then on a good one."""
     if begun is not None:
         shutil.copytree(begun, out)
     command = arguments(base.data, out)
@@ -92,17 +92,17 @@ def _train(base: Reference, out: Path, begun: Path | None, prepare: Prepare, men
     if ended.code == 1 and last and f"step-{last:08d}" not in ended.err:
         wrong.append(f"the newest whole checkpoint is of step {last}, and not named: {ended.err[-300:]}")
     if ended.code == 2 and f"step {before + 1}/" in ended.out:
-        wrong.append(f"a failing disk is not the user's mistake once training goes on: {ended.err[-300:]}")
+        wrong.append(f"exit code 2 after training has started, though the disk failed: {ended.err[-300:]}")
     mend()
     wrong += run(command).wrong(0)
-    return wrong + differences(out, base.run, 1_000)  # lines that could not be written are lost, which the run says
+    return wrong + differences(out, base.run, 1_000)  # lines that could not be written are lost, and the run reports it
 
 
 # ---- the other commands ----
 
 
 def commands(base: Reference, out: Path) -> dict[str, list[str]]:
-    """Each writes into `out`, whose folder is there."""
+    """Return commands that write into the existing folder `out`."""
     model, photographs, pairs = base.run, base.data / "trainA", base.data / "test"
     found = {
         f"translate {kind}": ["translate", model, photographs, "--out", out, "--format", kind, "--device", "cpu"]
@@ -123,9 +123,9 @@ def commands(base: Reference, out: Path) -> dict[str, list[str]]:
 
 
 MENDED_BY_HAND = ("rain", "rain --unpaired")
-"""What refuses folders that it finds, half done ones of its own too."""
+"""Commands that refuse existing folders, including their own partial ones."""
 REPLACING = ("translate", "evaluate", "export")
-"""What may write over the same files of an earlier call."""
+"""Commands that may overwrite the files of an earlier call."""
 
 
 def other_commands(count: int, seed: int, folder: Path) -> Outcome:
@@ -187,10 +187,10 @@ def _judge(
     was_old: bool = False,
     for_good: bool = False,
 ) -> list[str]:
-    """Every file is as it was before, or whole; the exit code and one sentence say which; then it works.
+    """Return faults: every file must be old or complete, as the exit code and message say; a repetition must work.
 
     Args:
-        for_good: the disk takes nothing any more, so a folder that is shown cannot be taken back.
+        for_good: the disk fails for good, so a published folder cannot be withdrawn.
     """
     out.mkdir(exist_ok=True)
     if old:
@@ -227,24 +227,24 @@ def _judge(
 
 
 def _names(ended: Ended, out: Path) -> list[str]:
-    """A failing write must be told with a file, or the folder, that the user knows."""
+    """Return a fault if the message about a failed write names no file or folder in `out`."""
     if ended.code == 0 or str(out) in ended.err:
         return []
-    return [f"the sentence names nothing in {out.name}: {ended.err[-300:]!r}"]
+    return [f"the message names nothing in {out.name}: {ended.err[-300:]!r}"]
 
 
 CAMPAIGNS = [
     Campaign(
         "full-disks",
-        "On a disk that is full or fails, a command says so in one sentence; old files stay whole, none is half "
-        "written, and with room again it works.",
+        "On a full or failing disk, a command reports it in one message; old files stay intact, no file is partial, "
+        "and the command works again once there is space.",
         600,
         other_commands,
     ),
     Campaign(
         "full-disks-training",
-        "A run on such a disk goes on while it can, says with its exit code whether its last state is saved, loses no "
-        "checkpoint, and ends bit-equal once there is room.",
+        "A run on such a disk continues while it can, reports by its exit code whether its last state is saved, loses "
+        "no checkpoint, and ends bit-equal once there is space.",
         80,
         train_on_full_disks,
     ),

@@ -1,4 +1,4 @@
-"""Files that no picture should be: liars, damage, other formats, devices, links. By name of the file."""
+"""Hostile files in place of pictures, by file name: false headers, damage, other formats, devices, links."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FOREIGN: dict[str, Maker] = {
 
 
 def _foreign(name: str) -> Maker | None:
-    """A picture in a format of PIL's that is none of ours; None where it cannot write any."""
+    """Return a picture in another of PIL's formats; None if PIL cannot write it."""
     for mode in ("RGB", "L", "P", "1", "F"):
         try:
             data = encoded(Image.new(mode, (32, 32)), name)
@@ -45,14 +45,14 @@ def _foreign(name: str) -> Maker | None:
 
 
 def foreign() -> dict[str, Maker]:
-    """All formats that PIL writes, apart from ours."""
+    """Return a maker for every format that PIL writes, except ours."""
     Image.init()
     names = sorted(set(Image.SAVE) - {*ALLOWED, "MPO", "SPIDER"})
     made = {name: _foreign(name) for name in names}
     return {f"{name.lower()}.png": maker for name, maker in made.items() if maker is not None}
 
 
-# ---- what is no file ----
+# ---- links, devices, sockets ----
 
 
 def linked(target: str) -> Maker:
@@ -70,7 +70,7 @@ def _fifo(path: Path, rng: Random) -> Verdict:
 
 def _socket(path: Path, rng: Random) -> Verdict:
     here = os.getcwd()
-    os.chdir(path.parent)  # a socket's whole path is short
+    os.chdir(path.parent)  # the path of a socket must be short
     try:
         with socket.socket(socket.AF_UNIX) as end:
             end.bind(path.name)
@@ -91,11 +91,11 @@ def _locked(path: Path, rng: Random) -> Verdict:
     pixels = colours(rng)
     Image.fromarray(pixels).save(path)
     path.chmod(0)
-    return ("right", pixels) if os.access(path, os.R_OK) else REFUSED  # an administrator reads it all the same
+    return ("right", pixels) if os.access(path, os.R_OK) else REFUSED  # root may read it nevertheless
 
 
 def _through(path: Path, rng: Random) -> Verdict:
-    """A link to a picture elsewhere, as users have them."""
+    """A link to a picture, as users have them."""
     pixels = colours(rng)
     kept = path.with_name(f".{path.stem}-kept.png")
     Image.fromarray(pixels).save(kept)
@@ -135,7 +135,7 @@ ORIGINALS: dict[str, tuple[str, dict]] = {
 }
 DAMAGES = ("cut", "flipped", "zeroed", "longer", "doubled", "scattered")
 SUMMED = (".png",)
-"""Formats that notice any change of their pixels."""
+"""Formats with checksums, which detect any change of pixels."""
 
 
 def damaged(suffix: str, how: str) -> Maker:
@@ -144,7 +144,7 @@ def damaged(suffix: str, how: str) -> Maker:
         name, options = ORIGINALS[suffix]
         if name:
             data = bytearray(encoded(Image.fromarray(pixels), name, **options))
-            pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))  # as JPEG has changed them
+            pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))  # JPEG changes them
         else:
             buffer = io.BytesIO()
             np.save(buffer, pixels)
@@ -156,7 +156,7 @@ def damaged(suffix: str, how: str) -> Maker:
 
 
 def damage(data: bytes, how: str, rng: Random) -> bytes:
-    """The bytes, in another way each time."""
+    """Return damaged bytes, at random positions."""
     changed = bytearray(data)
     first, last = sorted(rng.sample(range(len(data) + 1), 2))
     if how == "cut":
@@ -168,13 +168,13 @@ def damage(data: bytes, how: str, rng: Random) -> bytes:
     if how == "zeroed":
         changed[first:last] = bytes(last - first)
     for _ in range({"flipped": 1, "scattered": rng.randint(2, 40)}.get(how, 0)):
-        # heads decide more than pixels do
+        # prefer the header, where damage matters more than in pixels
         place = rng.randrange(rng.choice([len(data), min(len(data), 128)]))
         changed[place] ^= 1 << rng.randrange(8)
     return bytes(changed)
 
 
 def kinds() -> dict[str, Maker]:
-    """All of them."""
+    """Return all kinds of hostile files."""
     broken = {f"{how}{suffix}": damaged(suffix, how) for suffix in ORIGINALS for how in DAMAGES}
     return {**PNGS, **OTHERS, **ARRAYS, **FOREIGN, **foreign(), **PLACES, **broken}

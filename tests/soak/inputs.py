@@ -1,4 +1,4 @@
-"""Hostile files in place of pictures: the right pixels or a sentence with the name; little memory; nothing executed."""
+"""Hostile files in place of pictures: right pixels or a message with the name, little memory, no code executed."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from .lying import ALLOWED, EXECUTED, Maker, Verdict
 
 SECONDS = 60.0
 PIXELS = 2**20
-"""A limit at which a bomb would show."""
+"""A limit that reveals decompression bombs."""
 MEMORY = 256
-"""MiB that a command may take beyond what an idle one has."""
+"""Limit in MiB beyond the memory of an idle command."""
 STARTS = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.startfile", "subprocess.Popen", "pty.spawn")
 
 
 class Try:
-    """One hostile file among good ones."""
+    """A folder with one hostile file among good ones."""
 
     def __init__(self, place: Path, name: str, model: Path, idle: int):
         self.place, self.name, self.model, self.idle = place, name, model, idle
@@ -43,7 +43,7 @@ class Try:
             (bin_folder / program).chmod(0o755)
 
     def prepare(self) -> None:
-        """In the fork: whatever is started, and every decoder beside those of our formats, leaves a mark."""
+        """Set up the fork: every started program and every decoder of other formats writes to the mark."""
         os.environ |= {
             EXECUTED: str(self.mark),
             "PATH": f"{self.place / 'bin'}:{os.environ.get('PATH', '')}",
@@ -59,7 +59,7 @@ class Try:
         def factory(name: str) -> Callable:
             def reached(file, filename):
                 note(f"the decoder of {name}")
-                raise SyntaxError("not for us")
+                raise SyntaxError("not one of our formats")
 
             return reached
 
@@ -84,8 +84,8 @@ class Try:
             self.wrong.append(f"{what}, exit code {ended.code}: {(ended.err or ended.out)[-300:]!r}")
 
     def read(self, path: Path, verdict: Verdict) -> bool:
-        """Whether the file can be read; what is read must be right."""
-        answer = self.place / "pixels.npy"
+        """Return whether the file can be read, and check its pixels."""
+        result = self.place / "pixels.npy"
 
         def work() -> int:
             try:
@@ -95,8 +95,8 @@ class Try:
                 return 2
             height, width, bits = probe_picture(path)
             if (height, width, bits, 3) != (*pixels.shape[:2], 8 * pixels.itemsize, pixels.shape[2]):
-                raise AssertionError(f"the head says {height}x{width} of {bits} bits, the pixels are {pixels.shape}")
-            np.save(answer, pixels)
+                raise AssertionError(f"the header says {height}x{width} of {bits} bits, the pixels are {pixels.shape}")
+            np.save(result, pixels)
             return 0
 
         ended = self.run("reading", work=work)
@@ -104,14 +104,14 @@ class Try:
         if ended.code == 0:
             self.says(kind != "refused", "it was read", ended)
             if right is not None:
-                self.says(np.array_equal(np.load(answer), right), "other pixels were read", ended)
+                self.says(np.array_equal(np.load(result), right), "other pixels were read", ended)
             return True
         self.says(kind != "right", "it was refused", ended)
         self.says(path.name in ended.err, "the file is not named", ended)
         return False
 
     def clean(self, what: str, *folders: Path) -> None:
-        """Nothing half-written is left."""
+        """Check that no partial file is left."""
         for folder in folders:
             left = [p.name for p in folder.rglob("*") if p.name.startswith(".fastnce-") or p.suffix == ".tmp"]
             left = [name for name in left if name != ".fastnce-cache"]
@@ -187,7 +187,7 @@ def unpair(it: Try, maker: Maker, rng: Random) -> None:
     data, readable = _pairs(it, maker, rng)
     out = it.place / "unpaired"
     ended = it.run("unpair", "unpair", data, "--out", out)
-    if ended.code == 0:  # where only its scene's other picture is taken, the file is looked at no further
+    if ended.code == 0:  # if only the other picture of its scene is used, the file is not read
         it.says(readable or not list(out.rglob(f"{Path(it.name).stem}.png")), "it was written", ended)
     else:
         it.says(it.name in ended.err, "the file is not named", ended)
@@ -217,24 +217,24 @@ def campaign(count: int, seed: int, folder: Path) -> Outcome:
         except PermissionError as error:
             if error.filename is None or Path(os.fsdecode(error.filename)).name != name:
                 raise
-            unmade.add(name)  # a device: only an administrator makes one
+            unmade.add(name)  # a device, which only root can create
         most = max(most, it.most)
         return f"{command.__name__} with {name}", it.wrong
 
     outcome = survey(count, seed, folder, attempt)
     outcome.notes.append(
-        f"{len(every)} kinds of files; commands took {most} MiB more than an idle one at most, where "
-        f"FASTNCE_MAX_PIXELS is {PIXELS:,}"
+        f"{len(every)} kinds of files; commands took at most {most} MiB more than an idle one, with "
+        f"FASTNCE_MAX_PIXELS={PIXELS:,}"
     )
     if unmade:
-        outcome.notes.append(f"not made without an administrator: {', '.join(sorted(unmade))}")
+        outcome.notes.append(f"not tested, as creating them needs root: {', '.join(sorted(unmade))}")
     return outcome
 
 
 CAMPAIGN = Campaign(
     "inputs",
-    "a hostile or damaged file gives its right pixels or one sentence with its name; nothing is executed, no decoder "
-    "of another format is reached, memory and time are bounded, nothing half-written stays",
+    "A hostile or damaged file gives its right pixels or one message with its name; no code is executed, no decoder of "
+    "another format is reached, memory and time are bounded, and no partial file is left.",
     600,
     campaign,
 )

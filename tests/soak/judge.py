@@ -1,4 +1,4 @@
-"""A place for a command line to run in, and what must hold when it has ended."""
+"""A working folder for a command line, and the checks after its end."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from .common import TINY, Child, Ended, run, training_pictures, tree
 SECONDS = 60.0
 MEMORY = 3 << 30
 WORK = Path("a/b")
-"""Where in a try's folder commands run: "../.." leads no further than that folder."""
+"""The working folder below a try's folder, so that "../.." stays within the try's folder."""
 
 
 def prepare_template(folder: Path) -> Path:
-    """What the tries find: pictures, a run of a step, published files, configurations."""
+    """Create the files of a try: pictures, a run of one step, published files, configurations."""
     template = folder / "template"
     training_pictures(template / "data", 2)
     run(["train", "fastcut", "--data", template / "data", "--out", template / "run", *TINY, "run.steps=1"])
     run(["export", template / "run", "--out", template / "pub"])
     if not (template / "pub" / "latest_net_G.pth").exists():
-        raise RuntimeError("no run to begin with")
+        raise RuntimeError("the template has no exported run")
     shutil.rmtree(template / "data" / ".fastnce-cache")
     (template / "ok.toml").write_text("[optim]\nlr = 1e-3\n")
     (template / "none.toml").write_text("")
@@ -41,14 +41,14 @@ def prepare_template(folder: Path) -> Path:
 
 
 def place_of(template: Path, folder: Path) -> Path:
-    """A copy, with devices of its own that a fault may replace."""
+    """Return a copy of the template, with its own devices, which a faulty command may replace."""
     place = folder / WORK
     place.parent.mkdir(parents=True)
     shutil.copytree(template, place, symlinks=True)
     for name, minor in (("null", 3), ("full", 7)):
         try:
             os.mknod(place / name, 0o20666, os.makedev(1, minor))
-        except (OSError, AttributeError):  # for administrators
+        except (OSError, AttributeError):  # needs root
             (place / name).write_text("")
     return place
 
@@ -63,13 +63,13 @@ def attempt_line(arguments: list[str], place: Path) -> Ended:
 
 
 def judged(arguments: list[str], ended: Ended, place: Path, before: dict[str, bytes]) -> list[str]:
-    """What is wrong with the end of a command."""
+    """Return the faults of an ended command."""
     usage = ended.code == 2 and "usage: " in ended.err
     wrong = ended.wrong(0, 1, 2)
-    if usage:  # of argparse, which then says what is wrong
+    if usage:  # argparse prints its own error message
         wrong = [text for text in wrong if not text.startswith("0 sentences")]
         if not re.search(r"^fastnce( \w+)?: error: .", ended.err, re.MULTILINE):
-            wrong.append(f"no word of what is wrong: {ended.err[-300:]!r}")
+            wrong.append(f"no error message: {ended.err[-300:]!r}")
     after = tree(place)
     named = _written_to(arguments, place)
     for name in sorted(before.keys() - {n for n, data in after.items() if before.get(n) == data}):
@@ -85,7 +85,7 @@ def judged(arguments: list[str], ended: Ended, place: Path, before: dict[str, by
 
 
 def _written_to(arguments: list[str], place: Path) -> list[str]:
-    """Files and folders that the command may write to."""
+    """Return the files and folders that the command may write to."""
     found = []
     for first, second in zip(["", *arguments], [*arguments, ""], strict=True):
         name, equals, text = first.partition("=")
@@ -95,7 +95,7 @@ def _written_to(arguments: list[str], place: Path) -> list[str]:
 
 
 def broken(path: Path) -> str:
-    """What is wrong with a file that was written, by its suffix."""
+    """Return the fault of a written file, checked according to its suffix; empty if it is valid."""
     try:
         if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"):
             with Image.open(path) as image:
@@ -108,7 +108,7 @@ def broken(path: Path) -> str:
             for line in path.read_text(encoding="utf-8").splitlines():
                 json.loads(line)
         elif path.suffix == ".safetensors":
-            # by a plain name, as it takes Unicode alone
+            # through a plain name, as safetensors accepts only Unicode
             with open(path, "rb") as file, safe_open(f"/proc/self/fd/{file.fileno()}", "pt") as tensors:
                 for key in tensors.keys():  # noqa: SIM118
                     tensors.get_tensor(key)

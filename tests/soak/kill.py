@@ -1,4 +1,4 @@
-"""kill -9 at any moment: of a run, within its saves too, of a cache that is made, and of a run of two processes."""
+"""kill -9 at any moment: of a run and its saves, of cache building, and of a run of two processes."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ from .faults import Events, kill, limit_files, log_uniform
 from .runs import SAVE_EVERY, STEPS, arguments, differences, done, logged, measured, newest, reference, whole
 
 ROUNDS = (1, 1, 1, 2, 3)
-"""Kills in a row before a run may end, each as likely."""
+"""Numbers of successive kills before a run may end, equally likely."""
 
 
 def killed(
     rng: Random, command: list[str], folders: tuple[Path, ...], seconds: float, events: int, size: int
 ) -> tuple[str, Ended]:
-    """Run a command and kill it: at a time, at what it does to a file, or within a write to one.
+    """Run a command and kill it: at a time, at a file operation, or during a write.
 
     Args:
-        seconds, events, size: about how long the command takes, what it does to files, and the largest of them.
+        seconds: approximate duration of the command.
+        events: its number of file operations.
+        size: of its largest file.
     """
     how = rng.choice(("time", "event", "event", "write"))
     if how == "time":
@@ -39,7 +41,7 @@ def killed(
     if how == "event":
         return f"killed at event {number}", run(command, prepare=Events(*folders).watch(number, kill))
     limit = log_uniform(rng, 1, size)
-    told = f"killed within a write past {limit} bytes, from event {number} on"
+    told = f"killed during a write past {limit} bytes, from event {number} on"
     return told, run(command, prepare=Events(*folders).watch(number, lambda event: limit_files(limit, deadly=True)))
 
 
@@ -57,7 +59,7 @@ def kill_runs(count: int, seed: int, folder: Path) -> Outcome:
             before = newest(out)
             left = 1 - before / STEPS
             how, ended = killed(rng, command, (out,), base.seconds * left, max(1, round(base.events * left)), largest)
-            if ended.code == 0:  # before its moment: there is nothing left to kill
+            if ended.code == 0:  # it finished before the kill
                 shutil.rmtree(out)
                 told.clear()
                 again += 1
@@ -74,12 +76,12 @@ def kill_runs(count: int, seed: int, folder: Path) -> Outcome:
         return ", then ".join(told), wrong
 
     outcome = survey(count, seed, folder, attempt)
-    outcome.notes.append(f"{kills} kills; {again} runs ended before their moment, and were begun anew.")
+    outcome.notes.append(f"{kills} kills; {again} runs finished before the kill and were repeated.")
     return outcome
 
 
 def _lost(out: Path, before: int) -> list[str]:
-    """After a kill: no checkpoint may be torn, and none be missing whose step was over when the next was logged."""
+    """Return faults after a kill: partial checkpoints, and a missing one whose step was followed by a logged step."""
     good, bad = whole(out)
     wrong = [f"{name} is not whole" for name in bad if (out / "checkpoints" / name / "state.json").exists()]
     last = logged(out) - 1
@@ -100,7 +102,7 @@ def kill_caching(count: int, seed: int, folder: Path) -> Outcome:
 
     def attempt(number: int, rng: Random, _: Path) -> tuple[str, list[str]]:
         wrong, ended = list[str](), None
-        while ended is None or ended.code == 0:  # until it does not end before its moment
+        while ended is None or ended.code == 0:  # repeat if it finished before the kill
             for path in place.iterdir():
                 path.unlink()
             how, ended = killed(rng, command, (place,), seconds, events.count, largest)
@@ -108,7 +110,7 @@ def kill_caching(count: int, seed: int, folder: Path) -> Outcome:
             wrong.append(f"exit code {ended.code}: {ended.err[-300:]}")
         wrong += run(command).wrong(0)
         found = tree(place)
-        # the lock's file is nothing: nobody holds it
+        # the file of a lock may remain: no process holds it
         wrong += [f"{name} is left" for name in found.keys() - wanted.keys() if not name.endswith(".lock")]
         wrong += [f"{name} is not as it was made at once" for name in wanted if found.get(name) != wanted[name]]
         return how, wrong
@@ -120,7 +122,7 @@ def kill_caching(count: int, seed: int, folder: Path) -> Outcome:
 
 
 def launch(command: list[str], mark: str, place: Path) -> subprocess.Popen[bytes]:
-    """`fastnce ARGUMENTS` as a user starts it; its processes are found by the mark, its words in `place`/said."""
+    """Start `fastnce ARGUMENTS` as a user does, with the mark for its processes and its output in `place`/said."""
     environment = os.environ | {MARK: mark, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment["PYTHONPATH"] = os.pathsep.join([os.getcwd(), environment.get("PYTHONPATH", "")])
     program = [sys.executable, "-m", "fastnce", *map(str, command)]
@@ -130,7 +132,7 @@ def launch(command: list[str], mark: str, place: Path) -> subprocess.Popen[bytes
 
 
 def all_gone(mark: str, seconds: float = 60.0) -> list[str]:
-    """Wait until no process of a try is left; those that are after so long are killed, and told."""
+    """Wait until no process of a try is left; kill and report those that remain after `seconds`."""
     until = time.monotonic() + seconds
     while (left := marked(mark)) and time.monotonic() < until:
         time.sleep(0.1)
@@ -140,7 +142,7 @@ def all_gone(mark: str, seconds: float = 60.0) -> list[str]:
 
 
 def until_steps(process: subprocess.Popen[bytes], out: Path, steps: int) -> None:
-    """Wait until a run has logged so many steps, or has ended."""
+    """Wait until a run has logged this number of steps, or has ended."""
     while process.poll() is None and len(measured(out)) < steps:
         time.sleep(0.02)
 
@@ -178,19 +180,21 @@ def kill_ranks(count: int, seed: int, folder: Path) -> Outcome:
 CAMPAIGNS = [
     Campaign(
         "kill",
-        "A run that is killed at any moment, within a save too, continues and ends bit-equal to an undisturbed one.",
+        "A run that is killed at any moment, also during a save, continues and ends bit-equal to an undisturbed one.",
         100,
         kill_runs,
     ),
     Campaign(
         "kill-caching",
-        "After caching is killed, the next start makes the same cache as at once, and leaves nothing else.",
+        "After cache building is killed, the next start builds the same cache as an undisturbed start, and leaves "
+        "nothing else.",
         60,
         kill_caching,
     ),
     Campaign(
         "kill-ranks",
-        "Of two processes, one, the launcher or all are killed: none stays, and the run continues bit-equal.",
+        "If a rank of a run of two processes, the launcher or all are killed, no process stays, and the run continues "
+        "bit-equal.",
         10,
         kill_ranks,
     ),

@@ -1,4 +1,4 @@
-"""Thousands of steps, losses and translations in one process: memory, tensors, file handles and threads stay level."""
+"""Thousands of steps, losses and translations in one process do not leak memory, tensors, file handles or threads."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from .command_lines import tiny
 from .common import Campaign, Child, Outcome, pictures, training_pictures, warm
 
 LOOKS = 30
-"""Of each part, evenly spread; the first third is for warming up."""
+"""Measurements per part, evenly spread; the first third is the warm-up."""
 BOUNDS = {"tensors": 0.0, "objects": 50.0, "files": 0.0, "threads": 0.0, "MiB": 0.5}
-"""So much more of each may be there in the last third than in the middle one."""
+"""Allowed growth of each quantity from the middle third to the last."""
 PER_CALL = {"tensors": 0.0, "objects": 0.01, "files": 0.0, "threads": 0.0, "MiB": 1e-4}
-"""And so much for each call between; 0.0001 MiB are 105 bytes."""
+"""Additionally allowed growth per call; 0.0001 MiB are 105 bytes."""
 METHODS = {"fastcut": 0.6, "cyclegan": 0.2, "dclgan": 0.2}
 
 
 def counted() -> dict[str, float]:
-    """What this process holds now."""
+    """Return the current numbers of this process."""
     gc.collect()
     objects = gc.get_objects()
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
@@ -49,11 +49,11 @@ def counted() -> dict[str, float]:
 
 
 class Looks:
-    """Counts calls, and looks at some of them."""
+    """Counts calls, and measures after some of them."""
 
     def __init__(self, calls: int):
         self.every, self.done, self.found = max(1, calls // LOOKS), 0, []
-        gc.freeze()  # what is there now is not counted
+        gc.freeze()  # excludes existing objects
 
     def call(self) -> None:
         self.done += 1
@@ -62,7 +62,7 @@ class Looks:
 
 
 def training(method: str, steps: int, data: Path, out: Path) -> list[dict[str, float]]:
-    """Everything that a run does besides its steps falls on the same steps of each round between two looks."""
+    """Train. Logging, saving and so on fall on the same steps of each interval between two measurements."""
     looks = Looks(steps)
     run = Step.run
 
@@ -80,7 +80,7 @@ def training(method: str, steps: int, data: Path, out: Path) -> list[dict[str, f
 
 
 def losses(calls: int) -> list[dict[str, float]]:
-    """Every loss, forward and backward, with the options that hold on to something."""
+    """Call every loss, forward and backward, with the options that keep state."""
     looks = Looks(calls)
     head, sampler = PatchNCEHead([3, 4], dim=8, patches=16), PatchSampleF(nc=8)
     bank, published = NegativeBank(20, [8]), PatchNCELoss(temperature=0.1)
@@ -101,7 +101,7 @@ def losses(calls: int) -> list[dict[str, float]]:
 
 
 def translations(calls: int, folder: Path) -> list[dict[str, float]]:
-    """Files translated, the model loaded anew each time, with every way of tiling in turn."""
+    """Translate files, loading the model each time, with all kinds of tiling in turn."""
     looks = Looks(calls)
     model = save_published({"G": ResnetGenerator(width=2, blocks=1)}, folder / "model")[0]
     photos = pictures(folder / "photos", "a.png", "b.jpg", side=40)
@@ -114,7 +114,7 @@ def translations(calls: int, folder: Path) -> list[dict[str, float]]:
 
 
 def grown(found: list[dict[str, float]], calls: int) -> Iterator[tuple[str, float, float, float]]:
-    """Of each thing: how many there were in the middle, in the end, and how many more are allowed."""
+    """Yield for each quantity its middle value, its last value and the allowed growth."""
     third = len(found) // 3
     middle, end = found[third : 2 * third], found[-third:]
     for name in BOUNDS:
@@ -152,7 +152,7 @@ def campaign(count: int, seed: int, folder: Path) -> Outcome:
                 outcome.lost.append(
                     f"--seed {seed}: {calls:,} {name}: {thing} grew from {before:,g} to {after:,g} in the last third"
                 )
-        outcome.notes.append(f"{calls:,} {name} end with {', '.join(told)}; in brackets: more than before")
+        outcome.notes.append(f"{calls:,} {name} end with {', '.join(told)}; in brackets: growth")
 
     for method, share in METHODS.items():
         steps = round(count * share)
@@ -164,7 +164,7 @@ def campaign(count: int, seed: int, folder: Path) -> Outcome:
 
 CAMPAIGN = Campaign(
     "leaks",
-    "after a warm-up, thousands of steps, losses and translations take no more memory, tensors, files or threads",
+    "After a warm-up, thousands of steps, losses and translations need no more memory, tensors, files or threads.",
     10_000,
     campaign,
 )

@@ -1,4 +1,4 @@
-"""Pictures whose heads lie, that are bombs, or are merely odd: by the name of the file, what makes it."""
+"""Pictures with false headers, decompression bombs and unusual pictures: makers by file name."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from PIL import Image
 SIDE = 24
 ALLOWED = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM")
 EXECUTED = "executed"
-"""Variable that names the file into which whatever is executed writes."""
+"""Environment variable with the path of the file to which executed code writes."""
 
 Verdict = tuple[Literal["right", "same", "refused", "any"], np.ndarray | None]
-"""What reading the file with three channels must give: these pixels; these or a refusal; a refusal; either."""
+"""Expected result of reading with three channels: "right" these pixels; "same" these pixels or a refusal; "refused";
+"any" pixels or a refusal."""
 Maker = Callable[[Path, Random], Verdict]
 REFUSED: Verdict = ("refused", None)
 ANY: Verdict = ("any", None)
@@ -61,7 +62,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 def png(
     width: int, height: int, bits: int = 8, colour: int = 2, data: bytes | None = None, extra: bytes = b""
 ) -> bytes:
-    """Black where no data are given."""
+    """Return a PNG file, black unless `data` are given."""
     if data is None:
         data = zlib.compress((b"\0" + bytes((width * {0: 1, 2: 3}[colour] * bits + 7) // 8)) * height)
     head = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
@@ -73,7 +74,7 @@ def with_chunk(kind: bytes, data: Callable[[], bytes]) -> Callable[[], bytes]:
 
 
 def deflated(length: int, head: bytes = b"") -> Callable[[], bytes]:
-    """So many zeros, packed a thousand to one."""
+    """Return a maker of `length` compressed zeros, about a thousandth of their size."""
 
     @functools.cache
     def make() -> bytes:
@@ -84,7 +85,7 @@ def deflated(length: int, head: bytes = b"") -> Callable[[], bytes]:
 
 
 def turned(path: Path, rng: Random) -> Verdict:
-    """An orientation: the pixels are stored as a camera that was turned to the right saw them."""
+    """A picture with an EXIF orientation, as from a camera turned to the right."""
     pixels = noise(rng, SIDE, 30, 3)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -115,16 +116,16 @@ PNGS: dict[str, Maker] = {
     "exif-text.png": holds(with_chunk(b"eXIf", lambda: EXIF.replace(b"\3\0\1", b"\2\0\4", 1) + bytes(2)), BENIGN),
     "one-pixel.png": holds(png(1, 1), ("right", np.zeros((1, 1, 3), np.uint8))),
     "strip.png": holds(png(3000, 2), ("right", np.zeros((2, 3000, 3), np.uint8))),
-    "turned.jpg": lambda path, rng: (turned(path, rng), ANY)[1],  # lossy: only its size is known
+    "turned.jpg": lambda path, rng: (turned(path, rng), ANY)[1],  # lossy, so only its size is known
     "turned.png": turned,
 }
 
 
-# ---- other formats of ours ----
+# ---- our other formats ----
 
 
 def tiff(width: int, height: int, bits: int, data: bytes, kind: int = 1, **other: int) -> bytes:
-    """Grey, one strip. other: a tag's value by "t" and its number."""
+    """Return a grey TIFF file with one strip. `other` sets tags: t273=0 sets tag 273."""
     where = 8 + 2 + 12 * 10 + 4
     tags = {256: width, 257: height, 258: bits, 259: 1, 262: 1, 273: where, 277: 1, 278: height, 279: len(data)}
     tags |= {339: kind} | {int(name[1:]): value for name, value in other.items()}
@@ -207,7 +208,7 @@ OTHERS: dict[str, Maker] = {
 
 
 class _Touch:
-    """What a pickle can do when it is read."""
+    """An object whose unpickling runs a program."""
 
     def __reduce__(self):
         return os.system, (f"echo pickle >> ${EXECUTED}",)

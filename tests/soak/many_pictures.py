@@ -1,4 +1,4 @@
-"""A folder of very many small pictures: cached in memory that hardly grows with them, killed in the middle, redone."""
+"""A folder of very many small pictures: memory hardly grows with their number, and a killed command resumes."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from .common import TINY, Campaign, Child, Outcome, tries, warm
 
 SIDE = 32
 CONTENTS = 300
-"""Different pictures; the others are links to them."""
+"""Number of different pictures; the others are links to them."""
 SPARE, EACH = 1.5, 500
-"""A command on four times as many pictures may take so many MiB more, and bytes for each picture more."""
+"""Allowed growth for four times as many pictures: in MiB, plus bytes per additional picture."""
 SETTINGS = [text for text in TINY if not text.startswith("data.")] + [f"data.{k}_size={SIDE}" for k in ("load", "crop")]
 WHOLE = "optim.n_epochs_decay=0"
-"""Sides are the same before and after the learning rate falls, so one cache serves for both."""
+"""Without a decay phase, sizes stay the same, so one cache is enough."""
 
 
 def contents(folder: Path) -> list[bytes]:
-    """Pictures of every lossless kind, and their pixels."""
+    """Write pictures in every lossless format and return their pixels."""
     folder.mkdir()
     found = []
     for number in range(CONTENTS):
@@ -42,7 +42,7 @@ def contents(folder: Path) -> list[bytes]:
 
 
 def fill(data: Path, source: Path, count: int) -> Counter[int]:
-    """trainA of so many pictures, in folders of a thousand, and a small trainB; how often each content is in A."""
+    """Create trainA with `count` pictures, in folders of a thousand, and a small trainB; count each content of A."""
     files = sorted(source.iterdir())
     used: Counter[int] = Counter()
     for domain, number in (("trainA", count), ("trainB", 10)):
@@ -59,19 +59,19 @@ def fill(data: Path, source: Path, count: int) -> Counter[int]:
 def link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
-    except OSError:  # a disk has a most number of links, or none
+    except OSError:  # the disk has no links, or has reached its limit
         target.write_bytes(source.read_bytes())
 
 
 class Watched:
-    """A command whose memory is watched: what is its own, without the pages of files that it maps."""
+    """A command whose private memory is monitored, without the pages of mapped files."""
 
     def __init__(self, data: Path, more: str = WHOLE):
         self.child = Child(["cache", "--data", str(data), "fastcut", *SETTINGS, more])
         self.peak = 0.0
 
     def watch(self, seconds: float) -> bool:
-        """Until it ends, or so long; whether it has ended."""
+        """Monitor until the command ends, or for `seconds`; return whether it has ended."""
         until = time.monotonic() + seconds
         while self.child.alive():
             if time.monotonic() > until:
@@ -79,14 +79,14 @@ class Watched:
             try:
                 status = Path(f"/proc/{self.child.pid}/status").read_text()
                 self.peak = max(self.peak, int(status.partition("RssAnon:")[2].split()[0]) / 1024)
-            except (OSError, IndexError):  # it has just ended
+            except (OSError, IndexError):  # the command has just ended
                 break
             self.child.read(0.003)
         return True
 
 
 def seen(data: Path, folder: Path, contents: list[bytes]) -> tuple[Counter[int], int]:
-    """What an epoch of training reads: how often each content comes, and pictures that are none of them."""
+    """Return what an epoch of training reads: the count of each content, and the number of unknown pictures."""
     answer = folder / "seen.json"
 
     def work() -> int:
@@ -109,7 +109,7 @@ def seen(data: Path, folder: Path, contents: list[bytes]) -> tuple[Counter[int],
 
 
 def attempt(count: int, rng: Random, folder: Path, outcome: Outcome) -> list[str]:
-    """A quarter of the pictures; then all of them, killed in the middle, done again, and read."""
+    """Cache a quarter of the pictures; then cache all, kill the command in the middle, repeat it, and read all."""
     wrong: list[str] = []
     pixels = contents(folder / "contents")
     few, many = folder / "few", folder / "many"
@@ -137,14 +137,14 @@ def attempt(count: int, rng: Random, folder: Path, outcome: Outcome) -> list[str
             f"{what} {count:,} pictures takes {after:.1f} MiB, {count // 4:,} pictures {before:.1f} MiB, with PyTorch"
         )
         if after - before > allowed:
-            wrong.append(f"{what}: memory grew by {after - before:.1f} MiB, allowed are {allowed:.1f}")
+            wrong.append(f"{what}: memory grew by {after - before:.1f} MiB, more than {allowed:.1f}")
     outcome.notes.append(f"caching them after kill -9 took {took:.0f} s, opening the cache {start:.1f} s")
     left = [p.name for p in (many / ".fastnce-cache").iterdir() if p.name.startswith(".") or p.suffix == ".tmp"]
     if left:
         wrong.append(f"left are {', '.join(left)}")
     found, strange = seen(many, folder, pixels)
     if strange or found != used:
-        wrong.append(f"{strange} strange pictures are read, and {(used - found).total()} are not")
+        wrong.append(f"{strange} unknown pictures were read, and {(used - found).total()} were not read")
     return wrong
 
 
@@ -160,8 +160,8 @@ def campaign(count: int, seed: int, folder: Path) -> Outcome:
 
 CAMPAIGN = Campaign(
     "many-pictures",
-    "a folder of very many pictures is cached and opened in memory that hardly grows with them; after kill -9 the same "
-    "command ends the work, and training reads every picture once an epoch, bit for bit",
+    "Caching and opening a folder of very many pictures takes memory that hardly grows with their number; after "
+    "kill -9 the same command finishes the work, and training reads every picture once per epoch, bit for bit.",
     100_000,
     campaign,
 )

@@ -1,4 +1,4 @@
-"""Odd names of pictures, folders and reports: a command works, and what it says it wrote is there."""
+"""Unusual names of pictures, folders and reports: a command works, and the files that it reports exist."""
 
 from __future__ import annotations
 
@@ -77,10 +77,10 @@ WHOLE = (".", "..", "")
 
 
 def odd(rng: Random, suffix: str = "") -> str:
-    """A name that disks allow."""
+    """Return a name that disks allow."""
     while True:
         name = "".join(rng.choice(PIECES) for _ in range(rng.choice([1, 1, 1, 2, 3])))
-        if rng.random() < 0.1:  # as long as can be
+        if rng.random() < 0.1:  # the longest possible name
             unit = rng.choice(["n", "\u00e9", "\U0001f40e", "\udcff", "%s"])
             name += unit * ((LONGEST - len(os.fsencode(name + suffix))) // len(os.fsencode(unit)))
         name += suffix
@@ -93,7 +93,7 @@ def hidden(name: str) -> bool:
 
 
 def pictures(folder: Path, *names: str) -> Path:
-    """Noisy ones, of any name; no two the same."""
+    """Write pictures of noise with any names, each different."""
     for name in names:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,12 +103,12 @@ def pictures(folder: Path, *names: str) -> Path:
 
 
 def shown(text: object) -> str:
-    """As standard output prints it."""
+    """Return a text as standard output prints it."""
     return str(text).encode("utf-8", "backslashreplace").decode()
 
 
 class Try:
-    """A folder to work in, where the model and good pictures have plain names."""
+    """A working folder in which the model and good pictures have plain names."""
 
     def __init__(self, place: Path, model: Path, rng: Random):
         self.place, self.model, self.rng = place, model, rng
@@ -116,7 +116,7 @@ class Try:
         self.name, self.dashed, self.refusable = "", False, False
 
     def path(self, *names: str) -> str:
-        """In the try's folder: absolute, with a dot in front, or bare, when a dash may make it an option."""
+        """Return a path in the working folder: absolute, with a leading "./", or bare (a dash makes it an option)."""
         relative = os.path.join(*names)
         how = self.rng.choice(["absolute", "dotted", "bare"])
         if how == "bare":
@@ -125,7 +125,7 @@ class Try:
         return str(self.place / relative) if how == "absolute" else f"./{relative}"
 
     def option(self, name: str, value: str) -> list[str]:
-        """With a sign between, a value may begin with a dash."""
+        """Return an option with its value, sometimes joined by "=", after which a value may begin with a dash."""
         if self.rng.random() < 0.5:
             return [f"{name}={value}"]
         return [name, value]
@@ -143,7 +143,7 @@ class Try:
             self.wrong.append(f"{what}: {(ended.err or ended.out)[-300:]!r}")
 
     def whole(self, folder: Path, count: int, ended: Ended) -> None:
-        """So many pictures and nothing else lie in a folder."""
+        """Check that a folder contains `count` valid pictures and nothing else."""
         files = [path for path in folder.rglob("*") if path.is_file()]
         self.says(len(files) == count, f"{len(files)} files are there, {count} were reported", ended)
         for file in files:
@@ -152,7 +152,7 @@ class Try:
 
 
 def translate(it: Try) -> None:
-    """Pictures, their folder, and --out."""
+    """Unusual names of pictures, their folder and --out."""
     rng = it.rng
     name, folder, out = odd(rng, rng.choice([".png", ".PNG", ".jpg"])), odd(rng), odd(rng)
     it.name = f"{name!a:.80} in {folder!a:.80} to {out!a:.80}"
@@ -192,7 +192,7 @@ def unpair(it: Try) -> None:
     if folder == out:
         return
     pictures(it.place / folder, *(f"{side}/{n}" for side in ("rain", "norain") for n in ("m.png", name)))
-    it.refusable = True  # one scene does not suffice, and some names say which side they are
+    it.refusable = True  # one scene is not enough, and some names denote a side
     ended = it.run("unpair", it.path(folder), *it.option("--out", it.path(out)))
     if ended.code == 0 and "usage" not in ended.out:
         counts = [int(count) for count in re.findall(r"(\d+) in train[AB]", ended.out)]
@@ -217,7 +217,7 @@ def evaluate(it: Try) -> None:
     made = [it.place / file for file in (report, table, sheet)]
     if ended.code == 0 and "usage" not in ended.out:
         names = {row["name"] for row in json.loads(made[0].read_text())["pictures"]}
-        # bytes that are no Unicode were written as escapes, which JSON reads back
+        # bytes that are not Unicode were written as escapes, which JSON reads back
         wanted = {"m"} if hidden(name) else {"m", Path(name).stem}
         it.says(names == wanted, f"the report names {names}", ended)
         with Image.open(made[2]) as image:
@@ -227,7 +227,7 @@ def evaluate(it: Try) -> None:
 
 
 def cache(it: Try) -> None:
-    """The data folder, --config and the cache's folder."""
+    """Unusual names of the data folder, --config and the cache's folder."""
     rng = it.rng
     name, folder, config, kept = odd(rng, ".png"), odd(rng), odd(rng, ".toml"), odd(rng)
     it.name = f"{name!a:.80} in {folder!a:.80}, {config!a:.80}, {kept!a:.80}"
@@ -236,7 +236,7 @@ def cache(it: Try) -> None:
     pictures(it.place / folder, *(f"train{domain}/{n}" for domain in "AB" for n in ("m.png", name)))
     (it.place / config).write_text("[data]\nload_size = 36\ncrop_size = 32\n")
     place = it.path(kept)
-    bare = place != place.strip("\"' \n\t\r") or place != place.strip()  # quotes and blanks around a value are left out
+    bare = place != place.strip("\"' \n\t\r") or place != place.strip()  # quotes and blanks around a value are removed
     where = [] if bare or rng.random() < 0.5 else [f"data.cache_dir={place}"]
     it.refusable = shown(folder) != folder or (bool(where) and shown(kept) != kept)  # a configuration is text
     given = [*it.option("--data", it.path(folder)), *it.option("--config", it.path(config))]
@@ -248,7 +248,7 @@ def cache(it: Try) -> None:
 
 
 def train(it: Try) -> None:
-    """A run of a step, its configuration read back, then continued, translated and exported."""
+    """Train for one step, read the configuration back, and export the run."""
     rng = it.rng
     name, folder, out = odd(rng, ".png"), odd(rng), odd(rng)
     it.name = f"{name!a:.80} in {folder!a:.80} to {out!a:.80}"
@@ -289,8 +289,8 @@ def campaign(count: int, seed: int, folder: Path) -> Outcome:
 
 CAMPAIGN = Campaign(
     "names",
-    "a command takes every name that the disk takes, for pictures, folders and reports, and the files that it reports "
-    "are there; where it refuses one it says so in a sentence and writes nothing",
+    "A command accepts every name that the disk accepts for pictures, folders and reports, and the files that it "
+    "reports exist; if it refuses a name, it prints a message and writes nothing.",
     300,
     campaign,
 )

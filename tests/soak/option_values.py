@@ -1,4 +1,4 @@
-"""Every key of the configuration with values at and beyond its ends, in runs of two steps."""
+"""Every key of the configuration with values at and beyond its limits, in runs of two steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TEXT = ("", "nonsense", "\u00e9", "../x", "'", "a" * 3000)
 LIST = ("[]", "[-1]", "[99]", "[4,4]", "[8,4]", "[0]", "[9223372036854775808]", "[1.5]", "[true]", "[nan]", "4")
 SIDES = ("0", "-4", "4", "30", "[32,36]", "[36,32]", "[true,true]", "[-4,-4]", "1000000000000", "[0,0]", "[32]", "[]")
 LEFT_OUT = ("data.dir", "run.compile")
-"""The first is not tried here, the second may take minutes."""
+"""Untested keys: the data folder, and the compiler, which may take minutes."""
 SINGLE = [
     "data.crop_size=32",
     "data.batch=2",
@@ -41,7 +41,7 @@ def values_of(value: object, kind: str) -> tuple[str, ...]:
 
 
 def trials() -> list[tuple[str, str]]:
-    """Every method with every one of its keys and values."""
+    """Return every method with each of its keys and values."""
     found = []
     for method, preset in PRESETS.items():
         config = from_preset(method, preset)
@@ -51,7 +51,7 @@ def trials() -> list[tuple[str, str]]:
                 key = f"{section}.{field.name}"
                 values = values_of(getattr(options, field.name), str(field.type))
                 if method == "sincut" and key == "run.steps":
-                    values = ("-1", "1", "3", "7", "1.5")  # else epochs end a run, and its have 100,000 crops
+                    values = ("-1", "1", "3", "7", "1.5")  # otherwise a run lasts for epochs of 100,000 crops
                 found += [(method, f"{key}={value}") for value in values if key not in LEFT_OUT]
     return found
 
@@ -91,14 +91,14 @@ def campaign(count: int, seed: int, folder: Path) -> Outcome:
 
 
 def names(text: str, sentence: str) -> bool:
-    """Whether a refusal tells of the key, or quotes the value."""
+    """Return whether an error message names the key or quotes the value."""
     key, _, value = text.partition("=")
     return key.partition(".")[2].split("_")[0] in sentence or (bool(value) and value in sentence)
 
 
 CAMPAIGN = Campaign(
     "options",
-    "every key of a configuration, with any value, trains or is refused by a sentence that names it",
+    "Every key of a configuration, with any value, trains or is refused by a message that names it.",
     600,
     campaign,
 )

@@ -1,4 +1,4 @@
-"""A run that was never disturbed, and how far another one is the same. Nothing here is read by the package's code."""
+"""An undisturbed run, and its comparison with another. Files are read without the package's own code."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ NAMES = re.compile(
     r"config\.toml|log\.txt|metrics\.jsonl|samples(/step-\d{8}\.png)?"
     r"|checkpoints(/(latest|best|good)|/step-\d{8}(/(generator\.safetensors|training\.safetensors|state\.json))?)?"
 )
-"""What a run that nobody works at consists of."""
+"""The files of a run that is not in progress."""
 PACE = ("images_per_second", "data_share", "held_out_seconds")
-"""What differs from run to run in metrics.jsonl."""
+"""Keys of metrics.jsonl that differ from run to run."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """seconds, events: of the whole run, for moments in it."""
+    """An undisturbed run, with its duration and number of file operations."""
 
     data: Path
     run: Path
@@ -49,7 +49,7 @@ def arguments(data: Path, out: Path, *more: str, steps: int = STEPS) -> list[str
 
 
 def reference(folder: Path, *more: str) -> Reference:
-    """Pictures, cached, and a run on them."""
+    """Create pictures, their cache, and a run on them."""
     data, out = training_pictures(folder / "data"), folder / "reference"
     done(run(arguments(data, folder / "first", *more, steps=1)))
     events = Events(out)
@@ -58,18 +58,18 @@ def reference(folder: Path, *more: str) -> Reference:
 
 
 def done(ended: Ended) -> Ended:
-    """AssertionError where a command that nothing was done to has failed."""
+    """Return the ended command. Raise AssertionError if it failed."""
     assert not ended.wrong(0), f"{ended.out}{ended.err}"
     return ended
 
 
 def whole(folder: Path) -> tuple[dict[int, Path], list[str]]:
-    """Checkpoints whose files have the digests that state.json says, by step; and the names of all others."""
+    """Return checkpoints whose files match the digests of state.json, by step, and the names of all others."""
     good, bad = {}, []
     for path in sorted(folder.glob("checkpoints/step-*")):
         try:
-            if not all((path / name).is_file() for name in (*FILES, "state.json")):  # a device may have no end
-                raise OSError(f"{path} holds what is no file")
+            if not all((path / name).is_file() for name in (*FILES, "state.json")):  # a device may be endless
+                raise OSError(f"{path} has an entry that is not a file")
             state = json.loads((path / "state.json").read_text())
             if all(hashlib.sha256((path / n).read_bytes()).hexdigest() == state["sha256"][n] for n in FILES):
                 good[state["step"]] = path
@@ -81,34 +81,34 @@ def whole(folder: Path) -> tuple[dict[int, Path], list[str]]:
 
 
 def newest(folder: Path) -> int:
-    """The step of the newest whole checkpoint, 0 where there is none."""
+    """Return the step of the newest intact checkpoint, or 0."""
     return max(whole(folder)[0], default=0)
 
 
 def measured(folder: Path, lines: list[str] | None = None) -> list[dict]:
-    """The lines of metrics.jsonl; those that are torn are added to `lines`."""
+    """Return the lines of metrics.jsonl. A fault for each partial line is added to `lines`."""
     found = []
     path = folder / "metrics.jsonl"
     for line in path.read_bytes().split(b"\n")[:-1] if path.exists() else []:
         try:
             found.append(dict(json.loads(line)))
         except (ValueError, TypeError):
-            (lines if lines is not None else []).append(f"a torn line in metrics.jsonl: {line[:80]!r}")
+            (lines if lines is not None else []).append(f"a partial line in metrics.jsonl: {line[:80]!r}")
     if path.exists() and lines is not None and path.read_bytes()[-1:] not in (b"", b"\n"):
-        lines.append("the last line of metrics.jsonl is not finished")
+        lines.append("the last line of metrics.jsonl is partial")
     return found
 
 
 def logged(folder: Path) -> int:
-    """The last step that metrics.jsonl has a loss of."""
+    """Return the last step with a loss in metrics.jsonl."""
     return max((line["step"] for line in measured(folder) if "G" in line), default=0)
 
 
 def differences(found: Path, wanted: Path, ended: int) -> list[str]:
-    """What is not as in a run that was never disturbed: the last checkpoint bit for bit, the metrics, the names.
+    """Return the differences from an undisturbed run: in the bits of the last checkpoint, the metrics, the names.
 
     Args:
-        ended: how often it was; each time, the line of one step may be missing, which was saved before it was logged.
+        ended: number of interruptions. Each may lose the line of one step, which was saved before it was logged.
     """
     metrics = _metrics_differ(found, wanted, ended)
     torn = [f"{name} is not whole" for name in whole(found)[1]]
@@ -116,7 +116,7 @@ def differences(found: Path, wanted: Path, ended: int) -> list[str]:
 
 
 def tensors_differ(found: Path, wanted: Path) -> list[str]:
-    """Between the two runs' newest whole checkpoints, of which nothing but the bits counts."""
+    """Return the differences between the bits of the two runs' newest intact checkpoints."""
     mine, theirs = whole(found)[0], whole(wanted)[0]
     at = max(theirs)
     if at != max(mine, default=0):
@@ -133,11 +133,11 @@ def tensors_differ(found: Path, wanted: Path) -> list[str]:
 
 
 def _metrics_differ(found: Path, wanted: Path, ended: int) -> list[str]:
-    """Each line must be one of the other run's, and nearly all of those be there; what was repeated is there twice."""
+    """Return faults: lines that the other run does not have, and too many missing lines. Repeated lines are allowed."""
     wrong: list[str] = []
     mine, theirs = ({_line(line) for line in measured(folder, wrong)} for folder in (found, wanted))
     if mine - theirs:
-        wrong.append(f"lines of metrics.jsonl are of no undisturbed run, such as {min(mine - theirs)[:120]}")
+        wrong.append(f"lines of metrics.jsonl differ from an undisturbed run, such as {min(mine - theirs)[:120]}")
     if len(theirs - mine) > ended:
         wrong.append(f"{len(theirs - mine)} lines of metrics.jsonl are missing, such as {min(theirs - mine)[:120]}")
     return wrong
@@ -148,7 +148,7 @@ def _line(values: dict) -> str:
 
 
 def strangers(folder: Path) -> list[str]:
-    """Files that no run should have: what is half written, or left by a process that is gone."""
+    """Return files that a run must not have: partial files, or files left by an ended process."""
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
     return [f"{name} is left" for name in names if not NAMES.fullmatch(name)]
 
@@ -159,12 +159,12 @@ def _pointers(folder: Path) -> list[str]:
     for name in ("latest", "best", "good"):
         path = folder / "checkpoints" / name
         if path.exists() and folder / "checkpoints" / path.read_text() not in good.values():
-            wrong.append(f"{name} names {path.read_text()!r}, which is no whole checkpoint")
+            wrong.append(f"{name} names {path.read_text()!r}, which is not an intact checkpoint")
     return wrong
 
 
 def half_files(folder: Path, wanted: Path) -> list[str]:
-    """What a run that a fault has met must not hold: torn lines, checkpoints, pictures or configurations."""
+    """Return faults of a run after an injected fault: partial lines, checkpoints, pictures or configurations."""
     wrong = [*strangers(folder), *_pointers(folder), *(f"{name} is not whole" for name in whole(folder)[1])]
     measured(folder, wrong)
     for path in folder.glob("samples/*.png"):

@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM, SIGHUP and SIGUSR1 at any moment of a command, once or twice, and to runs of two processes."""
+"""SIGINT, SIGTERM, SIGHUP and SIGUSR1 at any moment of a command, once or twice, and for runs of two processes."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from .runs import STEPS, Reference, arguments, differences, done, half_files, lo
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 APART = 1.3
-"""Seconds between two signals that are not one and the same: within a second they are."""
+"""Seconds between two signals that count separately. Signals within one second count as one."""
 ANSWER = 60.0
-"""Seconds that an answer may take, even on a machine with much else to do; without compilers it takes parts of one."""
+"""Limit in seconds for a reaction, also on a busy machine. Without compilers it takes fractions of a second."""
 
 
 # ---- training ----
@@ -40,14 +40,14 @@ def to_runs(count: int, seed: int, folder: Path) -> Outcome:
         out, which = place / "run", rng.choice(SIGNALS)
         if rng.random() < 0.3:
             command, events = _with_cache(base, place), Events(place, reads=True)
-            moment = rng.randint(1, counter.count)  # caching comes first
+            moment = rng.randint(1, counter.count)  # includes caching
         else:
             command, events = arguments(base.data, out), Events(out, base.data / "test", reads=True)
             moment = rng.randint(1, 2 * base.events)
         if twice := rng.random() < 0.2:
             other = rng.choice(SIGNALS)
 
-            def act(event) -> None:  # the disk is slow, and nothing can be saved meanwhile
+            def act(event) -> None:  # as on a slow disk, where nothing can be saved meanwhile
                 os.kill(os.getpid(), which)
                 time.sleep(APART)
                 os.kill(os.getpid(), other)
@@ -69,12 +69,12 @@ def to_runs(count: int, seed: int, folder: Path) -> Outcome:
 
     outcome = survey(count, seed, folder, attempt)
     outcome.notes.append(f"Exit codes: {', '.join(f'{code} {n} times' for code, n in sorted(codes.items()))}.")
-    outcome.notes.append(f"The slowest answer to a signal took {slowest:.1f} s.")
+    outcome.notes.append(f"The slowest reaction to a signal took {slowest:.1f} s.")
     return outcome
 
 
 def _with_cache(base: Reference, place: Path) -> list[str]:
-    """Training that has to make its cache first."""
+    """Return the arguments of a training that builds its cache first."""
     return arguments(base.data, place / "run", f"data.cache_dir={place / 'cache'}")
 
 
@@ -87,12 +87,12 @@ def _send(child: Child, after: float, which: int) -> tuple[Ended, float]:
 
 
 def _judge(ended: Ended, out: Path, base: Reference, numbers: set[int], twice: bool = False) -> list[str]:
-    """Whether what the exit code says is so, whatever came of the run before it is continued."""
+    """Return faults: the exit code must match the state of the run, before it is continued."""
     wrong = ended.wrong(0, *(128 + number for number in numbers))
     last, saved = logged(out), newest(out)
     if ended.code == 0 and f"step {STEPS}/{STEPS}" not in ended.out:
         if f"stopped after step {saved:,} and saved" not in ended.out:
-            wrong.append(f"exit code 0, and it does not say that step {saved} is saved: {ended.out[-200:]!r}")
+            wrong.append(f"exit code 0 without the message that step {saved} is saved: {ended.out[-200:]!r}")
         if saved < last:
             wrong.append(f"exit code 0, and step {last} was done after the last checkpoint, of step {saved}")
     elif ended.code == 0 and saved < STEPS:
@@ -100,7 +100,7 @@ def _judge(ended: Ended, out: Path, base: Reference, numbers: set[int], twice: b
     if (ended.code or 0) > 128 and not twice and saved < last:
         wrong.append(f"exit code {ended.code} after step {last}, which should have been saved")
     if twice and (ended.code or 0) > 128 and out.exists():
-        return wrong  # it ended at once, as it was told: the next start cleans up
+        return wrong  # a second signal ends a run at once; the next start cleans up
     return wrong + (half_files(out, base.run) if out.exists() else [])
 
 
@@ -130,12 +130,12 @@ def to_commands(count: int, seed: int, folder: Path) -> Outcome:
         else:
             after = rng.uniform(0, seconds)
             told, (ended, _) = f"{name}: {which.name} after {after:.3f} s", _send(Child(command), after, which)
-        if ended.code == -which and not ended.err:  # the system ended it, before there was anything to do
+        if ended.code == -which and not ended.err:  # ended by the system before it had started work
             ended = replace(ended, code=0 if tree(out) == wanted[name] else 128 + which, err="fastnce: stopped")
         wrong = ended.wrong(0, 128 + which)
         found, files = tree(out), wanted[name]
         left = found.keys() - files.keys()
-        if name == "cache":  # the next start goes on from there
+        if name == "cache":  # the next start resumes from these files
             left = {file for file in left if not file.endswith(("_pixels", "_journal"))}
         wrong += [f"{file} is left" for file in left]
         wrong += [f"{file} is half written" for file in found.keys() & files.keys() if found[file] != files[file]]
@@ -143,12 +143,12 @@ def to_commands(count: int, seed: int, folder: Path) -> Outcome:
             wrong.append("exit code 0, and not everything is written")
         if name == "unpair" and ended.code and found:
             wrong.append(f"unpair was stopped and left {sorted(found)[:3]}")
-        if name in ("rain", "unpair"):  # they refuse folders that are there
+        if name in ("rain", "unpair"):  # these refuse existing folders
             shutil.rmtree(out)
             out.mkdir()
         wrong += run(command).wrong(0)
         if tree(out) != files:
-            wrong.append("done again, it does not write what it should")
+            wrong.append("the repeated command does not write the right files")
         return told, wrong
 
     return survey(count, seed, folder, attempt)
@@ -157,7 +157,7 @@ def to_commands(count: int, seed: int, folder: Path) -> Outcome:
 # ---- whole processes: start-up, two ranks, compilers ----
 
 PROGRAM = "import os; from fastnce.__main__ import entry; os.write(1, b'here\\n'); entry()"
-"""As `python -m fastnce`, but it tells when the interpreter itself has started."""
+"""As `python -m fastnce`, but prints a line when the interpreter has started."""
 
 
 def to_starts(count: int, seed: int, folder: Path) -> Outcome:
@@ -185,11 +185,11 @@ def to_starts(count: int, seed: int, folder: Path) -> Outcome:
         except subprocess.TimeoutExpired:
             process.kill()
             words = process.communicate()
-            return f"{which.name} after {after:.2f} s", [f"no answer within {ANSWER:.0f} s: {words[1][-300:]}"]
+            return f"{which.name} after {after:.2f} s", [f"no reaction within {ANSWER:.0f} s: {words[1][-300:]}"]
         code = 128 + which if process.returncode == -which and not words[1] else process.returncode
         ended = Ended(code, *words, 0.0, 0, [])
-        if code == 128 + which and process.returncode < 0:  # the system ended it, before there was anything to say
-            wrong = [] if not out.exists() else ["a run was begun, and its signals were not heeded"]
+        if code == 128 + which and process.returncode < 0:  # ended by the system before it could print a message
+            wrong = [] if not out.exists() else ["a run had started, and did not handle the signal"]
         else:
             wrong = _judge(ended, out, base, {which})
         wrong += run(command).wrong(0) + differences(out, base.run, 1)
@@ -242,7 +242,7 @@ def to_ranks(count: int, seed: int, folder: Path) -> Outcome:
 
 def while_compiling(count: int, seed: int, folder: Path) -> Outcome:
     if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
-        return Outcome(notes=["Nothing was compiled: there is no C++ compiler here."])
+        return Outcome(notes=["Nothing was compiled, because there is no C++ compiler."])
     data = reference(folder).data
 
     def attempt(number: int, rng: Random, place: Path) -> tuple[str, list[str]]:
@@ -260,7 +260,7 @@ def while_compiling(count: int, seed: int, folder: Path) -> Outcome:
             wrong.append(f"no answer within {ANSWER:.0f} s")
             process.kill()
             code = process.wait()
-        told = f"{which.name} after {after:.1f} s, answered after {time.monotonic() - began:.1f} s"
+        told = f"{which.name} after {after:.1f} s, reaction after {time.monotonic() - began:.1f} s"
         wrong += all_gone(mark, 20.0)
         said = (place / "said").read_text()
         trained = logged(place / "run")
@@ -274,18 +274,18 @@ def while_compiling(count: int, seed: int, folder: Path) -> Outcome:
 CAMPAIGNS = [
     Campaign(
         "signals",
-        "A signal at any moment of a run is answered; the exit code says whether its last state is saved; continued, "
-        "it ends bit-equal.",
+        "A run reacts to a signal at any moment; the exit code says whether its last state is saved; the continued run "
+        "ends bit-equal.",
         150,
         to_runs,
     ),
     Campaign(
         "signals-commands",
-        "Other commands stop with one sentence and 128 + n, leave nothing half written, and work when done again.",
+        "Other commands stop with one message and 128 + n, leave no partial file, and work when repeated.",
         220,
         to_commands,
     ),
-    Campaign("signals-starts", "A program that is just starting stops likewise.", 16, to_starts),
-    Campaign("signals-ranks", "Runs of two processes stop likewise, and none stays behind.", 10, to_ranks),
-    Campaign("signals-compiling", "A signal is answered while the first step is compiled.", 6, while_compiling),
+    Campaign("signals-starts", "A program that is just starting stops in the same way.", 16, to_starts),
+    Campaign("signals-ranks", "Runs of two processes stop in the same way, and no process stays.", 10, to_ranks),
+    Campaign("signals-compiling", "A run reacts to a signal while its first step is compiled.", 6, while_compiling),
 ]

@@ -1,4 +1,4 @@
-"""The table of results in the documentation: rows of the campaigns that were run are replaced, others stay."""
+"""Update the table of results in the documentation: replace the rows of the finished campaigns, keep the others."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def write_results(file: Path, results: dict[str, tuple[Campaign, Outcome]], seed
     """Write rows and notes between the two markers of a file.
 
     Raises:
-        ValueError: it has no such markers.
+        ValueError: the file has no such markers.
     """
     before, found, rest = file.read_text(encoding="utf-8").partition(f"{BEGIN}\n")
     old, ended, after = rest.partition(END)
@@ -46,7 +46,7 @@ def write_results(file: Path, results: dict[str, tuple[Campaign, Outcome]], seed
 
 
 def _read(text: str) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """Rows and notes by the campaign's name."""
+    """Return rows and notes by name of the campaign."""
     rows: dict[str, str] = {}
     notes: dict[str, list[str]] = {}
     for line in text.splitlines():

@@ -1,4 +1,4 @@
-"""Mutated configuration files: taken as they say, or refused in a sentence that names the file."""
+"""Mutated configuration files are read correctly, or refused by a message that names the file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .command_lines import LARGE, tiny
 from .common import Campaign, Child, Ended, Outcome, survey, training_pictures, warm
 
 LONGEST = 1000
-"""Characters of a refusal."""
+"""Longest error message in characters."""
 VALUES = (
     *("true", "nan", "-inf", "0", "-1", "1e400", "1" + "0" * 30, "9" * 5000, "0x1F", "0o7", "0b2", "1_000", "1__0"),
     *("'x'", '""', '"""two\nlines"""', "'''x'''", "[]", "[1,2]", "[1,2,]", "[[1]]", "[true]", "[1.5]", "['a']", "{}"),
@@ -119,11 +119,11 @@ def mutated(text: str, rng: Random) -> bytes:
 
 
 def differences(data: bytes, printed: str) -> list[str]:
-    """Keys of a file whose values are not those of the configuration that was printed."""
+    """Return the keys of a file whose values differ from the printed configuration."""
     found = []
-    text = data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")  # any end of a line is one
+    text = data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")  # all kinds of line ends are equal
     stored, taken = tomllib.loads(text), tomllib.loads(printed)
-    stored.get("data", {}).pop("dir", None)  # --data names another
+    stored.get("data", {}).pop("dir", None)  # --data overrides it
     for section, values in stored.items():
         if section == "method":
             continue
@@ -139,7 +139,7 @@ def attempt(number: int, rng: Random, place: Path, data: Path) -> tuple[str, lis
     method = rng.choice(list(PRESETS))
     whole = resolve(method, None, tiny(method)) if method != "sincut" else from_preset(method, PRESETS[method])
     file = place / "c.toml"
-    # the first of all is whole: it must be taken
+    # the first file is intact and must be accepted
     given = whole.as_toml().encode() if number == 0 else mutated(whole.as_toml(), rng)
     file.write_bytes(given)
     arguments = ["train", method, "--config", str(file), "--data", str(data), "--out", str(place / "run")]
@@ -157,12 +157,12 @@ def attempt(number: int, rng: Random, place: Path, data: Path) -> tuple[str, lis
         if len(ended.err) > LONGEST + len(str(file)) or ended.err.count("\n") != 1:
             wrong.append(f"{len(ended.err)} characters in {ended.err.count(chr(10))} lines")
         if (place / "run").exists():
-            wrong.append("refused, and written")
+            wrong.append("refused, but files were written")
     return f"{method} with {file} of {len(given)} bytes", wrong
 
 
 def given_values(data: bytes) -> list[str]:
-    """Values in the file, without the remarks behind them."""
+    """Return the values in the file, without comments."""
     lines = data.decode("utf-8-sig").splitlines()
     return [line.partition("=")[2].partition("#")[0] for line in lines if not line.startswith(("lambda", "seed"))]
 
@@ -179,7 +179,7 @@ def campaign(count: int, seed: int, folder: Path) -> Outcome:
 
 CAMPAIGN = Campaign(
     "toml",
-    "a configuration file of any content is taken as a TOML reader reads it, or refused in one sentence",
+    "A configuration file of any content is read as by a TOML reader, or refused in one message.",
     500,
     campaign,
 )

@@ -1,4 +1,4 @@
-"""Published weight files (.pth) from strangers: nothing in them is executed, none takes more memory than it may."""
+"""Published weight files (.pth) from strangers: no code in them is executed, and their memory is bounded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ State = dict[str, torch.Tensor]
 
 
 class Evil:
-    """Unpickled, it makes the file that shows that it was."""
+    """An object whose unpickling creates the file `mark`."""
 
     def __init__(self, mark: Path, way: int):
         self.mark, self.way = mark, way
@@ -110,7 +110,7 @@ def _odd_keys(rng: Random, state: State, path: Path, mark: Path) -> None:
 
 
 def _lies(rng: Random, state: State, path: Path, mark: Path) -> None:
-    """Archives whose entries are packed, claim more than they hold, or lie in each other."""
+    """Write an archive with compressed entries, false sizes or a false number of entries."""
     packed = io.BytesIO()
     torch.save(state, packed)
     how = rng.choice(("deflated", "bomb", "size", "entries", "comment"))
@@ -133,14 +133,14 @@ def _lies(rng: Random, state: State, path: Path, mark: Path) -> None:
 
 
 def _many_numbers(rng: Random, state: State, path: Path, mark: Path) -> None:
-    """A storage that claims far more numbers than the archive has bytes."""
+    """Write an archive with a storage that claims far more numbers than the archive has bytes."""
     packed = io.BytesIO()
     torch.save(state, packed)
     with zipfile.ZipFile(packed) as old, zipfile.ZipFile(path, "w") as new:
         for entry in old.infolist():
             data = old.read(entry)
             if entry.filename.endswith("data.pkl"):
-                # in protocol 2: BININT1 n, BININT2 n, or BININT n before the end of a storage's description
+                # pickle protocol 2 ends a storage's description with its size as BININT1, BININT2 or BININT
                 claim = b"J" + struct.pack("<i", rng.choice((2**31 - 1, 2**28, -1)))
                 data = data.replace(b"K" + bytes([state["model.1.bias"].numel()]), claim)
             new.writestr(zipfile.ZipInfo(entry.filename), data)
@@ -150,7 +150,7 @@ def _damaged(rng: Random, state: State, path: Path, mark: Path) -> None:
     legacy = rng.random() < 0.3
     torch.save(state, path, _use_new_zipfile_serialization=not legacy)
     content = bytearray(path.read_bytes())
-    if legacy or rng.random() < 0.4:  # the first versions' files have no checksums: cut ones only
+    if legacy or rng.random() < 0.4:  # the legacy format has no checksums: only truncate it
         content = content[: rng.randrange(len(content))]
     else:
         content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
@@ -205,27 +205,27 @@ def weight_files(count: int, seed: int, folder: Path) -> Outcome:
         most = max(most, ended.peak - plain.peak)
         wrong = ended.wrong(0, 2)
         if mark.exists():
-            wrong.append("code in it was executed")
-        # a flipped bit may be of no consequence; what is loaded is what was written
+            wrong.append("its code was executed")
+        # a flipped bit may have no effect; otherwise the file must be refused
         if ended.code == 0 and tree(place / "out") != wanted:
-            wrong.append("it was loaded, and as other weights")
+            wrong.append("it was loaded with other weights")
         if ended.code == 0 and kind in (_evil, _noise, _no_file, _many_numbers):
             wrong.append("it was loaded")
         if ended.code == 2 and str(path) not in ended.err:
-            wrong.append(f"the sentence does not name the file: {ended.err[-300:]!r}")
+            wrong.append(f"the message does not name the file: {ended.err[-300:]!r}")
         if ended.code != 0 and kind is _other_precision:
-            wrong.append(f"a whole file is refused: {ended.err[-300:]!r}")
+            wrong.append(f"an intact file is refused: {ended.err[-300:]!r}")
         return kind.__name__.strip("_").replace("_", " "), wrong
 
     outcome = survey(count, seed, folder, attempt)
-    outcome.notes.append(f"At most {max(0, most)} MiB of memory more than for a whole file.")
+    outcome.notes.append(f"At most {max(0, most)} MiB more memory than for an intact file.")
     return outcome
 
 
 CAMPAIGN = Campaign(
     "weight-files",
-    "Of a published weight file nothing is executed, no memory is taken for what it only claims, and what is loaded is "
-    "what was written; else one sentence names the file.",
+    "No code of a published weight file is executed, false sizes take no memory, and only the written weights are "
+    "loaded; otherwise one message names the file.",
     1_000,
     weight_files,
 )
