@@ -197,8 +197,9 @@ def operations_of(generator: nn.Module, statistics: Statistics) -> list[Operatio
     """
     if isinstance(generator, ResnetGenerator):
         return _chain(generator.model, statistics)
-    if hasattr(generator, "tile_layers"):  # a user's own, see `fastnce.networks.Generator`
-        return _chain(generator.tile_layers(), statistics)
+    tile_layers: Any = getattr(generator, "tile_layers", None)  # of a user's own, see `fastnce.networks.Generator`
+    if tile_layers is not None:
+        return _chain(tile_layers(), statistics)
     if not isinstance(generator, Restorer):
         raise ValueError(f"tiles are for the ResNet generator and the restorer, not for {type(generator).__name__}")
 
