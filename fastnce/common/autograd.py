@@ -67,6 +67,3 @@ def _without_duplicates(inputs: tuple[Any, ...]) -> list[Any]:
                 seen.append(x)
         result.append(x)
     return result
-
-
-Once, directly, call = FirstOrderOnly, with_fast_path, apply
