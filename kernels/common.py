@@ -73,9 +73,9 @@ def fields_of(problems, block, COUNT: tl.constexpr):
     found = problems[0]
     for i in tl.static_range(1, COUNT):
         here = block >= problems[i].first_block
-        fields: tuple = ()
+        fields = ()
         for f in tl.static_range(len(found)):
-            fields += (tl.where(here, problems[i][f], found[f]),)
+            fields += (tl.where(here, problems[i][f], found[f]),)  # type: ignore[assignment]
         found = fields
     return found
 

@@ -133,7 +133,7 @@ TABLE: tuple[Row, ...] = (
     # `instance_norm.py`, `blur.py` and `reflect_pad.py`: block_m pixels by at most block_n channels; narrower maps get
     # more pixels. Whole lines of memory along the channels (64 of 16 bits are 128 bytes), or along the pixels of plain
     # maps. Fewer elements where each needs many reads, or where no load takes several at once.
-    Row("layer", Tile(128, 64, 4, 1), arch="interpreter", channels_last=True),  # its time goes by operations
+    Row("layer", Tile(128, 64, 4, 1), arch="interpreter", channels_last=True),  # fewer, larger operations
     Row("layer", Tile(2048, 4, 4, 1), arch="interpreter"),
     Row("layer", Tile(128, 32, 4, 1), arch="sm_90", wide_loads=True, reads=(1, 2)),  # sm_90: measured on an H100
     Row("layer", Tile(64, 32, 4, 1), arch="sm_90", wide_loads=True, reads=3),

@@ -129,7 +129,7 @@ def nce_key_gradients(
     """The gradient of every key, in its dtype, from the saved logsumexp: the transposed pass.
 
     Args:
-        keys: (groups, count, dim) per problem.
+        queries, keys: (groups, rows, dim) per problem; the numbers of rows may differ.
         negative: (all rows,), logsumexp of the negatives as `nce_forward` returned it.
         coefficient: float32 (all rows,), upstream gradient times the share of the row's negatives.
         extra: they are extra keys: none is the positive of a row.

@@ -160,7 +160,7 @@ def project(
 
     Args:
         maps: (images, channels, height, width) per map, any strides and floating dtype.
-        ids: int64 (sets, patches) per map; consecutive images share a set, each set serves equally many.
+        ids: int64 (sets, patches) per map; every set is for the same number of consecutive images.
         mlp: none, or weight1, bias1, weight2, bias2 of each map in turn, contiguous and of one dtype.
         dtype: of the products and of the rows.
         saved: the number of layers, from the first, to save for the backward.
