@@ -30,10 +30,9 @@ from .base import (
     Outputs,
     Phase,
     Sizes,
-    check_contrast,
     check_ranges,
-    drawn_rows,
 )
+from .checks import check_contrast, drawn_rows
 from .losses import GANMode, gan_loss, gradient_penalty
 
 
