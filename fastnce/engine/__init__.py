@@ -1,1 +1,1 @@
-"""What is the same for every paper: the step, the optimisers, the loop, checkpoints, logs."""
+"""Training, the same for every method: the step, the optimisers, the loop, checkpoints, logs."""

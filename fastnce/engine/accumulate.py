@@ -1,7 +1,7 @@
-"""A batch in parts, one after another: the memory of a part, the gradients of the whole.
+"""Compute a batch in parts, one after another: the memory of one part, the gradients of the whole.
 
-Losses are means over pictures, so the mean of the parts' gradients is the gradient of the whole, where no loss and no
-layer looks at several pictures at once (`Method.whole_batch` says which do). Each part draws its own patch ids.
+Losses are means over images. If no loss and no layer combines several images (see `Method.whole_batch`), the mean of
+the parts' gradients is the gradient of the whole. Each part draws its own patch ids.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ..methods.base import Batch, Draws, Method
 
 
 def check_parts(method: Method, parts: int) -> None:
-    """ValueError where this method cannot be computed in parts."""
+    """ValueError if this method cannot be computed in parts."""
     if parts < 1:
         raise ValueError(f"optim.accumulate must be at least 1, not {parts}")
     reason = method.whole_batch()
@@ -24,7 +24,7 @@ def check_parts(method: Method, parts: int) -> None:
 
 
 def split(batch: Batch, draws: Draws, parts: int) -> list[tuple[Batch, Draws]]:
-    """Equal parts of both domains, with their part of given patch ids; ValueError where they cannot be equal."""
+    """Split both domains, and given patch ids, into equal parts; ValueError if the batch is not divisible."""
     images = batch.a.shape[0]
     if images % parts or batch.b.shape[0] != images:
         raise ValueError(f"data.batch={images} cannot be computed in optim.accumulate={parts} equal parts")
@@ -36,12 +36,12 @@ def split(batch: Batch, draws: Draws, parts: int) -> list[tuple[Batch, Draws]]:
 
 
 def _share(ids: Tensor, part: int, parts: int) -> Tensor:
-    """(patches,) serve every picture; of (images, patches) a part has its pictures' own."""
+    """The patch ids of one part: all of (patches,), or the rows of its own images of (images, patches)."""
     return ids if ids.dim() == 1 else ids.chunk(parts)[part]
 
 
 def detached(value: Any) -> Any:
-    """The same tensors, lists and dicts without the graph that made them."""
+    """The same tensors, in the same lists and dicts, without their autograd graph."""
     if isinstance(value, Tensor):
         return value.detach()
     if isinstance(value, dict):
@@ -50,7 +50,7 @@ def detached(value: Any) -> Any:
 
 
 class Mean:
-    """Of gradients and losses over the parts, summed in place."""
+    """The mean of gradients and losses over the parts, summed in place."""
 
     def __init__(self, parts: int):
         self.share = 1.0 / parts

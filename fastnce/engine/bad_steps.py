@@ -1,11 +1,12 @@
-"""A bad step is one in which a gradient is not finite. It changes nothing but its own count and the loss scale.
+"""Skip a bad step: one in which a gradient is not finite.
 
-Everything else is afterwards, bit for bit, what it was before: weights, moments and counts of every group, averaged
-weights, statistics of batch norms, pools of pictures, banks of codes. All of it is decided on the device.
+A bad step changes only the count of bad steps and the loss scale. All other state is bit for bit what it was before:
+weights, moments and step counts of every group, averaged weights, statistics of batch norms, pools of images, banks of
+codes. The device decides, and the host does not wait for it.
 
-Some losses use a discriminator that an earlier loss has just updated. That update is made before it is known whether
-the step is good, and taken back if it is not (`Snapshot`). Buffers that forward passes change are taken back too. The
-updates of the last loss are not made at all.
+Some losses use a discriminator that an earlier loss has just updated. That update is made before the step is known to
+be good, and is undone if it is not (`Snapshot`). So are the buffers that forward passes change. The updates of the last
+loss are skipped.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ Gradients = tuple[Tensor | None, ...]
 
 
 class Updates:
-    """A step's updates in the paper's order, each as late as the losses allow, and none after a bad gradient.
+    """The updates of one step in the paper's order, each as late as the losses allow; none after a bad gradient.
 
     Args:
-        groups: by name.
-        scale: factor of the losses, None for 1.
-        like: on the device.
+        groups: the parameter groups by name.
+        scale: the factor that the losses were multiplied by; None for 1.
+        like: a scalar on the device.
         update: `ParameterGroup.update`, or `update_traced`.
     """
 
@@ -44,18 +45,18 @@ class Updates:
         self.waiting: list[tuple[Phase, Gradients]] = []
 
     def before(self, phase: Phase) -> None:
-        """Call it before a phase computes its loss."""
+        """Make the updates that this phase depends on. Call it before the phase computes its loss."""
         if self.waiting and not phase.apart:
             self.apply()
 
     def add(self, phase: Phase, gradients: Gradients) -> None:
-        """Those of the phase's groups, one after another."""
+        """Queue the update of a phase, from the gradients of its groups, one group after another."""
         norm = torch.nn.utils.get_total_norm([g for g in gradients if g is not None])
-        self.good = self.good & (norm < float("inf"))  # false for infinity and for NaN
+        self.good = self.good & (norm < float("inf"))  # False for infinity and NaN
         self.waiting.append((phase, gradients))
 
     def apply(self) -> Tensor:
-        """Update where every gradient up to now was finite; returns whether one was not, () bool."""
+        """Make the queued updates unless a gradient was not finite; returns whether one was not, () bool."""
         bad = self.good.logical_not()
         for phase, gradients in self.waiting:
             for group in map(self.groups.__getitem__, phase.groups):
@@ -86,22 +87,22 @@ def run_phases(
 
 
 def early_groups(phases: Sequence[Phase]) -> list[str]:
-    """Groups that are updated before the last gradient is known."""
+    """The groups that are updated before the last gradient is known."""
     needs = [i for i, phase in enumerate(phases) if not phase.apart]
     return list(dict.fromkeys(name for phase in phases[: max(needs, default=0)] for name in phase.groups))
 
 
 class BadStepCount:
-    """The count of bad steps in a row as the host sees it, without waiting in every step.
+    """Reads the number of consecutive bad steps without waiting for the device.
 
-    On an accelerator a copy is begun every `every` steps and read that many steps later, when it has long been there:
-    always at the same steps, so that several ranks, whose counts are equal, stop together. A row that goes on is seen
-    less than 2 * `every` steps after it reached `limit`. On the CPU every count is read: there is nothing to wait for.
+    On an accelerator, a copy to the host starts every `every` steps and is read that many steps later, when it has long
+    arrived. The steps are fixed, so several ranks, whose counts are equal, stop together. A row of bad steps is noticed
+    less than 2 * `every` steps after it reached `limit`. On the CPU, every count is read at once.
 
     Args:
         counter: () on the device, changed in place.
-        limit: length of a row that has to be seen; 0 looks for none.
-        late: read as on an accelerator.
+        limit: the length of a row that has to be noticed; 0 reads nothing.
+        late: read as on an accelerator; None: if the counter is on one.
     """
 
     def __init__(self, counter: Tensor, limit: int, late: bool | None = None):
@@ -115,7 +116,7 @@ class BadStepCount:
         self.begun = 0
 
     def read(self, done: int) -> tuple[float, int]:
-        """After step `done`: bad steps in a row, and the step after which that was so; (0.0, 0) where none is read."""
+        """After step `done`, return a count and the step that it belongs to; (0.0, 0) if none is read at this step."""
         if self.limit <= 0 or done % self.every:
             return 0.0, 0
         if not self.late:

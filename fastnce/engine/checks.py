@@ -1,4 +1,4 @@
-"""Options of a run that cannot be followed, found before anything is written."""
+"""Check the options of a run before anything is written."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .recompute import blocks_of
 
 
 def check_run(method: Method, optim: OptimOptions, run: RunOptions, device: torch.device) -> None:
-    """Refuse options that are out of range, or that this method cannot follow on a device; ValueError names one."""
+    """Refuse options that are out of range, or that this method or device cannot follow; ValueError names one."""
     check(optim, "optim")
     check(run, "run")
     if run.tensorboard and importlib.util.find_spec("tensorboard") is None:

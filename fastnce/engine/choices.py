@@ -1,4 +1,4 @@
-"""What a run's settings mean on its device: precision, compilation, TF32; and which layout of maps it wants."""
+"""Choose device, precision, memory layout, compilation and TF32 from the settings of a run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" is the first accelerator, else the CPU; ValueError where the named one is not there."""
+    """ "auto" is the first accelerator, else the CPU; ValueError if the named device is not available."""
     if name == "auto":
         if torch.accelerator.is_available():
             return torch.accelerator.current_accelerator() or torch.device("cpu")
@@ -17,17 +17,17 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
         if device.type == "meta":
-            raise RuntimeError("it holds no numbers")
+            raise RuntimeError("it stores no data")
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"run.device={name} cannot be used here ({reason}); auto, cpu or a device that is there"
+            f"run.device={name} cannot be used here ({reason}); use auto, cpu or an available device"
         ) from None
     return device
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """ "auto" is bf16 on an accelerator that computes in it, else fp32."""
+    """ "auto" is bf16 on an accelerator that supports it, else fp32."""
     if name != "auto":
         return name
     if device.type == "cpu":
@@ -38,10 +38,10 @@ def pick_precision(name: str, device: torch.device) -> str:
 
 
 def pick_layout(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
-    """Channels-last on accelerators, and on CPUs whose bf16 products run in matrix units (AMX).
+    """Channels-last on accelerators, and for bf16 on CPUs with matrix units (AMX).
 
-    Other convolutions of a CPU take either layout at the same speed, and everything between them is faster in the plain
-    one (measured: docs/performance.md).
+    Other convolutions on a CPU are equally fast in both layouts, and the layers between them are faster in the
+    contiguous one (measured: docs/performance.md).
     """
     if device.type != "cpu":
         return torch.channels_last
@@ -49,14 +49,14 @@ def pick_layout(device: torch.device, dtype: torch.dtype) -> torch.memory_format
 
 
 def has_amx() -> bool:
-    """Whether this CPU has matrix units that PyTorch may use."""
-    # not a public function, but the only one that PyTorch 2.11 has
+    """Whether this CPU has matrix units that PyTorch can use."""
+    # a private function, the only one in PyTorch 2.11
     supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return supported is not None and bool(supported())
 
 
 def pick_compile(name: str, device: torch.device) -> bool | str:
-    """ "auto" compiles on accelerators: on a CPU it takes minutes and gains little."""
+    """ "auto" compiles on accelerators; on a CPU, compiling takes minutes and gains little."""
     if name not in ("auto", "true", "false", "whole"):
         raise ValueError(f"run.compile must be auto, true, false or whole, not {name!r}")
     if name == "whole":
@@ -65,9 +65,12 @@ def pick_compile(name: str, device: torch.device) -> bool | str:
 
 
 def set_tf32(name: str, device: torch.device) -> str:
-    """Allow or forbid TF32, which keeps 10 bits of float32's 23, in products and convolutions; returns what holds.
+    """Allow or forbid TF32, which keeps 10 of float32's 23 bits, in matrix products and convolutions.
 
-    "auto" leaves the library's choice, which is (PyTorch 2.13) convolutions in TF32 and other products exact.
+    "auto" leaves PyTorch's choice: in version 2.13, TF32 in convolutions only.
+
+    Returns:
+        a sentence with the settings; empty on devices other than CUDA.
     """
     if name not in ("auto", "true", "false"):
         raise ValueError(f"run.tf32 must be auto, true or false, not {name!r}")
@@ -80,8 +83,8 @@ def set_tf32(name: str, device: torch.device) -> str:
 
 
 def tf32_allowed() -> tuple[bool, bool]:
-    """In products, and in convolutions, on CUDA devices, whichever of PyTorch's two interfaces said so."""
-    # reading `allow_tf32` is an error where a program has set `fp32_precision`
+    """Whether TF32 is on in (products, convolutions) on CUDA, whichever of PyTorch's two interfaces set it."""
+    # reading `allow_tf32` is an error if the program has set `fp32_precision`
     libraries = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
     products, convolutions = (library.fp32_precision == "tf32" for library in libraries)
     return products, convolutions

@@ -1,4 +1,4 @@
-"""Compile the step, in parts or as one graph, or say once why it runs uncompiled."""
+"""Compile the step, in parts or as one graph; one warning says why if it runs uncompiled."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from ..methods.base import Batch, Draws, Losses
 
 
 def _backward_now() -> AbstractContextManager:
-    """Within: a backward is compiled together with its forward, not when a loss is first differentiated."""
+    """Within: compile a backward together with its forward, not when a loss is first differentiated."""
     name = "force_non_lazy_backward_lowering"
-    if not hasattr(torch._functorch.config, name):  # a private setting: another PyTorch may not have it
+    if not hasattr(torch._functorch.config, name):  # a private setting, which another version may not have
         return nullcontext()
     return torch._functorch.config.patch({name: True})
 
 
 class Compiled:
-    """A function compiled as one graph for fixed shapes; itself where the compiler does not take it.
+    """A function compiled as one graph for fixed shapes. If compiling fails, the function itself runs.
 
-    A compiler that fails must not end a training: neither at the first call, forward and backward, nor when a later one
-    (FastCUT's mirrored step) is compiled anew. What it compiles has not run by then, so it can be called again.
+    A compiler error must not end a training: neither at the first call, forward and backward, nor when a later call
+    (FastCUT's mirrored step) is compiled anew. The function has not run by then, so it can be called again.
 
     Args:
-        function: pure but for its module's buffers.
+        function: changes nothing but buffers of its module.
         backend: of `torch.compile`.
     """
 
@@ -41,14 +41,14 @@ class Compiled:
             function, fullgraph=True, dynamic=False, backend=backend
         )
         self.seconds = 0.0
-        """What the first call took: compiling, most of all."""
+        """Duration of the first call, most of which is compiling."""
 
     def __call__(self, *args: Any) -> Any:
         if self.compiled is None:
             return self.function(*args)
         began = time.perf_counter()
         try:
-            with nullcontext() if self.seconds else _backward_now():  # the setting costs a fraction of a millisecond
+            with nullcontext() if self.seconds else _backward_now():  # it costs a fraction of a millisecond
                 result = self.compiled(*args)
             self.seconds = self.seconds or time.perf_counter() - began
             return result
@@ -57,25 +57,25 @@ class Compiled:
                 raise
             warnings.warn(f"{self.name} runs uncompiled: {_reason(error)}", stacklevel=2)
             self.compiled = None
-        return self.function(*args)  # out here, where the error and the memory that it holds are gone
+        return self.function(*args)  # outside of the handler, because the error keeps memory alive
 
 
 def _from_compiler(error: Exception) -> bool:
-    """Whether it came while something was compiled, or refused to be compiled again, not while it ran."""
-    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException  # importing takes a second or two
+    """Whether the compiler raised it, and not the compiled code."""
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException  # slow to import
 
     return isinstance(error, TorchDynamoException | FailOnRecompileLimitHit)
 
 
 def _reason(error: Exception) -> str:
-    """Its first line and, where the compiler gives one, its explanation: the first line alone is only a heading."""
+    """The error's first line and the compiler's explanation, if any: the first line alone is only a heading."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     why = [line.removeprefix("Explanation: ") for line in lines[1:] if line.startswith("Explanation: ")]
     return ": ".join([lines[0], *why[:1]])[:300]
 
 
 TRACES_GRADIENTS = "trace_autograd_ops"
-"""The compiler's setting that lets it trace `torch.autograd.grad`; PyTorch 2.11 and 2.13 have it."""
+"""The compiler's setting that allows `torch.autograd.grad` in traced code; PyTorch 2.11 and 2.13 have it."""
 
 
 def whole_obstacle() -> str:
@@ -94,9 +94,9 @@ StepFunction = Callable[[Batch, Draws], tuple[Losses, Tensor]]
 
 
 class CompiledWhole:
-    """A step as one graph: generate, every phase's loss, its gradients (traced, not recorded for later) and Adam.
+    """A step compiled as one graph: generate, and every phase's loss, gradients and Adam.
 
-    The compiler sees which maps are needed when, across forward and backward; there is nothing between its kernels.
+    Gradients are traced, not recorded for later, so the compiler sees across forward and backward when a map is needed.
 
     Args:
         traced: the step in operations that the compiler can trace. It must change the same tensors as `launched`, so
@@ -109,13 +109,14 @@ class CompiledWhole:
         self.launched = launched
         self.compiled: StepFunction = torch.compile(traced, fullgraph=True, dynamic=False, backend=backend)
         self.seconds = 0.0
-        """What the first call took: compiling, most of all."""
+        """Duration of the first call, most of which is compiling."""
         self.kinds: set[bool] = set()
+        """The values of `Draws.flip` that have been compiled."""
         self.usable = True
-        """False once the compiler has refused it; the caller then takes the other form."""
+        """False once the compiler has failed; later steps then run in parts."""
 
     def __call__(self, batch: Batch, draws: Draws) -> tuple[Losses, Tensor]:
-        """Update every network; returns losses, and whether a gradient was not finite, () bool."""
+        """Update every network; returns the losses, and whether a gradient was not finite, () bool."""
         began = time.perf_counter()
         try:
             result = self._compiled(batch, draws)
@@ -130,13 +131,13 @@ class CompiledWhole:
         return self.launched(batch, draws)
 
     def _compiled(self, batch: Batch, draws: Draws) -> tuple[Losses, Tensor]:
-        """The setting that compiling needs costs a fraction of a millisecond: known kinds do without."""
+        """Run the compiled step. Its setting costs a fraction of a millisecond, so compiled kinds do without it."""
         if draws.flip in self.kinds:
             try:
                 return self.compiled(batch, draws)
             except Exception as error:
                 if not _from_compiler(error):
                     raise
-        # a new kind; or a known one that is compiled anew, which has not run by the time it fails
+        # a new kind, or a known one that has to be compiled anew and has not run yet
         with torch._dynamo.config.patch({TRACES_GRADIENTS: True}):
             return self.compiled(batch, draws)

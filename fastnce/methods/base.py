@@ -1,39 +1,34 @@
-"""What the training engine asks of a paper.
-
-A method is its networks, its losses and its defaults. The engine knows nothing else of it: it calls `generate` once a
-step, then each phase's loss in the paper's order, and updates the phase's parameter groups.
-"""
+"""The contract between the training engine and a method, and the options of its networks."""
 
 from __future__ import annotations
 
-import math
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ..common.initialise import INIT_TYPES
 from ..common.options import check, option
 from ..networks import Norm
 from ..networks.build import DISCRIMINATORS, GENERATORS, build_discriminator, build_generator
+from .checks import Sizes, extremes, trace_shapes
 
 MOST_CHANNELS = 65_536
 WEIGHT = {"low": 0, "high": 1e6}
-"""Of a loss's term."""
+"""Range of the weight of a loss term."""
 TEMPERATURE = {"low": 1e-4, "high": 1e4}
-"""Of a softmax over likenesses between -1 and 1."""
+"""Range of the temperature of a softmax over similarities between -1 and 1."""
 MOST_PATCHES = 2**24
-"""Locations of a map of 4096x4096."""
+"""The locations of a 4096x4096 map."""
 GP_HELP = "weight of WGAN-GP's penalty on the slope of each discriminator; with gan_mode=wgangp only"
 
 
 @dataclass
 class NetworkOptions:
-    """Which networks to build; the defaults are CUT's."""
+    """The section `network`: which networks to build. The defaults are CUT's."""
 
     generator: str = option(
         "resnet_9blocks",
@@ -71,7 +66,7 @@ class NetworkOptions:
     init_gain: float = option(0.02, "scale of the initial weights", low=1e-6, high=100)
 
     def build_generator(self, reverse: bool = False):
-        """Domain A to B; `reverse` for B to A."""
+        """Build a generator from domain A to B, or from B to A with `reverse`."""
         channels = (self.out_channels, self.in_channels) if reverse else (self.in_channels, self.out_channels)
         return build_generator(
             self.generator,
@@ -87,6 +82,7 @@ class NetworkOptions:
         )
 
     def build_discriminator(self, channels: int):
+        """Build a discriminator of images with so many channels."""
         return build_discriminator(
             self.discriminator,
             channels,
@@ -101,7 +97,7 @@ class NetworkOptions:
 
 
 class Batch(NamedTuple):
-    """One step's pictures, each (images, channels, height, width) in [-1, 1]."""
+    """The images of one step, each (images, channels, height, width) in [-1, 1]."""
 
     a: Tensor
     b: Tensor
@@ -109,10 +105,10 @@ class Batch(NamedTuple):
 
 @dataclass
 class Draws:
-    """One step's random choices.
+    """The random choices of one step.
 
-    The flip is decided on the host ahead of the step, because it selects which computation runs. Patch ids are drawn on
-    the device inside the step unless given: [NCE call][layer] -> (patches,), in the paper's order of calls.
+    The host decides on the flip ahead of the step, because it selects which computation runs. The step draws patch ids
+    on the device unless they are given: [NCE call][layer] -> (patches,), in the paper's order of calls.
     """
 
     flip: bool = False
@@ -120,24 +116,25 @@ class Draws:
 
 
 class Group(NamedTuple):
-    """Parameters that one optimiser updates, and where it departs from the run's learning rate and betas."""
+    """Modules whose parameters one Adam updates; `lr` and `betas` replace those of the run."""
 
     modules: tuple[nn.Module, ...]
     lr: float | None = None
     betas: tuple[float, float] | None = None
 
 
-Sizes = Mapping[tuple[int, int], str]
-"""(height, width) of pictures, each with what a message calls them, in the plural."""
 Losses = dict[str, Tensor]
+"""Scalars to log, by name."""
 Outputs = dict[str, Any]
+"""Whatever `Method.generate` hands to the losses, by name."""
 
 
 class Phase(NamedTuple):
     """A loss, and the names of the groups that it updates.
 
-    `apart`: nothing that the phases before it update takes part in this loss, so that their updates may wait for its
-    gradients.
+    `loss` takes the batch, the outputs of `Method.generate` and the draws. It returns the scalar to differentiate and
+    the losses to log. `apart` says that this loss uses nothing that the phases before it update; their updates may then
+    wait until its gradients are known.
     """
 
     loss: Callable[[Batch, Outputs, Draws], tuple[Tensor, Losses]]
@@ -146,14 +143,28 @@ class Phase(NamedTuple):
 
 
 class Method(nn.Module):
-    """A paper: subclasses build their networks in `__init__` and define the members below."""
+    """The contract of a training method: its networks, its losses and its defaults.
+
+    The constructor takes `(options, network)`: an instance of the dataclass that the section `loss` of a configuration
+    is read into, and `NetworkOptions`. It builds the networks and keeps them as attributes.
+
+    In each step the engine calls `draw`, `prepare`, `generate`, and then each phase's loss in order. After a loss, it
+    computes the gradients and updates the phase's groups. From `prepare` on, the step may be recorded in a CUDA graph
+    or compiled: it must not read a value back from the device, and must not draw from Python's `random`.
+
+    Required members: `generators`, `groups`, `phases`, `generate`, `translate`; and `Options`, the dataclass of the
+    section `loss`, for a method that is named by an import path. All other members have defaults.
+    """
 
     options: Any
     gp: float = 0.0
     """Weight of WGAN-GP's penalty; 0 for other adversarial losses."""
 
     def generators(self) -> dict[str, nn.Module]:
-        """Networks that make images, by name; the one from A to B is the first."""
+        """Networks that make images, by name; the one from A to B is the first.
+
+        Translation uses these alone. A name is a Python identifier, such as "G" or "G_A".
+        """
         raise NotImplementedError
 
     def discriminators(self) -> dict[str, nn.Module]:
@@ -165,29 +176,56 @@ class Method(nn.Module):
         return {}
 
     def networks(self) -> dict[str, nn.Module]:
-        """Every network by name, in the order in which they are stored and exchanged between ranks."""
+        """Every network by name, in the order in which checkpoints and ranks take them."""
         return {**self.generators(), **self.discriminators(), **self.projectors()}
 
-    def discriminator_losses(self) -> dict[str, tuple[str, ...]]:
-        """For each discriminator that can win, the names of the logged losses whose sum is near 0 when it has won."""
-        return {}
-
-    def identity_losses(self) -> tuple[str, ...]:
-        """Names of the logged losses that keep images of domain B as they are."""
-        return ()
-
     def groups(self) -> dict[str, Group]:
-        """Parameter groups by name, in the order of the published optimisers."""
+        """Parameter groups by name, in the order of the published optimisers. Each has an Adam of its own."""
         raise NotImplementedError
 
     def phases(self) -> tuple[Phase, ...]:
-        """Losses and what they update, in the paper's order."""
+        """Losses and the groups that they update, in the paper's order."""
         raise NotImplementedError
 
-    def extra_state_modules(self) -> dict[str, nn.Module]:
-        """What the next step depends on besides the networks (pools of fakes, banks of codes): kept in checkpoints of a
-        run, but not a network to export."""
+    def generate(self, batch: Batch, draws: Draws) -> Outputs:
+        """Compute what the phases share, such as translated images and feature maps."""
+        raise NotImplementedError
+
+    def translate(self, a: Tensor) -> Tensor:
+        """Translate images from A to B, as after training."""
+        raise NotImplementedError
+
+    def pictures(self, batch: Batch) -> dict[str, Tensor]:
+        """Named images for sample grids, each like `batch.a`."""
+        return {"A": batch.a, "fake_B": self.translate(batch.a)}
+
+    def discriminator_losses(self) -> dict[str, tuple[str, ...]]:
+        """For each discriminator, the logged losses whose sum is near 0 once it has won; the monitor warns then.
+
+        Leave out a discriminator whose loss has no such limit, such as a critic of WGAN-GP.
+        """
         return {}
+
+    def identity_losses(self) -> tuple[str, ...]:
+        """The logged losses that ask the generator to leave images of B unchanged.
+
+        If one of them is logged, the monitor warns when such images change more than before.
+        """
+        return ()
+
+    def extra_state_modules(self) -> dict[str, nn.Module]:
+        """Other modules that the next step depends on, such as pools of images. Checkpoints store them."""
+        return {}
+
+    def draw(self, rng: random.Random) -> Draws:
+        """Make the random choices of one step that the host has to know."""
+        return Draws()
+
+    def prepare(self, batch: Batch) -> None:
+        """Make state whose size follows from the images, unless it is there.
+
+        It is called before every step, so that a compiled step never makes state itself.
+        """
 
     def check(self, batch_size: int, height: int, width: int) -> None:
         """Refuse crops that cannot be trained on: `check_options`, then `check_sizes` of this one size."""
@@ -196,7 +234,7 @@ class Method(nn.Module):
         self.check_sizes(batch_size, crops, crops, "change data.crop_size")
 
     def check_options(self, batch_size: int) -> None:
-        """Refuse options that do not go together, whatever the pictures' sizes; subclasses add what they need.
+        """Refuse options that contradict each other, whatever the sizes of the images; subclasses add to it.
 
         Raises:
             ValueError: a sentence that names the options.
@@ -205,16 +243,14 @@ class Method(nn.Module):
             raise ValueError(f"data.batch must be at least 1, not {batch_size}")
 
     def check_sizes(self, batch_size: int, a: Sizes, b: Sizes, remedy: str) -> None:
-        """Refuse pictures of a size that cannot be trained on, before anything is computed; subclasses add to it.
-
-        Shapes are traced on the meta device: nothing is allocated.
+        """Refuse image sizes that cannot be trained on, before anything is computed; subclasses add to it.
 
         Args:
             a, b: the sizes of each domain; any of A's may meet any of B's in a step.
             remedy: what to do about a size that does not fit.
 
         Raises:
-            ValueError: sides that a generator cannot take, or pictures too small for one of the networks.
+            ValueError: sides that a generator cannot take, or images too small for one of the networks.
         """
         for name, network in {**self.generators(), **self.discriminators()}.items():
             sizes = self.sizes_of(name, a, b)
@@ -237,11 +273,11 @@ class Method(nn.Module):
             )
 
     def sizes_of(self, name: str, a: Sizes, b: Sizes) -> Sizes:
-        """The sizes of the pictures that a network sees."""
+        """The sizes of the images that the network of this name takes: by default those of both domains."""
         return {**a, **b}
 
     def whole_batch(self, *, ranks: bool = False) -> str:
-        """Why a batch cannot be computed in parts, as a clause; empty where each picture is a matter of its own.
+        """Why a batch cannot be computed in parts, as a clause; empty if every image is computed on its own.
 
         Args:
             ranks: the parts are the shares of several ranks, which may exchange their keys.
@@ -256,108 +292,24 @@ class Method(nn.Module):
         return ""
 
     def share_keys(self, others: Callable[[Tensor], Tensor]) -> None:
-        """Several ranks: take the others' keys as negatives too, where the method has such an option that is on.
+        """With several ranks: take the keys of the others as negatives too, if an option of the method says so.
 
         Args:
-            others: a constant tensor to those of the other ranks, (...) -> (ranks - 1, ...).
+            others: returns the tensors of the other ranks for a constant one, (...) -> (ranks - 1, ...).
         """
-
-    def draw(self, rng: random.Random) -> Draws:
-        """The random choices that the host makes for one step."""
-        return Draws()
-
-    def prepare(self, batch: Batch) -> None:
-        """Make state whose size follows from the pictures', unless it is there.
-
-        Called before every step, so that a compiled step never makes state itself.
-        """
-
-    def generate(self, batch: Batch, draws: Draws) -> Outputs:
-        """Everything that the phases share: translated pictures and kept features."""
-        raise NotImplementedError
-
-    def translate(self, a: Tensor) -> Tensor:
-        """A to B, as used after training."""
-        raise NotImplementedError
-
-    def pictures(self, batch: Batch) -> dict[str, Tensor]:
-        """Named pictures for sample grids, each like `batch.a`."""
-        return {"A": batch.a, "fake_B": self.translate(batch.a)}
 
 
 def check_ranges(options: Any, network: NetworkOptions) -> None:
-    """Refuse options outside of what they accept; ValueError names the first one."""
+    """Refuse options that are out of range; ValueError names the first one."""
     check(options, "loss")
     check(network, "network")
 
 
-def trace_shapes(network: nn.Module, images: int, height: int, width: int, **arguments: Any) -> Any:
-    """What `network` returns for pictures of this size, as tensors without memory."""
-    state = {**dict(network.named_parameters()), **dict(network.named_buffers())}
-    first = next(p for p in network.parameters() if p.dim() == 4)  # the convolution that sees the picture
-    pictures = torch.empty(images, first.shape[1], height, width, device="meta", dtype=first.dtype)
-    with torch.no_grad():
-        return functional_call(network, {k: t.to("meta") for k, t in state.items()}, (pictures,), arguments)
-
-
-def extremes(sizes: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The smallest and the largest sizes, by height and width: what is too small or too large for a network is among
-    them. A data set may have thousands of sizes."""
-    found: dict[tuple[int, int], None] = {}
-    for sign in (1, -1):
-        least = math.inf
-        for height, width in sorted(sizes, key=lambda size: (sign * size[0], sign * size[1])):
-            if sign * width < least:
-                least = sign * width
-                found[height, width] = None
-    return list(found)
-
-
-def drawn_rows(generator: nn.Module, layers: Sequence[int], patches: int, sizes: Sizes) -> dict[str, list[int]]:
-    """How many locations of each layer are contrasted, for pictures of the extreme sizes, by what they are called.
-
-    Args:
-        patches: drawn at most; 0 takes all.
-    """
-    rows = {}
-    for height, width in extremes(sizes):
-        maps = trace_shapes(generator, 1, height, width, layers=layers, encode_only=True)
-        channels, found = generator.feature_channels(layers), [m.shape[1] for m in maps]  # type: ignore[operator]
-        if found != list(channels):
-            raise ValueError(f"feature_channels gives {channels}, and the feature maps have {found} channels")
-        locations = [m.shape[2] * m.shape[3] for m in maps]
-        rows[sizes[height, width]] = [min(n, patches or n) for n in locations]
-    return rows
-
-
-def check_contrast(rows: dict[str, list[int]], layers: Sequence[int], alone: bool, alike: str, remedy: str) -> None:
-    """Refuse sizes whose maps leave nothing to contrast, or give other counts of rows where they must be alike.
-
-    Args:
-        rows: as `drawn_rows`.
-        alone: a location has negatives of its own picture only.
-        alike: why the counts must be alike, as a clause; empty where they need not.
-    """
-    first, counts = next(iter(rows.items()))
-    for what, found in rows.items():
-        for layer, count, other in zip(layers, found, counts, strict=True):
-            if alone and count == 1:
-                raise ValueError(
-                    f"{what} have a single location at layer {layer} of loss.nce_layers, which leaves nothing to "
-                    f"contrast: leave the layer out, or {remedy}"
-                )
-            if alike and count != other:
-                raise ValueError(
-                    f"{what} give {count} locations at layer {layer} and {first} give {other}, but {alike}: lower "
-                    f"loss.patches to {min(count, other)}, or {remedy}"
-                )
-
-
 def together(network: nn.Module, pictures: Sequence[Tensor], *, independent: bool, **arguments: Any) -> list[Any]:
-    """`network` on several batches of pictures: one pass where they are of one size and do not influence each other.
+    """Apply `network` to several batches of images, in one pass if they have one size and do not influence each other.
 
     Args:
-        independent: the network computes each picture on its own (no batch norm).
+        independent: the network computes each image on its own (no batch norm).
         arguments: passed on, such as a generator's `layers`.
 
     Returns:

@@ -29,10 +29,9 @@ from .base import (
     Outputs,
     Phase,
     Sizes,
-    check_contrast,
     check_ranges,
-    drawn_rows,
 )
+from .checks import check_contrast, drawn_rows
 from .losses import GANMode, gan_loss, gradient_penalty
 from .weighting import OPTIONS_HELP, WEIGHTING_HELP, WEIGHTING_NAMES, find_weighting
 

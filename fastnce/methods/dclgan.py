@@ -26,10 +26,9 @@ from .base import (
     Outputs,
     Phase,
     Sizes,
-    check_contrast,
     check_ranges,
-    drawn_rows,
 )
+from .checks import check_contrast, drawn_rows
 from .cyclegan import MOST_POOLED, TwoWay
 from .losses import GANMode
 from .weighting import OPTIONS_HELP, WEIGHTING_HELP, WEIGHTING_NAMES, find_weighting

@@ -22,8 +22,8 @@ from .base import (
     NetworkOptions,
     Outputs,
     Sizes,
-    drawn_rows,
 )
+from .checks import drawn_rows
 from .dclgan import DCLGAN, DCLGANOptions
 
 

@@ -17,7 +17,7 @@ from fastnce.engine.options import OptimOptions
 from fastnce.engine.samples import padded
 from fastnce.engine.step import Step
 from fastnce.methods import Batch, Draws
-from fastnce.methods.base import extremes
+from fastnce.methods.checks import extremes
 from tests.engine.test_engine import SMALL
 from tests.methods.test_methods_more import build
 
