@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--test", type=int, default=0, metavar="N", help="hold out N pictures as pairs in DIR/test")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the rain (default %(default)s)")
     parser.add_argument(
-        "--layers", type=int, default=RainOptions.layers, metavar="N", help="number of depths of streaks (default %(default)s)"
+        "--layers", type=int, default=RainOptions.layers, metavar="N", help="number of depths (default %(default)s)"
     )
     for name in RANGES:
         low, high = getattr(RainOptions, name)

@@ -19,7 +19,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the translated pictures")
     parser.add_argument("--generator", default="", help=GENERATOR_HELP)
     parser.add_argument("--format", default="png", help="png (default), jpg, webp, bmp, tiff or npy")
-    parser.add_argument("--bits", type=int, choices=(8, 16), help="depth of the written files; default as in the source")
+    parser.add_argument("--bits", type=int, choices=(8, 16), help="depth of the written files; default as the source")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="translate N pictures of one size at once")
     parser.add_argument("--tiles", default="auto", choices=("auto", "exact", "fast"), help=TILES_HELP)
     parser.add_argument("--tile-size", type=int, default=1024, metavar="N", help="side of a tile in pixels")

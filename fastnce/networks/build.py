@@ -1,4 +1,4 @@
-"""A network from its published name."""
+"""Build networks by their published names."""
 
 from __future__ import annotations
 
@@ -31,14 +31,15 @@ def build_generator(
     init_gain: float = 0.02,
     resolution: int = 64,
 ) -> Generator:
-    """A generator by its name (one of `GENERATORS`), initialised.
+    """Build and initialise a generator by its name (one of `GENERATORS`).
 
-    `resolution` is for "stylegan2"; that and "restorer" have their own initialisation and no instance norm.
+    Only "stylegan2" uses `resolution`. "stylegan2" and "restorer" have their own initialisation and no norm layers of
+    the kind `norm`.
     """
     network: Generator
     if name in ("stylegan2", "restorer"):
         if norm == "batch" or dropout:
-            raise ValueError(f'generator "{name}" has neither batch norm nor dropout: leave norm and dropout alone')
+            raise ValueError(f'generator "{name}" has neither batch norm nor dropout: do not set norm and dropout')
         if name == "stylegan2":
             return StyleGAN2Generator(in_channels, out_channels, width, resolution)
         if in_channels != out_channels:
@@ -70,9 +71,9 @@ def build_discriminator(
     init_gain: float = 0.02,
     resolution: int = 64,
 ) -> Discriminator:
-    """A discriminator by its published name (one of `DISCRIMINATORS`), initialised.
+    """Build and initialise a discriminator by its published name (one of `DISCRIMINATORS`).
 
-    `layers` is for "n_layers", `resolution` for "stylegan2".
+    Only "n_layers" uses `layers`, and only "stylegan2" uses `resolution`.
     """
     network: Discriminator
     if name == "stylegan2":
