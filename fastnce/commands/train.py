@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
     if launched() and args.nproc not in ("1", world := os.environ["WORLD_SIZE"]):
         raise ValueError(
             f"--nproc {args.nproc} starts processes, but WORLD_SIZE={world} shows that a launcher started this one: "
-            f"omit --nproc, or unset WORLD_SIZE"
+            f"leave --nproc out, or unset WORLD_SIZE"
         )
     if number > 1:
         plan(config)  # here, so that an error is reported once and not by every process
