@@ -2,15 +2,15 @@
 
 python -m fastnce.accelerate train.py --dataroot ./datasets/horse2zebra --name h2z    # inside the checkout
 
-Every module that the script imports is looked at once it has been executed, before anything can import from it. A class
-called `PatchNCELoss...` or `PatchSampleF` is replaced only after it was tried on small random data and its numbers and
-gradients turned out to be those of the replacement: a fork that changed the mathematics is left alone, and that is
-said. What was replaced is printed on stderr; checkpoints have the same keys with and without.
+Each module that the script imports is inspected right after it has been executed, before anything imports from it. A
+class named `PatchNCELoss...` or `PatchSampleF` is first run on small random data. It is replaced only if its values and
+gradients equal those of the replacement. A class with other mathematics, as in a fork, is kept. Both outcomes are
+printed on stderr. Checkpoints have the same keys with and without the replacement.
 
 In a notebook: `import models.patchnce; fastnce.accelerate.patch(models.patchnce)`.
 
-Processes that the script starts afresh (`spawn`) are not looked at: data loaders need nothing here, but
-`torch.multiprocessing.spawn` of training itself runs the published classes.
+Processes that the script starts with `spawn` are not inspected. Data loaders do not need it, but training that is
+started by `torch.multiprocessing.spawn` runs the published classes.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ USAGE = "usage: python -m fastnce.accelerate SCRIPT [arguments of the script]"
 
 
 def patch(module: types.ModuleType) -> list[str]:
-    """Replace the published loss and sampler classes of a module, and everything that was imported from it already.
+    """Replace the published loss and sampler classes of a module, also where they have already been imported.
 
     Args:
         module: usually `models.patchnce` or `models.networks` of a checkout.
 
     Returns:
-        the replaced names, such as `["models.patchnce.PatchNCELoss", "models.cut_model.PatchNCELoss"]`; empty when
-        there is nothing to replace, so that calling it twice is harmless.
+        the replaced names, such as `["models.patchnce.PatchNCELoss", "models.cut_model.PatchNCELoss"]`. The list is
+        empty if there is nothing to replace; a second call does nothing.
     """
     replaced, _ = _patch(module)
     return [name for names in replaced.values() for name in names]
 
 
 def _patch(module: types.ModuleType) -> tuple[dict[str, list[str]], list[str]]:
-    """({what a replacement computes: names that now mean it}, [why a class was left alone])."""
+    """Patch a module; return ({description of a replacement: replaced names}, [why a class was kept])."""
     replaced: dict[str, list[str]] = {}
     left: list[str] = []
     for published in _candidates(module):
@@ -60,7 +60,7 @@ def _patch(module: types.ModuleType) -> tuple[dict[str, list[str]], list[str]]:
         try:
             with _undisturbed():
                 replacement, what = _replacement(published)
-        except Exception as error:  # a class of the user's: whatever it raises means that it is not the published one
+        except Exception as error:  # a user's class may raise anything: then it is not the published one
             left.append(f"{where} is left as it is: {str(error) or type(error).__name__}")
             continue
         for attribute in ("__module__", "__qualname__", "__name__"):
@@ -84,7 +84,7 @@ def _candidates(module: types.ModuleType) -> list[type[nn.Module]]:
 
 
 def _rebind(published: type, replacement: type) -> list[str]:
-    """Let every imported module's names for the class mean the replacement."""
+    """Rebind every module's names for the published class to the replacement."""
     names = []
     for module_name, module in list(sys.modules.items()):
         for name, value in list(getattr(module, "__dict__", {}).items()):
@@ -111,7 +111,7 @@ def _replacement(published: type[nn.Module]) -> tuple[type[nn.Module], str]:
 
 
 class _CosineLoss(fastnce.PatchNCELoss):
-    """DCLGAN's loss: cosines, that is, rows of unit length whatever comes in; negatives always from the whole batch."""
+    """DCLGAN's loss: cosine similarities, with negatives always from the whole batch."""
 
     def __init__(self, opt):
         super().__init__(temperature=opt.nce_T, negatives="batch")
@@ -129,18 +129,18 @@ _LOSSES: tuple[tuple[type[fastnce.PatchNCELoss], str], ...] = (
 
 
 def _sampler_like(published) -> type[fastnce.PatchSampleF]:
-    """A sampler with the published defaults, whose MLPs are made and initialised by the published code itself."""
+    """Make a sampler class with the published defaults. The published code itself makes and initialises its MLPs."""
 
     class Sampler(fastnce.PatchSampleF):
-        """The published sampler: same call, same state_dict."""
+        """A sampler with the calls and the state_dict of the published one."""
 
         def __init__(self, use_mlp=False, init_type="normal", init_gain=0.02, nc=256, gpu_ids=()):
             super().__init__(use_mlp, nc=nc)
-            # the checkout's own init_net reads these, and may know more of them
+            # The checkout's init_net reads these and may accept other values.
             self.init_type, self.init_gain, self.gpu_ids = init_type, init_gain, gpu_ids
 
         def create_mlp(self, feats: Sequence[Tensor]) -> None:
-            # Same order of random draws and the checkout's own init_net: from one seed, the same weights.
+            # The published code draws the weights: the same seed gives the same weights.
             published.create_mlp(self, feats)
 
         def forward(self, feats, num_patches=64, patch_ids=None):
@@ -152,10 +152,10 @@ def _sampler_like(published) -> type[fastnce.PatchSampleF]:
 
 
 def _check_loss(published, replacement) -> None:
-    """Raise unless both give the same rows and query gradients, and none to the keys, for both groupings."""
+    """Raise ValueError unless both give the same rows and query gradients, and no key gradients, for both groupings."""
     generator = torch.Generator().manual_seed(0)
     data = torch.randn(3, 16, 8, generator=generator, dtype=torch.float64)
-    lengths = torch.linspace(0.3, 1.0, 16, dtype=torch.float64)[:, None]  # not unit: cosine and product must differ
+    lengths = torch.linspace(0.3, 1.0, 16, dtype=torch.float64)[:, None]  # not 1, so that cosine and product differ
     queries, keys = (F.normalize(rows, dim=1) * lengths for rows in data[:2])
     upstream = data[2, :, 0]
     for whole_batch in (False, True):
@@ -177,7 +177,7 @@ def _check_loss(published, replacement) -> None:
 
 
 def _check_sampler(published, replacement) -> None:
-    """Raise unless both make the same weights, rows and gradients; with and without MLPs, sampled and whole."""
+    """Raise ValueError unless both give the same weights, rows and gradients, with and without MLPs and sampling."""
     generator = torch.Generator().manual_seed(0)
     maps = [torch.randn(2, c, 4, 5, generator=generator) for c in (3, 6)]
     ids = [np.arange(19, 3, -3), np.arange(7)]
@@ -200,7 +200,7 @@ def _check_sampler(published, replacement) -> None:
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Whatever the trial draws or prints, the script sees the random states and the stdout that it would have."""
+    """Isolate the trial: restore the random states, and discard what it prints."""
     numpy_state = np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]), torch.enable_grad(), contextlib.redirect_stdout(io.StringIO()):
@@ -210,10 +210,10 @@ def _undisturbed() -> Iterator[None]:
 
 
 class _Hook:
-    """Meta path finder: modules are found as ever, and shown to `seen` as soon as they have been executed."""
+    """Meta path finder that finds modules as usual and calls `executed` with each module after its execution."""
 
-    def __init__(self, seen: Callable[[types.ModuleType], None]):
-        self.seen = seen
+    def __init__(self, executed: Callable[[types.ModuleType], None]):
+        self.executed = executed
 
     def find_spec(self, name: str, path=None, target=None) -> importlib.machinery.ModuleSpec | None:
         for finder in sys.meta_path:
@@ -229,19 +229,19 @@ class _Hook:
 
             def exec_module(module: types.ModuleType) -> None:
                 execute(module)
-                self.seen(module)
+                self.executed(module)
 
-            # On the instance, which serves this one module: type and other methods of the loader stay as they are.
+            # Patch the instance, which serves only this module: the loader's type and other methods stay unchanged.
             loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
-def _say(sentence: str) -> None:
+def _report(sentence: str) -> None:
     print(f"fastnce: {sentence}", file=sys.stderr, flush=True)
 
 
 def _run_as_main(script: Path, arguments: list[str]) -> None:
-    """What `python SCRIPT arguments` does: argv, path, and a fresh `__main__`."""
+    """Run a script as `python SCRIPT arguments` does: set argv, path and a new `__main__`."""
     path = str(script.absolute())
     sys.argv = arguments
     if not sys.flags.safe_path:
@@ -258,7 +258,7 @@ def _run_as_main(script: Path, arguments: list[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the script named first in `argv`; returns 2 when there is none, else what the script makes of it."""
+    """Run the script that `argv` names first; return 2 if there is none, else 0. The script may end the process."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] in ("-h", "--help"):
         print(USAGE)
@@ -272,32 +272,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
     count = 0
-    said: set[str] = set()
+    reported: set[str] = set()
 
-    def seen(module: types.ModuleType) -> None:
+    def executed(module: types.ModuleType) -> None:
         nonlocal count
         replaced, left = _patch(module)
         for what in replaced:
             count += 1
-            _say(f"replaced {what}")
+            _report(f"replaced {what}")
         for sentence in left:
-            if sentence not in said:  # seen again in every module that imports the class
-                said.add(sentence)
-                _say(sentence)
+            if sentence not in reported:  # every module that imports the class gives it again
+                reported.add(sentence)
+                _report(sentence)
 
-    hook = _Hook(seen)
+    hook = _Hook(executed)
     sys.meta_path.insert(0, hook)
     try:
         _run_as_main(script, arguments)
     finally:
         sys.meta_path.remove(hook)
         if count == 0:
-            _say("nothing was replaced: the script imported no class PatchNCELoss or PatchSampleF of CUT's or DCLGAN's")
+            _report(
+                "nothing was replaced: the script imported no class PatchNCELoss or PatchSampleF of CUT's or DCLGAN's"
+            )
     return 0
 
 
 if __name__ == "__main__":
-    # one copy of this module, whichever name it was started under
+    # Use the imported module, so that there is one copy of it, not a second one named __main__.
     from fastnce.accelerate import main as _main
 
     sys.exit(_main())

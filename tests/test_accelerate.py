@@ -1,4 +1,4 @@
-"""`python -m fastnce.accelerate` on a checkout with the published layout, written here, and on the published ones."""
+"""`python -m fastnce.accelerate` on a small checkout with the published layout, and on the published checkouts."""
 
 import importlib
 import json
@@ -181,7 +181,7 @@ def run(folder: Path, *arguments: str, accelerated: bool = True) -> subprocess.C
 
 
 def run_forked(folder: Path, *arguments: str, accelerated: bool = True) -> subprocess.CompletedProcess:
-    """The same without the seconds that importing PyTorch takes."""
+    """As `run`, in a forked process, which saves the seconds of importing PyTorch."""
 
     def work() -> int:
         os.chdir(folder)
@@ -211,14 +211,14 @@ def test_same_losses_and_checkpoints_with_and_without(tmp_path, flavour, importe
     folder = write_checkout(tmp_path / "checkout", flavour)
     begin = run if flavour == "cut" else run_forked
     plain = printed(begin(folder, "train.py", "plain.pth", accelerated=False))
-    finished = begin(folder, "train.py", "fast.pth", "plain.pth")  # saves the first, loads the second
+    finished = begin(folder, "train.py", "fast.pth", "plain.pth")  # saves fast.pth and loads plain.pth
     fast = printed(finished)
 
     assert "replaced models.patchnce.PatchNCELoss" in finished.stderr
     assert ("cosines" in finished.stderr) == (flavour == "dclgan")
     assert "replaced models.networks.PatchSampleF" in finished.stderr
     assert fast["losses"] == pytest.approx(plain["losses"], rel=2e-6)
-    assert plain["losses"][0] > plain["losses"][-1]  # it learns, so gradients were compared too
+    assert plain["losses"][0] > plain["losses"][-1]  # the loss decreases, so gradients were compared too
     assert fast["argv"] == ["train.py", "fast.pth", "plain.pth"]
     for same in ("path", "file", "folder", "criterion", "keys"):
         assert fast[same] == plain[same]
@@ -232,7 +232,7 @@ def test_same_losses_and_checkpoints_with_and_without(tmp_path, flavour, importe
     unpatched.load_state_dict(saved["fast"])
 
 
-def test_nothing_to_replace_is_said_and_the_script_runs(tmp_path):
+def test_a_script_with_nothing_to_replace_runs_with_a_message(tmp_path):
     (tmp_path / "script.py").write_text("import sys, json\nprint(json.dumps(sys.argv))\nsys.exit(7)\n")
     finished = run_forked(tmp_path, "script.py", "a", "--b")
     assert finished.returncode == 7
@@ -240,7 +240,7 @@ def test_nothing_to_replace_is_said_and_the_script_runs(tmp_path):
     assert "nothing was replaced" in finished.stderr
 
 
-def test_a_script_that_fails_fails(tmp_path):
+def test_errors_of_the_script_are_passed_on(tmp_path):
     (tmp_path / "script.py").write_text("raise RuntimeError('from the script')\n")
     finished = run_forked(tmp_path, "script.py")
     assert finished.returncode == 1
@@ -250,14 +250,14 @@ def test_a_script_that_fails_fails(tmp_path):
 @pytest.mark.parametrize("arguments", [[], ["missing.py"]])
 def test_a_missing_script_is_one_sentence(capsys, arguments):
     assert accelerate.main(arguments) == 2
-    complaint = capsys.readouterr().err
-    assert len(complaint.splitlines()) == 1
-    assert "script" in complaint
+    message = capsys.readouterr().err
+    assert len(message.splitlines()) == 1
+    assert "script" in message
 
 
 @pytest.fixture
 def imported(tmp_path, monkeypatch):
-    """Imports modules of a checkout written for one test, and forgets them afterwards."""
+    """Import modules of a checkout written for one test, and remove them from `sys.modules` afterwards."""
 
     def load(flavour: str, *names: str) -> list[types.ModuleType]:
         monkeypatch.syspath_prepend(str(write_checkout(tmp_path / flavour, flavour)))
@@ -281,7 +281,7 @@ def test_patch_reaches_names_that_were_imported_before(imported):
     assert accelerate.patch(types.ModuleType("empty")) == []
 
 
-def test_another_loss_of_the_same_name_is_left_alone(imported):
+def test_another_loss_of_the_same_name_is_kept(imported):
     (patchnce,) = imported("changed", "patchnce")
     published = patchnce.PatchNCELoss
     assert accelerate.patch(patchnce) == []
@@ -312,13 +312,13 @@ def test_the_replaced_sampler_takes_the_published_calls(imported):
     (networks,) = imported("cut", "networks")
     accelerate.patch(networks)
     maps = [torch.randn(2, 3, 6, 5), torch.randn(2, 4, 3, 3)]
-    # a way to begin that only the checkout's own init_net knows
+    # an init_type that only the checkout's init_net may accept
     sampler = networks.PatchSampleF(use_mlp=True, init_type="their own", init_gain=0.02, nc=8, gpu_ids=[])
     assert sampler.init_type == "their own"
     assert isinstance(sampler, fastnce.PatchSampleF)
     assert not list(sampler.parameters())
     rows, ids = sampler(maps)
-    assert [tuple(r.shape) for r in rows] == [(60, 8), (18, 8)]  # 64 patches by default, or all there are
+    assert [tuple(r.shape) for r in rows] == [(60, 8), (18, 8)]  # 64 patches by default, or all if there are fewer
     again, _ = sampler(maps, 64, ids)
     numpy_ids, _ = sampler(maps, 64, [i.numpy() for i in ids])
     for a, b, c in zip(rows, again, numpy_ids, strict=True):
@@ -341,8 +341,11 @@ def published_checkout(name: str) -> Path:
 @pytest.mark.parametrize(("batch", "norm"), [("2", "library"), ("1", "formula")])
 @pytest.mark.parametrize("name", ["cut", "dclgan"])
 def test_published_models_train_alike(name, batch, norm, tmp_path):
-    """At batch 1 on the CPU, PyTorch's instance norm returns a wrong gradient for the channels-last gradient that the
-    published sampler sends it (ours sends none such), so there the comparison takes the plain formula for both."""
+    """Training with and without the replacement gives the same losses.
+
+    At batch 1 on the CPU, PyTorch's instance norm is wrong for channels-last gradients. Only the published sampler
+    sends it such gradients. Both runs therefore use the plain formula.
+    """
     folder = published_checkout(name)
     script = tmp_path / "steps.py"
     script.write_text(textwrap.dedent(PUBLISHED_STEPS))
@@ -364,7 +367,7 @@ PUBLISHED_STEPS = """
 
     folder, out, dtype, batch, norm = sys.argv[1:]
     torch.set_num_threads(1)
-    # Adam's first step is the sign of the gradient: in float32 any two roundings drift apart, in float64 they do not
+    # Adam's first step is the sign of the gradient, which amplifies float32 rounding differences
     torch.set_default_dtype(getattr(torch, dtype))
 
     def instance_norm(x, *_, eps=1e-5, **__):
@@ -381,7 +384,7 @@ PUBLISHED_STEPS = """
     ids = np.random.RandomState(1)
 
     def same_ids(net, inputs):
-        # published numbers come from NumPy or torch, ours from the device: give both the same
+        # the published code draws ids from NumPy or torch, fastnce on the device: give both the same
         feats, patches, chosen = inputs
         if chosen is None:
             chosen = [ids.permutation(f.shape[2] * f.shape[3])[:patches] for f in feats]

@@ -1,11 +1,11 @@
-"""How fast is this machine, and how near to its limits does training come: a table in under two minutes.
+"""Measure this machine in under two minutes, and how close training comes to its peak rates.
 
-fastnce bench                       # or: python -m fastnce.commands.bench
+fastnce bench
 fastnce bench --device cpu --json bench.json
 
-Measures what the machine can do at most (a large copy, a square matrix product), then the contrastive loss, the chain
-from feature maps to gradients, CUT's training step and the data path, each beside the least time that those limits
-allow. Our implementation alone: `benchmarks/run.py` of the repository compares it with others.
+It measures the machine's peak rates (a large copy, a square matrix product), then the contrastive loss, the chain from
+feature maps to gradients, CUT's training step and the data path, each with the shortest time that the peak rates allow.
+`benchmarks/run.py` of the repository compares the library with other implementations.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from ..methods.presets import PRESETS
 from .parsing import command_parser
 
 BUDGET = 110.0
-"""Seconds after which no further case is begun."""
+"""Seconds after which no further case starts."""
 
 
 @dataclass
 class Line:
-    """One line of the table. `rate` is rows, images or pictures a second; empty fields were not measured."""
+    """One line of the table. `rate` is in `unit` (rows or images per second). None fields were not measured."""
 
     work: str
     milliseconds: float | None = None
@@ -59,7 +59,7 @@ Case = tuple[str, Callable[[], Line]]
 
 
 def cases(device: torch.device, limits: dict[str, float], quick: bool = False) -> Iterator[Case]:
-    """(what it is, a function that measures it), the cheap ones first."""
+    """Yield (name, function that measures it) of each case, the cheap ones first."""
     cpu = device.type == "cpu"
     rows = (64,) if quick else (256, 1024, 4096) if cpu else (256, 4096, 16384)
     for count in rows:
@@ -115,7 +115,6 @@ def _chain(side: int, device: torch.device, limits: dict[str, float], quick: boo
 def _step(
     images: int, side: int, device: torch.device, limits: dict[str, float], quick: bool, seen: dict[int, float]
 ) -> Line:
-
     preset = PRESETS["cut"]
     small: dict[str, Any] = {"width": 8, "discriminator_width": 8} if quick else {}
     method = preset.method(preset.options(), NetworkOptions(**small)).to(device)
@@ -136,13 +135,12 @@ def _step(
     if dtype == "float32" and device.type == "cuda" and torch.backends.cudnn.allow_tf32:
         dtype = "tf32"
     floor = floor_ms(float(counter.get_total_flops()), None, dtype, limits)
-    form = "launch by launch" if step.graphs is None or step.graphs.failed else "in a CUDA graph"
-    note = f"{dtype}, {counter.get_total_flops() / 1e9:.0f} GFLOP a step, {form}, not compiled"
+    form = "without a CUDA graph" if step.graphs is None or step.graphs.failed else "in a CUDA graph"
+    note = f"{dtype}, {counter.get_total_flops() / 1e9:.0f} GFLOP per step, {form}, not compiled"
     return Line("", ms, seen[images], "images/s", floor, note + (", toy networks" if quick else ""))
 
 
 def _data(device: torch.device, quick: bool, seen: dict[int, float], side: int) -> Line:
-
     with tempfile.TemporaryDirectory() as folder:
         write_pictures(Path(folder), 2 if quick else 16, 300)
         load = side * 286 // 256
@@ -154,17 +152,16 @@ def _data(device: torch.device, quick: bool, seen: dict[int, float], side: int) 
             position[0] += 1
 
         ms = _time(call, device, quick)
-        rate = 8e3 / ms  # pairs of one picture of each domain, as the step counts them
+        rate = 8e3 / ms  # counts pairs with one picture of each domain, as the step does
         note = "pairs from a cache of decoded pictures"
         if seen:
             consumed = seen[max(seen)]
-            note += f"; {rate / consumed:.0f}x what the step above takes"
+            note += f"; {rate / consumed:.0f}x the rate of the step above"
         return Line("", ms, rate, "images/s", None, note)
 
 
 def write_pictures(folder: Path, count: int, side: int) -> None:
-    """`count` noisy PNG of side x side in trainA and as many in trainB, for measuring."""
-
+    """Write `count` PNG files of noise, side x side, to each of trainA and trainB, as data for measurements."""
     rng = np.random.default_rng(0)
     for domain in ("trainA", "trainB"):
         (folder / domain).mkdir(parents=True, exist_ok=True)
@@ -175,27 +172,27 @@ def write_pictures(folder: Path, count: int, side: int) -> None:
 
 
 def run(device: torch.device, quick: bool = False, say: Callable[[str], None] = print) -> tuple[list[Line], dict]:
-    """Measure and print; the lines and the ceilings. A case that fails gets a line whose note begins with "failed"."""
+    """Measure and print; return the lines and the peak rates. The note of a failed case begins with "failed"."""
     began = time.monotonic()
     limits = ceilings(device, quick)
     say(f"fastnce {__version__}, torch {torch.__version__}, {device_name(device)}, {torch.get_num_threads()} threads")
     products = {k.split("_")[1]: v for k, v in limits.items() if k.startswith("matmul_") and k.endswith("per_s")}
     rates = ", ".join(f"{name} {flop / 1e12:.3g} TFLOP/s" for name, flop in products.items())
-    say(f"at most: copy {limits['copy_bytes_per_s'] / 1e9:.3g} GB/s, products {rates}")
+    say(f"peak rates: copy {limits['copy_bytes_per_s'] / 1e9:.3g} GB/s, products {rates}")
     if device.type == "cpu":
-        say("no accelerator: small sizes, on the CPU; they say little about a GPU")
+        say("no accelerator: measuring small sizes on the CPU; they do not predict the speed of a GPU")
         load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
         if load > (os.cpu_count() or 1):
-            say(f"the machine is busy (load {load:.1f}): all figures are worse than it can do")
-    say(f"\n{'':26}{'ms':>10}{'a second':>20}{'floor ms':>10}{'of floor':>9}")
+            say(f"the machine is busy (load {load:.1f}): an idle machine is faster than these figures")
+    say(f"\n{'':26}{'ms':>10}{'per second':>20}{'floor ms':>10}{'of floor':>9}")
     lines = []
     for name, measure in cases(device, limits, quick):
         if time.monotonic() - began > BUDGET:
-            line = Line(name, note="not run: time is over")
+            line = Line(name, note="not run: no time left")
         else:
             try:
                 line = measure()
-            except Exception as error:  # out of memory, a compiler, a driver: said, and the rest goes on
+            except Exception as error:  # such as out of memory, a compiler, a driver: report it and continue
                 line = Line(name, note=f"failed: {type(error).__name__}: {' '.join(str(error).split())[:160]}")
         line.work = name
         lines.append(line)
@@ -214,18 +211,18 @@ def _text(line: Line) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Measure this machine: the loss, a training step and the data path, beside what it can do at most.
+    """Measure the loss, a training step and the data path on this machine, and compare them with its peak rates.
 
-    Returns 1 when a case failed or there was no time for it.
+    The exit code is 1 if a case failed or there was no time left for it.
     """
     parser = command_parser("bench", main)
     parser.add_argument("--device", help="cpu, cuda, ...; default the accelerator if there is one")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as well")
+    parser.add_argument("--quick", action="store_true", help="use tiny sizes, only to check that everything runs")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
     args = parser.parse_args(arguments)
     try:
         device = default_device(args.device)
-        torch.zeros(1, device=device).item()  # which meta has not
+        torch.zeros(1, device=device).item()  # fails on the device meta, which has no values
     except (RuntimeError, AssertionError) as error:
         parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
     if args.json and not args.json.absolute().parent.is_dir():

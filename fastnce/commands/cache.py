@@ -1,4 +1,4 @@
-"""`fastnce cache`."""
+"""The command `fastnce cache`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from .parsing import command_parser
 
 
 def main(arguments: list[str]) -> int:
-    """Decode and resize the pictures of DIR ahead of training, and check them as `fastnce train` does."""
+    """Decode and resize the pictures of DIR before training, and check them as `fastnce train` does."""
     parser = command_parser("cache", main)
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder with trainA, trainB")
-    parser.add_argument("--config", type=Path, metavar="FILE")
-    parser.add_argument("--method", metavar="METHOD", help="the same as METHOD in front")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file, as for fastnce train")
+    parser.add_argument("--method", metavar="METHOD", help="the same as the first argument METHOD")
     parser.add_argument(
-        "overrides", nargs="*", metavar="[METHOD] section.key=value", help="as for fastnce train; METHOD is cut if none"
+        "overrides",
+        nargs="*",
+        metavar="[METHOD] section.key=value",
+        help="as for fastnce train; METHOD defaults to cut",
     )
     args = parser.parse_intermixed_args(arguments)
     named = args.overrides.pop(0) if args.overrides and "=" not in args.overrides[0] else args.method or "cut"

@@ -1,7 +1,7 @@
-"""A real model on real photographs in about two minutes, without any download.
+"""Train a small model on real photographs in about two minutes, without a download.
 
-FastCUT, small, learns to render daylight photographs as if taken at dusk, from one photograph taken at dusk. The
-photographs are those that scikit-image's wheel carries (extra `demo`).
+A small FastCUT learns from one photograph taken at dusk to render daylight photographs as if taken at dusk. The
+photographs are included in the package scikit-image (extra `demo`).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SETTINGS = [
 
 
 def photographs() -> dict[str, np.ndarray]:
-    """The demo's photographs, uint8 (height, width, 3); ValueError where scikit-image is missing."""
+    """Return the demo's photographs, uint8 (height, width, 3); raise ValueError if scikit-image is missing."""
     try:
         from skimage import data
     except ImportError:
@@ -52,7 +52,7 @@ def photographs() -> dict[str, np.ndarray]:
 
 
 def write_folders(folder: Path, side: int = 320) -> None:
-    """trainA and testA (day), trainB and testB (dusk) as users have them; short sides at most `side` pixels."""
+    """Write trainA and testA (day), trainB and testB (dusk), resized to a short side of `side` pixels."""
     for name, pixels in photographs().items():
         picture = Image.fromarray(pixels[..., :3])
         scale = side / min(picture.size)
@@ -65,11 +65,13 @@ def write_folders(folder: Path, side: int = 320) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Train a small FastCUT on photographs for about two minutes and show what it learned."""
+    """Train a small FastCUT on photographs for about two minutes and show its results."""
     parser = command_parser("demo", main)
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="RUN")
-    parser.add_argument("--steps", type=int, default=900, help="more steps, better pictures")
-    parser.add_argument("--minutes", type=float, default=2.0, help="stop then, however many steps were done")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/demo"), metavar="RUN", help="folder of the run (default %(default)s)"
+    )
+    parser.add_argument("--steps", type=int, default=900, metavar="N", help="more steps give better pictures")
+    parser.add_argument("--minutes", type=float, default=2.0, metavar="N", help="stop after N minutes at the latest")
     args = parser.parse_args(arguments)
     if args.steps < 1:
         raise ValueError(f"--steps must be at least 1, not {args.steps}")
@@ -90,8 +92,8 @@ def main(arguments: list[str]) -> int:
     day_pictures, dusk_pictures = (torch.stack(column) for column in zip(*rows, strict=True))
     save_grid({"day": day_pictures, "dusk (by the model)": dusk_pictures}, grid)
     print(
-        f"\n{steps:,} steps in {clock(time.perf_counter() - began)}. Look at {grid}: left the photographs, right "
-        f"the same ones at dusk.\nNext: put your own pictures into DIR/trainA and DIR/trainB, then\n"
+        f"\n{steps:,} steps in {clock(time.perf_counter() - began)}. {grid} shows the photographs on the left and the "
+        f"same ones at dusk on the right.\nNext: put your own pictures into DIR/trainA and DIR/trainB, then run\n"
         f"  fastnce train fastcut --data DIR --out runs/mine\n"
         f"  fastnce translate runs/mine PICTURES --out OUT"
     )

@@ -1,10 +1,10 @@
-"""What will run on this machine, and whether it computes the right numbers.
+"""Report which implementation runs on this machine, and check its numbers.
 
 fastnce doctor
 
-Prints the devices and versions, then holds the loss, its gradient and the sampling of patches on every device against
-float64 definitions, one line a check: the measured error and the gate. Exit code 1 when a check fails. A fault of
-PyTorch itself is reported, and does not fail.
+Prints the devices and versions. Then compares the loss, its gradient and the sampling of patches on every device with
+float64 definitions: one line per check, with the measured error and its limit (gate). The exit code is 1 if a check
+fails. A fault of PyTorch itself is reported, but does not fail.
 """
 
 from __future__ import annotations
@@ -30,21 +30,22 @@ from .parsing import command_parser
 LOSS_GATES = {torch.float32: 1e-6, torch.float16: 1e-4, torch.bfloat16: 1e-3}
 GRADIENT_GATES = {torch.float32: 5e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 SAMPLING_GATES = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-"""Relative norms of errors against float64 on the same rounded inputs. Sampling in 16 bit has four times the gradient's
-gate: rows, activations and weights round at each layer, in the library as in ours."""
+"""Relative norms of errors against float64 on the same rounded inputs. The gates of sampling in 16 bits are four times
+those of gradients: rows, activations and weights are rounded at each layer, in PyTorch as in this library."""
 
 TEMPERATURE = 0.07
 LOGIT_ROUNDING = 3 * 2.0**-24 / TEMPERATURE
-"""A logit of 1/T = 14.3 in float32 is off by 2^-24 / T = 8.5e-7 at most. The loss of a confident row is nearly
-exp(negatives - positive), so what the two logits and their sum are off by is its relative error."""
+"""A logit of 1/T = 14.3 in float32 has an error of at most 2^-24 / T = 8.5e-7. The loss of a confident row is nearly
+exp(negatives - positive), so its relative error is the absolute error of the two logits and their sum."""
 
 UPSTREAM = 1024.0
-"""Gradients are taken of the loss times this, as a loss scaler would: confident rows underflow float16 otherwise."""
+"""Factor of the loss when gradients are computed, as a loss scaler applies it: otherwise the gradients of confident
+rows underflow float16."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One measured error. `gate` is None for what is reported and cannot fail."""
+    """One measured error. With gate None it is only reported and cannot fail."""
 
     name: str
     error: float
@@ -53,7 +54,7 @@ class Check:
 
     @property
     def ok(self) -> bool:
-        return self.gate is None or self.error <= self.gate  # a NaN is not
+        return self.gate is None or self.error <= self.gate  # False for NaN
 
     def line(self) -> str:
         word = "report" if self.gate is None else "ok" if self.ok else "FAIL"
@@ -71,7 +72,7 @@ def _rows(shape: tuple[int, ...], device: torch.device, seed: int) -> Tensor:
 
 
 def _confident_queries(keys: Tensor, probability: float) -> Tensor:
-    """Unit rows whose positives have about this probability among the keys (or the highest that the lengths allow)."""
+    """Unit rows whose positive has about this probability among the keys, or the highest that unit rows allow."""
     away = _rows(tuple(keys.shape), keys.device, seed=2)
     away = F.normalize(away - (away * keys).sum(1, keepdim=True) * keys, dim=1)
     negatives = torch.logsumexp(away @ keys.T / TEMPERATURE, dim=1, keepdim=True)
@@ -80,7 +81,7 @@ def _confident_queries(keys: Tensor, probability: float) -> Tensor:
 
 
 def check_nce(device: torch.device, dtype: torch.dtype, implementation=None) -> Iterator[Check]:
-    """Loss and query gradient on random and on confident rows, both groupings, and with extra keys."""
+    """Check loss and query gradient on random and on confident rows, for both groupings and with extra keys."""
     images, patches, dim = 2, 64, 128
     keys = _rows((images * patches, dim), device, seed=0)
     extra = _rows((images, 40, dim), device, seed=1).to(dtype)
@@ -111,7 +112,7 @@ def check_nce(device: torch.device, dtype: torch.dtype, implementation=None) -> 
             )
             (exact_gradient,) = torch.autograd.grad(exact.sum() * UPSTREAM, q64)
             exact = exact.detach().flatten()
-            # Relative row by row: in a norm over all rows the confident ones, whose loss is near 0, would not be seen.
+            # Relative error per row: a norm over all rows would hide confident rows, whose loss is near 0.
             error = (loss.detach().double() / exact - 1).square().mean().sqrt()
             name = f"{_short(dtype)} {kind}, {case}"
             yield Check(
@@ -121,7 +122,7 @@ def check_nce(device: torch.device, dtype: torch.dtype, implementation=None) -> 
 
 
 def check_sampling(device: torch.device, dtype: torch.dtype, implementation=None) -> Iterator[Check]:
-    """Rows, map gradients and weight gradients of sampling, projection and normalisation."""
+    """Check rows, map gradients and weight gradients of sampling, projection and normalisation."""
     generator = torch.Generator().manual_seed(4)
 
     def draw(*shape: int) -> Tensor:
@@ -155,7 +156,7 @@ def check_sampling(device: torch.device, dtype: torch.dtype, implementation=None
 
 
 def check_library_instance_norm(device: torch.device) -> Check:
-    """`F.instance_norm` at batch 1 with a channels-last incoming gradient, against the plain formula in float64."""
+    """Compare `F.instance_norm` at batch 1, with a channels-last incoming gradient, with its formula in float64."""
     generator = torch.Generator().manual_seed(5)
     x, upstream = torch.randn(2, 1, 8, 12, 10, generator=generator).to(device)
     upstream = upstream.contiguous(memory_format=torch.channels_last)
@@ -165,8 +166,8 @@ def check_library_instance_norm(device: torch.device) -> Check:
     normalised = centred / (centred.square().mean((2, 3), keepdim=True) + 1e-5).sqrt()
     (exact,) = torch.autograd.grad(normalised, formula, upstream.double())
     error = _relative(gradient, exact)
-    right = "the library is right here"
-    wrong = "PyTorch's fault: published CUT at batch 1 trains on wrong gradients here; this library's own norm does not"
+    right = "PyTorch is right here"
+    wrong = "a fault of PyTorch: published CUT at batch 1 trains on wrong gradients here; fastnce uses its own norm"
     return Check("F.instance_norm, batch 1, channels-last gradient", error, None, right if error < 1e-4 else wrong)
 
 
@@ -175,13 +176,13 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def devices() -> list[torch.device]:
-    """The CPU, and the accelerator if there is one."""
+    """Return the CPU, and the accelerator if there is one."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return [torch.device("cpu")] + ([accelerator] if accelerator is not None else [])
 
 
 def chosen_implementation(device: torch.device, dtype: torch.dtype) -> Choice:
-    """What `patch_nce` runs for such rows (`fastnce.nce.which`), and whether the kernels run if it is them."""
+    """Return what `patch_nce` runs for such rows (see `fastnce.nce.which`); kernels are tried once."""
     choice = which(device, dtype, dim=32, rows=16)
     if not choice.triton:
         return choice
@@ -203,7 +204,7 @@ def _driver() -> str:
 
 
 def facts() -> Iterator[str]:
-    """The machine and the versions, one line each."""
+    """Yield lines about the machine, the versions and the implementations."""
     try:
         import triton
 
@@ -215,10 +216,10 @@ def facts() -> Iterator[str]:
     yield f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads"
     for device in devices():
         if device.type == "cpu":
-            # The CPU computes bfloat16 everywhere; only these instructions make it fast.
+            # Every CPU can compute bfloat16, but only these instructions make it fast.
             flags = {"avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX"}
             fast = [name for flag, name in flags.items() if flag in _cpu_flags()]
-            yield f"cpu: bfloat16 {'with ' + ', '.join(fast) if fast else 'without its own instructions'}"
+            yield f"cpu: bfloat16 {'with ' + ', '.join(fast) if fast else 'without special instructions'}"
         elif device.type == "cuda":
             for index in range(torch.cuda.device_count()):
                 gpu = torch.cuda.get_device_properties(index)
@@ -244,7 +245,7 @@ def _cpu_flags() -> set[str]:
 
 
 def checks(device: torch.device) -> Iterator[Check]:
-    """Every check for one device. What raises becomes a failed check."""
+    """Run every check for one device. An exception becomes a failed check."""
     dtypes = (torch.float32, torch.bfloat16) if device.type == "cpu" else tuple(LOSS_GATES)
     tasks: list[tuple[str, Callable[[], Iterator[Check]]]] = []
     for dtype in dtypes:
@@ -259,7 +260,7 @@ def checks(device: torch.device) -> Iterator[Check]:
 
 
 def main(arguments: list[str]) -> int:
-    """Say what will run on this machine, and check it against the definition."""
+    """Report which implementation runs on this machine, and check its numbers against the definition."""
     command_parser("doctor", main).parse_args(arguments)
     for fact in facts():
         print(fact)

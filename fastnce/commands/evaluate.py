@@ -1,4 +1,4 @@
-"""`fastnce evaluate`."""
+"""The command `fastnce evaluate`."""
 
 from __future__ import annotations
 
@@ -9,27 +9,29 @@ from ..engine.choices import pick_device
 from ..evaluate.pairs import RAIN_SIDE_HELP, RAIN_SIDES
 from ..evaluate.report import evaluate as measure
 from ..translate.load import load_translator
-from .parsing import TILES_HELP, TRUST_HELP, command_parser
+from .parsing import GENERATOR_HELP, MODEL_HELP, TILES_HELP, TRUST_HELP, command_parser
 
 
 def main(arguments: list[str]) -> int:
-    """Measure a model, or the inputs themselves, on a test set: PSNR, SSIM, FID."""
+    """Measure PSNR, SSIM and FID of a model, or of the inputs themselves, on a test set."""
     parser = command_parser("evaluate", main)
-    parser.add_argument("model", type=Path, nargs="?", metavar="RUN|FILE.pth")
-    parser.add_argument("--data", type=Path, required=True, metavar="TEST", help="rain/ and norain/; testA and testB")
+    parser.add_argument("model", type=Path, nargs="?", metavar="RUN|FILE.pth", help=MODEL_HELP)
+    parser.add_argument(
+        "--data", type=Path, required=True, metavar="TEST", help="folder with rain/ and norain/, or testA and testB"
+    )
     parser.add_argument("--rain-side", default="right", choices=RAIN_SIDES, help=RAIN_SIDE_HELP)
     parser.add_argument("--inputs-only", action="store_true", help="measure the inputs, without a model")
-    parser.add_argument("--generator", default="", help="of a method with two: G_A (A to B, default) or G_B")
-    parser.add_argument("--fid", action="store_true", help="also FID and KID (needs the extra eval)")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--csv", type=Path, metavar="FILE")
-    parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="input, output, truth and difference")
+    parser.add_argument("--generator", default="", help=GENERATOR_HELP)
+    parser.add_argument("--fid", action="store_true", help="also compute FID and KID (needs the extra eval)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all results to FILE")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write one line per picture to FILE")
+    parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="draw input, output, truth and difference")
     parser.add_argument("--tiles", default="auto", choices=("auto", "exact", "fast"), help=TILES_HELP)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     parser.add_argument("--trust-code", action="store_true", help=TRUST_HELP)
     args = parser.parse_args(arguments)
     if (args.model is None) != args.inputs_only:
-        raise ValueError("fastnce evaluate takes a model or --inputs-only, one of the two")
+        raise ValueError("fastnce evaluate takes either a model or --inputs-only")
     with ProgressLine() as line:
         device = pick_device(args.device)
         translator = None

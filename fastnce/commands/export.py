@@ -1,4 +1,4 @@
-"""`fastnce export`."""
+"""The command `fastnce export`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .parsing import TRUST_HELP, command_parser
 
 
 def main(arguments: list[str]) -> int:
-    """Write a run's networks as the published code's files, latest_net_G.pth and so on."""
+    """Write a run's networks as files of the published code, such as latest_net_G.pth."""
     parser = command_parser("export", main)
-    parser.add_argument("run", type=Path, metavar="RUN", help="or a checkpoint: RUN/checkpoints/best")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--label", default="latest", help="first part of the file names")
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run, or a checkpoint such as RUN/checkpoints/best")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the files")
+    parser.add_argument("--label", default="latest", help="first part of the file names (default %(default)s)")
     parser.add_argument("--trust-code", action="store_true", help=TRUST_HELP)
     args = parser.parse_args(arguments)
     folder, state = open_checkpoint(args.run)
@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> int:
             prefix = f"network/{name}/"
             weights = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
             load_weights(network, weights, str(folder))
-        for name, weights in load_generators(folder, state).items():  # averaged, where the run keeps an average
+        for name, weights in load_generators(folder, state).items():  # averaged weights, if the run has them
             if name not in generators:
                 raise ValueError(f"{config.method} has no generator {name}")
             load_weights(generators[name], weights, str(folder))

@@ -1,6 +1,7 @@
-"""The command line: `fastnce train`, `fastnce translate` and so on.
+"""The command line: dispatch to the commands, one-sentence errors and exit codes.
 
-A mistake of the user is one sentence on stderr and exit code 2; training that cannot go on is exit code 1.
+A mistake of the user is reported as one sentence on stderr with exit code 2. Training that cannot continue gives exit
+code 1.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The entry point; returns the exit code."""
+    """Run a command line (default `sys.argv`) and return the exit code."""
     open_streams()
     arguments = sys.argv[1:] if arguments is None else arguments
     before = warnings.formatwarning
@@ -46,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _one_line(message: Warning | str, *_: object) -> str:
-    """A warning as a sentence of the command, without the place in our code."""
+    """Format a warning as one sentence, without the location in the code."""
     return f"fastnce: warning: {message}\n"
 
 
@@ -54,22 +55,23 @@ def _main(arguments: list[str]) -> int:
     try:
         with raising():
             code = run(arguments)
-    except SystemExit as end:  # argparse, after what it had to say
+    except SystemExit as end:  # argparse, after it has printed its message
         raise SystemExit(flush(int(end.code or 0))) from None
     except Stopped as stop:
         code = tell(str(stop), 128 + stop.number)
     except KeyboardInterrupt:
         code = tell("stopped by Ctrl-C", 130)
-    except ValueError as error:  # DataError among them: the user's to mend
+    except ValueError as error:  # a mistake of the user; DataError is one of these
         code = tell(str(error), 2)
     except OSError as error:
         code = 2
         if error.filename is None and isinstance(error, BrokenPipeError):
-            # the reader, such as head, has seen enough: as of a program that this ends, not all may be done
+            # The reader of stdout, such as head, has stopped. 141 is the code of a program that SIGPIPE ends: except
+            # for `methods`, which only prints, some work may be undone.
             code = 0 if arguments[:1] == ["methods"] else 141
         elif error.filename is not None:
             tell(sentence_of(error), code)
-        elif getattr(sys.stdout, "write_through", False):  # nothing waits there to fail once more
+        elif getattr(sys.stdout, "write_through", False):  # unbuffered: flushing cannot reveal the error again
             tell(f"standard output: {sentence_of(error)}", code)
         elif stdout_takes():
             tell(sentence_of(error), code)
@@ -77,19 +79,19 @@ def _main(arguments: list[str]) -> int:
         code = tell(str(error), 1)
     except RankLost as error:
         flush(tell(str(error), 1))
-        os._exit(1)  # the library's threads abort a process that ends in order without its peer
+        os._exit(1)  # without its peer, a normal exit would be aborted by threads of the communication library
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        code = tell(f"memory does not suffice ({str(error).partition(chr(10))[0] or type(error).__name__})", 1)
+        code = tell(f"there is not enough memory ({str(error).partition(chr(10))[0] or type(error).__name__})", 1)
     return flush(code)
 
 
 def run(arguments: list[str]) -> int:
-    """Hand over to a command; returns its exit code."""
+    """Run the command that the first argument names; return its exit code."""
     command = arguments[0] if arguments else "--help"
     if command in ("-h", "--help", "help"):
-        print("usage: fastnce COMMAND ...   (fastnce COMMAND --help tells more)\n")
+        print("usage: fastnce COMMAND ...   (fastnce COMMAND --help shows its options)\n")
         for name, function in COMMANDS.items():
             print(f"  {name:<10} {(function.__doc__ or '').splitlines()[0]}")
         print("\n  --version  print the version")
@@ -99,9 +101,10 @@ def run(arguments: list[str]) -> int:
         return 0
     if command not in COMMANDS:
         return tell(f"unknown command {command!r}; one of {', '.join(COMMANDS)}", 2)
-    for argument in arguments[1:]:  # some versions of argparse make an empty list of it
+    for argument in arguments[1:]:  # some versions of argparse read the value -- as an empty list
         if argument.startswith("--") and argument.endswith("=--"):
             return tell(
-                f"{argument.removesuffix('=--')} needs a value, and -- is none: name a file of that name ./--", 2
+                f"{argument.removesuffix('=--')} needs a value, and -- is not one: for a file of this name, write ./--",
+                2,
             )
     return COMMANDS[command](arguments[1:])

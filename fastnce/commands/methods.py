@@ -1,4 +1,4 @@
-"""The presets as a table: paper, terms, networks, parameters, defaults."""
+"""Print the presets: paper, terms, networks, parameters and defaults of each."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ COLUMNS = 100
 
 
 def networks_of(preset: Preset) -> dict[str, nn.Module]:
-    """A preset's networks at its default sizes, without memory for their weights."""
+    """Build a preset's networks at its default sizes on the meta device, without memory for weights."""
     network = NetworkOptions(**preset.sections.get("network", {}))
     with torch.device("meta"):
         return preset.method(preset.options(), network).networks()
 
 
 def terms(options: Any) -> list[str]:
-    """The weighted terms of an options object, such as "gan 1" for `lambda_gan`."""
+    """Return the weighted terms of an options object, such as "gan 1" for `lambda_gan`."""
     values = {name: value for name, (value, _) in describe(options).items() if name.startswith("lambda_")}
     if options.gan_mode != "wgangp":
         del values["lambda_gp"]
@@ -32,7 +32,7 @@ def terms(options: Any) -> list[str]:
 
 
 def rows(name: str, preset: Preset) -> list[tuple[str, str]]:
-    """What the table says of a preset: (heading, text)."""
+    """Return the lines about a preset: (heading, text)."""
     options = preset.options()
     sizes = {net: sum(p.numel() for p in module.parameters()) for net, module in networks_of(preset).items()}
     network = NetworkOptions(**preset.sections.get("network", {}))
@@ -46,7 +46,7 @@ def rows(name: str, preset: Preset) -> list[tuple[str, str]]:
         ("networks", f"{network.generator} and {network.discriminator}, width {network.width}"),
         ("parameters", ", ".join(f"{net} {count:,}" for net, count in sizes.items()) + f"; {sum(sizes.values()):,}"),
         ("loss", " ".join(f"{key}={value}" for key, value in details.items())),
-        ("besides", " ".join(changed) or "the defaults of data, network and optim"),
+        ("overrides", " ".join(changed) or "none: the defaults of data, network and optim"),
     ]
 
 

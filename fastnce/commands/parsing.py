@@ -1,14 +1,16 @@
-"""What the parsers of the commands share."""
+"""Helpers shared by the argument parsers of the commands."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
 
-TILES_HELP = "auto: whole pictures, exact tiles where memory is too small; exact or fast: always"
-TRUST_HELP = "import classes and functions of your own that the run names; importing runs their code"
+GENERATOR_HELP = "for a method with two generators: G_A (A to B, default) or G_B"
+MODEL_HELP = "a run, a checkpoint folder or a published file"
+TILES_HELP = "auto (default): whole pictures, or exact tiles if memory is too small; exact, fast: always tiles"
+TRUST_HELP = "import the user's own classes and functions that the run names; importing runs their code"
 
 
 def command_parser(command: str, function: Callable[[list[str]], int]) -> argparse.ArgumentParser:
-    """A parser whose description is the docstring of the command's function."""
+    """Make a parser whose description is the docstring of the command's function."""
     return argparse.ArgumentParser(prog=f"fastnce {command}", description=function.__doc__)

@@ -1,4 +1,4 @@
-"""`fastnce train`."""
+"""The command `fastnce train`."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from .parsing import command_parser
 
 
 def main(arguments: list[str]) -> int:
-    """Train a method on DIR/trainA and DIR/trainB; the same command again continues."""
+    """Train a method on DIR/trainA and DIR/trainB; the same command continues a run."""
     parser = command_parser("train", main)
     parser.add_argument("method", metavar="METHOD", help=f"{', '.join(PRESETS)}, or your own: mypaper.py:MyMethod")
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder with trainA, trainB (testA, testB)")
     parser.add_argument("--out", type=Path, metavar="RUN", help="folder of the run: checkpoints, samples, metrics")
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with sections data, network, loss, ...")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
-    parser.add_argument("--nproc", default="1", metavar="N|auto", help="processes; auto: one for each accelerator here")
-    parser.add_argument("--quiet", action="store_true", help="nothing on the terminal; log.txt has it all")
+    parser.add_argument("--nproc", default="1", metavar="N|auto", help="number of processes; auto: one per accelerator")
+    parser.add_argument("--quiet", action="store_true", help="print nothing; log.txt has all lines")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. data.batch=4 optim.lr=1e-4")
     args = parser.parse_intermixed_args(arguments)
     config = resolve(args.method, args.config, args.overrides)
@@ -42,11 +42,11 @@ def main(arguments: list[str]) -> int:
     number = 1 if launched() else processes(args.nproc, config.run.device)
     if launched() and args.nproc not in ("1", world := os.environ["WORLD_SIZE"]):
         raise ValueError(
-            f"--nproc {args.nproc} starts processes, but WORLD_SIZE={world} says that a launcher started this one: "
+            f"--nproc {args.nproc} starts processes, but WORLD_SIZE={world} shows that a launcher started this one: "
             f"leave --nproc out, or unset WORLD_SIZE"
         )
     if number > 1:
-        plan(config)  # here, where what is wrong is said once
+        plan(config)  # here, so that an error is reported once and not by every process
         check_place(config, args.out)
         with hold_run(args.out):
             check_same_run(config, args.out, number)
@@ -55,6 +55,6 @@ def main(arguments: list[str]) -> int:
     try:
         train_run(config, args.out, quiet=args.quiet)
     finally:
-        if not stdout_takes():  # log.txt has it all, and the exit code is about the run
+        if not stdout_takes():  # log.txt has all lines, and the exit code describes the run
             give_up_stdout()
     return 0

@@ -1,4 +1,4 @@
-"""`fastnce translate`."""
+"""The command `fastnce translate`."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from ..common.streams import ProgressLine
 from ..engine.choices import pick_device
 from ..translate.files import translate_files
 from ..translate.load import load_translator
-from .parsing import TILES_HELP, TRUST_HELP, command_parser
+from .parsing import GENERATOR_HELP, MODEL_HELP, TILES_HELP, TRUST_HELP, command_parser
 
 
 def main(arguments: list[str]) -> int:
     """Translate pictures of any size with a run, a checkpoint or a published .pth file."""
     parser = command_parser("translate", main)
-    parser.add_argument("model", type=Path, metavar="RUN|FILE.pth")
-    parser.add_argument("source", type=Path, metavar="IMAGE|DIR")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--generator", default="", help="of a method with two: G_A (A to B, default) or G_B")
-    parser.add_argument("--format", default="png", help="png, jpg, webp, bmp, tiff or npy")
-    parser.add_argument("--bits", type=int, choices=(8, 16), help="of the files written; default as the source")
-    parser.add_argument("--batch", type=int, default=1, metavar="N", help="pictures of one size at once")
+    parser.add_argument("model", type=Path, metavar="RUN|FILE.pth", help=MODEL_HELP)
+    parser.add_argument("source", type=Path, metavar="IMAGE|DIR", help="a picture, or a folder of them")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the translated pictures")
+    parser.add_argument("--generator", default="", help=GENERATOR_HELP)
+    parser.add_argument("--format", default="png", help="png (default), jpg, webp, bmp, tiff or npy")
+    parser.add_argument("--bits", type=int, choices=(8, 16), help="depth of the written files; default as the source")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="translate N pictures of one size at once")
     parser.add_argument("--tiles", default="auto", choices=("auto", "exact", "fast"), help=TILES_HELP)
     parser.add_argument("--tile-size", type=int, default=1024, metavar="N", help="side of a tile in pixels")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")

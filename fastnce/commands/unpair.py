@@ -1,4 +1,4 @@
-"""`fastnce unpair`."""
+"""The command `fastnce unpair`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from .parsing import command_parser
 
 
 def main(arguments: list[str]) -> int:
-    """Make an unpaired training set out of pairs: rainy and clean pictures of different scenes."""
+    """Make an unpaired training set from pairs: rainy and clean pictures of different scenes."""
     parser = command_parser("unpair", main)
-    parser.add_argument("pairs", type=Path, metavar="PAIRS", help="rain/ and norain/, strips, ... as fastnce evaluate")
+    parser.add_argument(
+        "pairs", type=Path, metavar="PAIRS", help="rain/ and norain/, strips, ... (see fastnce evaluate)"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="receives trainA and trainB")
     parser.add_argument("--test", type=Path, metavar="PAIRS", help="more pairs, written to DIR/test")
     parser.add_argument("--rain-side", default="right", choices=RAIN_SIDES, help=RAIN_SIDE_HELP)

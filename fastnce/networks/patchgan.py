@@ -8,13 +8,14 @@ from .layers import BlurDown, Norm, norm_layer, run_all
 
 
 class PatchGAN(nn.Module):
-    """Judges overlapping patches: (images, channels, height, width) to one logit a patch, (images, 1, h, w).
+    """Score overlapping patches: (images, channels, height, width) to one logit per patch, (images, 1, h, w).
 
     Args:
-        in_channels: of the pictures.
+        in_channels: of the images.
         width: channels after the first convolution (published `ndf`).
-        layers: halvings: 3 judges 70x70 patches (published "basic").
-        antialias: blur-down after stride-1 convolutions in place of strided ones.
+        layers: number of halvings. With 3, the patches have 70x70 pixels (published "basic").
+        norm: "instance", "batch" or "none".
+        antialias: use stride-1 convolutions and blur-down instead of strided convolutions.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class PatchGAN(nn.Module):
             channels = wider
         model.append(nn.Conv2d(channels, 1, 4, padding=1))
         self.model = nn.Sequential(*model)
-        # One pass over fakes and reals together gives the same logits as two.
+        # One pass over fake and real images together gives the same logits as two passes.
         self.pictures_independent = norm != "batch"
 
     def forward(self, x: Tensor) -> Tensor:
@@ -47,7 +48,7 @@ class PatchGAN(nn.Module):
 
 
 class PixelGAN(nn.Module):
-    """Judges each pixel on its own by 1x1 convolutions: one logit a pixel, (images, 1, height, width)."""
+    """Score each pixel with 1x1 convolutions: one logit per pixel, (images, 1, height, width)."""
 
     def __init__(self, in_channels: int = 3, width: int = 64, norm: Norm = "instance"):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Published weight files: `{latest|epoch}_net_{G,F,D,...}.pth` of CUT, DCLGAN, DCD-GAN and CycleGAN.
+"""Read and write published weight files: `{latest|epoch}_net_{G,F,D,...}.pth` of CUT, DCLGAN, DCD-GAN and CycleGAN.
 
 state = read_weights("latest_net_G.pth")
 generator = network_from_weights(state)
@@ -32,33 +32,33 @@ STALE = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """A published weight file as a state dict on the CPU, its `module.` prefix (files trained on a CPU) taken off.
+    """Read a published weight file as a state dict on the CPU. The prefix `module.` of CPU-trained files is removed.
 
     Only tensors are read (`weights_only=True`), and never more bytes than the file has.
 
     Raises:
-        ValueError: no such file; a file that holds anything else, is damaged, or claims more than it holds.
+        ValueError: the file does not exist, holds anything but tensors, is damaged, or claims more data than it holds.
     """
     path = Path(path)
-    if not path.is_file():  # a pipe would be waited for
-        raise ValueError(f"{path}: {'no regular file' if path.exists() else 'no such file'}")
+    if not path.is_file():  # opening a pipe would block
+        raise ValueError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
     try:
         _check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
-    except Exception as error:  # damaged content raises nearly anything
-        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):  # what names a class or a function
+    except Exception as error:  # damaged content raises almost any error
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):  # it names a class or a function
             raise ValueError(f"{path}: holds Python objects besides tensors, which are never loaded") from None
         reason = ""
-        if isinstance(error, OSError | RuntimeError | zipfile.BadZipFile):  # others' words tell a user nothing
+        if isinstance(error, OSError | RuntimeError | zipfile.BadZipFile):  # the text of other errors does not help
             reason = f" ({getattr(error, 'strerror', None) or str(error).partition(chr(10))[0]})"
         raise ValueError(f"{path}: not a PyTorch weight file, or a damaged one{reason}") from None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{path}: not a state dict (names with tensors), but a {type(state).__name__}")
     for key, tensor in state.items():
         if not isinstance(key, str):
-            raise ValueError(f"{path}: not a state dict: {key!r} is a name in it, which must be text")
+            raise ValueError(f"{path}: not a state dict: its key {key!r} must be text")
         problem = _oddity(key, tensor)
         if problem:
             raise ValueError(f"{path}: {key} {problem}")
@@ -66,9 +66,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def _check_archive(path: Path) -> None:
-    """BadZipFile where a file is not what was written; PyTorch itself looks at no checksum.
+    """Raise BadZipFile if a checksum is wrong or an entry is compressed. PyTorch itself checks no checksums.
 
-    Files of its first versions are no archives, and have none.
+    Files of PyTorch's first versions are not archives and have no checksums.
     """
     if not zipfile.is_zipfile(path):
         return
@@ -76,8 +76,8 @@ def _check_archive(path: Path) -> None:
         held = path.stat().st_size
         for entry in archive.infolist():
             if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > held:
-                raise zipfile.BadZipFile(f"{entry.filename} is packed, which PyTorch never does")
-            if entry.CRC == 0:  # written without a checksum, as PyTorch can be told to
+                raise zipfile.BadZipFile(f"{entry.filename} is compressed, but PyTorch writes no compressed files")
+            if entry.CRC == 0:  # written without a checksum, which PyTorch has an option for
                 continue
             with archive.open(entry) as content:
                 while content.read(2**20):
@@ -85,23 +85,25 @@ def _check_archive(path: Path) -> None:
 
 
 def _oddity(key: str, tensor: Tensor) -> str:
-    """What keeps a tensor from being weights; empty where nothing does."""
+    """Return why a tensor cannot be a weight; empty if it can."""
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
-        return "is sparse, quantised or without values, which weights are not"
+        return "is sparse, quantised or without values; weights must be ordinary tensors"
     if tensor.dtype not in FLOATS and not key.endswith("num_batches_tracked"):
-        return f"holds {tensor.dtype}, weights are floats of 16 to 64 bits"
+        return f"holds {tensor.dtype}; weights must be floats of 16 to 64 bits"
     if not tensor.numel():
         return f"holds no numbers: its shape is {tuple(tensor.shape)}"
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        return f"claims {tensor.numel():,} numbers and holds fewer"
+        return f"claims {tensor.numel():,} numbers but holds fewer"
     return ""
 
 
 def load_weights(network: nn.Module, state: dict[str, Tensor], name: str = "the file") -> None:
-    """Load a published state dict; ValueError lists the keys and shapes that differ, or names weights that are not
-    finite.
+    """Load a published state dict into a network.
 
-    InstanceNorm statistics, which old files carry and no network uses, are dropped.
+    InstanceNorm statistics are dropped: old files contain them, but no network uses them.
+
+    Raises:
+        ValueError: keys or shapes differ (the message lists them), or weights are not finite.
     """
     broken = [key for key, tensor in state.items() if not torch.isfinite(tensor).all()]
     if broken:
@@ -128,18 +130,18 @@ def load_weights(network: nn.Module, state: dict[str, Tensor], name: str = "the 
         raise ValueError(f"{name} does not fit: {'; '.join(problems[:6])}{more}")
     try:
         network.load_state_dict(state)
-    except RuntimeError as error:  # a layer's own look at what it is given
+    except RuntimeError as error:  # a layer's own check of its state
         raise ValueError(f"{name} does not fit: {' '.join(str(error).split())}") from None
 
 
 def network_from_weights(state: dict[str, Tensor], name: str = "the file") -> nn.Module:
     """Build the generator or discriminator that this state dict belongs to, and load it.
 
-    Names and shapes decide. What they cannot tell makes no difference to a trained network: dropout of a U-Net, and the
-    resolution that a StyleGAN2 generator was trained at.
+    Names and shapes determine the network. They do not show the dropout of a U-Net and the training resolution of a
+    StyleGAN2 generator, but these do not change a trained network.
 
     Raises:
-        ValueError: a projector, or no network that is known.
+        ValueError: the state dict is that of a projector or of an unknown network.
     """
     if any(key.startswith("mlp_") for key in state):
         raise ValueError(f"{name}: holds a projector (F), not a generator or discriminator")
@@ -155,12 +157,12 @@ def network_from_weights(state: dict[str, Tensor], name: str = "the file") -> nn
 
 
 def _build(state: dict[str, Tensor]) -> nn.Module:
-    """The network that these names and shapes are of, with other weights; KeyError and so on where there is none."""
+    """Build a network with these names and shapes; raise KeyError or a similar error if there is none."""
     norm = _norm(state)
     numbers = sum(tensor.numel() for tensor in state.values())
 
     def width_of(first: Tensor) -> int:
-        """A network has more weights than its width squared: what a shape alone claims takes no memory."""
+        """Return a width. Refuse one whose square exceeds the number of weights: a false shape must not cost memory."""
         if not 0 < first.shape[0] ** 2 < numbers:
             raise KeyError("weights for such a width")
         return first.shape[0]
@@ -196,7 +198,7 @@ def _build(state: dict[str, Tensor]) -> nn.Module:
         return Restorer(first.shape[1], width_of(first), middle=max(_indices(state, "encoder.")) - 7)
     if "final_linear.0.weight" in state:
         first, level = state["convs.0.0.weight"], max(_indices(state, "convs.")) + 2
-        # At 256 there are as many channels as the width says; below, the width times a power of two, cut off at 384.
+        # At 256 there are `width` channels; below, `width` times a power of two, at most 384.
         at_256 = state[f"convs.{level - 8}.conv2.1.weight"] if level > 8 else first
         width = -(-width_of(at_256) // 2 ** (8 - min(level, 8)))
         return StyleGAN2Discriminator(first.shape[1], width, 2**level)
@@ -209,7 +211,8 @@ def _build(state: dict[str, Tensor]) -> nn.Module:
 
 
 def _norm(state: dict[str, Tensor]) -> Norm:
-    """Batch norm has weights and statistics. Published convolutions have biases before instance norm alone."""
+    """Infer the norm. Batch norm has weights and statistics; published convolutions have biases only before instance
+    norm."""
     if any(key.endswith("running_mean") and key.replace("running_mean", "weight") in state for key in state):
         return "batch"
     convolutions = [key for key, tensor in state.items() if key.endswith(".weight") and tensor.dim() == 4]
@@ -217,18 +220,18 @@ def _norm(state: dict[str, Tensor]) -> Norm:
 
 
 def _indices(state: dict[str, Tensor], prefix: str) -> list[int]:
-    """The numbers that follow `prefix` in the names."""
+    """Return the numbers that follow `prefix` in the names."""
     found = (key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix))
     return [int(index) for index in found if index.isdigit()]
 
 
 def save_published(networks: dict[str, nn.Module], folder: str | Path, label: str = "latest") -> list[Path]:
-    """Write `{label}_net_{name}.pth` for each network, as the published code reads them; returns the paths.
+    """Write `{label}_net_{name}.pth` for each network, in the format of the published code; return the paths.
 
     Raises:
-        ValueError: a label that is no part of a file name, a file in the folder's place, or (`InUse`) another process
-            that exports there.
-        OSError: it names the file that could not be written; those before it are whole.
+        ValueError: `label` cannot be part of a file name, `folder` is a file, or another process exports there
+            (`InUse`).
+        OSError: names the file that could not be written. The files before it are complete.
     """
     folder = Path(folder)
     if not label or Path(label).name != label:
@@ -236,12 +239,12 @@ def save_published(networks: dict[str, nn.Module], folder: str | Path, label: st
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: a file is in the way, a folder is needed")
     paths = []
-    # a lock of its own: a run may be exported into its folder while it trains
+    # A separate lock, because a run may be exported into its own folder while it trains.
     with hold(folder, "fastnce export", name=".fastnce-export-lock"):
         sweep(folder, held=True)
         for name, network in networks.items():
             path = folder / f"{label}_net_{name}.pth"
-            packed = io.BytesIO()  # PyTorch's own writer hides what the disk said
+            packed = io.BytesIO()  # PyTorch's file writer hides the errors of the disk
             torch.save({key: tensor.detach().cpu() for key, tensor in network.state_dict().items()}, packed)
             write_whole(path, packed.getvalue())
             paths.append(path)
@@ -249,7 +252,7 @@ def save_published(networks: dict[str, nn.Module], folder: str | Path, label: st
 
 
 def load_published(networks: dict[str, nn.Module], folder: str | Path, label: str = "latest") -> list[str]:
-    """Load every `{label}_net_{name}.pth` that lies in the folder; returns the names of the networks found."""
+    """Load every `{label}_net_{name}.pth` that is in the folder; return the names of the networks found."""
     found = []
     for name, network in networks.items():
         path = Path(folder) / f"{label}_net_{name}.pth"

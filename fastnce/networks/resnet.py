@@ -43,22 +43,22 @@ class ResnetBlock(nn.Module):
 
 
 class ResnetGenerator(nn.Module):
-    """Encoder, residual blocks, decoder; `model.N` as published.
+    """Encoder, residual blocks and decoder, with the published module names `model.N`.
 
     Args:
-        in_channels, out_channels: of the pictures.
+        in_channels, out_channels: of the images.
         width: channels after the first convolution (published `ngf`).
-        blocks: residual blocks: 9, 6 or 4.
+        blocks: number of residual blocks, such as 9, 6 or 4.
         norm: "instance", "batch" or "none".
-        dropout: inside the residual blocks.
-        antialias: blur-down and blur-up in place of strided and transposed convolutions.
-        antialias_up: the same for the way up alone; default as `antialias`.
+        dropout: apply dropout inside the residual blocks.
+        antialias: use blur-down and blur-up instead of strided and transposed convolutions.
+        antialias_up: the same for the decoder alone; default `antialias`.
     """
 
     factor = 4
-    """Height and width of a picture must be multiples of this."""
+    """Height and width of an image must be multiples of this."""
     smallest = 8
-    """Side of the smallest picture: the residual blocks reflect maps of a quarter of it."""
+    """Smallest side of an image: the residual blocks pad maps of a quarter of it by reflection."""
 
     def __init__(
         self,
@@ -99,25 +99,25 @@ class ResnetGenerator(nn.Module):
         layers += [ReflectionPad(3), LastConvolution(width, out_channels, 7), nn.Tanh()]
         self.model = nn.Sequential(*layers)
         self.out_channels = out_channels
-        # The encoder's features depend on the picture alone: they may be kept from the pass that made the output.
+        # The encoder's features depend only on the image, so those of the pass that made the output can be reused.
         self.features_repeat = norm != "batch" and not dropout
 
     def forward(self, x: Tensor, layers: Sequence[int] = (), encode_only: bool = False):
-        """Translate a picture, tap features, or both.
+        """Translate images, return features, or both.
 
         Args:
-            x: (images, channels, height, width) in [-1, 1], sides multiples of 4.
-            layers: ascending positions in `model` whose outputs to return.
-            encode_only: stop after the last of them.
+            x: (images, channels, height, width) in [-1, 1], with sides that are multiples of 4.
+            layers: ascending positions in `model` whose outputs are returned as features.
+            encode_only: stop after the last of these layers.
 
         Returns:
-            the output; (output, features) with `layers`; the list of features with `encode_only`.
+            the output; with `layers`, (output, features); with `encode_only`, the list of features.
         """
         features: list[Tensor] = []
         modules = list(self.model)
         last = len(modules) - 2  # the last convolution and the tanh
         stop = layers[-1] if encode_only and layers else len(modules)
-        # Published: the ReLUs work in place, so a norm's tapped output is seen after its ReLU, if that is computed.
+        # The published ReLUs work in place: a norm's feature is the output of its ReLU, if that is computed.
         kept = [i + 1 if i != stop and isinstance(modules[i + 1], nn.ReLU) else i for i in layers if i < last]
         index = 0
         while index < len(modules):
@@ -139,7 +139,7 @@ class ResnetGenerator(nn.Module):
 
     @torch.no_grad()
     def feature_channels(self, layers: Sequence[int]) -> list[int]:
-        """Channels of the features at `layers`, in order; ValueError for a position that does not exist."""
+        """Return the channels of the features at `layers`; raise ValueError for a layer that does not exist."""
         check_layers(layers, len(self.model))
         channels: list[int] = []
         current = 0
@@ -154,7 +154,7 @@ class ResnetGenerator(nn.Module):
 
 
 def check_layers(layers: Sequence[int], count: int) -> None:
-    """Refuse layers that do not exist or are not in ascending order."""
+    """Raise ValueError for layers that do not exist or are not in ascending order."""
     if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= count:
         raise ValueError(
             f"loss.nce_layers={list(layers)} does not fit network.generator: its layers are ascending positions from 0 "

@@ -1,7 +1,7 @@
-"""A generator for restoration: the picture plus a correction (blocks after NAFNet, Chen et al., ECCV 2022).
+"""A generator for restoration: the image plus a correction (blocks after NAFNet, Chen et al., ECCV 2022).
 
-A rainy picture is the clean one plus streaks, so most of the output is the input. There is no instance norm: it erases
-each picture's own contrast, which the decoder then has to guess.
+A rainy image is the clean image plus streaks, so most of the output equals the input. There is no instance norm: it
+would remove each image's contrast, and the decoder would have to guess it.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from .resnet import check_layers
 
 
 class ChannelNorm(nn.Module):
-    """Each location's channels to mean 0 and variance 1, with a learned scale and shift, in the precision of its input
-    (its sums are float32 at least)."""
+    """Normalise the channels of each location to mean 0 and variance 1, with a learned scale and shift.
+
+    It computes in the precision of its input, with sums in at least float32.
+    """
 
     def __init__(self, channels: int, eps: float = 1e-6):
         super().__init__()
@@ -33,10 +35,10 @@ class ChannelNorm(nn.Module):
 
 
 class GatedBlock(nn.Module):
-    """Depthwise convolution and channel attention, then a pointwise part, each gated and added to what came in.
+    """A depthwise convolution with channel attention, then a pointwise part. Each is gated and added to its input.
 
-    A gate is the product of two halves of the channels; the attention is one linear map of the channels' means over the
-    picture. Both parts start switched off.
+    A gate multiplies one half of the channels with the other. The attention is a linear map of the channels' means over
+    the image. Both parts start with weight 0 (`beta` and `gamma`).
     """
 
     def __init__(self, channels: int):
@@ -62,20 +64,20 @@ class GatedBlock(nn.Module):
 
 
 class Restorer(nn.Module):
-    """Encoder, decoder with skip connections, and the picture added to what comes out; starts as the identity.
+    """Encoder and decoder with skip connections, whose output is added to the image; initially the identity.
 
     Args:
-        channels: of the pictures, in and out.
-        width: channels at full resolution; 2 and 4 times that after each halving.
-        middle: blocks at a quarter of the resolution.
+        channels: of the images, in and out.
+        width: channels at full resolution; twice and four times as many after the two halvings.
+        middle: number of blocks at a quarter of the resolution.
 
-    Feature layers are positions in `encoder`: 0 the picture, 1 the first convolution, 2 and 3 blocks, 4 a halving, 5
-    and 6 blocks, 7 a halving, from 8 on the middle blocks. So CUT's layers 0, 4, 8, 12, 16 exist, at about the same
-    depth and resolution as in the ResNet.
+    Feature layers are positions in `encoder`: 0 the image, 1 the first convolution, 2 and 3 blocks, 4 a halving, 5 and
+    6 blocks, 7 a halving, from 8 on the middle blocks. CUT's layers 0, 4, 8, 12, 16 exist, at about the same depth and
+    resolution as in the ResNet.
     """
 
     factor = 4
-    """Height and width of a picture must be multiples of this."""
+    """Height and width of an image must be multiples of this."""
     features_repeat = True
 
     def __init__(self, channels: int = 3, width: int = 32, middle: int = 10):
@@ -102,7 +104,7 @@ class Restorer(nn.Module):
         self.widths = [channels, fine, fine, fine, half, half, half, *[quarter] * (1 + middle)]
 
     def forward(self, x: Tensor, layers: Sequence[int] = (), encode_only: bool = False):
-        """As `ResnetGenerator.forward`; sides must be multiples of 4. The output is not limited to [-1, 1]."""
+        """See `ResnetGenerator.forward`. Sides must be multiples of 4. The output is not limited to [-1, 1]."""
         features: list[Tensor] = []
         picture, skips = x, []
         for index, layer in enumerate(self.encoder):
@@ -113,13 +115,13 @@ class Restorer(nn.Module):
                 features.append(x)
                 if encode_only and index == layers[-1]:
                     return features
-        # the sum lies in memory as its first operand does, and a shuffle of pixels leaves channels-last
+        # A sum has the memory layout of its first operand, and a pixel shuffle loses the channels-last layout.
         x = self.decode2(skips[1] + self.up2(x))
         x = self.decode1(skips[0] + self.up1(x))
         x = picture + self.ending(x)
         return (x, features) if layers else x
 
     def feature_channels(self, layers: Sequence[int]) -> list[int]:
-        """Channels of the features at `layers`; ValueError for a layer that does not exist."""
+        """Return the channels of the features at `layers`; raise ValueError for a layer that does not exist."""
         check_layers(layers, len(self.widths))
         return [self.widths[layer] for layer in layers]

@@ -1,7 +1,7 @@
 """SinCUT's networks after StyleGAN2 (Karras et al., CVPR 2020; published `StyleGAN2Generator`, `...Discriminator`).
 
-Weights start as N(0, 1) and are scaled where they are used, by 1 / sqrt(fan-in), so that all learn at one pace. Every
-operation is differentiable twice: the discriminator's gradient penalty needs it.
+Weights are initialised with N(0, 1) and multiplied by 1 / sqrt(fan-in) at each use, so that all learn at the same rate.
+Every operation is twice differentiable, as the discriminator's gradient penalty requires.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .resnet import check_layers
 
 
 class Blur(nn.Module):
-    """The filter [1, 3, 3, 1] along both axes after padding with zeros, at a stride."""
+    """Pad with zeros, then apply the filter [1, 3, 3, 1] along both axes with a stride."""
 
     kernel: Tensor
 
@@ -36,7 +36,7 @@ class Blur(nn.Module):
 
 
 class EqualConv(nn.Module):
-    """Convolution without bias whose weight is scaled as it is used."""
+    """Convolution without bias, with a weight that is scaled at each use."""
 
     def __init__(self, in_channels: int, out_channels: int, size: int, stride: int, padding: int):
         super().__init__()
@@ -49,7 +49,7 @@ class EqualConv(nn.Module):
 
 
 class EqualLinear(nn.Module):
-    """Linear layer of the same kind, with the scaled leaky ReLU if asked."""
+    """Linear layer with a weight that is scaled at each use, optionally followed by the scaled leaky ReLU."""
 
     def __init__(self, in_features: int, out_features: int, activate: bool):
         super().__init__()
@@ -64,7 +64,7 @@ class EqualLinear(nn.Module):
 
 
 class BiasedLeakyReLU(nn.Module):
-    """sqrt(2) * leaky_relu(x + bias), which keeps the variance."""
+    """sqrt(2) * leaky_relu(x + bias); the factor preserves the variance."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -77,12 +77,12 @@ class BiasedLeakyReLU(nn.Module):
 def conv_layer(
     in_channels: int, out_channels: int, size: int, halve: bool = False, activate: bool = True
 ) -> nn.Sequential:
-    """Blur before halving, convolution, activation."""
+    """A blur if it halves the resolution, a convolution and an activation."""
     layers: list[nn.Module] = []
     stride = 1
     if halve:
-        room = 2 + size - 1  # what the filter and the convolution take off
-        # A 1x1 convolution passes over every other pixel: the blur need not compute the rest.
+        room = 2 + size - 1  # pixels that the filter and the convolution remove
+        # A strided 1x1 convolution reads every other pixel, so the blur computes only these.
         skip, stride = (2, 1) if size == 1 else (1, 2)
         layers.append(Blur((room + 1) // 2, room // 2, skip))
     layers.append(EqualConv(in_channels, out_channels, size, stride, 0 if halve else size // 2))
@@ -92,7 +92,7 @@ def conv_layer(
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions and a skip connection, over sqrt(2)."""
+    """Two 3x3 convolutions plus a skip connection, divided by sqrt(2)."""
 
     def __init__(self, in_channels: int, out_channels: int, halve: bool):
         super().__init__()
@@ -106,7 +106,7 @@ class ResBlock(nn.Module):
 
 
 class UpConv(nn.Module):
-    """Doubles by a transposed 3x3 convolution, with each output channel's weights scaled to length 1, then the blur."""
+    """Upsample by 2: a transposed 3x3 convolution with each output channel's weights at length 1, then the blur."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
@@ -121,7 +121,7 @@ class UpConv(nn.Module):
 
 
 class Noise(nn.Module):
-    """Adds a map of normal noise to all channels, times a learned weight that starts at 0; in training only."""
+    """In training, add a map of normal noise to all channels, times a learned weight that starts at 0."""
 
     def __init__(self):
         super().__init__()
@@ -134,7 +134,7 @@ class Noise(nn.Module):
 
 
 class StyledConv(nn.Module):
-    """UpConv, noise, activation; without a style here."""
+    """UpConv, noise and activation, without a style."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
@@ -147,7 +147,7 @@ class StyledConv(nn.Module):
 
 
 class _Convs(nn.Module):
-    """Holds layers under the published name."""
+    """A container that gives layers the published name `convs`."""
 
     def __init__(self, layers: list[nn.Module]):
         super().__init__()
@@ -155,29 +155,29 @@ class _Convs(nn.Module):
 
 
 def log2_resolution(resolution: int) -> int:
-    """The exponent of the power of two that is nearest to a crop's side, as published."""
+    """Return log2 of a crop's side, rounded to the nearest integer, as published."""
     if resolution < 8:
         raise ValueError(f"network.resolution must be at least 8, not {resolution}")
     return round(math.log2(resolution))
 
 
 class StyleGAN2Generator(nn.Module):
-    """Encoder and decoder of residual blocks, without instance norm or tanh; works on any size.
+    """Encoder and decoder of residual blocks, without instance norm or tanh, for any even size.
 
     Args:
-        in_channels, out_channels: of the pictures.
-        width: published `ngf`; at the crops' resolution there are `width * 512 / resolution` channels, at most 512
+        in_channels, out_channels: of the images.
+        width: published `ngf`. At the crops' resolution there are `width * 512 / resolution` channels, at most 512
             below 64.
-        resolution: side of the crops that it is trained on, which decides the number of channels.
-        blocks: residual blocks between halving and doubling, an even number.
-        widths: channels at the crops' resolution and at half of it, in place of what `width` and `resolution` say.
+        resolution: side of the training crops. It determines the number of channels.
+        blocks: number of residual blocks between halving and doubling, an even number.
+        widths: channels at the crops' resolution and at half of it; overrides `width` and `resolution`.
 
-    Feature layers are positions in `encoder.convs`: 0 is the picture, 1 its 1x1 convolution, 2 the halving block, from
-    3 on one residual block each.
+    Feature layers are positions in `encoder.convs`: 0 is the image, 1 the 1x1 convolution, 2 the halving block, from 3
+    on one residual block each.
     """
 
     factor = 2
-    features_repeat = True  # noise is in the decoder only
+    features_repeat = True  # only the decoder has noise
 
     def __init__(
         self,
@@ -211,7 +211,7 @@ class StyleGAN2Generator(nn.Module):
         self.out_channels = out_channels
 
     def forward(self, x: Tensor, layers: Sequence[int] = (), encode_only: bool = False):
-        """As `ResnetGenerator.forward`; sides must be even."""
+        """See `ResnetGenerator.forward`. Sides must be even."""
         features: list[Tensor] = []
         for index, layer in enumerate(self.encoder.convs):
             x = layer(x)
@@ -221,22 +221,22 @@ class StyleGAN2Generator(nn.Module):
                     return features
         x = self.decoder.convs[:-1](x)
         last = self.decoder.convs[-1]
-        with own_precision(x):  # float32 under autocast, as all generators' last convolution
+        with own_precision(x):  # float32 under autocast, as the last convolution of every generator
             x = last(x.to(next(last.parameters()).dtype))
         return (x, features) if layers else x
 
     def feature_channels(self, layers: Sequence[int]) -> list[int]:
-        """Channels of the features at `layers`; ValueError for a layer that does not exist."""
+        """Return the channels of the features at `layers`; raise ValueError for a layer that does not exist."""
         check_layers(layers, len(self.channels))
         return [self.channels[layer] for layer in layers]
 
 
 class StyleGAN2Discriminator(nn.Module):
-    """Judges whole crops of one size: (images, channels, side, side) to (images, 1); side is 2**n.
+    """Score whole crops of one size: (images, channels, side, side) to (images, 1); side is 2**n.
 
     Args:
-        in_channels: of the pictures.
-        width: published `ndf`; at the crops' resolution there are `width * 256 / resolution` channels, at most 384
+        in_channels: of the images.
+        width: published `ndf`. At the crops' resolution there are `width * 256 / resolution` channels, at most 384
             below 64.
         resolution: side of the crops.
     """
@@ -267,7 +267,7 @@ class StyleGAN2Discriminator(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[2:] != (self.side, self.side):
             raise ValueError(
-                f"this discriminator judges crops of {self.side}x{self.side}, not {x.shape[2]}x{x.shape[3]}: "
+                f"this discriminator takes crops of {self.side}x{self.side}, not {x.shape[2]}x{x.shape[3]}: "
                 f"data.crop_size and network.resolution must agree, at a power of two"
             )
         return self.final_linear(self.final_conv(self.convs(x)).flatten(1))

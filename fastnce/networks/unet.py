@@ -13,7 +13,7 @@ from .resnet import check_layers
 
 
 class UnetBlock(nn.Module):
-    """One level: down, whatever lies below, up; its input is concatenated to its output, except at the top."""
+    """One level: down, the levels below, up. Except at the top, its input is concatenated to its output."""
 
     def __init__(
         self, outer: int, inner: int, in_channels: int, below: UnetBlock | None, top: bool, norm: Norm, dropout: bool
@@ -37,7 +37,7 @@ class UnetBlock(nn.Module):
         self, x: Tensor, depth: int, layers: Sequence[int], features: list[Tensor], encode_only: bool
     ) -> Tensor:
         if not self.top:
-            # Published: this LeakyReLU works in place, so the skip connection carries its result.
+            # The published LeakyReLU works in place, so the skip connection carries its output.
             x = F.leaky_relu(x, 0.2)
         y = x
         modules = list(self.model)
@@ -57,10 +57,10 @@ class UnetBlock(nn.Module):
 
 
 class UnetGenerator(nn.Module):
-    """U-Net with `downs` halvings: 7 for 128x128 pictures, 8 for 256x256; `model.model...` as published.
+    """U-Net with `downs` halvings, 7 for 128x128 images and 8 for 256x256; published module names `model.model...`.
 
-    Feature layers count halvings: 0 is the picture, i the output of the i-th strided convolution. (The published class
-    has no taps and cannot serve as CUT's generator.)
+    Feature layers count halvings: 0 is the image, i the output of the i-th strided convolution. (The published class
+    cannot return features, so it cannot serve as CUT's generator.)
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class UnetGenerator(nn.Module):
         self.features_repeat = norm != "batch" and not dropout
 
     def forward(self, x: Tensor, layers: Sequence[int] = (), encode_only: bool = False):
-        """As `ResnetGenerator.forward`; sides must be multiples of 2**downs."""
+        """See `ResnetGenerator.forward`. Sides must be multiples of 2**downs."""
         features: list[Tensor] = [x] if 0 in layers else []
         if encode_only and len(features) == len(layers):
             return features
@@ -99,6 +99,6 @@ class UnetGenerator(nn.Module):
         return (y, features) if layers else y
 
     def feature_channels(self, layers: Sequence[int]) -> list[int]:
-        """Channels of the features at `layers`; ValueError for a layer that does not exist."""
+        """Return the channels of the features at `layers`; raise ValueError for a layer that does not exist."""
         check_layers(layers, self.downs + 1)
         return [self.in_channels if i == 0 else min(8, 2 ** (i - 1)) * self.width for i in layers]

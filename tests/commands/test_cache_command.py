@@ -1,4 +1,4 @@
-"""`fastnce cache` opens data as `fastnce train` does: the same pictures, the same files, the same sentences."""
+"""`fastnce cache` opens data as `fastnce train` does: the same pictures, the same files, the same errors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SCHEDULE = ["optim.n_epochs=1", "optim.n_epochs_decay=1"]
 
 
 def listed(printed: str) -> dict[str, tuple[str, str]]:
-    """Domain and kind of each line -> (megabytes, when it is read)."""
+    """Parse the printed lines: domain and time of use -> (megabytes, time of use)."""
     lines = re.findall(r"/(train[AB])-\S+\.bin  ([\d.]+) MiB, read (.*) the learning rate falls", printed)
     return {f"{domain} {when}": (size, when) for domain, size, when in lines}
 
@@ -45,8 +45,8 @@ def listed(printed: str) -> dict[str, tuple[str, str]]:
         (["data.preprocess=none"], {"trainA before and while", "trainB before and while"}),
     ],
 )
-def test_training_finds_everything_made(options, files, root, tmp_path, capsys, monkeypatch):
-    if options == ["data.rain=1"]:  # which needs no rainy pictures
+def test_training_decodes_nothing_after_cache(options, files, root, tmp_path, capsys, monkeypatch):
+    if options == ["data.rain=1"]:  # needs no rainy pictures
         (root / "trainA" / "a.png").unlink()
         (root / "trainA").rmdir()
     assert main(["cache", "fastcut", "--data", str(root), *SMALL, *SCHEDULE, *options]) == 0
@@ -54,13 +54,13 @@ def test_training_finds_everything_made(options, files, root, tmp_path, capsys, 
     assert len(list((root / ".fastnce-cache").glob("*.bin"))) == len(files)
     monkeypatch.setattr(cache, "decode_all", lambda *_: pytest.fail("training decodes again"))
     run = ["--out", str(tmp_path / "run"), "--quiet"]
-    assert main(["train", "fastcut", "--data", str(root), *SMALL, *SCHEDULE, *options, *run]) == 0  # both halves
+    assert main(["train", "fastcut", "--data", str(root), *SMALL, *SCHEDULE, *options, *run]) == 0  # both phases
 
 
-def test_bytes_and_skipped_pictures_are_told(root, capsys):
+def test_bytes_and_skipped_pictures_are_printed(root, capsys):
     write(root / "trainA" / "second.png", 9)
     (root / "trainA" / "bad.png").write_bytes(b"no picture")
-    options = [*SMALL, "data.load_size=[1024,512]", "data.crop_size=256"]  # 1.5 MiB a picture, 0.1875 later
+    options = [*SMALL, "data.load_size=[1024,512]", "data.crop_size=256"]  # 1.5 MiB per picture, then 0.1875
     assert main(["cache", "--data", str(root), *options]) == 2
     assert "bad.png is not a picture" in capsys.readouterr().err
     assert main(["cache", "--data", str(root), *options, "data.skip_bad=true"]) == 0
@@ -125,7 +125,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("options", "sentence"), WRONG)
-def test_what_training_refuses_is_refused_in_the_same_words(options, sentence, root, tmp_path, capsys):
+def test_cache_and_train_refuse_with_the_same_errors(options, sentence, root, tmp_path, capsys):
     messages = []
     for arguments in (["cache", "fastcut"], ["train", "fastcut", "--out", str(tmp_path / "run")]):
         assert main([*arguments, "--data", str(root), *SMALL, *options]) == 2

@@ -1,4 +1,4 @@
-"""The command line and the configuration: what users type, and what they are told when it is wrong."""
+"""The command line and the configuration: valid input, and the errors for invalid input."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fastnce.translate.translator import Translator, pad_to_multiple
 
 
 def error_of(capsys, *arguments: str) -> str:
-    """Exit code 2 and exactly one sentence on stderr."""
+    """Run a command that must end with exit code 2 and exactly one sentence on stderr; return the sentence."""
     assert main(list(arguments)) == 2
     message = capsys.readouterr().err
     assert message.startswith("fastnce: ")
@@ -39,8 +39,9 @@ DASHES = (
 
 
 @pytest.mark.parametrize("line", DASHES)
-def test_two_dashes_are_no_value(line, capsys):
-    assert " needs a value, and -- is none: name a file of that name ./--" in error_of(capsys, *line.split())
+def test_two_dashes_are_not_a_value(line, capsys):
+    message = error_of(capsys, *line.split())
+    assert " needs a value, and -- is not one: for a file of this name, write ./--" in message
 
 
 def test_presets_are_the_published_defaults():
@@ -58,7 +59,7 @@ def test_presets_are_the_published_defaults():
 
 
 @pytest.mark.parametrize("method", PRESETS)
-def test_a_configuration_there_and_back(method, tmp_path):
+def test_a_configuration_survives_a_round_trip(method, tmp_path):
     config = resolve(method, None, ["optim.lr=1e-3", "data.crop_size=[64,96]", "data.dir=some where"])
     path = tmp_path / "config.toml"
     path.write_text(config.as_toml())
@@ -221,7 +222,7 @@ def test_translate_mistakes(published, tmp_path, capsys):
 
 
 def test_train_translate_export_and_cache(tmp_path, capsys):
-    """The whole way of a user, with the demo's photographs."""
+    """The commands in the order of a typical user, with the demo's photographs."""
     data, run = tmp_path / "data", tmp_path / "run"
     write_folders(data, side=64)
     small = ["network.generator=resnet_4blocks", "network.width=4", "network.discriminator_width=4", "run.device=cpu"]
@@ -255,7 +256,7 @@ SIZES = {
 @pytest.mark.parametrize("method", PRESETS)
 def test_every_method_trains_and_translates(method, folder, tmp_path, capsys):
     data, run = folder, tmp_path / "run"
-    if method == "sincut":  # one picture a domain
+    if method == "sincut":  # one picture per domain
         data = tmp_path / "pair"
         for domain in ("trainA", "trainB"):
             (data / domain).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Names of every kind, disks that are full, and files and folders in each other's place."""
+"""Unusual file names, full disks, and files in place of folders (and the reverse)."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_names_that_the_terminal_cannot_print(name, tmp_path, monkeypatch, capsy
 
 
 @pytest.mark.parametrize("name", ["translate", "rain", "unpair"])
-def test_a_full_disk_is_told_with_the_file(name, model, photos, pairs, tmp_path, monkeypatch, capsys):
+def test_the_error_of_a_full_disk_names_the_file(name, model, photos, pairs, tmp_path, monkeypatch, capsys):
     failing_second(monkeypatch, OSError(errno.ENOSPC, NO_ROOM))
     out = tmp_path / "out"
     assert main(commands(model, photos, pairs, out)[name]) == 2
@@ -83,14 +83,14 @@ def test_a_full_disk_is_told_with_the_file(name, model, photos, pairs, tmp_path,
     assert left(out) == (["a.png"] if name == "translate" else [])
 
 
-def test_what_failed_before_the_disk_is_named_too(model, photos, tmp_path, monkeypatch):
+def test_bad_pictures_before_a_full_disk_are_named_too(model, photos, tmp_path, monkeypatch):
     (photos / "a.png").write_bytes(b"no picture")
     failing_second(monkeypatch, OSError(errno.ENOSPC, NO_ROOM))
     with pytest.raises(ValueError, match=rf"a\.png is not a picture[^\n]*\n[^\n]*c\.png: {NO_ROOM}; 1 of 3 "):
         translate_files(load_translator(model), photos, tmp_path / "out")
 
 
-def test_what_a_format_refuses_does_not_stop_the_others(model, photos, tmp_path, monkeypatch):
+def test_an_encoder_error_does_not_stop_the_other_pictures(model, photos, tmp_path, monkeypatch):
     monkeypatch.setattr("fastnce.translate.photographs.save_image", refused_once())
     with pytest.raises(ValueError, match=r"a\.png: encoder error; 0 of 3 pictures were written$"):
         translate_files(load_translator(model), photos, tmp_path / "out")
@@ -133,7 +133,7 @@ def test_a_grid_of_samples_on_a_full_disk(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("option", ["--json", "--csv", "--sheet"])
-def test_figures_that_cannot_be_written_are_told(option, pairs, tmp_path, monkeypatch, capsys):
+def test_figures_that_cannot_be_written_are_printed(option, pairs, tmp_path, monkeypatch, capsys):
     written = Path.write_bytes
     monkeypatch.setattr(Path, "write_bytes", lambda path, data: half_or_whole(written, path, data, True))
     target = tmp_path / "m.png"
@@ -143,7 +143,7 @@ def test_figures_that_cannot_be_written_are_told(option, pairs, tmp_path, monkey
 
 
 def test_reports_go_through_links_and_pipes(pairs, tmp_path):
-    """A device or a pipe is written to, never replaced by a file."""
+    """A device or a pipe is written to and never replaced by a file."""
     (tmp_path / "kept.json").write_text("old")
     (tmp_path / "link.json").symlink_to("kept.json")
     reading, writing = os.pipe()
@@ -159,7 +159,7 @@ def test_reports_go_through_links_and_pipes(pairs, tmp_path):
         assert read.read().startswith("name,psnr_y") == has_name
 
 
-def test_files_and_folders_in_each_others_place(model, photos, pairs, tmp_path, capsys):
+def test_files_in_place_of_folders_and_the_reverse(model, photos, pairs, tmp_path, capsys):
     file = photos / "a.png"
     measure = ["evaluate", "--inputs-only", "--data", str(pairs), "--device", "cpu"]
     for arguments, wanted in (
@@ -186,6 +186,6 @@ def test_originals_are_not_replaced(model, photos, tmp_path, capsys):
         assert "would be replaced: write to another place" in one_sentence(capsys)
     assert {path.name: path.read_bytes() for path in photos.iterdir()} == before
     inside = photos / "out"
-    for _ in range(2):  # its own pictures are not translated again
+    for _ in range(2):  # the pictures in `inside` are not translated again
         assert main(["translate", str(model), str(photos), "--out", str(inside), "--device", "cpu"]) == 0
     assert left(inside) == sorted(before)

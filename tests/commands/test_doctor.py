@@ -1,4 +1,4 @@
-"""The doctor passes where the numbers are right, and fails where a gradient, a loss or a row is wrong."""
+"""`fastnce doctor` passes with right numbers and fails with a wrong gradient, loss or row."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def failures(printed: str) -> list[str]:
     return [line for line in printed.splitlines() if line.startswith("FAIL")]
 
 
-def test_all_is_well(capsys):
+def test_all_checks_pass(capsys):
     assert doctor.main([]) == 0
     printed = capsys.readouterr().out
     assert failures(printed) == []
@@ -31,7 +31,7 @@ def test_all_is_well(capsys):
 
 
 class Scaled(torch.autograd.Function):
-    """Right forward; a gradient that is off by a factor."""
+    """The identity, with a gradient that is wrong by a factor."""
 
     @staticmethod
     def forward(ctx, x, factor):
@@ -54,7 +54,7 @@ def test_a_wrong_gradient_fails(monkeypatch, capsys, factor):
 
 def test_a_positive_kept_in_the_16_bit_product_fails_on_confident_rows_only(monkeypatch, capsys):
     def careless(q, k, *, images, negatives, temperature, extra_keys, reduction, implementation):
-        """Probabilities rounded to bfloat16 with the positive among them: right to the eye on random data."""
+        """Rounds probabilities, the positive's included, to bfloat16. On random data this passes unnoticed."""
         groups = 1 if negatives == "batch" else images
         keys = k.unflatten(0, (groups, -1)).float()
         if extra_keys is not None:
@@ -74,7 +74,7 @@ def test_a_positive_kept_in_the_16_bit_product_fails_on_confident_rows_only(monk
 
 def test_a_loss_that_cancels_fails_on_confident_rows_only(monkeypatch, capsys):
     def cancelling(q, k, *, images, negatives, temperature, extra_keys, reduction, implementation):
-        """logsumexp over all logits less the positive, in float32: right to the eye where the loss is not small."""
+        """logsumexp over all logits minus the positive, in float32. Unless the loss is small, this goes unnoticed."""
         groups = 1 if negatives == "batch" else images
         keys = k.unflatten(0, (groups, -1))
         if extra_keys is not None:
@@ -97,7 +97,7 @@ def test_a_wrong_row_fails(monkeypatch, capsys):
     assert any("sampling with projection: rows" in line for line in failures(capsys.readouterr().out))
 
 
-def test_what_raises_is_a_failed_check(monkeypatch, capsys):
+def test_an_exception_is_a_failed_check(monkeypatch, capsys):
     def broken(*_, **__):
         raise RuntimeError("out of registers")
 
@@ -106,7 +106,7 @@ def test_what_raises_is_a_failed_check(monkeypatch, capsys):
     assert any("out of registers" in line for line in failures(capsys.readouterr().out))
 
 
-def test_the_library_is_reported_but_cannot_fail():
+def test_pytorchs_norm_is_reported_but_cannot_fail():
     check = doctor.check_library_instance_norm(torch.device("cpu"))
     assert check.ok
     assert check.gate is None

@@ -1,4 +1,4 @@
-"""How commands end when something outside fails: Ctrl-C, streams that are closed or full, disks, names, memory."""
+"""How commands end after Ctrl-C, with closed or full streams, and without memory."""
 
 from __future__ import annotations
 
@@ -68,12 +68,12 @@ def start(*arguments: object, shell: str = "", **options) -> subprocess.Popen:
     command = [sys.executable, "-m", "fastnce", *map(str, arguments)]
     if shell:
         command = ["sh", "-c", f'exec "$@" {shell}', "sh", *command]
-    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])}
     return subprocess.Popen(command, env=environment, text=True, **options)
 
 
 def _hear_interrupts() -> None:
-    """A shell lets what it runs in the background ignore them, and so its children."""
+    """Restore SIGINT's default action: a shell makes background processes and their children ignore it."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -89,19 +89,19 @@ def test_ctrl_c_in_a_process(model, tmp_path):
     while not (out / "0.png").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (130, "", "fastnce: stopped by Ctrl-C\n")
+    printed, errors = process.communicate(timeout=60)
+    assert (process.returncode, printed, errors) == (130, "", "fastnce: stopped by Ctrl-C\n")
     made = left(out)
     assert 0 < len(made) < 3000
     for name in made:
-        Image.open(out / name).load()  # whole
+        Image.open(out / name).load()  # the file is complete
 
 
 # ---- streams ----
 
 
 def test_closed_streams_in_a_process(model, photos, tmp_path):
-    """What is printed or warned of must not end up in a file that took a closed stream's number."""
+    """Messages must not be written into a file that got the descriptor of a closed stream."""
     out = tmp_path / "out"
     assert start("translate", model, photos, "--out", out, shell="<&- >&- 2>&-").wait(timeout=120) == 0
     expected = translate_files(load_translator(model), photos, tmp_path / "expected")
@@ -121,7 +121,7 @@ def test_closed_streams(model, photos, pairs, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not FULL.exists(), reason="no /dev/full here")
 @pytest.mark.parametrize("command", ["--version", "help", "rain", "train"])
-def test_stdout_that_is_full(command, photos, tmp_path, monkeypatch, capsys):
+def test_a_full_stdout(command, photos, tmp_path, monkeypatch, capsys):
     arguments = {
         "rain": ["rain", str(photos), "--out", str(tmp_path / "out")],
         "train": ["train", "fastcut", "--dry-run"],
@@ -131,11 +131,11 @@ def test_stdout_that_is_full(command, photos, tmp_path, monkeypatch, capsys):
         assert main(arguments) == 2
     assert one_sentence(capsys) == f"fastnce: standard output: {NO_ROOM}\n"
     if command == "rain":
-        assert len(left(tmp_path / "out")) == 6  # the work was done
+        assert len(left(tmp_path / "out")) == 6  # the files were written
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="no /dev/full here")
-def test_help_on_a_stdout_that_is_full(monkeypatch, capsys):
+def test_help_on_a_full_stdout(monkeypatch, capsys):
     with monkeypatch.context() as patch, FULL.open("w") as full:
         patch.setattr(sys, "stdout", full)
         with pytest.raises(SystemExit) as stopped:
@@ -150,7 +150,7 @@ def broken_pipe() -> io.TextIOWrapper:
     return os.fdopen(writing, "w")
 
 
-def test_a_reader_that_has_seen_enough(photos, tmp_path, monkeypatch, capsys):
+def test_a_reader_that_stops_early(photos, tmp_path, monkeypatch, capsys):
     for arguments, code in (
         (["--help"], 0),
         (["rain", str(photos), "--out", str(tmp_path / "o")], 0),
@@ -160,18 +160,18 @@ def test_a_reader_that_has_seen_enough(photos, tmp_path, monkeypatch, capsys):
             assert main(arguments) == code
         assert capsys.readouterr().err == ""
 
-    def speaks(arguments):
+    def prints(arguments):
         print("half of it", flush=True)
 
-    for command, code in (("methods", 0), ("doctor", 141)):  # what is not all done does not pass for done
-        monkeypatch.setitem(cli.COMMANDS, command, speaks)
+    for command, code in (("methods", 0), ("doctor", 141)):  # unfinished work must not give exit code 0
+        monkeypatch.setitem(cli.COMMANDS, command, prints)
         with monkeypatch.context() as patch, broken_pipe() as pipe:
             patch.setattr(sys, "stdout", pipe)
             assert main([command]) == code
         assert capsys.readouterr().err == ""
 
 
-def test_nobody_reads_stderr(monkeypatch):
+def test_a_broken_stderr_is_ignored(monkeypatch):
     monkeypatch.setattr(ProgressLine, "EVERY", 0.0)
     with monkeypatch.context() as patch, broken_pipe() as pipe:
         patch.setattr(sys, "stderr", pipe)
@@ -205,23 +205,23 @@ def test_training_outlives_its_terminal(folder, tmp_path, monkeypatch, capsys):
         RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: 1 bytes."),
     ],
 )
-def test_memory_that_does_not_suffice(error, model, photos, tmp_path, monkeypatch, capsys):
+def test_not_enough_memory(error, model, photos, tmp_path, monkeypatch, capsys):
     def fails(*arguments, **options):
         raise error
 
     monkeypatch.setattr(translate, "translate_files", fails)
     assert main(["translate", str(model), str(photos), "--out", str(tmp_path / "out"), "--device", "cpu"]) == 1
-    assert "memory does not suffice (" in one_sentence(capsys)
+    assert "there is not enough memory (" in one_sentence(capsys)
 
 
-def test_other_faults_keep_their_traceback(model, photos, tmp_path, monkeypatch):
+def test_other_errors_keep_their_traceback(model, photos, tmp_path, monkeypatch):
     monkeypatch.setattr(Translator, "__call__", lambda *_: (_ for _ in ()).throw(RuntimeError("a fault of ours")))
     with pytest.raises(RuntimeError, match="a fault of ours"):
         main(["translate", str(model), str(photos), "--out", str(tmp_path / "out"), "--device", "cpu"])
 
 
-def test_what_the_reader_does_not_want_is_no_error_of_ours(capsys, monkeypatch):
-    """Unbuffered, as in containers: what could not be written does not wait in a buffer."""
+def test_a_reader_that_stops_early_without_buffering(capsys, monkeypatch):
+    """Unbuffered streams, as in containers, keep no unwritten text that a later flush would report."""
     with broken_pipe() as pipe, monkeypatch.context() as patch:
         unbuffered = io.TextIOWrapper(io.FileIO(pipe.fileno(), "w", closefd=False), write_through=True)
         patch.setattr(sys, "stdout", unbuffered)

@@ -1,4 +1,4 @@
-"""What cannot be trained is one sentence before anything is written; intervals of 0; memory that is too small."""
+"""Impossible settings give one sentence before anything is written; intervals of 0; too little memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ENOUGH = 8 * 2**30
 
 
 def error_of(capsys, code: int, *arguments: str) -> str:
-    """An exit code and exactly one sentence on stderr."""
+    """Run a command that must end with this exit code and exactly one sentence on stderr; return the sentence."""
     assert main(list(arguments)) == code
     message = capsys.readouterr().err
     assert message.startswith("fastnce: ")
@@ -36,7 +36,7 @@ def error_of(capsys, code: int, *arguments: str) -> str:
 
 @pytest.fixture
 def pictures(folder, tmp_path):
-    """The shared pictures under a name of this test's own, so that a cache made beside them is seen."""
+    """Links to the shared pictures in a folder of this test alone, so that the test detects a cache there."""
     for entry in folder.iterdir():
         if not entry.name.startswith("."):
             (tmp_path / "data").mkdir(exist_ok=True)
@@ -76,7 +76,7 @@ def test_nothing_is_written(preset, overrides, sentence, pictures, tmp_path, cap
     assert not [entry for entry in pictures.iterdir() if entry.name.startswith(".")]
 
 
-def test_a_dry_run_finds_it_too(capsys):
+def test_a_dry_run_finds_errors_too(capsys):
     assert "positions from 0 to 26" in error_of(capsys, 2, "train", "cut", "--dry-run", *SMALL, "loss.nce_layers=0,99")
     assert "data.dir must be text" in error_of(capsys, 2, "train", "cut", "--dry-run", "--data", "\udcff", *SMALL)
 
@@ -106,7 +106,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("text", FILES, ids=lambda text: repr(text)[:40])
-def test_files_that_make_no_sense(text, tmp_path, capsys):
+def test_invalid_configuration_files(text, tmp_path, capsys):
     path = tmp_path / "c.toml"
     path.write_text(text)
     message = error_of(capsys, 2, "train", "cut", "--dry-run", "--config", str(path))
@@ -116,7 +116,7 @@ def test_files_that_make_no_sense(text, tmp_path, capsys):
 
 
 def test_files_as_editors_write_them(tmp_path, capsys):
-    """A byte order mark, other ends of lines, whole numbers with a point; and what was printed comes back."""
+    """A byte order mark, CRLF line ends, whole numbers with a point. The printed configuration can be read back."""
     path = tmp_path / "c.toml"
     path.write_bytes(b'\xef\xbb\xbf[data]\r\nbatch = 3.0\r\ndir = "a\\u007fb"\r\n[run]\r\ncompile = true\r\n')
     assert main(["train", "cut", "--dry-run", "--config", str(path)]) == 0
@@ -157,7 +157,7 @@ def test_options_by_hand_are_refused_before_the_folder_is_made(folder, tmp_path)
     assert not any(tmp_path.iterdir())
 
 
-def test_an_interval_of_0_is_never(folder, tmp_path):
+def test_an_interval_of_0_means_never(folder, tmp_path):
     assert [due(0, done) for done in range(3)] == [False] * 3
     assert [due(2, done) for done in range(1, 5)] == [False, True, False, True]
     never = ["run.log_every=0", "run.save_every=0", "run.monitor_every=0", "run.validate_every=0", "run.samples=0"]
@@ -168,8 +168,8 @@ def test_an_interval_of_0_is_never(folder, tmp_path):
     assert not (run / "samples").exists()
 
 
-def test_memory_that_runs_out_is_a_sentence(folder, tmp_path, capsys, monkeypatch):
-    """A real refusal of the allocator, in the middle of a step; on a device and in NumPy it has another type."""
+def test_out_of_memory_is_one_sentence(folder, tmp_path, capsys, monkeypatch):
+    """A real error of the allocator within a step. On a device and in NumPy, the exception has another type."""
 
     def step(self, batch, draws):
         return torch.empty(2**52)
@@ -199,8 +199,8 @@ def test_other_errors_are_not_about_memory(folder, tmp_path, monkeypatch):
         train_run(small_config(folder), tmp_path / "run", quiet=True)
 
 
-def test_what_a_pass_keeps():
-    """Counted by hand: a convolution keeps its input, a tanh its output, a ReLU its output once for two readers."""
+def test_bytes_that_a_pass_keeps():
+    """Counted by hand: a convolution keeps its input, a tanh its output, a ReLU its output once for two users."""
     with torch.device("meta"):
         network = nn.Sequential(
             nn.Conv2d(3, 8, 3, padding=1), nn.Tanh(), nn.Conv2d(8, 5, 1), nn.ReLU(), nn.Conv2d(5, 1, 1)
@@ -210,7 +210,7 @@ def test_what_a_pass_keeps():
 
 
 def test_room_for_weights_and_for_a_step(monkeypatch):
-    """Four copies of the weights, and what a pass keeps of two pictures in a small generator, in 32 and 16 bits."""
+    """Four copies of the weights, plus the bytes that a pass over two pictures keeps, in 32 and 16 bits."""
     cpu = torch.device("cpu")
 
     def planned():

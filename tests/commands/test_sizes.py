@@ -1,4 +1,4 @@
-"""Sizes that cannot be trained on are refused before training; what is refused is what a step cannot do."""
+"""Image sizes are refused before training if, and only if, a training step fails with them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ UNET = {"network": {"generator": "unet_128", "width": 1}, "nce_layers": [0, 2]}
 FEW = {"network": {"generator": "resnet_4blocks", "width": 2, "discriminator_width": 2}, "nce_layers": [4, 12]}
 ALONE = {"nce_idt": False, "lambda_identity": 0.0}
 
-# (preset, changes, sizes of A, sizes of B, what the refusal says; empty where every step goes well)
+# (preset, changes, sizes of A, sizes of B, part of the error; empty if every step succeeds)
 CASES = [
     ("fastcut", FEW, [(32, 32), (48, 40)], [(40, 32)], ""),
     ("fastcut", FEW, [(32, 32)], [(8, 20)], "a picture of 8x20, do not fit network D, take others"),
@@ -80,7 +80,7 @@ def picture(size):
 
 
 @pytest.mark.parametrize(("preset", "changes", "a", "b", "message"), CASES)
-def test_what_is_refused_is_what_a_step_cannot_do(preset, changes, a, b, message):
+def test_sizes_are_refused_if_and_only_if_a_step_fails(preset, changes, a, b, message):
     method = build(preset, **changes).float()
     method.check_options(1 if preset != "sincut" else 2)
     images = 2 if preset == "sincut" else 1
@@ -104,7 +104,7 @@ def test_what_is_refused_is_what_a_step_cannot_do(preset, changes, a, b, message
 
 
 def test_a_layer_of_one_location_has_nothing_to_contrast():
-    """At a quarter of 4x4 the map is one pixel; the loss of one row among itself is log(1) = 0, whatever G does."""
+    """The map of the deepest layer has one pixel. With one row, the loss is log(1) = 0, whatever G does."""
     deep = {"network": {"generator": "unet_128"}, "nce_layers": [0, 7]}
     with pytest.raises(ValueError, match="have a single location at layer 7 of loss.nce_layers, which leaves nothing"):
         build("fastcut", **deep).check(1, 128, 128)
@@ -112,7 +112,7 @@ def test_a_layer_of_one_location_has_nothing_to_contrast():
     build("fastcut", **deep).check(1, 128, 256)
 
 
-def test_ranks_that_exchange_keys_need_as_many_each():
+def test_ranks_that_exchange_keys_need_equal_numbers():
     method = build("fastcut", **FEW, patches=256, negatives="batch", gather_negatives=True)
     one, two = named([(32, 32)]), named([(32, 32), (64, 48)])
     method.check_sizes(1, one, two, "take others")
@@ -120,7 +120,7 @@ def test_ranks_that_exchange_keys_need_as_many_each():
         method.check_sizes(1, two, one, "take others")
 
 
-def test_extremes_are_what_their_definition_says():
+def test_extremes_equal_their_definition():
     rng = np.random.default_rng(0)
     for count in (1, 2, 5, 40):
         sizes = {(int(h), int(w)) for h, w in rng.integers(1, 12, (count, 2))}
@@ -136,7 +136,7 @@ def test_extremes_are_what_their_definition_says():
 
 
 @pytest.mark.parametrize("size", [(32, 32), (30, 33), (5, 2), (130, 4)])
-def test_samples_of_any_size_are_padded_as_numpy_does(size):
+def test_samples_of_any_size_are_padded_like_numpys_edge_mode(size):
     method = build("cyclegan")  # multiples of 4, at least 8
     a, b = picture(size), picture((16, 16))
     high, wide = (max(-(-side // 4) * 4, 8) for side in size)
@@ -189,7 +189,7 @@ def test_whole_pictures_are_checked_before_training(odd, tmp_path, capsys):
 
 
 def test_whole_pictures_and_samples_of_odd_sizes_train(odd, tmp_path, capsys):
-    """Samples of 30x30 are no multiples of 4, and G would refuse them after the first step."""
+    """The sides of samples of 30x30 are not multiples of 4; without padding G would fail after the first step."""
     run = tmp_path / "run"
     train = ["train", "fastcut", "--data", str(odd), "--out", str(run), "--quiet", *NONE]
     more = ["data.crop_size=30", "run.steps=4", "run.sample_every=2", "run.monitor_every=2"]
@@ -199,7 +199,7 @@ def test_whole_pictures_and_samples_of_odd_sizes_train(odd, tmp_path, capsys):
     assert grid.size == (3 * 32 + 4 * 4, 14 + (32 + 4) + 4)  # one picture, as B has one
 
 
-def test_what_a_run_would_find_later_is_found_before_it_writes(odd, tmp_path, capsys):
+def test_later_errors_of_a_run_are_found_before_it_writes(odd, tmp_path, capsys):
     run = tmp_path / "run"
     train = ["train", "fastcut", "--data", str(odd), *SMALL, "run.steps=1"]
     message = refused(capsys, run, *train, "run.validate_every=1", f"data.validate={odd}")
@@ -213,7 +213,7 @@ def test_what_a_run_would_find_later_is_found_before_it_writes(odd, tmp_path, ca
     (odd / "testB" / "t.png").write_bytes(b"no picture")
     message = refused(capsys, run, *train, "run.sample_every=500")
     assert f"{odd / 'testB' / 't.png'} is not a picture" in message
-    assert main([*train, "--out", str(run), "--quiet", "run.monitor_every=0"]) == 0  # nobody looks at it
+    assert main([*train, "--out", str(run), "--quiet", "run.monitor_every=0"]) == 0  # nothing reads the broken sample
 
 
 def test_sizes_of_rained_pictures_are_those_of_both_domains(odd, tmp_path):

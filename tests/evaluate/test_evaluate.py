@@ -263,8 +263,8 @@ def error_of(capsys, *arguments: str) -> str:
 
 def test_mistakes(small_set, tmp_path, capsys):
     data = ["--data", str(small_set)]
-    assert "one of the two" in error_of(capsys, *data)
-    assert "one of the two" in error_of(capsys, "model.pth", "--inputs-only", *data)
+    assert "either a model or --inputs-only" in error_of(capsys, *data)
+    assert "either a model or --inputs-only" in error_of(capsys, "model.pth", "--inputs-only", *data)
     nowhere = str(tmp_path / "absent" / "m.json")
     assert "there is no folder" in error_of(capsys, "--inputs-only", *data, "--json", nowhere)
     assert "name it m.png" in error_of(capsys, "--inputs-only", *data, "--sheet", str(tmp_path / "m.jpg"))

@@ -395,7 +395,7 @@ def test_wrong_options_are_one_sentence(preset, changes, message):
         ("cut", {}, (1, 8, 8), "crops of 8x8 do not fit network D"),
         ("cut", {"network": {"generator": "unet_128"}, "nce_layers": [0, 1]}, (1, 64, 64), "multiples of 128"),
         ("cut", {"patches": 1}, (4, 32, 32), "nothing to contrast with loss.patches=1"),
-        ("sincut", {}, (16, 64, 64), "judges crops of 32x32, not 64x64"),
+        ("sincut", {}, (16, 64, 64), "takes crops of 32x32, not 64x64"),
         ("sincut", {}, (1, 32, 32), "nothing to contrast"),
         ("cyclegan", {}, (1, 4, 4), "do not fit network"),
         ("simdcl", {}, (2, 64, 64), "data.batch must be 1, not 2"),

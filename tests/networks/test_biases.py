@@ -1,4 +1,4 @@
-"""Biases that an instance norm takes away: networks leave them out, and nothing else changes."""
+"""Biases before an instance norm have no effect: networks omit them, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ aten = torch.ops.aten
 
 
 def resnet_biases(*positions: int, blocks: int = 1, first: int = 12) -> set[str]:
-    """Those at `positions` in `model`, and both of every residual block."""
+    """Names of the biases at `positions` in `model`, and of both biases of every residual block."""
     inner = {f"model.{first + i}.conv_block.{j}.bias" for i in range(blocks) for j in (1, 5)}
     return {f"model.{position}.bias" for position in positions} | inner
 
@@ -34,7 +34,7 @@ UNET_LEFT_OUT = {
     f"model.model.1.model.{'3.model.' * depth}{position}.bias"
     for depth, position in [*((d, p) for d in range(3) for p in (1, 5)), (3, 3)]
 }
-"""Down and up of three levels, and up from the innermost, which has no norm on the way down."""
+"""Down and up of three levels, and up from the innermost level, which has no norm in the down path."""
 
 NETWORKS = {
     "resnet": (lambda: ResnetGenerator(width=4, blocks=1), 16, {}, resnet_biases(1, 4, 8, 14, 18)),
@@ -73,7 +73,7 @@ def with_large_biases(network: nn.Module) -> nn.Module:
 
 
 def outputs_and_gradients(network, x: Tensor, **options) -> tuple[list[Tensor], dict[str, Tensor | None]]:
-    """Outputs, features and the input's gradient; the gradients of the parameters by name."""
+    """Return (outputs, features and the input's gradient) and the parameters' gradients by name."""
     torch.manual_seed(7)
     result = network(x, **options)
     outputs = [result] if isinstance(result, Tensor) else [result[0], *result[1]]
@@ -84,7 +84,7 @@ def outputs_and_gradients(network, x: Tensor, **options) -> tuple[list[Tensor], 
 
 
 class Convolutions(TorchDispatchMode):
-    """Counts convolutions that add a bias, and backward passes that reduce to a bias's gradient."""
+    """Count convolutions that add a bias, and backward passes that compute a bias's gradient."""
 
     def __init__(self):
         super().__init__()
@@ -101,7 +101,7 @@ class Convolutions(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_nothing_else_changes(name):
-    """Outputs, features and all other gradients to rounding; every other bias has its gradient."""
+    """Outputs, features and all other gradients agree up to rounding. All other biases have gradients."""
     make, side, options, left_out = NETWORKS[name]
     network = with_large_biases(make().double())
     x = torch.randn(2, 3, side, side, dtype=torch.float64).requires_grad_()
@@ -116,7 +116,7 @@ def test_nothing_else_changes(name):
     assert {key for key, slope in ours.items() if slope is None} == left_out
     for key, slope in ours.items():
         if slope is None:
-            assert float(theirs[key].abs().max()) <= 1e-12  # what was computed before is noise
+            assert float(theirs[key].abs().max()) <= 1e-12  # rounding noise
         else:
             assert float(slope.abs().max()) > 1e-6
             torch.testing.assert_close(slope, theirs[key], rtol=1e-8, atol=1e-9)
@@ -147,7 +147,7 @@ class Louder(nn.Conv2d):
 
 
 def note(module, *arguments):
-    """A hook that only looks."""
+    """A hook that changes nothing."""
 
 
 def replace_forward(conv, norm):
@@ -155,7 +155,7 @@ def replace_forward(conv, norm):
 
 
 class Undo:
-    """Stands for a hook's handle."""
+    """Has the interface of a hook's handle."""
 
     def __init__(self, remove):
         self.remove = remove
@@ -172,7 +172,7 @@ def compiled_by_itself(conv, norm):
 
 
 class OtherNorm(InstanceNorm):
-    """A subclass may do anything."""
+    """A subclass, which may compute anything."""
 
 
 def another_norm(conv, norm):
@@ -196,7 +196,7 @@ HOOKS = {
 
 @pytest.mark.parametrize("implementation", ["eager", "triton"])
 @pytest.mark.parametrize("hook", HOOKS)
-def test_whoever_looks_at_a_convolution_sees_its_bias(hook, implementation):
+def test_hooks_on_a_convolution_see_its_bias(hook, implementation):
     network = nn.Sequential(nn.Conv2d(2, 2, 1), InstanceNorm(2), nn.ReLU()).to(DEVICE)
     set_implementation(network, implementation)
     x = torch.randn(1, 2, 4, 4, device=DEVICE)
@@ -214,7 +214,7 @@ def test_whoever_looks_at_a_convolution_sees_its_bias(hook, implementation):
         assert after.added == 0
 
 
-def test_what_a_hook_of_the_norm_is_given():
+def test_a_hook_of_the_norm_gets_the_input_with_bias():
     network = nn.Sequential(nn.Conv2d(2, 2, 1), InstanceNorm(2)).to(DEVICE)
     x, seen = torch.randn(1, 2, 4, 4, device=DEVICE), []
     network[1].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
@@ -223,16 +223,16 @@ def test_what_a_hook_of_the_norm_is_given():
 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d(2), nn.GroupNorm(1, 2), nn.InstanceNorm2d(2, affine=True), nn.ReLU()])
-def test_other_layers_take_nothing_away(norm):
+def test_biases_before_other_layers_are_kept(norm):
     network = nn.Sequential(nn.Conv2d(2, 2, 1), norm)
     with Convolutions() as count:
         torch.testing.assert_close(run_all(network, torch.ones(1, 2, 3, 4)), network(torch.ones(1, 2, 3, 4)))
     assert count.added == 2
 
 
-def test_a_subclass_of_a_convolution_computes_as_it_likes():
+def test_a_subclass_of_a_convolution_is_called_unchanged():
     network = nn.Sequential(Louder(2, 2, 1), InstanceNorm(2))
-    x = 1e-2 * torch.randn(1, 2, 4, 4)  # so small that the norm's eps shows the factor
+    x = 1e-2 * torch.randn(1, 2, 4, 4)  # small, so that the norm's eps makes the factor visible
     assert torch.equal(run_all(network, x), network(x))
 
 
@@ -244,7 +244,7 @@ def test_a_subclass_of_a_convolution_computes_as_it_likes():
         nn.ConvTranspose2d(4, 6, 3, stride=3, padding=2, output_padding=1, groups=2, dilation=2),
     ],
 )
-def test_everything_else_that_a_convolution_is_told(conv):
+def test_other_arguments_of_a_convolution(conv):
     network = nn.Sequential(conv, InstanceNorm(6)).double()
     x = torch.randn(2, 4, 9, 8, dtype=torch.float64)
     torch.testing.assert_close(run_all(network, x), network(x), rtol=1e-10, atol=1e-10)

@@ -1,4 +1,4 @@
-"""The layers against plain formulas, and the library's instance norm, whose fault on the CPU is recorded here."""
+"""The layers compared with plain formulas; the fault of PyTorch's instance norm on the CPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LAYOUTS = ("contiguous", "channels_last", "transposed", "sliced")
 
 
 def arrange(x: torch.Tensor, layout: str) -> torch.Tensor:
-    """The same values in another memory layout."""
+    """Copy to another memory layout."""
     if layout == "channels_last":
         return x.contiguous(memory_format=torch.channels_last)
     if layout == "transposed":
@@ -56,7 +56,7 @@ def test_instance_norm_in_every_layout(batch, dtype, tolerance):
 
 
 def test_instance_norm_under_patch_sampling():
-    """The chain that meets the library's fault: norm, then sampled rows through permute and flatten."""
+    """The chain that triggers PyTorch's fault: a norm, then rows sampled after permute and flatten."""
     x = torch.randn(1, 4, 6, 6, dtype=torch.float64)
     ids = torch.tensor([3, 17, 30])
 
@@ -70,8 +70,8 @@ def test_instance_norm_under_patch_sampling():
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_instance_norm_of_a_large_flat_picture(layout):
-    """Mean 3, deviation 0.01 over many pixels: sums of squares in float32 would lose every digit."""
+def test_instance_norm_of_a_large_image_of_low_contrast(layout):
+    """Mean 3, standard deviation 0.01, many pixels: float32 sums of squares would lose all digits."""
     x = (3 + 0.01 * torch.randn(1, 2, 600, 800)).contiguous()
     upstream = torch.randn_like(x)
     y_expected, dx_expected = gradients(plain_instance_norm, x.double(), upstream.double())
@@ -85,8 +85,8 @@ def test_instance_norm_twice_differentiable():
     assert torch.autograd.gradgradcheck(InstanceNorm(3), x)
 
 
-def test_the_library_instance_norm_fault():
-    """`F.instance_norm` of PyTorch 2.11 and 2.13 on the CPU: wrong at batch 1 with a channels-last gradient, not 2."""
+def test_the_fault_of_pytorchs_instance_norm():
+    """`F.instance_norm` of PyTorch 2.11 and 2.13 on the CPU is wrong for channels-last gradients at batch 1, not 2."""
     errors = {}
     for batch in (1, 2):
         x = torch.randn(batch, 4, 8, 8, dtype=torch.float64)
@@ -96,9 +96,9 @@ def test_the_library_instance_norm_fault():
         errors[batch] = float((theirs - expected).norm() / expected.norm())
     assert errors[2] < 1e-10
     if torch.__version__.startswith(("2.11.", "2.13.")):
-        assert errors[1] > 0.1, "the fault is gone: say so in the README and let newer versions be named"
+        assert errors[1] > 0.1, "the fault is gone: update the README and the list of versions"
     elif errors[1] < 1e-10:
-        warnings.warn(f"PyTorch {torch.__version__} has mended F.instance_norm on the CPU", stacklevel=1)
+        warnings.warn(f"PyTorch {torch.__version__} has fixed F.instance_norm on the CPU", stacklevel=1)
 
 
 def published_blur_up(x, filt):
@@ -108,7 +108,7 @@ def published_blur_up(x, filt):
 
 @pytest.mark.parametrize("size", [(4, 6), (1, 3), (7, 2)])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_blur_up_is_the_published_transposed_convolution(size, layout):
+def test_blur_up_equals_the_published_transposed_convolution(size, layout):
     layer = BlurUp(3).double()
     x = arrange(torch.randn(2, 3, *size, dtype=torch.float64), layout)
     upstream = torch.randn(2, 3, 2 * size[0], 2 * size[1], dtype=torch.float64)
@@ -121,7 +121,7 @@ def test_blur_up_is_the_published_transposed_convolution(size, layout):
 
 
 @pytest.mark.parametrize("size", [(4, 6), (5, 7), (2, 2)])
-def test_blur_down_is_the_filter_at_every_other_place(size):
+def test_blur_down_is_the_filter_with_stride_2(size):
     layer = BlurDown(2).double()
     x = torch.randn(1, 2, *size, dtype=torch.float64)
     taps = torch.tensor([0.25, 0.5, 0.25], dtype=torch.float64)
@@ -155,7 +155,7 @@ def test_initialisation(init_type):
     assert all(float(p.detach().abs().max()) == 0 for name, p in network.named_parameters() if name.endswith("bias"))
 
 
-def test_names_that_do_not_exist():
+def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="generator must be one of resnet_9blocks"):
         build_generator("resnet_5blocks")
     with pytest.raises(ValueError, match="discriminator must be one of basic"):

@@ -1,4 +1,4 @@
-"""The layers' kernels in networks and as PyTorch operators, against the eager layers; a whole step with them."""
+"""The layers' kernels in networks and as PyTorch operators, compared with the eager layers."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from tests.maps import DEVICE, check_a_deterministic_step, error, filter_truth, 
 
 @pytest.fixture(autouse=True)
 def exact_products():
-    """The library's convolutions round to 10 bits otherwise."""
+    """Disable TF32, in which cuDNN's convolutions round to 10 bits."""
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         yield
 
 
 def test_launches_of_a_block(monkeypatch):
-    """Pad; norm, ReLU and pad; norm and sum: seven launches beside the convolutions, and seven back."""
+    """Pad; norm, ReLU and pad; norm and sum: seven launches apart from the convolutions, and seven backward."""
     monkeypatch.setattr(configs, "layer_splits", lambda arch, programs, tiles: 2)
     names, block = launches(monkeypatch), ResnetBlock(4).to(DEVICE)
     set_implementation(block, "triton")
@@ -72,7 +72,7 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_networks_compute_what_they_did(name):
+def test_networks_with_kernels_equal_eager_ones(name):
     build, side, options = NETWORKS[name]
     network = build().to(DEVICE)
     x = random_map(2, 3, side, side, spread=1.0, centre=0.0).requires_grad_()
@@ -86,8 +86,8 @@ def test_networks_compute_what_they_did(name):
 
 
 @pytest.mark.parametrize("stop", [2, 5, 6, 12])
-def test_an_encoder_stops_where_it_did(stop):
-    """A tapped norm is seen after its ReLU, except where it is the last."""
+def test_encoders_with_kernels_equal_eager_ones(stop):
+    """The feature of a norm is taken after its ReLU, unless the norm is the last layer."""
     network = ResnetGenerator(width=4, blocks=1).to(DEVICE)
     x = random_map(1, 3, 16, 16)
     results = []
@@ -100,7 +100,7 @@ def test_an_encoder_stops_where_it_did(stop):
 
 
 def test_runs_of_modules(monkeypatch):
-    """What joins a norm, and that hooks keep their module apart."""
+    """Which modules are fused with a norm. A module with hooks is not fused."""
     names = launches(monkeypatch)
     modules = [InstanceNorm(4), torch.nn.LeakyReLU(0.2), ReflectionPad(1), torch.nn.Identity(), InstanceNorm(4)]
     network = torch.nn.Sequential(*modules)
@@ -134,8 +134,8 @@ def test_runs_of_modules(monkeypatch):
     assert error(run_all(modules, x), separate.double()) <= 5e-6
 
 
-def test_the_layers_eager_forms_are_the_kernels():
-    """`InstanceNorm`'s extra arguments mean the same either way; every layer has both."""
+def test_the_eager_layers_equal_the_kernels():
+    """Every layer has both implementations, and `InstanceNorm`'s extra arguments mean the same in both."""
     layers: list[tuple[FusedLayer, dict]] = [
         (InstanceNorm(4), {"slope": 0.2, "margin": 2}),
         (InstanceNorm(4), {"residual": random_map(2, 4, 6, 5)}),
@@ -153,7 +153,7 @@ def test_the_layers_eager_forms_are_the_kernels():
             assert error(ours, theirs.double()) <= 5e-6
 
 
-# As PyTorch's citizens
+# As PyTorch operators
 
 
 def test_opcheck():
@@ -256,7 +256,7 @@ def test_autocast_leaves_the_dtype():
     assert torch.autograd.grad(y.sum(), x)[0].dtype == torch.bfloat16
 
 
-def test_choice_and_its_reasons(monkeypatch):
+def test_the_choice_of_the_implementation(monkeypatch):
     network = torch.nn.Sequential(InstanceNorm(2), torch.nn.ReLU())
     set_implementation(network, "triton")
     assert network[0].implementation == "triton"
@@ -278,7 +278,7 @@ def test_choice_and_its_reasons(monkeypatch):
     assert not names
 
 
-def test_what_makes_no_sense():
+def test_invalid_arguments():
     x = random_map(1, 2, 3, 3)
     with pytest.raises(ValueError, match="too small for a reflection of 3 pixels"):
         fused.reflection_pad(x, 3)
@@ -290,8 +290,8 @@ def test_what_makes_no_sense():
         fused.instance_norm(x, residual=x.bfloat16())
 
 
-def test_a_deterministic_step_is_the_eager_one():
-    """With deterministic algorithms asked for, through the kernels alone."""
+def test_a_deterministic_step_equals_the_eager_one():
+    """With deterministic algorithms, which only the kernels provide."""
     if DEVICE.type != "cpu":
-        pytest.skip("on a device: test_layers_gpu.py, in a process with the library's products made deterministic")
+        pytest.skip("on a device: test_layers_gpu.py, in a process with deterministic matrix products")
     check_a_deterministic_step(repeat=False)

@@ -1,7 +1,7 @@
-"""What only a device can show of the layers' kernels: their sizes and dtypes, repeatability, capture, determinism.
+"""Tests of the layers' kernels that need a device: large sizes, dtypes, repeatability, capture, determinism.
 
-What `test_kernels_layers.py` and `test_layers_fused.py` hold runs on the device as well, where there is one: the
-interpreter is then off.
+If there is a device, the tests of `test_kernels_layers.py` and `test_layers_fused.py` also run on it, without the
+interpreter.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def random_map(*shape: int, dtype=torch.float32) -> Tensor:
 def test_instance_norm_at_the_published_sizes(size, dtype):
     images, channels, height, width = size
     x = random_map(*size, dtype=dtype)
-    # what lies on the mean to the last digit may be taken for either side of the activation's corner
+    # Values within rounding of the mean may fall on either side of the activation's corner: move them away.
     close = (x.double() - x.double().mean((2, 3), keepdim=True)).abs() < 1e-4
     x = torch.where(close, x + 0.05, x)
     for slope, margin, residual in (
@@ -105,8 +105,8 @@ FEW_OUTPUTS = (
 @pytest.mark.parametrize("tf32", [False, True])
 @pytest.mark.parametrize("dtype", GATE)
 @pytest.mark.parametrize("size", FEW_OUTPUTS, ids=str)
-def test_few_outputs_beside_the_library(size, dtype, tf32, record_property):
-    """Sums of 16-bit maps are ten times as exact as the library's TF32; everything repeats to the bit."""
+def test_few_outputs_compared_with_cudnn(size, dtype, tf32, record_property):
+    """Sums of 16-bit maps are ten times as exact as cuDNN's TF32. Repeated runs are bit-equal."""
     channels, side, outputs, kernel, padding = size
     x = torch.randn(2, channels, side, side, device=DEVICE).relu().to(dtype, memory_format=torch.channels_last)
     weight = 0.05 * torch.randn(outputs, channels, kernel, kernel, device=DEVICE)
@@ -127,7 +127,7 @@ def test_few_outputs_beside_the_library(size, dtype, tf32, record_property):
     errors = [
         (error(ours, exact), error(other, exact)) for ours, other, exact in zip(results[0], theirs, truth, strict=True)
     ]
-    print(f"{size} {dtype} TF32 {tf32}: ours and the library's", errors)
+    print(f"{size} {dtype} TF32 {tf32}: errors of the kernels and of cuDNN", errors)
     record_property("errors", str(errors))
     sums = 3e-5 if dtype != torch.float32 else 5e-4 if tf32 else 5e-6
     of_map = GATE[dtype] if dtype != torch.float32 else sums
@@ -155,7 +155,7 @@ def forward_and_backward(network, x) -> list[Tensor]:
 
 
 def test_networks_in_bfloat16():
-    """Chosen by themselves on a device; about as far from float32 as eager bfloat16 is."""
+    """A device uses the kernels by default. Their error to float32 is about that of eager bfloat16."""
     for network, x in networks():
         set_implementation(network, "eager")
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
@@ -203,7 +203,7 @@ def test_a_device_that_is_not_the_current_one():
 
 
 def test_a_deterministic_step_on_the_device():
-    """The step trains with `torch.use_deterministic_algorithms(True)`, repeats to the bit, and has eager's numbers."""
+    """With `torch.use_deterministic_algorithms(True)`, a step is bit-equal when repeated and equals the eager one."""
     root = Path(__file__).resolve().parents[2]
     environment = {
         **os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NVIDIA_TF32_OVERRIDE": "0", "PYTHONPATH": str(root)
@@ -215,8 +215,8 @@ def test_a_deterministic_step_on_the_device():
     assert result.returncode == 0, result.stderr[-3000:]
 
 
-def test_the_library_instance_norm_at_batch_1(record_property):
-    """On the CPU its gradient is wrong when the incoming one is channels-last; what it does here is printed."""
+def test_pytorchs_instance_norm_at_batch_1(record_property):
+    """Print its errors on this device. On the CPU its gradient is wrong for a channels-last incoming gradient."""
     errors = {}
     for images in (1, 2):
         x = random_map(images, 64, 32, 32)

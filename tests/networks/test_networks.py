@@ -1,4 +1,4 @@
-"""Networks: taps, sizes, parameter counts; published files in and out."""
+"""Networks: features, sizes, parameter counts; reading and writing published files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_parameter_counts_are_the_published_ones():
 
 
 @pytest.mark.parametrize("antialias", [True, False])
-def test_taps_are_the_outputs_along_the_way(antialias):
+def test_features_are_the_outputs_of_the_layers(antialias):
     network = ResnetGenerator(width=4, blocks=4, antialias=antialias).double()
     x = torch.randn(2, 3, 16, 24, dtype=torch.float64)
     layers = [0, 1, 4, 5, 11]
@@ -37,8 +37,8 @@ def test_taps_are_the_outputs_along_the_way(antialias):
     torch.testing.assert_close(network(x), y)
 
 
-def test_a_tapped_norm_is_seen_after_its_relu_except_at_the_end():
-    """Published: the ReLU works in place; an encoder that stops at the norm never reaches it."""
+def test_the_feature_of_a_norm_is_taken_after_its_relu_unless_it_is_the_last():
+    """The published ReLU works in place. An encoder that stops at the norm does not run it."""
     network = ResnetGenerator(width=4, blocks=4, antialias=False)
     x = torch.randn(1, 3, 16, 16)
     on_the_way = network(x, [8, 10], encode_only=True)[0]
@@ -61,7 +61,7 @@ def test_unet_taps_and_sizes():
 
 
 @pytest.mark.parametrize("layers", [[], [4, 0], [0, 0], [-1, 4], [0, 400]])
-def test_layers_that_make_no_sense(layers):
+def test_invalid_layers(layers):
     with pytest.raises(ValueError, match="its layers are ascending positions from 0 to"):
         ResnetGenerator(width=4, blocks=4).feature_channels(layers)
 
@@ -88,7 +88,7 @@ def test_a_network_is_rebuilt_from_its_weights(name):
     torch.testing.assert_close(rebuilt(x), network(x), rtol=0, atol=0)
 
 
-def test_published_files_there_and_back(tmp_path):
+def test_published_files_survive_a_round_trip(tmp_path):
     networks = {"G": ResnetGenerator(width=4, blocks=4), "D": PatchGAN(width=4)}
     paths = save_published(networks, tmp_path, "20")
     assert [path.name for path in paths] == ["20_net_G.pth", "20_net_D.pth"]
@@ -112,7 +112,7 @@ def test_prefix_and_stale_statistics_of_old_files(tmp_path):
     assert torch.equal(other.model[1].weight, network.model[1].weight)
 
 
-def test_a_file_that_does_not_fit_says_how(tmp_path):
+def test_the_error_of_a_file_that_does_not_fit_lists_the_differences(tmp_path):
     network = ResnetGenerator(width=4, blocks=4)
     state = dict(network.state_dict())
     state["model.1.weight"] = state["model.1.weight"][:2]

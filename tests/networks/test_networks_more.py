@@ -1,4 +1,4 @@
-"""SinCUT's networks and the restorer: sizes, precision, double backward, feature taps."""
+"""SinCUT's networks and the restorer: sizes, precision, double backward, features."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def test_blur_by_hand():
     torch.testing.assert_close(y[0, 0], expected)
 
 
-def test_halving_1x1_skips_what_the_convolution_would_not_see():
+def test_halving_1x1_computes_only_the_pixels_that_the_convolution_reads():
     layer = conv_layer(3, 5, 1, halve=True, activate=False)
     x = torch.randn(2, 3, 8, 6)
-    whole = Blur(1, 1)(x)  # every position, of which the strided convolution takes each second
+    whole = Blur(1, 1)(x)  # every position; the strided convolution takes every second one
     plain = F.conv2d(whole, layer[1].weight * layer[1].scale, stride=2)
     torch.testing.assert_close(layer(x), plain)
 
@@ -45,7 +45,7 @@ def test_up_conv_is_the_modulated_convolution_of_ones():
     up = UpConv(3, 4).double()
     x = torch.randn(2, 3, 5, 7, dtype=torch.float64)
     outputs = []
-    for image in x:  # a convolution of its own for each picture, as a style would make it
+    for image in x:  # a separate convolution per image, as with styles
         weight = up.scale * up.weight[0]
         demodulated = weight / (weight.square().sum((1, 2, 3)) + 1e-8).sqrt()[:, None, None, None]
         outputs.append(F.conv_transpose2d(image[None], demodulated.transpose(0, 1), stride=2))
@@ -56,7 +56,7 @@ def test_up_conv_is_the_modulated_convolution_of_ones():
     assert up(x).shape == (2, 4, 10, 14)
 
 
-def test_noise_is_off_outside_training_and_starts_at_nothing():
+def test_noise_is_off_in_eval_mode_and_starts_at_zero():
     noise = Noise()
     x = torch.randn(2, 3, 8, 8)
     torch.testing.assert_close(noise(x), x)
@@ -87,7 +87,7 @@ def test_stylegan2_translates_any_even_size():
     assert generator(torch.randn(1, 3, 50, 38)).shape == (1, 3, 50, 38)
 
 
-def test_discriminator_differentiates_twice():
+def test_discriminator_is_twice_differentiable():
     torch.manual_seed(1)
     discriminator = StyleGAN2Discriminator(in_channels=1, width=1, resolution=8).double()
     x = torch.randn(1, 1, 8, 8, dtype=torch.float64, requires_grad=True)
@@ -105,8 +105,8 @@ def test_discriminator_differentiates_twice():
     assert slope[index].abs() > 1e-8
 
 
-def test_discriminator_says_which_size_it_judges():
-    with pytest.raises(ValueError, match="judges crops of 64x64, not 32x64"):
+def test_discriminator_names_its_size_in_the_error():
+    with pytest.raises(ValueError, match="takes crops of 64x64, not 32x64"):
         StyleGAN2Discriminator(width=1)(torch.zeros(1, 3, 32, 64))
 
 
@@ -116,7 +116,7 @@ def small(name):
 
 @pytest.mark.parametrize("name", ["stylegan2", "restorer"])
 @pytest.mark.parametrize("layers", [[0, 2, 4], [1], [0, 5]])
-def test_taps(name, layers):
+def test_features(name, layers):
     generator = small(name).eval()
     x = torch.randn(2, 3, 32, 24)
     output, features = generator(x, layers)

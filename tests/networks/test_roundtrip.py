@@ -1,4 +1,4 @@
-"""What is exported is read back: every generator, norm and number of channels, through a file, bit for bit."""
+"""Exported networks can be read back bit for bit: every generator, norm and number of channels."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CHANNELS = [(3, 3), (1, 1), (1, 3), (4, 4), (3, 1)]
 
 
 def shaken(network: nn.Module) -> nn.Module:
-    """With values of its own in every tensor but the fixed filters, so that none can be left out unnoticed."""
+    """Fill every tensor except fixed filters with random values, so that a missing one is detected."""
     generator = torch.Generator().manual_seed(1)
     for key, tensor in network.state_dict().items():
         if tensor.is_floating_point() and not key.endswith((".filt", ".kernel")):
@@ -101,7 +101,7 @@ def first_channels(network: nn.Module) -> int:
 @torch.no_grad()
 @pytest.mark.parametrize(("resolution", "width"), [(8, 1), (16, 30), (32, 2), (64, 1), (512, 3)])
 def test_the_discriminator_of_sincut(resolution, width):
-    """At 16 its channels are cut off at 384; at 512 the finest level has fewer than its width."""
+    """At 16 the channels are limited to 384. At 512 the finest level has fewer channels than `width`."""
     network = build_discriminator("stylegan2", 3, width, resolution=resolution).eval()
     rebuilt = network_from_weights(network.state_dict())
     x = torch.rand(1, 3, resolution, resolution) if resolution < 512 else None
@@ -114,7 +114,7 @@ def test_the_discriminator_of_sincut(resolution, width):
 
 @pytest.mark.parametrize("norm", ["batch", "none"])
 def test_biases_are_where_the_published_networks_have_them(norm):
-    """There `use_bias` is true before instance norm alone; layers made without it keep PyTorch's default, a bias."""
+    """Published: `use_bias` is true only before instance norm; layers without `use_bias` have a bias (the default)."""
     of_norms = {"batch": [2, 5, 8], "none": []}[norm]
 
     def biases(network: nn.Module) -> set[str]:
@@ -130,8 +130,8 @@ def test_biases_are_where_the_published_networks_have_them(norm):
 
 
 def test_wide_stylegan2_generators_have_the_published_channels(monkeypatch):
-    """256 * width / 32 at 64, where the published table has no limit; 512 at most below."""
-    monkeypatch.setattr(torch, "randn", torch.empty)  # 130 MB that nobody reads
+    """256 * width / 32 at 64, where the published table has no limit; at most 512 below."""
+    monkeypatch.setattr(torch, "randn", torch.empty)  # saves drawing 130 MB of unused numbers
     state = build_generator("stylegan2", 3, 3, 100, resolution=64).state_dict()
     assert state["encoder.convs.1.0.weight"].shape == (800, 3, 1, 1)
     assert state["encoder.convs.2.conv2.1.weight"].shape == (512, 800, 3, 3)
@@ -142,7 +142,7 @@ def test_wide_stylegan2_generators_have_the_published_channels(monkeypatch):
 
 
 def test_a_run_and_its_export_translate_alike(folder, tmp_path, capsys):
-    """With averaged weights, which `fastnce translate RUN` uses: the exported generator is the averaged one too."""
+    """With averaged weights: `fastnce translate RUN` and the exported generator both use the average."""
     run, out = tmp_path / "run", tmp_path / "published"
     small = [
         "network.generator=resnet_4blocks",
@@ -187,12 +187,12 @@ def test_a_run_and_its_export_translate_alike(folder, tmp_path, capsys):
 
 
 ODD = {
-    "integers": ({"w": torch.ones(2, dtype=torch.int32)}, "w holds torch.int32, weights are floats"),
+    "integers": ({"w": torch.ones(2, dtype=torch.int32)}, "w holds torch.int32; weights must be floats"),
     "complex": ({"w": torch.ones(2, dtype=torch.complex64)}, "w holds torch.complex64"),
     "sparse": ({"w": torch.eye(3).to_sparse()}, "w is sparse"),
     "without values": ({"w": torch.ones(2, device="meta")}, "w is sparse, quantised or without values"),
-    "claims": ({"w": torch.zeros(1).expand(2**40)}, "w claims 1,099,511,627,776 numbers and holds fewer"),
-    "numbers as names": ({5: torch.zeros(1)}, "5 is a name in it, which must be text"),
+    "claims": ({"w": torch.zeros(1).expand(2**40)}, "w claims 1,099,511,627,776 numbers but holds fewer"),
+    "numbers as names": ({5: torch.zeros(1)}, "its key 5 must be text"),
     "nothing": ({}, "begins with []"),
     "one dimension": (
         {"model.1.weight": torch.zeros(3), "model.9.conv_block.1.weight": torch.zeros(1)},

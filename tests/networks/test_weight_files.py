@@ -1,4 +1,4 @@
-"""Published weight files from strangers: nothing in them is executed, none takes more memory than it has bytes."""
+"""Untrusted weight files: no code in them is executed, and none takes more memory than it has bytes."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ def test_code_is_never_run(place, zipped, tmp_path):
 
 
 ODD = {
-    "expanded": (lambda t: torch.zeros(1).expand(t.shape), "claims 294 numbers and holds fewer"),
-    "huge": (lambda t: torch.zeros(1).expand(2**40, 3, 7, 7), "numbers and holds fewer"),
+    "expanded": (lambda t: torch.zeros(1).expand(t.shape), "claims 294 numbers but holds fewer"),
+    "huge": (lambda t: torch.zeros(1).expand(2**40, 3, 7, 7), "numbers but holds fewer"),
     "no filters": (lambda t: torch.zeros(0, 3, 7, 7), "holds no numbers"),
     "no channels": (lambda t: torch.zeros(2, 0, 7, 7), "holds no numbers"),
-    "complex": (lambda t: t.to(torch.complex64), "weights are floats of 16 to 64 bits"),
-    "whole": (lambda t: t.int(), "weights are floats of 16 to 64 bits"),
-    "8 bits": (lambda t: t.to(torch.float8_e4m3fn), "weights are floats of 16 to 64 bits"),
+    "complex": (lambda t: t.to(torch.complex64), "weights must be floats of 16 to 64 bits"),
+    "whole": (lambda t: t.int(), "weights must be floats of 16 to 64 bits"),
+    "8 bits": (lambda t: t.to(torch.float8_e4m3fn), "weights must be floats of 16 to 64 bits"),
     "sparse": (lambda t: t.to_sparse(), "is sparse, quantised or without values"),
     "meta": (lambda t: t.to("meta"), "is sparse, quantised or without values"),
     "NaN": (lambda t: t * float("nan"), "not finite"),
@@ -78,13 +78,13 @@ def test_odd_tensors_are_refused(what, good, tmp_path):
 
 
 @pytest.mark.parametrize("content", [{}, [1], torch.zeros(3), {"state_dict": {}}, {0: torch.zeros(1)}, "text", None])
-def test_what_is_no_state_dict_is_refused(content, tmp_path):
+def test_other_contents_than_a_state_dict_are_refused(content, tmp_path):
     torch.save(content, tmp_path / "x.pth")
     refusal(tmp_path / "x.pth")
 
 
 def repacked(good: Path, path: Path, change) -> Path:
-    """The archive with other records, and right checksums."""
+    """Write the archive with changed records and right checksums."""
     with zipfile.ZipFile(good) as old, zipfile.ZipFile(path, "w") as new:
         for name in old.namelist():
             content, packing = change(name, old.read(name))
@@ -112,7 +112,7 @@ def test_odd_pickles_are_refused(what, good, tmp_path):
     refusal(repacked(good, tmp_path / "x.pth", change))
 
 
-def test_a_record_that_unpacks_to_gigabytes_is_not_unpacked(good, tmp_path):
+def test_a_compressed_record_is_not_unpacked(good, tmp_path):
     bomb = bytes(64 * 2**20)
 
     def change(name, content):
@@ -120,25 +120,25 @@ def test_a_record_that_unpacks_to_gigabytes_is_not_unpacked(good, tmp_path):
 
     path = repacked(good, tmp_path / "x.pth", change)
     assert path.stat().st_size < 2**20
-    assert "archive/data/0 is packed, which PyTorch never does" in refusal(path)
+    assert "archive/data/0 is compressed, but PyTorch writes no compressed files" in refusal(path)
 
 
-def test_files_of_every_kind_are_refused_at_once(good, tmp_path):
+def test_other_kinds_of_files_are_refused(good, tmp_path):
     for content in (b"", b"hello", b"PK\x05\x06" + bytes(18), b"\x89PNG\r\n\x1a\n"):
         (tmp_path / "x.pth").write_bytes(content)
         assert "not a PyTorch weight file, or a damaged one" in refusal(tmp_path / "x.pth")
     os.mkfifo(tmp_path / "fifo.pth")
     (tmp_path / "folder.pth").mkdir()
     (tmp_path / "loop.pth").symlink_to("loop.pth")
-    for name, message in (("fifo", "no regular file"), ("folder", "no regular file"), ("loop", "no such file")):
+    for name, message in (("fifo", "not a regular file"), ("folder", "not a regular file"), ("loop", "no such file")):
         assert message in refusal(tmp_path / f"{name}.pth")
     with pytest.raises(ValueError, match="no such file"):
         read_weights(tmp_path / "absent.pth")
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_damage_is_found_or_does_no_harm(seed, good, tmp_path):
-    """Bits flipped anywhere, or the end cut off: refused, or the same weights."""
+def test_damage_is_detected_or_harmless(seed, good, tmp_path):
+    """With a bit flipped anywhere, or truncated, a file is refused or gives the same weights."""
     content, whole, rng = good.read_bytes(), read_weights(good), random.Random(seed)
     refused = 0
     for number in range(60):
