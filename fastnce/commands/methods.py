@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..common.options import describe
+from ..common.streams import write_out
 from ..methods import NetworkOptions
 from ..methods.presets import PRESETS, Preset
 from .parsing import command_parser
@@ -53,10 +54,12 @@ def rows(name: str, preset: Preset) -> list[tuple[str, str]]:
 def main(arguments: list[str]) -> int:
     """List the methods with their papers, terms, networks and defaults."""
     command_parser("methods", main).parse_args(arguments)
+    lines = []
     for name, preset in PRESETS.items():
-        print(name)
+        lines.append(name)
         for heading, text in rows(name, preset):
             for i, line in enumerate(textwrap.wrap(text, COLUMNS - 14, break_on_hyphens=False)):
-                print(f"  {heading if i == 0 else '':<11} {line}")
-        print()
+                lines.append(f"  {heading if i == 0 else '':<11} {line}")
+        lines.append("")
+    write_out("\n".join(lines) + "\n")
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ..common.streams import give_up_stdout, stdout_takes
+from ..common.streams import give_up_stdout, stdout_takes, write_out
 from ..config import check, plan, resolve
 from ..engine.launch import launched, processes, start, watch_launcher, without
 from ..methods.presets import PRESETS
@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
         check(config)
     if args.dry_run:
         plan(config)
-        print(config.as_toml(), end="")
+        write_out(config.as_toml())
         return 0
     without_data = not (config.data.dir or config.data.dataset)
     if without_data or args.out is None:

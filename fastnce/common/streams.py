@@ -45,6 +45,25 @@ def sentence_of(error: OSError) -> str:
     return f"{name}{error.strerror or error}"
 
 
+def write_out(text: str) -> None:
+    """Write a text of any length to stdout.
+
+    A text longer than the stream's buffer meets a full disk inside of this call. The error then names stdout, and later
+    flushes do not repeat it.
+
+    Raises:
+        OSError: stdout is full. BrokenPipeError: its reader has stopped.
+    """
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        give_up_stdout()
+        raise OSError(error.errno, error.strerror, "standard output") from None
+
+
 def stdout_takes() -> bool:
     """Flush stdout; return whether that succeeded."""
     try:

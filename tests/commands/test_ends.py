@@ -120,7 +120,7 @@ def test_closed_streams(model, photos, pairs, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="no /dev/full here")
-@pytest.mark.parametrize("command", ["--version", "help", "rain", "train"])
+@pytest.mark.parametrize("command", ["--version", "help", "methods", "rain", "train"])
 def test_a_full_stdout(command, photos, tmp_path, monkeypatch, capsys):
     arguments = {
         "rain": ["rain", str(photos), "--out", str(tmp_path / "out")],
