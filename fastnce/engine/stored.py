@@ -113,7 +113,7 @@ def follow(path: Path) -> Path:
 
 @contextmanager
 def using(folder: Path) -> Iterator[None]:
-    """What does not fit in a checkpoint is told with its folder and a remedy."""
+    """Within: an error about a checkpoint names its folder and a remedy."""
     try:
         yield
     except ValueError as error:

@@ -54,7 +54,7 @@ def converted_weights(networks: Sequence[nn.Module], dtype: torch.dtype) -> Iter
                 held += [(layer, name, p) for name, p in layer._parameters.items() if p is not None]
     held = [entry for entry in held if entry[2].dtype == torch.float32]
     try:
-        # apart where they do not train: a function's results all require a gradient if one argument does
+        # frozen weights separately: all results of a function require a gradient if one argument does
         for trains in (True, False):
             chosen = [entry for entry in held if entry[2].requires_grad == trains]
             if chosen:
