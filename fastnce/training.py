@@ -58,9 +58,7 @@ def train_run(config: Config, out: str | os.PathLike[str], *, quiet: bool = Fals
             try:
                 return _train_rank(config, out, ranks, quiet or not ranks.first, state)
             except (RuntimeError, MemoryError) as error:
-                if isinstance(error, TrainingFailed) or not out_of_memory(
-                    error
-                ):  # whose message may quote the allocator
+                if isinstance(error, TrainingFailed) or not out_of_memory(error):  # it may quote the allocator
                     raise
                 raise TrainingFailed(too_large(error)) from None
 
@@ -185,7 +183,7 @@ def open_checked(
 
 
 def cache_run(config: Config) -> Iterator[str]:
-    """Build the caches that training with this configuration reads; yields one line per file."""
+    """Make the caches that training with this configuration reads; yields what to say of them, a line a file."""
     data = open_checked(config, check_plan(config), torch.device("cpu"), Ranks())
     before = data.cached()
     after = data.cached(decaying=True) if config.optim.n_epochs_decay else {}

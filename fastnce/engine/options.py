@@ -65,7 +65,7 @@ class RunOptions:
     monitor_every: int = option(500, "steps between checks of the translated samples; 0 never", low=0)
     validate_every: int = option(0, "steps between measures of held-out pairs (see data.validate); 0 never", low=0)
     validate_pictures: int = option(25, "so many pairs at most, spread over the set; 0 takes all", low=0)
-    save_every: int = option(1000, "steps between checkpoints; 0: one at the end, or when the run stops", low=0)
+    save_every: int = option(1000, "steps between checkpoints; 0: one at the end, or where it is stopped", low=0)
     keep: int = option(2, "checkpoints to keep", low=2)
     threads: int = option(0, "CPU threads; 0 leaves the library's choice", low=0, high=1_024)
     tensorboard: bool = option(False, "also write TensorBoard events")
