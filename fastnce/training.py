@@ -1,4 +1,4 @@
-"""Training as a configuration names it: method, data, validation, ranks; what `fastnce train` runs.
+"""Train as a configuration says: what `fastnce train` runs.
 
 from fastnce.config import resolve
 from fastnce.training import train_run
@@ -40,10 +40,14 @@ from .translate.translator import Translator
 
 
 def train_run(config: Config, out: str | os.PathLike[str], *, quiet: bool = False) -> int:
-    """Build everything that a configuration names and train; returns the steps done.
+    """Build everything that a configuration names, and train; returns the steps done.
+
+    Args:
+        out: the folder of the run. If it holds a run of the same configuration, that run continues.
+        quiet: print nothing.
 
     Raises:
-        ValueError: what cannot be trained, or (`InUse`) another process that trains in this folder.
+        ValueError: the configuration or its images cannot be trained, or (`InUse`) another process trains in `out`.
         TrainingFailed: as `fastnce.engine.loop.train`.
     """
     out = Path(out)
@@ -55,17 +59,17 @@ def train_run(config: Config, out: str | os.PathLike[str], *, quiet: bool = Fals
             try:
                 return _train_rank(config, out, ranks, quiet or not ranks.first, state)
             except (RuntimeError, MemoryError) as error:
-                if isinstance(error, TrainingFailed) or not out_of_memory(error):  # it quotes the allocator
+                if isinstance(error, TrainingFailed) or not out_of_memory(error):  # it may quote the allocator
                     raise
                 raise TrainingFailed(too_large(error)) from None
 
 
 @contextmanager
 def hold_run(out: Path) -> Iterator[None]:
-    """Nobody else trains in this folder; what killed processes left unfinished in it is removed.
+    """Within: no other process trains in this folder. Partial files of killed processes are removed first.
 
     Raises:
-        InUse: another process does.
+        InUse: another process trains in it.
     """
     with hold(out, "fastnce train", "take another --out"):
         for folder in (out, out / "samples"):
@@ -119,13 +123,13 @@ def _train_rank(config: Config, out: Path, ranks: Ranks, quiet: bool, state: dic
 
 
 def check_plan(config: Config) -> Method:
-    """Refuse what cannot be trained whatever the pictures and the device are, before anything takes memory.
+    """Refuse a configuration that cannot be trained with any images or device, before allocating memory.
 
     Returns:
         the method on the meta device.
 
     Raises:
-        ValueError: options out of range, that contradict each other, or crops that do not fit the networks.
+        ValueError: options are out of range or contradict each other, or crops do not fit the networks.
     """
     planned = plan(config)
     check_parts(planned, config.optim.accumulate)
@@ -165,13 +169,13 @@ def _open_validation(config: Config, device: torch.device, ranks: Ranks, quiet: 
 def open_checked(
     config: Config, method: Method, device: torch.device, ranks: Ranks, quiet: bool = False
 ) -> UnpairedData | SinglePictureData:
-    """`open_data`, and pictures that would end a run later are refused now.
+    """`open_data`, and refuse images that would end the run later.
 
     Args:
-        method: of `check_plan`.
+        method: as `check_plan` returns.
 
     Raises:
-        ValueError: pictures that cannot be read, or whose size does not fit.
+        ValueError: an image cannot be read, or its size does not fit.
     """
     options = config.data
     data = open_data(config, device, ranks, quiet)
@@ -184,7 +188,7 @@ def open_checked(
         )
         method.check_sizes(options.batch, a, b, "resize the pictures or set data.preprocess=resize_and_crop")
     if config.run.sample_every or config.run.monitor_every:
-        data.samples(max(config.run.samples, 2))  # a picture that cannot be read is named now, not at step 500
+        data.samples(max(config.run.samples, 2))  # so that an unreadable file is named now, not at step 500
     return data
 
 
@@ -215,7 +219,7 @@ def cache_run(config: Config) -> Iterator[str]:
 def open_data(
     config: Config, device: torch.device, ranks: Ranks, quiet: bool = False
 ) -> UnpairedData | SinglePictureData:
-    """The data set that a configuration names."""
+    """Open the data set that a configuration names."""
     options, network = config.data, config.network
     if network.in_channels != network.out_channels:
         raise ValueError(
@@ -264,11 +268,12 @@ def open_data(
 
 
 def side(size: int | list[int]) -> int | tuple[int, int]:
+    """A size of the configuration as a data set takes it."""
     return size if isinstance(size, int) else (size[0], size[1])
 
 
 def check_place(config: Config, out: Path) -> None:
-    """ValueError where no run can be in this place."""
+    """ValueError if no run can be in the folder `out`."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: a file is in the way, a folder is needed")
     if config.data.dir and out.exists() and out.resolve() == Path(config.data.dir).resolve():
@@ -276,13 +281,13 @@ def check_place(config: Config, out: Path) -> None:
 
 
 def check_same_run(config: Config, out: Path, processes: int = 1) -> dict[str, Any] | None:
-    """A run is continued by the same configuration only, and with the same batch of all processes.
+    """Check that `out` is empty or holds a run with this configuration and this batch size of all processes.
 
     Returns:
-        the state of the newest checkpoint; None where the run begins.
+        the state of the newest checkpoint; None if there is none.
 
     Raises:
-        ValueError: it is another run, or all its checkpoints are damaged.
+        ValueError: it holds another run, or all of its checkpoints are damaged.
     """
     found = Checkpoints(out / "checkpoints", log=lambda sentence: None).state()
     if found is None:

@@ -1,15 +1,15 @@
-"""Checkpoints that are whole or absent: written aside, flushed to the disk, verified when read.
+"""Checkpoints that are complete or absent: written aside, flushed to the disk, verified when read.
 
     checkpoints/step-00001000/{generator.safetensors, training.safetensors, state.json}
-    checkpoints/latest                names the newest whole one
-    checkpoints/good                  names the newest that a good step has followed
-    checkpoints/best                  names the one that did best on held-out pairs, where a run has them
+    checkpoints/latest                names the newest complete one
+    checkpoints/good                  names the newest one that is known to be good
+    checkpoints/best                  names the best one on held-out pairs, if the run has any
 
-`generator.safetensors` is what translation needs; `training.safetensors` is everything that the next step depends on.
+Translation needs `generator.safetensors`; `training.safetensors` is everything that the next step depends on.
 
 A step can ruin the weights and leave them finite, so that all later steps are bad. A checkpoint is therefore known to
-be good only when its tensors are finite, no row of bad steps was open, and a later step was good. The newest such one
-is kept whatever comes after it.
+be good only if its tensors are finite, the step before it was good, and a later step was good. The newest good one is
+never deleted.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ Found = TypeVar("Found")
 
 
 class NotSaved(OSError):
-    """A checkpoint could not be written; the older ones are untouched. `strerror` is a sentence."""
+    """A checkpoint could not be written; older ones are untouched. `strerror` is the sentence for the user."""
 
 
 class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-        folder: `RUN/checkpoints`, made if need be.
-        keep: how many to keep; at least two, so that one is whole whatever happens to the newest.
-        log: receives one sentence about anything unusual.
+        folder: `RUN/checkpoints`, created if needed.
+        keep: how many to keep; at least two, so that one is left if the newest is damaged.
+        log: receives a sentence about anything unusual.
     """
 
     def __init__(self, folder: Path, keep: int = 2, log: Log = print):
@@ -52,11 +52,11 @@ class Checkpoints:
         self.keep = max(2, keep)
         self.log = log
         self._unproven: list[Path] = []
-        """Sound ones that no good step has followed yet, as far as is known."""
+        """Checkpoints with finite tensors that are not yet known to be good."""
         self._damaged: set[Path] = set()
-        """Told to the user, and not counted among those to keep."""
+        """Reported to the user, and not counted among those to keep."""
         self._unnamed: dict[str, Path] = {}
-        """What pointers should name and do not yet, because the disk did not take them."""
+        """Pointers that still have to be written, with their checkpoints."""
 
     def steps(self) -> list[Path]:
         """Folders of finished checkpoints, oldest first."""
@@ -64,14 +64,14 @@ class Checkpoints:
         return sorted((path for path in found if (path / "state.json").exists()), key=lambda path: step_of(path) or 0)
 
     def clean(self) -> None:
-        """Remove what killed processes left; for the holder of the run's lock."""
+        """Remove what killed processes left. The caller holds the run's lock."""
         sweep(self.folder, held=True)
         for path in self.folder.glob("*step-*") if self.folder.is_dir() else ():
             if not path.is_dir() or path.is_symlink() or (path / "state.json").exists():
                 continue
-            if {entry.name for entry in path.iterdir()} <= set(states.FILES):  # half deleted
+            if {entry.name for entry in path.iterdir()} <= set(states.FILES):  # partly deleted
                 shutil.rmtree(path, ignore_errors=True)
-        for path in self.folder.glob(".partial-*"):  # of versions before these names
+        for path in self.folder.glob(".partial-*"):  # the name in earlier versions
             shutil.rmtree(path, ignore_errors=True)
 
     def save(
@@ -86,11 +86,14 @@ class Checkpoints:
         """Write one checkpoint.
 
         Args:
-            training: its "bad_steps", if there is one, is the length of the open row of bad steps.
-            best: it is also named so, and stays until another one is.
+            step: steps done.
+            generator, training: the tensors of the two files. `training["bad_steps"]`, if present, is the number of
+                consecutive bad steps up to now.
+            state: added to state.json.
+            best: let the pointer `best` name it.
 
         Raises:
-            NotSaved: any error of the disk; its message has the path, what the system says and the bytes needed.
+            NotSaved: an error of the disk; the message has the path, the system's reason and the bytes needed.
         """
         final = self.folder / f"step-{step:08d}"
         partial = self.folder / partial_name()
@@ -105,9 +108,9 @@ class Checkpoints:
             digests = {}
             for name, part in tensors.items():
                 (partial / name).touch()
-                mode = (partial / name).stat().st_mode & 0o777  # as the umask has it
+                mode = (partial / name).stat().st_mode & 0o777  # follows the umask
                 save_file(part, partial / name)
-                (partial / name).chmod(mode)  # the library lets nobody else read what it writes
+                (partial / name).chmod(mode)  # the library denies others to read
                 flush_to_disk(partial / name)
                 digests[name] = digest_of(partial / name)
             finite, rest_finite = map(all_finite, tensors.values())
@@ -116,7 +119,7 @@ class Checkpoints:
             (partial / "state.json").write_text(text, encoding="utf-8")
             flush_to_disk(partial / "state.json")
             flush_to_disk(partial)
-            self._remove(final)  # left by an earlier run of the same step
+            self._remove(final)  # of an earlier run
             partial.rename(final)
             flush_to_disk(self.folder)
         except Exception as error:
@@ -142,12 +145,12 @@ class Checkpoints:
         self._damaged.discard(final)
         for old in [path for path in self.steps() if path not in self._damaged][: -self.keep]:
             if old not in kept:
-                with suppress(OSError):  # a disk that fails; the checkpoint is there, and the old one too
+                with suppress(OSError):  # the new checkpoint is complete all the same
                     self._remove(old)
         return final
 
     def good(self, step: int, bad: int) -> Path | None:
-        """The newest checkpoint that is known to be good after `step`, with `bad` bad steps in a row up to there."""
+        """The newest checkpoint that is known to be good, after `step` and `bad` consecutive bad steps up to it."""
         proven = [path for path in self._unproven if (step_of(path) or 0) < step - bad]
         if not proven:
             return self._named("good")
@@ -155,17 +158,17 @@ class Checkpoints:
         return proven[-1]
 
     def _remove(self, path: Path) -> None:
-        """Out of sight first: what is half deleted must not look like a checkpoint."""
+        """Rename, then delete: a partly deleted folder must not look like a checkpoint."""
         if not os.path.lexists(path):
             return
         away = path.with_name(partial_name())
         path.rename(away)
         shutil.rmtree(away, ignore_errors=True)
         with suppress(OSError):
-            away.unlink()  # where it was a file
+            away.unlink()  # if it is a file
 
     def _point(self) -> None:
-        """Name what is to be named; what the disk does not take now is tried again after the next checkpoint."""
+        """Write the pending pointers. If the disk refuses one, the next checkpoint tries again."""
         for name, path in list(self._unnamed.items()):
             try:
                 write_whole(self.folder / name, path.name.encode())
@@ -174,12 +177,12 @@ class Checkpoints:
                 self.log(f"{self.folder / name}: {error.strerror or error}; {path.name} is saved all the same")
 
     def _named(self, name: str) -> Path | None:
-        """The folder that a pointer names, or None where there is no such pointer or checkpoint."""
+        """The folder that a pointer names; None if there is no such pointer or checkpoint."""
         path = self._unnamed.get(name) or self._pointed(name)
         return path if path is not None and (path / "state.json").exists() else None
 
     def _pointed(self, name: str) -> Path | None:
-        """As `_named`, by what is on the disk, which may not have taken the newest name."""
+        """As `_named`, as written on the disk, which may be older."""
         try:
             path = follow(self.folder / name)
         except (OSError, ValueError):
@@ -187,7 +190,7 @@ class Checkpoints:
         return path if (path / "state.json").exists() else None
 
     def best(self) -> tuple[Path, dict[str, Any]] | None:
-        """The checkpoint that `best` names and its state, or None where there is none that is whole."""
+        """The checkpoint that `best` names, and its state; None if there is none or it is damaged."""
         path = self._named("best")
         if path is None:
             return None
@@ -198,9 +201,9 @@ class Checkpoints:
             return None
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any], Path] | None:
-        """The newest whole checkpoint as (training tensors, state, folder), or None where there is none.
+        """The newest complete checkpoint as (training tensors, state, folder); None if there is none.
 
-        A damaged one is passed over with a sentence; when all are damaged, a ValueError says so.
+        Damaged ones are skipped and logged; if all are damaged, a ValueError says so.
         """
 
         def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], Path]:
@@ -219,10 +222,10 @@ class Checkpoints:
         return self.newest(lambda path: (read_state(path), path))
 
     def newest(self, read: Callable[[Path], Found]) -> Found | None:
-        """What `read` makes of the newest checkpoint of which it makes something; the others are told.
+        """What `read` returns for the newest checkpoint for which it does not fail; the others are logged.
 
         Raises:
-            ValueError: there are checkpoints, and nothing can be made of any.
+            ValueError: `read` fails for every checkpoint.
         """
         failed: dict[Path, str] = {}
         while left := [path for path in self.steps() if path not in failed]:
@@ -233,7 +236,7 @@ class Checkpoints:
                 failed[path] = reason_of(error)
                 continue
             for other, reason in failed.items():
-                if other.exists():  # else a run that goes on has removed it meanwhile
+                if other.exists():  # a running training may have removed it
                     self._damaged.add(other)
                     remedy = "remove it to be rid of this message"
                     self.log(f"{other} is damaged ({reason}): {path.name} is taken; {remedy}")
@@ -248,15 +251,15 @@ class Checkpoints:
 
 
 def open_checkpoint(source: Path, files: tuple[str, ...] = states.FILES) -> tuple[Path, dict[str, Any]]:
-    """The folder and the state of a checkpoint, with a configuration.
+    """The folder and the state of a checkpoint that holds a configuration.
 
     Args:
-        source: a checkpoint's folder, or RUN/checkpoints/best, or a run: of that the newest one that is whole and
-            finite. A warning names those that are passed over.
-        files: that have to be what was written.
+        source: a checkpoint's folder, or RUN/checkpoints/best, or a run. Of a run, the newest checkpoint that is
+            complete and finite is taken; a warning names those that are skipped.
+        files: the files whose digests are verified.
 
     Raises:
-        ValueError: there is none, or the one that is named is damaged.
+        ValueError: there is none, or the named one is damaged.
     """
 
     def read(folder: Path) -> tuple[Path, dict[str, Any]]:
@@ -285,7 +288,7 @@ def open_checkpoint(source: Path, files: tuple[str, ...] = states.FILES) -> tupl
 
 
 def _of_the_system(error: Exception) -> OSError | None:
-    """The system's error that this is, or that the library for tensors has put into a text; else None."""
+    """The system's error, also if the tensor library has put it into a text; None for other errors."""
     if isinstance(error, OSError):
         return error if error.errno is not None else None
     number = re.search(r"os error (\d+)", str(error))

@@ -1,7 +1,7 @@
-"""Several processes, one run: `torchrun --nproc_per_node=N -m fastnce train ...`.
+"""Train with several processes: `torchrun --nproc_per_node=N -m fastnce train ...`.
 
-Every rank computes the same networks on its own share of the batch; gradients are averaged in one flat all-reduce a
-phase. N ranks of batch b take the steps of one process of batch N*b: the same pictures, crops and patch ids.
+Every rank applies the same networks to its own share of the batch. Gradients are averaged in one flat all-reduce per
+phase. N ranks of batch b take the steps of one process of batch N*b: the same images, crops and patch ids.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ from torch import Tensor, nn
 from .stop import default
 
 FIRST_STEP_SECONDS = 300
-"""The first steps may compile; after them, a rank that is silent for STEP_SECONDS is taken for dead."""
+"""How long a rank may be silent during the first steps, which may compile."""
 STEP_SECONDS = 100
+"""How long a rank may be silent after them."""
 
 
 class RankLost(RuntimeError):
-    """Another rank is gone or silent; the message says what this one was waiting for."""
+    """Another rank is gone or silent; the message says what this rank was waiting for."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of the run; alone by default."""
+    """The place of this process among those of a run; a single process by default."""
 
     rank: int = 0
     world: int = 1
@@ -38,26 +39,26 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this one writes: logs, samples, checkpoints."""
+        """Whether this is the rank that writes logs, samples and checkpoints."""
         return self.rank == 0
 
     def device(self, name: str) -> str:
-        """The accelerator of this rank where the run's device leaves it open."""
+        """The device of this rank: `name`, with the rank's own index if it names none."""
         if self.world > 1 and name in ("auto", "cuda", "xpu") and torch.accelerator.is_available():
             kind = torch.accelerator.current_accelerator()
             return f"{kind.type if kind else name}:{self.local}"
         return name
 
     def broadcast(self, modules: Sequence[nn.Module]) -> None:
-        """Give every rank the first one's parameters and buffers."""
+        """Copy the first rank's parameters and buffers to every rank."""
         if self.world > 1:
             with _watch("the first parameters"):
                 for tensor in _tensors(modules):
-                    # a parameter as it is would be tied to the exchange in its graph, and keep the group alive
+                    # detached: else autograd would record the exchange, and keep the process group alive
                     dist.broadcast(tensor.detach(), src=0)
 
     def average(self, tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-        """Mean over ranks of each tensor, laid out in memory as `like`; one all-reduce for all of them."""
+        """The mean over ranks of each tensor, with the strides of `like`, in one all-reduce."""
         present = [(i, t) for i, t in enumerate(tensors) if t is not None]
         if self.world == 1 or not present:
             return tuple(tensors)
@@ -77,14 +78,14 @@ class Ranks:
         return tuple(result)
 
     def others(self, tensor: Tensor) -> Tensor:
-        """What the other ranks have in the place of a tensor of one shape, (...) -> (world - 1, ...); constants."""
+        """The tensors that the other ranks pass in this call, (...) -> (world - 1, ...), without gradients."""
         every = tensor.new_empty(self.world, *tensor.shape)
         with _watch("the others' keys"):
             dist.all_gather_into_tensor(every.flatten(), tensor.detach().contiguous().flatten())
         return torch.cat([every[: self.rank], every[self.rank + 1 :]])
 
     def mean(self, values: Tensor) -> Tensor:
-        """Mean of a small tensor over ranks, for logs."""
+        """The mean of a small tensor over ranks, for logs."""
         if self.world == 1:
             return values
         values = values.clone()
@@ -103,13 +104,13 @@ class Ranks:
 
     @contextmanager
     def together(self, device: torch.device) -> Iterator[None]:
-        """What is within succeeds on all ranks or fails on all: one that ends alone leaves the others waiting.
+        """Within: code that succeeds on all ranks or fails on all. A rank that failed alone would leave others waiting.
 
-        Nothing within may exchange anything.
+        The code must not communicate.
 
         Raises:
-            ValueError: where another rank has failed by the user's mistake (a `ValueError` or an `OSError` there).
-            RankLost: where it has failed otherwise.
+            ValueError: another rank has failed by a mistake of the user (a `ValueError` or an `OSError` there).
+            RankLost: another rank has failed otherwise.
         """
         if self.world == 1:
             yield
@@ -133,10 +134,10 @@ class Ranks:
             raise failed
 
     def check_drift(self, modules: Sequence[nn.Module]) -> None:
-        """RuntimeError when the ranks' parameters are no longer bit-equal (they have been updated differently)."""
+        """RuntimeError if the ranks' parameters are not bit-equal, because they were updated differently."""
         if self.world == 1:
             return
-        # two sums that a difference in any bit almost surely changes, compared as the integers that they are
+        # almost any difference changes one of these two integer sums
         sums = []
         for tensor in _tensors(modules):
             bits = tensor.detach().contiguous().view(torch.uint8).flatten().to(torch.int64)
@@ -153,13 +154,13 @@ class Ranks:
             )
 
     def settle(self) -> None:
-        """When every kind of step has been compiled: from now on a silent rank is noticed sooner."""
+        """Shorten the timeout. Call it once every kind of step has been compiled."""
         if self.world > 1:
             dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=STEP_SECONDS), dist.group.WORLD)
 
 
 def fails_everywhere(error: Exception) -> bool:
-    """Whether all ranks have failed in `Ranks.together`, and so may still exchange something."""
+    """Whether all ranks have failed in `Ranks.together`, and so can still communicate."""
     return bool(error.__dict__.get("everywhere"))
 
 
@@ -169,7 +170,7 @@ def _tensors(modules: Sequence[nn.Module]) -> list[Tensor]:
 
 @contextmanager
 def _watch(what: str) -> Iterator[None]:
-    """Turns the library's errors about lost peers into one sentence."""
+    """Within: the library's errors about lost peers become one `RankLost`."""
     try:
         yield
     except (RuntimeError, dist.DistBackendError) as error:
@@ -178,10 +179,10 @@ def _watch(what: str) -> Iterator[None]:
 
 
 def read_ranks() -> Ranks:
-    """What the launcher's variables say, before anything is connected; `Ranks()` where there are none.
+    """The ranks that the launcher's variables describe, before anything is connected; `Ranks()` without a launcher.
 
     Raises:
-        ValueError: a variable is missing or out of range, so that the processes would wait for each other in vain.
+        ValueError: a variable is missing or out of range. The processes would wait for each other forever.
     """
     if "WORLD_SIZE" not in os.environ:
         return Ranks()
@@ -197,13 +198,13 @@ def read_ranks() -> Ranks:
     try:
         socket.getaddrinfo(address, None)
     except (OSError, UnicodeError) as error:
-        if getattr(error, "errno", None) != socket.EAI_AGAIN:  # a name server that is late is not the user's mistake
+        if getattr(error, "errno", None) != socket.EAI_AGAIN:  # a slow name server is not a mistake of the user
             raise ValueError(f"MASTER_ADDR={address!r} names no machine: start with torchrun") from None
     return ranks
 
 
 def _number(name: str, least: int, most: int | None = None) -> int:
-    """A variable of the launcher; the least value where it is not set."""
+    """The value of a launcher's variable; `least` if it is not set."""
     text = os.environ.get(name, str(least))
     if text.isdecimal() and int(text) >= least and (most is None or int(text) <= most):
         return int(text)
@@ -214,7 +215,7 @@ def _number(name: str, least: int, most: int | None = None) -> int:
 
 @contextmanager
 def ranks_of_launcher(device: str) -> Iterator[Ranks]:
-    """The ranks that torchrun (or SLURM through it) started, connected; `Ranks()` where there is no launcher."""
+    """Within: the ranks that torchrun (or SLURM through it) started, connected; `Ranks()` without a launcher."""
     ranks = read_ranks()
     if ranks.world == 1:
         yield ranks
@@ -239,7 +240,7 @@ def ranks_of_launcher(device: str) -> Iterator[Ranks]:
     try:
         yield ranks
     except RankLost:
-        raise  # taking the group down would wait for the lost rank, or abort
+        raise  # destroying the group would wait for the lost rank, or abort
     except BaseException:
         dist.destroy_process_group()
         raise

@@ -1,7 +1,7 @@
-"""One process for each accelerator of this machine, from one command: `fastnce train ... --nproc auto`.
+"""Start one process per accelerator of this machine with one command: `fastnce train ... --nproc auto`.
 
-The same as `torchrun --standalone --nproc_per_node=N -m fastnce train ...`, but shorter to type. Signals are passed on
-as they are, exit codes are those of one process, and no process stays behind.
+It does the same as `torchrun --standalone --nproc_per_node=N -m fastnce train ...`. Signals are passed on, the exit
+code is that of one process, and no process is left behind.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from .stop import end_with_parent, handled, heeded
 
 COMMAND = [sys.executable, "-m", "fastnce"]
 LAUNCHER = "FASTNCE_LAUNCHER"
-"""Variable with the number of the process that started this one."""
+"""The environment variable with the id of the process that started this one."""
 GRACE = 10.0
-"""Seconds that the others have to end after one has failed."""
+"""Seconds that the other processes have to end after one has failed."""
 
 
 def processes(text: str, device: str) -> int:
-    """How many "auto" or a number mean on this machine; ValueError for more than it can serve.
+    """The number of processes that `--nproc` asks for; ValueError if this machine cannot run so many.
 
     Args:
-        text: of `--nproc`; "auto" is one for each accelerator, or one process on the CPU.
-        device: the run's (`run.device`); with "cpu" up to eight share a core.
+        text: of `--nproc`; "auto" is one process per accelerator, or one on the CPU.
+        device: `run.device`; with "cpu", up to eight processes per core are allowed.
     """
     there = torch.accelerator.device_count() if device != "cpu" else 0
     if text == "auto":
@@ -55,8 +55,8 @@ def launched() -> bool:
 def start(number: int, arguments: list[str]) -> int:
     """Run `fastnce ARGUMENTS` in `number` connected processes until all end; returns the exit code.
 
-    Every signal is passed on to all of them. They have sessions of their own, so that a terminal's Ctrl-C comes once.
-    When one fails, the others have `GRACE` seconds to notice and end. When this process is killed, they save and end.
+    Every signal is passed on to all of them. Each has a session of its own, so it receives a terminal's Ctrl-C once.
+    If one fails, the others have `GRACE` seconds to notice and end. If this process is killed, they save and end.
     """
     environment = os.environ | {"WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // number)))
@@ -82,7 +82,7 @@ def start(number: int, arguments: list[str]) -> int:
 
 
 def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
-    """The exit code of the first that failed; 128 + n where signal n ended it; 0 where none did."""
+    """The exit code of the first process that failed, 128 + n if signal n ended it; 0 if none failed."""
     failed: int | None = None
     since = 0.0
     while None in [rank.poll() for rank in ranks]:
@@ -104,13 +104,13 @@ def _free_port() -> int:
 
 
 def watch_launcher() -> None:
-    """In a process of several: end, saved, when the launcher that started it is gone."""
+    """In a launched process: save and end when the launcher is gone."""
     if os.environ.get(LAUNCHER) or os.environ.get("TORCHELASTIC_RUN_ID"):
         end_with_parent(int(os.environ.get(LAUNCHER) or os.getppid()))
 
 
 def without(arguments: list[str], name: str) -> list[str]:
-    """Arguments without an option `--name VALUE` or `--name=VALUE`."""
+    """The arguments without the option `--name VALUE` or `--name=VALUE`."""
     kept, skip = [], False
     for argument in arguments:
         if not skip and argument != name and not argument.startswith(f"{name}="):

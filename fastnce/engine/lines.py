@@ -1,4 +1,4 @@
-"""Text files that grow by whole lines, whatever the disk does: `log.txt` and `metrics.jsonl`."""
+"""Text files that grow by complete lines even if the disk fails: `log.txt` and `metrics.jsonl`."""
 
 from __future__ import annotations
 
@@ -13,28 +13,27 @@ from ..common.writing import named
 
 
 class Lines:
-    """A file that lines are added to, each of them whole or not at all.
+    """A file to which lines are appended, each completely or not at all.
 
-    A line goes to the file's end in one write. Of a line that the disk takes in part, that part is cut off again, and
-    the next line is tried anew. What a killed process left of a last line is dealt with when the file is opened.
+    A line is appended in one write. If the disk takes only a part of it, that part is cut off again. An unfinished last
+    line of a killed process is handled when the file is opened.
 
     Args:
-        path: made if need be.
-        json_only: each line is a JSON object, so an unfinished one is cut off. In other files it stays, as a line of
-            its own.
+        path: created if needed.
+        json_only: each line is a JSON object, so an unfinished one is cut off. In other files it stays, and is ended.
 
     Raises:
-        OSError: the file cannot be opened; it names the file.
+        OSError: the file cannot be opened; the error names it.
     """
 
     def __init__(self, path: Path, json_only: bool = False):
         self.path = path
         self.cut = 0
-        """Bytes of an unfinished last line that were cut off."""
+        """Bytes of an unfinished last line that were cut off when the file was opened."""
         self.lost = 0
-        """Lines that could not be written since the last one that could."""
+        """Lines that could not be written since the last successful one."""
         self._number = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
-        self._regular = stat.S_ISREG(os.fstat(self._number).st_mode)  # a pipe or a device cannot be cut
+        self._regular = stat.S_ISREG(os.fstat(self._number).st_mode)  # a pipe or a device cannot be truncated
         self._torn = False
         if self._regular and os.fstat(self._number).st_size:
             self._mend(json_only)
@@ -52,16 +51,16 @@ class Lines:
                 raise named(error, self.path) from None
             self.cut = len(rest)
         else:
-            self._torn = True  # the next line begins with the end of this one
+            self._torn = True  # the next write ends this line first
 
     def write(self, line: str) -> OSError | None:
-        """Add a line; returns the error if it could not be."""
+        """Append a line; returns the error if it fails."""
         torn = self._torn
         left = f"{chr(10) if torn else ''}{line}\n".encode("utf-8", "backslashreplace")
         try:
             before = os.fstat(self._number).st_size
             try:
-                while left:  # a second time only to learn why the first one was short
+                while left:  # after a short write, a second one to learn the reason
                     left = left[os.write(self._number, left) :]
             except OSError:
                 if self._regular:
@@ -76,7 +75,7 @@ class Lines:
         return None
 
     def close(self) -> None:
-        with suppress(OSError):  # what a shared disk says only now
+        with suppress(OSError):  # which a network disk may report only now
             os.close(self._number)
 
 

@@ -1,4 +1,4 @@
-"""What a run says: a progress line, `log.txt`, `metrics.jsonl`, TensorBoard if asked, and grids of sample pictures."""
+"""The output of a run: progress lines, `log.txt`, `metrics.jsonl`, TensorBoard events and sample grids."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from .lines import Lines
 class RunLog:
     """Writes to the terminal and into the run's folder.
 
-    A file that cannot be written ends nothing: that is said once, each next line is tried, and when it can be written
-    again that is said, too. A terminal that is gone is written to no more.
+    A file that cannot be written does not end a run: the first failure and the first success after it are reported,
+    and every line is tried. If the terminal is gone, nothing more is printed.
 
     Args:
-        folder: the run's.
+        folder: of the run; created if needed.
         tensorboard: also write TensorBoard events (needs the extra `tensorboard`).
-        quiet: nothing on the terminal.
+        quiet: print nothing on the terminal.
 
     Raises:
-        OSError: a file cannot be opened; it is named.
+        OSError: a file cannot be opened; the error names it.
     """
 
     def __init__(self, folder: Path, tensorboard: bool = False, quiet: bool = False):
@@ -44,23 +44,23 @@ class RunLog:
         self._open_line = False
         self._board: Any = None
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # `check_run` has looked for it
+            from torch.utils.tensorboard import SummaryWriter  # optional; `check_run` has checked that it is installed
 
             self._board = SummaryWriter(str(folder / "tensorboard"))
         if self._metrics.cut:
             self.say(f"{self._metrics.path}: its last line was not finished, its {self._metrics.cut} bytes are cut off")
 
     def say(self, sentence: str) -> None:
-        """One line to the terminal and to log.txt."""
+        """Write one line to the terminal and to log.txt."""
         self._show(sentence)
         self.note(sentence)
 
     def note(self, sentence: str) -> None:
-        """One line to log.txt alone."""
+        """Write one line to log.txt alone."""
         self._add(self._text, sentence)
 
     def progress(self, line: str) -> None:
-        """The progress line: rewritten in place on a terminal, one line each time elsewhere."""
+        """Show a progress line: on a terminal it replaces the one before, elsewhere it is a line of its own."""
         self.note(line)
         if self._live:
             self._print(f"\r{line}\x1b[K")
@@ -69,7 +69,7 @@ class RunLog:
             self._print(f"{line}\n")
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
-        """One JSON object a line; numbers that are not finite become strings, so that every line parses."""
+        """Append one JSON object. Numbers that are not finite become strings, so that every line parses."""
         clean = {k: v if math.isfinite(v) else str(v) for k, v in values.items()}
         self._add(self._metrics, json.dumps({"step": step, **clean}))
         if self._board is None:
@@ -77,7 +77,7 @@ class RunLog:
         try:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
-        except Exception as error:  # of a thread that writes, whatever that raised: it comes late, and again each time
+        except Exception as error:  # raised late by a writing thread, and again at each call
             self._close_board()
             reason = getattr(error, "strerror", None) or error
             self.say(f"TensorBoard: {reason}; training goes on without it, metrics.jsonl has the same numbers")
@@ -93,7 +93,7 @@ class RunLog:
         if file is not self._text:
             self.say(sentence)
         elif self._quiet:
-            tell(sentence, 0)  # else nobody would know
+            tell(sentence, 0)  # the only place that is left
         else:
             self._show(sentence)
 
@@ -108,7 +108,7 @@ class RunLog:
             self._print(f"{sentence}\n")
 
     def _print(self, text: str) -> None:
-        """A terminal that is gone, or a reader such as head that has seen enough, does not end a run."""
+        """Print. A closed terminal, or a reader such as head that has ended, does not end a run."""
         try:
             print(text, end="", flush=True)
         except (OSError, ValueError):
@@ -116,7 +116,7 @@ class RunLog:
 
     def _close_board(self) -> None:
         board, self._board = self._board, None
-        with suppress(Exception):  # it tries to write what is left
+        with suppress(Exception):  # closing writes what is left
             if board is not None:
                 board.close()
 
@@ -128,7 +128,7 @@ class RunLog:
 
 
 class Silence:
-    """What a rank that does not write has in place of a `RunLog`."""
+    """Replaces a `RunLog` on ranks that do not write."""
 
     def say(self, sentence: str) -> None: ...
 
@@ -142,7 +142,7 @@ class Silence:
 
 
 class Pace:
-    """Images a second, time left, and the share of time spent waiting for data, over the steps since the last line."""
+    """Measures images per second, the time left and the share of time spent on data, since the last `read`."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
@@ -158,7 +158,7 @@ class Pace:
         now = time.perf_counter()
         seconds = max(now - self._start, 1e-9)
         a_step = seconds / max(self._steps, 1)
-        # the time left follows a running mean, so that one slow interval does not throw it
+        # a running mean, so that one slow interval does not distort the time left
         self._average = a_step if self._average is None else 0.7 * self._average + 0.3 * a_step
         result = {
             "images_per_second": batch / a_step,
@@ -170,17 +170,18 @@ class Pace:
 
 
 def clock(seconds: float) -> str:
-    """1:02:03 or 2:03."""
+    """A duration as 1:02:03 or 2:03."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
 
 
 def save_grid(pictures: dict[str, Tensor], path: Path, margin: int = 4) -> None:
-    """A PNG with one column a name and one row a picture.
+    """Write a PNG with one column per name and one row per image.
 
     Args:
-        pictures: name -> (images, 1 or 3 channels (of more the first three), height, width) in [-1, 1].
+        pictures: by name, (images, channels, height, width) in [-1, 1]. With 3 or more channels, the first three are
+            shown as RGB; else the first one.
     """
     columns = list(pictures.values())
     header = 14

@@ -1,4 +1,4 @@
-"""The training loop: resume, step, log, sample, save, and stop when asked.
+"""The training loop: resume, step, log, validate, save and stop.
 
 The random choices of a step follow from (seed, rank, step) alone, so a run that was interrupted continues bit for bit.
 """
@@ -56,22 +56,24 @@ def train(
     """Train until the schedule ends, `run.steps` is reached or a signal asks to stop; returns the steps done.
 
     Args:
-        method: the paper, on its device.
-        data: as `UnpairedData`.
-        folder: the run's; the same call with the same folder continues where it stopped.
-        config: stored in every checkpoint, for translation to rebuild the networks.
-        batch_size: pictures of each domain a step of this rank: for the images a second and the place in the epochs.
+        method: on its device.
+        data: gives the batches.
+        optim, run: the sections of the configuration.
+        folder: of the run. The same call with the same folder continues where it stopped.
+        config: stored in every checkpoint, so that translation can rebuild the networks.
+        batch_size: images of each domain per step of this rank, for images per second and the place in the epochs.
+        quiet: print nothing.
         ranks: the processes that share the run; the first one writes.
-        validation: measured every `run.validate_every` steps; decides which checkpoint `best` names.
+        validation: measured every `run.validate_every` steps; it decides which checkpoint `best` names.
 
     Raises:
         TrainingFailed: too many steps in a row were not finite, memory is too small, or the last state could not be
             saved.
-        ValueError: the checkpoint in the folder does not belong to this method or data, or had another batch (of all
-            ranks) and `run.change_batch` is off; or options that cannot be, before anything is written. DataError: a
-            picture cannot be read any more.
+        ValueError: the options cannot be followed (raised before anything is written); or the checkpoint in the folder
+            belongs to another method or data set, or has another batch size of all ranks while `run.change_batch` is
+            off. Its subclass DataError: an image cannot be read.
 
-    Whatever is raised between two steps, the state of the finished ones has been saved before, if it could be.
+    If an error is raised between two steps, the state of the complete steps is saved first, if possible.
     """
     ranks = ranks or Ranks()
     check_run(method, optim, run, next(method.parameters()).device)
@@ -94,7 +96,7 @@ def train(
                 raise TrainingFailed(too_large(error)) from None
             finally:
                 training.step.close()
-    except (Exception, Stopped) as error:  # whoever called prints it, and log.txt is all that a quiet run has
+    except (Exception, Stopped) as error:  # the caller prints it; log.txt needs it too
         user = isinstance(error, ValueError | OSError | TrainingFailed | RankLost | Stopped)
         log.note(str(error) if user else f"{type(error).__name__}: {error}")
         raise
@@ -103,7 +105,7 @@ def train(
 
 
 def due(every: int, done: int) -> bool:
-    """Whether something that comes every so many steps comes after this one; 0 is never."""
+    """Whether an action of every `every` steps follows step `done`; 0 is never."""
     return every > 0 and done % every == 0
 
 

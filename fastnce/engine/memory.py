@@ -1,4 +1,4 @@
-"""Memory on a CPU: kept by the C library between steps; how much there is, and whether a step fits into it."""
+"""Memory on a CPU: keep it between steps, measure it, and check whether a step fits into it."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _NEVER = -1
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep what it frees for its own next request; returns whether the C library can (glibc).
+    """Let this process keep the memory that it frees; returns whether the C library supports it (glibc does).
 
-    glibc maps every block beyond 32 MiB anew, and the system then clears it page by page: at 256x256 every large map of
-    every step, a tenth of a step in float32 (docs/performance.md). It holds for the whole process, so programs call it,
-    libraries do not. The peak of memory grows by a few per cent, and stays until the process ends.
+    By default, glibc maps every block beyond 32 MiB anew, and the system clears it page by page. At 256x256 that is
+    every large map of every step, and a tenth of a step's time in float32 (docs/performance.md). The setting affects
+    the whole process, so only programs should call this. Peak memory grows by a few per cent, until the process ends.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -34,7 +34,7 @@ def keep_freed_memory() -> bool:
 
 
 def available_memory() -> int | None:
-    """Bytes that this process can still have: the system's and its control group's; None where neither is known."""
+    """Bytes that this process can still allocate, by the system and its control group; None if unknown."""
     rooms = []
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
@@ -56,15 +56,15 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def too_large(error: BaseException) -> str:
-    """A sentence for an allocation that failed."""
+    """The message for a failed allocation."""
     reason = (str(error).splitlines() or [""])[0][:200]
     return f"memory is too small for this training ({reason}): {LESS}"
 
 
 def kept_bytes(network: nn.Module, pictures: Tensor) -> int:
-    """What autograd keeps of a pass of `network` for its backward, besides the parameters; both on the meta device."""
+    """Bytes that autograd keeps of a pass of `network`, without the parameters. Both are on the meta device."""
     own = {id(p) for p in network.parameters()}
-    kept: dict[int, Tensor] = {}  # by storage: several operations may keep one tensor
+    kept: dict[int, Tensor] = {}  # by storage: several operations may keep the same tensor
 
     def keep(tensor: Tensor) -> Tensor:
         if id(tensor) not in own:
@@ -79,16 +79,16 @@ def kept_bytes(network: nn.Module, pictures: Tensor) -> int:
 def check_room(
     method: Method, images: int, sides: tuple[int, int] | None, *, device: torch.device, sixteen_bits: bool = False
 ) -> None:
-    """Refuse what cannot fit into this machine's memory, where the system would end the process without a word.
+    """Refuse a training that cannot fit into this machine's memory: the system would kill the process silently.
 
-    What is counted is the least that training takes, so what passes may still be too large. An accelerator says for
-    itself when its memory is full: only what is built here on the way there counts then.
+    Only the least that training needs is counted, so a training that passes may still be too large. For an accelerator,
+    which reports that its memory is full, only the networks count, because they are built here first.
 
     Args:
-        method: on the meta device, its blocks as they will be computed.
-        images: pictures of each domain in a part of a batch.
-        sides: height and width of the crops; None where pictures keep their own.
-        sixteen_bits: maps are of 16 bits.
+        method: on the meta device, with the blocks that will be recomputed.
+        images: images of each domain in one part of a batch.
+        sides: height and width of the crops; None if images keep their own size.
+        sixteen_bits: feature maps have 16 bits.
 
     Raises:
         ValueError: what is too large, by how much, and what to lower.
@@ -98,7 +98,7 @@ def check_room(
         return
     on_cpu = device.type == "cpu"
     size = sum(p.nbytes for p in method.parameters())
-    needed = size * (4 if on_cpu else 1)  # with their gradients and Adam's moments
+    needed = size * (4 if on_cpu else 1)  # with gradients and Adam's moments
     needed += sum(b.nbytes for b in method.buffers())
     if needed > room:
         raise ValueError(
@@ -109,11 +109,11 @@ def check_room(
         return
     height, width = sides
     generator = next(iter(method.generators().values()))
-    first = next(p for p in generator.parameters() if p.dim() == 4)  # the convolution that sees the picture
+    first = next(p for p in generator.parameters() if p.dim() == 4)  # of the convolution that takes the image
     pictures = torch.empty(images, first.shape[1], height, width, device="meta")
     needed += kept_bytes(generator, pictures) // (2 if sixteen_bits else 1)
     before = sum(b.nbytes for b in method.buffers())
-    method.prepare(Batch(pictures, pictures))  # pools of pictures
+    method.prepare(Batch(pictures, pictures))  # makes pools of images
     needed += sum(b.nbytes for b in method.buffers()) - before
     if needed > room:
         raise ValueError(

@@ -1,6 +1,6 @@
-"""Signs that training goes wrong: outputs that ignore their input, a discriminator that has won, identity that is lost.
+"""Detect that training fails: outputs that ignore their input, a discriminator that has won, a lost identity.
 
-Nothing here changes training. A warning is said once, and again only after it has recovered.
+Nothing here changes training. A warning is given once, and again only after a recovery.
 """
 
 from __future__ import annotations
@@ -14,20 +14,21 @@ from torch import Tensor
 from ..methods.base import Batch, Method
 
 RESPONSE_LEAST = 0.1
-"""Spread of the outputs over different inputs, as a share of the inputs' own spread."""
+"""The least spread of the outputs over different inputs, relative to the spread of the inputs."""
 DISCRIMINATOR_LEAST = 0.02
-"""A discriminator's loss at chance is 0.25 (lsgan), 0.69 (vanilla) or 1 (hinge)."""
+"""The least loss of a discriminator. At chance it is 0.25 (lsgan), 0.69 (vanilla) or 1 (hinge)."""
 IDENTITY_FALL = 3.0
+"""The fall of identity, in dB, that is a warning."""
 IDENTITY_ENOUGH = 28.0
-"""dB. A generator that starts as the identity has to leave it: what lies above this is not missed."""
+"""The identity, in dB, above which a fall is no warning: a generator that starts as the identity has to leave it."""
 
 
 class Alarm:
-    """A warning that is raised after several bad readings in a row, and lowered after as many good ones.
+    """A warning that is raised after several consecutive bad readings, and withdrawn after as many good ones.
 
     Args:
-        sentence: what it means, and what may be done.
-        patience: readings in a row.
+        sentence: the sign, a colon, and what to do about it.
+        patience: the number of consecutive readings.
     """
 
     def __init__(self, sentence: str, patience: int):
@@ -36,7 +37,7 @@ class Alarm:
         self._against = 0
 
     def read(self, bad: bool) -> str:
-        """Take a reading; returns what is to be said, mostly nothing."""
+        """Take a reading; returns a message if the warning is raised or withdrawn, else an empty text."""
         self._against = self._against + 1 if bad != self.up else 0
         if self._against < self.patience:
             return ""
@@ -45,12 +46,12 @@ class Alarm:
 
 
 class Monitor:
-    """Watches one run; its memory is of this process, a run that is continued begins with none.
+    """Watches one run. A run that is continued starts without history.
 
     Args:
         discriminators: as `Method.discriminator_losses`.
         identity: as `Method.identity_losses`.
-        pictures: samples of both domains that stay the same, or None to watch the discriminators only.
+        pictures: samples of both domains that stay the same; None watches the discriminators only.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class Monitor:
         self.identity = math.nan
         self._identity_best = -math.inf
         self.keeps_identity = False
-        """Whether a loss asks for it; others, such as FastCUT, may change B as they like."""
+        """Whether a logged loss keeps identity. Without one, as in FastCUT, the generator may change images of B."""
         self._ignores = Alarm(
             "the outputs hardly depend on the input: the generator has collapsed; try a lower optim.lr or a higher "
             "weight of the contrast, cycle or identity",
@@ -78,7 +79,7 @@ class Monitor:
         self._beaten: dict[str, Alarm] = {}
 
     def look(self, method: Method) -> list[str]:
-        """Translate the sample pictures with the method as it stands; returns what is to be said.
+        """Translate the samples and check the results; returns messages.
 
         The method is left in evaluation mode.
         """
@@ -87,11 +88,11 @@ class Monitor:
         method.eval()
         with torch.no_grad():
             made, kept = (
-                [method.translate(picture).float() for picture in column.split(1)]  # no more memory than a step's
+                [method.translate(picture).float() for picture in column.split(1)]  # no more memory than a step
                 for column in self.pictures
             )
         said = []
-        if len(made) > 1:  # one picture depends on nothing to compare it with
+        if len(made) > 1:  # one image has no other to compare with
             self.response = response(made, self.pictures.a.split(1))
             said.append(self._ignores.read(not self.response >= RESPONSE_LEAST))
         if kept[0].shape == self.pictures.b[:1].shape:
@@ -103,7 +104,7 @@ class Monitor:
         return [sentence for sentence in said if sentence]
 
     def judge(self, losses: dict[str, float]) -> list[str]:
-        """Read the losses of a progress line; returns what is to be said."""
+        """Check the losses of a progress line; returns messages."""
         said = []
         self.keeps_identity = any(name in losses for name in self.identity_losses)
         for name, parts in self.discriminators.items():
@@ -122,12 +123,12 @@ class Monitor:
         return [sentence for sentence in said if sentence]
 
     def metrics(self) -> dict[str, float]:
-        """For metrics.jsonl: response, identity_psnr (dB) where they were measured, and warnings that are up."""
+        """For metrics.jsonl: response and identity_psnr (dB) if they were measured, and the number of open warnings."""
         found = {"response": self.response, "identity_psnr": self.identity}
         return {key: value for key, value in found.items() if not math.isnan(value)} | {"warnings": len(self._up())}
 
     def short(self) -> str:
-        """The warnings that are up, for the progress line."""
+        """The open warnings, for the progress line."""
         up = self._up()
         return f"WARNING: {', '.join(up)}" if up else ""
 
@@ -138,13 +139,13 @@ class Monitor:
 
 
 def response(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> float:
-    """How much outputs differ from picture to picture, beside how much their inputs do: about 1 when all is well.
+    """How much the outputs differ between images, relative to the inputs: about 1 in a healthy training.
 
     Args:
-        outputs, inputs: (1, channels, height, width) each, two or more of one size.
+        outputs, inputs: two or more of (1, channels, height, width), of one size.
 
     Returns:
-        the root of the ratio of variances over pictures, each the mean over pixels.
+        the root of the ratio of their variances over images, each averaged over pixels.
     """
     made, given = (torch.cat(list(pictures)).float().var(dim=0).mean() for pictures in (outputs, inputs))
     return float((made / given.clamp_min(1e-12)).sqrt())

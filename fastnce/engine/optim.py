@@ -1,4 +1,4 @@
-"""Adam with a learning rate on the device, whose updates can skip themselves; the published schedule; averages."""
+"""Adam with a learning rate on the device and updates that can be skipped there; loss scale; averaged weights."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from .snapshot import Snapshot
 
 
 def schedule(epoch: int, n_epochs: int, n_epochs_decay: int) -> float:
-    """Factor of the learning rate in an epoch counted from 0 (published `lambda_rule`)."""
+    """The factor of the learning rate in an epoch, counted from 0 (published `lambda_rule`)."""
     return 1.0 - max(0, epoch + 1 - n_epochs) / (n_epochs_decay + 1)
 
 
 class ParameterGroup:
-    """The parameters that one Adam updates, from gradients given rather than accumulated.
+    """The parameters that one Adam updates, from gradients that are passed instead of accumulated.
 
-    A parameter whose gradient is None keeps its value, its moments and its count, and nothing is launched for it.
+    A parameter whose gradient is None keeps its value, its moments and its step count, and costs no launch.
 
     Args:
-        modules: whose parameters to update.
-        lr: base learning rate, multiplied by the schedule.
+        modules: the modules whose parameters are updated.
+        lr: base learning rate, which the schedule multiplies.
         betas: Adam's.
     """
 
     def __init__(self, modules: tuple[nn.Module, ...], lr: float, betas: tuple[float, float]):
-        # The same tensor may be reached twice (shared networks); the order is that of the modules.
+        # a parameter that modules share is listed more than once
         named = [(f"{i}.{name}", p) for i, module in enumerate(modules) for name, p in module.named_parameters()]
         self.names = [name for name, _ in named]
         self.parameters = [p for _, p in named]
@@ -33,37 +33,37 @@ class ParameterGroup:
             raise ValueError("a parameter group without parameters: projectors must be built before the optimiser")
         first = self.parameters[0]
         self.base_lr = lr
-        # CUDA's fused Adam reads a float32 rate; the CPU's takes the parameters' own precision.
+        # CUDA's fused Adam reads a float32 rate; the CPU's reads one in the precision of the parameters.
         dtype = first.dtype if first.device.type == "cpu" else torch.float32
         self.lr = torch.tensor(lr, dtype=dtype, device=first.device)
-        on_cuda = first.device.type == "cuda"  # where the step may be recorded in a CUDA graph
+        on_cuda = first.device.type == "cuda"  # the step may be recorded in a CUDA graph
         self.adam = torch.optim.Adam(self.parameters, lr=lr, betas=betas, fused=True, capturable=on_cuda)
         for group in self.adam.param_groups:
-            group["lr"] = self.lr  # only now: Adam looks whether its rate is positive, and would wait for the device
-        self.adam._warned_capturable_if_run_uncaptured = True  # and may not: no matter
+            group["lr"] = self.lr  # set late: the constructor compares it with 0, which would wait
+        self.adam._warned_capturable_if_run_uncaptured = True  # no warning: running uncaptured is intended
 
     def set_factor(self, factor: float) -> None:
         self.lr.fill_(self.base_lr * factor)
 
     def changes(self) -> list[Tensor]:
-        """What an update changes: weights, moments and counts."""
+        """The tensors that an update changes: weights, moments and step counts."""
         if len(self.adam.state) < len(self.parameters):
             self.prepare()
         return self.parameters + [t for p in self.parameters for t in self.adam.state[p].values()]
 
     def update(self, gradients: tuple[Tensor | None, ...], bad: Tensor, scale: Tensor | None = None) -> None:
-        """One Adam step, or none where `bad`, () bool, is true.
+        """Take one Adam step, or none if `bad`, () bool, is true.
 
-        Nothing is read back: Adam itself leaves weights, moments and its count alone when its `found_inf` is 1, and
-        divides gradients by `scale`, the factor of the loss that they come from.
+        Nothing is read back: fused Adam changes nothing if its `found_inf` is 1. It divides the gradients by `scale`,
+        by which the loss was multiplied.
         """
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            # fused Adam walks memory, not strides: both must lie alike
+            # fused Adam ignores strides, so both must have the same
             if gradient is not None and gradient.stride() != parameter.stride():
                 gradient = torch.empty_like(parameter, requires_grad=False).copy_(gradient)
             parameter.grad = gradient
         if not self.adam.state:
-            self.prepare()  # of every parameter: what a checkpoint holds does not depend on which have a gradient
+            self.prepare()  # for all parameters, so that checkpoints do not depend on which have a gradient
         self.adam.grad_scale, self.adam.found_inf = scale, bad.float()  # type: ignore[attr-defined]
         try:
             self.adam.step()
@@ -73,7 +73,7 @@ class ParameterGroup:
                 parameter.grad = None
 
     def prepare(self) -> None:
-        """Make the moments that Adam itself would make at its first step; `update_traced` changes them in place."""
+        """Make the moments that Adam would make at its first step. `update_traced` changes them in place."""
         for parameter in self.parameters:
             if not self.adam.state[parameter]:
                 self.adam.state[parameter] = {
@@ -83,9 +83,9 @@ class ParameterGroup:
                 }
 
     def update_traced(self, gradients: tuple[Tensor | None, ...], bad: Tensor, scale: Tensor | None = None) -> None:
-        """`update` in plain operations on the same state, for a compiler to trace; `prepare` must have been called.
+        """`update` in plain operations on the same state, for a compiler. Call `prepare` first.
 
-        All parameters of a group that have a gradient have taken the same number of steps: one count serves them all.
+        All parameters of a group that have a gradient have taken the same number of steps, so one count serves all.
         """
         found = [(p, g) for p, g in zip(self.parameters, gradients, strict=True) if g is not None]
         weights: list[Tensor] = [p for p, _ in found]
@@ -98,9 +98,9 @@ class ParameterGroup:
             keep = bad.logical_not().to(self.lr.dtype)
             if scale is not None:
                 slopes = list(torch._foreach_mul(slopes, scale.reciprocal()))
-            # what is not finite must not reach the moments, not even times 0
+            # values that are not finite must not reach the moments, not even times 0
             slopes = [torch.where(bad, torch.zeros_like(g), g) for g in slopes]
-            # one a step count: a lone tensor of one element would be read as a number, which waits for the device
+            # a list: a single tensor of one element would be read as a number, which waits for the device
             torch._foreach_add_(steps, [keep.float()] * len(steps))
             count = steps[0].clamp_min(1.0).double()
             towards = torch._foreach_sub(slopes, means)
@@ -117,7 +117,7 @@ class ParameterGroup:
             torch._foreach_add_(weights, changes)
 
     def state(self) -> dict[str, Tensor]:
-        """Adam's moments and counts by parameter name."""
+        """Adam's moments and step counts by parameter name."""
         tensors = {}
         for name, parameter in zip(self.names, self.parameters, strict=True):
             for key, value in self.adam.state.get(parameter, {}).items():
@@ -125,7 +125,7 @@ class ParameterGroup:
         return tensors
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """What `state` returned, bit for bit."""
+        """Copy what `state` returned into place, bit for bit."""
         for name, parameter in zip(self.names, self.parameters, strict=True):
             entries = {key.rsplit("/", 1)[1]: t for key, t in tensors.items() if key.rsplit("/", 1)[0] == name}
             if entries:
@@ -138,9 +138,9 @@ class ParameterGroup:
 
 
 class LossScale:
-    """The factor that keeps float16 gradients out of the subnormal range (Micikevicius et al., ICLR 2018).
+    """A factor, on the device, that keeps float16 gradients in the normal range (Micikevicius et al., ICLR 2018).
 
-    Halved after a step that was not finite, doubled after `interval` good ones. It lives on the device.
+    It is halved after a bad step and doubled after `interval` good ones.
     """
 
     def __init__(self, device: torch.device, start: float = 2.0**16, interval: int = 2000):
@@ -149,7 +149,7 @@ class LossScale:
         self.interval = interval
 
     def update(self, bad: Tensor) -> None:
-        """`bad`, () bool: whether a gradient of the step was not finite."""
+        """Adjust the factor after a step; `bad`, () bool, says whether a gradient was not finite."""
         self.good.add_(1.0).mul_(bad.logical_not())
         grown = self.good >= self.interval
         self.scale.mul_(torch.where(bad, 0.5, torch.where(grown, 2.0, 1.0)).to(self.scale))
@@ -157,7 +157,7 @@ class LossScale:
 
 
 class WeightAverage:
-    """Exponential moving average of a network's parameters; buffers are copied."""
+    """Exponential moving average of a network's parameters and floating-point buffers. Other buffers are copied."""
 
     def __init__(self, network: nn.Module, decay: float):
         if not 0.0 < decay < 1.0:
@@ -168,7 +168,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, bad: Tensor) -> None:
-        """After a step; where `bad`, () bool, is true, the average stays as it is."""
+        """Update the average after a step, unless `bad`, () bool, is true."""
         before = Snapshot(list(self.average.values()))
         state = self.network.state_dict()
         smooth = [name for name, tensor in state.items() if tensor.is_floating_point()]

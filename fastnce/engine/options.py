@@ -20,16 +20,16 @@ class OptimOptions:
     n_epochs_decay: int = option(200, "epochs over which the rate falls linearly towards 0", low=0)
     ema: float = option(0.0, "decay of the generator's averaged weights, e.g. 0.999; 0 keeps none", low=0, below=1)
     accumulate: int = option(
-        1, "parts that a rank's batch is computed in, one after another: less memory, the same step", low=1
+        1, "parts of a rank's batch that are computed one after another: less memory, the same step", low=1
     )
-    max_bad_steps: int = option(20, "end the job after this many steps in a row that were not finite; 0 never", low=0)
+    max_bad_steps: int = option(20, "end the run after this many consecutive steps that are not finite; 0 never", low=0)
 
 
 @dataclass
 class RunOptions:
-    """How a run goes, apart from what it learns."""
+    """The device, precision, length and output of a run."""
 
-    seed: int = option(0, "of everything random; the same seed gives the same run", low=0, high=2**64 - 1)
+    seed: int = option(0, "seed of all random numbers; the same seed gives the same run", low=0, high=2**64 - 1)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, xpu, ...", anything=True)
     precision: str = option(
         "auto",
@@ -43,26 +43,27 @@ class RunOptions:
     )
     graph: str = option(
         "auto",
-        "record the step in CUDA graphs: one launch a step; true, false; auto: on CUDA devices",
+        "record the step in CUDA graphs, one launch per step: true, false; auto: on CUDA devices",
         choices=("auto", "true", "false"),
     )
     tf32: str = option(
         "auto",
-        "true, false: TF32 in float32 products and convolutions; auto: the library's choice",
+        "TF32 in float32 products and convolutions: true, false; auto: the library's choice",
         choices=("auto", "true", "false"),
     )
     checkpoint_activations: bool = option(
-        False, "compute the generators' residual blocks again in the backward pass: less memory, more time"
+        False, "recompute the generators' residual blocks in the backward pass: less memory, more time"
     )
-    steps: int = option(0, "stop after this many steps in all; 0 runs the whole schedule", low=0)
+    steps: int = option(0, "stop after this many steps in total; 0 runs the whole schedule", low=0)
     change_batch: bool = option(
-        False, "continue with another data.batch times processes: the place in the epochs is kept, optim.lr is as it is"
+        False,
+        "allow another data.batch times processes when continuing; the place in the epochs and optim.lr are kept",
     )
-    minutes: float = option(0.0, "save and stop after this time, to be continued; 0 sets no limit", low=0)
-    log_every: int = option(100, "steps between progress lines (losses are read only then); 0: one at the end", low=0)
+    minutes: float = option(0.0, "save and stop after this time; the same command continues; 0 sets no limit", low=0)
+    log_every: int = option(100, "steps between progress lines, which alone read the losses; 0: one at the end", low=0)
     sample_every: int = option(1000, "steps between sample grids; 0 makes none", low=0)
-    samples: int = option(4, "pictures in a sample grid; 0 makes none", low=0, high=1_000)
-    monitor_every: int = option(500, "steps between checks of what the generator does to the samples; 0 never", low=0)
+    samples: int = option(4, "images in a sample grid; 0 makes none", low=0, high=1_000)
+    monitor_every: int = option(500, "steps between checks of the translated samples; 0 never", low=0)
     validate_every: int = option(0, "steps between measures of held-out pairs (see data.validate); 0 never", low=0)
     validate_pictures: int = option(25, "so many pairs at most, spread over the set; 0 takes all", low=0)
     metric: str = option("psnr_y", METRIC_HELP, choices=METRIC_NAMES, imports=True)

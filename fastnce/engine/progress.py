@@ -1,8 +1,8 @@
-"""Where a run is in its schedule: in epochs and pictures, which stay true when the batch of all ranks changes.
+"""The place of a run in its schedule, in epochs and images, which also hold after the batch size changes.
 
-Steps count updates of the weights, so that the names of checkpoints only grow. What a step reads is its place in the
-data: with the batch that a run began with, the place is the count of steps; with another one, it is the same epoch and
-the same picture of it, rounded down to a whole step.
+Steps count updates of the weights, so the numbers of checkpoints only grow. A step's place in the data set decides
+which images it takes. As long as the batch is the one that the run began with, the place is the number of steps done.
+With another batch, it is the same image of the same epoch, rounded down to a whole step.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from ..methods.base import Method
 
 @dataclass(frozen=True)
 class Progress:
-    """The schedule of a run as one batch of all ranks takes it.
+    """The schedule of a run for one batch size.
 
     Args:
         epochs: of the whole schedule.
-        steps_per_epoch: with this batch.
-        batch: pictures of each domain in a step, all ranks together.
-        ranks: processes that share it.
-        shift: the place in the data less the steps done; 0 unless the batch has changed.
-        extra: pictures seen less the steps done times `batch`; 0 unless the batch has changed.
+        steps_per_epoch: with this batch size.
+        batch: images of each domain in a step, of all ranks together.
+        ranks: processes that share the batch.
+        shift: the place in the data minus the steps done; 0 unless the batch has changed.
+        extra: the images seen minus the steps done times `batch`; 0 unless the batch has changed.
     """
 
     epochs: int
@@ -36,44 +36,48 @@ class Progress:
 
     @property
     def total(self) -> int:
-        """Steps of the whole schedule: those done, and those that are left with this batch."""
+        """Steps of the whole schedule: those done, and those that remain with this batch size."""
         return self.epochs * self.steps_per_epoch - self.shift
 
     def place(self, done: int) -> int:
-        """The data set's step that comes after so many steps."""
+        """The step of the data set that follows after `done` steps."""
         return done + self.shift
 
     def epoch(self, done: int) -> int:
-        """Counted from 0."""
+        """The epoch after `done` steps, counted from 0."""
         return self.place(done) // self.steps_per_epoch
 
     def seen(self, done: int) -> int:
-        """Pictures of each domain in so many steps."""
+        """Images of each domain in the first `done` steps."""
         return done * self.batch + self.extra
 
     def state(self, done: int) -> dict[str, int]:
-        """What is written beside a checkpoint, for `resumed`."""
+        """The values that a checkpoint stores for `resumed`."""
         epoch, steps = divmod(self.place(done), self.steps_per_epoch)
         place = {"epoch": epoch, "pictures": steps * self.batch, "seen": self.seen(done)}
         return {"batch": self.batch, "ranks": self.ranks, **place}
 
     def end(self, steps: int) -> int:
-        """Steps after which a run ends; `steps` is its own limit, 0 for none."""
+        """The step after which the run ends; `steps` is `run.steps`, 0 for no limit."""
         return min(steps or self.total, self.total)
 
     def resumed(self, done: int, stored: dict[str, int] | None) -> Progress:
-        """This schedule from a checkpoint on; `stored` is its `state`, None where it is older than that.
+        """This schedule continued from a checkpoint.
 
-        Of the pictures that the last batches have shown in this epoch, fewer than one new batch are shown again.
+        Fewer images than one new batch are shown again in the current epoch.
+
+        Args:
+            done: steps of the checkpoint.
+            stored: its `state`; None for checkpoints of versions that stored none.
 
         Raises:
-            ValueError: an older checkpoint that cannot have had this batch.
+            ValueError: `stored` is None and the checkpoint cannot have had this batch size.
         """
         if stored is None:
             if done > self.total:
                 raise ValueError(
                     f"the checkpoint is at step {done:,}, beyond the {self.total:,} of the schedule: it had a smaller "
-                    f"batch, which it is too old to name; continue with as many processes as then"
+                    f"batch, which its version did not store; continue with the same number of processes as before"
                 )
             return self
         steps = min(stored["pictures"] // self.batch, self.steps_per_epoch)
@@ -82,7 +86,7 @@ class Progress:
         return Progress(self.epochs, self.steps_per_epoch, self.batch, self.ranks, place - done, extra)
 
     def resume_messages(self, done: int, steps: int, stored: dict[str, int] | None, where: str) -> list[str]:
-        """What to say when a run is continued from the checkpoint `where`, with `end(steps)` as its end."""
+        """The messages when a run continues from the checkpoint `where` and ends at `end(steps)`."""
         if done >= self.end(steps):
             done_with = f"{self.epochs:,} epochs are" if done >= self.total else f"run.steps={steps} is"
             return [f"nothing is left to do: {done_with} done, {where} is at step {done:,}"]
@@ -96,7 +100,7 @@ class Progress:
 
 
 def check_pictures(state: dict[str, Any], digest: str, where: str) -> None:
-    """ValueError where a checkpoint's state does not name the pictures of this digest."""
+    """ValueError if a checkpoint belongs to images with another digest."""
     if state.get("data") != digest:
         raise ValueError(
             f"{where} was trained on other pictures (files were added, removed or changed since): restore them, or "
@@ -107,17 +111,17 @@ def check_pictures(state: dict[str, Any], digest: str, where: str) -> None:
 def check_batch(
     stored: dict[str, int] | None, batch: int, ranks: int, where: str, method: Method | Callable[[], Method]
 ) -> None:
-    """Refuse to continue with another batch than a checkpoint's, which would move the schedule and change the run.
+    """Refuse to continue a checkpoint with another batch size, which would shift the schedule and change the run.
 
     Args:
         stored: the checkpoint's `Progress.state`; None allows everything.
-        batch: of all ranks.
-        ranks: processes now.
+        batch: the batch size of all ranks.
+        ranks: the number of processes.
         where: names the run.
-        method: or what makes it, for where only the share of each process has changed.
+        method: the method or a function that makes it. It decides if only the share of each process has changed.
 
     Raises:
-        ValueError: says what would continue the run.
+        ValueError: the message says what would continue the run.
     """
     if stored is None or (stored["batch"] == batch and stored["ranks"] == ranks):
         return
@@ -130,7 +134,7 @@ def check_batch(
         reason = (method if isinstance(method, Method) else method()).whole_batch(ranks=True)
         if not reason:
             return
-        change = f"this would share them otherwise, which counts: {reason}"
+        change = f"this would share them otherwise, which changes the run: {reason}"
     raise ValueError(
         f"{where} was trained in {_steps(old)} ({_split(before, old)}), and {change} "
         f"({_split(ranks, batch)}): continue with {', or '.join(ways)}, or allow it with run.change_batch=true (the "

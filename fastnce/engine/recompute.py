@@ -1,7 +1,7 @@
-"""Less memory for more time: the generators' residual blocks are computed again in the backward pass.
+"""Recompute the generators' residual blocks in the backward pass: less memory for more time.
 
-A block then keeps its input alone instead of every map inside. At 256x256 the nine blocks of the published generator
-hold about a third of what a step keeps.
+A block then keeps only its input instead of every map inside. At 256x256, the nine blocks of the published generator
+account for about a third of the memory that a step keeps.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ BLOCKS = (ResnetBlock, ResBlock, GatedBlock)
 
 
 def recompute_blocks(method: Method) -> int:
-    """Let every residual block of the generators forget its inner maps; returns how many there are.
+    """Let every residual block of the generators recompute its inner maps; returns the number of blocks.
 
     Raises:
-        ValueError: the generators have no such blocks.
+        ValueError: the generators have no residual blocks.
     """
     blocks = blocks_of(method)
     for block in blocks:
@@ -46,7 +46,7 @@ def blocks_of(method: Method) -> list[nn.Module]:
 
 
 def _forgetful(block: nn.Module, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    # Dropout must drop the same again. Keeping the state of the generator cannot be recorded in a CUDA graph.
+    # Dropout has to repeat its random numbers. Keeping their state cannot be recorded in a CUDA graph.
     random = any(isinstance(module, nn.Dropout) for module in block.modules())
 
     def forget(x: Tensor) -> Any:

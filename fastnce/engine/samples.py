@@ -1,4 +1,4 @@
-"""Sample pictures: of sides that the generators take, and what a method makes of them."""
+"""Sample images: pad them for the generators, and translate them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..methods.base import Batch, Method
 
 
 def padded(method: Method, *columns: Tensor) -> Batch:
-    """Both domains' pictures, their right and lower border repeated up to sides that every generator takes.
+    """Images of both domains, padded by replication at the right and the bottom to sides that every generator takes.
 
     Args:
         columns: A and B, (images, channels, height, width); the sides of A and B may differ.
@@ -29,7 +29,7 @@ def padded(method: Method, *columns: Tensor) -> Batch:
 
 
 def translated(method: Method, samples: Batch) -> dict[str, Tensor]:
-    """The columns of a sample grid; one picture at a time, so that they cost no more memory than a step."""
+    """The columns of a sample grid, computed one image at a time, which takes no more memory than a step."""
     pictures: dict[str, list[Tensor]] = {}
     for i in range(len(samples.a)):
         one = Batch(samples.a[i : i + 1], samples.b[i : i + 1])

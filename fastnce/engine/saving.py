@@ -1,4 +1,4 @@
-"""When a run's state is saved, whether it is on the disk, and what is saved when something fails."""
+"""Save a run's state: when, whether it is on the disk, and what to do if something fails."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from .distributed import RankLost, Ranks, fails_everywhere
 
 
 class TrainingFailed(RuntimeError):
-    """Training cannot go on, or its last state is not saved; the message says why and what is left."""
+    """Training cannot continue, or its last state is not saved; the message says why and what is left."""
 
 
 class Saving:
-    """Saves after finished steps only, and knows which of them are on the disk.
+    """Saves after complete steps only, and keeps track of which of them are on the disk.
 
     Args:
-        write: saves the state after so many steps; `NotSaved` where the disk does not take it. The first rank calls it.
-        checkpoints: what `write` writes to.
+        write: saves the state after so many steps, or raises `NotSaved`. Only the first rank calls it.
+        checkpoints: where `write` saves.
         networks: must be equal on all ranks.
         ranks: the processes that share the run.
-        device: where they exchange what they decide.
-        say: receives a sentence about what could not be saved.
+        device: for what the ranks exchange.
+        say: receives a sentence if saving fails.
     """
 
     def __init__(
@@ -40,25 +40,28 @@ class Saving:
         self.ranks, self.device, self.say = ranks, device, say
         self.done = 0
         self.sound = True
-        """Whether everything is as a finished step left it; within a step it is not."""
+        """Whether the state is that after a complete step; within a step it is not."""
         self.saved_at = self.tried_at = -1
 
     def resumed(self, done: int) -> None:
+        """Note that the run continues from a checkpoint of step `done`."""
         self.done = self.saved_at = self.tried_at = done
 
     def step_begins(self) -> None:
+        """Note that the state is changing."""
         self.sound = False
 
     def step_ends(self, done: int) -> None:
+        """Note that step `done` is complete."""
         self.done, self.sound = done, True
 
     def save(self) -> None:
-        """Save unless that was tried after this step; where it fails, training goes on until the next interval."""
+        """Save unless it was tried after this step. If it fails, training goes on until the next interval."""
         if self.tried_at != self.done and (reason := self._try(self.ranks)):
             self.say(f"{reason}; training goes on")
 
     def _try(self, ranks: Ranks) -> str:
-        """What is wrong where it fails, on the first rank; the others know nothing of it."""
+        """Save; returns why it failed, on the first rank only, or an empty text."""
         self.tried_at = self.done
         self.sound = False
         ranks.check_drift(self.networks)
@@ -72,16 +75,16 @@ class Saving:
         return ""
 
     def end(self) -> None:
-        """Have the last state on the disk, trying once more.
+        """Make sure that the last state is on the disk, trying once more.
 
         Raises:
-            TrainingFailed: it is not, on every rank; says what is.
+            TrainingFailed: it is not; raised on every rank. The message names the newest checkpoint.
         """
         if unsaved := self._secure(self.ranks):
             raise TrainingFailed(unsaved)
 
     def _secure(self, ranks: Ranks) -> str:
-        """As `end`, returning the sentence; all of `ranks` return alike, once the first one is done."""
+        """As `end`, but returns the message. All of `ranks` return together, after the first one has saved."""
         if not any(ranks.most([float(0 < self.done != self.saved_at)], self.device)):
             return ""
         reason = self._try(ranks)
@@ -96,13 +99,13 @@ class Saving:
         return f"{why}; so the last state, of step {self.done:,}, is lost: {left}"
 
     def after(self, error: Exception) -> None:
-        """Save what the finished steps have made before a run ends with an error.
+        """Save the state of the last complete step before a run ends with an error.
 
-        Not after an error within a step, which may be half done. Nor when another rank is lost: what a device waits for
-        then may never come.
+        Nothing is saved after an error within a step, which may be incomplete, or if another rank is lost, because the
+        device may then wait forever.
 
         Raises:
-            TrainingFailed: an error of the user's, and the state cannot be saved either.
+            TrainingFailed: `error` is a mistake of the user, and the state cannot be saved either.
         """
         together = self.ranks.world == 1 or fails_everywhere(error)
         alone = self.ranks.first and not isinstance(error, RankLost)
@@ -110,7 +113,7 @@ class Saving:
             return
         try:
             unsaved = self._secure(self.ranks if together else Ranks())
-        except Exception as again:  # a device that has failed gives nothing back
+        except Exception as again:  # a failed device returns no tensors
             unsaved = f"the last state, of step {self.done:,}, cannot be saved: {again}"
         if unsaved and isinstance(error, ValueError | OSError):
             raise TrainingFailed(f"{error}; {unsaved}") from error

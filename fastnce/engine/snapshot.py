@@ -1,4 +1,4 @@
-"""Copies of what a step changes, put back where the step turns out bad: decided on the device, without waiting for it.
+"""Copies of what a step changes, restored if the step is bad. The device decides, and the host does not wait.
 
 before = Snapshot(tensors)
 ...                     # changes them in place
@@ -15,12 +15,12 @@ from torch import Tensor
 
 
 class Snapshot:
-    """Copies of tensors as they are now: one launch for 64 of them.
+    """Copies of tensors as they are now, in one launch per 64 tensors.
 
-    Putting them back is one launch for 48, which only looks at `bad` where the step was good.
+    Restoring takes one launch per 48 tensors, which only reads `bad` if the step was good.
 
     Args:
-        tensors: of floating or integer dtypes, without gaps in memory.
+        tensors: of floating or integer dtypes, dense in memory.
     """
 
     def __init__(self, tensors: Sequence[Tensor]):
@@ -29,17 +29,17 @@ class Snapshot:
             kinds[tensor.dtype].append(tensor.detach())
         self.pairs = [(kind, [torch.empty_like(t) for t in kind]) for kind in kinds.values()]
         for kind, copies in self.pairs:
-            # fused SGD walks memory, not strides
+            # fused SGD ignores strides
             assert all(t.stride() == copy.stride() for t, copy in zip(kind, copies, strict=True))
             torch._foreach_copy_(copies, kind)
 
     def restore(self, bad: Tensor) -> None:
-        """Give the tensors the numbers that they had, where `bad`, () bool, is true."""
+        """Restore the tensors if `bad`, () bool, is true."""
         good = bad.logical_not().float()
         for tensors, copies in self.pairs:
             if tensors[0].is_floating_point():
-                # A copy that the device may leave out: the first step of fused SGD sets its momentum to the gradient,
-                # unless `found_inf` is 1. (Its parameters are the copies, with a rate of 0.)
+                # A conditional copy: the first step of fused SGD sets its momentum to the gradient unless `found_inf`
+                # is 1. (The copies are its parameters and its gradients; the rate of 0 leaves them unchanged.)
                 torch._fused_sgd_(
                     copies,
                     copies,

@@ -1,4 +1,4 @@
-"""`state.json` of a checkpoint: sealed with a digest of its own, and checked before anything in it is used."""
+"""`state.json` of a checkpoint: written with a digest of its own, and checked before its values are used."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 FORMAT = 2
-"""1 had no digest of its own."""
+"""The version of the format. Version 1 had no digest of its own."""
 FILES = ("generator.safetensors", "training.safetensors")
 LARGEST = 16 * 2**20
-"""Bytes of a state.json that is read at all."""
+"""Bytes. A larger state.json is not read."""
 
 
 def _count(least: int) -> Callable[[Any], bool]:
@@ -68,20 +68,20 @@ _OPTIONAL: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def sealed(state: dict[str, Any]) -> str:
-    """The text of state.json, with its format and a digest of everything in it."""
+    """The text of state.json, with its format and a digest of its content."""
     state = {**state, "format": FORMAT}
     return json.dumps({**state, "digest": _digest(state)}, indent=1)
 
 
 def read(file: Path, step: int | None) -> dict[str, Any]:
-    """What was sealed, checked; files of format 1 are checked as far as they go.
+    """Read and check a state.json; a file of format 1 has no digest to check.
 
     Args:
-        step: that the folder's name says, None where it says none.
+        step: the step in the folder's name; None if it names none.
 
     Raises:
-        ValueError: it is not what was written; the message names the key, not the file.
-        OSError: it cannot be read.
+        ValueError: the file is not as it was written. The message names the key, not the folder.
+        OSError: the file cannot be read.
     """
     if file.exists() and not file.is_file():
         raise ValueError(f"{file.name} is no regular file")
@@ -111,5 +111,5 @@ def read(file: Path, step: int | None) -> dict[str, Any]:
 
 
 def _digest(state: dict[str, Any]) -> str:
-    """Of the content, however it is spaced and ordered."""
+    """The digest of the content, independent of spaces and order."""
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()

@@ -27,7 +27,7 @@ from .weights import converted_weights
 
 
 class TrainedParameters(NamedTuple):
-    """The parameters of a phase's groups and of all others, and whether its own include a generator's."""
+    """The parameters that a phase trains, all others, and whether it trains a generator."""
 
     own: list[nn.Parameter]
     others: list[nn.Parameter]
@@ -35,20 +35,21 @@ class TrainedParameters(NamedTuple):
 
 
 class Step:
-    """The step of a method, with everything that it changes: networks, optimisers, averaged weights.
+    """The training step of a method, with the state that it changes: networks, optimisers, averaged weights.
 
-    A step in which a gradient is not finite changes nothing but `bad_steps` and the loss scale (see `bad_steps`).
+    A step in which a gradient is not finite changes only `bad_steps` and the loss scale (see the module `bad_steps`).
 
     Args:
-        method: the paper, already on its device.
-        options: learning rate and so on.
-        precision: "fp32"; or "bf16", "fp16": forward passes in 16 bits under autocast, weights, losses and updates in
-            float32, with a loss scale for "fp16".
-        compile: compile `generate` and each phase's loss (see `Compiled`), or, for "whole", the step as one graph.
+        method: on its device.
+        options: learning rate and other settings of the updates.
+        precision: "fp32", "bf16" or "fp16". The last two run forward passes in 16 bits under autocast; weights, losses
+            and updates stay in float32. "fp16" uses a loss scale.
+        compile: True compiles `generate` and each phase's loss (see `Compiled`); "whole" compiles the step as one
+            graph.
         ranks: the processes that share the batch.
-        graph: record the step in CUDA graphs (see `cudagraph`); or a recorder of one's own.
-        recompute: compute the generators' residual blocks again in the backward pass, to save memory.
-        layout: of pictures, maps and the convolutions' weights in memory; None takes what the device computes fastest.
+        graph: record the step in CUDA graphs (see the module `cudagraph`); or a recorder to use.
+        recompute: recompute the generators' residual blocks in the backward pass, to save memory.
+        layout: memory format of images, maps and convolution weights; None takes the fastest one for the device.
         backend: of `torch.compile`.
     """
 
@@ -90,10 +91,10 @@ class Step:
         self.generate: Callable[[Batch, Draws], Outputs] = method.generate
         self.device_type, self.dtype = device.type, PRECISIONS[precision]
         self.weights_at_once = True
-        """Convert a network's weights to 16 bits in one call; False leaves each to autocast, with equal numbers."""
+        """Convert a network's weights to 16 bits in one call. False leaves it to autocast, with the same results."""
         self.loss_scale = LossScale(device) if precision == "fp16" else None
         self.bad_steps = torch.zeros((), device=device)
-        """() float32: steps up to now, in a row, in which a gradient was not finite."""
+        """() float32: the number of consecutive steps, up to now, in which a gradient was not finite."""
         generators = method.generators()
         self._generators = list(generators.values())
         self._discriminators = list(method.discriminators().values())
@@ -111,7 +112,7 @@ class Step:
         self.graphs = Graphs(self.compute, recorder, self._settings, self._places, self.layout) if recorder else None
 
     def _compile_whole(self, backend: str) -> CompiledWhole | None:
-        """None, and one warning, where the step cannot be one graph."""
+        """The step compiled as one graph; None, and one warning, if it cannot be."""
         reason = whole_obstacle()
         if not reason and self.ranks.world > 1:
             reason = "several ranks exchange gradients in it"
@@ -126,25 +127,27 @@ class Step:
 
     @property
     def compile_seconds(self) -> float:
-        """What the first calls of compiled parts took; 0 where nothing is compiled."""
+        """Duration of the first calls of the compiled parts; 0 if nothing is compiled."""
         parts: list[Any] = [self.whole, self.generate, *(phase.loss for phase in self.phases)]
         return sum(part.seconds for part in parts if isinstance(part, Compiled | CompiledWhole))
 
     def set_learning_rate(self, factor: float) -> None:
+        """Multiply each group's base learning rate by the schedule's factor."""
         for group in self.groups.values():
             group.set_factor(factor)
 
     def autocast(self) -> torch.autocast:
+        """Within: forward passes in the precision of the step."""
         return torch.autocast(self.device_type, self.dtype, enabled=self.dtype != torch.float32)
 
     def _settings(self) -> Hashable:
-        """What a recorded step takes for granted of how it is computed."""
+        """The settings that a recorded step depends on."""
         return self.method.training, library_settings()
 
     def _places(self) -> Hashable:
-        """Where lies what a recorded step reads and writes: about 0.1 us a tensor, at every step.
+        """The addresses that a recorded step reads and writes. It costs about 0.1 us per tensor at every step.
 
-        Of Adam's moments the first stands for all three of a parameter: they are replaced together.
+        Of Adam's state, only the first moment of each parameter is listed: the others are replaced together with it.
         """
         tensors = [self.bad_steps]
         for group in self.groups.values():
@@ -159,15 +162,15 @@ class Step:
         return tuple(map(Tensor.data_ptr, tensors))
 
     def run(self, batch: Batch, draws: Draws) -> Losses:
-        """Update every network once, or nothing where a gradient is not finite; returns the losses, on the device,
-        without waiting for them.
+        """Update every network once, or nothing if a gradient is not finite; does not wait for the device.
 
-        The next step may write into the same tensors: whoever keeps losses over steps keeps copies.
+        Returns:
+            the losses, on the device. The next step may overwrite these tensors: copy them to keep them.
         """
         return self.compute(batch, draws) if self.graphs is None else self.graphs.run(batch, draws)
 
     def compute(self, batch: Batch, draws: Draws) -> Losses:
-        """`run`, launch by launch: what is recorded. Nothing in here waits for the device or asks it."""
+        """`run` without graphs. It may be recorded, so nothing in it reads from the device or waits for it."""
         batch = Batch(*(pictures.contiguous(memory_format=self.layout) for pictures in batch))
         self.method.prepare(batch)
         before = Snapshot(self._changed_early())
@@ -186,16 +189,17 @@ class Step:
         return losses
 
     def _changed_early(self) -> list[Tensor]:
-        """What a step changes before its last gradient is known; pools may have been made since the last step."""
+        """The tensors that a step changes before its last gradient is known. Pools may be new since the last step."""
         buffers = {id(b): b for module in self._with_state for b in module.buffers() if b.numel()}
         return [*buffers.values(), *(t for group in self._early for t in group.changes())]
 
     def updates(self, update: Callable[..., None] = ParameterGroup.update) -> Updates:
+        """The updates of one step; `update` is `ParameterGroup.update` or `update_traced`."""
         scale = None if self.loss_scale is None else self.loss_scale.scale
         return Updates(self.groups, scale, self.bad_steps, update)
 
     def _weights(self, networks: Sequence[nn.Module]) -> AbstractContextManager:
-        """Within: these networks hold their weights in the dtype that autocast computes in."""
+        """Within: the weights of these networks are in the dtype of autocast."""
         if self.dtype == torch.float32 or not self.weights_at_once:
             return nullcontext()
         return converted_weights(networks, self.dtype)
@@ -211,6 +215,7 @@ class Step:
             return self.generate(batch, draws)
 
     def _at_once(self, batch: Batch, draws: Draws) -> tuple[Losses, Tensor]:
+        """Update every network; returns the losses, and whether a gradient was not finite, () bool."""
         updates = self.updates()
         outputs = self._generate(batch, draws)
 
@@ -221,17 +226,17 @@ class Step:
         return run_phases(self.phases, updates, differentiate)
 
     def _traced(self, batch: Batch, draws: Draws) -> tuple[Losses, Tensor]:
-        """`_at_once` in operations that a compiler traces as one graph; it changes the same tensors."""
+        """`_at_once` in operations that a compiler can trace as one graph. It changes the same tensors."""
         updates = self.updates(ParameterGroup.update_traced)
         with self.autocast():
             outputs = self.method.generate(batch, draws)
         return run_phases(self._uncompiled, updates, lambda phase: self._gradients(phase, batch, outputs, draws))
 
     def _in_parts(self, batch: Batch, draws: Draws) -> tuple[Losses, Tensor]:
-        """Each phase over all parts, one after another, then its update.
+        """As `_at_once`, with each phase computed over all parts of the batch, one after another.
 
-        A phase that does not train the generators takes the pictures without their graph. One that does makes them
-        again with it; the phases before have not changed what makes them, and those after get what it made.
+        A phase that does not train the generators uses the generated images without their autograd graph. A phase that
+        does generates them again with it; earlier phases have not changed the generators. Later phases use its images.
         """
         updates = self.updates()
         parts = accumulate.split(batch, draws, self.options.accumulate)
@@ -254,7 +259,7 @@ class Step:
         return run_phases(self.phases, updates, differentiate)
 
     def _gradients(self, phase: Phase, batch: Batch, outputs: Outputs, draws: Draws) -> tuple[Gradients, Losses]:
-        """Gradients of a phase's loss with respect to the parameters of its groups, and what it logs."""
+        """The gradients of a phase's loss with respect to the parameters of its groups, and its logged losses."""
         with self.autocast():
             loss, logged = phase.loss(batch, outputs, draws)
         if self.loss_scale is not None:
@@ -262,24 +267,24 @@ class Step:
         return torch.autograd.grad(loss, self._trained[phase.groups].own, allow_unused=True), logged
 
     def _differentiate(self, phase: Phase, batch: Batch, outputs: Outputs, draws: Draws) -> tuple[Gradients, Losses]:
-        """`_gradients`, with weights converted at once and without those of other groups."""
+        """`_gradients`, with weights converted at once, and with the other groups' parameters frozen."""
         trained = self._trained[phase.groups]
         used = self._generators + self._discriminators if trained.generators else self._discriminators
         for parameter in trained.others:  # a compiled loss would compute their gradients too
             parameter.requires_grad_(False)
         try:
-            with self._weights(used):  # in the backward too, where blocks may be computed again
+            with self._weights(used):  # also for the backward, which may recompute blocks
                 return self._gradients(phase, batch, outputs, draws)
         finally:
             for parameter in trained.others:
                 parameter.requires_grad_(True)
 
     def _average(self, phase: Phase, gradients: Gradients) -> Gradients:
-        """Over ranks, all of which then agree on whether the step is bad."""
+        """The mean of the gradients over ranks, which then agree on whether the step is bad."""
         return self.ranks.average(gradients, self._trained[phase.groups].own)
 
     def close(self) -> None:
-        """Let go of recorded graphs: before the processes part, and before anything they hold is replaced."""
+        """Free recorded graphs. Call it before the processes disconnect and before state tensors are replaced."""
         if self.graphs is not None:
             self.graphs.reset()
 

@@ -1,4 +1,4 @@
-"""Signals that ask a command to stop: a run saves first; where nothing would be lost, it ends at once."""
+"""Stop a command by a signal: a run saves first; a command with nothing to save ends at once."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import torch
 
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 ONE_SIGNAL = 1.0
-"""Seconds within which more signals count as one: launchers pass on what a terminal has sent to everybody already."""
+"""Seconds within which several signals count as one: a launcher passes on what the terminal sends to all."""
 INSIST = 5.0
-"""Seconds after which a signal before the first step raises again: compilers drop what their callbacks raise."""
+"""Seconds after which a signal before the first step raises again: compilers drop errors of their callbacks."""
 BEFORE = " before the first step: nothing was trained"
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal came where nothing would be lost by ending at once; the message is a sentence.
+    """Raised by a signal if there is nothing to save; the message is a sentence.
 
     Args:
         number: of the signal.
@@ -36,14 +36,14 @@ class Stopped(KeyboardInterrupt):
 
 
 def heeded() -> list[int]:
-    """The signals that exist here and are not ignored, as SIGHUP is under nohup."""
+    """The signals of `NAMES` that exist on this system and are not ignored (as SIGHUP is under nohup)."""
     numbers = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
     return [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 @contextmanager
 def handled(numbers: list[int], handler: Any) -> Iterator[None]:
-    """Nothing outside of the main thread, which alone receives signals."""
+    """Within: `handler` handles these signals. Does nothing outside of the main thread, which receives signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -57,7 +57,7 @@ def handled(numbers: list[int], handler: Any) -> Iterator[None]:
 
 @contextmanager
 def raising() -> Iterator[None]:
-    """Within: the first signal raises `Stopped`, so that what is half written is removed; a second one ends at once."""
+    """Within: the first signal raises `Stopped`, so that partial files are removed; a second one ends at once."""
     first: list[float] = []
     came: list[int] = []
 
@@ -73,7 +73,7 @@ def raising() -> Iterator[None]:
     with handled(heeded(), handle):
         try:
             yield
-        except Exception:  # a library that was called has made another error of it
+        except Exception:  # a library may have turned `Stopped` into another error
             if came:
                 raise Stopped(came[0]) from None
             raise
@@ -81,18 +81,18 @@ def raising() -> Iterator[None]:
 
 @contextmanager
 def default() -> Iterator[None]:
-    """Within: signals end the process at once, also where it waits in a library that never comes back to Python."""
+    """Within: signals end the process at once, even while it waits in a library outside of Python."""
     with handled(heeded(), signal.SIG_DFL):
         yield
 
 
 class StopRequest:
-    """Turns the first signal into a flag, once there is something to save; before, it raises `Stopped`.
+    """Turns the first signal into a flag once there is something to save; before, it raises `Stopped`.
 
-    A second signal, a second later or more, ends the process at once.
+    A second signal, at least a second later, ends the process at once.
 
     Args:
-        tell: say on stderr that the step is finished first.
+        tell: print to stderr that the step is finished first.
     """
 
     def __init__(self, tell: bool = True) -> None:
@@ -111,12 +111,12 @@ class StopRequest:
         return self
 
     def wait_for_steps(self) -> None:
-        """A step is done: from now on a signal waits for the end of the next, and for its checkpoint."""
+        """Call it after a step: from now on, a signal waits for the end of the next step and for its checkpoint."""
         self._something_to_save = True
         self._got_through.set()
 
     def _drop(self, dropped: Any) -> None:
-        if not isinstance(dropped.exc_value, Stopped):  # which comes again
+        if not isinstance(dropped.exc_value, Stopped):  # `_insist` sends it again
             self._unraisable(dropped)
 
     def _insist(self, number: int) -> None:
@@ -137,11 +137,11 @@ class StopRequest:
             return
         self.name, self._at = signal.Signals(number).name, now
         if not self._something_to_save:
-            torch.set_anomaly_enabled(False)  # compilers turn it on, and it would print where the step stood
+            torch.set_anomaly_enabled(False)  # compilers turn it on, and it would print a traceback
             threading.Thread(target=self._insist, args=(number,), daemon=True, name="signal").start()
             raise Stopped(number, BEFORE)
         if self._tell:
-            with suppress(OSError):  # past Python's buffers, which the signal may have found at work
+            with suppress(OSError):  # not through Python's buffers, which the signal may have interrupted
                 os.write(2, f"\nfastnce: {self.name}: the step is finished and saved first\n".encode())
 
     def __exit__(self, *error: Any) -> None:
@@ -152,7 +152,7 @@ class StopRequest:
 
 
 def end_with_parent(parent: int) -> None:
-    """Ask this process to stop, as by SIGTERM, when the process that started it is gone, be it by kill -9."""
+    """Send SIGTERM to this process when the process that started it is gone, even by kill -9."""
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -1,4 +1,4 @@
-"""Reading one checkpoint, whatever lies there: see `checkpoint` for what it should be."""
+"""Read one checkpoint, which may be damaged (see `checkpoint` for its layout)."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ POINTERS = ("latest", "good", "best")
 
 
 def step_of(path: Path) -> int | None:
-    """The step that a checkpoint's folder is named after; None for other names."""
+    """The step in the name of a checkpoint's folder; None for other names."""
     match = re.fullmatch(r"step-(\d{1,18})", path.name)
     return int(match[1]) if match else None
 
 
 def read_state(path: Path, files: tuple[str, ...] = states.FILES) -> dict[str, Any]:
-    """`state.json` of a checkpoint, checked, after comparing files with the digests in it.
+    """Read and check `state.json` of a checkpoint, and compare `files` with its digests.
 
     Raises:
-        ValueError, OSError: something is not what was written, or cannot be read; the message names the file in `path`.
+        ValueError, OSError: a file is not as it was written, or cannot be read. The message names the file in `path`.
     """
     state = states.read(path / "state.json", step_of(path))
     for name in files:
@@ -40,10 +40,10 @@ def read_state(path: Path, files: tuple[str, ...] = states.FILES) -> dict[str, A
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file, whose sizes are checked before any memory is taken.
+    """Read the tensors of a file; their sizes are checked before memory is allocated.
 
     Raises:
-        ValueError: no such file of tensors; the message has the file's name without its folder.
+        ValueError: it is no file of tensors. The message has the file's name without its folder.
     """
     try:
         try:
@@ -53,7 +53,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         return load_file(file)
     except (OSError, MemoryError):
         raise
-    except Exception as error:  # the library's own, and KeyError for kinds of numbers that PyTorch does not have
+    except Exception as error:  # the library's own, and KeyError for dtypes that PyTorch lacks
         raise ValueError(f"{file.name} is no file of tensors: {error}") from None
 
 
@@ -62,7 +62,7 @@ def all_finite(tensors: dict[str, Tensor]) -> bool:
 
 
 def check_numbers(state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """ValueError where training.safetensors holds numbers that are not finite, though the state says that all are."""
+    """ValueError if training.safetensors holds numbers that are not finite, and the state says that all are."""
     bad = tensors.get("bad_steps")
     if bad is not None and not (bad.numel() == 1 and float(bad) >= 0 and float(bad).is_integer()):
         raise ValueError("training.safetensors should hold bad_steps, a whole number of at least 0")
@@ -71,13 +71,13 @@ def check_numbers(state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
 
 
 def load_generators(folder: Path, state: dict[str, Any] | None = None) -> dict[str, dict[str, Tensor]]:
-    """The generators' state dicts, by name ("G"; "G_A", "G_B"), of a checkpoint folder.
+    """The state dicts of the generators of a checkpoint, by name ("G"; "G_A", "G_B").
 
     Args:
-        state: of `read_state`, where that was called.
+        state: as `read_state` returns; read here if None.
 
     Raises:
-        ValueError, OSError: as `read_state`, or tensors of something that is no generator.
+        ValueError, OSError: as `read_state`, or a tensor that belongs to no generator.
     """
     if state is None:
         state = read_state(folder, ("generator.safetensors",))
@@ -93,7 +93,7 @@ def load_generators(folder: Path, state: dict[str, Any] | None = None) -> dict[s
 
 
 def follow(path: Path) -> Path:
-    """The checkpoint that a pointer, such as RUN/checkpoints/best, names; any other path as it is.
+    """The checkpoint that a pointer such as RUN/checkpoints/best names; any other path is returned unchanged.
 
     Raises:
         ValueError: the pointer names no checkpoint.
@@ -114,7 +114,7 @@ def follow(path: Path) -> Path:
 
 @contextmanager
 def using(folder: Path) -> Iterator[None]:
-    """What does not fit in a checkpoint is told with its folder and a remedy."""
+    """Within: an error about a checkpoint names its folder and a remedy."""
     try:
         yield
     except CodeError as error:  # the checkpoint itself is good
@@ -125,7 +125,7 @@ def using(folder: Path) -> Iterator[None]:
 
 
 def reason_of(error: Exception) -> str:
-    """What is wrong with a checkpoint, in the words of its error."""
+    """Why a checkpoint cannot be read, for messages."""
     if isinstance(error, OSError):
         where = f"{Path(os.fsdecode(error.filename)).name}: " if error.filename is not None else ""
         return f"{where}{error.strerror or error}"
@@ -133,7 +133,8 @@ def reason_of(error: Exception) -> str:
 
 
 def digest_of(path: Path) -> str:
-    if path.exists() and not path.is_file():  # a device may have no end
+    """The SHA-256 of a regular file."""
+    if path.exists() and not path.is_file():  # a device may be endless
         raise ValueError(f"{path.name} is no regular file")
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""The tensors that a training step changes: their names in a checkpoint, and how they are stored and restored."""
+"""The state of a training step as tensors: names in a checkpoint, saving and loading."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class TrainingState:
     """Everything that a step depends on besides its batch, as tensors with flat names.
 
     Args:
-        method: its networks and other stateful modules.
-        groups: Adam's moments and counts, by group.
-        averages: averaged weights, by generator; none if the run keeps no average.
-        loss_scale: for float16.
-        bad_steps: () the count of bad steps in a row.
+        method: with its networks and other stateful modules.
+        groups: the parameter groups, with Adam's moments and counts.
+        averages: averaged weights by generator; empty if the run keeps no average.
+        loss_scale: for float16; None without.
+        bad_steps: (), the number of consecutive bad steps.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class TrainingState:
         return tensors
 
     def check(self, tensors: dict[str, Tensor]) -> None:
-        """ValueError if a tensor of `state` is missing, or has another shape or dtype, or another one is there."""
+        """ValueError unless these have the names, shapes and dtypes of the tensors of `state`."""
         for group in self.groups.values():
             group.prepare()
         check_state(self.state(), tensors)
@@ -105,10 +105,10 @@ class TrainingState:
 
 
 def check_state(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    """ValueError where tensors of a checkpoint are not those that a run has: nothing is left out, cast or broadcast.
+    """ValueError unless the tensors of a checkpoint fit those of a run: none is missing, unknown, cast or broadcast.
 
-    A loss scale may be there or not, as `run.precision` may change; pools of pictures have the size of their pictures.
-    Earlier versions kept no moments of biases without a gradient: those of a bias may be missing, all or none.
+    The loss scale is optional, because `run.precision` may change. Pools of images may have another size. Earlier
+    versions stored no moments of biases without a gradient, so all moments of a bias may be missing.
     """
     with_moments = {key.rpartition("/")[0] for key in found if key.startswith("adam/")}
 

@@ -1,4 +1,4 @@
-"""Held-out pairs during training: PSNR and SSIM over steps, as `fastnce evaluate` counts them."""
+"""Measure held-out pairs during training: PSNR and SSIM, computed as in `fastnce evaluate`."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ Translate = Callable[[Tensor], Tensor]
 
 
 def find_validation(data: str, validate: str, limit: int = 0, rain_side: str = "right") -> list[Pair]:
-    """The pairs that a run is validated on.
+    """Find the held-out pairs of a run.
 
     Args:
-        data: the run's data folder, whose subfolder `test` is tried where `validate` is empty.
-        validate: a folder of pairs in any layout that `fastnce evaluate` knows.
-        limit: at most so many, spread evenly over the set; 0 takes all.
-        rain_side: the half of strips that is rainy, "right" or "left".
+        data: the run's data folder. Its subfolder `test` is tried if `validate` is empty.
+        validate: a folder of pairs in any layout that `fastnce evaluate` accepts.
+        limit: take at most this many, spread evenly over the set; 0 takes all.
+        rain_side: the rainy half of strips, "right" or "left".
 
     Returns:
-        pairs in the order of their names; none where `validate` is empty and DIR/test does not pair.
+        the pairs in the order of their names; none if `validate` is empty and DIR/test has no pairs.
 
     Raises:
-        DataError: `validate` names a folder that does not pair.
+        DataError: `validate` names a folder without pairs.
     """
     check_rain_side(rain_side)
     if validate:
@@ -54,13 +54,13 @@ def find_validation(data: str, validate: str, limit: int = 0, rain_side: str = "
 
 
 class Validation:
-    """Translates pairs by a method's first generator (A to B) and measures them; remembers the best value.
+    """Translates held-out pairs with a method's first generator (A to B), measures them and keeps the best value.
 
-    Pictures are whole, at their own size, in float32; every rank takes its share of them.
+    Images are whole, at their own size, in float32. Every rank measures its share of them.
 
     Args:
-        pairs: as `find_validation` gives.
-        channels: of the method's pictures, 1 or 3.
+        pairs: as `find_validation` returns.
+        channels: of the method's images, 1 or 3.
         device: where the generator computes.
         translator: makes a function that translates images from a generator and the device, such as
             `fastnce.translate.Translator`.
@@ -90,15 +90,15 @@ class Validation:
         self.latest: dict[str, float] = {}
         self.best = float("-inf")
         self.left_out: list[str] = []
-        """Sentences about pairs that are passed over, for whoever keeps the log; emptied by `told`."""
+        """Messages about pairs that are left out; `take_messages` returns and clears them."""
 
     def digest(self) -> str:
-        """Of the pairs' names and sizes in bytes: values on other pictures are not comparable."""
+        """The digest of the pairs' names and sizes in bytes. Values with another digest are not comparable."""
         listing = [(p.name, *self.sizes[p.name]) for p in self.pairs]
         return hashlib.sha256(json.dumps([self.channels, listing]).encode()).hexdigest()
 
     def measure_inputs(self) -> str:
-        """Measure the rainy pictures themselves, and say so in a sentence."""
+        """Measure the rainy images themselves; returns a message."""
         self.inputs = self._measure(None)
         where = self.pairs[0].rainy.parent
         return (
@@ -107,7 +107,7 @@ class Validation:
         )
 
     def measure(self, method: Method) -> bool:
-        """Measure the method as it stands; whether it is better than ever before.
+        """Measure the method; returns whether it is better than ever before.
 
         The method is left in evaluation mode.
         """
@@ -123,7 +123,7 @@ class Validation:
         return better
 
     def _measure(self, translate: Translate | None) -> dict[str, float]:
-        """Means over the pairs; DataError where one cannot be read and `skip_bad` is off, on every rank."""
+        """The means over the pairs. If one cannot be read and `skip_bad` is off, DataError on every rank."""
         metrics = DerainingMetrics()
         table = torch.zeros(len(self.pairs), len(self.columns) + 1, dtype=torch.float64)  # 1 where a pair was read
         reasons: dict[int, str] = {}
@@ -156,7 +156,7 @@ class Validation:
             reason = reasons.get(place, "another rank cannot read it")
             self.left_out.append(f"the held-out pair {self.pairs[place].name} is left out from now on: {reason}")
         self.pairs = [pair for pair, one in zip(self.pairs, read, strict=True) if one]
-        if self.inputs:  # they were measured on all of them
+        if self.inputs:  # measured on all pairs
             self.left_out.append("a new best checkpoint is looked for, on the pairs that are left")
             self.best = float("-inf")
             self.inputs = self._measure(None)
@@ -187,7 +187,7 @@ class Validation:
         return {"pairs": self.digest(), **{key: self.latest[key] for key in self.columns}}
 
     def resume(self, stored: dict[str, Any] | None) -> str:
-        """Take over the best checkpoint's `state`; returns a sentence where its value does not count any more."""
+        """Take over the value of the best checkpoint's `state`; returns a message if it is not comparable."""
         if stored is None:
             return ""
         if stored["pairs"] != self.digest():

@@ -1,8 +1,7 @@
-"""The weights of a step in 16 bits, made a network at a time.
+"""Convert the weights of a step to 16 bits, one network at a time.
 
-Autocast converts every weight on its own where it is used, and every gradient on its way back: two of ten launches of
-CUT's step in bf16. The conversions here are the same, from the same numbers, and all of a network's are one call, which
-CUDA splits into few launches.
+Autocast converts each weight and each gradient on its own: two of ten launches of CUT's step in bf16. Here, all weights
+of a network are converted in one call, which CUDA splits into few launches. The results are the same.
 """
 
 from __future__ import annotations
@@ -16,15 +15,15 @@ from torch import Tensor, nn
 from ..networks.layers import keeps_float32
 
 LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
-"""Whose weights and biases autocast converts as they are. (Subclasses may do something to them first.)"""
+"""Layers whose weights autocast converts unchanged. (Subclasses may modify them first.)"""
 
 
 class _Convert(torch.autograd.Function):
-    """Tensors to as many of another dtype; gradients back to the dtype that each came from."""
+    """Converts tensors to another dtype, and their gradients back."""
 
     @staticmethod
     def forward(ctx, dtype: torch.dtype, *tensors: Tensor):
-        ctx.set_materialize_grads(False)  # an encoder's pass leaves the decoder's weights without gradient
+        ctx.set_materialize_grads(False)  # the decoder's weights have no gradient after an encoder's pass
         ctx.dtype = tensors[0].dtype
         return tuple(_converted(tensors, dtype))
 
@@ -45,8 +44,8 @@ def _converted(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
 def converted_weights(networks: Sequence[nn.Module], dtype: torch.dtype) -> Iterator[None]:
     """Within: the convolutions and linear layers of `networks` compute with copies of their weights in `dtype`.
 
-    Gradients with respect to the weights themselves are what they are without: it is autocast's work, done at once. A
-    layer that `keep_float32` marked is left alone.
+    Gradients are computed for the weights themselves, and equal those under autocast. Layers that `keep_float32` has
+    marked are left unchanged.
     """
     held: list[tuple[nn.Module, str, nn.Parameter]] = []
     for network in networks:
@@ -55,7 +54,7 @@ def converted_weights(networks: Sequence[nn.Module], dtype: torch.dtype) -> Iter
                 held += [(layer, name, p) for name, p in layer._parameters.items() if p is not None]
     held = [entry for entry in held if entry[2].dtype == torch.float32]
     try:
-        # apart where they do not train: a function's results all require a gradient if one argument does
+        # frozen weights separately: all results of a function require a gradient if one argument does
         for trains in (True, False):
             chosen = [entry for entry in held if entry[2].requires_grad == trains]
             if chosen:

@@ -32,16 +32,16 @@ MOST_POOLED = 10**6
 
 @dataclass
 class CycleGANOptions:
-    """CycleGAN's terms; the defaults are the published ones."""
+    """The options of CycleGAN's loss; the defaults are the published ones."""
 
     lambda_a: float = option(10.0, "weight of the cycle A, B, A: higher keeps more of A's content", **WEIGHT)
     lambda_b: float = option(10.0, "weight of the cycle B, A, B", **WEIGHT)
     lambda_identity: float = option(
-        0.5, "identity loss as a part of the cycle weights: keeps colours; 0 leaves it out", **WEIGHT
+        0.5, "weight of the identity loss relative to the cycle weights: keeps colours; 0 leaves it out", **WEIGHT
     )
     pool_size: int = option(
         50,
-        "fakes remembered a domain for the discriminators to judge; 0 shows the latest only",
+        "past fakes kept per domain for the discriminators to judge; 0 shows the latest only",
         low=0,
         high=MOST_POOLED,
     )
@@ -50,14 +50,14 @@ class CycleGANOptions:
 
 
 class ImagePool(nn.Module):
-    """Remembers fakes, so that a discriminator judges a history of them (Shrivastava et al., CVPR 2017).
+    """A pool of past fakes, so that a discriminator judges a history of them (Shrivastava et al., CVPR 2017).
 
-    Each picture that comes is kept until the pool is full. From then on, with probability 1/2, it changes places with
-    a random one of the pool; otherwise it goes through. All of it happens on the device, in fixed shapes and without a
-    branch, so that a step can be captured.
+    Until the pool is full, every image is stored and returned. After that, with probability 1/2, an image replaces a
+    random one of the pool, which is returned; otherwise it is returned itself. Everything runs on the device, with
+    fixed shapes and without branches, so that a step can be captured.
 
     Args:
-        size: pictures kept; 0 passes every picture on.
+        size: the number of images kept; 0 returns every image.
     """
 
     pictures: Tensor
@@ -68,15 +68,15 @@ class ImagePool(nn.Module):
         if size < 0:
             raise ValueError(f"pool_size must be at least 0, not {size}")
         self.size = size
-        # Made by `prepare`, because the size of the pictures is known only then.
+        # allocated by `prepare`, when the size of the images is known
         self.register_buffer("pictures", torch.empty(0))
         self.register_buffer("count", torch.zeros(1, dtype=torch.long))
 
     def prepare(self, like: Tensor, channels: int) -> None:
-        """Make room for pictures like these, with so many channels, unless it is there; ValueError for another size.
+        """Allocate the pool for images of this size and so many channels; ValueError if it has another size.
 
-        They lie in memory as these do, also those of a checkpoint, which does not tell: what is judged together with
-        pictures of another layout would be computed in the slower one.
+        The pool takes the memory format of `like`, also after loading a checkpoint, which does not store it. Images of
+        two formats, judged in one batch, would be computed in the slower one.
         """
         shape = (channels, *like.shape[2:])
         if self.size == 0:
@@ -94,11 +94,14 @@ class ImagePool(nn.Module):
 
     @torch.no_grad()
     def forward(self, fakes: Tensor, uniform: Tensor | None = None) -> Tensor:
-        """(images, channels, height, width) to the same: what the discriminator is to judge, without gradient.
+        """Return the images for the discriminator to judge, without gradient, of the shape of `fakes`.
+
+        An image that is not finite is never stored.
 
         Args:
-            uniform: (images, 2) in [0, 1): who changes places (above 1/2) and with which; drawn unless given. A picture
-                that is not finite is never kept.
+            fakes: (images, channels, height, width).
+            uniform: (images, 2) in [0, 1), whether each image is exchanged (above 1/2) and for which one of the pool;
+                drawn if None.
         """
         fakes = fakes.detach()
         if self.size == 0:
@@ -130,9 +133,9 @@ class ImagePool(nn.Module):
 
 
 class TwoWay(Method):
-    """What CycleGAN, DCLGAN and DCD-GAN share: generators A to B and back, and a discriminator for each domain.
+    """The base of CycleGAN, DCLGAN and DCD-GAN: generators from A to B and back, and a discriminator per domain.
 
-    Published names: G_A makes B from A and D_A judges B; G_B and D_B the other way round.
+    By the published names, G_A generates B from A and D_A judges B; G_B generates A and D_B judges A.
     """
 
     def __init__(self, network: NetworkOptions, gan_mode: GANMode, lambda_gp: float, pool_size: int):
@@ -162,7 +165,7 @@ class TwoWay(Method):
         return {"pool_A": self.pool_a, "pool_B": self.pool_b} if self.pool_a.size else {}
 
     def prepare(self, batch: Batch) -> None:
-        """Pools: a fake has its input's size, and the channels of the domain that it is made for."""
+        """Allocate the pools. A fake has the size of its input and the channels of its own domain."""
         self.pool_b.prepare(batch.a, batch.b.shape[1])
         self.pool_a.prepare(batch.b, batch.a.shape[1])
 
@@ -183,8 +186,10 @@ class TwoWay(Method):
         }
 
     def translate_both(self, batch: Batch, identity: bool, layers: Sequence[int] = ()) -> Outputs:
-        """fake_B, fake_A and, with `identity`, idt_A = G_A(B), idt_B = G_B(A); keys_A, keys_B are the features of
-        G_A(A) and G_B(B) at `layers`."""
+        """Compute fake_B = G_A(A) and fake_A = G_B(B), and with `identity` also idt_A = G_A(B) and idt_B = G_B(A).
+
+        With `layers`, keys_A and keys_B are the features of G_A(A) and G_B(B) at these layers.
+        """
         outputs: Outputs = {}
         for domain, other, generator, real in (
             ("A", "B", self.generator_a, batch),
@@ -201,6 +206,7 @@ class TwoWay(Method):
         return outputs
 
     def d_loss(self, batch: Batch, outputs: Outputs, draws: Draws) -> tuple[Tensor, Losses]:
+        """The losses of both discriminators, which judge fakes from their pools."""
         losses: Losses = {}
         for name, discriminator, pool, fake, real in (
             ("D_A", self.discriminator_a, self.pool_b, outputs["fake_B"], batch.b),
@@ -218,7 +224,7 @@ class TwoWay(Method):
         return total + losses["D_A_GP"] + losses["D_B_GP"] if self.gp > 0 else total, losses
 
     def adversarial(self, outputs: Outputs, *, saturating: bool = False) -> Losses:
-        """G_A and G_B: how far the fakes are from passing as real. `saturating`: hinge as DCLGAN's code has it."""
+        """The GAN losses G_A and G_B of the generators; `saturating` takes the hinge of DCLGAN's code."""
         judged_b, judged_a = self.discriminator_a(outputs["fake_B"]), self.discriminator_b(outputs["fake_A"])
         return {
             name: gan_loss(judged, True, self.gan_mode, for_generator=not saturating)
@@ -234,7 +240,7 @@ class TwoWay(Method):
 
 
 class CycleGAN(TwoWay):
-    """Adversarial, cycle and identity terms; the generators are updated first, then the discriminators."""
+    """GAN, cycle and identity losses; the generators are updated first, then the discriminators."""
 
     Options = CycleGANOptions
 
@@ -249,7 +255,7 @@ class CycleGAN(TwoWay):
         self.options = options
 
     def phases(self):
-        # the fakes that the discriminators judge were made before the generators' update
+        # the discriminators judge fakes from before the generators' update
         return Phase(self.g_loss, ("G",)), Phase(self.d_loss, ("D",), apart=True)
 
     def generate(self, batch: Batch, draws: Draws) -> Outputs:

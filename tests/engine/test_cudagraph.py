@@ -171,7 +171,7 @@ def test_other_settings_are_recorded_anew(change, monkeypatch):
         weight.data = weight.data.clone()
     else:
         monkeypatch.setattr(torch.backends.cudnn, "benchmark", not torch.backends.cudnn.benchmark)
-    with pytest.warns(UserWarning, match="the step is recorded anew: settings, or where its state lies, have changed"):
+    with pytest.warns(UserWarning, match="the step is recorded anew: settings, or addresses of its state"):
         one_step(step, 9, random_batch())
     assert tape.closed == 1
     for number in range(WARM_UP + 1):

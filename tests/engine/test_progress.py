@@ -292,7 +292,7 @@ def test_where_the_share_of_a_process_counts(change, reason, folder, tmp_path, m
     check_same_run(config, tmp_path, 2)
     config.data.batch = 4
     if reason:
-        with pytest.raises(ValueError, match=f"would share them otherwise, which counts: {reason}") as caught:
+        with pytest.raises(ValueError, match=f"would share them otherwise, which changes the run: {reason}") as caught:
             check_same_run(config, tmp_path, 1)
         assert "continue with --nproc 2 data.batch=2, or allow it" in str(caught.value)
         config.run.change_batch = True
