@@ -66,8 +66,8 @@ def _main(arguments: list[str]) -> int:
     except OSError as error:
         code = 2
         if error.filename is None and isinstance(error, BrokenPipeError):
-            # The reader of stdout, such as head, has stopped. 141 is the code of a program that SIGPIPE ends: except
-            # for `methods`, which only prints, some work may be undone.
+            # The reader of stdout, such as head, has stopped. Except for `methods`, which only prints, the command may
+            # not have finished its work: give the exit code of a program that SIGPIPE ends.
             code = 0 if arguments[:1] == ["methods"] else 141
         elif error.filename is not None:
             tell(sentence_of(error), code)

@@ -19,7 +19,7 @@ NAME = ".fastnce-lock"
 MISSING = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 """Error numbers of file systems without `flock`."""
 UNSIGNED_SECONDS = 10
-"""An empty lock file younger than this may still be being written."""
+"""The content of a lock file younger than this may not be written yet."""
 
 
 class InUse(ValueError):

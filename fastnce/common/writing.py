@@ -75,17 +75,17 @@ def flush_to_disk(path: Path) -> None:
             os.close(number)
 
 
-def move_together(aside: Path, folder: Path, names: Iterable[str]) -> None:
-    """Move all these names from `aside` into `folder`. After an error or a signal, move them back."""
+def move_together(source: Path, folder: Path, names: Iterable[str]) -> None:
+    """Move all these names from `source` into `folder`. After an error or a signal, move them back."""
     names = list(names)
     try:
         for name in names:
-            os.replace(aside / name, folder / name)
+            os.replace(source / name, folder / name)
     except BaseException:
         for name in names:
-            if not os.path.lexists(aside / name):
+            if not os.path.lexists(source / name):
                 with suppress(OSError):  # a disk that fails for good: raise the first error
-                    os.replace(folder / name, aside / name)
+                    os.replace(folder / name, source / name)
         raise
 
 
@@ -93,7 +93,7 @@ def check_free(folder: Path, names: Iterable[str]) -> None:
     """Raise ValueError if `folder` already holds one of these names, even as a broken link."""
     for name in names:
         if os.path.lexists(folder / name):
-            raise ValueError(f"{folder / name} is there already: take another folder for --out")
+            raise ValueError(f"{folder / name} exists already: take another folder for --out")
 
 
 def check_not_replaced(targets: Iterable[Path], sources: Iterable[Path]) -> None:

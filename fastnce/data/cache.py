@@ -23,7 +23,7 @@ FORMAT = 3  # version of the files and of decoding: increase it whenever the sam
 
 
 def cache_place(root: Path, cache_dir: str | os.PathLike[str] | None) -> Path:
-    """Return the folder for caches, created if need be.
+    """Return the folder for caches, created if necessary.
 
     It is `cache_dir` if given, else `root`/.fastnce-cache if that can be written, else the user's cache folder. A root
     without any write permission is never written to, not even by an administrator who could.

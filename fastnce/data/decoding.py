@@ -53,7 +53,7 @@ def decode_all(
                 rows, bad, done = _agreeing(out, lines, len(folder), target.channels, dtype)
                 free = shutil.disk_usage(place).free + out.tell()
                 if free < needed:
-                    raise DataError(f"the cache {base}.bin needs {needed} bytes and the disk has {free}")
+                    raise DataError(f"the cache {base}.bin needs {needed} bytes, but the disk has {free}")
                 if progress:
                     before = f"; {done} of them were decoded before" if done else ""
                     progress(f"decoding {len(folder)} pictures of {folder.path} into {place}{before}")

@@ -17,9 +17,9 @@ from .opening import DataError
 def save_image(image: torch.Tensor, path: str | os.PathLike[str]) -> None:
     """Write an image (channels, height, width) in [-1, 1] with 8 bits, in the format that the suffix names.
 
-    Values are rounded to nearest; values outside [-1, 1] are clipped and NaN becomes -1. Any format takes the numbers
-    of channels that it supports of 1, 3 and 4; ``.npy`` takes any number. JPEG is written at quality 95, WebP without
-    loss. The file appears complete or not at all.
+    Values are rounded to nearest; values outside [-1, 1] are clipped and NaN becomes -1. Images of 1, 3 or 4 channels
+    can be written in every format that supports them, others only as ``.npy``. JPEG is written at quality 95, WebP
+    without loss. The file appears complete or not at all.
 
     Raises:
         DataError: the shape or the suffix does not fit.

@@ -68,7 +68,7 @@ def _scan(top: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
                     elif entry.name.lower().endswith(SUFFIXES):
                         yield os.path.join(inside, entry.name), entry
         except PermissionError:  # such as lost+found, which belongs to root
-            warnings.warn(f"the folder {here} may not be read: its pictures are left out", stacklevel=3)
+            warnings.warn(f"no permission to read the folder {here}: its pictures are skipped", stacklevel=3)
         except OSError as error:
             raise DataError(f"the folder {here} cannot be listed: {error.strerror or error}") from error
         waiting += sorted(below, reverse=True)

@@ -111,7 +111,7 @@ def pixel_limit() -> int | None:
 def too_large(path: Path, pixels: int) -> str:
     return (
         f"{path} is too large: {pixels} pixels exceed the limit of {pixel_limit()}; make it smaller, or set the "
-        f"environment variable {LIMIT}={pixels} where such pictures are wanted"
+        f"environment variable {LIMIT}={pixels} to accept such pictures"
     )
 
 

@@ -208,7 +208,7 @@ def _write(
     seed: int,
     progress: Callable[[str], None] | None,
 ) -> dict[str, int]:
-    aside = out / partial_name()
+    temporary = out / partial_name()
     counts: dict[str, int] = {}
     try:
         for place, (file, name) in enumerate(names.items()):
@@ -216,16 +216,16 @@ def _write(
             rainy_folder, clean_folder = folders[place]
             if rainy_folder:
                 generator = torch.Generator().manual_seed((seed * 1_000_003 + place) % 2**63)
-                save_image(render_rain(clean, options, generator)[0], aside / rainy_folder / name)
+                save_image(render_rain(clean, options, generator)[0], temporary / rainy_folder / name)
             if clean_folder:
-                save_image(clean[0], aside / clean_folder / name)
+                save_image(clean[0], temporary / clean_folder / name)
             for folder in filter(None, (rainy_folder, clean_folder)):
                 counts[folder] = counts.get(folder, 0) + 1
             if progress is not None:
                 progress(f"{place + 1}/{len(names)} {file.name}")
-        move_together(aside, out, sorted(entry.name for entry in aside.iterdir()))
+        move_together(temporary, out, sorted(entry.name for entry in temporary.iterdir()))
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     return counts
 
 

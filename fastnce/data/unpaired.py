@@ -163,7 +163,7 @@ class UnpairedData:
         return found[0], found[1]
 
     def cached(self, *, decaying: bool = False) -> dict[Path, int]:
-        """Build (if need be) and check the cache files that `batch(decaying=...)` reads; return path -> bytes."""
+        """Build (if necessary) and check the cache files that `batch(decaying=...)` reads; return path -> bytes."""
         self.prepare(decaying=decaying)
         stores = self._stores[self.target.decaying() if decaying else self.target]
         for store in stores:

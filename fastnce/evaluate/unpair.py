@@ -64,11 +64,11 @@ def _write(
     out: Path,
     progress: Callable[[str], None] | None,
 ) -> dict[str, int]:
-    aside = out / partial_name()
+    temporary = out / partial_name()
     counts: dict[str, int] = {}
 
     def write(picture, folder: str, name: str) -> None:
-        save_image(picture, aside / folder / f"{name}.png")
+        save_image(picture, temporary / folder / f"{name}.png")
         counts[folder] = counts.get(folder, 0) + 1
 
     try:
@@ -86,7 +86,7 @@ def _write(
             rainy, clean = pair.load()
             write(rainy, "test/rain", pair.name)
             write(clean, "test/norain", pair.name)
-        move_together(aside, out, tops)
+        move_together(temporary, out, tops)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     return counts

@@ -35,7 +35,7 @@ def translate_files(
     Args:
         translator: the model.
         source: a picture or a folder. If `out` is inside it, the pictures in `out` are not translated.
-        out: a folder, created if need be. Files in it may be replaced, but never a picture of `source` or the model.
+        out: a folder, created if necessary. Files in it may be replaced, but never a picture of `source` or the model.
         suffix: the format of the written files.
         batch: number of pictures of the same size to translate at once.
         bits: 8, 16, or None for the source's depth if the format supports it (see `check_format`).

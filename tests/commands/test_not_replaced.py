@@ -90,7 +90,7 @@ def test_as_many_files_as_are_told(command, model, tmp_path, capsys):
 
 def test_a_link_to_nothing_is_in_the_way(tmp_path):
     (tmp_path / "trainA").symlink_to(tmp_path / "gone")
-    with pytest.raises(ValueError, match="trainA is there already: take another folder"):
+    with pytest.raises(ValueError, match="trainA exists already: take another folder"):
         check_free(tmp_path, ["trainB", "trainA"])
 
 

@@ -675,7 +675,7 @@ def test_disk_full_is_one_sentence_and_leaves_nothing(root, tmp_path, monkeypatc
     free = shutil.disk_usage(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: free._replace(free=100))
-        with pytest.raises(DataError, match=r"trainA.*\.bin needs 6000 bytes and the disk has 100"):
+        with pytest.raises(DataError, match=r"trainA.*\.bin needs 6000 bytes, but the disk has 100"):
             UnpairedData(root, cache_dir=tmp_path, **SMALL)
 
     def full(_):

@@ -171,7 +171,7 @@ def test_nothing_is_half_written(photos, tmp_path, capsys):
     assert not out.exists()
     (photos / "z.png").unlink()
     (out / "rain").mkdir(parents=True)
-    assert "is there already" in error_of(capsys, str(photos), "--out", str(out))
+    assert "exists already" in error_of(capsys, str(photos), "--out", str(out))
     assert names(out) == set()
     assert "no such picture" in error_of(capsys, str(tmp_path / "absent"), "--out", str(out))
     assert "--density must be" in error_of(capsys, str(photos), "--out", str(out), "--density", "x")

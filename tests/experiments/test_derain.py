@@ -69,7 +69,7 @@ def test_mistakes_write_nothing(pairs, tmp_path, capsys):
     Image.fromarray(picture(9)).save(pairs / "norain" / "2.png")
     Image.fromarray(picture(8)).save(pairs / "rain" / "2.png")
     assert main(["unpair", str(pairs), "--out", str(out)]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
     assert sorted(path.name for path in out.iterdir()) == ["trainB"]
 
 
