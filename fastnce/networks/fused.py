@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common.autograd import call, directly
+from ..common.autograd import apply, with_fast_path
 from ..common.operators import obstacle, operator
 from ..kernels import blur, few_outputs, few_outputs_backward, reflect_pad
 from ..kernels import instance_norm as norm
@@ -46,7 +46,7 @@ def _transposed(name: str) -> str:
     return name.removesuffix("_backward") if name.endswith("_backward") else f"{name}_backward"
 
 
-@directly
+@with_fast_path
 class _Plane(torch.autograd.Function):
     @staticmethod
     def forward(x, name, height, width):
@@ -59,24 +59,24 @@ class _Plane(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        return call(_Plane, gradient, _transposed(ctx.name), ctx.height, ctx.width), None, None, None
+        return apply(_Plane, gradient, _transposed(ctx.name), ctx.height, ctx.width), None, None, None
 
 
 def reflection_pad(x: Tensor, margin: int) -> Tensor:
     """`F.pad(x, (margin,) * 4, mode="reflect")`; its gradient is a gather, and repeats to the bit."""
     _check_margin(x, margin)
-    return call(_Plane, x, "reflect_pad", x.shape[2] + 2 * margin, x.shape[3] + 2 * margin)
+    return apply(_Plane, x, "reflect_pad", x.shape[2] + 2 * margin, x.shape[3] + 2 * margin)
 
 
 def blur_down(x: Tensor) -> Tensor:
     """The filter [1, 2, 1] / 4 along both axes at every other place, reflected at the border; see `BlurDown`."""
     _check_margin(x, 1)
-    return call(_Plane, x, "blur_down", (x.shape[2] + 1) // 2, (x.shape[3] + 1) // 2)
+    return apply(_Plane, x, "blur_down", (x.shape[2] + 1) // 2, (x.shape[3] + 1) // 2)
 
 
 def blur_up(x: Tensor) -> Tensor:
     """`F.interpolate(x, scale_factor=2, mode="bilinear")`; see `BlurUp`."""
-    return call(_Plane, x, "blur_up", 2 * x.shape[2], 2 * x.shape[3])
+    return apply(_Plane, x, "blur_up", 2 * x.shape[2], 2 * x.shape[3])
 
 
 def _check_margin(x: Tensor, margin: int) -> None:
@@ -119,7 +119,7 @@ def instance_norm_formula(x: Tensor, eps: float, slope: float, margin: int) -> T
     return y.to(x.dtype)
 
 
-@directly
+@with_fast_path
 class _InstanceNorm(torch.autograd.Function):
     @staticmethod
     def forward(x, residual, eps, slope, margin):
@@ -168,7 +168,7 @@ def instance_norm(
             f"a residual must have the map's shape and dtype and goes with no margin: {tuple(residual.shape)} "
             f"{residual.dtype} for {tuple(x.shape)} {x.dtype}, margin {margin}"
         )
-    return call(_InstanceNorm, x, residual, eps, slope, margin)[0]
+    return apply(_InstanceNorm, x, residual, eps, slope, margin)[0]
 
 
 # Convolutions with few output channels
@@ -194,7 +194,7 @@ _few_outputs_backward = operator(
 )
 
 
-@directly
+@with_fast_path
 class _FewOutputs(torch.autograd.Function):
     @staticmethod
     def forward(x, weight, bias, padding):
@@ -247,4 +247,4 @@ def few_outputs_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, padd
         float32 (images, outputs, height + 2 * padding - kernel + 1, and so on), channels-last where x is.
     """
     few_outputs.geometry(x, weight, padding)
-    return call(_FewOutputs, x, weight, bias, padding)
+    return apply(_FewOutputs, x, weight, bias, padding)
