@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -15,6 +14,7 @@ import torch
 from .common.imports import CodeError, is_import_path
 from .common.options import brief, check_value, converted, describe, option, range_of
 from .common.options import check as check_options
+from .common.toml import format_value, parse_value
 from .data.rain import RainOptions, parse_ranges
 from .data.target import PREPROCESS
 from .engine.options import OptimOptions, RunOptions
@@ -23,42 +23,40 @@ from .methods import Method, NetworkOptions
 from .methods.presets import Preset, find_preset
 
 MOST_SIDE = 16_384
-"""Of pictures in pixels: one of that size takes 3 GiB as float32."""
+"""Largest side of an image, in pixels: a square image of this side takes 3 GiB as float32."""
 
 
 @dataclass
 class DataOptions:
-    """Where pictures come from and how they are cut (see `fastnce.data.UnpairedData`)."""
+    """Where images come from, and how they are resized and cropped (see `fastnce.data.UnpairedData`)."""
 
     dir: str = option("", "folder with trainA and trainB (testA, testB for samples)", anything=True)
     load_size: int | list[int] = option(
-        286, "resize to this before cropping, one side or [height, width]", low=1, high=MOST_SIDE
+        286, "size to resize to before cropping: one side, or [height, width]", low=1, high=MOST_SIDE
     )
     crop_size: int | list[int] = option(
         256, "side of the crops, or [height, width]; multiples of 4", low=1, high=MOST_SIDE
     )
     preprocess: str = option(
         "resize_and_crop",
-        "resize_and_crop, crop, scale_width_and_crop, scale_shortside_and_crop, none (whole pictures), zoom_and_patch",
+        "resize_and_crop, crop, scale_width_and_crop, scale_shortside_and_crop, none (whole images), zoom_and_patch",
         choices=(*PREPROCESS, "zoom_and_patch"),
     )
-    flip: bool = option(True, "mirror half of the pictures")
-    rain: float = option(0.0, "share of A's pictures that are B's with rendered rain; 1 needs no trainA", low=0, high=1)
+    flip: bool = option(True, "mirror half of the images")
+    rain: float = option(0.0, "share of A's images that are B's with rendered rain; 1 needs no trainA", low=0, high=1)
     rain_like: str = option(
-        "", "that rain, e.g. density=0.1:0.3,angle=-40:40; empty: the ranges of fastnce rain", anything=True
+        "", "rain for data.rain, e.g. density=0.1:0.3,angle=-40:40; empty: the defaults of fastnce rain", anything=True
     )
     validate: str = option(
-        "", "held-out pairs for run.validate_every; empty: the data folder's test, if it pairs", anything=True
+        "", "folder of held-out pairs for run.validate_every; empty: test in the data folder, if paired", anything=True
     )
-    rain_side: str = option("right", "half of held-out strips that is rainy, right or left", choices=RAIN_SIDES)
+    rain_side: str = option("right", "the rainy half of held-out strips: right or left", choices=RAIN_SIDES)
     dataset: str = option(
-        "", "your own data set in place of folders (mydata.py:MyData); empty: trainA and trainB", anything=True
+        "", "your own data set instead of folders (mydata.py:MyData); empty: trainA and trainB", anything=True
     )
-    batch: int = option(1, "pictures of each domain a step", low=1, high=65_536)
-    skip_bad: bool = option(False, "pass over pictures that cannot be read instead of stopping")
-    cache_dir: str = option(
-        "", "where decoded pictures are kept; empty: .fastnce-cache in the data folder", anything=True
-    )
+    batch: int = option(1, "images of each domain per step", low=1, high=65_536)
+    skip_bad: bool = option(False, "skip images that cannot be read; false: stop")
+    cache_dir: str = option("", "folder for decoded images; empty: .fastnce-cache in the data folder", anything=True)
 
 
 @dataclass
@@ -75,26 +73,26 @@ class Config:
     SECTIONS = ("data", "network", "loss", "optim", "run")
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain nested dicts, as stored with checkpoints."""
+        """Return plain nested dicts, as stored with checkpoints."""
         sections = {s: {k: v for k, (v, _) in describe(getattr(self, s)).items()} for s in self.SECTIONS}
         return {"method": self.method, **sections}
 
     def as_toml(self) -> str:
-        """The configuration as a TOML file that `--config` takes, with what each key does and accepts."""
-        lines = [f"method = {_toml(self.method)}"]
+        """Return a TOML file for `--config`, with the help text and the accepted values of each key."""
+        lines = [f"method = {format_value(self.method)}"]
         for section in self.SECTIONS:
             lines += ["", f"[{section}]"]
             for key, (value, consequence) in describe(getattr(self, section)).items():
                 accepted = range_of(getattr(self, section), key)
                 accepted = f" [{accepted}]" if accepted else ""
-                lines.append(f"{key} = {_toml(value)}".ljust(36) + f"  # {consequence}{accepted}")
+                lines.append(f"{key} = {format_value(value)}".ljust(36) + f"  # {consequence}{accepted}")
         return "\n".join(lines) + "\n"
 
     def differences(self, other: dict[str, Any], *, any_batch: bool = False) -> list[str]:
-        """Keys, apart from `run`'s, whose values differ from a stored configuration, as "key: stored, now".
+        """Return the keys, except those of `run`, that differ from a stored configuration, as "key: stored, now".
 
         Args:
-            any_batch: leave `data.batch` out: what counts is that of all ranks (`fastnce.engine.progress.check_batch`).
+            any_batch: ignore `data.batch`: only the batch of all ranks counts (`fastnce.engine.progress.check_batch`).
         """
         mine = self.as_dict()
         if mine["method"] != other.get("method"):
@@ -114,14 +112,14 @@ _MAY_CHANGE = {
     *(("data", key) for key in ("dir", "cache_dir", "skip_bad", "validate", "rain_side")),
     *(("optim", key) for key in ("max_bad_steps", "accumulate")),
 }
-"""Keys that a resumed run may change besides `run`'s: they do not change what is computed (to rounding)."""
+"""Keys that a resumed run may change, besides those of `run`: results stay the same, except for rounding."""
 
 
 def resolve(method: str, file: Path | None = None, overrides: list[str] | None = None) -> Config:
-    """The configuration of a method after its preset, a file and overrides.
+    """Build the configuration of a method from its preset, then a file, then overrides.
 
     Raises:
-        ValueError: an unknown method or key (with the nearest known one), or what `check` refuses.
+        ValueError: an unknown method or key (the message names the nearest known one), or what `check` refuses.
     """
     config = from_preset(method, find_preset(method))
     if file is not None:
@@ -129,9 +127,9 @@ def resolve(method: str, file: Path | None = None, overrides: list[str] | None =
             stored = tomllib.loads(file.read_text(encoding="utf-8-sig"))
         except OSError as error:
             raise ValueError(f"--config {file}: {error.strerror}") from None
-        except (ValueError, RecursionError) as error:  # of numbers too long and lists too deep too
+        except (ValueError, RecursionError) as error:  # also for too long numbers and too deep lists
             raise ValueError(f"--config {file}: not TOML: {error}") from None
-        if not stored:  # such as what is left of a file after a full disk
+        if not stored:  # a full disk can leave an empty file
             raise ValueError(f"--config {file} is empty: leave it out, or write a section such as [data]")
         if stored.pop("method", method) != method:
             raise ValueError(f"--config {file} is for another method than {method}")
@@ -147,7 +145,9 @@ def resolve(method: str, file: Path | None = None, overrides: list[str] | None =
         name, equals, value = text.partition("=")
         if not equals and name in _keys(config):
             section, key = name.split(".")
-            raise ValueError(f"{name} needs a value, such as {name}={_toml(getattr(getattr(config, section), key))}")
+            raise ValueError(
+                f"{name} needs a value, such as {name}={format_value(getattr(getattr(config, section), key))}"
+            )
         if not equals:
             raise ValueError(f"{brief(text)}: write section.key=value{_nearest_key(config, name)}")
         _set(config, name.strip(), value.strip(), "", parse=True)
@@ -156,16 +156,16 @@ def resolve(method: str, file: Path | None = None, overrides: list[str] | None =
 
 
 def check(config: Config) -> None:
-    """Refuse a configuration with a value outside of its range, or with values that contradict each other.
+    """Refuse a configuration with a value outside its range, or with values that contradict each other.
 
-    Only what the configuration alone tells: not whether networks, pictures and this machine go with it.
+    Only the configuration is checked, not whether networks, images and this machine fit it.
 
     Raises:
-        ValueError: the first key that is wrong, its value, and what is accepted.
+        ValueError: names the first wrong key, its value, and what is accepted.
     """
-    like = from_preset(config.method, find_preset(config.method))
+    preset = from_preset(config.method, find_preset(config.method))
     for section in Config.SECTIONS:
-        options, wanted = getattr(config, section), type(getattr(like, section))
+        options, wanted = getattr(config, section), type(getattr(preset, section))
         if not isinstance(options, wanted):
             raise ValueError(f"{section} must be {wanted.__name__} for {config.method}, not {type(options).__name__}")
         check_options(options, section)
@@ -188,13 +188,13 @@ def check(config: Config) -> None:
 
 
 def _check_sides(data: DataOptions) -> None:
-    """Those that crops are cut by: of whole pictures and of SinCUT's, `fastnce.data` decides."""
+    """Check the sizes of crops. `fastnce.data` checks whole images and the crops of SinCUT."""
     if data.preprocess in ("none", "zoom_and_patch"):
         return
     (load_height, load_width), (height, width) = (sides(size) for size in (data.load_size, data.crop_size))
     if height % 4 or width % 4:
         raise ValueError(f"data.crop_size={data.crop_size} must have sides that are multiples of 4")
-    if data.preprocess == "crop":  # where load_size has no part
+    if data.preprocess == "crop":  # load_size is not used
         return
     if load_width < width or (load_height < height and data.preprocess != "scale_width_and_crop"):
         raise ValueError(
@@ -204,15 +204,15 @@ def _check_sides(data: DataOptions) -> None:
 
 
 def sides(size: int | list[int]) -> tuple[int, int]:
-    """(height, width) of an option that holds one side or two."""
+    """Return (height, width) of an option that holds one side or two."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def plan(config: Config) -> Method:
-    """The method that a checked configuration names, on the meta device: no memory, no random numbers.
+    """Check a configuration and build its method on the meta device, which needs no memory and no random numbers.
 
     Raises:
-        ValueError: what `check` refuses, or options that do not go together with the networks.
+        ValueError: what `check` refuses, or options that do not fit the networks.
     """
     check(config)
     with torch.device("meta"):
@@ -220,10 +220,10 @@ def plan(config: Config) -> Method:
 
 
 def build_method(config: Config) -> Method:
-    """The method that a configuration names, on the current default device.
+    """Build the method of a configuration on the current default device.
 
     Raises:
-        ValueError: options or networks that do not go together, or a user's own method that fails.
+        ValueError: options or networks that do not fit together, or a user's own method that fails.
     """
     method = find_preset(config.method).method
     try:
@@ -238,7 +238,7 @@ def build_method(config: Config) -> Method:
 
 
 def _named_code(stored: dict[str, Any], generators_only: bool) -> Iterator[Any]:
-    """The values of a stored configuration that may be import paths."""
+    """Yield the values of a stored configuration that may be import paths."""
     method = stored.get("method")
     yield method
     keys = [("network", "generator")]
@@ -250,7 +250,7 @@ def _named_code(stored: dict[str, Any], generators_only: bool) -> Iterator[Any]:
 
 
 def from_preset(method: str, preset: Preset) -> Config:
-    """The published defaults."""
+    """Return the published defaults of a method."""
     config = Config(method, DataOptions(), NetworkOptions(), preset.options(), OptimOptions(), RunOptions())
     for section, values in preset.sections.items():
         for key, value in values.items():
@@ -259,14 +259,14 @@ def from_preset(method: str, preset: Preset) -> Config:
 
 
 def from_dict(stored: dict[str, Any], *, trust_code: bool = False, generators_only: bool = False) -> Config:
-    """The configuration that `as_dict` gave; keys of other versions are ignored.
+    """Restore the configuration that `as_dict` returned; keys of other versions are ignored.
 
-    Only the values of `network` are checked: a run of another version may hold values that are refused today, and its
-    generators still translate.
+    Only the values of `network` are checked: a run of another version may have values that are refused now, but its
+    generators can still be used.
 
     Args:
-        trust_code: import classes and functions outside of fastnce that it names. The author of the checkpoint chose
-            what is imported, and importing runs it.
+        trust_code: import the classes and functions outside fastnce that it names. The author of the checkpoint chose
+            them, and importing runs their code.
         generators_only: only the generators will be built, so the code of other parts needs no trust.
 
     Raises:
@@ -293,7 +293,7 @@ def from_dict(stored: dict[str, Any], *, trust_code: bool = False, generators_on
 
 
 def _absent(method: str, section: str, key: str, other: dict[str, Any]) -> Any:
-    """What a run of a version without this key did: what the preset says today, but for WGAN-GP's penalty."""
+    """Return the value that versions without this key used: that of the preset, except for WGAN-GP's penalty."""
     if key == "lambda_gp" and other.get("loss", {}).get("gan_mode") == "wgangp":
         return 0.0
     return getattr(getattr(from_preset(method, find_preset(method)), section), key)
@@ -322,33 +322,8 @@ def _set(config: Config, name: str, value: Any, where: str, parse: bool = False)
         raise ValueError(f"{where}unknown key {brief(name)}{_nearest_key(config, name)}")
     text = value if parse else ""
     if parse:
-        value = _parse(value, getattr(target, key))
+        value = parse_value(value, getattr(target, key))
     value = converted(target, key, value)
-    shown = "" if isinstance(value, str) or len(text) > 60 else text  # as it was written: [1, 2,] and 1e-3
+    shown = "" if isinstance(value, str) or len(text) > 60 else text  # as the user wrote it: [1, 2,] or 1e-3
     check_value(target, key, value, f"{where}{name}", shown)
     setattr(target, key, value)
-
-
-def _parse(text: str, old: Any) -> Any:
-    """A value from the command line: TOML, where strings need no quotes and lists no brackets."""
-    if isinstance(old, str):
-        return text.strip("\"'")
-    if isinstance(old, list) and not text.startswith("["):
-        text = f"[{text}]"
-    lowered = {"true": "true", "false": "false", "yes": "true", "no": "false", "on": "true", "off": "false"}
-    if "#" in text or "\n" in text:  # a comment, or a second key
-        return text
-    try:
-        return tomllib.loads(f"value = {lowered.get(text.lower(), text)}")["value"]
-    except (ValueError, RecursionError):
-        return text
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # which JSON may hold, TOML not
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(_toml(v) for v in value)}]"
-    return repr(value)

@@ -1,4 +1,4 @@
-"""What the autograd functions of the kernels and of the fast CPU path share."""
+"""Helpers for the autograd functions of the kernels and of the fast CPU path."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class FirstOrderOnly(torch.autograd.Function):
-    """Ties a gradient to its `inputs`, so that differentiating it again raises an error and does not give zeros."""
+    """Connect a gradient to `inputs`, so that differentiating it again raises an error instead of returning zeros."""
 
     @staticmethod
     def forward(gradient, *inputs):
@@ -21,7 +21,7 @@ class FirstOrderOnly(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *_):
-        raise RuntimeError("patch_nce can be differentiated once: its gradient has no derivative of its own")
+        raise RuntimeError("patch_nce can be differentiated once: its gradient has no derivative")
 
 
 def with_fast_path(cls: Any) -> Any:
@@ -45,10 +45,10 @@ def with_fast_path(cls: Any) -> Any:
 
 
 def apply(cls: Any, *inputs: Any) -> Any:
-    """`cls.apply(*inputs)` by the fastest path that is valid here, also while a compiler traces."""
+    """Call `cls.apply(*inputs)` by the fastest valid path, also while a compiler traces."""
     if torch.compiler.is_compiling():
         if not any(t.requires_grad for t in inputs if isinstance(t, Tensor)) or not torch.is_grad_enabled():
-            return cls.forward(*inputs)  # PyTorch 2.11 passes one context too many to functions of variable length
+            return cls.forward(*inputs)  # PyTorch 2.11 passes an extra context to functions of *args
         return cls.apply(*_without_duplicates(inputs))
     if torch._C._are_functorch_transforms_active():
         return cls.apply(*inputs)

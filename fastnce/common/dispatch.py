@@ -1,6 +1,6 @@
-"""Which implementation computes an operation: the Triton kernels or plain PyTorch.
+"""Choose the implementation of an operation: Triton kernels or plain PyTorch.
 
-Losses (`fastnce.nce.impl.dispatch`) and layers (`fastnce.networks.layers`) both decide here.
+Losses (`fastnce.nce.impl.dispatch`) and layers (`fastnce.networks.layers`) both use `choose`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ IMPLEMENTATIONS = (None, "triton", "eager")
 
 
 class Choice(NamedTuple):
-    """The implementation that runs, and why."""
+    """The chosen implementation, and the reason."""
 
     implementation: Literal["triton", "eager"]
     reason: str
@@ -29,34 +29,34 @@ class Choice(NamedTuple):
         return self.implementation == "triton"
 
 
-ASKED_EAGER = Choice("eager", "implementation='eager' was given")
-ASKED_TRITON = Choice("triton", "implementation='triton' was given")
+FORCED_EAGER = Choice("eager", "implementation='eager' was given")
+FORCED_TRITON = Choice("triton", "implementation='triton' was given")
 ON_CPU = Choice("eager", "the tensors are on the CPU, where plain PyTorch is faster than Triton's interpreter")
 KERNELS = Choice("triton", "the kernels support this device, dtype and size")
 
 
 def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the kernels cannot run on tensors of this device and dtype, or None."""
+    """Return why the kernels cannot run on tensors of this device and dtype, or None if they can."""
     return "Triton is not installed" if operators is None else operators.obstacle(device, dtype)
 
 
 def choose(
     implementation: Implementation, device: torch.device, dtype: torch.dtype, limit: str | None = None
 ) -> Choice:
-    """Decide for one call.
+    """Choose the implementation of one call.
 
     Args:
-        implementation: the caller's wish: "triton" and "eager" insist, None takes the kernels on accelerators.
+        implementation: "triton" or "eager" forces one; None uses the kernels on accelerators if they can run.
         device, dtype: of the tensors.
-        limit: a further reason why the kernels cannot run, such as a size.
+        limit: another reason why the kernels cannot run, such as a size.
 
     Raises:
-        ValueError: the kernels are asked for and cannot run, or there is no such implementation.
+        ValueError: the kernels are forced and cannot run, or the implementation is unknown.
     """
     if implementation is not None and not (isinstance(implementation, str) and implementation in IMPLEMENTATIONS):
         raise ValueError(f'implementation must be None, "triton" or "eager", not {implementation!r}')
     if implementation == "eager":
-        return ASKED_EAGER
+        return FORCED_EAGER
     if implementation is None and device.type == "cpu":
         return ON_CPU
     found = obstacle(device, dtype) or limit
@@ -64,4 +64,4 @@ def choose(
         if implementation == "triton":
             raise ValueError(f"implementation='triton' cannot run here: {found}")
         return Choice("eager", found)
-    return KERNELS if implementation is None else ASKED_TRITON
+    return KERNELS if implementation is None else FORCED_TRITON

@@ -16,19 +16,19 @@ class CodeError(ValueError):
 
 
 def is_import_path(name: Any) -> bool:
-    """Whether a name is an import path and not one of the names that this library gives."""
+    """Whether a name is an import path (rather than a name that this library defines)."""
     return isinstance(name, str) and ":" in name
 
 
 def load_object(path: str, key: str) -> Any:
-    """Import what a path names. The code of its module is run.
+    """Import the object that a path names. This runs the code of its module.
 
     Args:
-        path: `mynets.py:Net`, a file relative to the working directory, or `mypackage.nets:Net`.
+        path: `mynets.py:Net`, with a file relative to the working directory, or `mypackage.nets:Net`.
         key: the option that holds the path, for messages.
 
     Raises:
-        CodeError: there is no such file, module or name, or the module raises while it is imported.
+        CodeError: the file, module or name does not exist, or importing the module raises an error.
     """
     where, _, name = path.rpartition(":")
     if not where or not name.isidentifier():
@@ -53,8 +53,8 @@ def _load_file(file: Path, path: str, key: str) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     if str(file.parent) not in sys.path:
-        sys.path.append(str(file.parent))  # the file may import its neighbours, as a script does
-    sys.modules[name] = module  # dataclasses look their module up there
+        sys.path.append(str(file.parent))  # the file may import files beside it, as a script does
+    sys.modules[name] = module  # dataclasses look up their module there
     try:
         spec.loader.exec_module(module)
     except Exception as error:

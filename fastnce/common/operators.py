@@ -1,4 +1,4 @@
-"""What the Triton kernels of rows and of layers share as PyTorch operators: their definition, where they run."""
+"""Define the Triton kernels as PyTorch operators, and say where they can run."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _library = torch.library.Library("fastnce", "DEF")
 
 
 def operator(schema: str, run: Any, fake: Any, tags: Sequence[torch.Tag] = ()) -> Any:
-    """Define `torch.ops.fastnce.<name>`, and return it: what it runs on a device, and the shapes that it returns."""
+    """Define and return `torch.ops.fastnce.<name>`: `run` computes it, `fake` returns empty results of its shapes."""
     name = schema.split("(", 1)[0]
     _library.define(schema, tags=tuple(tags))
-    for key in ("CPU", "CUDA", "XPU"):  # CPU is Triton's interpreter, CUDA is ROCm as well
+    for key in ("CPU", "CUDA", "XPU"):  # CPU runs Triton's interpreter; CUDA includes ROCm
         _library.impl(name, run, key)
     torch.library.register_fake(f"fastnce::{name}", fake, lib=_library)
     return getattr(torch.ops.fastnce, name)
@@ -29,24 +29,24 @@ _NEWEST = (99, 0)
 
 
 @functools.cache
-def _ask(index: int | None) -> tuple[int, int]:
+def _device_capability(index: int | None) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index) if torch.cuda.is_available() else _NEWEST
 
 
 def _capability(index: int | None) -> tuple[int, int]:
-    """Of a CUDA device. Where there is none, and in a function that is traced and can ask for none, the newest's."""
-    return _NEWEST if torch.compiler.is_compiling() else _ask(index)
+    """Return the compute capability. Without a device, or while tracing, assume the newest."""
+    return _NEWEST if torch.compiler.is_compiling() else _device_capability(index)
 
 
 def uses_tf32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernels' products of such tensors are TF32, as the library allows now."""
+    """Whether the kernels multiply such tensors in TF32, as PyTorch allows now."""
     return common.precision(common.architecture(device), dtype) == "tf32"
 
 
 def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the kernels cannot run on such tensors, or None."""
+    """Return why the kernels cannot run on such tensors, or None if they can."""
     if device.type == "cpu" and not common.INTERPRET.value:
-        return "the tensors are on the CPU, and Triton's interpreter is off (TRITON_INTERPRET=1 before the import)"
+        return "the tensors are on the CPU, and Triton's interpreter is off (set TRITON_INTERPRET=1 before the import)"
     if device.type not in ("cpu", "cuda", "xpu"):
         return f"there is no kernel for {device.type}"
     if device.type == "cuda" and torch.version.hip is None and (capability := _capability(device.index)) < (8, 0):

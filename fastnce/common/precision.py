@@ -1,4 +1,4 @@
-"""Autocast, as operations with a precision of their own meet it."""
+"""Autocast, for operations that choose their own precision."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype in which a matrix product takes this tensor under the current autocast."""
+    """Return the dtype to which the current autocast converts this tensor for a matrix product."""
     kind = tensor.device.type
     if tensor.dtype == torch.float64 or kind == "meta" or not torch.is_autocast_enabled(kind):
         return tensor.dtype
@@ -17,7 +17,7 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """Within: operations on this device keep the dtype of their inputs."""
+    """Return a context in which operations on this device keep the dtype of their inputs."""
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)

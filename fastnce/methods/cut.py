@@ -42,37 +42,40 @@ class CUTOptions:
 
     lambda_gan: float = option(1.0, "weight of the GAN loss", **WEIGHT)
     lambda_nce: float = option(1.0, "weight of PatchNCE: higher keeps more of the input's content", **WEIGHT)
-    nce_idt: bool = option(True, "also PatchNCE between y and G(y): keeps colours, costs a second picture a step")
+    nce_idt: bool = option(True, "also PatchNCE between y and G(y): keeps colours, costs a second image per step")
     nce_layers: list[int] = option(
         [0, 4, 8, 12, 16], "generator layers whose features are contrasted", low=0, ascending=True
     )
     temperature: float = option(
-        0.07, "PatchNCE temperature; lower concentrates on the hardest negatives", **TEMPERATURE
+        0.07, "PatchNCE temperature: lower concentrates on the hardest negatives", **TEMPERATURE
     )
     temperatures: list[float] = option(
-        [], "one temperature a layer in place of `temperature`; empty: the same for all", **TEMPERATURE
+        [], "one temperature per layer instead of `temperature`; empty: the same for all", **TEMPERATURE
     )
     patches: int = option(
         256,
-        "locations drawn a picture and layer (all where a map has fewer); 0: every location",
+        "locations drawn per image and layer (all if a map has fewer); 0: every location",
         low=0,
         high=MOST_PATCHES,
     )
     projection: int = option(256, "width of the projector F (published netF_nc)", low=1, high=MOST_CHANNELS)
-    negatives: Negatives = option("image", '"image": other patches of the same picture; "batch": of all pictures')
+    negatives: Negatives = option("image", '"image": other patches of the same image; "batch": patches of all images')
     selection: Literal["uniform", "attention"] = option(
-        "uniform", '"attention": in maps of up to 4096 locations those of least attention entropy (QS-Attn)'
+        "uniform",
+        '"uniform": random locations; "attention": least attention entropy (QS-Attn), in maps of up to 4096 locations',
     )
     weighting: str = option("none", WEIGHTING_HELP, choices=WEIGHTING_NAMES, imports=True)
     weighting_options: str = option("", OPTIONS_HELP, anything=True)
-    symmetric: bool = option(False, "also the other direction, where keys ask and queries answer")
+    symmetric: bool = option(False, "average both directions: keys are also contrasted with the queries")
     gather_negatives: bool = option(
-        False, "several ranks: negatives=batch takes the pictures of all ranks, as one process of the whole batch would"
+        False, "with several ranks, negatives=batch uses the images of all ranks, as one process would"
     )
-    flip_equivariance: bool = option(False, "FastCUT: half of the steps see mirrored pictures, features mirrored back")
+    flip_equivariance: bool = option(False, "FastCUT: mirror the images in half of the steps, and their features back")
     gan_mode: GANMode = option("lsgan", "lsgan, vanilla, wgangp, nonsaturating or hinge")
     lambda_gp: float = option(10.0, GP_HELP, **WEIGHT)
-    reuse_key_features: bool = option(True, "keep the features of G(x)'s own pass as keys; false encodes x again")
+    reuse_key_features: bool = option(
+        True, "use the features of the pass that computes G(x) as keys; false encodes x again"
+    )
 
     @classmethod
     def fastcut(cls) -> CUTOptions:
@@ -80,7 +83,7 @@ class CUTOptions:
 
 
 ATTENTION_LOCATIONS = 4096
-"""Largest map whose attention is computed: it has locations^2 values, 64 MiB a picture in float32."""
+"""Locations of the largest map whose attention is computed: locations^2 values, 64 MiB per image in float32."""
 
 
 class CUT(Method):
@@ -95,7 +98,7 @@ class CUT(Method):
             raise ValueError("every term has weight 0: set loss.lambda_gan or loss.lambda_nce above 0")
         if options.temperatures and len(options.temperatures) != len(options.nce_layers):
             raise ValueError(
-                f"loss.temperatures must be empty or one a layer: {len(options.temperatures)} are given for "
+                f"loss.temperatures must be empty or one per layer: {len(options.temperatures)} are given for "
                 f"{len(options.nce_layers)} layers"
             )
         if options.nce_idt and network.in_channels != network.out_channels:
@@ -125,7 +128,7 @@ class CUT(Method):
         self.head = PatchNCEHead(
             self.generator.feature_channels(self.layers),
             options.projection,
-            options.patches or 1,  # 0 takes every location: they are given, not drawn
+            options.patches or 1,  # 0: all locations are passed in, none is drawn
             options.temperatures or options.temperature,
             negatives=options.negatives,
             weighting=find_weighting(options.weighting, options.weighting_options),
@@ -178,7 +181,7 @@ class CUT(Method):
         options = self.options
         if self.contrasts_both and len(both := list({**a, **b}.values())) > 1:
             raise ValueError(
-                f"{both[0]} and {both[1]} cannot go through G in one batch, as loss.nce_idt=true has it: {remedy}, or "
+                f"{both[0]} and {both[1]} cannot go through G in one batch, as loss.nce_idt=true needs: {remedy}, or "
                 f"set loss.nce_idt=false"
             )
         super().check_sizes(batch_size, a, b, remedy)
@@ -192,7 +195,7 @@ class CUT(Method):
 
     @property
     def contrasts_both(self) -> bool:
-        """Whether the generator sees B too, in one batch with A."""
+        """Whether the generator also receives B, in one batch with A."""
         return self.options.nce_idt and self.options.lambda_nce > 0
 
     def draw(self, rng: random.Random) -> Draws:
@@ -208,7 +211,7 @@ class CUT(Method):
             )
         real = torch.cat([batch.a, batch.b]) if both else batch.a
         keys = None
-        # A mirrored picture's features are not the mirrored features: then, x is encoded on its own.
+        # The features of a mirrored image are not the mirrored features, so x is then encoded separately.
         if options.reuse_key_features and options.lambda_nce > 0 and not draws.flip and generator.features_repeat:
             fake, features = generator(real, self.layers)
             keys = [feature.detach() for feature in features]
@@ -253,7 +256,7 @@ class CUT(Method):
         return total, losses
 
     def _contrast(self, outputs: Outputs, draws: Draws) -> Tensor:
-        """PatchNCE of (x, G(x)) and, with the identity term, of (y, G(y)): (directions,)."""
+        """Compute PatchNCE of (x, G(x)) and, with the identity term, of (y, G(y)): (directions,)."""
         queries = self.generator(outputs["fake"], self.layers, encode_only=True)
         if draws.flip:
             queries = [query.flip(3) for query in queries]
@@ -266,7 +269,7 @@ class CUT(Method):
         return self.head(queries, keys, directions=directions, patch_ids=ids).reshape(directions)
 
     def _patch_ids(self, keys: list[Tensor], directions: int, draws: Draws):
-        """Locations for the head; None leaves the draw to it."""
+        """Return the locations for the head, or None if the head shall draw them."""
         options = self.options
         if draws.patch_ids is not None:
             return draws.patch_ids if directions > 1 else draws.patch_ids[0]

@@ -1,7 +1,7 @@
 """DCD-GAN: Chen et al., Unpaired Deep Image Deraining Using Dual Contrastive Learning (CVPR 2022).
 
-Domain A is rainy, B is clean; G_A takes the rain away. What the authors' code optimises differs from the paper: it is
-DCLGAN's loss, so the preset "dcdgan-released" is DCLGAN with DCD-GAN's training options.
+Domain A is rainy, B is clean; G_A removes the rain. The authors' code differs from the paper: it optimises DCLGAN's
+loss. The preset "dcdgan-released" is therefore DCLGAN with DCD-GAN's training options.
 """
 
 from __future__ import annotations
@@ -21,43 +21,49 @@ from .dclgan import DCLGAN, DCLGANOptions
 from .losses import channel_cycle_loss, frequency_cycle_loss
 
 HEAVY_RAIN = "density=0.3:0.7,opacity=0.4:0.9,haze=0,angle=-40:40"
-"""About that of Rain800."""
+"""Rain about as heavy as in Rain800."""
 
 
 @dataclass
 class DCDGANOptions(DCLGANOptions):
-    """The paper's terms. The weights of the two cycle terms are not published: 1 and 1 are ours."""
+    """The paper's terms. It gives no weights for the two cycle terms: we use 1 and 1."""
 
-    negatives: Negatives = option("image", '"image": other patches of the same picture; "batch": of all pictures')
+    negatives: Negatives = option("image", '"image": other patches of the same image; "batch": patches of all images')
     external: Literal["none", "branch", "bank"] = option(
         "branch",
-        '"branch": as many negatives again, from the other branch\'s picture; "bank": from past pictures; "none"',
+        'more negatives: "branch": as many again, from the other branch\'s image; "bank": from past images; "none"',
     )
-    saturating: bool = option(False, "hinge for the generators flat beyond the margin, as released; false: -mean(D)")
+    saturating: bool = option(
+        False, "hinge loss of the generators as released, flat beyond the margin; false: -mean(D)"
+    )
     projector_adam: Literal["library", "generator"] = option(
-        "generator", '"generator": as G; "library": lr 1e-3, betas 0.9 and 0.999 as the released code'
+        "generator",
+        'Adam of F1 and F2: "generator": as G; "library": lr 1e-3, betas 0.9 and 0.999 as the released code',
     )
-    lambda_color: float = option(
-        1.0, "weight of the cycle distance of each colour channel: keeps colours clean", **WEIGHT
-    )
+    lambda_color: float = option(1.0, "weight of the cycle loss of each colour channel: keeps colours clean", **WEIGHT)
     lambda_frequency: float = option(
-        1.0, "weight of the cycle distance of spectra: keeps texture under the streaks", **WEIGHT
+        1.0, "weight of the cycle loss of spectra: keeps texture under the streaks", **WEIGHT
     )
     lambda_rendered: float = option(
         0.0,
-        "ours: weight of the L1 distance of G_A(rain rendered on B) to B, pairs that clean pictures give; 0 off",
+        "ours: weight of the L1 distance between G_A(B with rendered rain) and B; 0: off",
         **WEIGHT,
     )
     rendered_rain: str = option(
-        "", "that rain, e.g. density=0.1:0.3,angle=-40:40; empty: the ranges of fastnce rain", anything=True
+        "",
+        "rain for lambda_rendered, e.g. density=0.1:0.3,angle=-40:40; empty: the defaults of fastnce rain",
+        anything=True,
     )
     rendered_side: int = option(
-        0, "shorter side in pixels of the photographs that crops are cut from; 0: the crop's", low=0, high=65_536
+        0,
+        "shorter side in pixels of the whole images, which scales the streaks; 0: that of the crop",
+        low=0,
+        high=65_536,
     )
 
     @classmethod
     def plus(cls) -> DCDGANOptions:
-        """What did best in `experiments/derain.py`."""
+        """Return the options that performed best in `experiments/derain.py`."""
         return cls(
             lambda_gan=3.0,
             lambda_nce=0.25,
@@ -69,7 +75,7 @@ class DCDGANOptions(DCLGANOptions):
 
 
 class DCDGAN(DCLGAN):
-    """Contrast, adversaries, identity, and two distances on both cycles: A, B, A and B, A, B."""
+    """DCLGAN plus a colour and a frequency loss on both cycles, A to B to A and B to A to B."""
 
     Options = DCDGANOptions
 
@@ -85,11 +91,11 @@ class DCDGAN(DCLGAN):
     def generate(self, batch: Batch, draws: Draws) -> Outputs:
         outputs = super().generate(batch, draws)
         for domain, generator, fake in (("A", self.generator_b, "B"), ("B", self.generator_a, "A")):
-            picture = outputs[f"fake_{fake}"]
-            if f"keys_{domain}" in outputs:  # the pass that closes the cycle encodes the query on its way
-                outputs[f"rec_{domain}"], outputs[f"queries_{fake}"] = generator(picture, self.layers)
+            image = outputs[f"fake_{fake}"]
+            if f"keys_{domain}" in outputs:  # the pass that closes the cycle also returns the queries
+                outputs[f"rec_{domain}"], outputs[f"queries_{fake}"] = generator(image, self.layers)
             else:
-                outputs[f"rec_{domain}"] = generator(picture)
+                outputs[f"rec_{domain}"] = generator(image)
         return outputs
 
     def g_loss(self, batch: Batch, outputs: Outputs, draws: Draws) -> tuple[Tensor, Losses]:

@@ -36,44 +36,46 @@ from .weighting import OPTIONS_HELP, WEIGHTING_HELP, WEIGHTING_NAMES, find_weigh
 
 @dataclass
 class DCLGANOptions:
-    """DCLGAN's terms; the defaults are those of the released code, `paper()` those of the paper."""
+    """DCLGAN's terms; the defaults are those of the released code, and `paper()` has those of the paper."""
 
     lambda_gan: float = option(1.0, "weight of the GAN loss", **WEIGHT)
     lambda_nce: float = option(2.0, "weight of PatchNCE: higher keeps more of the input's content", **WEIGHT)
     lambda_idt: float = option(
-        1.0, "weight of the L1 identity loss: keeps colours; 0 saves two pictures a step", **WEIGHT
+        1.0, "weight of the L1 identity loss: keeps colours; 0 saves two images per step", **WEIGHT
     )
     nce_layers: list[int] = option(
         [4, 8, 12, 16], "generator layers whose features are contrasted", low=0, ascending=True
     )
     temperature: float = option(
-        0.07, "PatchNCE temperature; lower concentrates on the hardest negatives", **TEMPERATURE
+        0.07, "PatchNCE temperature: lower concentrates on the hardest negatives", **TEMPERATURE
     )
-    patches: int = option(
-        256, "locations drawn a picture and layer (all where a map has fewer)", low=1, high=MOST_PATCHES
-    )
+    patches: int = option(256, "locations drawn per image and layer (all if a map has fewer)", low=1, high=MOST_PATCHES)
     projection: int = option(256, "width of the projectors F1 and F2 (published netF_nc)", low=1, high=MOST_CHANNELS)
-    negatives: Negatives = option("batch", '"image": other patches of the same picture; "batch": of all pictures')
+    negatives: Negatives = option("batch", '"image": other patches of the same image; "batch": patches of all images')
     external: Literal["none", "branch", "bank"] = option(
         "none",
-        '"branch": as many negatives again, from the other branch\'s picture; "bank": from past pictures; "none"',
+        'more negatives: "branch": as many again, from the other branch\'s image; "bank": from past images; "none"',
     )
     bank_size: int = option(
-        256, "codes of past pictures kept a domain and layer, for external=bank", low=1, high=MOST_PATCHES
+        256, "codes of past images kept per domain and layer, for external=bank", low=1, high=MOST_PATCHES
     )
     weighting: str = option("none", WEIGHTING_HELP, choices=WEIGHTING_NAMES, imports=True)
     weighting_options: str = option("", OPTIONS_HELP, anything=True)
-    cosine: bool = option(True, "renormalise rows exactly, as the released code; false keeps CUT's x / (|x| + 1e-7)")
+    cosine: bool = option(
+        True, "divide rows by their exact length, as the released code; false: CUT's x / (|x| + 1e-7)"
+    )
     gan_mode: GANMode = option("hinge", "lsgan, vanilla, wgangp, nonsaturating or hinge")
     lambda_gp: float = option(10.0, GP_HELP, **WEIGHT)
-    saturating: bool = option(True, "hinge for the generators as released, flat beyond the margin; false: -mean(D)")
+    saturating: bool = option(True, "hinge loss of the generators as released, flat beyond the margin; false: -mean(D)")
     pool_size: int = option(
-        0, "fakes remembered a domain for the discriminators to judge; 0 shows the latest only", low=0, high=MOST_POOLED
+        0, "past fakes kept per domain for the discriminators; 0: they judge only the latest", low=0, high=MOST_POOLED
     )
     projector_adam: Literal["library", "generator"] = option(
-        "library", '"library": lr 1e-3, betas 0.9 and 0.999 as the released code; "generator": as G'
+        "library", 'Adam of F1 and F2: "library": lr 1e-3, betas 0.9 and 0.999 as the released code; "generator": as G'
     )
-    reuse_key_features: bool = option(True, "keep the features of G(x)'s own pass as keys; false encodes x again")
+    reuse_key_features: bool = option(
+        True, "use the features of the pass that computes G(x) as keys; false encodes x again"
+    )
 
     @classmethod
     def paper(cls) -> DCLGANOptions:
@@ -81,7 +83,7 @@ class DCLGANOptions:
 
 
 class DCLGAN(TwoWay):
-    """PatchNCE both ways: queries of a fake come from the *other* generator's encoder and the other projector.
+    """PatchNCE in both directions: queries of a fake come from the encoder and projector of the *other* generator.
 
     F1 projects features of domain A (G_A's encoder), F2 those of domain B.
     """
@@ -130,10 +132,10 @@ class DCLGAN(TwoWay):
     def check_options(self, batch_size: int) -> None:
         super().check_options(batch_size)
         options = self.options
-        if options.lambda_nce > 0 and options.patches == 1 and self._alone(batch_size):
+        if options.lambda_nce > 0 and options.patches == 1 and self._own_image_only(batch_size):
             raise ValueError(
                 f"there is nothing to contrast with loss.patches=1, loss.negatives={options.negatives} and "
-                f"data.batch={batch_size}: draw more patches, or take external negatives"
+                f"data.batch={batch_size}: draw more patches, or use external negatives"
             )
 
     def check_sizes(self, batch_size: int, a: Sizes, b: Sizes, remedy: str) -> None:
@@ -141,10 +143,10 @@ class DCLGAN(TwoWay):
         if self.options.lambda_nce > 0:
             rows = drawn_rows(self.generator_a, self.layers, self.options.patches, {**a, **b})
             alike = "both directions contrast as many"
-            check_contrast(rows, self.layers, self._alone(batch_size), alike, remedy)
+            check_contrast(rows, self.layers, self._own_image_only(batch_size), alike, remedy)
 
-    def _alone(self, batch_size: int) -> bool:
-        """Whether a location has negatives of its own picture only."""
+    def _own_image_only(self, batch_size: int) -> bool:
+        """Whether all negatives of a location come from its own image."""
         return self.options.external == "none" and (self.options.negatives == "image" or batch_size == 1)
 
     def groups(self):
@@ -181,15 +183,15 @@ class DCLGAN(TwoWay):
         """NCE1: fake_B against A. NCE2: fake_A against B."""
         keys_a, keys_b, queries_b, queries_a = self.features(batch, outputs)
         ids1, ids2 = draws.patch_ids or (self.projector_a.draw_ids(keys_a), self.projector_b.draw_ids(keys_b))
-        own = draws.patch_ids is None
+        drawn = draws.patch_ids is None
         with torch.no_grad():
-            k1, k2 = self.rows((self.projector_a, keys_a, ids1), (self.projector_b, keys_b, ids2), own=own)
-        q1, q2 = self.rows((self.projector_b, queries_b, ids1), (self.projector_a, queries_a, ids2), own=own)
+            k1, k2 = self.rows((self.projector_a, keys_a, ids1), (self.projector_b, keys_b, ids2), distinct=drawn)
+        q1, q2 = self.rows((self.projector_b, queries_b, ids1), (self.projector_a, queries_a, ids2), distinct=drawn)
         nce = self.options.lambda_nce * self.nce(q1, k1, q2, k2, len(batch.a))
         return {"NCE1": nce[0], "NCE2": nce[1]}
 
     def features(self, batch: Batch, outputs: Outputs) -> tuple[list[Tensor], ...]:
-        """Maps at `layers` of A and fake_A by G_A, of B and fake_B by G_B, as (A, B, fake_B, fake_A)."""
+        """Return the maps at `layers` of (A, B, fake_B, fake_A): G_A encodes A and fake_A, G_B encodes B and fake_B."""
 
         def kept(name: str, generator: nn.Module, pictures: Tensor) -> list[Tensor]:
             return outputs[name] if name in outputs else generator(pictures, self.layers, encode_only=True)
@@ -201,20 +203,20 @@ class DCLGAN(TwoWay):
             kept("queries_A", self.generator_a, outputs["fake_A"]),
         )
 
-    def rows(self, *sides: tuple[PatchNCEHead, list[Tensor], list[Tensor]], own: bool) -> list[list[Tensor]]:
-        """Codes of the layers of each (projector, maps, ids), (images * patches, dim), in one call: few launches.
+    def rows(self, *sides: tuple[PatchNCEHead, list[Tensor], list[Tensor]], distinct: bool) -> list[list[Tensor]]:
+        """Return the codes (images * patches, dim) per layer of each (projector, maps, ids): few launches.
 
-        `own`: the ids were drawn here, so they are distinct.
+        `distinct`: promise that no id appears twice in a set.
         """
         maps = [m for _, layers, _ in sides for m in layers]
         ids = [i for _, _, chosen in sides for i in chosen]
         mlps = [mlp for projector, layers, _ in sides for mlp in projector.mlps(len(layers)) or []]
-        rows = project_patches(maps, ids, mlps, distinct_ids=own)
+        rows = project_patches(maps, ids, mlps, distinct_ids=distinct)
         count = len(self.layers)
         return [rows[i : i + count] for i in range(0, len(rows), count)]
 
     def nce(self, q1: list[Tensor], k1: list[Tensor], q2: list[Tensor], k2: list[Tensor], images: int) -> Tensor:
-        """Both directions of every layer at once: (2,), the mean over rows and layers."""
+        """Compute both directions of every layer in one call: (2,), the mean over rows and layers."""
         options = self.options
         loss = patch_nce_layers(
             [q1, q2],
@@ -233,9 +235,9 @@ class DCLGAN(TwoWay):
         return loss
 
     def external(self) -> list[list[Tensor]] | Literal["other"] | None:
-        """More negatives of the domain that each direction's keys show."""
+        """Return more negatives per direction, from the domain of its keys."""
         if self.options.external == "branch":
-            # NCE1's keys show A and NCE2's queries show fake_A, both through G_A and F1; and the same for B.
+            # NCE1's keys are codes of A, and NCE2's queries codes of fake_A, both by G_A and F1; likewise for B.
             return "other"
         if self.bank_a is not None and self.bank_b is not None:
             return [self.bank_a.keys(), self.bank_b.keys()]

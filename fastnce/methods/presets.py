@@ -1,4 +1,4 @@
-"""The papers and their published defaults, by the name that `fastnce train` takes."""
+"""Presets: the published defaults of each paper, by the name that `fastnce train` accepts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .sincut import SinCUT, SinCUTOptions
 
 @dataclass(frozen=True)
 class Preset:
-    """The published defaults of a paper: its class, its options, and what it changes in the other sections."""
+    """The published defaults of a paper: its class, its options, and its values in the other sections."""
 
     method: Callable[[Any, NetworkOptions], Method]
     options: Callable[[], Any]
@@ -125,11 +125,11 @@ PRESETS = {
 
 
 REQUIRED = ("generators", "groups", "phases", "generate", "translate")
-"""Members of `Method` that every method defines."""
+"""Members of `Method` that every method must define."""
 
 
 def find_preset(name: str) -> Preset:
-    """The preset of this name, or one made of a user's own method.
+    """Return the preset of this name, or a preset for a user's own method.
 
     Args:
         name: a key of `PRESETS`, or the import path of a subclass of `Method` such as mypaper.py:MyMethod. Its

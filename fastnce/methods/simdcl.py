@@ -31,24 +31,23 @@ from .dclgan import DCLGAN, DCLGANOptions
 class SimDCLOptions(DCLGANOptions):
     """SimDCL's terms; the defaults are those of the released code."""
 
-    lambda_nce: float = option(
-        1.0, "weight of PatchNCE (the released code has an option of 2 and does not apply it)", **WEIGHT
-    )
-    lambda_sim: float = option(10.0, "weight of the similarity loss: keeps both domains' codes alike", **WEIGHT)
+    lambda_nce: float = option(1.0, "weight of PatchNCE (the released code defines 2 but does not apply it)", **WEIGHT)
+    lambda_sim: float = option(10.0, "weight of the similarity loss: keeps the codes of both domains similar", **WEIGHT)
     patches: int = option(
         256,
-        "locations drawn a picture and layer; 3x3 filters go over (patches, projection)",
+        "locations drawn per image and layer; 3x3 filters run over (patches, projection)",
         low=3,
         high=MOST_PATCHES,
     )
     projection: int = option(256, "width of the projectors F1 and F2 (published netF_nc)", low=3, high=MOST_CHANNELS)
     projector_adam: Literal["library", "generator"] = option(
-        "generator", '"generator": as G, as the released code; "library": lr 1e-3, betas 0.9 and 0.999'
+        "generator",
+        'Adam of F1 to F6: "generator": as G, as the released code; "library": lr 1e-3, betas 0.9 and 0.999',
     )
 
 
 class StackMapping(nn.Module):
-    """A stack of codes (layers, patches, dim) to one unit vector (1, 64) (published `MappingF`)."""
+    """Map a stack of codes (layers, patches, dim) to one unit vector (1, 64) (published `MappingF`)."""
 
     def __init__(self, layers: int, width: int = 64):
         super().__init__()
@@ -68,9 +67,9 @@ class StackMapping(nn.Module):
 
 
 class SimDCL(DCLGAN):
-    """DCLGAN, and an L1 distance between mapped stacks of codes of the real and the made pictures of each domain.
+    """DCLGAN plus an L1 distance between mapped stacks of codes of the real and the generated image of each domain.
 
-    It works on one picture and `patches` locations of every layer. Each stack has a mapping of its own: F3 for A, F4
+    It uses one image per domain and `patches` locations of every layer. Each stack has its own mapping: F3 for A, F4
     for fake_B, F5 for B, F6 for fake_A.
     """
 
@@ -89,7 +88,7 @@ class SimDCL(DCLGAN):
     def check_options(self, batch_size: int) -> None:
         super().check_options(batch_size)
         if batch_size != 1:
-            raise ValueError(f"SimDCL compares the codes of single pictures: data.batch must be 1, not {batch_size}")
+            raise ValueError(f"SimDCL compares the codes of single images: data.batch must be 1, not {batch_size}")
 
     def check_sizes(self, batch_size: int, a: Sizes, b: Sizes, remedy: str) -> None:
         super().check_sizes(batch_size, a, b, remedy)
@@ -106,14 +105,14 @@ class SimDCL(DCLGAN):
         options = self.options
         keys_a, keys_b, queries_b, queries_a = self.features(batch, outputs)
         draw_a, draw_b = self.projector_a.draw_ids, self.projector_b.draw_ids
-        # Published order. The stacks of the made pictures come from locations of their own.
+        # Drawn in the published order. The stacks of generated images have their own locations.
         ids1, ids_fake_b, ids2, ids_fake_a = draws.patch_ids or (
             draw_a(keys_a),
             draw_b(queries_b),
             draw_b(keys_b),
             draw_a(queries_a),
         )
-        own = draws.patch_ids is None
+        drawn = draws.patch_ids is None
         sides = [
             (self.projector_a, keys_a, ids1),
             (self.projector_b, keys_b, ids2),
@@ -122,7 +121,7 @@ class SimDCL(DCLGAN):
         ]
         if options.lambda_sim > 0:
             sides += [(self.projector_b, queries_b, ids_fake_b), (self.projector_a, queries_a, ids_fake_a)]
-        k1, k2, q1, q2, *fakes = self.rows(*sides, own=own)
+        k1, k2, q1, q2, *fakes = self.rows(*sides, distinct=drawn)
         nce = options.lambda_nce * self.nce(q1, k1, q2, k2, 1)
         if options.lambda_sim > 0:
             fake_b, fake_a = fakes

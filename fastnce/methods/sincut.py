@@ -1,4 +1,4 @@
-"""SinCUT: CUT on one picture a domain (Park et al., ECCV 2020, section 4.4 and its code)."""
+"""SinCUT: CUT on one image per domain (Park et al., ECCV 2020, section 4.4 and its code)."""
 
 from __future__ import annotations
 
@@ -23,17 +23,13 @@ class SinCUTOptions(CUTOptions):
     nce_layers: list[int] = option([0, 2, 4], "generator layers whose features are contrasted", low=0, ascending=True)
     patches: int = option(
         1,
-        "locations drawn a crop and layer; with 1, all negatives are other crops; 0: every location",
+        "locations drawn per crop and layer; with 1, all negatives are from other crops; 0: every location",
         low=0,
         high=MOST_PATCHES,
     )
-    negatives: Negatives = option(
-        "batch", '"batch": patches of all crops of the one picture; "image": of the same crop'
-    )
+    negatives: Negatives = option("batch", '"batch": patches of all crops of the image; "image": of the same crop')
     gan_mode: GANMode = option("nonsaturating", "lsgan, vanilla, wgangp, nonsaturating or hinge")
-    lambda_r1: float = option(
-        1.0, "weight of the R1 gradient penalty, which keeps D from memorising the picture", **WEIGHT
-    )
+    lambda_r1: float = option(1.0, "weight of the R1 gradient penalty: keeps D from memorising the image", **WEIGHT)
     lambda_identity: float = option(1.0, "weight of the L1 distance between y and G(y); needs nce_idt", **WEIGHT)
 
 
@@ -48,11 +44,11 @@ class SinCUT(CUT):
         check_ranges(options, network)
         if options.lambda_identity > 0 and not (options.nce_idt and options.lambda_nce > 0):
             raise ValueError(
-                f"loss.lambda_identity={options.lambda_identity} compares y with G(y), which nce_idt makes: set "
+                f"loss.lambda_identity={options.lambda_identity} compares y with G(y), which nce_idt computes: set "
                 f"loss.nce_idt=true and loss.lambda_nce above 0, or loss.lambda_identity=0"
             )
         super().__init__(options, network)
-        self.kernels_judge = any(isinstance(module, FusedLayer) for module in self.discriminator.modules())
+        self.discriminator_has_kernels = any(isinstance(module, FusedLayer) for module in self.discriminator.modules())
 
     def identity_losses(self) -> tuple[str, ...]:
         return (*super().identity_losses(), "idt")
@@ -61,9 +57,9 @@ class SinCUT(CUT):
         options = self.options
         if options.lambda_r1 == 0:
             return super().d_loss(batch, outputs, draws)
-        if self.kernels_judge:
+        if self.discriminator_has_kernels:
             leave_uncompiled()
-        # Apart, because the penalty's two backward passes would otherwise run over the fakes as well.
+        # In two passes: in a joint pass, the two backward passes of the penalty would include the fakes.
         real, fake = batch.b.detach().requires_grad_(), outputs["fake_B"].detach()
         judged_fake, judged_real = self.discriminator(fake), self.discriminator(real)
         losses = {

@@ -1,4 +1,4 @@
-"""`loss.weighting`: a weighting of PatchNCE by its name or import path, with its options."""
+"""Find the weighting of PatchNCE that `loss.weighting` names, and set its options."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ..nce.weights import WEIGHTINGS, Weighting, Weights
 
 WEIGHTING_NAMES = ("none", *WEIGHTINGS)
 WEIGHTING_HELP = (
-    '"monce": optimal transport weights the negatives; "hdce": similarity to the positive weights them; '
-    "or a function of yours, such as mylosses.py:weight"
+    'weights of negatives: "none"; "monce": by optimal transport; "hdce": by similarity to the positive; '
+    "or your own function (mylosses.py:weight)"
 )
 OPTIONS_HELP = "options of the weighting, e.g. eps=0.5,iterations=20 (monce) or gamma=0.5 (hdce); empty: its defaults"
 
 
 def find_weighting(name: str, options: str = "") -> Weighting | None:
-    """The weighting of this name with its options set; None for "none".
+    """Return the weighting of this name with its options set; None for "none".
 
     Args:
         name: "none", a key of `WEIGHTINGS`, or the import path of a function (queries, keys, groups) -> `Weights`.
@@ -38,11 +38,12 @@ def find_weighting(name: str, options: str = "") -> Weighting | None:
     if not callable(function):
         raise ValueError(f"loss.weighting={name} must be a function (queries, keys, groups) -> fastnce.nce.Weights")
     weighting = functools.partial(function, **_parse(name, function, options))
-    _try(name, weighting)
+    _check_result(name, weighting)
     return weighting
 
 
 def _parse(name: str, function: Any, options: str) -> dict[str, Any]:
+    """Parse `name=value,...` and check that each is a keyword argument of the function, of the type of its default."""
     accepted = {p.name: p.default for p in inspect.signature(function).parameters.values() if p.default is not p.empty}
     found: dict[str, Any] = {}
     for text in options.split(",") if options else []:
@@ -61,14 +62,15 @@ def _parse(name: str, function: Any, options: str) -> dict[str, Any]:
 
 
 def _value(text: str) -> Any:
+    """Parse a TOML value; return the text unchanged if it is not one."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except ValueError:
         return text
 
 
-def _try(name: str, weighting: Weighting) -> None:
-    """Call it once on two groups of four rows, so that a wrong one is refused before training."""
+def _check_result(name: str, weighting: Weighting) -> None:
+    """Call the weighting once on two groups of four rows, to refuse a wrong one before training."""
     groups, size, dim = 2, 4, 6
     generator = torch.Generator().manual_seed(0)
     with torch.device("cpu"), torch.no_grad():

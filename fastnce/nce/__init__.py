@@ -1,4 +1,4 @@
-"""The contrastive operation: its function (`api`), its modules, and what other papers change in it."""
+"""The contrastive operation: functions (`api`), modules, and variants from other papers."""
 
 from ..common.dispatch import Choice
 from .api import patch_nce, products, project_patches, sample_patch_ids

@@ -1,4 +1,4 @@
-"""The contrastive operation as it is called: check the arguments, choose an implementation, reduce.
+"""The public functions of the contrastive operation: check the arguments, choose an implementation, reduce.
 
 from fastnce import patch_nce
 loss = patch_nce(queries, keys, images=batch, temperature=0.07)
@@ -79,36 +79,36 @@ def patch_nce(
     unit_rows: bool = False,
     implementation: Implementation = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-    """PatchNCE: each query against the key of the same row (its positive) and the other keys of its group.
+    """Compute PatchNCE: contrast each query with the key of its row (the positive) and the other keys of its group.
 
-    `loss_i = logsumexp_j(q_i.k_j / T) - q_i.k_i / T` (CUT, eq. 3-4). Rows are taken as they are: `project_patches` and
-    `PatchSampleF` give them unit length.
+    `loss_i = logsumexp_j(q_i.k_j / T) - q_i.k_i / T` (CUT, eq. 3-4). Rows are not normalised here: `project_patches`
+    and `PatchSampleF` return rows of unit length.
 
     Args:
         queries, keys: (rows, dim), rows = images * patches, image after image; any floating dtype, the same for both.
-        images: number of pictures that the rows come from, at least 1; it divides the rows.
-        negatives: "image" contrasts within a picture (CUT, FastCUT), "batch" within all rows (SinCUT, DCLGAN).
+        images: number of images that the rows come from, at least 1; it must divide the number of rows.
+        negatives: "image" contrasts within each image (CUT, FastCUT), "batch" within all rows (SinCUT, DCLGAN).
         temperature: T, a number from 1e-30 to 1e30. To learn it, pass `queries / T` and `temperature=1.0`: T may then
             be a tensor and gets its gradient through the queries.
-        extra_keys: more negatives: (count, dim) for all groups or (groups, count, dim); groups is `images` for
-            "image", 1 for "batch". They receive a gradient if they require one.
-        weights: of pairs and queries, see `Weights`; `fastnce.nce.weights` computes those of other papers. These
-            tensors and the extra keys may have any floating dtype; they are on the device of the queries.
-        symmetric: mean of both directions: each key is also a query against the queries.
-        detach_keys: keys are constants, as published.
+        extra_keys: more negatives: (count, dim) for all groups, or (groups, count, dim), where groups is `images` for
+            "image" and 1 for "batch". They receive a gradient if they require one.
+        weights: weights of pairs and queries, see `Weights`; `fastnce.nce.weights` computes those of other papers.
+            These tensors and the extra keys may have any floating dtype; they must be on the device of the queries.
+        symmetric: average both directions: each key is also a query that is contrasted with the queries.
+        detach_keys: treat keys as constants, as published.
         reduction: "mean" over rows, "sum" or "none".
-        return_stats: also return a dict of "logsumexp" and "positive" (logits, (rows,), without gradient).
-        unit_rows: a promise that no row of queries, keys and extra keys is longer than 1. The kernels then skip the
-            check that their exponentials stay in range; longer rows may overflow.
-        implementation: None chooses (see `which`), "triton" and "eager" insist. Under autocast, float32 rows are taken
-            in its dtype, as by a matrix product; logits and losses stay float32. Float32 rows are multiplied exactly
-            unless the library's products may use TF32 (`torch.set_float32_matmul_precision`): see `products`.
+        return_stats: also return a dict with "logsumexp" and "positive" (logits, (rows,), without gradient).
+        unit_rows: promise that no row of queries, keys and extra keys is longer than 1. The kernels then skip the check
+            that their exponentials stay in range; longer rows may overflow.
+        implementation: None chooses (see `which`); "triton" or "eager" forces one. Under autocast, float32 rows are
+            converted to its dtype, as for a matrix product; logits and losses stay float32. Float32 rows are multiplied
+            exactly unless PyTorch may use TF32 (`torch.set_float32_matmul_precision`), see `products`.
 
     Returns:
-        a float32 (float64 for float64 input) scalar, or (rows,) for "none"; a tuple with the stats if asked for.
+        a float32 (float64 for float64 input) scalar, or (rows,) for "none". With `return_stats`, a tuple (loss, stats).
 
     Raises:
-        ValueError: an argument that makes no sense, or an implementation that cannot run here.
+        ValueError: an invalid argument, or an implementation that cannot run here.
     """
     pair_log_weight, pair_weight, query_weight, decoupled = checks.weights(weights, Weights)
     groups = checks.rows(queries, keys, images, negatives, extra_keys, query_weight, decoupled)
@@ -134,7 +134,7 @@ def patch_nce(
         stats = {"logsumexp": (loss + positive).detach(), "positive": positive.detach()} if return_stats else {}
         if symmetric:
             transposed = [None if w is None else w.transpose(1, 2) for w in (pair_log_weight, pair_weight)]
-            # the other direction: even with constant keys the gradient reaches the queries
+            # The gradient also reaches the queries in this direction, even if the keys are constants.
             other, _ = nce_losses(keys, queries, extra_keys, *transposed, *options)
             loss = 0.5 * (loss + other)
     if query_weight is not None:
@@ -160,7 +160,7 @@ def sample_patch_ids(
 
     Args:
         locations: height * width of the map.
-        patches: how many to draw; if there are fewer locations, all of them in random order.
+        patches: number of locations to draw; if there are fewer, all of them in random order.
         images: None draws one set for all images (published); a number draws one set per image.
 
     Returns:
@@ -184,26 +184,26 @@ def project_patches(
     check_ids: bool = False,
     implementation: Implementation = None,
 ) -> list[Tensor]:
-    """Rows of every map at its ids, through its two-layer MLP if given, divided by their length plus 1e-7.
+    """Gather the rows of each map at its ids, apply its two-layer MLP if given, divide by the length plus 1e-7.
 
     Args:
         maps: one (images, channels, height, width) per layer, of any floating dtype, all on one device.
-        patch_ids: per layer (patches,) for all images, or (sets, patches), of which the images share each equally, in
-            order (sets = images: one set per image). int64, on the device of the maps.
+        patch_ids: per layer (patches,) for all images, or (sets, patches), where each set serves equally many
+            consecutive images (sets = images: one set per image). int64, on the device of the maps.
         mlps: one (weight1 (dim, channels), bias1, weight2 (dim, dim), bias2) per layer, as in `nn.Linear`, all of one
             dtype.
-        distinct_ids: no location appears twice in a set. The backward then needs one launch less.
-        check_ids: check that all ids are inside their maps. This is always done on the CPU; elsewhere it waits for the
-            device. Without the check, an id outside gives NaN or a device error.
-        implementation: None chooses, "triton" and "eager" insist.
+        distinct_ids: promise that no location appears twice in a set. The backward pass then needs one launch less.
+        check_ids: check that all ids are inside their maps. On the CPU this is always checked; on other devices the
+            check waits for the device. Without it, an id outside gives NaN or a device error.
+        implementation: None chooses; "triton" or "eager" forces one.
 
     Returns:
         one (images * patches, dim) per layer, image after image (CUT, `PatchSampleF`), in the dtype of the weights (of
-        the map without MLPs); under autocast in its dtype. Lengths are computed in float32 for every dtype. Float32
-        products are exact unless the library's may use TF32, see `products`.
+        the map without MLPs), or in autocast's dtype. Lengths are computed in float32 (in float64 for float64). Float32
+        products are exact unless PyTorch may use TF32, see `products`.
 
     Raises:
-        ValueError: lists that do not match, or tensors with another shape, dtype or device than above.
+        ValueError: lists that do not match, or a tensor of a shape, dtype or device other than above.
     """
     checks.maps("maps", maps)
     checks.ids(patch_ids, maps, check_ids)
@@ -221,7 +221,7 @@ def project_patches(
             feature_map, given[0] if one_set else given.repeat_interleave(images // given.shape[0], dim=0)
         )
         sampled = sampled.flatten(0, 1)
-        # Rows are as short as 1e-6 at first: their gradients, scaled by 1 / length, would overflow float16.
+        # At initialisation rows are as short as 1e-6: their gradients, scaled by 1 / length, would overflow float16.
         inner = torch.float32 if dtype == torch.float16 else dtype
         with without_autocast(feature_map.device):
             projected = sampled if mlps is None else mlp(sampled.to(inner), _cast(mlps[layer], inner))
@@ -231,10 +231,10 @@ def project_patches(
 
 
 def products(dtype: torch.dtype, device: torch.device) -> str:
-    """How rows of this dtype are multiplied there: "exact", "tf32" (as the library allows now), or the 16-bit dtype."""
+    """Return how a device multiplies such rows: "exact", "tf32" (if PyTorch allows it now) or the name of the dtype."""
     if dtype in (torch.bfloat16, torch.float16):
         return str(dtype).removeprefix("torch.")
-    # the kernels follow the library's setting
+    # the kernels follow PyTorch's setting
     return "tf32" if operators is not None and operators.uses_tf32(device, dtype) else "exact"
 
 

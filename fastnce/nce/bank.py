@@ -2,7 +2,7 @@
 
 bank = NegativeBank(4096, [256] * 5)
 loss = patch_nce(q, k, extra_keys=bank.keys()[layer])
-bank.enqueue(rows)       # one (count, dim) a layer, after the loss has used the bank
+bank.enqueue(rows)       # one (count, dim) per layer, after the loss has used the bank
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from .impl.rows import normalize_rows
 
 
 class NegativeBank(nn.Module):
-    """The last `size` keys of every layer, first in, first out.
+    """A queue of the last `size` keys of each layer, first in, first out.
 
-    Before it is full, places not yet written hold random rows of unit length, as in MoCo: weak negatives, replaced in
-    turn. Buffers and pointer live on the device and are part of the `state_dict`; shapes never change and nothing waits
-    for the device, so a CUDA graph may hold `enqueue`.
+    Until the queue is full, the rows not yet written hold random rows of unit length, as in MoCo: weak negatives, which
+    are replaced one after another. Buffers and pointer are on the device and part of the `state_dict`. Shapes never
+    change and nothing waits for the device, so a CUDA graph can record `enqueue`.
 
     Args:
-        size: rows kept a layer, at least 1.
+        size: rows kept per layer, at least 1.
         dims: width of the rows of each layer, at least 1.
-        dtype: of the rows kept, a floating one; give it that of the queries.
+        dtype: floating dtype of the stored rows; use the dtype of the queries.
         generator: for the random rows.
 
     Raises:
-        ValueError: a value that makes no sense.
+        ValueError: an invalid value.
     """
 
     pointer: Tensor
@@ -56,19 +56,19 @@ class NegativeBank(nn.Module):
         self.register_buffer("pointer", torch.zeros(len(self.dims), dtype=torch.int64, device=device))
 
     def keys(self) -> list[Tensor]:
-        """(size, dim) a layer, in no particular order: the buffers themselves, overwritten by `enqueue`.
+        """Return (size, dim) per layer, in no particular order: the buffers themselves, which `enqueue` overwrites.
 
-        A loss that was formed from them must be differentiated before the next `enqueue` if keys need a gradient from
-        it; with constant keys, as published, it need not.
+        If a loss of these rows must give the keys a gradient, differentiate it before the next `enqueue`. With constant
+        keys, as published, the order does not matter.
         """
         return [self.get_buffer(f"rows_{layer}") for layer in range(len(self.dims))]
 
     @torch.no_grad()
     def enqueue(self, rows: Sequence[Tensor]) -> None:
-        """Put one (count, dim) of keys a layer in the place of the oldest; of more than `size` rows, the last ones.
+        """Replace the oldest rows by one (count, dim) of keys per layer; of more than `size` rows, use the last ones.
 
         Raises:
-            ValueError: rows of another shape, of no floating dtype or on another device; the bank stays as it was.
+            ValueError: rows of another shape or device, or not of a floating dtype; the bank is then unchanged.
         """
         checks.listed("rows", rows, "tensors, one per layer", len(self.dims))
         for layer, (new, kept) in enumerate(zip(rows, self.keys(), strict=True)):
@@ -80,12 +80,12 @@ class NegativeBank(nn.Module):
         for layer, (new, kept) in enumerate(zip(rows, self.keys(), strict=True)):
             new = new[-self.size :].to(kept.dtype)
             start = self.pointer[layer]
-            places = (start + torch.arange(new.shape[0], device=kept.device)) % self.size
-            kept.index_copy_(0, places, new)
+            positions = (start + torch.arange(new.shape[0], device=kept.device)) % self.size
+            kept.index_copy_(0, positions, new)
             start.copy_((start + new.shape[0]) % self.size)
 
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
-        """As `nn.Module.load_state_dict`, but where that raises after having loaded a part, this loads nothing."""
+        """Like `nn.Module.load_state_dict`, but if it fails, nothing is loaded."""
         checks.state(self, state_dict, strict)
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 

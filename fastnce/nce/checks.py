@@ -1,7 +1,7 @@
 """Checks of arguments: each raises a ValueError of one sentence that names the argument, its value and what is right.
 
-They look at types, shapes, dtypes and devices alone. So they never wait for a device, and a compiler traces through
-them. (`ids` reads those that lie on the CPU.)
+They read only types, shapes, dtypes and devices, so they never wait for a device and a compiler can trace them. (`ids`
+also reads the values of ids on the CPU.)
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-30, 1e30
-"""1 / T and logits of unit rows stay normal numbers of float32."""
+"""Within these bounds, 1 / T and the logits of unit rows are normal float32 numbers."""
 
-_LISTS = (list, tuple)  # a tuple is looked up faster than `list | tuple`
+_LISTS = (list, tuple)  # isinstance is faster with a tuple than with `list | tuple`
 
 
 def shown(value: Any) -> str:
-    """A value as a sentence names it: numbers and text as they are, other things by their type."""
+    """Describe a value for a message: numbers and text by their repr, other values by their type."""
     if isinstance(value, Tensor):
         return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
     if value is None or isinstance(value, bool | int | float | complex | str):
@@ -29,7 +29,7 @@ def shown(value: Any) -> str:
 
 
 def tensor(name: str, value: Any) -> None:
-    """A tensor of a floating dtype."""
+    """Check that a value is a tensor of a floating dtype."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{name} must be a tensor, not {shown(value)}")
     if not value.dtype.is_floating_point:
@@ -37,7 +37,7 @@ def tensor(name: str, value: Any) -> None:
 
 
 def same_shape(name: str, value: Any, other_name: str, other: Any, dims: int | None = None) -> None:
-    """Two floating tensors of one shape, with `dims` dimensions and at least one element, on one device."""
+    """Check two floating tensors: one shape with `dims` dimensions, at least one element, one device."""
     tensor(name, value)
     tensor(other_name, other)
     if value.shape != other.shape:
@@ -52,26 +52,27 @@ def same_shape(name: str, value: Any, other_name: str, other: Any, dims: int | N
 
 
 def choice(name: str, value: Any, choices: Sequence[str | None]) -> None:
+    """Check that a value is one of the choices."""
     if (value is not None and not isinstance(value, str)) or value not in choices:
         *most, last = ("None" if c is None else f'"{c}"' for c in choices)
         raise ValueError(f"{name} must be {', '.join(most)} or {last}, not {shown(value)}")
 
 
 def count(name: str, value: Any, least: int = 1) -> int:
-    """A whole number of at least `least`: NumPy's and symbolic ones too, but no bool, no float and no tensor."""
+    """Check a whole number of at least `least` and return it. NumPy and symbolic integers pass; bools do not."""
     if type(value) is not int:
         if isinstance(value, bool | Tensor) or not isinstance(value, int | torch.SymInt | numbers.Integral):
             raise ValueError(f"{name} must be a whole number of at least {least}, not {shown(value)}")
         if not isinstance(value, int | torch.SymInt):
-            value = int(value)  # NumPy's, which operators do not take
+            value = int(value)  # operators do not accept NumPy integers
     if value < least:
         raise ValueError(f"{name} must be at least {least}, not {value}")
     return value
 
 
 def number(name: str, value: Any, low: float, high: float) -> float:
-    """A number in [low, high], bounds included: neither NaN, nor a bool, nor a tensor."""
-    if type(value) is float and low <= value <= high:  # the everyday case
+    """Check a number in [low, high], bounds included, and return it as a float. NaN, bools and tensors fail."""
+    if type(value) is float and low <= value <= high:  # the common case
         return value
     if isinstance(value, bool | Tensor) or not isinstance(value, int | float | torch.SymFloat | numbers.Real):
         raise ValueError(f"{name} must be a number from {low:g} to {high:g}, not {shown(value)}")
@@ -81,7 +82,7 @@ def number(name: str, value: Any, low: float, high: float) -> float:
 
 
 def temperature(value: Any) -> float:
-    """T as a float. A tensor is refused: its gradient would be lost, and reading it may wait for a device."""
+    """Check T and return it as a float. A tensor fails: it would lose its gradient, and reading it may wait."""
     if isinstance(value, Tensor):
         raise ValueError(
             f"temperature must be a number, not {shown(value)}: pass float(temperature) for a constant; to learn it, "
@@ -91,7 +92,7 @@ def temperature(value: Any) -> float:
 
 
 def temperatures(value: Any, layers: int) -> list[float]:
-    """One T for each layer, from one number or from one for each layer."""
+    """Check T, one number or one number per layer, and return one float per layer."""
     if isinstance(value, Tensor | str) or not hasattr(value, "__len__"):
         return [temperature(value)] * layers
     if len(value) != layers:
@@ -100,7 +101,7 @@ def temperatures(value: Any, layers: int) -> list[float]:
 
 
 def listed(name: str, value: Any, of: str, length: int | None = None) -> None:
-    """A list or tuple that is not empty; `of` says of what, such as "tensors, one per layer"."""
+    """Check a list or tuple that is not empty; `of` describes it in the message: "tensors, one per layer"."""
     if not isinstance(value, _LISTS) and (isinstance(value, str) or not isinstance(value, Sequence)):
         raise ValueError(f"{name} must be a list of {of}, not {shown(value)}")
     if len(value) == 0:
@@ -115,7 +116,7 @@ def listed(name: str, value: Any, of: str, length: int | None = None) -> None:
 def rows(
     queries: Any, keys: Any, images: int, negatives: str, extra_keys: Any, query_weight: Any, decoupled: bool
 ) -> int:
-    """Refuse rows and what goes with them where they do not fit; return the number of groups."""
+    """Check queries, keys and the tensors that accompany them; return the number of groups."""
     if not (isinstance(queries, Tensor) and isinstance(keys, Tensor)):
         name, wrong = ("keys", keys) if isinstance(queries, Tensor) else ("queries", queries)
         raise ValueError(f"{name} must be a tensor, (rows, dim), not {shown(wrong)}")
@@ -137,21 +138,23 @@ def rows(
         images = groups_of("images", images, total)
     groups = images if negatives == "image" else 1
     if extra_keys is not None:
-        _beside("extra_keys", extra_keys, queries)
+        _accompanying("extra_keys", extra_keys, queries)
         extra = tuple(extra_keys.shape)
         if len(extra) not in (2, 3) or extra[-1] != dim or (len(extra) == 3 and extra[0] != groups) or 0 in extra:
             raise ValueError(f"extra_keys must be (count, {dim}) or ({groups}, count, {dim}), not {extra}")
     if query_weight is not None:
-        _beside("query_weight", query_weight, queries)
+        _accompanying("query_weight", query_weight, queries)
         if query_weight.shape != (total,):
             raise ValueError(f"query_weight must be ({total},), not {tuple(query_weight.shape)}")
     if decoupled and total == groups and extra_keys is None:
-        raise ValueError("decoupled needs at least one negative a row: there is one patch a group and no extra keys")
+        raise ValueError(
+            "decoupled needs at least one negative per row: there is one patch per group and no extra keys"
+        )
     return groups
 
 
 def weights(given: Any, kind: type) -> tuple[Any, Any, Any, bool]:
-    """The four members of a `Weights`; None stands for no weights."""
+    """Check a `Weights` and return its four members; None means no weights."""
     if given is None:
         return None, None, None, False
     if not isinstance(given, kind):
@@ -160,22 +163,23 @@ def weights(given: Any, kind: type) -> tuple[Any, Any, Any, bool]:
 
 
 def groups_of(name: str, value: Any, total: int) -> int:
-    """A count that divides the rows."""
+    """Check a count that must divide the number of rows, and return it."""
     groups = count(name, value)
     if total % groups:
         raise ValueError(f"{total} rows cannot be shared equally among {name}={groups}")
     return groups
 
 
-def _beside(name: str, value: Any, queries: Tensor) -> None:
+def _accompanying(name: str, value: Any, queries: Tensor) -> None:
+    """Check a floating tensor on the device of the queries."""
     tensor(name, value)
     if value.device != queries.device:
         raise ValueError(f"{name} is on {value.device}, queries are on {queries.device}: move one of them")
 
 
 def pairs(name: str, weight: Any, queries: Tensor, groups: int, size: int) -> Tensor:
-    """Weights of pairs as a constant (groups, rows of a group, rows of a group)."""
-    _beside(name, weight, queries)
+    """Check weights of pairs; return them as a constant (groups, rows of a group, rows of a group)."""
+    _accompanying(name, weight, queries)
     if weight.dim() == 2 and groups == 1:
         weight = weight[None]
     if weight.shape != (groups, size, size):
@@ -184,7 +188,7 @@ def pairs(name: str, weight: Any, queries: Tensor, groups: int, size: int) -> Te
 
 
 def nested(given: dict[str, Any]) -> tuple[int, int]:
-    """Lists of directions of layers of floating tensors, all alike; return the two lengths."""
+    """Check lists of directions of layers of floating tensors; return the numbers of directions and layers."""
     directions = layers = 0
     for name, per_direction in given.items():
         listed(name, per_direction, "lists, one per direction")
@@ -195,7 +199,7 @@ def nested(given: dict[str, Any]) -> tuple[int, int]:
                     tensor(f"{name}[{direction}][{layer}]", one)
             directions, layers = directions or len(per_direction), layers or len(per_layer)
             if len(per_direction) != directions or len(per_layer) != layers:
-                raise ValueError(f"{' and '.join(given)} must hold the same directions and layers")
+                raise ValueError(f"{' and '.join(given)} must have the same directions and layers")
     return directions, layers
 
 
@@ -203,7 +207,7 @@ def nested(given: dict[str, Any]) -> tuple[int, int]:
 
 
 def maps(name: str, value: Any, layers: int | None = None) -> None:
-    """One floating (images, channels, height, width) per layer, none of them empty, all on one device."""
+    """Check one floating (images, channels, height, width) per layer: none empty, all on one device."""
     listed(name, value, "maps, one per layer", layers)
     device = getattr(value[0], "device", None)
     for layer, one in enumerate(value):
@@ -217,9 +221,9 @@ def maps(name: str, value: Any, layers: int | None = None) -> None:
 
 
 def sides(queries: Any, keys: Any, layers: int, channels: bool) -> int:
-    """Maps of queries and keys whose locations correspond; return the number of images.
+    """Check that the maps of queries and keys have the same locations; return the number of images.
 
-    `channels`: whether these must be equal too (they are not projected).
+    `channels`: whether the channels must be equal too, as they must without projection.
     """
     maps("query_maps", queries, layers)
     maps("key_maps", keys, layers)
@@ -230,21 +234,22 @@ def sides(queries: Any, keys: Any, layers: int, channels: bool) -> int:
             wanted = "the same shape" if channels else "the same images, height and width"
             raise ValueError(f"query and key map {layer} must have {wanted}, not {tuple(a)} and {tuple(b)}")
         if a[0] != images:
-            raise ValueError(f"query map {layer} has {a[0]} images, query map 0 has {images}: they must be as many")
+            raise ValueError(f"query map {layer} has {a[0]} images, query map 0 has {images}: these must be equal")
     if keys[0].device != queries[0].device:
         raise ValueError(f"key_maps are on {keys[0].device}, query_maps on {queries[0].device}: move one side")
     return images
 
 
 def directions(value: Any, images: int) -> int:
+    """Check a number of directions, which must divide the number of images, and return it."""
     value = count("directions", value)
     if images % value:
         raise ValueError(f"{images} images cannot be shared equally among directions={value}")
     return value
 
 
-def ids(patch_ids: Any, feature_maps: Sequence[Tensor], look: bool = False) -> None:
-    """One set of locations per map, or several that its images share; `look` reads them wherever they lie."""
+def ids(patch_ids: Any, feature_maps: Sequence[Tensor], read: bool = False) -> None:
+    """Check one set of locations per map, or several that its images share; `read`: values too, on every device."""
     listed("patch_ids", patch_ids, "tensors, one per map", len(feature_maps))
     compiling = torch.compiler.is_compiling()
     for layer, (one, given) in enumerate(zip(feature_maps, patch_ids, strict=True)):
@@ -257,22 +262,22 @@ def ids(patch_ids: Any, feature_maps: Sequence[Tensor], look: bool = False) -> N
         if given.dtype is not torch.int64 or device != one.device:
             wanted = f"int64 on {one.device}"
             raise ValueError(f"patch_ids[{layer}] must be {wanted}, not {given.dtype} on {device}")
-        if look or (device.type == "cpu" and not compiling):
+        if read or (device.type == "cpu" and not compiling):
             locations, low, high = one.shape[2] * one.shape[3], int(given.min()), int(given.max())
             if low < 0 or high >= locations:
-                wanted = f"lie in 0..{locations - 1}"
-                raise ValueError(f"patch_ids[{layer}] must {wanted}, but reach from {low} to {high}")
+                wanted = f"be in 0..{locations - 1}"
+                raise ValueError(f"patch_ids[{layer}] must {wanted}, but range from {low} to {high}")
 
 
 def mlps(given: Any, feature_maps: Sequence[Tensor]) -> None:
-    """One (weight1, bias1, weight2, bias2) per map, on its device, all of one floating dtype."""
+    """Check one (weight1, bias1, weight2, bias2) per map, on the device of the map, all of one floating dtype."""
     listed("mlps", given, "MLPs, one per map", len(feature_maps))
     dtype = None
-    for layer, (four, one) in enumerate(zip(given, feature_maps, strict=True)):
-        if not isinstance(four, _LISTS) or len(four) != 4:
-            raise ValueError(f"mlps[{layer}] must be (weight1, bias1, weight2, bias2), not {shown(four)}")
-        device = one.device
-        for weight in four:
+    for layer, (mlp, feature_map) in enumerate(zip(given, feature_maps, strict=True)):
+        if not isinstance(mlp, _LISTS) or len(mlp) != 4:
+            raise ValueError(f"mlps[{layer}] must be (weight1, bias1, weight2, bias2), not {shown(mlp)}")
+        device = feature_map.device
+        for weight in mlp:
             if not isinstance(weight, Tensor):
                 tensor(f"mlps[{layer}]", weight)
             if weight.device != device:
@@ -282,18 +287,18 @@ def mlps(given: Any, feature_maps: Sequence[Tensor]) -> None:
                     raise ValueError(f"mlps must have one dtype, not {dtype} and {weight.dtype}")
                 tensor(f"mlps[{layer}]", weight)
                 dtype = weight.dtype
-        first, bias_first, second, bias_second = (weight.shape for weight in four)
-        channels = one.shape[1]
+        first, bias_first, second, bias_second = (weight.shape for weight in mlp)
+        channels = feature_map.shape[1]
         if len(first) == 2 and first[1] != channels:
             raise ValueError(f"MLP {layer} takes {first[1]} channels, map {layer} has {channels}")
         fits = len(first) == len(second) == 2 and second[1] == first[0]
         if not fits or bias_first != first[:1] or bias_second != second[:1]:
-            shapes = ", ".join(str(tuple(weight.shape)) for weight in four)
+            shapes = ", ".join(str(tuple(weight.shape)) for weight in mlp)
             raise ValueError(f"mlps[{layer}] must be (dim, {channels}), (dim,), (dim, dim), (dim,), not {shapes}")
 
 
 def whole_ids(patch_ids: Any, feature_maps: Sequence[Tensor]) -> list[Tensor]:
-    """Locations as published callers give them, tensors, arrays or lists, as int64 on the device of their maps."""
+    """Convert locations that are tensors, arrays or lists, as published, to int64 on the device of their maps."""
     try:
         given = list(patch_ids)
         every = [one if isinstance(one, Tensor) else torch.as_tensor(one) for one in given]
@@ -307,8 +312,8 @@ def whole_ids(patch_ids: Any, feature_maps: Sequence[Tensor]) -> list[Tensor]:
     return [one.to(m.device, torch.int64) for one, m in zip(every, feature_maps, strict=True)]
 
 
-def ids_by_direction(patch_ids: Any, directions: int, layers: int, share: int) -> None:
-    """One list per direction of one set per layer, or of one set per image of the direction."""
+def ids_by_direction(patch_ids: Any, directions: int, layers: int, images: int) -> None:
+    """Check one list per direction of one set per layer, or of one set per image; `images` are those per direction."""
     listed("patch_ids", patch_ids, "lists, one per direction", directions)
     for direction, per_layer in enumerate(patch_ids):
         listed(f"patch_ids[{direction}]", per_layer, "tensors, one per layer", layers)
@@ -316,8 +321,8 @@ def ids_by_direction(patch_ids: Any, directions: int, layers: int, share: int) -
             name = f"patch_ids[{direction}][{layer}]"
             if not isinstance(one, Tensor) or one.dtype != torch.int64:
                 raise ValueError(f"{name} must be an int64 tensor, not {shown(one)}")
-            if one.dim() not in (1, 2) or (one.dim() == 2 and one.shape[0] != share):
-                raise ValueError(f"{name} must be (patches,) or ({share}, patches), not {tuple(one.shape)}")
+            if one.dim() not in (1, 2) or (one.dim() == 2 and one.shape[0] != images):
+                raise ValueError(f"{name} must be (patches,) or ({images}, patches), not {tuple(one.shape)}")
             if one.shape[-1] != first.shape[-1] or one.device != first.device:
                 raise ValueError(f"{name} must have as many patches as direction 0, on its device, not {shown(one)}")
 
@@ -326,9 +331,9 @@ def ids_by_direction(patch_ids: Any, directions: int, layers: int, share: int) -
 
 
 def state(module: torch.nn.Module, given: Any, strict: bool) -> None:
-    """What `load_state_dict` would refuse, before it has copied a part: the same RuntimeError."""
+    """Raise the RuntimeError of a failing `load_state_dict` before any part is copied."""
     if not isinstance(given, Mapping):
-        return  # PyTorch says so
+        return  # PyTorch raises an error for it
     own = module.state_dict()
     wrong = []
     for name in own.keys() & given.keys():

@@ -21,10 +21,10 @@ from .weights import Weighting, Weights
 
 
 class PatchNCEHead(PatchSampleF):
-    """The whole chain: feature maps in, one scalar out, for all layers (and both directions) at once.
+    """PatchNCE as one module: feature maps in, one scalar out, for all layers (and directions) at once.
 
     It samples, projects, normalises and computes InfoNCE, averaged over patches, then over layers (CUT, eq. 4). It is a
-    `PatchSampleF`, so a published F loads into it. Float32 products are exact unless the library's may use TF32, see
+    `PatchSampleF`, so a published F loads into it. Float32 products are exact unless PyTorch may use TF32, see
     `fastnce.nce.api.products`.
 
     Args:
@@ -33,13 +33,13 @@ class PatchNCEHead(PatchSampleF):
         patches: locations drawn per image and layer; all of them if a map has fewer.
         temperature: T, from 1e-30 to 1e30, one for all layers or one per layer.
         negatives: "image" or "batch", see `patch_nce`.
-        weighting: weights of pairs and queries, such as `fastnce.nce.monce`; any function (queries, keys, groups) to
-            `Weights`. It is called once per layer, without gradient.
-        symmetric: mean of both directions, see `patch_nce`.
-        ids_per_image: draw locations for each image; otherwise one set for all (published).
+        weighting: a function (queries, keys, groups) to `Weights`, such as `fastnce.nce.monce`. It is called once per
+            layer, without gradient.
+        symmetric: average both directions, see `patch_nce`.
+        ids_per_image: draw locations for each image; otherwise one set serves all images (published).
 
     Raises:
-        ValueError: a value that makes no sense, here and not at the first call.
+        ValueError: an invalid value; it is raised here, not at the first call.
     """
 
     def __init__(
@@ -71,13 +71,13 @@ class PatchNCEHead(PatchSampleF):
         self.weighting, self.symmetric = weighting, symmetric
         self.ids_per_image = ids_per_image
         self.others: Callable[[Tensor], Tensor] | None = None
-        """With several ranks: gathers a constant from the other ranks, (...) -> (ranks - 1, ...), as more negatives."""
+        """Gathers a constant of the other ranks, (...) -> (ranks - 1, ...), to be used as more negatives."""
 
     def draw_ids(self, maps: Sequence[Tensor], directions: int = 1) -> list[Tensor]:
         """Draw locations for each layer of these maps, on their device: one set per direction, or per image.
 
-        Returns (patches,) per layer for one set, else (sets, patches). The kernels draw for all layers at once: from
-        the same seed they give other locations than `sample_patch_ids`.
+        Returns (patches,) per layer for one set, else (sets, patches). The kernels draw for all layers at once, so a
+        seed gives other locations than with `sample_patch_ids`.
         """
         checks.maps("maps", maps, self.layers)
         return self._draw_ids(maps, checks.directions(directions, maps[0].shape[0]), self.mlps(self.layers))
@@ -106,24 +106,24 @@ class PatchNCEHead(PatchSampleF):
         directions: int = 1,
         key_projector: PatchSampleF | None = None,
     ) -> Tensor:
-        """One (images, channels, height, width) map per layer and side; returns the scalar loss, or one per direction.
+        """Compute the loss of one (images, channels, height, width) map per layer and side.
 
-        A query's positive is the key at its own location: both maps of a layer have the same images, height and width.
-        Their channels are those of the MLPs; without MLPs both sides share channels and dtype.
+        A query's positive is the key at its own location, so both maps of a layer must have the same images, height and
+        width. Their channels are those of the MLPs; without MLPs, both sides must have the same channels and dtype.
 
         Args:
             patch_ids: locations to use instead of drawing them, per layer (patches,) or (images, patches). With several
-                directions also one such list per direction.
-            directions: the batch holds this many losses of equal size, one after another (CUT: NCE(x, G(x)), then the
-                identity NCE(y, G(y))), each with its own locations and, for "batch", its own negatives.
-            key_projector: projects the keys with its own weights (DCLGAN: F of the other domain); default: this one.
+                directions, one such list per direction is accepted too.
+            directions: the batch consists of this many parts of equal size, one after another (CUT: NCE(x, G(x)), then
+                the identity NCE(y, G(y))), each with its own loss, locations and, for "batch", negatives.
+            key_projector: projects the keys with its own weights (DCLGAN: F of the other domain); default: this module.
 
         Returns:
             a scalar, or (directions,) for more than one: each the mean over rows, then over layers.
 
         Raises:
-            ValueError: sides that do not correspond, ids that do not fit, weights of another shape, and everything
-                that `patch_nce` refuses.
+            ValueError: maps of the two sides that do not match, ids that do not fit, weights of another shape, and
+                everything that `patch_nce` refuses.
         """
         if key_projector is not None and not isinstance(key_projector, PatchSampleF):
             raise ValueError(f"key_projector must be a PatchSampleF or None, not {checks.shown(key_projector)}")
@@ -158,10 +158,10 @@ class PatchNCEHead(PatchSampleF):
                 distinct=patch_ids is None,
             )
             return means if directions > 1 else means.view(())
-        own = patch_ids is None
+        drawn = patch_ids is None
         with torch.no_grad():
-            keys = project_patches(key_maps, ids, key_mlps, distinct_ids=own, implementation=self.implementation)
-        queries = project_patches(query_maps, ids, mlps, distinct_ids=own, implementation=self.implementation)
+            keys = project_patches(key_maps, ids, key_mlps, distinct_ids=drawn, implementation=self.implementation)
+        queries = project_patches(query_maps, ids, mlps, distinct_ids=drawn, implementation=self.implementation)
         external = [None] * self.layers if self.others is None else self._others_keys(keys, groups)
         losses = [
             patch_nce(
@@ -188,7 +188,7 @@ class PatchNCEHead(PatchSampleF):
         return None if self.weighting is None else self.weighting(queries.detach(), keys, groups)
 
     def _others_keys(self, keys: Sequence[Tensor], groups: int) -> list[Tensor]:
-        """The other ranks' keys of each layer, (groups, count, dim), gathered for all layers at once."""
+        """Return the other ranks' keys of each layer, (groups, count, dim), gathered for all layers at once."""
         assert self.others is not None
         sizes = [len(rows) for rows in keys]
         every = self.others(torch.cat(list(keys))).split(sizes, dim=1)  # (ranks - 1, rows, dim) per layer
@@ -196,7 +196,7 @@ class PatchNCEHead(PatchSampleF):
 
     @staticmethod
     def _one_launch(mlps: MLPs, key_mlps: MLPs) -> bool:
-        """Whether the key side fits into the launch of the query side."""
+        """Whether one launch can project both sides: their MLPs have the same shapes and dtypes."""
         if mlps is None or key_mlps is None:
             return mlps is None and key_mlps is None
         return all(
@@ -206,7 +206,7 @@ class PatchNCEHead(PatchSampleF):
         )
 
     def images_of(self, query_maps: Sequence[Tensor], key_maps: Sequence[Tensor], projected: bool) -> int:
-        """The number of images of both sides; ValueError if they do not correspond."""
+        """Check that the maps of both sides match, and return their number of images."""
         images = checks.sides(query_maps, key_maps, self.layers, channels=not projected)
         for layer, (q, k) in enumerate(zip(query_maps, key_maps, strict=True)):
             if not projected and q.dtype != k.dtype and autocast_dtype(q) != autocast_dtype(k):
@@ -214,7 +214,7 @@ class PatchNCEHead(PatchSampleF):
         return images
 
     def given_ids(self, patch_ids, images: int, directions: int) -> list[Tensor]:
-        """The caller's locations as one tensor per layer: (patches,), or (sets, patches), shared equally by images."""
+        """Return given locations as one tensor per layer: (patches,), or (sets, patches) that images share equally."""
         checks.listed("patch_ids", patch_ids, "tensors, one per layer, or of such lists, one per direction")
         if all(isinstance(ids, Tensor) for ids in patch_ids):
             return list(patch_ids)

@@ -1,4 +1,4 @@
-"""The two published classes, drop-in. (`head` has the whole chain in one module.)
+"""Drop-in replacements of the two published classes. (`head` has the whole loss in one module.)
 
 criterion = PatchNCELoss(opt)                 # in place of models.patchnce.PatchNCELoss
 netF = PatchSampleF(use_mlp=True, nc=256)     # in place of models.networks.PatchSampleF
@@ -20,19 +20,19 @@ from .api import NEGATIVES, Negatives, patch_nce, project_patches, sample_patch_
 from .impl.rows import normalize_rows
 
 MLPs = list[tuple[Tensor, Tensor, Tensor, Tensor]] | None
-"""What `project_patches` takes as `mlps`."""
+"""The weights of all layers, as `project_patches` takes them."""
 
 
 class PatchNCELoss(nn.Module):
-    """The published loss module, same call, same numbers: `loss(feat_q, feat_k) -> (rows,)`, keys detached.
+    """The published loss module, with the same call and results: `loss(feat_q, feat_k) -> (rows,)`, keys detached.
 
     Args:
         opt: the published options object (`nce_T`, `batch_size`, `nce_includes_all_negatives_from_minibatch`), or None.
-            They are read here, once. A number is taken for the temperature.
-        temperature, negatives: the same without an `opt`; "image" contrasts within a picture, "batch" within all rows.
+            It is read once, here. A number is used as the temperature.
+        temperature, negatives: used without `opt`; "image" contrasts within each image, "batch" within all rows.
 
     Raises:
-        ValueError: an option that `opt` lacks, or a value that makes no sense.
+        ValueError: an option that `opt` lacks, or an invalid value.
     """
 
     def __init__(
@@ -48,13 +48,13 @@ class PatchNCELoss(nn.Module):
         images: Any = 1
         if opt is not None:
             if (temperature, negatives) != (0.07, "image"):
-                raise ValueError("temperature and negatives come from opt: give either an opt or them, not both")
+                raise ValueError("temperature and negatives come from opt: pass either opt or these two, not both")
             if isinstance(opt, numbers.Real | Tensor) and not isinstance(opt, bool):
                 temperature, self.opt = opt, None  # type: ignore[assignment]
             else:
                 temperature = _option(opt, "nce_T")
                 every = _option(opt, "nce_includes_all_negatives_from_minibatch")
-                if every not in (True, False):  # a text such as "False" counts as true
+                if every not in (True, False):  # the text "False" would count as true
                     name = "opt.nce_includes_all_negatives_from_minibatch"
                     raise ValueError(f"{name} must be True or False, not {checks.shown(every)}")
                 negatives = "batch" if every else "image"
@@ -67,7 +67,7 @@ class PatchNCELoss(nn.Module):
         self.implementation: Implementation = implementation
 
     def forward(self, feat_q: Tensor, feat_k: Tensor, images: int | None = None) -> Tensor:
-        """(rows, dim) twice to (rows,). `images` is the true batch size where it differs from the options'."""
+        """Return the losses (rows,) of two (rows, dim). `images`: the batch size, if it differs from the options'."""
         return patch_nce(
             feat_q,
             feat_k,
@@ -85,7 +85,7 @@ class PatchNCELoss(nn.Module):
 def _option(opt: Any, name: str) -> Any:
     if not hasattr(opt, name):
         raise ValueError(
-            f"opt has no {name}: give the options that CUT's parser makes, or no opt and temperature= and negatives="
+            f"opt has no {name}: pass the options of CUT's parser, or pass temperature= and negatives= without opt"
         )
     return getattr(opt, name)
 
@@ -93,12 +93,12 @@ def _option(opt: Any, name: str) -> Any:
 class PatchSampleF(nn.Module):
     """The published patch sampler and projector F: same call, same `state_dict` keys (`mlp_0.0.weight`, ...).
 
-    The MLPs are made at the first call, as published, or at once when `in_channels` is given: an optimiser and a
-    compiler want the latter. Loading a `state_dict` makes them too; it takes all of it or, with an error, nothing.
+    The MLPs are created at the first call, as published, or immediately if `in_channels` is given, as an optimiser and
+    a compiler require. Loading a `state_dict` creates them too; it loads everything or, after an error, nothing.
 
     Args:
         use_mlp: project through Linear-ReLU-Linear; otherwise only sample and normalise.
-        init_type, init_gain: normal, xavier, kaiming or orthogonal, and its gain.
+        init_type, init_gain: initialisation (normal, xavier, kaiming or orthogonal) and its gain.
         nc: width of the projection, at least 1.
         gpu_ids: accepted for the published signature; the MLPs follow the device of the maps.
         in_channels: channels of each layer's map.
@@ -144,7 +144,7 @@ class PatchSampleF(nn.Module):
         self.mlp_init = True
 
     def create_mlp(self, feats: Sequence[Tensor]) -> None:
-        """Make the MLPs for these maps (the published name)."""
+        """Create the MLPs for these maps (the published name)."""
         checks.maps("feats", feats)
         self._create([feat.shape[1] for feat in feats], like=feats[0])
 
@@ -158,7 +158,7 @@ class PatchSampleF(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
     def _create_for(self, state: dict[str, Tensor]) -> bool:
-        """Make the MLPs that these tensors belong to; False, and nothing is made, where they belong to none."""
+        """Create the MLPs that these tensors belong to; if there are none, return False and create nothing."""
         shapes = {name: tuple(t.shape) if isinstance(t, Tensor) else () for name, t in state.items()}
         firsts = [shapes.get(f"mlp_{layer}.0.weight", ()) for layer in range(len(shapes) // 4)]
         if not firsts or any(len(first) != 2 or first[0] != firsts[0][0] for first in firsts):
@@ -175,7 +175,7 @@ class PatchSampleF(nn.Module):
         return True
 
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
-        """As `nn.Module.load_state_dict`, but where that raises after having loaded a part, this loads nothing."""
+        """Like `nn.Module.load_state_dict`, but if it fails, nothing is loaded."""
         if self.mlp_init or not self.use_mlp:
             checks.state(self, state_dict, strict)
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
@@ -189,7 +189,7 @@ class PatchSampleF(nn.Module):
             raise
 
     def mlps(self, layers: int) -> MLPs:
-        """The weights of the first `layers` MLPs in the form that `project_patches` takes; None without MLPs."""
+        """Return the weights of the first `layers` MLPs in the form that `project_patches` takes; None without MLPs."""
         if not self.use_mlp:
             return None
         if not hasattr(self, f"mlp_{layers - 1}"):
@@ -204,28 +204,28 @@ class PatchSampleF(nn.Module):
         """Sample, project and normalise every layer.
 
         Args:
-            feats: one (images, channels, height, width) map a layer, of a floating dtype.
-            num_patches: rows a picture; 0 takes every location and returns maps (see below).
-            patch_ids: locations to take, one set a layer, in place of drawing them: tensors, arrays or lists of whole
-                numbers of any width.
+            feats: one (images, channels, height, width) map per layer, of a floating dtype.
+            num_patches: rows per image; 0 takes every location and returns maps (see below).
+            patch_ids: locations to use instead of drawing them, one set per layer: tensors, arrays or lists of whole
+                numbers, of any integer type.
 
         Returns:
-            ([(images * patches, nc)] a layer, [ids] a layer). With `num_patches=0` the first list holds
-            (images, nc, height, width) maps, divided by their length *over locations*, as the published code does.
+            two lists with one entry per layer: rows (images * patches, nc), and ids. With `num_patches=0` the first
+            list holds (images, nc, height, width) maps, divided by their length *over locations*, as published.
 
         Raises:
-            ValueError: maps or ids that do not fit; a sampler that had no MLPs yet has none then.
+            ValueError: maps or ids that do not fit; no MLPs are created then.
         """
         checks.maps("feats", feats)
         num_patches = checks.count("num_patches", num_patches, least=0)
         given = None if patch_ids is None or num_patches == 0 else checks.whole_ids(patch_ids, feats)
         if self.use_mlp and not self.mlp_init:
             if given is not None:
-                checks.ids(given, feats)  # what is refused leaves no MLPs
+                checks.ids(given, feats)  # before MLPs are created
             self.create_mlp(feats)
         if num_patches == 0:
             return self._whole_maps(feats), [torch.empty(0, dtype=torch.long) for _ in feats]
-        # drawn after the MLPs are made, as published: one seed gives the same weights
+        # Draw after creating the MLPs, as published, so that a seed gives the published weights.
         ids = given or [sample_patch_ids(f.shape[2] * f.shape[3], num_patches, device=f.device) for f in feats]
         rows = project_patches(
             feats, ids, self.mlps(len(feats)), distinct_ids=given is None, implementation=self.implementation

@@ -1,4 +1,4 @@
-"""PatchNCE of all layers and directions of a method in one call: a single launch on a device.
+"""PatchNCE of all layers and directions of a method in one call: a single launch on an accelerator.
 
 nce1, nce2 = patch_nce_layers([q1, q2], [k1, k2], images=batch, cosine=True)   # each q, k: one (rows, dim) per layer
 """
@@ -45,19 +45,19 @@ def patch_nce_layers(
     unit_rows: bool = False,
     implementation: Implementation = None,
 ) -> Tensor:
-    """`patch_nce` of each layer and direction: float32 (directions,), the mean over rows, then over layers.
+    """Compute `patch_nce` of each layer and direction: float32 (directions,), the mean over rows, then over layers.
 
     Args:
-        queries, keys: (rows, dim), rows = images * patches, image after image; the directions of a layer alike. Keys
-            are constants.
-        images, negatives: of one direction, as in `patch_nce`; a direction never contrasts with the rows of another.
+        queries, keys: (rows, dim), rows = images * patches, image after image; one shape for all directions of a layer.
+            Keys are constants.
+        images, negatives: as in `patch_nce`, for each direction; rows of different directions are never contrasted.
         temperature: T > 0, one for all layers or one per layer.
-        extra_keys: more negatives, constants: (count, dim) or (groups, count, dim) for each layer and direction, used
-            unchanged; both directions of a layer have the same shape. "other" takes the queries of the other of two
-            directions, group by group (DCD-GAN: the codes of the same image in the other branch).
+        extra_keys: more negatives, constants, used unchanged: (count, dim) or (groups, count, dim) for each layer and
+            direction, of one shape for all directions of a layer. "other", for two directions, uses the queries of the
+            other direction, group by group (DCD-GAN: the codes of the same image in the other branch).
         cosine: divide queries and keys (and those of "other") by their length, see `cosine_rows` (DCLGAN).
-        weighting: weights of pairs and queries, as in `PatchNCEHead`; extra keys count fully. It is called once per
-            layer with the rows of all directions, and each layer is then a launch of its own.
+        weighting: weights of pairs and queries, as in `PatchNCEHead`; extra keys have weight 1. It is called once per
+            layer with the rows of all directions, and each layer then needs its own launch.
         unit_rows, implementation: as in `patch_nce`. The kernels need layers of one dtype.
 
     Raises:
@@ -69,9 +69,9 @@ def patch_nce_layers(
         nested["extra_keys"] = extra_keys
     directions, layers = checks.nested(nested)
     if other and directions != 2:
-        raise ValueError(f'extra_keys="other" wants two directions, not {directions}')
+        raise ValueError(f'extra_keys="other" needs two directions, not {directions}')
     temperatures = checks.temperatures(temperature, layers)
-    # flat lists, the directions of a layer next to each other
+    # flat lists in which the directions of a layer are adjacent
     flat_queries, flat_keys = (
         [side[d][i] for i in range(layers) for d in range(directions)] for side in (queries, keys)
     )
@@ -109,14 +109,14 @@ def patch_nce_layers(
         nce_losses: Any = triton_rows.nce_losses if triton else eager.nce_losses
         means = []
         for i, t in enumerate(temperatures):
-            here = slice(i * directions, (i + 1) * directions)
-            q, k = torch.cat(flat_queries[here]), torch.cat(flat_keys[here]).detach()
+            layer = slice(i * directions, (i + 1) * directions)
+            q, k = torch.cat(flat_queries[layer]), torch.cat(flat_keys[layer]).detach()
             if cosine:
                 q, k = cosine_rows(q), cosine_rows(k)
             if other:
                 e = q.detach().unflatten(0, (2, groups, -1)).flip(0).flatten(0, 1)
             else:
-                e = _grouped(extra[here], groups)
+                e = _grouped(extra[layer], groups)
             log_weight, weight, query_weight, decoupled = _weights(weighting, q, k, e, directions * groups)
             loss, _ = nce_losses(
                 q, k, e, log_weight, weight, directions * groups, t, decoupled, unit_rows and weighting is None
@@ -129,6 +129,7 @@ def patch_nce_layers(
 
 @torch.no_grad()
 def _weights(weighting: Weighting | None, queries: Tensor, keys: Tensor, extra: Tensor | None, groups: int) -> Weights:
+    """Call the weighting and check its result; without one, return empty `Weights`."""
     if weighting is None:
         return Weights()
     weights = Weights(*checks.weights(weighting(queries.detach(), keys, groups), Weights))
@@ -142,6 +143,6 @@ def _weights(weighting: Weighting | None, queries: Tensor, keys: Tensor, extra: 
 
 
 def _grouped(extra: Sequence[Tensor | None], groups: int) -> Tensor | None:
-    """The extra keys of one layer as (directions * groups, count, dim)."""
+    """Return the extra keys of one layer as (directions * groups, count, dim), or None."""
     wide = [(e if e.dim() == 3 else e[None]).detach().expand(groups, -1, -1) for e in extra if e is not None]
     return torch.cat(wide) if wide else None

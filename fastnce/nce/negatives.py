@@ -20,22 +20,23 @@ class _Ascend(torch.autograd.Function):
 
 
 def ascend(x: Tensor) -> Tensor:
-    """The same values with the gradient reversed: what made `x` learns to raise the loss that others lower."""
+    """Return x with its gradient reversed: parameters behind `x` are trained to raise the loss that others lower."""
     checks.tensor("x", x)
     return _Ascend.apply(x)
 
 
 class LearnedNegatives(nn.Module):
-    """NEGCUT's generator of negatives for one layer, to be given as `extra_keys`.
+    """NEGCUT's generator of negatives for one layer, to be passed as `extra_keys`.
 
     Wang et al., Instance-wise Hard Negative Example Generation for Contrastive Learning in Unpaired Image-to-Image
-    Translation (ICCV 2021) and its code: each negative is a two-layer MLP of the picture's mean code and of noise, of
-    unit length. It is trained to raise the contrastive loss (pass it through `ascend`, or give it a phase of its own)
-    and to make its negatives differ (`diversity`). NEGCUT has no other negatives: `pair_log_weight=only_external(...)`.
+    Translation (ICCV 2021) and its code: a two-layer MLP maps the image's mean code and noise to a negative of unit
+    length. It is trained to raise the contrastive loss (pass its output through `ascend`, or give it a phase of its
+    own) and to make its negatives differ (`diversity`). NEGCUT uses no other negatives: pass
+    `pair_log_weight=only_external(...)`.
 
     Args:
-        dim: of the codes, at least 1.
-        noise: values of noise a negative, at least 1.
+        dim: width of the codes, at least 1.
+        noise: noise values per negative, at least 1.
     """
 
     def __init__(self, dim: int = 256, noise: int = 64):
@@ -44,9 +45,9 @@ class LearnedNegatives(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim + noise, dim), nn.ReLU(), nn.Linear(dim, dim))
 
     def forward(self, mean_code: Tensor, count: int = 256, noise: Tensor | None = None) -> Tensor:
-        """(images, dim) to (images, count, dim). `noise` (images, count, noise) is drawn unless given.
+        """Map codes (images, dim) to negatives (images, count, dim); `noise` (images, count, noise) is drawn if None.
 
-        Both in any floating dtype; negatives are float32, or float64 where the weights are.
+        Codes and noise may have any floating dtype; negatives are float32, or float64 if the weights are.
         """
         checks.tensor("mean_code", mean_code)
         if mean_code.dim() != 2 or mean_code.shape[1] != self.dim or mean_code.numel() == 0:
@@ -64,9 +65,9 @@ class LearnedNegatives(nn.Module):
 
 
 def diversity(negatives: Tensor) -> Tensor:
-    """NEGCUT's diversity of (images, count, dim) negatives, to be raised: mean |first half - second half|.
+    """Return NEGCUT's diversity of (images, count, dim) negatives, to be maximised: mean |first half - second half|.
 
-    count is at least 2; of an odd count the last negative is left out.
+    count must be at least 2; if it is odd, the last negative is left out.
     """
     checks.tensor("negatives", negatives)
     if negatives.dim() != 3 or negatives.shape[1] < 2 or negatives.numel() == 0:
@@ -76,9 +77,9 @@ def diversity(negatives: Tensor) -> Tensor:
 
 
 def only_external(images: int, rows: int, device: torch.device | str | None = None) -> Tensor:
-    """A `pair_log_weight` that leaves no negative but `extra_keys`: (images, rows, rows) of -1e34.
+    """Return a `pair_log_weight` that leaves only `extra_keys` as negatives: (images, rows, rows) of -1e34.
 
-    That is below the logits of unit rows at every temperature.
+    This is below the logits of unit rows at every temperature.
     """
     images, rows = checks.count("images", images), checks.count("rows", rows)
     return torch.full((images, rows, rows), -1e34, device=device, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Which locations are contrasted: QS-Attn's choice, or all of them."""
+"""Choose the locations that are contrasted: QS-Attn's selection, or all."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from .impl.rows import similarity, widened
 
 @torch.no_grad()
 def attention_patch_ids(feature_map: Tensor, patches: int) -> tuple[Tensor, Tensor]:
-    """QS-Attn's choice of queries: the locations whose attention over the map has the least entropy.
+    """Select queries as QS-Attn does: the locations whose attention over the map has the least entropy.
 
     Hu et al., QS-Attn: Query-Selected Attention for Contrastive Learning in I2I Translation (CVPR 2022), and its code
-    (global attention). Attention is softmax over locations of f_i.f_j. It holds (locations, locations) values a
-    picture: for the deep layers.
+    (global attention). Attention is the softmax over locations of f_i.f_j. It has (locations, locations) values per
+    image, so use it for deep layers.
 
     Args:
-        feature_map: (images, channels, height, width), any floating dtype, of the *source* picture. f_i.f_j must lie
-            in the range of float32 (of float64 for float64).
-        patches: how many, at least 1; all where there are fewer.
+        feature_map: (images, channels, height, width), any floating dtype, of the *source* image. f_i.f_j must be
+            within the range of float32 (of float64 for float64).
+        patches: number of locations to select, at least 1; all of them if there are fewer.
 
     Returns:
         ids (images, patches), least entropy first, and their attention (images, patches, locations), with which QS-Attn
         also averages the features of both sides, `attention @ features`, before projecting them.
 
     Raises:
-        ValueError: what is no such map or count.
+        ValueError: an invalid map or count.
     """
     checks.maps("feature_map", [feature_map])
     patches = checks.count("patches", patches)
@@ -42,6 +42,6 @@ def attention_patch_ids(feature_map: Tensor, patches: int) -> tuple[Tensor, Tens
 
 
 def dense_patch_ids(maps: Sequence[Tensor]) -> list[Tensor]:
-    """Every location of every map, (locations,) a layer: dense PatchNCE. The cost grows with locations squared."""
+    """Return every location of each map, (locations,) per layer: dense PatchNCE. Cost grows as locations squared."""
     checks.maps("maps", maps)
     return [torch.arange(m.shape[2] * m.shape[3], device=m.device) for m in maps]

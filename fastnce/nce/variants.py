@@ -1,4 +1,4 @@
-"""What other papers change in PatchNCE, gathered under one name: see `weights`, `selection` and `negatives`."""
+"""Variants of PatchNCE from other papers, re-exported from `weights`, `selection` and `negatives`."""
 
 from .negatives import LearnedNegatives, ascend, diversity, only_external
 from .selection import attention_patch_ids, dense_patch_ids

@@ -1,6 +1,6 @@
-"""Networks by name: the published ones, and a user's own by import path.
+"""Build networks by name: the published ones, and a user's own by import path.
 
-To add a generator, write its class in a file of this folder (see `contracts.Generator`) and its line in `GENERATORS`.
+To add a generator, write its class in a file of this folder (see `contracts.Generator`) and add it to `GENERATORS`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ def _restorer(in_channels: int, out_channels: int, width: int, norm: Norm, dropo
 
 def _refuse_norms(name: str, norm: Norm, dropout: bool) -> None:
     if norm == "batch" or dropout:
-        raise ValueError(f'generator "{name}" has neither batch norm nor dropout: leave norm and dropout alone')
+        raise ValueError(
+            f'generator "{name}" has neither batch norm nor dropout: keep the defaults of norm and dropout'
+        )
 
 
 GENERATORS: dict[str, Callable[..., nn.Module]] = {
@@ -57,8 +59,8 @@ GENERATORS: dict[str, Callable[..., nn.Module]] = {
     "stylegan2": _stylegan2,
     "restorer": _restorer,
 }
-"""Called with (in_channels, out_channels, width), and those of norm, dropout, antialias, antialias_up and resolution
-that the function names."""
+"""Called with (in_channels, out_channels, width), and with those of norm, dropout, antialias, antialias_up and
+resolution that are arguments of the function."""
 
 DISCRIMINATORS: dict[str, Callable[..., nn.Module]] = {
     "basic": lambda in_channels, width, norm, antialias: PatchGAN(in_channels, width, 3, norm, antialias),
@@ -66,10 +68,10 @@ DISCRIMINATORS: dict[str, Callable[..., nn.Module]] = {
     "pixel": PixelGAN,
     "stylegan2": StyleGAN2Discriminator,
 }
-"""Called with (in_channels, width), and those of layers, norm, antialias and resolution that the function names."""
+"""Called with (in_channels, width), and with those of layers, norm, antialias and resolution that are arguments."""
 
 OWN_INITIALISATION = (StyleGAN2Generator, StyleGAN2Discriminator, Restorer)
-"""`init_type` and `init_gain` do not apply to these."""
+"""Networks that initialise themselves: `init_type` and `init_gain` have no effect."""
 
 
 def build_generator(
@@ -94,11 +96,11 @@ def build_generator(
         width: channels after the first convolution.
         norm, dropout, antialias, antialias_up, resolution: for the networks that have them. "stylegan2" and "restorer"
             have neither instance nor batch norm, and initialise themselves.
-        init_type, init_gain: see `init_weights`. A class with the attribute `own_initialisation = True` is left as it
-            was built.
+        init_type, init_gain: see `init_weights`. A class with the attribute `own_initialisation = True` is not
+            initialised.
 
     Raises:
-        ValueError: an unknown name, options that the network cannot have, or an own class that does not meet the
+        ValueError: an unknown name, options that the network does not support, or a user's class that does not meet the
             contract.
     """
     own = is_import_path(name)
@@ -136,11 +138,11 @@ def build_discriminator(
         name: one of `DISCRIMINATORS`, or the import path of a class (see `contracts.Discriminator`).
         in_channels: of the images.
         width: channels after the first convolution.
-        layers: halvings, for "n_layers".
+        layers: number of halvings, for "n_layers".
         norm, antialias, resolution, init_type, init_gain: as in `build_generator`.
 
     Raises:
-        ValueError: as `build_generator`.
+        ValueError: as in `build_generator`.
     """
     own = is_import_path(name)
     if name not in DISCRIMINATORS and not own:

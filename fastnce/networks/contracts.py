@@ -1,4 +1,4 @@
-"""What a generator and a discriminator must offer, and the check of a user's own ones."""
+"""The interfaces of generators and discriminators, and the checks of a user's own networks."""
 
 from __future__ import annotations
 
@@ -12,66 +12,68 @@ from torch.func import functional_call
 
 
 class Generator(Protocol):
-    """A network from images to images, an `nn.Module` built as `Net(in_channels, out_channels, width)`.
+    """A network from images to images: an `nn.Module` that is built as `Net(in_channels, out_channels, width)`.
 
-    Only `forward` is needed by every method; `feature_channels` is needed by those that contrast features. The other
-    members are optional and have the defaults below. Keyword arguments `norm`, `dropout`, `antialias`, `antialias_up`
-    and `resolution` of the constructor receive the options of the same name.
+    Every method needs `forward`; methods that contrast features also need `feature_channels`. The other members are
+    optional, with the defaults below. If the constructor has arguments `norm`, `dropout`, `antialias`, `antialias_up`
+    or `resolution`, they receive the options of the same name.
     """
 
     out_channels: int
-    """Channels of the output. Default: the `out_channels` it was built with."""
+    """Channels of the output. Default: the constructor's `out_channels`."""
     factor: int
     """Both sides of an image must be multiples of this. Default 1."""
     smallest: int
-    """The smallest side of an image that it accepts. Default: `factor`."""
+    """The smallest accepted side of an image. Default: `factor`."""
     features_repeat: bool
-    """Whether `forward(x, layers)` returns the features that `forward(x, layers, encode_only=True)` returns, each image
-    on its own: true without dropout and batch norm. If so, one pass serves for both. Default False."""
+    """Whether `forward(x, layers)` returns the same features as `forward(x, layers, encode_only=True)`, independent of
+    the other images: true without dropout and batch norm. One pass then serves for both. Default False."""
 
     def forward(self, x: Tensor, layers: Sequence[int] = (), encode_only: bool = False) -> Any:
         """Translate (images, in_channels, height, width) in [-1, 1] to (images, out_channels, height, width).
 
         With `layers`, return (output, list of feature maps); with `encode_only`, return that list alone. A feature map
-        is (images, channels, height, width), with a size of its own.
+        is (images, channels, height, width); each layer may have its own size.
         """
 
     def feature_channels(self, layers: Sequence[int]) -> list[int]:
-        """The channels of the feature map at each of these layers; ValueError for a layer that it does not have."""
+        """Return the channels of the feature map at each layer; raise ValueError for a layer that does not exist."""
 
     def residual_blocks(self) -> list[nn.Module]:
-        """Optional: modules (one tensor to one tensor) that `run.checkpoint_activations` computes again."""
+        """Optional: modules from one tensor to one tensor, which `run.checkpoint_activations` recomputes."""
 
     def tile_layers(self) -> list[nn.Module]:
-        """Optional, for exact tiles: the modules in the order in which they are applied. Convolutions, transposed
-        convolutions that double, reflection pads, blurs, instance norms, pixel shuffles and pointwise activations are
-        supported."""
+        """Optional, for exact tiles: the modules in the order in which they are applied.
+
+        Supported are convolutions, transposed convolutions that double the size, reflection pads, blurs, instance
+        norms, pixel shuffles and pointwise activations.
+        """
 
 
 class Discriminator(Protocol):
-    """A network that judges images, an `nn.Module` built as `Net(in_channels, width)`.
+    """A network that judges images: an `nn.Module` that is built as `Net(in_channels, width)`.
 
-    Keyword arguments `layers`, `norm`, `antialias` and `resolution` of the constructor receive the options of the same
+    If the constructor has arguments `layers`, `norm`, `antialias` or `resolution`, they receive the options of the same
     name.
     """
 
     pictures_independent: bool
-    """Whether each image is judged on its own: true without batch norm. If so, real and generated images share a pass.
+    """Whether each image is judged independently: true without batch norm. Real and generated images then share a pass.
     Default False."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Judge (images, in_channels, height, width): one score or a map of scores per image."""
+        """Return one score, or a map of scores, for each image of (images, in_channels, height, width)."""
 
 
 def build_own(found: Any, name: str, key: str, *arguments: int, **options: Any) -> nn.Module:
-    """Build a network; of the options, it receives those that its constructor names.
+    """Build a network from the options that its constructor names.
 
     Args:
         found: the class or function.
         name, key: the import path and the option that holds it, for messages; `key` is empty for our own networks.
 
     Raises:
-        ValueError: it is not callable, its constructor fails, or it makes something else than a module.
+        ValueError: it is not callable, it fails, or it does not return a module.
     """
     if not callable(found):
         raise ValueError(f"{key}={name} must be a class of torch.nn.Module, not {type(found).__name__}")
@@ -87,15 +89,15 @@ def build_own(found: Any, name: str, key: str, *arguments: int, **options: Any) 
         call = f"{name.rpartition(':')[2]}({', '.join(map(str, arguments))})"
         raise ValueError(f"{key}={name}: {call} fails: {type(error).__name__}: {error}") from error
     if not isinstance(built, nn.Module):
-        raise ValueError(f"{key}={name} must make a torch.nn.Module, not {type(built).__name__}")
+        raise ValueError(f"{key}={name} must return a torch.nn.Module, not {type(built).__name__}")
     return built
 
 
 def check_generator(network: nn.Module, name: str, in_channels: int, out_channels: int) -> None:
-    """Set the optional members that are missing, and refuse a generator that does not meet the contract.
+    """Give missing optional members their defaults, and check that a user's generator meets the contract.
 
     Raises:
-        ValueError: a missing member, or an output of another shape; the message names it.
+        ValueError: a missing member, or an output of a wrong shape; the message names it.
     """
     key = f"network.generator={name}"
     accepted = inspect.signature(network.forward).parameters
@@ -117,7 +119,7 @@ def check_generator(network: nn.Module, name: str, in_channels: int, out_channel
 
 
 def check_discriminator(network: nn.Module, name: str, in_channels: int) -> None:
-    """The same for a discriminator."""
+    """Give missing optional members their defaults, and check that a user's discriminator meets the contract."""
     key = f"network.discriminator={name}"
     _default(network, "pictures_independent", False)
     output = _traced(network, key, in_channels, 256)
@@ -127,7 +129,7 @@ def check_discriminator(network: nn.Module, name: str, in_channels: int) -> None
 
 
 def trace_shapes(network: nn.Module, images: int, channels: int, height: int, width: int, **arguments: Any) -> Any:
-    """What `network` returns for images of this size, as tensors without memory."""
+    """Return the output of `network` for images of this size, as meta tensors, which need no memory."""
     state = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     dtype = next((p.dtype for p in network.parameters()), torch.float32)
     pictures = torch.empty(images, channels, height, width, device="meta", dtype=dtype)

@@ -1,6 +1,6 @@
-"""The layers that the published networks share.
+"""Layers that the published networks share.
 
-Their `state_dict` keys are the published ones, so that published weights load; how they compute is ours.
+Their `state_dict` keys are the published ones, so published weights load. The computation is our own.
 """
 
 from __future__ import annotations
@@ -25,23 +25,25 @@ Layer = TypeVar("Layer", bound=nn.Module)
 
 
 def own_precision(x: Tensor) -> AbstractContextManager:
-    """Within: no autocast, so that an operation keeps the precision of x."""
+    """Return a context without autocast, in which operations keep the precision of x."""
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 class FusedLayer(nn.Module):
-    """A layer with a Triton kernel: `implementation` is None (kernels on accelerators, PyTorch on the CPU), "triton" or
-    "eager", which insist."""
+    """A layer with a Triton kernel.
+
+    `implementation` is None (kernels on accelerators, PyTorch on the CPU), or "triton" or "eager" to force one.
+    """
 
     implementation: Implementation = None
 
     def fused(self, x: Tensor) -> bool:
-        """Whether the kernel computes x; a ValueError where it must and cannot."""
+        """Whether the kernel computes x. Raises ValueError if "triton" is forced and the kernel cannot run."""
         return choose(None if x.is_meta else self.implementation, x.device, x.dtype).triton  # meta: shapes only
 
 
 def set_implementation(network: nn.Module, implementation: Implementation) -> None:
-    """How the norms, pads, blurs and last convolutions in `network` compute: see `FusedLayer`. (Not its loss.)"""
+    """Set the implementation of the norms, pads, blurs and last convolutions in `network` (see `FusedLayer`)."""
     if implementation not in (None, "triton", "eager"):
         raise ValueError(f'implementation must be None, "triton" or "eager", not {implementation!r}')
     for module in network.modules():
@@ -50,10 +52,10 @@ def set_implementation(network: nn.Module, implementation: Implementation) -> No
 
 
 def leave_out_biases(network: nn.Module, leave_out: bool = True) -> None:
-    """Whether convolutions in `network` compute without a bias that an instance norm right after them takes away.
+    """Set whether convolutions in `network` leave out a bias that the instance norm right after them cancels.
 
-    They do unless this says otherwise. Such a bias keeps its value and gets no gradient (None, not zeros): a wrapper
-    that waits for every parameter's gradient, such as PyTorch's DistributedDataParallel, wants False here.
+    By default they do. Such a bias keeps its value and gets no gradient (None, not zeros). Pass False for a wrapper
+    that waits for the gradient of every parameter, such as PyTorch's DistributedDataParallel.
     """
     for module in network.modules():
         if isinstance(module, InstanceNorm):
@@ -61,11 +63,11 @@ def leave_out_biases(network: nn.Module, leave_out: bool = True) -> None:
 
 
 class InstanceNorm(FusedLayer):
-    """Instance normalisation without parameters: each channel of each picture to mean 0 and variance 1 (eps 1e-5).
+    """Instance normalisation without parameters: each channel of each image gets mean 0 and variance 1 (eps 1e-5).
 
-    Without kernels it is a group norm with one group a channel. The library's own `F.instance_norm` is not used: on the
-    CPU, at batch size 1, it returns a wrong input gradient when the incoming gradient is channels-last, and patch
-    sampling produces such gradients (tests/networks/test_layers.py shows both).
+    Without kernels it is a group norm with one group per channel. It does not use `F.instance_norm`: on the CPU, at
+    batch size 1, that returns a wrong input gradient if the incoming gradient is channels-last, and patch sampling
+    produces such gradients (tests/networks/test_layers.py shows both).
     """
 
     leaves_out_biases = True
@@ -77,16 +79,16 @@ class InstanceNorm(FusedLayer):
         self.eps = eps
 
     def forward(self, x: Tensor, slope: float = 1.0, margin: int = 0, residual: Tensor | None = None) -> Tensor:
-        """Normalise, and what follows in the networks, which the kernel does on the way.
+        """Normalise, then activate, pad or add a residual, as follows in the networks; the kernel does all in one pass.
 
         Args:
             x: (images, channels, height, width).
-            slope: of an activation for negative values: 1 none, 0 ReLU, 0.2 the published leaky ReLU.
-            margin: of a reflection pad.
-            residual: added at the end, of x's shape and dtype; not with a margin.
+            slope: slope of the activation for negative values: 1 none, 0 ReLU, 0.2 the published leaky ReLU.
+            margin: pixels of reflection padding on each side.
+            residual: added at the end, of x's shape and dtype; cannot be combined with a margin.
         """
         if x.shape[2] * x.shape[3] == 1:
-            raise ValueError("instance norm needs more than one location: the picture is too small for this network")
+            raise ValueError("instance norm needs more than one location: the image is too small for this network")
         if self.fused(x):
             return fused.instance_norm(x, self.eps, slope, margin, residual)
         y = self._normalise(x)
@@ -98,12 +100,12 @@ class InstanceNorm(FusedLayer):
         return y if residual is None else residual + y
 
     def _normalise(self, x: Tensor) -> Tensor:
-        # Autocast would widen 16-bit maps here; the operator's sums are float32 all the same.
+        # Autocast would widen 16-bit maps here, but the operator sums in float32 anyway.
         with own_precision(x):
             if x.device.type != "cpu" or x.is_contiguous():
                 return F.group_norm(x, self.channels, eps=self.eps)
-            # The CPU's channels-last form sums squares without care: a flat picture of some megapixels comes out wrong
-            # by whole units. Its plain form is exact, and two copies cost about what it saves.
+            # On the CPU, the channels-last form sums squares inaccurately: a flat image of a few megapixels is wrong by
+            # whole units. The contiguous form is accurate, and faster by about the cost of the two copies.
             layout = (
                 torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
             )
@@ -123,7 +125,7 @@ class ReflectionPad(FusedLayer):
     def forward(self, x: Tensor) -> Tensor:
         if self.fused(x):
             return fused.reflection_pad(x, self.margin)
-        with own_precision(x):  # a CPU's autocast would widen 16-bit maps here
+        with own_precision(x):  # CPU autocast would widen 16-bit maps here
             return F.pad(x, (self.margin,) * 4, mode="reflect")
 
     def extra_repr(self) -> str:
@@ -131,9 +133,9 @@ class ReflectionPad(FusedLayer):
 
 
 def channels_last(network: nn.Module) -> None:
-    """Lay the convolutions' weights out channels-last, which convolutions on maps of that layout want.
+    """Store the weights of convolutions channels-last, as is fastest for maps of that layout.
 
-    (`Module.to(memory_format=...)` refuses weights of other dimensions, which StyleGAN2's have.)
+    `Module.to(memory_format=...)` refuses weights of other dimensions, which StyleGAN2 has.
     """
     for parameter in network.parameters():
         if parameter.dim() == 4:
@@ -141,21 +143,22 @@ def channels_last(network: nn.Module) -> None:
 
 
 def keep_float32(layer: Layer) -> Layer:
-    """Mark a layer that computes in float32 whatever autocast says (see `full_precision`)."""
+    """Mark a layer that computes in float32 even under autocast (see `full_precision`)."""
     layer.computes_float32 = True  # type: ignore[assignment]
     return layer
 
 
 def keeps_float32(layer: nn.Module) -> bool:
+    """Whether a layer is marked by `keep_float32`."""
     return bool(getattr(layer, "computes_float32", False))
 
 
 class LastConvolution(FusedLayer, nn.Conv2d):
-    """A generator's last convolution, of stride 1: to float32, whatever autocast says and whatever comes in.
+    """A generator's last convolution, of stride 1: it returns float32 for every input dtype, also under autocast.
 
-    The kernels take at most 16 output channels and odd kernels of at most 7, and read 16-bit maps as they are.
-    Everything else is the library's, in float32 (float64 where the map or the weights are), also where "triton" insists
-    on kernels.
+    The Triton kernels support at most 16 output channels and odd kernel sizes of at most 7, and read 16-bit maps
+    directly. PyTorch computes all other cases in float32 (float64 if the map or the weights are), even if "triton" is
+    forced.
     """
 
     computes_float32 = True  # see `keep_float32`
@@ -163,11 +166,11 @@ class LastConvolution(FusedLayer, nn.Conv2d):
     def __init__(self, in_channels: int, out_channels: int, kernel: int, padding: int = 0):
         super().__init__(in_channels, out_channels, kernel, padding=padding)
         self.margin = padding
-        self.few = fused is not None and fused.few_outputs_obstacle(out_channels, in_channels, kernel) is None
+        self.has_kernel = fused is not None and fused.few_outputs_obstacle(out_channels, in_channels, kernel) is None
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight, self.bias  # once: a parametrization computes at each look
-        if self.few and self.fused(x):
+        weight, bias = self.weight, self.bias  # once: a parametrization recomputes them at each access
+        if self.has_kernel and self.fused(x):
             return fused.few_outputs_convolution(x, weight, bias, self.margin)
         with own_precision(x):
             dtype = torch.float64 if torch.float64 in (x.dtype, weight.dtype) else torch.float32
@@ -175,7 +178,7 @@ class LastConvolution(FusedLayer, nn.Conv2d):
 
 
 def full_precision(layer: nn.Module, x: Tensor) -> Tensor:
-    """`layer` on x in float32 whatever autocast says: for the last convolution and the tanh of a generator."""
+    """Apply `layer` to x in float32 even under autocast: for the last convolution and the tanh of a generator."""
     if isinstance(layer, LastConvolution):
         return layer(x)
     with own_precision(x):
@@ -183,7 +186,7 @@ def full_precision(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def norm_layer(norm: Norm, channels: int) -> nn.Module:
-    """The normalisation that follows a convolution."""
+    """Return the normalisation that follows a convolution."""
     if norm == "instance":
         return InstanceNorm(channels)
     if norm == "batch":
@@ -194,7 +197,7 @@ def norm_layer(norm: Norm, channels: int) -> nn.Module:
 
 
 class _Blur(FusedLayer):
-    """Holds the published filter buffer, so that checkpoints fit, and refuses a checkpoint with another filter."""
+    """Hold the published filter buffer, so that checkpoints load, and refuse checkpoints with another filter."""
 
     filt: Tensor
 
@@ -205,15 +208,15 @@ class _Blur(FusedLayer):
         self.register_buffer("filt", (gain * filt / filt.sum())[None, None].repeat(channels, 1, 1, 1))
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
-        mine, theirs = self.filt.clone(), state_dict.get(f"{prefix}filt")
+        published, loaded = self.filt.clone(), state_dict.get(f"{prefix}filt")
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
-        if theirs is not None and theirs.shape == mine.shape and not torch.equal(theirs.to(mine), mine):
-            self.filt.copy_(mine)
+        if loaded is not None and loaded.shape == published.shape and not torch.equal(loaded.to(published), published):
+            self.filt.copy_(published)
             errors.append(f"{prefix}filt holds another blur filter than the published one")
 
 
 class BlurDown(_Blur):
-    """Halves height and width after the filter [1, 2, 1], reflected at the border, against aliasing (Zhang, ICML 2019).
+    """Blur with the filter [1, 2, 1], reflected at the border, then halve height and width (Zhang, ICML 2019).
 
     (images, channels, height, width) -> (images, channels, ceil(height / 2), ceil(width / 2)).
     """
@@ -230,10 +233,10 @@ class BlurDown(_Blur):
 
 
 class BlurUp(_Blur):
-    """Doubles height and width with the filter [1, 3, 3, 1] (replication at the border).
+    """Double height and width with the filter [1, 3, 3, 1], replicated at the border.
 
-    The published transposed convolution has only two taps an output along each axis, 1/4 and 3/4: bilinear
-    interpolation. That is how it is computed: a third of the time on a CPU, and the compiler accepts it.
+    The published transposed convolution has only two taps per output along each axis, 1/4 and 3/4, which is bilinear
+    interpolation. It is computed as such: this takes a third of the time on a CPU, and the compiler supports it.
     """
 
     def __init__(self, channels: int):
@@ -245,22 +248,22 @@ class BlurUp(_Blur):
         return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
 
 
-class Run(NamedTuple):
-    """Modules that one kernel computes: a norm and what follows it."""
+class FusedRun(NamedTuple):
+    """Consecutive modules that one kernel computes: a norm, and the activation and pad after it."""
 
     length: int
     slope: float
     margin: int
 
 
-def run_from(modules: Sequence[nn.Module], first: int, x: Tensor, kept: Container[int] = ()) -> Run | None:
-    """The modules from `first` on that may be computed at once: norm, activation, reflection pad; None for others.
+def run_from(modules: Sequence[nn.Module], first: int, x: Tensor, kept: Container[int] = ()) -> FusedRun | None:
+    """Find the modules from `first` on that one kernel can compute: norm, activation, reflection pad; None for others.
 
     Args:
-        x: what comes into the first.
-        kept: positions whose own outputs are wanted: such a module ends a run.
+        x: input of the first module.
+        kept: positions whose own outputs are needed; such a module ends the run.
 
-    A module with hooks, which see its own input and output, is left alone.
+    A module with hooks is not fused, because hooks receive its own input and output.
     """
     norm = modules[first]
     if not isinstance(norm, InstanceNorm) or not norm.fused(x) or norm._forward_hooks:
@@ -274,11 +277,11 @@ def run_from(modules: Sequence[nn.Module], first: int, x: Tensor, kept: Containe
     if isinstance(follower, ReflectionPad) and follower.fused(x):
         margin = follower.margin
         end += 1
-    return Run(end - first, slope, margin)
+    return FusedRun(end - first, slope, margin)
 
 
 def _follower(modules: Sequence[nn.Module], position: int, kept: Container[int]) -> nn.Module | None:
-    """The module at `position`, if it may join those before it."""
+    """Return the module at `position` if it can be fused with the one before it."""
     if position - 1 in kept or position == len(modules):
         return None
     module = modules[position]
@@ -286,13 +289,13 @@ def _follower(modules: Sequence[nn.Module], position: int, kept: Container[int])
 
 
 def run_one(modules: Sequence[nn.Module], position: int, x: Tensor, kept: Container[int] = ()) -> Tensor:
-    """What the module at `position` makes of x: a convolution without its bias where the norm after it takes that away.
+    """Apply the module at `position` to x; a convolution leaves out its bias if the norm after it cancels it.
 
-    The norm subtracts each channel's mean, and with it what the bias has added: no output depends on such a bias, and
-    its gradient is zero but for rounding.
+    The norm subtracts the mean of each channel, which includes the bias. No output depends on such a bias, and its
+    gradient is zero except for rounding.
 
     Args:
-        kept: as for `run_from`: a convolution whose own output is wanted adds its bias.
+        kept: as in `run_from`; a convolution whose own output is needed adds its bias.
     """
     module = modules[position]
     if not _bias_is_cancelled(modules, position, kept):
@@ -305,6 +308,7 @@ def run_one(modules: Sequence[nn.Module], position: int, x: Tensor, kept: Contai
 
 
 def _bias_is_cancelled(modules: Sequence[nn.Module], position: int, kept: Container[int]) -> bool:
+    """Whether the module is a plain convolution without hooks, followed by an instance norm that leaves out biases."""
     module = modules[position]
     if type(module) not in (nn.Conv2d, nn.ConvTranspose2d):  # a subclass may do something else with its bias
         return False
@@ -316,7 +320,7 @@ def _bias_is_cancelled(modules: Sequence[nn.Module], position: int, kept: Contai
 
 
 def run_all(modules: Sequence[nn.Module], x: Tensor, residual: Tensor | None = None) -> Tensor:
-    """`modules` one after the other, plus the residual, in as few kernels as there are for them."""
+    """Apply `modules` one after another and add the residual, in as few kernels as possible."""
     first = 0
     while first < len(modules):
         run = run_from(modules, first, x)

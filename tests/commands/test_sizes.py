@@ -37,7 +37,7 @@ CASES = [
         FEW,
         [(32, 48)],
         [(48, 32)],
-        "cannot go through G in one batch, as loss.nce_idt=true has it: take others, or",
+        "cannot go through G in one batch, as loss.nce_idt=true needs: take others, or",
     ),
     ("cut", FEW, [(32, 48), (32, 32)], [(32, 48)], "a picture of 32x32, cannot go through G in one batch"),
     ("cut", FEW | {"lambda_nce": 0.0}, [(32, 48)], [(48, 32)], ""),

@@ -362,7 +362,7 @@ def test_cut_with_attention_and_layer_temperatures():
     [
         ("cut", {"nce_layers": [0, 99]}, "its layers are ascending positions from 0 to 31"),
         ("cut", {"nce_layers": [8, 4]}, "each larger than the one before"),
-        ("cut", {"temperatures": [0.1]}, "empty or one a layer: 1 are given for 5"),
+        ("cut", {"temperatures": [0.1]}, "empty or one per layer: 1 are given for 5"),
         ("cut", {"weighting": "moco"}, "or an import path such as mycode.py:Name, not 'moco'"),
         ("cut", {"selection": "entropy"}, "loss.selection must be one of"),
         ("cut", {"gan_mode": "wasserstein"}, "loss.gan_mode must be one of"),

@@ -1,4 +1,4 @@
-"""NegativeBank: a queue whose oldest keys go first."""
+"""NegativeBank: a queue that replaces its oldest keys first."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_starts_with_random_unit_rows():
         assert not keys.requires_grad
 
 
-def test_the_oldest_go_first_and_the_pointer_wraps():
+def test_the_oldest_rows_are_replaced_first_and_the_pointer_wraps():
     bank = NegativeBank(5, [1])
     for start in range(0, 12, 3):
         bank.enqueue([torch.arange(start, start + 3.0)[:, None]])
@@ -26,13 +26,13 @@ def test_the_oldest_go_first_and_the_pointer_wraps():
     assert bank.pointer.tolist() == [2]
 
 
-def test_of_more_rows_than_places_the_last_stay():
+def test_of_more_rows_than_the_size_the_last_are_kept():
     bank = NegativeBank(3, [1])
     bank.enqueue([torch.arange(8.0)[:, None]])
     assert sorted(bank.keys()[0].flatten().tolist()) == [5.0, 6.0, 7.0]
 
 
-def test_layers_advance_apart_and_dtype_is_kept():
+def test_each_layer_has_its_own_pointer_and_the_dtype_is_kept():
     bank = NegativeBank(4, [2, 2], torch.bfloat16)
     bank.enqueue([torch.ones(1, 2), torch.ones(3, 2)])
     assert bank.pointer.tolist() == [1, 3]
@@ -40,7 +40,7 @@ def test_layers_advance_apart_and_dtype_is_kept():
     assert all(k.dtype == torch.bfloat16 for k in stored)
 
 
-def test_state_dict_restores_it():
+def test_a_state_dict_restores_the_bank():
     bank, other = NegativeBank(4, [3]), NegativeBank(4, [3])
     bank.enqueue([torch.randn(3, 3)])
     other.load_state_dict(bank.state_dict())
@@ -49,7 +49,7 @@ def test_state_dict_restores_it():
 
 
 @pytest.mark.parametrize("implementation", ["eager", "triton"])
-def test_keys_may_be_replaced_before_the_backward(implementation):
+def test_keys_may_be_replaced_before_the_backward_pass(implementation):
     bank = NegativeBank(16, [8])
     q = torch.nn.functional.normalize(torch.randn(6, 8)).requires_grad_()
     k = torch.nn.functional.normalize(torch.randn(6, 8))
@@ -59,7 +59,7 @@ def test_keys_may_be_replaced_before_the_backward(implementation):
     torch.testing.assert_close(torch.autograd.grad(loss, q)[0], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_enqueue_compiles_without_a_break():
+def test_enqueue_compiles_without_a_graph_break():
     bank = NegativeBank(5, [2])
     enqueue = torch.compile(bank.enqueue, fullgraph=True, backend="eager")
     for _ in range(4):
@@ -78,13 +78,13 @@ def test_enqueue_compiles_without_a_break():
         (lambda: NegativeBank(2, [2]).enqueue([torch.ones(1, 3)]), "must be"),
     ],
 )
-def test_mistakes_are_named(make, word):
+def test_wrong_arguments_are_refused(make, word):
     with pytest.raises(ValueError, match=word):
         make()
 
 
 def unchanged(bank, make):
-    """What `make` raises; the bank holds what it held."""
+    """Return the message that `make` raises, after checking that the bank is unchanged."""
     before = {name: tensor.clone() for name, tensor in bank.state_dict().items()}
     with pytest.raises((ValueError, RuntimeError)) as caught:
         make()
@@ -142,6 +142,6 @@ def test_a_refused_load_changes_nothing(change, assign):
         (lambda: NegativeBank(2, [3], "float32"), "dtype must be a floating dtype, not float32"),
     ],
 )
-def test_what_a_bank_cannot_be_made_of(make, sentence):
+def test_wrong_constructor_arguments_are_refused(make, sentence):
     with pytest.raises(ValueError, match=re.escape(sentence)):
         make()

@@ -1,4 +1,4 @@
-"""What the shared losses refuse: shapes that would be broadcast in silence, and things that are no pictures."""
+"""The shared losses refuse shapes that would be broadcast silently, and values that are not image tensors."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_gan_loss(mode):
         ("real", "fake", lambda real, fake: gradient_penalty(CRITIC, real, fake)),
     ],
 )
-def test_pictures_that_do_not_correspond(name, other_name, loss):
+def test_images_of_different_shapes_are_refused(name, other_name, loss):
     assert loss(X, X.flip(0)).isfinite()
     for other in (X[:1], X[:, :1], X[..., :1], X[0], X.transpose(2, 3)):
         for pair in ((X, other), (other, X)):

@@ -21,7 +21,7 @@ def unit_rows(*shape, dtype=torch.float64):
 
 
 def confident(rows, dim, probability, temperature=0.07):
-    """Queries whose positive has about this probability: between the key and a random direction, by bisection."""
+    """Return queries whose positive has about this probability, found by bisection towards the key, and keys."""
     keys = unit_rows(rows, dim)
     noise = unit_rows(rows, dim)
     low, high = torch.zeros(rows, 1, dtype=torch.float64), torch.ones(rows, 1, dtype=torch.float64)
@@ -39,7 +39,7 @@ OPTIONS = list(itertools.product([False, True], [False, True], ["none", "shared"
 @pytest.mark.parametrize(("log_weight", "weight", "extra", "decoupled"), OPTIONS)
 @pytest.mark.parametrize("block", [1 << 22, 160, 40])  # all, some groups, some rows at once
 @pytest.mark.parametrize("groups", [1, 3])
-def test_eager_is_the_definition(log_weight, weight, extra, decoupled, groups, block, monkeypatch):
+def test_eager_equals_the_definition(log_weight, weight, extra, decoupled, groups, block, monkeypatch):
     monkeypatch.setattr(eager, "BLOCK_ELEMENTS", block)
     rows, dim = 7, 5
     q, k, e = (unit_rows(groups, n, dim).requires_grad_() for n in (rows, rows, 4))
@@ -58,7 +58,7 @@ def test_eager_is_the_definition(log_weight, weight, extra, decoupled, groups, b
 
 
 @pytest.mark.parametrize("probability", [1 / 64, 0.5, 0.9, 0.99, 0.999, 0.9999])
-def test_float32_keeps_its_digits_when_confident(probability):
+def test_float32_stays_accurate_for_confident_rows(probability):
     q, k = confident(64, 32, probability)
     q, k = q.float(), k.float()  # the same rounded inputs for both
     exact = q.double().requires_grad_()
@@ -73,7 +73,7 @@ def test_float32_keeps_its_digits_when_confident(probability):
 
 @pytest.mark.parametrize("scale", [1e-6, 30.0, 1e3])
 def test_rows_of_any_length(scale):
-    """Rows need not have unit length: logits of many thousands neither overflow nor lose their order."""
+    """Rows need not have unit length: logits of many thousands do not overflow and stay accurate."""
     q, k = (scale * torch.randn(9, 5, dtype=torch.float64) for _ in range(2))
     definition, _, _ = reference.nce_rows(q[None], k[None], temperature=0.07)
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
@@ -103,13 +103,13 @@ def test_properties(rows, dim, temperature, random):
     torch.testing.assert_close(patch_nce(q[order], k[order], temperature=temperature, reduction="none"), loss[order])
     # scaling both temperature and rows changes nothing
     torch.testing.assert_close(patch_nce(2 * q, k, temperature=2 * temperature, reduction="none"), loss)
-    # a row's loss does not see the other queries
+    # the loss of a row does not depend on the other queries
     changed = q.clone()
     changed[1:] = unit_rows(rows - 1, dim)
     torch.testing.assert_close(patch_nce(changed, k, temperature=temperature, reduction="none")[0], loss[0])
 
 
-def test_one_patch_has_nothing_to_confuse():
+def test_a_single_patch_has_loss_zero():
     q = unit_rows(3, 4).requires_grad_()
     loss = patch_nce(q, unit_rows(3, 4), images=3, reduction="none")
     loss.sum().backward()
@@ -133,7 +133,7 @@ def test_symmetric_and_weighted_and_reduced():
     assert not stats["logsumexp"].requires_grad
 
 
-def test_keys_are_constants_unless_asked():
+def test_keys_are_constants_by_default():
     q, k = unit_rows(6, 4).requires_grad_(), unit_rows(6, 4).requires_grad_()
     patch_nce(q, k).backward()
     assert k.grad is None
@@ -159,7 +159,7 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-def test_many_rows_never_stand_side_by_side():
+def test_no_tensor_holds_all_logits_of_many_rows():
     rows, dim = 8192, 4
     q, k = unit_rows(rows, dim, dtype=torch.float32).requires_grad_(), unit_rows(rows, dim, dtype=torch.float32)
     with LargestTensor() as largest:
@@ -185,12 +185,12 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), MISTAKES)
-def test_mistakes_are_named(arguments, sentence):
+def test_wrong_arguments_are_refused(arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
         patch_nce(torch.zeros(6, 4), torch.zeros(6, 4), **arguments)
 
 
-def test_rows_that_do_not_belong_together():
+def test_rows_that_do_not_match_are_refused():
     with pytest.raises(ValueError, match="same shape"):
         patch_nce(torch.zeros(6, 4), torch.zeros(5, 4))
     with pytest.raises(ValueError, match=r"\(rows, dim\)"):
@@ -217,7 +217,7 @@ def test_ids_are_distinct_and_uniform():
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("per_image", [False, True])
-def test_sampling_takes_the_named_locations(channels_last, per_image):
+def test_sampling_takes_the_given_locations(channels_last, per_image):
     x = torch.randn(3, 5, 4, 6, dtype=torch.float64)
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
@@ -249,7 +249,7 @@ def published_options(**changes):
     return SimpleNamespace(**{**options, **changes})
 
 
-def test_the_drop_in_loss_follows_the_options():
+def test_the_drop_in_loss_uses_the_options():
     q, k = unit_rows(8, 4), unit_rows(8, 4)
     expected = patch_nce(q, k, images=2, temperature=0.1, reduction="none")
     torch.testing.assert_close(PatchNCELoss(published_options())(q, k), expected)
@@ -269,16 +269,16 @@ def test_the_drop_in_sampler():
         assert torch.equal(one, other)
     eagerly = PatchSampleF(nc=6, in_channels=[3, 5])
     eagerly.load_state_dict(lazy.state_dict())
-    unmade = PatchSampleF(nc=256)
-    unmade.load_state_dict(lazy.state_dict())
-    for other in (eagerly, unmade):
+    without_mlps = PatchSampleF(nc=256)
+    without_mlps.load_state_dict(lazy.state_dict())
+    for other in (eagerly, without_mlps):
         assert torch.equal(other(feats, 20, ids)[0][1], rows[1])
     maps, _ = PatchSampleF(use_mlp=False)(feats, 0)
     assert maps[0].shape == (2, 3, 8, 8)
     torch.testing.assert_close(maps[0].flatten(2).norm(dim=2), torch.ones(2, 3))
 
 
-def test_the_head_is_the_published_chain():
+def test_the_head_equals_the_published_modules():
     query_maps = [torch.randn(2, c, 8, 8, dtype=torch.float64, requires_grad=True) for c in (3, 5)]
     key_maps = [torch.randn(2, c, 8, 8, dtype=torch.float64) for c in (3, 5)]
     head = PatchNCEHead([3, 5], dim=6, patches=10, temperature=[0.07, 0.2]).double()
@@ -291,7 +291,7 @@ def test_the_head_is_the_published_chain():
     assert all(float(m.grad.abs().max()) > 0 for m in query_maps)
 
 
-def test_directions_are_apart():
+def test_directions_are_independent():
     """CUT's two losses, (x, G(x)) and (y, G(y)), in one batch and each with its own ids."""
     maps = [[torch.randn(4, c, 6, 6, dtype=torch.float64) for c in (3, 5)] for _ in range(2)]
     head = PatchNCEHead([3, 5], dim=6, patches=9).double()

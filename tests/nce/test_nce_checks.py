@@ -1,4 +1,4 @@
-"""What must correspond does: every argument of the loss API that makes no sense is refused in one sentence."""
+"""The loss API refuses every invalid argument with one sentence."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastnce.nce import Weights, patch_nce_layers
 
 
 def refused(make, sentence):
-    """One line, a ValueError, and these words."""
+    """Check that `make` raises a ValueError of one line that contains the sentence."""
     with pytest.raises(ValueError, match=re.escape(sentence)) as caught:
         make()
     assert "\n" not in str(caught.value)
@@ -26,13 +26,13 @@ ROWS = torch.zeros(6, 4)
 
 
 def contrast(name, value):
-    """`patch_nce` of ROWS with one tensor beside them."""
+    """Call `patch_nce` on ROWS with one more tensor."""
     options = {name: value} if name == "extra_keys" else {"weights": Weights(**{name: value})}
     return patch_nce(ROWS, ROWS, **options)
 
 
 @pytest.mark.parametrize(("value", "name"), NO_TENSORS)
-def test_what_is_no_tensor(value, name):
+def test_values_that_are_not_tensors_are_refused(value, name):
     refused(lambda: patch_nce(value, ROWS), f"queries must be a tensor, (rows, dim), not {name}")
     refused(lambda: patch_nce(ROWS, value), f"keys must be a tensor, (rows, dim), not {name}")
     refused(lambda: PatchNCELoss()(value, ROWS), f"queries must be a tensor, (rows, dim), not {name}")
@@ -51,7 +51,7 @@ def test_what_is_no_tensor(value, name):
 
 
 @pytest.mark.parametrize("name", ["extra_keys", "pair_log_weight", "pair_weight", "query_weight"])
-def test_weights_of_another_kind_or_place(name):
+def test_weights_of_a_wrong_dtype_or_device_are_refused(name):
     right = {"extra_keys": (3, 4), "query_weight": (6,)}.get(name, (6, 6))
     assert contrast(name, torch.zeros(right, dtype=torch.float16)).isfinite()
     for dtype in (torch.int64, torch.bool, torch.complex64):
@@ -65,7 +65,7 @@ def test_weights_of_another_kind_or_place(name):
 
 @pytest.mark.parametrize("value", [0, -1, True, 2.0, "2", None, torch.tensor(2)])
 def test_counts(value):
-    """At least 1, and whole: a 0 is not left out, nor is a bool a 1."""
+    """Counts are whole numbers of at least 1: 0 does not mean a default, and True is not 1."""
     for name, make in {
         "images": lambda: patch_nce(ROWS, ROWS, images=value),
         "locations": lambda: sample_patch_ids(value, 3),
@@ -78,14 +78,14 @@ def test_counts(value):
         refused(make, f"{name} must be ")
     refused(lambda: PatchNCEHead([3], patches=value), "patches must be ")
     refused(lambda: patch_nce_layers([[ROWS]], [[ROWS]], images=value), "images must be ")
-    if value is not None:  # there the options' batch size, or one set of ids
+    if value is not None:  # None means the batch size of the options, or one set of ids
         refused(lambda: PatchNCELoss()(ROWS, ROWS, images=value), "images must be ")
         refused(lambda: sample_patch_ids(9, 3, images=value), "images must be ")
     if value != 0 or isinstance(value, torch.Tensor):
         refused(lambda: PatchSampleF()(maps(3), value), "num_patches must be ")
 
 
-def test_numpy_counts_count():
+def test_numpy_integers_are_accepted():
     rows = torch.randn(6, 4)
     assert patch_nce(rows, rows, images=np.int64(2)) == patch_nce(rows, rows, images=2)
     assert PatchSampleF(nc=np.int32(4))(maps(3), np.int64(5))[0][0].shape == (10, 4)
@@ -106,8 +106,8 @@ def test_temperatures(value):
         refused(make, "temperature must be ")
 
 
-def test_a_temperature_that_is_learned():
-    """A tensor is refused, for its gradient would be lost; what the sentence advises gives the right one."""
+def test_a_learned_temperature():
+    """A tensor is refused because its gradient would be lost; the advice of the message gives the right gradient."""
     for dims in ((), (1,)):
         t = torch.full(dims, 0.1, dtype=torch.float64, requires_grad=True)
         for make in (
@@ -131,7 +131,7 @@ def test_a_temperature_that_is_learned():
     assert PatchNCEHead([3, 3], temperature=np.array([0.1, 0.2])).temperatures == [0.1, 0.2]
 
 
-def test_texts_are_checked_where_they_are_given():
+def test_choices_are_checked_in_the_constructor():
     for name, make in {
         "negatives": lambda wrong: PatchNCEHead([3], negatives=wrong),
         "negatives ": lambda wrong: PatchNCELoss(negatives=wrong),
@@ -168,7 +168,7 @@ def test_the_drop_in_loss_reads_its_options():
     refused(lambda: PatchNCELoss(options(), temperature=0.2), "not both")
     refused(lambda: PatchNCELoss(0.1, negatives="batch"), "not both")
     refused(lambda: PatchNCELoss("0.1"), "opt has no nce_T")
-    # published: with the whole minibatch the batch size is not looked at, so a last, smaller batch needs no other one
+    # As published, batch_size is not used with negatives of the whole minibatch, so the last batch may be smaller.
     everything = options(nce_includes_all_negatives_from_minibatch=True, batch_size=4)
     assert torch.equal(PatchNCELoss(everything)(q, k), expected)
 
@@ -178,12 +178,12 @@ def maps(*channels, images=2, side=4):
 
 
 @pytest.mark.parametrize("use_mlp", [True, False])
-def test_both_sides_of_a_head_correspond(use_mlp):
+def test_both_sides_of_a_head_must_match(use_mlp):
     head = PatchNCEHead([3, 5], dim=4, patches=6, use_mlp=use_mlp)
     right = maps(3, 5)
     assert head(right, maps(3, 5)).isfinite()
     for other in (
-        [right[0], torch.randn(2, 5, 8, 2)],  # as many locations, elsewhere
+        [right[0], torch.randn(2, 5, 8, 2)],  # the same number of locations
         [right[0], torch.randn(2, 5, 4, 2)],
         [right[0], torch.randn(1, 5, 4, 4)],
         [torch.randn(2, 3, 8, 8), right[1]],
@@ -203,7 +203,7 @@ def test_both_sides_of_a_head_correspond(use_mlp):
     if use_mlp:
         refused(lambda: head(maps(3, 6), right), "MLP 1 takes 5 channels, map 1 has 6")
         refused(lambda: head(right, maps(3, 6)), "MLP 1 takes 5 channels, map 1 has 6")
-        other = PatchNCEHead([3, 6], dim=4)  # of the keys' domain
+        other = PatchNCEHead([3, 6], dim=4)  # for the domain of the keys
         assert head(right, maps(3, 6), key_projector=other).isfinite()
         refused(lambda: head(right, right, key_projector=PatchSampleF()), "the projector has MLPs for 0")
         refused(lambda: head(right, right, key_projector="other"), "key_projector must be a PatchSampleF or None")
@@ -223,7 +223,7 @@ def test_ids_of_a_head():
     refused(loss([[one]]), "patch_ids must be a list of lists, one per direction: 2, not 1")
     refused(loss([[one], [one, one]]), "patch_ids[1] must be a list of tensors, one per layer: 1, not 2")
     refused(loss([[one], [one[:3]]]), "patch_ids[1][0] must have as many patches as direction 0")
-    # four sets for four images, but not two for each direction
+    # four sets for four images, but not two per direction
     refused(loss([[one.expand(1, -1)], [one.expand(3, -1)]]), "patch_ids[0][0] must be (patches,) or (2, patches)")
     refused(loss([[one], [one.float()]]), "patch_ids[1][0] must be an int64 tensor")
     refused(loss([[one.tolist()]], 1), "patch_ids[0][0] must be an int64 tensor, not a list")
@@ -246,14 +246,14 @@ def test_ids_of_the_drop_in_sampler_are_whole_numbers(whole):
         refused(lambda wrong=wrong: sampler(feats, 4, wrong), "patch_ids must hold whole numbers, one set per map")
     refused(lambda: sampler(feats, 4, [[1], [2]]), "patch_ids must hold one set per map: 1 maps, 2 sets")
     refused(lambda: sampler(feats, 4, [[]]), "patch_ids[0] must be (patches,) or (2, patches), not (0,)")
-    refused(lambda: sampler(feats, 4, [[16]]), "patch_ids[0] must lie in 0..15, but reach from 16 to 16")
+    refused(lambda: sampler(feats, 4, [[16]]), "patch_ids[0] must be in 0..15, but range from 16 to 16")
 
 
 def mlp(channels=3, hidden=6, dim=4):
     return [torch.randn(shape) for shape in ((hidden, channels), (hidden,), (dim, hidden), (dim,))]
 
 
-def test_maps_and_mlps_belong_together():
+def test_maps_and_mlps_must_match():
     x, ids = maps(3)[0], torch.arange(5)
     right = mlp()
     hidden = (x.flatten(2).mT[:, :5].flatten(0, 1) @ right[0].T + right[1]).relu()
@@ -283,7 +283,7 @@ def test_maps_and_mlps_belong_together():
         refused(lambda wrong=wrong: PatchSampleF()([wrong], 0), "feats[0] must ")
 
 
-def test_directions_and_layers_belong_together():
+def test_directions_and_layers_must_match():
     q = torch.randn(6, 4)
     refused(lambda: patch_nce_layers(torch.randn(2, 6, 4), [[q]]), "queries must be a list of lists, one per direction")
     refused(lambda: patch_nce_layers([q], [q]), "queries[0] must be a list of tensors, one per layer")
@@ -296,8 +296,8 @@ def test_directions_and_layers_belong_together():
     refused(lambda: patch_nce_layers([[q]], [[q.to("meta")]]), "keys is on meta, queries are on cpu")
 
 
-def test_checks_are_traced():
-    """A compiler meets no break in them."""
+def test_checks_can_be_traced():
+    """The checks cause no graph break."""
     rows, weight = torch.randn(2, 6, 4), torch.rand(2, 3, 3)
     weights = Weights(pair_weight=weight, query_weight=weight.flatten()[:6])
     options = {"images": 2, "weights": weights, "extra_keys": rows[0]}

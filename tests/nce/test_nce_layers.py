@@ -16,12 +16,12 @@ from fastnce.nce.impl import reference
 from tests.oracle import DEVICE, GRADIENT_GATE, LOSS_GATE, Launches, error, unit_rows
 
 IMAGES, TEMPERATURES = 2, [0.07, 0.2]
-SHAPES = [(2 * 33, 24), (2 * 20, 100)]  # of each layer's rows
+SHAPES = [(2 * 33, 24), (2 * 20, 100)]  # of the rows of each layer
 FORMS = ["none", "shared", "groups", "other"]
 
 
 def rows(dtype, directions=2):
-    """[direction][layer] of queries and keys, of any length; one row of zeros."""
+    """Return queries and keys as [direction][layer], with rows of any length; one row is zero."""
     sides = [[[torch.randn(*s).to(dtype) for s in SHAPES] for _ in range(directions)] for _ in range(2)]
     sides[0][0][1][3] = 0
     return sides
@@ -35,13 +35,13 @@ def extra(form, dtype, groups, directions=2):
 
 
 def divided(rows):
-    """Unit rows in float64 with the values that their dtype can hold."""
+    """Return unit rows in float64, rounded to their original dtype."""
     unit = F.normalize(rows.double(), dim=1, eps=1e-8)
     return unit + (unit.to(rows.dtype).double() - unit).detach()
 
 
 def definition(queries, keys, form, groups):
-    """Loss and query gradients in float64, written out layer by layer and direction by direction."""
+    """Return the loss in float64, layer by layer and direction by direction, and the leaves of the queries."""
     leaves = [[q.clone().requires_grad_() for q in side] for side in queries]
     unit = [[divided(q) for q in side] for side in leaves]
     means = []
@@ -81,12 +81,12 @@ def test_layers_and_their_gradients(implementation, form, dtype):
     gradients = torch.autograd.grad((means * weight.to(means)).sum(), [q for side in ours for q in side])
     for a, b, q in zip(gradients, expected, [q for side in queries for q in side], strict=True):
         assert a.dtype == q.dtype
-        some = q.any(dim=1)  # a row of zeros has a slope of 1e8 by definition; the kernels give it none
+        some = q.any(dim=1)  # by definition a zero row has a gradient of 1e8; the kernels return 0
         assert implementation == "eager" or not a[~some].any()
         assert error(a[some], b[some]) <= GRADIENT_GATE[dtype]
 
 
-def test_without_cosine_the_rows_are_taken_as_they_are():
+def test_without_cosine_the_rows_are_used_unchanged():
     queries, keys = rows(torch.float32, directions=1)
     queries, keys = ([[F.normalize(x, dim=1) for x in side[0]]] for side in (queries, keys))
     for side in (queries, keys):
@@ -101,7 +101,7 @@ def test_without_cosine_the_rows_are_taken_as_they_are():
         assert error(a, b) <= 5e-6
 
 
-def test_what_makes_no_sense_is_refused():
+def test_wrong_arguments_are_refused():
     q = torch.randn(6, 4)
     with pytest.raises(ValueError, match="the same directions and layers"):
         patch_nce_layers([[q], [q]], [[q]])
@@ -115,20 +115,20 @@ def test_what_makes_no_sense_is_refused():
 
 def test_operators_and_compilation():
     queries, keys = rows(torch.float32)
-    flat = [queries[d][i].to(DEVICE) for i in range(2) for d in range(2)]
-    answers = [keys[d][i].to(DEVICE) for i in range(2) for d in range(2)]
-    arguments = (flat, answers, [], [0.07, 0.07, 0.2, 0.2], IMAGES, 2, True, True, True, True)
+    flat_q = [queries[d][i].to(DEVICE) for i in range(2) for d in range(2)]
+    flat_k = [keys[d][i].to(DEVICE) for i in range(2) for d in range(2)]
+    arguments = (flat_q, flat_k, [], [0.07, 0.07, 0.2, 0.2], IMAGES, 2, True, True, True, True)
     torch.library.opcheck(torch.ops.fastnce.nce_layers.default, arguments)
     mean, gradients = torch.ops.fastnce.nce_layers(*arguments)
-    torch.library.opcheck(torch.ops.fastnce.row_gradients.default, (flat, gradients, mean, True))
+    torch.library.opcheck(torch.ops.fastnce.row_gradients.default, (flat_q, gradients, mean, True))
 
     def loss(*leaves):
         return patch_nce_layers(
-            [leaves[::2], leaves[1::2]], [answers[::2], answers[1::2]], images=IMAGES, extra_keys="other", cosine=True,
+            [leaves[::2], leaves[1::2]], [flat_k[::2], flat_k[1::2]], images=IMAGES, extra_keys="other", cosine=True,
             implementation="triton",
         )  # fmt: skip
 
-    leaves = [q.clone().requires_grad_() for q in flat]
+    leaves = [q.clone().requires_grad_() for q in flat_q]
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves)
     plain = loss(*leaves)
     torch.testing.assert_close(compiled, plain)
@@ -142,7 +142,7 @@ def test_operators_and_compilation():
 
 @pytest.mark.parametrize("external", ["none", "branch"])
 def test_launches_of_dclgan(monkeypatch, external):
-    """Ids of two domains, rows of two sides, and three launches for all losses; backward: three and the zeroed maps."""
+    """Forward: ids of two domains, rows of two sides, three launches for all losses; backward: zeros and three."""
     options = dclgan.DCLGANOptions(nce_layers=[0, 1], patches=7, projection=16, external=external)
     torch.manual_seed(0)
     method = dclgan.DCLGAN(options, NetworkOptions("resnet_4blocks", width=4, discriminator_width=4)).to(DEVICE)
@@ -157,7 +157,7 @@ def test_launches_of_dclgan(monkeypatch, external):
         losses = method.contrast(Batch(picture, picture), {}, Draws())
     drawn, projected = ["draw_kernel"] * 2, ["project_kernel"] * 2
     assert forward.kernels == [*drawn, *projected, "cosine_kernel", "nce_kernel", "mean_kernel"]
-    assert forward.library == ["aten.randint.default"] * 2 + ["aten.mul.Tensor"]  # the last by lambda_nce
+    assert forward.library == ["aten.randint.default"] * 2 + ["aten.mul.Tensor"]  # the multiplication is by lambda_nce
     upstream = torch.ones_like(losses["NCE1"])
     parameters = [*method.projector_a.parameters(), *method.projector_b.parameters()]
     with Launches() as backward:

@@ -1,4 +1,4 @@
-"""The operators as PyTorch citizens: choice, opcheck, compile, autocast, functional gradients, launches."""
+"""The operators in PyTorch: choice, opcheck, compile, autocast, functional gradients, launches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastnce.kernels.project_backward import map_layout
 
 from fastnce import PatchNCEHead, PatchNCELoss, PatchSampleF, patch_nce, project_patches
 from fastnce.common import operators
-from fastnce.nce.impl import triton_maps as fused_maps
+from fastnce.nce.impl import triton_maps
 from tests.oracle import DEVICE, Launches, error, unit_rows
 
 CHANNELS = (3, 8, 20)
@@ -31,7 +31,7 @@ def head(implementation="triton", **options) -> PatchNCEHead:
 
 
 def some_ids(keys: list[torch.Tensor], sets: int = 1) -> list[torch.Tensor]:
-    """What `draw_ids` gives, at less than its kernel costs in the interpreter."""
+    """Return ids like those of `draw_ids`, whose kernel is slow in the interpreter."""
     drawn = [torch.stack([torch.randperm(m[0, 0].numel())[:24] for _ in range(sets)]) for m in keys]
     return [(i[0] if sets == 1 else i).to(DEVICE) for i in drawn]
 
@@ -49,7 +49,7 @@ GIVEN = ("drawn", "shared", "image", "direction")
 @pytest.mark.parametrize("negatives", ["image", "batch"])
 @pytest.mark.parametrize("given", GIVEN)
 def test_head_equals_eager(given, negatives, directions):
-    """Half of the cases have an MLP, so that any three of the four things occur together in every way."""
+    """Half of the cases have an MLP, so that all combinations of any three of the four settings occur."""
     use_mlp = (GIVEN.index(given) + (negatives == "batch") + directions) % 2 == 1
     ours = head(use_mlp=use_mlp, negatives=negatives)
     queries, keys = maps(requires_grad=True), maps()
@@ -96,7 +96,7 @@ def test_key_projector():
 
 @pytest.mark.parametrize("directions", [1, 2])
 def test_launches_of_the_head(directions):
-    """Ids, projection of both sides, InfoNCE and mean: five launches; backward: the zeroed maps and two kernels."""
+    """Forward: five launches for ids, projection of both sides, InfoNCE and mean; backward: zeroed maps and two."""
     ours, queries, keys = head(), maps(requires_grad=True), maps()
     with Launches() as forward:
         loss = ours(queries, keys, directions=directions)
@@ -109,7 +109,7 @@ def test_launches_of_the_head(directions):
     assert backward.library == ["aten.zeros.default"]
 
 
-def test_given_ids_cost_one_launch_more():
+def test_given_ids_need_one_more_launch():
     ours, queries, keys = head(), maps(requires_grad=True), maps()
     ids = some_ids(keys)
     with Launches() as forward:
@@ -165,7 +165,7 @@ def test_autocast_takes_rows_in_its_dtype(implementation):
 
 
 @pytest.mark.parametrize("implementation", ["eager", "triton"])
-def test_compiles_without_a_break(implementation):
+def test_compiles_without_a_graph_break(implementation):
     ours, queries, keys = head(implementation), maps(requires_grad=True), maps()
     ids = some_ids(keys)
     compiled = torch.compile(lambda q, k: ours(q, k, patch_ids=ids), fullgraph=True, backend="aot_eager")
@@ -185,21 +185,21 @@ def test_compiles_without_a_break(implementation):
 
 def test_devices_too_old_for_the_kernels(monkeypatch):
     for capability, why in (((7, 5), "the kernels need compute capability 8.0, this device has 7.5"), ((8, 0), None)):
-        monkeypatch.setattr(operators, "_ask", lambda index, found=capability: found)
+        monkeypatch.setattr(operators, "_device_capability", lambda index, found=capability: found)
         assert operators.obstacle(torch.device("cuda", 0), torch.bfloat16) == why
 
-    def asked(index):
-        raise AssertionError("a traced function asked the device")
+    def refuse(index):
+        raise AssertionError("a traced function queried the device")
 
-    monkeypatch.setattr(operators, "_ask", asked)
-    here = torch.device("cuda", 0)
-    traced = torch.compile(lambda x: x + (operators.obstacle(here, x.dtype) is None), fullgraph=True, backend="eager")
+    monkeypatch.setattr(operators, "_device_capability", refuse)
+    device = torch.device("cuda", 0)
+    traced = torch.compile(lambda x: x + (operators.obstacle(device, x.dtype) is None), fullgraph=True, backend="eager")
     assert traced(torch.zeros(1)).item() == 1
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_inductor_finds_every_map_in_the_buffer_of_gradients(layout):
-    """All maps' gradients are views of one buffer, which a compiler may place as it likes."""
+    """The gradients of all maps are views of one buffer, whose layout the compiler may choose."""
     ours = head()
     queries, keys = ([m.contiguous(memory_format=layout).detach() for m in maps()] for _ in range(2))
     ids = some_ids(keys)
@@ -211,8 +211,8 @@ def test_inductor_finds_every_map_in_the_buffer_of_gradients(layout):
 
 
 @pytest.mark.parametrize("implementation", ["eager", "triton"])
-def test_a_compiled_function_takes_a_tensor_twice_and_none_that_learns(implementation):
-    """As SimDCL samples its maps twice, and contrasts without gradients inside of a step that has some."""
+def test_a_compiled_function_takes_a_tensor_twice_and_constants_only(implementation):
+    """SimDCL samples its maps twice, and samples without gradients inside a step with gradients."""
 
     def loss(m, mlp):
         ids = torch.arange(6, device=DEVICE)
@@ -233,7 +233,7 @@ def test_a_compiled_function_takes_a_tensor_twice_and_none_that_learns(implement
 @pytest.mark.parametrize("implementation", ["eager", "triton"])
 @pytest.mark.parametrize("images", [1, 3])
 def test_a_compiled_gradient_is_the_gradient(implementation, images):
-    """For one group too, whose rows need no view to be grouped."""
+    """Also for one group, whose rows need no view to be grouped."""
     q, k = unit_rows(24, 16).to(DEVICE).requires_grad_(), unit_rows(24, 16).to(DEVICE)
     criterion = partial(patch_nce, images=images, implementation=implementation, reduction="sum")
     compiled = torch.compile(criterion, fullgraph=True, backend="aot_eager")
@@ -254,7 +254,7 @@ def test_dynamic_shapes_and_every_gradient(implementation):
             assert error(a, b) <= 5e-6
 
 
-def test_functional_gradient_and_no_second_one():
+def test_functional_gradient_and_refused_second_derivative():
     q, k = unit_rows(12, 16).to(DEVICE), unit_rows(12, 16).to(DEVICE)
     functional = torch.func.grad(lambda x: patch_nce(x, k, implementation="triton"))(q)
     leaf = q.clone().requires_grad_()
@@ -281,10 +281,10 @@ def test_opcheck():
     torch.library.opcheck(operators.draw_ids.default, (torch.randint(9**9, (3, 2), device=DEVICE), [400, 81, 25], 24))
     ours, feats, others = head(), maps(), maps()
     ids = some_ids(feats, 2)
-    mlp = [w.detach() for four in ours.mlps(3) for w in four]
+    mlp = [w.detach() for mlp in ours.mlps(3) for w in mlp]
     torch.library.opcheck(operators.project.default, (feats, ids, mlp, torch.float32, True))
     units, *saved = operators.project(feats, ids, mlp, torch.float32, True)
-    layout = fused_maps._pack([map_layout(m) for m in feats])
+    layout = triton_maps._pack([map_layout(m) for m in feats])
     torch.library.opcheck(
         operators.project_backward.default,
         (units, None, 1, layout, ids, mlp, units, *saved, False, [True, False, True], True),

@@ -1,4 +1,4 @@
-"""How kernels multiply float32: in TF32 only where the user allows it to the library."""
+"""Kernels multiply float32 in TF32 only if the user allows it in PyTorch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastnce.kernels.common import precision
 @pytest.mark.parametrize(
     ("convolution", "setting"), [(False, torch.backends.cuda.matmul), (True, torch.backends.cudnn.conv)]
 )
-def test_tf32_where_the_user_allows_it(monkeypatch, convolution, setting):
+def test_tf32_only_if_the_user_allows_it(monkeypatch, convolution, setting):
     monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
     kept = setting.fp32_precision
     try:
@@ -18,7 +18,7 @@ def test_tf32_where_the_user_allows_it(monkeypatch, convolution, setting):
         assert precision("sm_90", torch.float32, convolution) == "tf32"
         assert precision("sm_90", torch.bfloat16, convolution) == "ieee"
         assert precision("gfx942", torch.float32, convolution) == "ieee"
-        monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")  # as it forbids TF32 to NVIDIA's libraries
+        monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")  # forbids TF32 in NVIDIA's libraries
         assert precision("sm_90", torch.float32, convolution) == "ieee"
         monkeypatch.delenv("NVIDIA_TF32_OVERRIDE")
         setting.fp32_precision = "ieee"

@@ -1,4 +1,4 @@
-"""PatchSampleF makes its MLPs, and loads them, all or not at all."""
+"""PatchSampleF creates and loads either all of its MLPs or none."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ def maps(*channels, side=4):
     return [torch.randn(2, c, side, side) for c in channels]
 
 
-def test_a_call_that_is_refused_makes_no_mlps():
-    """The first call makes them: not one that ends in a refusal."""
+def test_a_refused_call_creates_no_mlps():
+    """The first call that is not refused creates the MLPs."""
     right = maps(3, 5)
     for arguments in (
         ([*maps(3), torch.randn(2, 5, 4)],),
@@ -82,7 +82,7 @@ def test_a_refused_load_changes_nothing(built, change):
 
 
 def test_a_load_that_is_not_strict():
-    """What fits is taken, as nn.Module promises; a sampler without MLPs cannot be made from a part."""
+    """Matching tensors are loaded, as in nn.Module; MLPs cannot be created from a part of their tensors."""
     source = PatchSampleF(nc=4, in_channels=[3])
     state = dict(source.state_dict())
     kept = state.pop("mlp_0.2.bias")

@@ -1,7 +1,7 @@
-"""Weights and choices of negatives at both ends of their ranges, for degenerate rows, in every dtype.
+"""Weights and selections of negatives at both ends of their ranges, for degenerate rows, in every dtype.
 
-The oracle is the multiplicative formula of each paper as a plain loop, in decimal numbers of 40 digits whose exponents
-no exp(-10 / eps) leaves.
+The oracle is the multiplicative formula of each paper as a plain loop, in decimal numbers of 40 digits, whose exponents
+are large enough for every exp(-10 / eps).
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from fastnce.nce.weights import Weights, asp_query_weight, hdce_pair_weight, mon
 decimal.getcontext().prec = 40
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 ROUNDING = {torch.float64: 1e-15}
-"""Of inner products; 16-bit rows are widened to float32."""
+"""Rounding error of inner products; 16-bit rows are widened to float32."""
 
 
 def rows_of(kind, dtype, rows=5, dim=6):
-    """Queries and keys, one of the cases that a training meets at its worst."""
+    """Return queries and keys of one of the extreme cases that occur in training."""
     q, k = (F.normalize(torch.randn(rows, dim, dtype=torch.float64), dim=1) for _ in range(2))
     q, k = {
         "any": (q, k),
@@ -47,7 +47,7 @@ KINDS = ["any", "confident", "opposed", "all equal", "zero", "some zero", "one r
 
 
 def exact(q, k):
-    """Inner products of the rounded rows."""
+    """Return the inner products of the rounded rows."""
     return [
         [sum((Decimal(a) * Decimal(b) for a, b in zip(x, y, strict=True)), Decimal(0)) for y in k.tolist()]
         for x in q.tolist()
@@ -55,7 +55,7 @@ def exact(q, k):
 
 
 def transport(cost, eps, iterations):
-    """Sinkhorn as it is published, multiplying."""
+    """Sinkhorn's iterations as published, by multiplication."""
     size = range(len(cost))
     kernel = [[((Decimal(-10) if i == j else cost[i][j]) / eps).exp() for j in size] for i in size]
     u, v = [Decimal(1) for _ in size], [Decimal(1) for _ in size]
@@ -67,7 +67,7 @@ def transport(cost, eps, iterations):
 
 @pytest.mark.parametrize("eps", [1e-4, 1e-3, 0.05, 0.249, 0.25, 1.0, 1e4])
 @pytest.mark.parametrize("kind", KINDS)
-def test_monce_from_end_to_end(kind, eps):
+def test_monce_over_its_range(kind, eps):
     for dtype in DTYPES:
         q, k = rows_of(kind, dtype)
         hard = kind != "any"
@@ -78,19 +78,19 @@ def test_monce_from_end_to_end(kind, eps):
         weight = transport(cost, Decimal(eps), 8)
         scale = Decimal((len(q) - 1) * 0.7)
         wanted = [[float((w * scale + Decimal("1e-8")).ln()) for w in row] for row in weight]
-        # each inner product carries its rounding, as large as its largest part, the -10, and 1 / eps raises it
+        # The rounding error of each inner product is relative to the largest value, 10, and is amplified by 1 / eps.
         tolerance = ROUNDING.get(dtype, 6e-8) * (10 / eps + 100)
         torch.testing.assert_close(found.double(), torch.tensor(wanted, dtype=torch.float64), rtol=0, atol=tolerance)
 
 
-def test_monce_of_two_pictures_and_the_ends_of_its_strength():
+def test_monce_of_two_images_and_extreme_strengths():
     q, k = (
         torch.cat(pair) for pair in zip(rows_of("any", torch.float32), rows_of("opposed", torch.float32), strict=True)
     )
     both = monce_log_weight(q, k, 2, eps=1e-3)
-    for picture in range(2):
-        here = slice(5 * picture, 5 * picture + 5)
-        torch.testing.assert_close(both[picture], monce_log_weight(q[here], k[here], eps=1e-3)[0], rtol=0, atol=1e-3)
+    for image in range(2):
+        rows = slice(5 * image, 5 * image + 5)
+        torch.testing.assert_close(both[image], monce_log_weight(q[rows], k[rows], eps=1e-3)[0], rtol=0, atol=1e-3)
     nothing = monce_log_weight(q, k, strength=0.0)
     torch.testing.assert_close(nothing, torch.full_like(nothing, math.log(1e-8)))
     assert bool(monce_log_weight(q, k, strength=1e30).isfinite().all())
@@ -98,7 +98,7 @@ def test_monce_of_two_pictures_and_the_ends_of_its_strength():
 
 @pytest.mark.parametrize("gamma", [1e-4, 0.1, 1.0, 1e4])
 @pytest.mark.parametrize("kind", KINDS)
-def test_hdce_from_end_to_end(kind, gamma):
+def test_hdce_over_its_range(kind, gamma):
     for dtype in DTYPES:
         _, k = rows_of(kind, dtype)
         found = hdce_pair_weight(k, gamma=gamma)[0]
@@ -114,7 +114,7 @@ def test_hdce_from_end_to_end(kind, gamma):
 @pytest.mark.parametrize("schedule", ["lambda", "linear", "sigmoid", "none"])
 @pytest.mark.parametrize("lookup", ["linear", "top", "bell", "uniform"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_supervised_weights_from_end_to_end(schedule, lookup, kind):
+def test_supervised_weights_over_their_ranges(schedule, lookup, kind):
     for dtype in DTYPES:
         q, k = rows_of(kind, dtype)
         cosines = [float(c) for c in (exact(q, k)[i][i] for i in range(len(q)))]
@@ -132,7 +132,7 @@ def test_supervised_weights_from_end_to_end(schedule, lookup, kind):
             mean = sum(plain) / len(plain)
             wanted = torch.tensor([x / mean if mean > 0 else 1.0 for x in plain], dtype=torch.float64)
             found = asp_query_weight(q, k, progress, schedule=schedule, lookup=lookup, decay_from=start)
-            # "top" has an infinite slope at 0, where rounding of the cosine is seen by its root
+            # "top" has an infinite slope at 0: there the error is the root of the rounding error of the cosine.
             slack = (
                 {torch.float64: 1e-7}.get(dtype, 2e-3) if lookup == "top" else {torch.float64: 1e-12}.get(dtype, 2e-5)
             )
@@ -140,7 +140,7 @@ def test_supervised_weights_from_end_to_end(schedule, lookup, kind):
 
 
 def test_supervised_weights_that_are_very_small():
-    """Their mean rounds to 0 in float32; their shares do not."""
+    """The mean of the weights rounds to 0 in float32, but the normalised weights are right."""
     q, k = torch.zeros(10, 1), torch.full((10, 1), 2e-23)
     q[3] = 1e-22
     found = asp_query_weight(q, k, 1.0, schedule="linear")
@@ -171,14 +171,14 @@ def test_attention_of_degenerate_maps(kind, dtype):
 
 @pytest.mark.parametrize("implementation", ["eager", "triton"])
 @pytest.mark.parametrize("temperature", [1e-30, 1e-5, 0.07, 1e30])
-def test_the_loss_at_both_ends_of_its_temperatures(temperature, implementation):
+def test_the_loss_at_extreme_temperatures(temperature, implementation):
     for kind in ("any", "opposed", "all equal", "zero"):
         q, k = rows_of(kind, torch.float32)
         extra = F.normalize(torch.randn(1, 3, 6))
         for alone in (False, True):
             leaf, exactly = q.clone().requires_grad_(), q.double().requires_grad_()
             weights = Weights(pair_log_weight=only_external(1, len(q))) if alone else None
-            # of the reference: no logit at all where there is only the external one
+            # -inf in the reference leaves only the external negatives
             plain, _, _ = reference.nce_rows(
                 exactly[None],
                 k.double()[None],
@@ -191,7 +191,7 @@ def test_the_loss_at_both_ends_of_its_temperatures(temperature, implementation):
             scale = 1 + 1 / temperature
             torch.testing.assert_close(loss.double() / scale, plain[0] / scale, rtol=1e-4, atol=3e-6)
             if temperature < 1e-3 and kind != "any":
-                continue  # which of equal keys is the nearest is a matter of rounding
+                continue  # rounding decides which of equal keys is the nearest
             found, wanted = (torch.autograd.grad(x.sum(), y)[0] for x, y in ((loss, leaf), (plain, exactly)))
             torch.testing.assert_close(found.double() * temperature, wanted * temperature, rtol=1e-3, atol=1e-4)
 
@@ -260,7 +260,7 @@ WEIGHTED = PatchNCEHead([3], weighting=monce)
         (lambda: WEIGHTED(MAPS, MAPS, directions=3), "among directions=3"),
     ],
 )
-def test_outside_of_the_range_is_refused(make, sentence):
+def test_values_outside_their_range_are_refused(make, sentence):
     with pytest.raises(ValueError, match=re.escape(sentence)) as caught:
         make()
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Every variant of PatchNCE against a plain writing of its paper's formula, in float64."""
+"""Every variant of PatchNCE compared with the formula of its paper in plain loops, in float64."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def pairs(images=2, patches=9, dim=6):
 
 
 def plain_transport(queries, keys, eps, iterations, cost):
-    """Sinkhorn with a loop over everything."""
+    """Sinkhorn's iterations in plain loops."""
     size = len(queries)
     kernel = torch.empty(size, size, dtype=torch.float64)
     for i in range(size):
@@ -62,7 +62,7 @@ def test_monce(eps, cost, strength):
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-8, atol=1e-10)
 
 
-def test_monce_transports_everything():
+def test_monce_rows_and_columns_sum_to_one():
     queries, keys = pairs(images=1, patches=20)
     weight = (monce_log_weight(queries, keys).exp() - 1e-8) / 19
     torch.testing.assert_close(weight.sum(1), torch.ones(1, 20, dtype=torch.float64), rtol=1e-10, atol=1e-10)
@@ -122,14 +122,14 @@ def test_adaptive_supervised_weights(schedule, lookup):
     torch.testing.assert_close(weighted, rows * weight)
 
 
-def test_adaptive_supervised_weights_name_what_they_take():
+def test_adaptive_supervised_weights_refuse_unknown_choices():
     with pytest.raises(ValueError, match="schedule must be"):
         asp_query_weight(unit(2, 3), unit(2, 3), 0.5, schedule="cosine")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="lookup must be"):
         asp_query_weight(unit(2, 3), unit(2, 3), 0.5, lookup="steps")  # type: ignore[arg-type]
 
 
-def test_attention_picks_the_least_entropy():
+def test_attention_selects_the_least_entropy():
     maps = torch.randn(2, 3, 4, 5, dtype=torch.float64)
     ids, attention = attention_patch_ids(maps, 6)
     assert ids.shape == (2, 6)
@@ -150,7 +150,7 @@ def test_dense_ids_take_every_location():
     assert [ids.tolist() for ids in dense_patch_ids(maps)] == [list(range(20)), list(range(4))]
 
 
-def test_learned_negatives_are_the_only_ones_and_learn_against_the_rest():
+def test_learned_negatives_are_the_only_ones_and_are_trained_adversarially():
     queries, keys = pairs(images=2, patches=5)
     maker = LearnedNegatives(6, noise=3).double()
     codes, noise = keys.unflatten(0, (2, 5)).mean(1), torch.randn(2, 7, 3, dtype=torch.float64)
@@ -209,7 +209,7 @@ def test_a_weighting_without_weights_changes_nothing(negatives, directions):
 
 @pytest.mark.parametrize("weighting", ["none", "monce", "hdce"])
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_a_weighted_head_layer_by_layer(weighting, symmetric):
+def test_a_weighted_head_equals_its_layers(weighting, symmetric):
     function = {"none": None, "monce": monce, "hdce": hdce}[weighting]
     head = make_head(temperature=[0.07, 0.2], weighting=function, symmetric=symmetric)
     queries, keys = make_maps(2), make_maps(2)
@@ -228,7 +228,7 @@ def test_a_weighted_head_layer_by_layer(weighting, symmetric):
     torch.testing.assert_close(ours, torch.stack(plain).mean(), rtol=1e-12, atol=1e-12)
 
 
-def test_what_is_no_weighting_is_refused():
+def test_wrong_weightings_are_refused():
     with pytest.raises(ValueError, match="weighting must be a function or None, not 'moco'"):
         make_head(weighting="moco")
     maps = make_maps(1)
@@ -247,7 +247,7 @@ def test_what_is_no_weighting_is_refused():
 @pytest.mark.parametrize("extra", ["none", "other"])
 @pytest.mark.parametrize("implementation", ["eager", "triton"])
 def test_all_layers_and_directions_with_weights(cosine, extra, implementation):
-    """Each layer and direction alone, by `patch_nce`."""
+    """The result equals `patch_nce` of each layer and direction."""
     torch.manual_seed(3)
     dtype = torch.float64 if implementation == "eager" else torch.float32
     queries, keys = (
@@ -255,8 +255,8 @@ def test_all_layers_and_directions_with_weights(cosine, extra, implementation):
     )
 
     def weight(queries, keys, groups):
-        likeness = (queries.unflatten(0, (groups, -1)) @ keys.unflatten(0, (groups, -1)).mT).abs()
-        return Weights(pair_weight=1 + likeness, query_weight=queries[:, 0].exp())
+        similarity = (queries.unflatten(0, (groups, -1)) @ keys.unflatten(0, (groups, -1)).mT).abs()
+        return Weights(pair_weight=1 + similarity, query_weight=queries[:, 0].exp())
 
     found = patch_nce_layers(
         queries,

@@ -1,1 +1,1 @@
-"""How the contrastive operation is computed: the definition, plain PyTorch, Triton kernels."""
+"""Implementations of the contrastive operation: the definition, plain PyTorch, Triton kernels."""

@@ -1,4 +1,4 @@
-"""Which implementation computes a contrastive loss: decided here, once per call."""
+"""Choose the implementation of a contrastive loss, once per call."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ except ImportError:  # no Triton for this platform
 MLPs = Sequence[tuple[Tensor, Tensor, Tensor, Tensor]] | None
 
 MAX_WIDTH = 512
-"""Most channels or dims that a kernel holds on chip."""
+"""The largest number of channels or dims that the kernels support: a row must fit on chip."""
 
 FLOAT32_ROWS = 1024
-"""Up to this many rows per group, float32 runs in the kernels by default: fewer launches outweigh the exact products,
-which the matrix units do not compute. Larger problems use the library's products."""
+"""Up to this many rows per group, float32 uses the kernels by default. They cannot use the matrix units for exact
+products, but need fewer launches, which outweighs that in small problems. Larger ones use PyTorch's products."""
 
 MANY_FLOAT32_ROWS = Choice(
-    "eager", f"float32 problems of more than {FLOAT32_ROWS:,} rows per group use the library's products"
+    "eager", f"float32 problems of more than {FLOAT32_ROWS:,} rows per group use PyTorch's products"
 )
 DIFFERENT_LAYERS = Choice("eager", "layers differ in dtype or in the width of their MLPs")
 
@@ -38,7 +38,7 @@ def which(
     rows: int = 256,
     implementation: Implementation = None,
 ) -> Choice:
-    """The implementation that `patch_nce` uses for such rows, and the reason.
+    """Return the implementation that `patch_nce` uses for such rows, and the reason.
 
     Args:
         device, dtype: of queries and keys. Under autocast, pass its dtype.
@@ -47,10 +47,10 @@ def which(
         implementation: as in `patch_nce`.
 
     Returns:
-        `implementation`, "triton" or "eager", and `reason`, a clause.
+        a `Choice`: `implementation`, "triton" or "eager", and `reason`, a clause.
 
     Raises:
-        ValueError: `implementation="triton"` cannot run there.
+        ValueError: `implementation="triton"` cannot run on this device, dtype or size.
     """
     return choose_rows(implementation, torch.device(device), dtype, dim, rows)
 
@@ -58,7 +58,7 @@ def which(
 def choose_rows(
     implementation: Implementation, device: torch.device, dtype: torch.dtype, width: int, rows: int
 ) -> Choice:
-    """For rows of this width, `rows` of them per group."""
+    """Choose for rows of this width, with `rows` rows per group."""
     limit = f"the kernels hold at most {MAX_WIDTH} channels or dims, not {width}" if width > MAX_WIDTH else None
     choice = choose(implementation, device, dtype, limit)
     if implementation is None and choice.triton and dtype == torch.float32 and rows > FLOAT32_ROWS:
@@ -69,12 +69,12 @@ def choose_rows(
 def choose_maps(
     implementation: Implementation, maps: Sequence[Tensor], mlps: MLPs, patches: int
 ) -> tuple[Choice, list[torch.dtype]]:
-    """For sampling `patches` locations of each map; also the dtype in which each layer is projected.
+    """Choose for sampling `patches` locations per map; also return the dtype in which each layer is projected.
 
-    The kernels need one dtype, and MLPs of one shape, in all layers.
+    The kernels need the same dtype, and MLPs of the same width, in all layers.
     """
     dtypes = [autocast_dtype(m) if mlps is None else autocast_dtype(mlps[0][0]) for m in maps]
-    outputs = {four[2].shape for four in mlps or []}
+    outputs = {mlp[2].shape for mlp in mlps or []}
     width = max([m.shape[1] for m in maps] + [shape[0] for shape in outputs])
     alike = len(set(dtypes)) == 1 and len(outputs) <= 1
     if not alike and implementation == "triton":

@@ -1,11 +1,11 @@
-"""InfoNCE on plain PyTorch with its own gradient: the path of the CPU, and of every device without Triton.
+"""InfoNCE in plain PyTorch with its own gradient, for CPUs and for devices without Triton.
 
-Two things make it faster and smaller than differentiating the definition. The query gradient is formed in the forward
-pass from the same exponentials as the loss (keys are constants of the loss, so the gradient of a row is one weighted
-sum of keys), and rows are worked in blocks, so the (rows, rows) logits never stand in memory whole.
+It is faster and needs less memory than differentiating the definition, for two reasons. The forward pass computes the
+query gradient from the exponentials of the loss (keys are constants, so the gradient of a row is one weighted sum of
+keys). And rows are processed in blocks, so the (rows, rows) logits are never in memory as a whole.
 
-The positive stays out of the sum over negatives: loss = log(1 + exp(logsumexp_negatives - positive)) keeps its digits
-where `logsumexp - positive` cancels, that is, for confident rows.
+The sum over negatives does not include the positive: loss = log(1 + exp(logsumexp_negatives - positive)) stays accurate
+for confident rows, where `logsumexp - positive` cancels.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from torch import Tensor
 from ...common.autograd import FirstOrderOnly, apply, with_fast_path
 
 BLOCK_ELEMENTS = 1 << 20
-"""Logits worked at once on a CPU: 4 MiB in float32, little enough for its caches."""
+"""Logits per block on a CPU: 4 MiB in float32, small enough for its caches."""
 DEVICE_BLOCK_ELEMENTS = 1 << 22
-"""The same elsewhere, where every block costs launches."""
+"""The same on other devices, where every block costs launches."""
 
 Block = tuple[slice, ...]
-"""Groups (where there are several) and rows that are worked at once."""
+"""The groups (if there are several) and rows of a block, as slices."""
 
 
 def _blocks(queries: Tensor, keys: Tensor, extra_keys: Tensor | None) -> Iterator[Block | None]:
-    """Blocks that hold at most so many logits each; None where one holds everything."""
+    """Yield blocks of at most that many logits each; None if one block is enough for everything."""
     elements = BLOCK_ELEMENTS if queries.device.type == "cpu" else DEVICE_BLOCK_ELEMENTS
     groups = queries.shape[0] if queries.dim() == 3 else 1
     rows, columns = queries.shape[-2], keys.shape[-2]
@@ -45,39 +45,40 @@ def _blocks(queries: Tensor, keys: Tensor, extra_keys: Tensor | None) -> Iterato
 
 
 def _part(tensor: Tensor | None, block: Block | None) -> Any:
-    """A block's groups and rows. (Slicing is not free: everyday problems are one block.)"""
+    """Return a block's groups and rows. Without a block, slicing is skipped: it has a cost."""
     return tensor if tensor is None or block is None else tensor[block]
 
 
 def _groups(tensor: Tensor | None, block: Block | None) -> Any:
+    """Return a block's groups with all their rows."""
     return tensor if tensor is None or block is None else tensor[block[:-1]]
 
 
 def _product(left: Tensor, right: Tensor, scale: float) -> Tensor:
-    """scale * left @ right, the factor inside of the product."""
+    """Return scale * left @ right, with the factor applied inside the product."""
     multiply = torch.addmm if left.dim() == 2 else torch.baddbmm
-    return multiply(left.new_empty(1), left, right, beta=0, alpha=scale)  # of the first, nothing is read
+    return multiply(left.new_empty(1), left, right, beta=0, alpha=scale)  # with beta=0, the first is not read
 
 
 def _split(matrix: Tensor, keys: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The columns of the group's own keys, and those of the extra keys, which follow."""
+    """Return the columns of the group's own keys, and those of the extra keys, which follow."""
     count = keys.shape[-2]
     return (matrix, None) if matrix.shape[-1] == count else (matrix[..., :count], matrix[..., count:])
 
 
-def _solve(
+def _loss_and_slope(
     tensors: list[Any], scale: float, decoupled: bool, block: Block | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss and positive logit of a block's rows, and the slope of the loss by each product `queries @ keys / T`.
+    """Compute a block's losses, positive logits, and the derivative of the loss by each product `queries @ keys / T`.
 
-    `tensors` as of `_grouped`. The slope is in two parts: the matrix, in the place of the logits, and a factor for each
-    of its rows.
+    `tensors` comes from `_grouped`. The derivative has two parts: a matrix, which overwrites the logits, and a factor
+    for each of its rows.
     """
     queries, keys, extra_keys, pair_log_weight, pair_weight = tensors
-    asking = _part(queries, block)
-    logits = _product(asking, _groups(keys, block).mT, scale)
+    block_queries = _part(queries, block)
+    logits = _product(block_queries, _groups(keys, block).mT, scale)
     if extra_keys is not None:
-        logits = torch.cat((logits, _product(asking, _groups(extra_keys, block).mT, scale)), dim=-1)
+        logits = torch.cat((logits, _product(block_queries, _groups(extra_keys, block).mT, scale)), dim=-1)
     inside, _ = _split(logits, keys)
     diagonal = inside.diagonal(0 if block is None else block[-1].start, dim1=-2, dim2=-1)
     positive = diagonal.clone()
@@ -87,57 +88,57 @@ def _solve(
         inside.add_(_part(pair_log_weight, block))
     diagonal.fill_(-torch.inf)
     top = logits.amax(dim=-1)
-    without = pair_log_weight is not None or logits.shape[-1] == 1  # perhaps there are rows without a negative
-    if without:
+    may_lack_negatives = pair_log_weight is not None or logits.shape[-1] == 1
+    if may_lack_negatives:
         top.masked_fill_(top == -torch.inf, 0.0)
     weights = logits.sub_(top[..., None]).exp_()
     total = weights.sum(dim=-1)
     margin = total.log().add_(top).sub_(positive)
-    if without:
+    if may_lack_negatives:
         total.masked_fill_(total == 0.0, 1.0)
-    # beyond the threshold softplus is its argument, to the last digit of a float64
+    # above the threshold softplus equals its argument, even in float64
     loss = margin.clone() if decoupled else torch.nn.functional.softplus(margin, threshold=40.0)
     factor = total.reciprocal() if decoupled else margin.sigmoid_().div_(total)
     if pair_weight is not None:
         inside.mul_(_part(pair_weight, block))
-    diagonal.copy_(total.neg_())  # the positive's own key
+    diagonal.copy_(total.neg_())  # the slope of the positive
     return loss, positive, weights, factor
 
 
 @with_fast_path
 class _NCERows(torch.autograd.Function):
-    """Rows are flat outside, (groups * rows, dim), and grouped inside where there are several groups."""
+    """InfoNCE of flat rows (groups * rows, dim), which are grouped inside if there are several groups."""
 
     @staticmethod
     def forward(queries, keys, extra_keys, pair_log_weight, pair_weight, groups, scale, decoupled, with_gradient):
         tensors = _grouped(groups, queries, keys, extra_keys, pair_log_weight, pair_weight)
         queries, keys, extra_keys = tensors[:3]
-        done = []
+        results = []
         for block in _blocks(queries, keys, extra_keys):
-            loss, positive, slope, factor = _solve(tensors, scale, decoupled, block)
+            loss, positive, slope, factor = _loss_and_slope(tensors, scale, decoupled, block)
             gradient = loss.new_empty(0, 1)
             if with_gradient:
                 inside, outside = _split(slope, keys)
                 gradient = _product(inside, _groups(keys, block), scale)
                 if outside is not None:
                     gradient += _product(outside, _groups(extra_keys, block), scale)
-            # views, even where the shape is right: PyTorch 2.11's compiler mistakes outputs that flatten() hands on
+            # view, not flatten: PyTorch 2.11's compiler mishandles outputs that flatten() returns unchanged
             gradient = gradient.view(-1, gradient.shape[-1])
-            done.append((loss.view(-1), positive.view(-1), gradient, factor.view(-1)))
-        if len(done) == 1:  # nothing to put together
-            return done[0]
-        return tuple(torch.cat(parts) for parts in zip(*done, strict=True))
+            results.append((loss.view(-1), positive.view(-1), gradient, factor.view(-1)))
+        if len(results) == 1:  # nothing to concatenate
+            return results[0]
+        return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         *leaves, pair_log_weight, pair_weight, ctx.groups, ctx.scale, ctx.decoupled, _ = inputs
         _, positive, gradient, factor = output
         ctx.mark_non_differentiable(positive, gradient, factor)
-        ctx.set_materialize_grads(False)  # no zeros for the outputs without a gradient
+        ctx.set_materialize_grads(False)  # make no zeros for outputs without a gradient
         weights = (pair_log_weight, pair_weight)
         if not any(ctx.needs_input_grad[1:3]):
-            weights = (None, None)  # keys are constants: the ready gradient is all the backward needs
-            leaves = [leaves[0], None, None]  # nor are they kept: a NegativeBank overwrites them before the backward
+            weights = (None, None)  # keys are constants: the stored gradient is enough for the backward
+            leaves = [leaves[0], None, None]  # do not keep keys: a NegativeBank overwrites them before the backward
         ctx.save_for_backward(gradient, factor, *leaves, *weights)
 
     @staticmethod
@@ -146,7 +147,7 @@ class _NCERows(torch.autograd.Function):
             return (None,) * 9
         gradient, factor, *saved = ctx.saved_tensors
         leaves = saved[:3]
-        if not (torch.is_grad_enabled() or any(ctx.needs_input_grad[1:3])):  # the everyday case, without ceremony
+        if not (torch.is_grad_enabled() or any(ctx.needs_input_grad[1:3])):  # the common case, with the least work
             return (gradient * (factor * upstream)[:, None]).to(leaves[0].dtype), *(None,) * 8
         gradients: list[Tensor | None] = [None, None, None]
         with torch.no_grad():
@@ -162,10 +163,10 @@ class _NCERows(torch.autograd.Function):
 
 
 def _grouped(groups: int, queries: Tensor, keys: Tensor, *others: Tensor | None) -> list[Any]:
-    """(queries, keys, extra keys, the pairs' two weights), rows as (groups, rows of a group, dim).
+    """Return queries, keys, extra keys and the two weights of pairs, with rows as (groups, rows of a group, dim).
 
-    Of one group all come without that dimension: products of matrices are launched cheaper than of batches of one.
-    float64 stays, everything else is computed in float32.
+    A single group has no group dimension: a product of matrices is cheaper to launch than a batch of one. float64 stays
+    float64; everything else is computed in float32.
     """
     wide = torch.float64 if queries.dtype == torch.float64 else torch.float32
     queries, keys = queries.to(wide), keys.to(wide)
@@ -179,14 +180,14 @@ def _grouped(groups: int, queries: Tensor, keys: Tensor, *others: Tensor | None)
 def _key_gradients(
     saved: list[Any], groups: int, scale: float, decoupled: bool, up: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """Second pass, for keys that are not constants: dk_j = sum_i up_i * slope_ij * q_i / T."""
+    """Compute the gradients of keys and extra keys in a second pass: dk_j = sum_i up_i * slope_ij * q_i / T."""
     tensors = _grouped(groups, *saved)
     queries, keys, extra_keys = tensors[:3]
     d_keys = torch.zeros_like(keys)
     d_extra = None if extra_keys is None else torch.zeros_like(extra_keys)
     up = up.reshape(queries.shape[:-1])
     for block in _blocks(queries, keys, extra_keys):
-        _, _, slope, factor = _solve(tensors, scale, decoupled, block)
+        _, _, slope, factor = _loss_and_slope(tensors, scale, decoupled, block)
         inside, outside = _split(slope, keys)
         weighted = _part(queries, block) * (factor * _part(up, block))[..., None]
         _groups(d_keys, block).add_(_product(inside.mT, weighted, scale))
@@ -208,11 +209,11 @@ def nce_losses(
     decoupled: bool = False,
     unit: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, positive logit) of flat rows, (groups * rows, dim); each (groups * rows,).
+    """Return (loss, positive logit) of flat rows (groups * rows, dim); each is (groups * rows,).
 
-    float32, or float64 for float64. Differentiable once, with respect to queries, keys and extra keys, which may be
-    (1, count, dim) for all groups. 16-bit inputs are widened to float32 first. `unit`, that rows have unit length, is
-    of no use here.
+    The results are float32, or float64 for float64; 16-bit inputs are widened to float32 first. They can be
+    differentiated once, with respect to queries, keys and extra keys, which may be (1, count, dim) for all groups.
+    `unit`, whether rows have unit length, is not used here.
     """
     if extra_keys_GED is not None:
         extra_keys_GED = extra_keys_GED.expand(groups, -1, -1)
@@ -224,7 +225,7 @@ def nce_losses(
 
 
 def nce_rows(queries_GSD: Tensor, keys_GSD: Tensor, extra_keys_GED: Tensor | None = None, **options):
-    """As `reference.nce_rows`, options as of `nce_losses`: (loss, logsumexp, positive logit), each (groups, rows)."""
+    """As `reference.nce_rows`, with the options of `nce_losses`: (loss, logsumexp, positive), each (groups, rows)."""
     groups, rows, _ = queries_GSD.shape
     flat = queries_GSD.flatten(0, 1), keys_GSD.flatten(0, 1)
     loss, positive = (t.view(groups, rows) for t in nce_losses(*flat, extra_keys_GED, groups=groups, **options))

@@ -1,7 +1,7 @@
-"""The contrastive operation, written as the papers write it.
+"""The contrastive operation, in the notation of the papers.
 
 This file is the specification: plain differentiable PyTorch in the dtype of its inputs. It materialises every logit, so
-it is neither fast nor small. The tests hold `fastnce.nce.impl.eager` and the kernels against it in float64.
+it is slow and needs much memory. The tests compare `fastnce.nce.impl.eager` and the kernels with it in float64.
 
 Sources: Park et al., Contrastive Learning for Unpaired Image-to-Image Translation (ECCV 2020), eq. 2-4, and its code.
 """
@@ -17,7 +17,7 @@ from .rows import mlp, normalize_rows
 
 
 def project(rows: Tensor, weights: Sequence[Tensor] | None) -> Tensor:
-    """`mlp`, then `normalize_rows`; without weights only the latter."""
+    """Apply `mlp`, then `normalize_rows`; without weights only the latter."""
     return normalize_rows(rows if weights is None else mlp(rows, weights))
 
 
@@ -31,7 +31,7 @@ def nce_rows(
     pair_weight_GSS: Tensor | None = None,
     decoupled: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """InfoNCE of each row: its positive is the key of the same row, its negatives the other keys and the extras.
+    """Compute InfoNCE per row: the positive is the key of the same row, negatives are the other and the extra keys.
 
     With s_ij = q_i.k_j / T (times `pair_weight`, plus `pair_log_weight`, both for i != j only):
     `loss_i = logsumexp_j(s_ij) - s_ii`, where j runs over the group and the extra keys; `decoupled` leaves the positive

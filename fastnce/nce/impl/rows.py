@@ -1,4 +1,4 @@
-"""What every implementation shares: sampled rows, their projection and their length."""
+"""Functions that all implementations share: sampling, projection and normalisation of rows."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 NORM_EPS = 1e-7
-"""Added to the length of a row before dividing by it (published `Normalize`); visible at initialisation, where
+"""Added to the length of a row before dividing by it (published `Normalize`). It matters at initialisation, when
 projected rows are as short as 1e-6."""
 
 
 def normalize_rows(rows: Tensor) -> Tensor:
-    """`x / (|x| + 1e-7)` over the last dimension.
+    """Return `x / (|x| + 1e-7)` over the last dimension.
 
-    The gradient at a row of zeros is 0 here, where the published code yields NaN (the slope of a length at 0).
+    The gradient at a row of zeros is 0; in the published code it is NaN (the derivative of a length at 0).
     """
     length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
     scale = torch.where(length > 0, 1.0 / (length + NORM_EPS), torch.zeros_like(length))
@@ -23,12 +23,12 @@ def normalize_rows(rows: Tensor) -> Tensor:
 
 
 def gather_patches(feature_map: Tensor, patch_ids: Tensor) -> Tensor:
-    """Rows of a map (images, channels, height, width) at `patch_ids`, as (images, patches, channels).
+    """Gather rows of a map (images, channels, height, width) at `patch_ids`, as (images, patches, channels).
 
-    `patch_ids` counts locations row by row (y * width + x): (patches,) for all images or (images, patches).
+    `patch_ids` number locations row by row (y * width + x): (patches,) for all images, or (images, patches).
     """
-    # Index along the dimension that is dense in memory: it reads the sampled rows only, never the whole map, and the
-    # gradient comes back in the map's own layout.
+    # Index along the dimension that is dense in memory: only the sampled rows are read, not the whole map, and the
+    # gradient has the layout of the map.
     channels = feature_map.shape[1]
     channels_last = feature_map.stride(1) == 1 and channels > 1
     flat = feature_map.permute(0, 2, 3, 1).flatten(1, 2) if channels_last else feature_map.flatten(2)
@@ -36,27 +36,30 @@ def gather_patches(feature_map: Tensor, patch_ids: Tensor) -> Tensor:
     if patch_ids.dim() == 1:
         sampled = flat.index_select(dim, patch_ids)
     else:
-        sampled = flat.gather(dim, patch_ids.unsqueeze(3 - dim).expand(*_with(flat.shape, dim, patch_ids.shape[1])))
+        sampled = flat.gather(
+            dim, patch_ids.unsqueeze(3 - dim).expand(*_with_size(flat.shape, dim, patch_ids.shape[1]))
+        )
     return sampled if channels_last else sampled.transpose(1, 2)
 
 
-def _with(shape: torch.Size, dim: int, size: int) -> list[int]:
+def _with_size(shape: torch.Size, dim: int, size: int) -> list[int]:
+    """Return the shape with the size of one dimension replaced."""
     return [size if axis == dim else length for axis, length in enumerate(shape)]
 
 
 def mlp(rows: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """Linear, ReLU, Linear, with (weight1, bias1, weight2, bias2) as in `nn.Linear`."""
+    """Apply Linear, ReLU, Linear, with (weight1, bias1, weight2, bias2) as in `nn.Linear`."""
     weight1, bias1, weight2, bias2 = weights
     hidden = torch.relu(torch.nn.functional.linear(rows, weight1, bias1))
     return torch.nn.functional.linear(hidden, weight2, bias2)
 
 
 def widened(x: Tensor) -> Tensor:
-    """x in float32, or as it is in float64."""
+    """Return x in float32, or unchanged if it is float64."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def similarity(x: Tensor, y: Tensor) -> Tensor:
-    """All products of rows, (groups, rows, rows), in the precision of x, also under autocast."""
+    """Return all products of rows, (groups, rows, rows), in the precision of x, also under autocast."""
     with torch.autocast(x.device.type, enabled=False):
         return torch.bmm(x, y.transpose(1, 2))

@@ -1,4 +1,4 @@
-"""InfoNCE of many layers and directions as one PyTorch operator: rows in, a mean a direction out."""
+"""InfoNCE of all layers and directions as one PyTorch operator: rows in, one mean per direction out."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ def _layers(queries, keys, extra, temperatures, groups, directions, other, divid
     if divide:
         units = cosine.cosine([*queries, *keys])
         queries, keys = units[: len(queries)], units[len(queries) :]
-    unit = unit or (divide and (other or not extra))  # extra keys that are given come as they are
-    grouped, answers = ([x.unflatten(0, (groups, -1)) for x in side] for side in (queries, keys))
-    if other:  # the directions of a layer stand side by side, and there are two
+    unit = unit or (divide and (other or not extra))  # given extra keys are used unchanged
+    grouped, grouped_keys = ([x.unflatten(0, (groups, -1)) for x in side] for side in (queries, keys))
+    if other:  # the two directions of a layer are adjacent
         extra = [grouped[i ^ 1] for i in range(len(grouped))]
     else:
         extra = [e.expand(groups, -1, -1) for e in extra]
-    loss, _, _, gradients = nce.nce_forward(grouped, answers, extra, [], [], temperatures, unit=unit, gradient=gradient)
+    loss, _, _, gradients = nce.nce_forward(
+        grouped, grouped_keys, extra, [], [], temperatures, unit=unit, gradient=gradient
+    )
     totals = [sum(rows[i : i + directions]) for i in range(0, len(rows), directions)]
     return nce.mean_by_direction(loss, totals, directions), [g.flatten(0, 1) for g in gradients]
 
@@ -92,7 +94,7 @@ def nce_layers(
     divide: bool,
     unit: bool,
 ) -> Tensor:
-    """Float32 (directions,): `patch_nce_layers` of flat lists, the directions of a layer one after another."""
+    """Compute `patch_nce_layers` of flat lists, the directions of a layer adjacent: float32 (directions,)."""
     gradient = torch.is_grad_enabled() and any(q.requires_grad for q in queries)
     constants = [x.detach() for x in (*keys, *extra)]
     return apply(

@@ -1,6 +1,6 @@
-"""The Triton kernels that begin at maps as PyTorch operators: drawing, sampling with projection, and the whole chain.
+"""Triton kernels that start from maps as PyTorch operators: drawing, sampling with projection, and the whole loss.
 
-One operator a step, for all layers; see `fused` for how operators and gradients are tied.
+Each operator handles all layers at once. `triton_rows` describes how operators and gradients are connected.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ operator(
 
 
 def draw_ids(locations: Sequence[int], patches: int, sets: int, device: torch.device) -> list[Tensor]:
-    """Distinct locations for every layer in two launches: [(sets, min(patches, locations))]."""
+    """Draw distinct locations for every layer in two launches: [(sets, min(patches, locations))]."""
     seeds = torch.randint(2**62, (len(locations), sets), device=device)
     flat = torch.ops.fastnce.draw_ids(seeds, list(locations), patches)
     return [part.view(sets, -1) for part in flat.split([sets * min(patches, n) for n in locations])]
 
 
 def _pack(layouts: Sequence[MapLayout]) -> list[int]:
+    """Encode layouts as whole numbers, which operators accept as an argument."""
     return [x for m in layouts for x in (*m[:4], int(m.channels_last), _MAP_DTYPES.index(m.dtype))]
 
 
@@ -93,9 +94,10 @@ operator(
 
 
 def _backward(ctx, d_units, upstream, directions, wanted, weights_wanted):
-    """The gradients of maps and MLPs from those of unit rows: shared by the two functions below.
+    """Compute the gradients of maps and MLPs from those of unit rows, for both functions below.
 
-    Both save ids, MLP weights, anything, unit rows, and the three flat tensors that `project` leaves.
+    Both save ids, MLP weights, tensors of their own, unit rows, and the three flat tensors that `project` returns, in
+    this order.
     """
     saved, layers = ctx.saved_tensors, len(ctx.layouts)
     ids, mlp, units = saved[:layers], saved[layers : layers + ctx.weights], saved[-3 - layers : -3]
@@ -133,9 +135,8 @@ class _Project(torch.autograd.Function):
             units = ctx.saved_tensors[-3 - layers : -3]
             d_units = [torch.zeros_like(u) if d is None else d for d, u in zip(upstream, units, strict=False)]
             maps, mlp = _backward(ctx, d_units, None, 1, list(needs[:layers]), any(needs[2 * layers :]))
-        if (
-            torch.is_grad_enabled()
-        ):  # the unit rows are outputs: through them a second derivative finds `FirstOrderOnly`
+        if torch.is_grad_enabled():
+            # The unit rows are outputs, so a second derivative reaches `FirstOrderOnly` through them.
             sources = [*units, *(d for d in upstream if d is not None)]
             maps = [None if g is None else FirstOrderOnly.apply(g, *sources) for g in maps]
             mlp = [None if g is None else FirstOrderOnly.apply(g, *sources) for g in mlp]
@@ -145,7 +146,7 @@ class _Project(torch.autograd.Function):
 def project_rows(
     maps: Sequence[Tensor], ids: Sequence[Tensor], mlps: Sequence[Sequence[Tensor]] | None, dtype, distinct: bool
 ) -> list[Tensor]:
-    """`project_patches` of all layers in one launch; ids are (sets, patches)."""
+    """Compute `project_patches` of all layers in one launch; ids are (sets, patches)."""
     mlp = [] if mlps is None else [w.contiguous() for four in mlps for w in four]
     save = torch.is_grad_enabled() and any(t.requires_grad for t in [*maps, *mlp])
     return list(apply(_Project, len(maps), dtype, distinct, save, *maps, *ids, *mlp)[: len(maps)])
@@ -231,7 +232,7 @@ def head_loss(
     dtype: torch.dtype,
     distinct: bool,
 ) -> Tensor:
-    """Float32 (directions,): `PatchNCEHead.forward` from maps and ids (sets, patches); keys are constants."""
+    """Compute `PatchNCEHead.forward` of maps and ids (sets, patches), with constant keys: float32 (directions,)."""
     query_mlp, key_mlp = (
         [] if mlps is None else [w.contiguous() for four in mlps for w in four] for mlps in (query_mlps, key_mlps)
     )

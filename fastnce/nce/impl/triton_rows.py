@@ -1,7 +1,8 @@
-"""The Triton kernels of rows as PyTorch operators with gradients; `fused_maps` has those that begin at maps.
+"""Triton kernels of rows as PyTorch operators with gradients; `triton_maps` has those that start from maps.
 
-The operators (`torch.ops.fastnce.*`) take lists of tensors and have fakes, so that `torch.compile` traces through them
-without a break; the gradients are `autograd.Function`s around them, whose forward already forms the query gradient.
+The operators (`torch.ops.fastnce.*`) take lists of tensors and have fakes, so `torch.compile` traces through them
+without a graph break. Each gradient is an `autograd.Function` around an operator; its forward pass already computes the
+query gradient.
 """
 
 from __future__ import annotations
@@ -77,12 +78,12 @@ class _NCERows(torch.autograd.Function):
         *leaves, log_weight, pair_weight, temperature, decoupled, _, _ = inputs
         _, negative, positive, gradient = output
         ctx.mark_non_differentiable(negative, positive, gradient)
-        ctx.set_materialize_grads(False)  # no launch for the outputs without a gradient
+        ctx.set_materialize_grads(False)  # no launch for outputs without a gradient
         ctx.temperature, ctx.decoupled = temperature, decoupled
         rest = (log_weight, pair_weight, negative, positive)
         if not any(ctx.needs_input_grad[1:3]):
-            rest = (None,) * 4  # keys are constants: the ready gradient is all the backward needs
-        # constant keys are not kept: they may be overwritten before the backward, as a NegativeBank's are
+            rest = (None,) * 4  # keys are constants: the stored gradient is enough for the backward
+        # Constant keys are not saved: a NegativeBank overwrites its keys before the backward pass.
         leaves = [leaf if i == 0 or ctx.needs_input_grad[i] else None for i, leaf in enumerate(leaves)]
         ctx.save_for_backward(gradient, *leaves, *rest)
 
@@ -102,8 +103,8 @@ class _NCERows(torch.autograd.Function):
                 weights = _listed(log_weight), _listed(pair_weight)
                 gradients[1] = torch.ops.fastnce.nce_keys([queries], [keys], *weights, *shared, False)[0]
             if ctx.needs_input_grad[2]:
-                asking = queries if extra.shape[0] == queries.shape[0] else queries.flatten(0, 1)[None]
-                gradients[2] = torch.ops.fastnce.nce_keys([asking], [extra], [], [], *shared, True)[0]
+                grouped = queries if extra.shape[0] == queries.shape[0] else queries.flatten(0, 1)[None]
+                gradients[2] = torch.ops.fastnce.nce_keys([grouped], [extra], [], [], *shared, True)[0]
         if torch.is_grad_enabled():
             sources = [leaf for leaf in [queries, keys, extra, upstream] if leaf is not None and leaf.requires_grad]
             gradients = [None if g is None else FirstOrderOnly.apply(g, *sources) for g in gradients]
@@ -121,7 +122,7 @@ def nce_losses(
     decoupled: bool = False,
     unit: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """As `eager.nce_losses`; with `unit` without a running maximum."""
+    """As `eager.nce_losses`; with `unit`, the kernel needs no running maximum."""
     with_gradient = torch.is_grad_enabled() and queries.requires_grad
     outputs = apply(
         _NCERows,
