@@ -250,10 +250,17 @@ def _named_code(stored: dict[str, Any], generators_only: bool) -> Iterator[Any]:
 
 
 def from_preset(method: str, preset: Preset) -> Config:
-    """Return the published defaults of a method."""
+    """Return the defaults of a method.
+
+    Raises:
+        CodeError: a user's own method names an option in its `sections` that does not exist.
+    """
     config = Config(method, DataOptions(), NetworkOptions(), preset.options(), OptimOptions(), RunOptions())
+    known = _keys(config)
     for section, values in preset.sections.items():
         for key, value in values.items():
+            if (name := f"{section}.{key}") not in known:
+                raise CodeError(f"method={method}: its sections name {name}, which is no option")
             setattr(getattr(config, section), key, value)
     return config
 

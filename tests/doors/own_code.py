@@ -79,6 +79,10 @@ class Odd(CUT):
     Options = OddOptions
 
 
+class Misnamed(Keep):
+    sections = {"optim": {"learning_rate": 1}}
+
+
 class Unbuilt(Keep):
     def __init__(self, options, network):
         raise TypeError("no luck")

@@ -70,6 +70,7 @@ def test_options_of_a_method_are_shown_and_checked(here, capsys):
         ("mine.py:NoPhases", "method=mine.py:NoPhases lacks phases(), translate(): see fastnce.methods.Method"),
         ("mine.py:Odd", "Odd.Options.table is of type dict: options are bool, int, float, str, Literal"),
         ("mine.py:Unbuilt", "method=mine.py:Unbuilt: Unbuilt(options, network) fails: TypeError: no luck"),
+        ("mine.py:Misnamed", "method=mine.py:Misnamed: its sections name optim.learning_rate, which is no option"),
         ("kut", "unknown method 'kut'; did you mean 'cut'?; known: cut, fastcut"),
     ],
 )
