@@ -21,9 +21,10 @@ from fastnce.common.writing import partial_name
 from fastnce.engine import checkpoint
 from fastnce.engine.checkpoint import Checkpoints, NotSaved, open_checkpoint
 from fastnce.engine.loop import TrainingFailed
-from fastnce.engine.state import read, sealed
-from fastnce.engine.step import Step, check_state
+from fastnce.engine.state_file import read, sealed
+from fastnce.engine.step import Step
 from fastnce.engine.stored import follow, load_generators, read_state
+from fastnce.engine.training_state import check_state
 from fastnce.methods.presets import PRESETS
 from fastnce.training import train_run
 from tests.common.test_locking import killed_name

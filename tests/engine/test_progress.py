@@ -16,7 +16,7 @@ from fastnce.engine.checkpoint import Checkpoints
 from fastnce.engine.distributed import Ranks
 from fastnce.engine.loop import train
 from fastnce.engine.options import OptimOptions, RunOptions
-from fastnce.engine.state import sealed
+from fastnce.engine.state_file import sealed
 from fastnce.methods import Group, Method, Phase
 from fastnce.training import check_same_run, train_run
 from tests.engine.test_engine import SMALL, small_config, training_tensors
