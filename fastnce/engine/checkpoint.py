@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..common.writing import flush_to_disk, partial_name, sweep, write_whole
-from . import state as states
+from . import state_file
 from .stored import POINTERS, all_finite, check_numbers, digest_of, follow, read_state, read_tensors, reason_of, step_of
 
 Log = Callable[[str], None]
@@ -69,7 +69,7 @@ class Checkpoints:
         for path in self.folder.glob("*step-*") if self.folder.is_dir() else ():
             if not path.is_dir() or path.is_symlink() or (path / "state.json").exists():
                 continue
-            if {entry.name for entry in path.iterdir()} <= set(states.FILES):  # partly deleted
+            if {entry.name for entry in path.iterdir()} <= set(state_file.FILES):  # partly deleted
                 shutil.rmtree(path, ignore_errors=True)
         for path in self.folder.glob(".partial-*"):  # the name in earlier versions
             shutil.rmtree(path, ignore_errors=True)
@@ -99,7 +99,7 @@ class Checkpoints:
         partial = self.folder / partial_name()
         tensors = {
             name: {key: t.detach().cpu().contiguous() for key, t in part.items()}
-            for name, part in zip(states.FILES, (generator, training), strict=True)
+            for name, part in zip(state_file.FILES, (generator, training), strict=True)
         }
         bad = int(training["bad_steps"]) if "bad_steps" in training else 0
         try:
@@ -115,7 +115,7 @@ class Checkpoints:
                 digests[name] = digest_of(partial / name)
             finite, rest_finite = map(all_finite, tensors.values())
             sound = bad == 0 and finite and rest_finite
-            text = states.sealed({"step": step, "sha256": digests, "finite": finite, "sound": sound, **state})
+            text = state_file.sealed({"step": step, "sha256": digests, "finite": finite, "sound": sound, **state})
             (partial / "state.json").write_text(text, encoding="utf-8")
             flush_to_disk(partial / "state.json")
             flush_to_disk(partial)
@@ -250,7 +250,7 @@ class Checkpoints:
         return None
 
 
-def open_checkpoint(source: Path, files: tuple[str, ...] = states.FILES) -> tuple[Path, dict[str, Any]]:
+def open_checkpoint(source: Path, files: tuple[str, ...] = state_file.FILES) -> tuple[Path, dict[str, Any]]:
     """The folder and the state of a checkpoint that holds a configuration.
 
     Args:

@@ -127,7 +127,7 @@ class RunLog:
         self._close_board()
 
 
-class Silence:
+class SilentLog:
     """Replaces a `RunLog` on ranks that do not write."""
 
     def say(self, sentence: str) -> None: ...

@@ -22,7 +22,7 @@ from .choices import pick_compile, pick_precision, set_tf32
 from .contracts import DataSet
 from .cudagraph import pick_graph
 from .distributed import RankLost, Ranks
-from .log import Pace, RunLog, Silence
+from .log import Pace, RunLog, SilentLog
 from .memory import out_of_memory, too_large
 from .observe import Observer
 from .optim import schedule
@@ -84,7 +84,7 @@ def train(
     if data.steps_per_epoch < 1 or optim.n_epochs + optim.n_epochs_decay < 1:
         raise ValueError("there is nothing to train: data.steps_per_epoch and the epochs must be at least 1")
     with ranks.together(next(method.parameters()).device):
-        log = RunLog(folder, run.tensorboard, quiet) if ranks.first else Silence()
+        log = RunLog(folder, run.tensorboard, quiet) if ranks.first else SilentLog()
     try:
         with StopRequest(tell=ranks.first) as stop:
             training = _Run(method, data, optim, run, folder, config or {}, batch_size, log, ranks, validation)
@@ -121,7 +121,7 @@ class _Run:
         folder: Path,
         config: dict[str, Any],
         batch_size: int,
-        log: RunLog | Silence,
+        log: RunLog | SilentLog,
         ranks: Ranks,
         validation: Validation | None = None,
     ):

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..methods.base import Batch
 from .contracts import DataSet
 from .distributed import Ranks
-from .log import Pace, RunLog, Silence, clock, save_grid
+from .log import Pace, RunLog, SilentLog, clock, save_grid
 from .monitor import Monitor
 from .options import RunOptions
 from .progress import Progress
@@ -41,7 +41,7 @@ class Observer:
         data: DataSet,
         run: RunOptions,
         folder: Path,
-        log: RunLog | Silence,
+        log: RunLog | SilentLog,
         ranks: Ranks,
         validation: Validation | None,
     ):

@@ -15,7 +15,7 @@ from safetensors.torch import load, load_file
 from torch import Tensor
 
 from ..common.imports import CodeError
-from . import state as states
+from . import state_file
 
 POINTERS = ("latest", "good", "best")
 
@@ -26,13 +26,13 @@ def step_of(path: Path) -> int | None:
     return int(match[1]) if match else None
 
 
-def read_state(path: Path, files: tuple[str, ...] = states.FILES) -> dict[str, Any]:
+def read_state(path: Path, files: tuple[str, ...] = state_file.FILES) -> dict[str, Any]:
     """Read and check `state.json` of a checkpoint, and compare `files` with its digests.
 
     Raises:
         ValueError, OSError: a file is not as it was written, or cannot be read. The message names the file in `path`.
     """
-    state = states.read(path / "state.json", step_of(path))
+    state = state_file.read(path / "state.json", step_of(path))
     for name in files:
         if digest_of(path / name) != state["sha256"][name]:
             raise ValueError(f"{name} is not what was written")

@@ -1,4 +1,4 @@
-"""Steps that need less memory: a batch in parts, and residual blocks computed again."""
+"""Steps that need less memory: a batch in parts, and recomputed residual blocks."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def assert_alike(steps: list[Step], tolerance: float) -> None:
 
 @pytest.mark.parametrize(("parts", "flip"), [(2, False), (4, True)])
 def test_cut_in_parts_is_cut(parts, flip):
-    """The same losses and weights over steps, in float64, where Adam cannot blow rounding up."""
+    """The same losses and weights over steps, in float64, where Adam does not amplify rounding."""
     steps = parts_and_whole(lambda: small_method(nce_idt=not flip, flip_equivariance=flip).double(), parts)
     for _ in range(3):
         batch, ids = random_batch(4, torch.float64), given_ids(1 if flip else 2)
@@ -48,7 +48,7 @@ def test_cut_in_parts_is_cut(parts, flip):
 
 
 def test_the_gradients_of_parts_in_float32():
-    """No further from float64's than the whole batch's are, but for a factor of 2, by way of Adam's first moment."""
+    """Errors against float64, in Adam's first moment, are at most twice those of the whole batch."""
     exact = Step(small_method().double(), OptimOptions())
     steps = parts_and_whole(small_method, 4)
     batch, ids = random_batch(4), given_ids(2)
@@ -70,9 +70,9 @@ def test_the_gradients_of_parts_in_float32():
 
 @pytest.mark.parametrize("preset", ["cyclegan", "dclgan", "dcdgan", "sincut"])
 def test_every_order_of_phases_in_parts(preset):
-    """CycleGAN trains its generators first: its discriminators still judge what the generators made before."""
+    """CycleGAN updates its generators first; its discriminators still judge images from before the update."""
     changes = {"pool_size": 0, "negatives": "image"} | ({"patches": 16} if preset == "sincut" else {})
-    steps = parts_and_whole(lambda: build(preset, **changes).eval(), 2)  # eval: SinCUT's noise is drawn
+    steps = parts_and_whole(lambda: build(preset, **changes).eval(), 2)  # eval mode: SinCUT draws noise otherwise
     method = steps[0].method
     calls = {"cyclegan": 0}.get(preset, 2)
     for _ in range(2):
@@ -130,7 +130,7 @@ def test_what_looks_at_the_whole_batch_is_refused():
 
 
 def kept_bytes(step: Step, batch: Batch) -> int:
-    """What autograd keeps between forward and backward at its fullest, each piece of memory counted once."""
+    """The peak of bytes that autograd keeps between forward and backward, each storage counted once."""
     kept: dict[int, int] = {}
     now, most = [0], [0]
 
@@ -187,7 +187,7 @@ def test_recomputed_blocks_give_the_same_gradients(preset):
         assert torch.equal(results[1][0][name], value), name
     for key, tensor in results[0][1].items():
         assert torch.equal(results[1][1][key], tensor), key
-    assert results[1][2] > results[0][2]  # it did compute them again
+    assert results[1][2] > results[0][2]  # the blocks were recomputed
 
 
 def test_recomputing_does_not_ruin_a_compiled_step():

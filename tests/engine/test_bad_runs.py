@@ -1,4 +1,4 @@
-"""Steps in a row that are not finite end a run within the row's length, however seldom it logs."""
+"""Consecutive bad steps end a run as soon as there are too many, however seldom it logs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.engine.test_engine import Toy, small_method, training_tensors
 @pytest.mark.parametrize("limit", [1, 2, 3, 7, 20])
 @pytest.mark.parametrize("late", [False, True])
 def test_a_row_is_seen_within_its_length(limit, late):
-    """Begun at any step; shorter rows, however many, are none."""
+    """The row may begin at any step. Shorter rows do not count, however many there are."""
     for first in range(2 * limit + 1):
         counter = torch.zeros(())
         count = BadStepCount(counter, limit, late=late)
@@ -44,7 +44,7 @@ def test_a_row_is_seen_within_its_length(limit, late):
 
 
 class Breaks(Toy):
-    """Pictures are not numbers in the steps `first`, `first` + 1, ... (counted from 1), `length` of them."""
+    """Images are NaN in `length` steps from `first` on, counted from 1."""
 
     def __init__(self, first: int, length: int = 1000):
         self.first, self.last = first, first + length - 1
@@ -62,7 +62,7 @@ def begin(run: Path, data: Toy, steps: int, limit: int = 5, **options) -> int:
 
 @pytest.mark.parametrize(("log_every", "late", "saved"), [(100, False, 6), (0, False, 6), (100, True, 8)])
 def test_a_run_ends_within_the_row(tmp_path, monkeypatch, log_every, late, saved):
-    """Steps 4 to 8 are bad. What is saved meanwhile is the state after step 3; known to be good is that before it."""
+    """Steps 4 to 8 are bad. Checkpoints of these hold the state after step 3; the one before is known to be good."""
     monkeypatch.setattr(loop, "BadStepCount", functools.partial(BadStepCount, late=late))
     said = r"^5 steps in a row were not finite at step 8, none of them was applied; the last good .*step-00000002;"
     with pytest.raises(TrainingFailed, match=said):
@@ -85,7 +85,7 @@ def test_the_log_counts_them_and_a_limit_of_0_ends_nothing(tmp_path):
 
 
 def two_ranks(folder: Path) -> int:
-    """Only the second one has pictures and losses that are not finite."""
+    """Only the second rank has images and losses that are not finite."""
 
     def method() -> CUT:
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""A step with a gradient that is not finite, in whichever phase: every bit of the state stays as it was."""
+"""A step with a gradient that is not finite, in any phase, leaves every bit of the state unchanged."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Poison:
-    """What phase `number`'s loss is multiplied by, or, with a group's name, what is added to one gradient of it."""
+    """A factor of the loss of phase `number`; with a group's name, a summand of one gradient of that group."""
 
     number: int
     group: str
@@ -47,7 +47,7 @@ class Poison:
 
 
 class Small(Method):
-    """A compiler is done with it soon: D judges a pool of fakes, G has a batch norm and a bank of past fakes."""
+    """A method that compiles quickly: D judges a pool of fakes, G has a batch norm and a bank of past fakes."""
 
     def __init__(self, order: str):
         super().__init__()
@@ -97,7 +97,7 @@ def method_of(case: str) -> Method:
 
 
 def poisoned(case: str, precision: str = "fp32", **options: Any) -> tuple[Step, list[Poison]]:
-    """A step, and a switch for each of its phases and groups."""
+    """A step, and a `Poison` for each of its phases and groups."""
     method = method_of(case)
     phases, poisons = list(method.phases()), []
 
@@ -112,7 +112,7 @@ def poisoned(case: str, precision: str = "fp32", **options: Any) -> tuple[Step, 
 
     for number, phase in enumerate(phases):
         places = [(Poison(number, "", torch.tensor(1.0)), None)]
-        for group in phase.groups[1:]:  # of the phase's groups this one alone
+        for group in phase.groups[1:]:  # the gradient of this group alone
             parameter = next(method.groups()[group].modules[-1].parameters())
             places.append((Poison(number, group, torch.tensor(0.0)), parameter))
         poisons += [poison for poison, _ in places]
@@ -135,7 +135,7 @@ def run(step: Step, number: int) -> dict[str, Tensor]:
 
 
 def bits(step: Step) -> dict[str, bytes]:
-    """Of everything that the next step depends on."""
+    """Copies of everything that the next step depends on."""
     tensors = step.state() | {f"buffer/{name}": buffer for name, buffer in step.method.named_buffers()}
     return {name: tensor.detach().contiguous().numpy().tobytes() for name, tensor in tensors.items()}
 
@@ -144,7 +144,7 @@ MAY_CHANGE = {"bad_steps", "loss_scale/scale", "loss_scale/good"}
 
 
 def check_bad_steps(step: Step, poisons: list[Poison], numbers) -> None:
-    """Each poison in turn, then all of it as if none of them had been."""
+    """Each poison in turn; afterwards, the step continues as if there had been none."""
     before = bits(step)
     for count, poison in enumerate(poisons, start=1):
         scale = None if step.loss_scale is None else step.loss_scale.scale.item()
@@ -165,7 +165,7 @@ def check_good_step(step: Step, clean: Step, number: int) -> None:
     for one in (step, clean):
         run(one, number)
     if step.loss_scale is not None:
-        clean.loss_scale.good.copy_(step.loss_scale.good)  # steps since it was halved
+        clean.loss_scale.good.copy_(step.loss_scale.good)  # the steps since the scale was halved
     assert step.bad_steps.item() == 0
     assert bits(step) == bits(clean)
 
@@ -194,7 +194,7 @@ def test_the_very_first_step_may_be_bad():
 
 
 def test_a_bad_part_makes_the_step_bad():
-    """A batch in two parts: the second part alone is not finite, and the first may have entered the pool."""
+    """A batch in two parts: only the second is not finite, and the first may already be in the pool."""
     (step, poisons), (clean, _) = (poisoned_in_parts() for _ in range(2))
     check_good_step(step, clean, 0)
     check_bad_steps(step, poisons, itertools.count(10))
@@ -242,7 +242,7 @@ def test_a_bad_step_that_is_compiled(order):
 
 @pytest.mark.parametrize("case", [*CASES, "D, G", "G, D"])
 def test_a_good_step_is_the_plain_one(case):
-    """Each phase's gradients, then at once its update, with the library's Adam: the same bits."""
+    """Bit-equal to each phase's gradients followed at once by its update, with PyTorch's Adam."""
     step = Step(method_of(case), OptimOptions(ema=0.9))
     method = method_of(case)
     groups = {
@@ -269,7 +269,7 @@ def test_a_good_step_is_the_plain_one(case):
             parameters = [p for name in phase.groups for p in groups[name]]
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
             for parameter, gradient in zip(parameters, gradients, strict=True):
-                # fused Adam walks memory, not strides
+                # fused Adam ignores strides
                 parameter.grad = None if gradient is None else torch.empty_like(parameter).copy_(gradient).detach()
             for name in phase.groups:
                 adams[name].step()
@@ -290,7 +290,7 @@ def test_a_good_step_is_the_plain_one(case):
 
 
 def test_what_is_kept_is_restore_bit_for_bit():
-    """Whatever became of it meanwhile, in any dtype and layout."""
+    """Tensors of any dtype and layout, changed in between."""
     hostile = [0.0, -0.0, float("inf"), float("nan"), 1e-40, 3e38]
     for bad in (False, True):
         tensors = [

@@ -1,4 +1,4 @@
-"""A step without the biases that norms take away: what is launched, what the optimiser does, checkpoints."""
+"""A step without the biases that norms cancel: its launches, its updates and its checkpoints."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_optimiser_leaves_them_where_they_are(form):
-    """Also a weight average; every other bias moves."""
+    """Neither these biases nor their averages move; every other bias does."""
     torch._dynamo.reset()
     options = {"options": OptimOptions(), **FORMS[form]}
     options["options"].ema = 0.5
@@ -73,9 +73,10 @@ def test_the_optimiser_leaves_them_where_they_are(form):
 
 @pytest.mark.parametrize("preset", ["cut", "fastcut", "cyclegan", "dclgan", "simdcl", "dcdgan-released", "dcdgan"])
 def test_every_method_learns_the_same(preset):
-    """Weights after two steps with and without, in float64, to 1e-5 of the learning rate.
+    """The same weights after two steps with and without the biases, in float64, to 1e-5 of the learning rate.
 
-    Not the biases that are left out, which stay: noise of 1e-14 beside Adam's eps of 1e-8 moves those that are not.
+    The biases that are left out stay. If they are used, noise of 1e-14 in their gradients, against Adam's eps of 1e-8,
+    moves them.
     """
     methods = [build(preset), build(preset)]
     methods[1].load_state_dict(methods[0].state_dict())
@@ -104,7 +105,7 @@ def test_every_method_learns_the_same(preset):
 
 
 def test_no_kernel_is_launched_for_them():
-    """CUT: of 2 passes of G, 1 of its encoder and 2 of D, only what nothing cancels adds a bias."""
+    """CUT has 2 passes of G, 1 of its encoder and 2 of D. Only biases that no norm cancels are added."""
     step = Step(small_method(), OptimOptions())
     step.run(random_batch(), Draws())
     with Convolutions() as count:
@@ -118,12 +119,12 @@ def test_no_kernel_is_launched_for_them():
 
 
 def step_blurs(step: Step) -> int:
-    """Convolutions that have no bias: blurs of G (2 on the way down), of its encoder, and of D, twice."""
+    """The convolutions without bias: the blurs of G (2 for downsampling), of its encoder, and of D, twice."""
     return 2 + 2 + 2 * 3
 
 
 def test_checkpoints_of_both_kinds_resume():
-    """One written with biases in use resumes without, and the other way round: the same weights, moments kept."""
+    """A checkpoint written with these biases in use resumes without them, and vice versa; moments are kept."""
     methods = [small_method().double() for _ in range(4)]
     for method in methods[1:]:
         method.load_state_dict(methods[0].state_dict())
@@ -161,7 +162,7 @@ def test_checkpoints_of_both_kinds_resume():
 
 
 def test_a_checkpoint_without_their_moments_resumes():
-    """Moments are made for what a checkpoint lacks once it has a gradient."""
+    """If the checkpoint lacks moments of a parameter, they are made once it has a gradient."""
     step, other = Step(small_method(), OptimOptions()), Step(small_method(), OptimOptions())
     step.run(random_batch(), Draws())
     names = {name.split("/")[1] for name in left_out_in_cut(step)}

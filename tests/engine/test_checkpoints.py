@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged, odd, or saved while training goes wrong: refused or passed over, never loaded wrong."""
+"""Damaged and odd checkpoints, and those of a failing training: refused or skipped, never loaded wrongly."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ from fastnce.common.writing import partial_name
 from fastnce.engine import checkpoint
 from fastnce.engine.checkpoint import Checkpoints, NotSaved, open_checkpoint
 from fastnce.engine.loop import TrainingFailed
-from fastnce.engine.state import read, sealed
-from fastnce.engine.step import Step, check_state
+from fastnce.engine.state_file import read, sealed
+from fastnce.engine.step import Step
 from fastnce.engine.stored import follow, load_generators, read_state
+from fastnce.engine.training_state import check_state
 from fastnce.methods.presets import PRESETS
 from fastnce.training import train_run
 from tests.common.test_locking import killed_name
@@ -35,7 +36,7 @@ FILES = ("generator.safetensors", "training.safetensors", "state.json")
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """A run of three steps, all saved, with averaged weights."""
+    """A run of three steps with averaged weights; each step has a checkpoint."""
     top = tmp_path_factory.mktemp("trained")
     write(top / "data", "trainA/1.png", "trainB/1.png", "photos/a.png")
     config = small_config(top / "data", "run.steps=3", "run.save_every=1", "run.keep=3", "optim.ema=0.9")
@@ -58,7 +59,7 @@ def resume(trained: Path, run: Path, steps: int = 4) -> int:
 
 
 def reseal(folder: Path, **changes) -> None:
-    """Make the digests right again, as of a writer that means it."""
+    """Recompute the digests after a change."""
     state = json.loads((folder / "state.json").read_text())
     for key in ("format", "digest"):
         state.pop(key, None)
@@ -81,7 +82,7 @@ STATE = {
 
 
 def test_no_bit_of_a_state_can_change(tmp_path):
-    """Each single bit: refused, or the same state (as where a letter becomes a space between two values)."""
+    """A file with one changed bit is refused or gives the same state (if the bit is in a space between values)."""
     file = tmp_path / "state.json"
     file.write_text(sealed(STATE))
     whole, content = read(file, 6), file.read_bytes()
@@ -149,7 +150,7 @@ def test_a_state_that_is_none(content, message, tmp_path):
 
 
 def damages(file: Path) -> list[Callable[[], object]]:
-    """The last three leave no state.json, if it is that file: there is no checkpoint any more."""
+    """Applied to state.json, the last three leave no checkpoint at all."""
     content = file.read_bytes()
     middle = len(content) // 2
     return [
@@ -200,7 +201,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_a_named_one_refused(name
 
 
 def resumed(trained: Path, tmp_path: Path) -> dict[str, str]:
-    """Digests of the fourth step, of the run that nothing happened to."""
+    """The digests of step 4 of an undisturbed run."""
     run = Path(shutil.copytree(trained / "run", tmp_path / "whole"))
     assert resume(trained, run) == 0
     return read_state(step(run, 4))["sha256"]
@@ -281,7 +282,7 @@ def test_odd_files_of_tensors_are_refused(name, what, run, trained, tmp_path, ca
     picture = str(trained / "data" / "photos" / "a.png")
     if name == "generator.safetensors":
         assert main(["translate", str(step(run, 3)), picture, "--out", str(tmp_path / "o"), "--device", "cpu"]) == 2
-    elif "a name" in what:  # readable: the run itself says what does not fit
+    elif "a name" in what:  # it can be read, and the run names what does not fit
         assert resume(trained, run) == 2
     else:
         assert main(["export", str(step(run, 3)), "--out", str(tmp_path / "o")]) == 2
@@ -422,7 +423,7 @@ def test_a_row_of_bad_steps_does_not_push_out_the_last_good_checkpoint(tmp_path)
         save(store, number)
     assert names(store) == [10, 15]
     assert store.good(19, 0) == tmp_path / "step-00000015"
-    save(store, 20, bad=5)  # the last good step was the 15th: its update may have ruined the weights
+    save(store, 20, bad=5)  # the last good step, 15, may have ruined the weights
     assert names(store) == [10, 15, 20]
     for number in (25, 30, 35, 40):
         save(store, number, bad=number - 15)
@@ -491,7 +492,7 @@ def test_a_ruinous_rate_is_told_with_the_good_checkpoint(trained, tmp_path, caps
     )
     with pytest.raises(TrainingFailed, match=r"steps in a row were not finite") as caught:
         train_run(config, run, quiet=True)
-    good = step(run, 2)  # of the third nobody knows: no good step has followed it
+    good = step(run, 2)  # step 3 is not known to be good: no good step has followed
     assert f"the last good checkpoint is {good}" in str(caught.value)
     assert read_state(good)["sound"] is True
 

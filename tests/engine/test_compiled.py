@@ -1,4 +1,4 @@
-"""Every paper's step compiled around the kernels, which Triton's interpreter runs here: whole, and the same numbers."""
+"""The step of every method compiled around the kernels, which run in Triton's interpreter: the same numbers."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ SIDE = 32
 
 @pytest.fixture(autouse=True)
 def _two_blocks(monkeypatch):
-    """Every kind of layer, and less to compile than the smallest published generator."""
+    """Build a generator with every kind of layer that compiles faster than the smallest published one."""
     monkeypatch.setattr(
         networks, "ResnetGenerator", lambda a, b, width, blocks, *rest: ResnetGenerator(a, b, width, 2, *rest)
     )
 
 
 def method_of(preset: str, changes: dict[str, Any]):
-    """Small, and with weights from which every gradient is far from zero."""
+    """A small method whose weights make every gradient far from zero."""
     options = PRESETS[preset].options()
     for name, value in {"patches": 12, "projection": 8, "pool_size": 3, **changes}.items():
         if name in changes or hasattr(options, name):
@@ -85,15 +85,15 @@ def test_a_step_around_the_kernels_compiles_and_is_the_same(preset, changes, mon
 
 
 ASKS = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "_unique", "equal")
-"""Operators that give the host a value, or a shape, that is on the device: recording them in a CUDA graph fails."""
+"""Operators that read a value or a shape from the device. They cannot be recorded in a CUDA graph."""
 
 
 @pytest.mark.skipif(not hasattr(torch._dynamo.config, TRACES_GRADIENTS), reason="this PyTorch does not trace gradients")
 @pytest.mark.parametrize("preset", ["cut", "cyclegan", "sincut"])
 def test_the_whole_graph_asks_nothing_of_the_device(preset, monkeypatch):
-    """In what is handed to the compiler: an operator may take a tensor of one element for a number, and read it.
+    """No operator in the traced graph reads from the device; some would read a tensor of one element as a number.
 
-    It is compiled once: nothing that a first step makes is new to the second.
+    The step is compiled once: the second step finds no state that the first one has made.
     """
     torch._dynamo.reset()  # or other presets' steps would count against a limit
     found: list[torch.fx.GraphModule] = []

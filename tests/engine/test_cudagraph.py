@@ -1,4 +1,4 @@
-"""Recording a step and replaying it, with a recorder for the CPU in the place of CUDA's (see test_engine_gpu.py)."""
+"""Record and replay a step, with a recorder for the CPU instead of CUDA's (see test_engine_gpu.py)."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from tests.methods.test_methods_more import build, pictures
 
 
 class Tape:
-    """Records a function by running it and taking everything back; replays it into the same losses.
+    """Records a function by running it and undoing its changes; a replay runs it again, into the same losses.
 
-    As with CUDA's graphs, what the function reads from the host when it is recorded stays as it was.
+    As in CUDA graphs, values that the function reads from the host are those at the recording.
     """
 
     def __init__(self):
@@ -70,7 +70,7 @@ def twins(**options):
 
 
 def one_step(step: Step, number: int, batch: Batch) -> dict[str, torch.Tensor]:
-    """As the loop does it: the host's choices, then the seed of the device's."""
+    """Run a step as the loop does: draw the host's choices, then seed the device."""
     rng = random.Random(f"7/{number}")
     draws = step.method.draw(rng)
     torch.manual_seed(rng.getrandbits(63))
@@ -85,12 +85,12 @@ def assert_same_state(one: Step, other: Step) -> None:
 
 
 def test_recorded_steps_are_the_steps():
-    """FastCUT: two kinds of steps, each warmed up by real steps, then recorded once; losses and state bit for bit."""
+    """FastCUT has two kinds of steps. Each warms up, then is recorded once; losses and state are bit-equal."""
     plain, recorded = twins(nce_idt=False, flip_equivariance=True)
     one = Step(plain, OptimOptions(ema=0.9))
     other, tape = taped(recorded, ema=0.9)
     for number in range(14):
-        if number == 9:  # a new epoch's learning rate reaches the recorded step
+        if number == 9:  # a new learning rate, which must reach the recorded step
             one.set_learning_rate(0.5)
             other.set_learning_rate(0.5)
         batch = random_batch()
@@ -113,7 +113,7 @@ def test_a_recorded_run_is_resumed_exactly():
         one_step(other, number, batches[number])
     third, second_tape = taped(small_method())
     third.load_state({key: tensor.clone() for key, tensor in other.state().items()})
-    # ends the graph, and warms up anew
+    # drops the graph and warms up again
     other.load_state({key: tensor.clone() for key, tensor in other.state().items()})
     assert tape.closed == 1
     for number in range(5, 10):
@@ -132,10 +132,10 @@ def test_the_graph_reads_buffers_of_its_own():
     batch = random_batch()
     losses = one_step(step, 9, batch)
     kept = {name: loss.clone() for name, loss in losses.items()}
-    batch.a.zero_()  # the loader may take its memory back
+    batch.a.zero_()  # the data set may reuse this memory
     assert step.graphs.inputs.a.abs().max() > 0
     again = one_step(step, 10, random_batch())
-    assert all(again[name] is losses[name] for name in losses)  # one place for all replays
+    assert all(again[name] is losses[name] for name in losses)  # the same tensors in all replays
     assert any(not torch.equal(kept[name], losses[name]) for name in losses)
 
 
@@ -151,7 +151,7 @@ def test_what_a_graph_cannot_stand_for_runs_as_it_is():
         step.run(random_batch(2), Draws())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        step.run(random_batch(2), Draws())  # said once
+        step.run(random_batch(2), Draws())  # no second warning
         assert tape.replayed == 1
         step.run(random_batch(), Draws())
     assert (tape.recorded, tape.replayed) == (1, 2)
@@ -180,7 +180,7 @@ def test_other_settings_are_recorded_anew(change, monkeypatch):
 
 
 def moved(owner, name: str) -> None:
-    """The same numbers at another place; `owner` is a dict or an object."""
+    """Replace a tensor by a copy at another address; `owner` is a dict or an object."""
     if isinstance(owner, dict):
         owner[name] = owner[name].clone()
     else:
@@ -195,7 +195,7 @@ def moved(owner, name: str) -> None:
     ],
 )
 def test_state_that_moved_is_recorded_anew(what):
-    """A replay would write to where it was: that memory is another's by now, and what is there now would not learn."""
+    """A replay would write to the old address, and the new tensor would not change."""
     preset = "cyclegan" if what in ("pool", "count") else "dclgan"
     changes = {"external": "bank", "bank_size": 8, "pool_size": 2, "nce_layers": [0, 4]}
     method = build(preset, network={"generator": "resnet_4blocks"}, **changes).float()
@@ -228,7 +228,7 @@ def test_state_that_moved_is_recorded_anew(what):
 
 
 def test_what_a_failed_recording_held_is_free_before_the_step_runs_again():
-    """A recording that memory was too small for would otherwise be followed by a step without any."""
+    """If a recording runs out of memory, the step that follows must have that memory."""
     held: list[weakref.ref] = []
     alive: list[bool] = []
 
@@ -274,7 +274,7 @@ def test_a_recording_that_fails_is_said_once_and_training_goes_on():
 
 
 def test_a_step_that_breaks_half_way_leaves_no_trace():
-    """As a recording does: weights that rested must learn again, gradients must not stay behind."""
+    """As a failed recording does: frozen weights must be trainable again, and no gradients must be left."""
     method = small_method()
     step = Step(method, OptimOptions())
     real = step.phases[1].loss
@@ -291,7 +291,7 @@ def test_a_step_that_breaks_half_way_leaves_no_trace():
 
 
 class AsksTheHost(TorchDispatchMode):
-    """Collects operations that wait for the device or bring something new from the host: neither can be recorded."""
+    """Collects operations that wait for the device or copy from the host, neither of which can be recorded."""
 
     FORBIDDEN = ("_local_scalar_dense", "nonzero", "lift_fresh", "is_nonzero", "equal", "unique", "masked_select")
 
@@ -309,7 +309,7 @@ class AsksTheHost(TorchDispatchMode):
 
 
 def test_a_group_of_parameters_is_built_without_waiting_for_the_device():
-    """Adam looks whether its learning rate is positive: not at the one that lies on the device."""
+    """Adam checks that its learning rate is positive; it must not read the one on the device."""
     with AsksTheHost() as asked:
         group = ParameterGroup((torch.nn.Linear(3, 2),), 2e-4, (0.5, 0.999))
     assert "_local_scalar_dense" not in asked.found
@@ -318,7 +318,7 @@ def test_a_group_of_parameters_is_built_without_waiting_for_the_device():
 
 @pytest.mark.parametrize("preset", [*PRESETS, "dcdgan-bank", "cut-monce", "cut-attention", "cut-dropout"])
 def test_a_step_asks_nothing_of_the_host(preset, monkeypatch):
-    """What `Graphs` takes for granted of every method: no random draw, no value and no branch from the host."""
+    """`Graphs` requires of every method: no random draw, no value and no branch of the host."""
     name, _, change = preset.partition("-") if preset not in PRESETS else (preset, "", "")
     options = {
         "bank": {"external": "bank", "bank_size": 32},
@@ -332,12 +332,12 @@ def test_a_step_asks_nothing_of_the_host(preset, monkeypatch):
         method.generator.model.insert(13, torch.nn.Dropout(0.5))
     step = Step(method, OptimOptions(ema=0.9), "fp16")
     batch = pictures(1 if name == "simdcl" else 2)
-    step.run(batch, Draws())  # moments and pools are made
+    step.run(batch, Draws())  # makes moments and pools
 
     def drawn(*_, **__):
         raise AssertionError("a random draw on the host")
 
-    monkeypatch.setattr(checks, "ids", lambda *_: None)  # on the CPU alone it looks at the ids
+    monkeypatch.setattr(checks, "ids", lambda *_: None)  # it reads the ids, on the CPU only
     for place in ("random", "randint", "uniform", "choice", "shuffle"):
         monkeypatch.setattr(random, place, drawn)
     with AsksTheHost() as watch:
@@ -347,7 +347,7 @@ def test_a_step_asks_nothing_of_the_host(preset, monkeypatch):
 
 
 def test_an_update_to_be_traced_asks_nothing_of_the_host():
-    """What is compiled as part of the step is recorded with it."""
+    """A compiled step is recorded too, with its updates."""
     layer = torch.nn.Linear(5, 3)
     group = ParameterGroup((layer,), 1e-2, (0.5, 0.999))
     group.prepare()

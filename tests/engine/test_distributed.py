@@ -1,4 +1,4 @@
-"""Two gloo ranks on this machine against one process with twice the batch."""
+"""Two gloo ranks on one machine, compared with one process of twice the batch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def free_port() -> int:
 
 
 def as_rank(rank: int, world: int, port: int, work: Callable[[], int]) -> Forked:
-    """`work()` in a process of its own with what a launcher says to each rank."""
+    """Run `work()` in a process of its own, with the variables that a launcher sets for a rank."""
 
     def told() -> int:
         variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1"}
@@ -67,7 +67,7 @@ def test_two_ranks_are_one_process_with_twice_the_batch(folder, tmp_path):
         if key.startswith("network/"):
             torch.testing.assert_close(other[key], tensor, rtol=0, atol=1e-6, msg=key)
     rows = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two")]
-    assert len(rows[1]) == 3  # the first rank alone writes
+    assert len(rows[1]) == 3  # only the first rank writes
     for line, other_line in zip(*rows, strict=True):
         first, second = json.loads(line), json.loads(other_line)
         for name in ("G", "NCE", "D_real", "D_fake"):
@@ -75,7 +75,7 @@ def test_two_ranks_are_one_process_with_twice_the_batch(folder, tmp_path):
 
 
 def test_gathered_negatives_are_those_of_the_whole_batch(folder, tmp_path):
-    """negatives=batch over two ranks: each contrasts with the other's pictures too, as one process does."""
+    """negatives=batch over two ranks: each also takes the other's images as negatives, as one process does."""
     batch = ["loss.negatives=batch", "run.steps=2"]
     assert main([*arguments(folder, tmp_path / "one", "data.batch=2", *batch), "--quiet"]) == 0
     port = free_port()
@@ -101,7 +101,7 @@ def test_gathering_needs_a_batch_of_negatives():
 
 
 def test_others_come_rank_by_rank(monkeypatch):
-    """(world - 1, ...), without this rank's own and without a gradient."""
+    """(world - 1, ...), without the rank's own tensor and without gradient."""
 
     def gather(every, mine):
         every.copy_(torch.cat([mine + 10 * rank for rank in range(3)]))
@@ -115,7 +115,7 @@ def test_others_come_rank_by_rank(monkeypatch):
 
 
 def test_one_command_starts_a_process_for_each_device(folder, tmp_path):
-    """--nproc 2 on the CPU: the weights of one process with twice the batch."""
+    """--nproc 2 on the CPU gives the weights of one process with twice the batch."""
     assert main([*arguments(folder, tmp_path / "one", "data.batch=2", "run.steps=2"), "--quiet"]) == 0
     command = [*arguments(folder, tmp_path / "two", "run.steps=2"), "--nproc", "2", "--quiet"]
     process = Forked(lambda: main(command))

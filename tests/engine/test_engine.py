@@ -84,7 +84,7 @@ def test_the_schedule_is_the_published_one(full, decay):
 
 
 def test_a_pool_lies_as_the_pictures_do_also_from_a_checkpoint():
-    """Judged together with real pictures, others that lie differently would change the layout of both."""
+    """Fakes are judged in one batch with real images; another layout would change that of both."""
     methods = [build("cyclegan", pool_size=2, network={"generator": "resnet_4blocks"}).float() for _ in range(2)]
     steps = [Step(method, OptimOptions(), layout=torch.channels_last) for method in methods]
     steps[0].run(random_batch(2), Draws())
@@ -98,7 +98,7 @@ def test_a_pool_lies_as_the_pictures_do_also_from_a_checkpoint():
 
 
 def test_channels_last_weights_learn_the_same():
-    """Gradients that lie differently in memory than their parameter must not be mixed up by fused Adam."""
+    """Fused Adam must not confuse the elements of a gradient whose strides differ from its parameter's."""
     results = []
     for layout in (torch.contiguous_format, torch.channels_last):
         torch.manual_seed(3)
@@ -204,7 +204,7 @@ def test_an_interrupted_run_continues_bit_for_bit(folder, tmp_path):
     train_run(small_config(folder, "run.steps=6", *overrides, method=method), whole, quiet=True)
 
     def some(steps: int) -> int:
-        torch.seed()  # of what this process has drawn nothing may matter
+        torch.seed()  # the random state of this process must not matter
         command = ["train", method, "--data", str(folder), "--out", str(parts), "--quiet", *SMALL, *overrides]
         return main([*command, f"run.steps={steps}"])
 
@@ -234,7 +234,7 @@ def test_another_configuration_is_refused(folder, tmp_path, capsys):
     run = tmp_path / "run"
     arguments = ["train", "fastcut", "--data", str(folder), "--out", str(run), "--quiet", *SMALL]
     assert main([*arguments, "run.steps=1"]) == 0
-    assert main([*arguments, "run.steps=2", "run.log_every=5"]) == 0  # how a run goes may change
+    assert main([*arguments, "run.steps=2", "run.log_every=5"]) == 0  # section run may change
     assert main([*arguments, "optim.lr=0.1", "loss.lambda_nce=3"]) == 2
     message = capsys.readouterr().err
     assert "optim.lr: 0.0002, now 0.1" in message
@@ -249,7 +249,7 @@ def test_other_pictures_are_noticed(folder, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     train_run(small_config(folder, "run.steps=1"), tmp_path / "run", quiet=True)
-    train_run(small_config(copy, "run.steps=2"), tmp_path / "run", quiet=True)  # a copy is the same data
+    train_run(small_config(copy, "run.steps=2"), tmp_path / "run", quiet=True)  # a copy is the same data set
     (copy / "trainA" / "3.png").unlink()
     before = (tmp_path / "run" / "config.toml").read_text()
     with pytest.raises(ValueError, match="was trained on other pictures"):
@@ -370,7 +370,7 @@ def test_devices():
 
 
 class Toy:
-    """The loop asks no more of data than this."""
+    """The members that `DataSet` requires, and no others."""
 
     steps_per_epoch = 2
 
@@ -393,13 +393,13 @@ def test_the_loop_takes_any_data(tmp_path):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_sixteen_bits_follow_float32(precision):
-    """From the same weights and batches, losses of the first steps agree to the precision; weights stay float32."""
+    """With the same weights and batches, losses agree to the precision; weights stay in float32."""
     methods = [small_method() for _ in range(2)]
     exact, short = Step(methods[0], OptimOptions()), Step(methods[1], OptimOptions(), precision)
     if short.loss_scale is not None:
-        short.loss_scale.scale.fill_(256.0)  # the start, 65,536, overflows on purpose and is halved step by step
+        short.loss_scale.scale.fill_(256.0)  # the default start, 65,536, overflows at first
     for seed in range(4):
-        methods[1].load_state_dict(methods[0].state_dict())  # Adam turns rounding into whole steps of its rate
+        methods[1].load_state_dict(methods[0].state_dict())  # Adam amplifies rounding to steps of full size
         losses = []
         for step in (exact, short):
             torch.manual_seed(seed)
@@ -408,7 +408,7 @@ def test_sixteen_bits_follow_float32(precision):
         for name, value in losses[0].items():
             assert losses[1][name].dtype == torch.float32
             torch.testing.assert_close(losses[1][name], value, rtol=0.02, atol=0.02)
-        assert not torch.equal(losses[1]["NCE"], losses[0]["NCE"])  # it did compute in 16 bits
+        assert not torch.equal(losses[1]["NCE"], losses[0]["NCE"])  # it has computed in 16 bits
     assert all(p.dtype == torch.float32 for p in methods[1].parameters())
 
 
@@ -439,7 +439,7 @@ def test_precisions_that_do_not_exist():
 
 @pytest.mark.parametrize("method", ["cut", "fastcut"])
 def test_a_compiled_step_is_whole_and_the_same(method):
-    """No graph break, no recompilation over steps, the eager step's numbers (traced, not lowered: that is minutes)."""
+    """No graph break, no recompilation, and the numbers of the eager step. (Traced only; lowering takes minutes.)"""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     options = {"nce_idt": False, "flip_equivariance": True} if method == "fastcut" else {}
@@ -461,7 +461,7 @@ def test_a_compiled_step_is_whole_and_the_same(method):
 
 @pytest.mark.skipif(not hasattr(torch._dynamo.config, "trace_autograd_ops"), reason="PyTorch does not trace gradients")
 def test_a_whole_compiled_step_is_one_graph_and_the_same():
-    """Gradients and updates included; a step that is not finite is skipped in it as well."""
+    """The graph includes gradients and updates, and skips a step that is not finite."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     methods = [small_method(nce_idt=False).double() for _ in range(2)]
@@ -490,7 +490,7 @@ def test_a_whole_compiled_step_is_one_graph_and_the_same():
 
 @pytest.mark.skipif(not hasattr(torch._dynamo.config, "trace_autograd_ops"), reason="PyTorch does not trace gradients")
 def test_a_whole_step_that_is_compiled_anew_stays_whole():
-    """Whatever the reason: later steps are run without the setting that compiling needs."""
+    """Later steps run without the setting that compiling needs, and compile anew all the same."""
     torch._dynamo.reset()
     step = Step(small_method(nce_idt=False), OptimOptions(), compile="whole", backend="aot_eager")
     graphs = []
@@ -546,7 +546,7 @@ def test_what_cannot_be_one_graph_is_compiled_in_parts(monkeypatch):
         losses = step.run(random_batch(), Draws())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        step.run(random_batch(), Draws())  # said once
+        step.run(random_batch(), Draws())  # no second warning
     assert losses["G"].isfinite()
     monkeypatch.setattr("fastnce.engine.compiled.TRACES_GRADIENTS", "no_such_setting")
     with pytest.warns(UserWarning, match=r"not whole: PyTorch .* does not trace gradients"):
@@ -554,7 +554,7 @@ def test_what_cannot_be_one_graph_is_compiled_in_parts(monkeypatch):
 
 
 def test_a_compiler_that_fails_later_does_not_end_training():
-    """The second kind of step, FastCUT's mirrored one, is compiled when it first comes."""
+    """FastCUT's mirrored step is compiled when it first occurs."""
     graphs = []
 
     def backend(graph, inputs):
@@ -601,7 +601,7 @@ def test_tf32_set_by_the_newer_interface_is_read():
             print(set_tf32("auto", torch.device("cuda")))
         return 0 if found[0] != found[1] else 1
 
-    process = Forked(work)  # the interfaces do not mix in one process
+    process = Forked(work)  # a process cannot use both interfaces
     assert process.end() == 0, process.err.read_text()
     products = [line.split(",")[0] for line in process.out.read_text().splitlines()]
     assert products == ["TF32 in float32 products: off", "TF32 in float32 products: on"]
@@ -646,7 +646,7 @@ def test_what_the_compiler_refuses_runs_uncompiled():
     assert compiled.compiled is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert compiled(torch.ones(1)).item() == 2  # said once
+        assert compiled(torch.ones(1)).item() == 2  # no second warning
 
 
 def test_compiling_is_chosen_by_device():
@@ -666,7 +666,7 @@ def test_a_run_may_be_limited_in_time(tmp_path):
 
 
 def test_options_of_the_step_reach_it(folder, tmp_path, capsys, monkeypatch):
-    """By way of the command line: parts, recomputed blocks, and graphs, which a CPU does not have."""
+    """By the command line: parts, recomputed blocks, and graphs, which a CPU lacks."""
     made = []
     monkeypatch.setattr("fastnce.engine.step.recompute_blocks", lambda method: made.append(method))
     command = ["train", "fastcut", "--data", str(folder), "--out", str(tmp_path / "run"), "--quiet", *SMALL]

@@ -1,4 +1,4 @@
-"""What needs a CUDA device: recorded steps, several of them in one pool, failures of a recording, staged pictures."""
+"""Tests on a CUDA device: recorded steps, several in one pool, failed recordings, staged images."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(autouse=True)
 def exact_products():
-    """Float32 as it says: two forms of one step are compared."""
+    """Compute in full float32, because two forms of one step are compared."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     yield
@@ -67,7 +67,7 @@ def one_step(step: Step, number: int, batch: Batch) -> dict[str, torch.Tensor]:
 
 
 class Noise(nn.Module):
-    """Everything that a step draws: dropout, ids by `rand` and `topk`, integers as seeds of kernels, normal noise."""
+    """Every kind of random draw of a step: dropout, ids by `rand` and `topk`, seeds of kernels, normal noise."""
 
     def __init__(self):
         super().__init__()
@@ -83,7 +83,7 @@ class Noise(nn.Module):
 
 
 def test_random_numbers_follow_the_seed_of_every_step():
-    """Bit for bit: draws are functions of seed and offset, which a graph is given at each replay."""
+    """Bit for bit: draws depend on seed and offset, which a graph receives at each replay."""
     plain, recorded = Noise(), Noise()
     graphs = Graphs(recorded.compute, CudaRecorder(torch.device("cuda")), lambda: None)
     seen = set()
@@ -96,7 +96,7 @@ def test_random_numbers_follow_the_seed_of_every_step():
         found = graphs.run(batch, draws)
         for name, value in expected.items():
             assert torch.equal(found[name], value), (number, name)
-        assert torch.equal(torch.rand(3, device="cuda"), after)  # and what is drawn after the step
+        assert torch.equal(torch.rand(3, device="cuda"), after)  # draws after the step, too
         seen.add(tuple(expected["ids"].tolist()))
     assert len(seen) == 4 * WARM_UP
     assert not graphs.failed
@@ -107,7 +107,7 @@ def test_random_numbers_follow_the_seed_of_every_step():
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("preset", ["cut", "fastcut", "sincut", "cyclegan", "dclgan", "simdcl", "dcdgan"])
 def test_a_recorded_step_is_the_step(preset, precision):
-    """To rounding, not bit for bit: backward passes add up in an order that differs from run to run (atomics)."""
+    """Equal to rounding, not bit for bit: backward passes use atomics, whose order differs between runs."""
     if preset == "sincut" and precision == "fp16":
         pytest.skip("its R1 penalty leaves float16's range at the first steps, with graphs and without")
     images = 1 if preset == "simdcl" else 2
@@ -121,7 +121,7 @@ def test_a_recorded_step_is_the_step(preset, precision):
             step.loss_scale.scale.fill_(64.0)
     for number in range(4 * WARM_UP):
         batch = random_batch(images)
-        with torch.no_grad():  # differences of rounding must not add up: Adam turns them into whole steps of its rate
+        with torch.no_grad():  # Adam amplifies rounding to steps of full size
             state = one.state()
             for key, tensor in other.state().items():
                 tensor.copy_(state[key])
@@ -137,7 +137,7 @@ def test_a_recorded_step_is_the_step(preset, precision):
 
 
 def test_a_recorded_run_counts_its_warm_up_and_follows_the_rate():
-    """The step counts of Adam, and weights that stand still at rate 0."""
+    """Adam counts steps, and a rate of 0 leaves the weights unchanged."""
     step = Step(method_of("cut"), OptimOptions(), graph=True)
     for number in range(WARM_UP + 4):
         one_step(step, number, random_batch())
@@ -157,7 +157,7 @@ def test_a_recorded_run_counts_its_warm_up_and_follows_the_rate():
 @pytest.mark.parametrize("preset", ["cut", "cyclegan"])
 @pytest.mark.parametrize("phase", [0, 1])
 def test_a_bad_step_is_taken_back_by_the_graph(preset, phase):
-    """One of its gradients is not finite: the generators' or the discriminators'."""
+    """A gradient is not finite, of the generators or of the discriminators."""
     factor, method = torch.ones((), device="cuda"), method_of(preset)
     phases = list(method.phases())
     loss = phases[phase].loss
@@ -190,7 +190,7 @@ def test_a_bad_step_is_taken_back_by_the_graph(preset, phase):
 
 
 def test_a_failed_recording_leaves_training_and_random_numbers_alone():
-    """The step reads a value on the host: allowed while it warms up, not while it is recorded."""
+    """The step reads a value on the host, which works during warm-up and fails during recording."""
     plain, recorded = twins(lambda: method_of("cut"))
     one, other = Step(plain, OptimOptions()), Step(recorded, OptimOptions(), graph=True)
     real = other.phases[1].loss
@@ -214,7 +214,7 @@ def test_a_failed_recording_leaves_training_and_random_numbers_alone():
             expected, found = one_step(one, 70 + number, batch), one_step(other, 70 + number, batch)
             for name, loss in expected.items():
                 torch.testing.assert_close(found[name], loss, rtol=1e-4, atol=1e-5)
-    # another step of this process can still be recorded, and memory still comes back
+    # another step of this process can still be recorded, and memory is still freed
     third = Step(method_of("cut"), OptimOptions(), graph=True)
     for number in range(WARM_UP + 2):
         one_step(third, number, random_batch())
@@ -252,10 +252,10 @@ def test_a_compiled_step_is_recorded_too(compile):
         with torch.no_grad():
             state = one.state()
             for key, tensor in other.state().items():
-                if key in state:  # "whole" makes Adam's moments ahead of the first step
+                if key in state:  # "whole" makes Adam's moments before the first step
                     tensor.copy_(state[key])
         expected, found = one_step(one, number, batch), one_step(other, number, batch)
-        for name in ("D_real", "D_fake", "G_GAN"):  # ids are drawn otherwise in compiled code
+        for name in ("D_real", "D_fake", "G_GAN"):  # compiled code draws other ids
             torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-4)
     assert not other.graphs.failed
     if compile == "whole":
@@ -302,7 +302,7 @@ def test_ranks_exchange_gradients_inside_the_graph():
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_staged_pictures_are_the_resident_ones(folder, batch):
-    """Bit for bit, in order, out of order, and while the step before is still running."""
+    """Bit-equal in order, out of order, and while the step before is still running."""
     options = {"load_size": 36, "crop_size": 32, "batch": batch, "device": "cuda", "seed": 5}
     resident = UnpairedData(folder, **options)
     staged = UnpairedData(folder, **options, cache_budget=0)
@@ -311,7 +311,7 @@ def test_staged_pictures_are_the_resident_ones(folder, batch):
     busy = torch.rand(4096, 4096, device="cuda")
     for number in (0, 1, 2, 3, 9, 10, 4, 5, 5, 6):
         for _ in range(20):
-            busy = busy @ busy  # the device lags behind
+            busy = busy @ busy  # keeps the device busy
             busy = busy / busy.abs().max()
         found = staged.batch(number)
         for one, other in zip(resident.batch(number), found, strict=True):

@@ -1,4 +1,4 @@
-"""What a launcher says in the environment, and is told at once where it makes no sense."""
+"""The environment variables of a launcher, and messages about wrong ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GOOD = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0
 
 @pytest.fixture
 def environment(monkeypatch):
-    """Sets the launcher's variables; whoever would connect fails the test."""
+    """Sets the launcher's variables; connecting fails the test."""
     monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: pytest.fail("it tried to connect"))
 
     def put(**changes: str) -> None:
@@ -56,7 +56,7 @@ WRONG = [
 @pytest.mark.parametrize(("changes", "sentence"), WRONG)
 def test_variables_that_make_no_sense(changes, sentence, environment, folder, tmp_path, capsys, monkeypatch):
     environment(**changes)
-    if "MASTER_ADDR" in changes:  # what a name server answers, whether there is one here or not
+    if "MASTER_ADDR" in changes:  # replaces the name server
 
         def lookup(address, port):
             raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
@@ -78,7 +78,7 @@ def test_variables_that_do(environment, monkeypatch):
     assert read_ranks() == Ranks(1, 2, 0)
     environment(WORLD_SIZE="1", RANK="0", LOCAL_RANK="0", MASTER_PORT="unset")
     assert read_ranks() == Ranks()
-    environment(WORLD_SIZE="unset")  # RANK alone is another program's
+    environment(WORLD_SIZE="unset")  # RANK alone belongs to another program
     assert read_ranks() == Ranks()
 
     def late(address, port):
@@ -86,7 +86,7 @@ def test_variables_that_do(environment, monkeypatch):
 
     environment(MASTER_ADDR="node-1")
     monkeypatch.setattr(socket, "getaddrinfo", late)
-    assert read_ranks().world == 2  # the library asks again
+    assert read_ranks().world == 2  # a later lookup may succeed
 
 
 def test_more_ranks_than_accelerators(environment, monkeypatch):

@@ -1,4 +1,4 @@
-"""log.txt and metrics.jsonl on disks that fail, and after a kill: lines are whole or absent."""
+"""log.txt and metrics.jsonl on failing disks and after a kill: lines are complete or absent."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ERRORS = [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS, errno
 
 
 def failing_write(monkeypatch, code: int, takes: int) -> list[bool]:
-    """`os.write` takes so many bytes of a line, then fails; while the list that is returned holds True."""
+    """While the returned list holds True, `os.write` takes so many bytes of a line, then fails."""
     real, fails = os.write, [True]
     taken = []
 
@@ -63,7 +63,7 @@ def test_a_part_that_cannot_be_cut_off_ends_its_line(tmp_path, monkeypatch):
 
 
 def test_a_limit_of_the_system(tmp_path):
-    """RLIMIT_FSIZE: the write that reaches it is short, the next one fails."""
+    """RLIMIT_FSIZE: the write that reaches the limit is short, and the next one fails."""
     lines = Lines(tmp_path / "m")
     with largest_file(100):
         errors = [lines.write("x" * 29) for _ in range(5)]
@@ -72,7 +72,7 @@ def test_a_limit_of_the_system(tmp_path):
 
 
 def test_a_torn_last_line_is_cut_off(tmp_path):
-    """A record cut at every byte, as a kill or a power cut leaves it."""
+    """A record cut at any byte, as after a kill or a power cut."""
     path = tmp_path / "m"
     record = json.dumps({"step": 3, "G": 0.5, "name": "é"}, ensure_ascii=False).encode()
     for end in range(1, len(record) + 1):
@@ -83,7 +83,7 @@ def test_a_torn_last_line_is_cut_off(tmp_path):
         lines.close()
         steps = [json.loads(line)["step"] for line in path.read_bytes().splitlines()]
         assert steps == ([1, 2, 4] if end < len(record) else [1, 2, 3, 4])
-    path.write_bytes(b"\0" * 5000)  # blocks that never reached the disk
+    path.write_bytes(b"\0" * 5000)  # blocks that were not written to the disk
     Lines(path, json_only=True)
     assert path.read_bytes() == b""
 
@@ -130,7 +130,7 @@ def test_a_log_on_a_device_that_is_full(tmp_path, capsys):
     log.close()
     told = capsys.readouterr()
     assert told.out == ""
-    assert told.err.count("\n") == 1  # a quiet run has nowhere else to say it
+    assert told.err.count("\n") == 1  # the only place of a quiet run
     assert f"{tmp_path / 'log.txt'}: {NO_ROOM}" in told.err
     assert FULL.is_char_device()
 
@@ -149,7 +149,7 @@ def test_names_that_are_no_unicode_are_logged(tmp_path):
 
 
 def test_tensorboard_that_fails_is_left_out(tmp_path, monkeypatch, capsys):
-    """Its thread writes, so that an error comes late and from every call."""
+    """TensorBoard writes in a thread, so an error is raised late and by every call."""
 
     class Writer:
         def __init__(self, folder):

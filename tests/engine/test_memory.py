@@ -1,4 +1,4 @@
-"""What a process keeps of the memory that it has freed."""
+"""A process keeps the memory that it has freed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files have the mode that the umask gives, also those that a library or this package writes aside and renames."""
+"""Files have the mode of the umask, also if they are written by a library or under another name first."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def umask(request):
 
 def make(path: Path, seed: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    channels = 3 + seed % 2  # those with alpha are written otherwise
+    channels = 3 + seed % 2  # images with alpha take another path
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, (40, 36, channels), np.uint8)).save(path)
 
 

@@ -1,4 +1,4 @@
-"""Signs of collapse: each is made to happen, and healthy runs stay quiet."""
+"""Each sign of a failing training is provoked and detected; healthy runs give no warning."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_collapsed_generator_is_seen():
     method = Scripted(lambda a: a)
     assert [watch.look(method) for _ in range(3)] == [[], [], []]
     assert watch.response == pytest.approx(1)
-    method.function = lambda a: one + 0.01 * a  # always the same picture, with a trace of the input
+    method.function = lambda a: one + 0.01 * a  # nearly the same image for every input
     first, second, third = (watch.look(method) for _ in range(3))
     assert first == third == []
     assert len(second) == 1
@@ -65,7 +65,7 @@ def test_a_collapsed_generator_is_seen():
     assert watch.short() == "WARNING: output ignores input"
     assert watch.metrics()["warnings"] == 1
     assert watch.metrics()["response"] == pytest.approx(0.01, rel=1e-3)
-    method.function = lambda a: a.flip(3)  # not the identity, and yet it depends on the input
+    method.function = lambda a: a.flip(3)  # not the identity, but it depends on the input
     assert [len(watch.look(method)) for _ in range(3)] == [0, 1, 0]
     assert watch.short() == ""
 
@@ -93,7 +93,7 @@ def test_identity_that_falls_is_seen():
 
 
 def test_a_generator_may_leave_the_identity_that_it_started_as():
-    """From infinitely many dB down to 27, and methods that do not ask for identity at all."""
+    """A fall from infinite to 27 dB, and any fall in methods without an identity loss."""
     watch = Monitor(identity=("idt_A",), pictures=samples())
     watch.judge({"idt_A": 0.1})
     method = Scripted(lambda a: a)
@@ -132,7 +132,7 @@ def test_a_discriminator_that_has_won_is_seen(discriminators, losses):
 def test_a_discriminator_that_wins_now_and_then_is_no_matter():
     watch = Monitor(TWO)
     for value in (0.0, 0.0, 0.0, 0.0, 0.3) * 4:
-        assert watch.judge({"D_A": value, "D_B": -0.5}) == []  # below 0: a critic's loss, which has no floor
+        assert watch.judge({"D_A": value, "D_B": -0.5}) == []  # below 0: the loss of a critic, which has no lower limit
 
 
 def test_one_sample_is_not_compared():
@@ -158,7 +158,7 @@ def test_a_healthy_run_is_quiet(folder, tmp_path):
 
 
 def test_a_run_says_it_in_its_log(folder, tmp_path):
-    """A new published network gives the same grey for every picture: that is a collapsed one until it has learned."""
+    """A new published network returns the same grey for every image, which looks like a collapse at first."""
     rows, text = run_of(folder, tmp_path / "run", "run.steps=3", "run.monitor_every=1")
     assert text.count("warning: the outputs hardly depend on the input") == 1
     assert "| WARNING: output ignores input" in text

@@ -1,4 +1,4 @@
-"""A run that is continued with another batch of all ranks: epochs, learning rate, end and pictures against tables."""
+"""A run continued with another batch size: epochs, learning rate, end and images against tables."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from fastnce.engine.checkpoint import Checkpoints
 from fastnce.engine.distributed import Ranks
 from fastnce.engine.loop import train
 from fastnce.engine.options import OptimOptions, RunOptions
-from fastnce.engine.state import sealed
+from fastnce.engine.state_file import sealed
 from fastnce.methods import Group, Method, Phase
 from fastnce.training import check_same_run, train_run
 from tests.engine.test_engine import SMALL, small_config, training_tensors
 
 
 class Dot(Method):
-    """The smallest method: one convolution of 1x1, one loss."""
+    """The smallest method: one 1x1 convolution and one loss."""
 
     options = None
 
@@ -49,7 +49,7 @@ class Dot(Method):
 
 
 class Data:
-    """Epochs of so many pictures; keeps what it was asked for."""
+    """Epochs of so many images; records the steps that it is asked for."""
 
     def __init__(self, batch: int, epoch: int = 4):
         self.size, self.steps_per_epoch = batch, max(1, epoch // batch)
@@ -72,13 +72,13 @@ RATES = {0: 0.9, 1: 0.9, 2: 0.6, 3: 0.3}  # by epoch: full in n_epochs, then fal
 
 @pytest.fixture
 def together(monkeypatch):
-    """Exchanges between ranks give back what one put in, so that one rank of several runs alone."""
+    """Exchanges between ranks return their input, so that one rank of several can run alone."""
     for name in ("broadcast", "all_reduce"):
         monkeypatch.setattr(torch.distributed, name, lambda *_, **__: None)
 
 
 def go(folder: Path, ranks: int, batch: int, steps: int = 0, epoch: int = 4, **changes) -> tuple[Data, int]:
-    """Train to a step in all with so many ranks and pictures each; the data, and the steps done."""
+    """Train up to a step with so many ranks and images per rank; returns the data and the steps done."""
     run = RunOptions(steps=steps, log_every=1, sample_every=0, monitor_every=0, save_every=100, **changes)
     data = Data(batch, epoch)
     data.steps_per_epoch = max(1, epoch // (batch * ranks))
@@ -148,15 +148,15 @@ def test_the_schedule_goes_on_where_it_was(name, tmp_path, together):
 
 
 def test_the_epochs_rest_is_dropped_with_any_batch(tmp_path):
-    """5 pictures in steps of 2: the fifth is left out, and what has been seen of an epoch never leads beyond it."""
+    """5 images in steps of 2: the fifth is left out, and the place never leads beyond the epoch."""
     go(tmp_path, 1, 1, 4, epoch=5)
     data, done = go(tmp_path, 1, 2, epoch=5, change_batch=True)
-    assert [step for step, _ in data.asked] == [2, 3, 4, 5, 6, 7]  # four of five seen: the next epoch begins
+    assert [step for step, _ in data.asked] == [2, 3, 4, 5, 6, 7]  # four of five are seen: the next epoch begins
     assert done == 10
 
 
 def test_the_rate_of_the_optimiser_is_the_schedules(tmp_path, monkeypatch):
-    """Not only what is logged: a step of Adam from rest is as long as the rate."""
+    """The rate that is used, not only logged: Adam's first step has the length of the rate."""
     from fastnce.engine.step import Step
 
     rates = []
@@ -192,7 +192,7 @@ def test_a_finished_run_says_so(tmp_path, together):
     go(tmp_path, 1, 1, 3)
     assert go(tmp_path, 1, 1, 2)[1] == 3
     assert "nothing is left to do: run.steps=2 is done" in (tmp_path / "log.txt").read_text()
-    assert go(tmp_path, 2, 1, change_batch=True)[1] == 10  # 3, then 7 of two pictures
+    assert go(tmp_path, 2, 1, change_batch=True)[1] == 10  # 3 steps, then 7 of two images
     log = (tmp_path / "log.txt").read_text()
     assert "steps of 2 pictures a domain from here on, of 1 before: epoch 1 goes on where it was" in log
     data, done = go(tmp_path, 2, 1)
@@ -200,12 +200,12 @@ def test_a_finished_run_says_so(tmp_path, together):
     last = (tmp_path / "log.txt").read_text().splitlines()[-1]
     assert last.startswith("nothing is left to do: 4 epochs are done")
     assert last.endswith("is at step 10")
-    for batch in (1, 4):  # finished is finished, whatever the batch
+    for batch in (1, 4):  # a finished run stays finished with any batch size
         assert go(tmp_path, 1, batch, change_batch=True)[1] == 10
 
 
 def forget(run: Path) -> None:
-    """Make checkpoints what earlier versions wrote."""
+    """Change checkpoints to those of earlier versions."""
     for path in (run / "checkpoints").glob("step-*/state.json"):
         state = json.loads(path.read_text())
         for key in ("progress", "format", "digest", "finite", "sound"):
@@ -222,7 +222,7 @@ def test_older_checkpoints_are_read_as_before(tmp_path):
     assert [row["pictures"] for row in rows] == [1, 2, 3, 4, 5, 6, 7]
     go(tmp_path, 1, 1, 12)
     forget(tmp_path)
-    for change in (False, True):  # 8 steps of two pictures are the whole schedule
+    for change in (False, True):  # 8 steps of two images are the whole schedule
         with pytest.raises(ValueError, match=r"at step 12, beyond the 8 of the schedule: it had a smaller batch"):
             go(tmp_path, 1, 2, change_batch=change)
 
@@ -232,7 +232,7 @@ def command(folder: Path, run: Path, *more: str) -> list[str]:
 
 
 def test_the_command_refuses_before_anything_is_written(folder, tmp_path, capsys):
-    """Also where it would start several processes: nothing is started."""
+    """Also if several processes would be started: none is."""
     run = tmp_path / "run"
     assert main(command(folder, run, "run.steps=1")) == 0
     before = {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
@@ -250,7 +250,7 @@ def test_the_command_refuses_before_anything_is_written(folder, tmp_path, capsys
 
 
 def split(run: Path, ranks: int, batch: int) -> None:
-    """Make checkpoints what so many ranks would have written: their weights are those of one process."""
+    """Change checkpoints to those of so many ranks, whose weights are those of one process."""
     for path in (run / "checkpoints").glob("step-*/state.json"):
         state = json.loads(path.read_text())
         assert state["progress"]["batch"] == ranks * batch
@@ -260,7 +260,7 @@ def split(run: Path, ranks: int, batch: int) -> None:
 
 
 def test_a_batch_that_is_split_otherwise_is_the_same_run(folder, tmp_path):
-    """Bit for bit, and also where the batch is computed in parts."""
+    """Bit for bit, also if the batch is computed in parts."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     options = ["data.batch=2", "optim.n_epochs=1", "optim.n_epochs_decay=1"]
     train_run(small_config(folder, *options), whole, quiet=True)
@@ -273,7 +273,7 @@ def test_a_batch_that_is_split_otherwise_is_the_same_run(folder, tmp_path):
     one, other = training_tensors(whole), training_tensors(parts)
     assert one.keys() == other.keys()
     assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
-    train_run(small_config(folder, *options, "optim.accumulate=2"), parts, quiet=True)  # finished: read, not refused
+    train_run(small_config(folder, *options, "optim.accumulate=2"), parts, quiet=True)  # finished, so not refused
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def test_a_damaged_checkpoint_is_passed_over_by_the_command(folder, tmp_path, ca
     assert main(command(folder, run, "run.steps=3")) == 0
     assert "step-00000002 is damaged (state.json is no JSON" in (run / "log.txt").read_text()
     kept = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
-    assert kept == ["step-00000001", "step-00000002", "step-00000003"]  # two that are whole, and the damaged one
+    assert kept == ["step-00000001", "step-00000002", "step-00000003"]  # two complete ones, and the damaged one
     for path in (run / "checkpoints").glob("step-*/state.json"):
         path.write_text("{}")
     written = (run / "config.toml").stat().st_mtime_ns

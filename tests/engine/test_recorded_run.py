@@ -1,7 +1,7 @@
-"""Every paper trained with its step recorded: sampled, validated, saved, stopped and continued between replays.
+"""Train every method with a recorded step: sampled, validated, saved, stopped and continued between replays.
 
-Nothing that a recording reads or writes may move meanwhile, and nothing may be recorded anew. On the CPU a recorder
-stands in for CUDA's (see test_cudagraph.py), and a run that was stopped equals one that was not, bit for bit.
+No tensor that a recording reads or writes may move, and no step may be recorded twice. On the CPU, a recorder replaces
+CUDA's (see test_cudagraph.py), and a run that was stopped is bit-equal to one that was not.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tests.engine.test_cudagraph import Tape
 SIDE = 32
 EVERY = WARM_UP + 2
 STOP, STEPS = EVERY + 1, 2 * EVERY + 1
-"""Each of both parts of a run warms up, records, replays, is sampled, measured and saved, and replays again."""
+"""Both parts of a run warm up, record, replay, sample, measure, save, and replay again."""
 
 SMALL = [
     "network.width=4",
@@ -68,7 +68,7 @@ CASES = [*PRESETS, "cut fp16", "dcdgan bank"]
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """Three pictures a domain and two pairs; `one` has a single picture a domain, larger than its crops."""
+    """Three images per domain and two pairs; `one` has a single image per domain, larger than its crops."""
     numbers = np.random.default_rng(0)
     for name, count, side in (
         *(("set/trainA", 3, 40), ("set/trainB", 3, 40), ("set/test/rain", 2, 44), ("set/test/norain", 2, 44)),
@@ -94,7 +94,7 @@ def configured(preset: str, pictures: Path, *overrides: str):
 
 
 def lies(step: Step) -> dict[str, int]:
-    """The address of everything that a step reads and writes between one call and the next."""
+    """The addresses of all tensors that a step reads or writes and that outlive it."""
     tensors = dict(step.state()) | {f"buffer/{name}": tensor for name, tensor in step.method.named_buffers()}
     for name, group in step.groups.items():
         tensors[f"lr/{name}"] = group.lr
@@ -105,7 +105,7 @@ def lies(step: Step) -> dict[str, int]:
 
 
 class Watch:
-    """What a run's recorder adds to its device's: where all lay when it recorded, and that it lies there still."""
+    """A recorder that notes all addresses when it records, and checks them later."""
 
     def __init__(self, recorder: Any):
         self.recorder = recorder
@@ -130,13 +130,13 @@ class Watch:
         assert all(loss.numel() == 1 for loss in losses.values())
 
     def close(self, graphs: Any) -> None:
-        assert lies(self.step) == self.lay  # also after the last samples, measures and checkpoint
+        assert lies(self.step) == self.lay  # also after the last samples, validation and checkpoint
         self.closed += len(graphs)
         self.recorder.close([graph for graph, _ in graphs])
 
 
 def train(config: Any, out: Path, monkeypatch: pytest.MonkeyPatch) -> Watch:
-    """Train with a watched recorder; anything unusual that is said is an error."""
+    """Train with a watched recorder; warnings are errors."""
     found: list[Watch] = []
 
     def watched(method: torch.nn.Module, *arguments: Any, graph: bool, **options: Any) -> Step:
@@ -167,7 +167,7 @@ def saved(run: Path) -> dict[str, torch.Tensor]:
 
 
 def rows(run: Path) -> dict[int, dict[str, float]]:
-    """The losses of every step, as they were logged."""
+    """The logged losses of every step."""
     found: dict[int, dict[str, float]] = {}
     for line in (run / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
@@ -177,7 +177,7 @@ def rows(run: Path) -> dict[int, dict[str, float]]:
 
 
 def lengths(preset: str) -> tuple[int, int]:
-    """FastCUT's two kinds of steps come at random."""
+    """FastCUT's two kinds of steps occur at random."""
     return (13, 26) if preset == "fastcut" else (STOP, STEPS)
 
 
@@ -210,7 +210,7 @@ def test_a_recorded_run_that_was_stopped_is_the_run(case, pictures, tmp_path, mo
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_recorded_by_cuda_holds_still(case, pictures, tmp_path, monkeypatch):
-    """Not bit for bit as above: backward passes add up in an order that differs from run to run (atomics)."""
+    """Not bit-equal as above: backward passes use atomics, whose order differs between runs."""
     preset, _, change = case.partition(" ")
     options = ["run.device=cuda", "run.graph=true", *OF_CHANGE[change]]
     run = tmp_path / "run"
@@ -218,5 +218,5 @@ def test_a_run_recorded_by_cuda_holds_still(case, pictures, tmp_path, monkeypatc
         watch = train(configured(preset, pictures, f"run.steps={steps}", *options), run, monkeypatch)
         check_run(preset, watch, run, steps)
         kept = saved(run)
-        for key, tensor in watch.step.state().items():  # the checkpoint is of after the last replay
+        for key, tensor in watch.step.state().items():  # the checkpoint follows the last replay
             assert tensor.cpu().contiguous().numpy().tobytes() == kept[key].numpy().tobytes(), key

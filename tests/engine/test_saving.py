@@ -1,4 +1,4 @@
-"""Whether a run's last state is on the disk: checkpoints that cannot be written, and errors between and in steps."""
+"""Is a run's last state on the disk? Checkpoints that cannot be written, and errors between and within steps."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def disk(monkeypatch):
-    """What the disk says to a checkpoint, by the count of the calls; None lets it be written."""
+    """The error of the disk for each checkpoint, by its number; None lets it be written."""
     answers: dict[int, Exception] = {}
     real, calls = checkpoint.save_file, []
 
@@ -82,7 +82,7 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 
 @pytest.mark.parametrize("quiet", [False, True])
 def test_a_schedule_that_ends_on_a_full_disk(quiet, folder, tmp_path, capsys, disk):
-    """Exit code 1, and what is left is named; with room again, the same command ends as one that was never stopped."""
+    """Exit code 1, naming what is left. With room again, the same command ends like an undisturbed run."""
     run, command = tmp_path / "run", tiny(folder, tmp_path / "run", "run.save_every=1", "run.steps=4")
     command += ["--quiet"] if quiet else []
     disk.update({place: OSError(errno.ENOSPC, NO_ROOM) for place in (1, 3, 4, 5)})
@@ -109,7 +109,7 @@ def test_a_schedule_that_ends_on_a_full_disk(quiet, folder, tmp_path, capsys, di
 
 
 def test_the_last_state_is_tried_once_more(tmp_path, monkeypatch, disk):
-    """After the last step, where `best` is saved too."""
+    """After the last step, when `best` is saved too."""
     monkeypatch.setattr(Scripted, "values", [20.0, 25.0])
     disk[2] = OSError(errno.EIO, "")
     go(tmp_path, Scripted(), 2)
@@ -118,7 +118,7 @@ def test_the_last_state_is_tried_once_more(tmp_path, monkeypatch, disk):
 
 
 def test_a_limit_of_the_system_for_every_file(folder, tmp_path, capsys):
-    """RLIMIT_FSIZE, which neither checkpoints nor, after a while, the log fit into."""
+    """RLIMIT_FSIZE is too small for checkpoints and, after a while, for the log."""
     run = tmp_path / "run"
     assert main(tiny(folder, run, "run.steps=2")) == 0
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and "checkpoints" in path.parts}
@@ -146,7 +146,7 @@ def test_a_signal_on_a_full_disk_does_not_say_saved(folder, tmp_path, capsys, di
 
     def run(step, *arguments):
         begun.append(step)
-        if begun.count(step) == 2:  # before, nothing would be lost
+        if begun.count(step) == 2:  # before the first step, nothing would be lost
             os.kill(os.getpid(), signal.SIGTERM)
         return real(step, *arguments)
 
@@ -215,7 +215,7 @@ def test_an_error_between_steps_is_saved_before(error, folder, tmp_path, monkeyp
 
 
 def test_an_error_in_a_step_saves_nothing(folder, tmp_path, monkeypatch):
-    """Half of its updates may have been made."""
+    """Some of the step's updates may have been made."""
     failing_at(monkeypatch, Step, "_differentiate", RuntimeError("a fault of ours"), call=2 * 2)
     with pytest.raises(RuntimeError, match="a fault of ours"):
         main(tiny(folder, tmp_path / "run", "run.steps=5"))
@@ -244,7 +244,7 @@ def test_an_error_on_a_full_disk_tells_both(folder, tmp_path, monkeypatch, capsy
 
 
 def test_ranks_fail_together(monkeypatch):
-    """What each of two ranks raises, by what the other one exchanges: (a mistake of the user, something else)."""
+    """The error of one rank, by the failure that the other one reports: (a mistake of the user, another error)."""
     theirs = [0.0, 0.0]
 
     def all_reduce(flags, op):
@@ -273,11 +273,11 @@ def test_ranks_fail_together(monkeypatch):
     assert type(lost) is RankLost
     assert [fails_everywhere(found) for found in (mistake, fault, lost, OSError())] == [True, True, True, False]
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("gone")))
-    assert raised(mistake) is mistake  # not that nobody answers
+    assert raised(mistake) is mistake  # not the error of the exchange
 
 
 def test_a_rank_that_does_not_write_asks_the_first_one(tmp_path):
-    """Both save, and ask each other, as often: else one waits for the other."""
+    """Both ranks communicate equally often: else one would wait forever."""
     asked = []
 
     class Second(Ranks):
@@ -294,7 +294,7 @@ def test_a_rank_that_does_not_write_asks_the_first_one(tmp_path):
         saving.end()
     assert asked == [0, "drift", 0]
     saving.after(RankLost("gone"))
-    assert len(asked) == 3  # nobody is there to ask
+    assert len(asked) == 3  # there is no other rank
     lost = RankLost("another rank has failed in `together`")
     lost.__dict__["everywhere"] = True
     saving.after(lost)
@@ -325,7 +325,7 @@ def test_two_ranks_end_alike_on_a_full_disk(folder, tmp_path):
 
 
 def test_training_outlives_a_closed_pipe(folder, tmp_path):
-    """`| head -2`: log.txt has all, and the exit code is that of a finished run."""
+    """`| head -2`: log.txt is complete, and the exit code is that of a finished run."""
     run = tmp_path / "run"
     command = [sys.executable, "-m", "fastnce", *tiny(folder, run, "run.steps=4", f"data.cache_dir={tmp_path / 'c'}")]
     script = '{ "$@"; echo $? >"$CODE"; } 2>&1 | head -n 2'

@@ -1,4 +1,4 @@
-"""Signals: what is done is saved, what is begun is removed, nothing stays behind, and exit codes tell which."""
+"""Signals: complete steps are saved, partial files are removed, no process is left, exit codes name the signal."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_a_second_signal_ends_at_once_but_not_one_that_a_launcher_doubles(comman
 
 
 def test_what_was_ignored_stays_ignored(command, tmp_path):
-    """As SIGHUP is under nohup."""
+    """As SIGHUP under nohup."""
     process = Forked(lambda: main([*command, "run.steps=4"]), ignore=(signal.SIGHUP,))
     process.wait_for_line("step 1/")
     process.send(signal.SIGHUP)
@@ -158,7 +158,7 @@ def alive(pid: int) -> bool:
 
 
 class Launched:
-    """Three ranks that note the signals they get."""
+    """Three ranks that record the signals they receive."""
 
     def __init__(self, tmp_path, monkeypatch):
         monkeypatch.setattr(launch, "COMMAND", [sys.executable, "-I", "-c", RANK])
@@ -214,7 +214,7 @@ def test_a_rank_that_is_killed_ends_the_others(monkeypatch, tmp_path):
 
 
 class Library:
-    """Python drops what is raised within: compilers have such callbacks for all their references."""
+    """Python drops errors raised in `__del__`, and those in the reference callbacks of compilers alike."""
 
     def __del__(self):
         signal.raise_signal(signal.SIGTERM)
@@ -285,7 +285,7 @@ def test_two_real_ranks_save_when_their_launcher_is_killed(command, tmp_path):
         if "step 3/" in line:
             break
     process.kill()
-    rest = process.stdout.read()  # until the last of them has closed it
+    rest = process.stdout.read()  # until the last process has closed it
     assert " stopped after step" in rest  # SIGTERM: or, where the other one noticed first, another process was asked
     process.wait()
     assert saved(tmp_path) >= 3
@@ -295,7 +295,7 @@ def test_two_real_ranks_save_when_their_launcher_is_killed(command, tmp_path):
 
 
 def test_importing_the_package_does_not_import_pytorch():
-    """Ctrl-C in the seconds that PyTorch takes is then the command's to answer."""
+    """The command handles a Ctrl-C during the seconds in which PyTorch is imported."""
     code = "import sys, fastnce; assert 'torch' not in sys.modules; print(set(fastnce.__all__) - set(dir(fastnce)))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert (found.stdout, found.stderr) == ("set()\n", "")

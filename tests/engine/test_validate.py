@@ -1,4 +1,4 @@
-"""Held-out pairs during training: what is measured, what `best` names, and that training does not notice."""
+"""Held-out pairs during training: the measures, the checkpoint `best`, and an unchanged training."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def noise(*shape: int, seed: int) -> np.ndarray:
 
 @pytest.fixture
 def rainy_set(tmp_path: Path) -> Path:
-    """Unpaired training pictures and three test pairs of sides that are no multiples of 4."""
+    """Unpaired training images, and three test pairs whose sides are no multiples of 4."""
     root = tmp_path / "set"
     for name, count in (("trainA", 3), ("trainB", 3), ("test/rain", 3), ("test/norain", 3)):
         (root / name).mkdir(parents=True)
@@ -91,7 +91,7 @@ def test_values_are_those_of_evaluate(rainy_set, tmp_path, capsys):
     assert found[0] == pytest.approx(scores["inputs"]["psnr_y"], abs=1e-9)
     assert found[4] == pytest.approx(scores["mean"]["psnr_y"], abs=1e-4)  # the averaged weights
     assert lines(run, "held_out_ssim_y")[4] == pytest.approx(scores["mean"]["ssim_y"], abs=1e-6)
-    assert abs(found[4] - found[0]) > 1e-3  # it was the model that was measured
+    assert abs(found[4] - found[0]) > 1e-3  # the model was measured, not the inputs
     assert "dB (" in (run / "log.txt").read_text().splitlines()[-1]  # the progress line
 
 
@@ -114,12 +114,12 @@ def test_interrupted_and_continued(rainy_set, tmp_path):
     for key, tensor in whole.items():
         assert torch.equal(tensor, parts[key]), key
     one, other = (lines(tmp_path / name, "held_out_psnr_y") for name in ("whole", "parts"))
-    assert one == {step: value for step, value in other.items() if step != 3}  # its last step is measured too
+    assert one == {step: value for step, value in other.items() if step != 3}  # the last step is measured too
     assert [Checkpoints(tmp_path / n / "checkpoints").best() is not None for n in ("whole", "parts")] == [True, True]
 
 
 class Scripted(Validation):
-    """Pairs whose values come from a list."""
+    """Validation with values from a list."""
 
     values: ClassVar = [20.0, 23.0, 21.0, 22.0, 19.0, 24.0]
 
@@ -170,7 +170,7 @@ def test_best_is_kept_and_survives(tmp_path, monkeypatch):
     assert best[1]["validation"]["psnr_y"] == 23.0
     assert follow(tmp_path / "checkpoints" / "best") == best[0]
     assert follow(tmp_path / "checkpoints" / "latest").name == "step-00000004"
-    go(tmp_path, Scripted(), 5)  # 19 is no new best, although this process has seen nothing else
+    go(tmp_path, Scripted(), 5)  # 19 is no new best, although it is the first value of this process
     assert checkpoints.best()[0].name == "step-00000002"
     go(tmp_path, Scripted(), 6)
     assert checkpoints.best()[0].name == "step-00000006"
@@ -234,7 +234,7 @@ def test_no_pairs_is_said(rainy_set, tmp_path, capsys):
 
 
 def test_ranks_share_the_pairs(rainy_set):
-    """Two ranks measure different pairs, which make up the whole."""
+    """Two ranks measure different pairs, which together are all pairs."""
     pairs = find_pairs(rainy_set)
     alone = Validation(pairs, 3, torch.device("cpu"), Translator)
     alone.measure_inputs()
@@ -248,7 +248,7 @@ def test_ranks_share_the_pairs(rainy_set):
             tables.append(values)
             return sum(tables) / 2
 
-    for rank in (0, 1):  # the second one adds what the first one has measured
+    for rank in (0, 1):  # the second one adds the values of the first
         shared = Validation(pairs, 3, torch.device("cpu"), Translator, Half(rank, 2))
         shared.measure_inputs()
     assert shared.inputs == pytest.approx(alone.inputs)

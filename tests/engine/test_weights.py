@@ -1,4 +1,4 @@
-"""Weights converted a network at a time give, to the bit, what autocast gives."""
+"""Weights that are converted one network at a time give the same bits as autocast."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.methods.test_methods_more import build, pictures
 
 
 def two_steps(make, batches: list[Batch], precision: str = "bf16", **options) -> tuple[Step, Step]:
-    """A step as it is, and one that leaves the conversions to autocast, both after the same batches."""
+    """A step, and one that leaves the conversions to autocast, after the same batches."""
     methods = [make(), make()]
     methods[1].load_state_dict(methods[0].state_dict())
     at_once, one_by_one = (Step(method, OptimOptions(), precision, **options) for method in methods)
@@ -69,7 +69,7 @@ def test_every_form_of_the_step(precision, options):
 
 
 class Conversions(TorchDispatchMode):
-    """Counts conversions of tensors that have as many numbers as one of `parameters`."""
+    """Counts conversions of tensors that have as many elements as one of `parameters`."""
 
     def __init__(self, parameters):
         super().__init__()
@@ -78,13 +78,13 @@ class Conversions(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.single += function is torch.ops.aten._to_copy.default and args[0].shape in self.shapes
-        if function is torch.ops.aten._foreach_copy_.default:  # others keep what a bad step gets back, as it is
+        if function is torch.ops.aten._foreach_copy_.default:  # other copies are snapshots for bad steps
             self.together += args[0][0].dtype != args[1][0].dtype
         return function(*args, **(kwargs or {}))
 
 
 def test_few_launches_convert_all_weights():
-    """CUT: G twice, D twice; back: D, the encoder's G, the whole G."""
+    """CUT, forward: G twice, D twice; backward: D, the encoder of G, the whole G."""
     found = []
     for at_once in (True, False):
         step = Step(small_method(), OptimOptions(), "bf16")
@@ -117,7 +117,7 @@ def test_a_device_converts_many_weights_in_a_launch():
 
 
 def test_weights_come_back():
-    """Also after an error; a layer that computes in float32 keeps its own all the time."""
+    """Also after an error. A layer that computes in float32 keeps its weights all the time."""
     network = nn.Sequential(nn.Conv2d(3, 4, 3), keep_float32(nn.Conv2d(4, 3, 3)), nn.BatchNorm2d(3))
     own = dict(network.named_parameters())
 

@@ -53,7 +53,7 @@ def test_unknown_gan_mode_is_named():
 
 
 def test_r1_of_a_quadratic():
-    # D(y) = a * sum(y^2): the slope is 2 a y, its squared length 4 a^2 |y|^2, whose derivative by a is 8 a |y|^2
+    # D(y) = a * sum(y^2): the gradient is 2 a y, its squared norm 4 a^2 |y|^2, whose derivative by a is 8 a |y|^2
     a = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
     y = torch.randn(3, 2, 4, 4, dtype=torch.float64, requires_grad=True)
     penalty = r1_penalty(a * y.square().flatten(1).sum(1), y)
@@ -81,7 +81,7 @@ def test_gradient_penalty_lies_between_real_and_fake():
     real, fake = torch.ones(2, 1, 2, 2), torch.zeros(2, 1, 2, 2)
     penalty = gradient_penalty(critic, real, fake, mix=torch.tensor([0.25, 1.0]))  # type: ignore[arg-type]
     assert seen[0][:, 0, 0, 0].tolist() == [0.25, 1.0]
-    # the slope of sum(x^2) is 2x: of length 2 * 0.25 * 2 = 1, then 2 * 1 * 2 = 4
+    # the gradient of sum(x^2) is 2x, with norms 2 * 0.25 * 2 = 1 and 2 * 1 * 2 = 4
     torch.testing.assert_close(penalty, torch.tensor(((1 - 1) ** 2 + (4 - 1) ** 2) / 2))
 
 
@@ -108,7 +108,7 @@ def test_frequency_cycle_by_hand():
     # X = (1, 1, 1, 1), Y = (1, -1, 1, -1): the amplitudes agree, two of four values differ by 2
     assert frequency_cycle_loss(x, y).item() == pytest.approx(0.0 + (0 + 2 + 0 + 2) / 4, abs=1e-14)
     zero = torch.zeros_like(x)
-    # against a black picture both terms are the mean amplitude
+    # against a black image, both terms are the mean amplitude
     assert frequency_cycle_loss(x, zero).item() == pytest.approx(1.0 + 1.0, abs=1e-14)
 
 
@@ -133,7 +133,7 @@ def test_frequency_cycle_is_no_multiple_of_a_pixel_loss():
     assert frequency_cycle_loss(dot, black) > 7.9 * frequency_cycle_loss(flat, black)
     same_squares = torch.full_like(black, 1.0)
     assert F.mse_loss(same_squares, black) == F.mse_loss(dot, black)
-    # Parseval: the squares agree in both domains, the distances do not
+    # by Parseval, squared distances agree in both domains; L1 distances do not
     assert frequency_cycle_loss(dot, black) > 7.9 * frequency_cycle_loss(same_squares, black)
 
 

@@ -1,4 +1,4 @@
-"""CycleGAN, DCLGAN, SimDCL, DCD-GAN and SinCUT: shared passes, pools, external negatives, checks, single pictures."""
+"""CycleGAN, DCLGAN, SimDCL, DCD-GAN, SinCUT: shared passes, pools, external negatives, checks, single images."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fastnce.nce import PatchSampleF
 
 
 def build(preset, *, network=None, **changes):
-    """A small method of a preset, float64."""
+    """A small method of a preset, in float64."""
     options = PRESETS[preset].options()
     for name, value in {"patches": 16, "projection": 8, **changes}.items():
         if hasattr(options, name):
@@ -42,7 +42,7 @@ def pictures(images=1, side=32, channels=3):
 
 
 def losses_and_gradients(method, batch, draws=None):
-    """Every phase's loss and the gradients of what it updates, without updating."""
+    """The loss of every phase and the gradients of its groups, without updates."""
     draws = draws or Draws()
     outputs = method.generate(batch, draws)
     found = {}
@@ -57,7 +57,7 @@ def losses_and_gradients(method, batch, draws=None):
 
 
 def count_passes(method, batch, draws=None):
-    """Images through whole generators ("G") and through encoders alone ("E") in one step."""
+    """Count the images that pass whole generators ("G") and encoders alone ("E") in one step."""
     counts = Counter()
 
     def note(module, args, kwargs):
@@ -98,7 +98,7 @@ def test_no_picture_goes_through_a_generator_twice(preset, flip, passes):
 def test_shared_passes_change_nothing(preset):
     images = 1 if preset == "simdcl" else 2
     method, batch = build(preset), pictures(images)
-    shared = losses_and_gradients(method.eval(), batch)  # eval: SinCUT's noise is drawn anew each time
+    shared = losses_and_gradients(method.eval(), batch)  # eval mode: SinCUT draws new noise otherwise
     method.options.reuse_key_features = False
     apart = losses_and_gradients(method, batch)
     assert shared.keys() == apart.keys()
@@ -158,7 +158,7 @@ def test_16_bits_come_close(preset, changes):
 
 
 class PublishedPool:
-    """The published pool, one picture after another, with the draws given."""
+    """The published pool, one image after another, with given draws."""
 
     def __init__(self, size):
         self.size, self.kept = size, []
@@ -238,7 +238,7 @@ def test_dclgan_adams():
 
 
 def dual_contrast(method, batch, ids, external):
-    """NCE1 and NCE2 written out: one layer, one row at a time."""
+    """NCE1 and NCE2, computed one layer and one row at a time."""
     options = method.options
     g_a, g_b, f1, f2 = method.generator_a, method.generator_b, method.projector_a, method.projector_b
     fake_b, fake_a = g_a(batch.a), g_b(batch.b)
@@ -317,7 +317,7 @@ def test_bank_holds_past_keys_of_its_domain():
     method.options.external = "none"
     queries = F.normalize(rows[0], dim=1)
     assert first.shape == (32, 8)
-    assert (queries @ first.T).amax() > 0.999  # the same picture came before: its codes are negatives now
+    assert (queries @ first.T).amax() > 0.999  # the same image came before, so its codes are negatives now
     method.bank_a = method.bank_b = None
     assert found > method.contrast(batch, method.generate(batch, draws), draws)["NCE1"]
 
@@ -431,7 +431,7 @@ def test_table_names_every_preset(capsys):
 
 @pytest.fixture
 def two_pictures(tmp_path):
-    """A picture a domain whose red and green say where a pixel is."""
+    """One image per domain whose red and green encode the position of a pixel."""
     for domain, (height, width) in {"A": (150, 210), "B": (130, 180)}.items():
         y = torch.linspace(-1, 1, height)[:, None].expand(height, width)
         x = torch.linspace(-1, 1, width)[None, :].expand(height, width)
@@ -452,19 +452,19 @@ def test_single_picture_crops(two_pictures):
 
 
 def test_single_picture_keeps_both_promises(two_pictures):
-    """One zoom a batch, and no place twice: read from the ramps of the pictures themselves."""
+    """One zoom per batch, and no place twice, as read from the colours of the crops."""
     data = SinglePictureData(two_pictures, crop_size=16, batch=8, seed=1)
     zooms = set()
     for step in range(25):
         for crops in data.batch(step):
             steps_y = crops[:, 0, 12, 8] - crops[:, 0, 4, 8]
-            steps_x = (crops[:, 1, 8, 12] - crops[:, 1, 8, 4]).abs()  # mirrored ones fall
+            steps_x = (crops[:, 1, 8, 12] - crops[:, 1, 8, 4]).abs()  # they fall in mirrored crops
             assert steps_y.max() - steps_y.min() < 0.03
             assert steps_x.max() - steps_x.min() < 0.03
             zooms.add(round(float(steps_y.mean()), 2))
             places = crops[:, :2].mean(dim=(2, 3))
             apart = (places[:, None] - places[None]).abs()
-            size = torch.stack([steps_y.mean(), steps_x.mean()]) * 2  # of a crop, in units of the ramp
+            size = torch.stack([steps_y.mean(), steps_x.mean()]) * 2  # of a crop, in units of the colour ramp
             overlap = (apart < 0.9 * size).all(dim=2)
             assert overlap.sum() == 8, "two crops of a batch show the same place"
     assert len(zooms) > 10

@@ -1,4 +1,4 @@
-"""Roles of networks, and of logged losses: those of the published methods, and names of one's own in a whole run."""
+"""The roles of networks and logged losses: of the published methods, and of other names in a whole run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ROLES = {
     "dcdgan": {**TWO_WAY, "projectors": ["F1", "F2"]},
 }
 STORED = {"cut": ["G", "F", "D"], "sincut": ["G", "F", "D"]}
-"""Where the order of the networks is another than that of the roles."""
+"""The order of `networks()` where it differs from the order of the roles."""
 CHANGES = {"simdcl": {"nce_layers": [4, 8, 12, 14]}, "dcdgan": {"lambda_rendered": 1.0}}
 CHANGES |= {name: {"nce_layers": [0, 4, 8]} for name in ("cut", "dclgan")}
 IDENTITY = {"cut": {"NCE_Y"}, "sincut": {"NCE_Y", "idt"}, "dcdgan": {"idt_A", "idt_B", "rendered"}}
@@ -73,7 +73,7 @@ def test_critics_are_not_watched(preset):
 
 
 class OwnNames(Method):
-    """A generator, a discriminator and a projector of other names than the published ones."""
+    """A generator, a discriminator and a projector with other names than the published ones."""
 
     options = None
 
@@ -146,7 +146,7 @@ def test_a_run_of_own_names(precision, tmp_path):
     assert read_state(checkpoint)["generators"] == ["restore"]
     weights = load_generators(checkpoint)["restore"]
     assert weights.keys() == method.a.state_dict().keys()
-    assert not torch.equal(weights["weight"], method.a.weight)  # the average's
+    assert not torch.equal(weights["weight"], method.a.weight)  # averaged weights
     assert "the loss of critic stays at 0" in (tmp_path / "log.txt").read_text()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["warnings"] >= 1

@@ -1,4 +1,4 @@
-"""WGAN-GP's penalty in every method that has a GAN: the formula, what it is taken of, and steps that run with it."""
+"""WGAN-GP's penalty in every method with a GAN: its formula, its images, and steps that use it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def method_of(preset, **changes):
 
 
 def judges(method, batch, outputs):
-    """(discriminator, real, fake) of a method, in the order in which its loss takes them."""
+    """(discriminator, real, fake) of a method, in the order of its loss."""
     nets = method.networks()
     if "D" in nets:
         return [(nets["D"], batch.b, outputs["fake_B"])]
@@ -45,7 +45,7 @@ def judges(method, batch, outputs):
 
 
 def by_hand(discriminator, real, fake, mix):
-    """10 * mean over images of (|d sum D / d picture| - 1)^2 at mix * real + (1 - mix) * fake, an image at a time."""
+    """10 * mean over images of (|d sum D / d picture| - 1)^2 at mix * real + (1 - mix) * fake, image by image."""
     terms = []
     for x, y, share in zip(real.detach(), fake.detach(), mix.tolist(), strict=True):
         between = (share * x + (1 - share) * y)[None].requires_grad_()
@@ -98,7 +98,7 @@ def test_no_penalty_where_none_is_asked_for(preset, changes):
 
 
 def test_the_fakes_of_the_pool_are_mixed():
-    """What D judges, not the latest fake: each mixed picture lies between it and the real one."""
+    """Each mixed image lies between the real one and the fake that D judges, which is not the latest fake."""
     method = method_of("cyclegan", pool_size=4)
     seen: list[torch.Tensor] = []
     method.discriminator_a.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].detach()))
@@ -150,7 +150,7 @@ PENALTIES = {"cut": {}, "sincut": {"gan_mode": "nonsaturating", "network": DISCR
 @pytest.mark.skipif(not hasattr(torch._dynamo.config, TRACES_GRADIENTS), reason="this PyTorch does not trace gradients")
 @pytest.mark.parametrize("preset", PENALTIES)
 def test_a_compiler_does_not_leave_the_second_derivative_out(preset):
-    """As it would around the layers' kernels, whose first derivative is an operator without one of its own."""
+    """The first derivative of the layers' kernels is an operator without a derivative."""
     method = method_of(preset, **PENALTIES[preset]).float()
     set_implementation(method.discriminator, "triton")
     batch = Batch(*(p.float() for p in pictures(1, 16)))
@@ -170,7 +170,7 @@ def test_a_compiler_does_not_leave_the_second_derivative_out(preset):
 
 
 def test_a_critic_near_0_has_not_won():
-    """Its loss is a difference of means: 0 says that it cannot tell real from fake."""
+    """A critic's loss is a difference of means: 0 means that it cannot distinguish real from fake."""
     losses = {"D_real": 0.001, "D_fake": 0.0, "D_GP": 0.1, "G": 1.0}
     critic = Monitor(method_of("cut").discriminator_losses())
     assert not [said for _ in range(10) for said in critic.judge(losses)]
