@@ -1,6 +1,6 @@
 """Deraining from start to end: render rain, train without pairs, translate a folder.
 
-python examples/derain_folder.py                       # small, in seconds; see docs/deraining.md for a real run
+python examples/derain_folder.py                       # small, takes seconds; see docs/deraining.md for a real run
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ def main() -> list[Path]:
     with tempfile.TemporaryDirectory() as folder:
         top = Path(folder)
         photographs = write_folders(top / "photographs")
-        # trainA: rainy, trainB: clean, of different scenes
+        # trainA gets rainy and trainB clean images, of different scenes
         write_rain(photographs / "trainB", top / "data", RainOptions(), seed=0, unpaired=True)
         train_run(resolve("dcdgan-plus", None, [*SETTINGS, f"data.dir={top / 'data'}"]), top / "run")
         written = translate_files(load_translator(top / "run"), top / "data" / "trainA", top / "derained")
-        print(f"{len(written)} pictures derained")
+        print(f"{len(written)} images derained")
         return [path.relative_to(top) for path in written]
 
 

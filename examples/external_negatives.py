@@ -1,4 +1,4 @@
-"""Negatives from other images: a memory bank, as DCD-GAN's external negatives, in a loop of your own.
+"""Negatives from other images in your own loop: a memory bank, as for DCD-GAN's external negatives.
 
 python examples/external_negatives.py
 """
@@ -19,7 +19,7 @@ def main(steps: int = 3) -> list[float]:
     bank = NegativeBank(128, [32] * len(CHANNELS))  # the latest 128 codes of each layer
     losses = []
     for step in range(steps):
-        # features of one input image and of its translation: your networks make these
+        # Features of one input image and of its translation. In practice your networks compute them.
         keys = [torch.randn(1, channels, 16, 16) for channels in CHANNELS]
         queries = [key + 0.3 * torch.randn_like(key) for key in keys]
 
@@ -28,11 +28,11 @@ def main(steps: int = 3) -> list[float]:
             key_rows, _ = sampler(keys, num_patches=64, patch_ids=ids)
         layers = zip(query_rows, key_rows, bank.keys(), strict=True)
         loss = torch.stack([patch_nce(q, k, extra_keys=old) for q, k, old in layers]).mean()
-        loss.backward()  # an optimiser's step follows here
+        loss.backward()  # then an optimiser step
         bank.enqueue(key_rows)
         losses.append(loss.item())
-        likeness = F.cosine_similarity(query_rows[0], key_rows[0]).mean()
-        print(f"step {step}: loss {loss.item():.3f}, similarity of pairs {likeness:.2f}")
+        similarity = F.cosine_similarity(query_rows[0], key_rows[0]).mean()
+        print(f"step {step}: loss {loss.item():.3f}, similarity of pairs {similarity:.2f}")
     return losses
 
 

@@ -1,7 +1,7 @@
-"""A data set of your own: images that are made, or read from anywhere, in place of two folders.
+"""Your own data set: images that are generated, or read from anywhere, instead of two folders.
 
 fastnce train fastcut --out RUN data.dataset=examples/own_dataset.py:Discs
-python examples/own_dataset.py                         # the same for three steps
+python examples/own_dataset.py                         # the same, for three steps
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Discs:
-    """See `fastnce.engine.contracts.DataSet` for every member."""
+    """`fastnce.engine.contracts.DataSet` describes every member."""
 
     steps_per_epoch = 8
 
@@ -21,7 +21,7 @@ class Discs:
         self.seed, self.rank, self.world, self.device = seed, rank, world, device
 
     def batch(self, step: int, *, decaying: bool = False) -> tuple[Tensor, Tensor]:
-        """A function of (seed, rank, step) alone: an interrupted run then continues exactly."""
+        """Depends only on (seed, rank, step), so that an interrupted run continues exactly."""
         first = self.seed + (step * self.world + self.rank) * self.batch_size
         return self._images(range(first, first + self.batch_size))
 
@@ -29,7 +29,7 @@ class Discs:
         return self._images(range(count))
 
     def digest(self) -> str:
-        """A run is continued with the same data only: name here what decides which images there are."""
+        """Identifies the images: a run is not continued with other data."""
         return f"discs of {self.side}"
 
     def _images(self, seeds: range) -> tuple[Tensor, Tensor]:

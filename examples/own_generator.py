@@ -1,8 +1,8 @@
-"""A generator of your own: a small encoder and decoder whose features PatchNCE contrasts.
+"""Your own generator: a small encoder and decoder whose features PatchNCE contrasts.
 
 fastnce train fastcut --data DIR --out RUN \\
     network.generator=examples/own_generator.py:SmallGenerator loss.nce_layers=0,1,2
-python examples/own_generator.py                       # the same on small pictures, for three steps
+python examples/own_generator.py                       # the same on small images, for three steps
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fastnce.networks import InstanceNorm
 
 
 class SmallGenerator(nn.Module):
-    """Stages 0 to 2 encode, stage 3 decodes: see `fastnce.networks.Generator` for every member."""
+    """Stages 0 to 2 encode, stage 3 decodes. `fastnce.networks.Generator` describes every member."""
 
     factor = 2  # both sides of an image are multiples of this
     features_repeat = True  # no dropout, no batch norm

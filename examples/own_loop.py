@@ -1,4 +1,4 @@
-"""The contrastive loss in a training loop of your own: FastCUT's terms in plain PyTorch.
+"""The contrastive loss in your own training loop: FastCUT's terms in plain PyTorch.
 
 python examples/own_loop.py
 """
@@ -17,7 +17,7 @@ LAYERS = [0, 4, 8]
 
 
 def images(warm: bool) -> Tensor:
-    """(2, 3, 32, 32) in [-1, 1]."""
+    """Return (2, 3, 32, 32) in [-1, 1]."""
     pixels = [torch.from_numpy(picture(seed, warm, side=32)) for seed in (0, 1)]
     return torch.stack(pixels).permute(0, 3, 1, 2) / 127.5 - 1
 

@@ -1,7 +1,7 @@
-"""A method of your own: a GAN whose output keeps the coarse colours of its input.
+"""Your own method: a GAN whose output keeps the coarse colours of its input.
 
 fastnce train examples/own_method.py:CoarseGAN --data DIR --out RUN loss.lambda_coarse=5
-python examples/own_method.py                          # the same on small pictures, for three steps
+python examples/own_method.py                          # the same on small images, for three steps
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class CoarseOptions:
 
 
 class CoarseGAN(Method):
-    """GAN, and an L1 distance between the 8x8 means of input and output."""
+    """A GAN with an L1 distance between the 8x8 means of input and output."""
 
     Options = CoarseOptions
     sections = {"optim": {"n_epochs": 50, "n_epochs_decay": 50}}  # noqa: RUF012
@@ -42,7 +42,7 @@ class CoarseGAN(Method):
     def groups(self):  # what each optimiser updates
         return {"D": Group((self.discriminator,)), "G": Group((self.generator,))}
 
-    def phases(self):  # losses in their order, with the groups that they update
+    def phases(self):  # losses in order, with the groups that they update
         return Phase(self.d_loss, ("D",)), Phase(self.g_loss, ("G",))
 
     def generate(self, batch, draws):  # once per step; every phase receives the result

@@ -1,8 +1,8 @@
-"""A weighting of your own: negatives count by how similar they are to the positive key, to a power.
+"""Your own weighting: negatives count more if they are similar to the positive key.
 
 fastnce train fastcut --data DIR --out RUN \\
     loss.weighting=examples/own_weighting.py:weight loss.weighting_options=power=2
-python examples/own_weighting.py                       # the same on small pictures, for three steps
+python examples/own_weighting.py                       # the same on small images, for three steps
 """
 
 from __future__ import annotations

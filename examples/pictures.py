@@ -1,4 +1,4 @@
-"""Small pictures for the examples: coloured discs on a gradient, cool in domain A and warm in domain B."""
+"""Small images for the examples: coloured discs on a gradient, cool in domain A and warm in domain B."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastnce.training import train_run
 
 
 def picture(seed: int, warm: bool, side: int = 48) -> np.ndarray:
-    """uint8 (side, side, 3)."""
+    """Return an image as uint8 (side, side, 3)."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:side, :side] / side
     pixels = np.stack([y, x, 1 - y], axis=2) * 120
@@ -25,7 +25,7 @@ def picture(seed: int, warm: bool, side: int = 48) -> np.ndarray:
 
 
 def write_folders(folder: Path, count: int = 4) -> Path:
-    """trainA and trainB with `count` pictures each."""
+    """Write trainA and trainB with `count` images each, and return the folder."""
     for domain, warm in (("trainA", False), ("trainB", True)):
         (folder / domain).mkdir(parents=True, exist_ok=True)
         for i in range(count):
@@ -44,11 +44,11 @@ SMALL = [
     "run.monitor_every=0",
     "run.compile=false",
 ]
-"""Settings for three steps in a second on a CPU."""
+"""Settings for three steps, which take a second on a CPU."""
 
 
 def train_small(method: str, *settings: str) -> int:
-    """Train for three steps on the pictures above, in a temporary folder; returns the steps done."""
+    """Train for three steps on these images in a temporary folder, and return the number of steps done."""
     with tempfile.TemporaryDirectory() as folder:
         data = write_folders(Path(folder) / "pictures")
         return train_run(resolve(method, None, [*SMALL, f"data.dir={data}", *settings]), Path(folder) / "run")

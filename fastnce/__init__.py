@@ -1,10 +1,10 @@
 """fastnce: fast, exact training of contrastive unpaired image translation.
 
-Three ways in::
+Three ways to use it::
 
     from fastnce import PatchNCELoss, PatchSampleF     # drop-in losses
     fastnce train cut --data DIR --out RUN             # the training engine
-    make bench                                         # every speed we claim
+    make bench                                         # every speed that we report
 """
 
 import sys as _sys
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from ._version import __version__
 
-# In a source checkout the kernels lie beside this package; a wheel has them inside.
+# In a source checkout the kernels are beside this package; in a wheel they are inside it.
 _here = _Path(__file__).resolve().parent
 _beside = _here.parent / "kernels"
 if not (_here / "kernels").exists() and (_beside / "common.py").exists():
@@ -50,7 +50,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """Import what is asked for, when it is asked for: PyTorch takes seconds, and a command may be stopped meanwhile."""
+    """Import a public name at its first use: importing PyTorch takes seconds, during which Ctrl-C must work."""
     if name in __all__:
         place = "evaluate" if name == "DerainingMetrics" else "nce"
         found: object = getattr(_import_module(f"{__name__}.{place}"), name)

@@ -8,17 +8,17 @@ from contextlib import suppress
 def entry() -> None:
     """Run the command line and end the process with its exit code."""
     try:
-        from .commands.main import main  # which imports PyTorch, for seconds
+        from .commands.main import main  # imports PyTorch, which takes seconds
 
         code = main()
     except KeyboardInterrupt:
         print("fastnce: stopped by Ctrl-C", file=sys.stderr)
         code = 130
     if code >= 128 or os.environ.get("WORLD_SIZE", "1") != "1":
-        # Everything is put away. Compilers of PyTorch may be at work still; and of several ranks, gloo's threads may
-        # still be ending, and the C++ library then aborts a finished process.
+        # Everything is saved, but PyTorch's compilers may still be running. With several ranks, gloo's threads may
+        # still be ending, and the C++ library would then abort a finished process.
         for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError):  # nobody reads it any more
+            with suppress(OSError, ValueError):  # the reader has closed it
                 stream.flush()
         os._exit(code)
     sys.exit(code)

@@ -1,4 +1,4 @@
-"""The documents name what exists: files, links, modules, commands."""
+"""The files, links, modules and commands that the documents name exist."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: 
 
 
 def code(document: Path) -> list[str]:
-    """The lines of code blocks, and the inline code."""
+    """Return the lines of code blocks, and the inline code."""
     blocks = re.split(r"^```.*$", document.read_text(), flags=re.MULTILINE)
     lines = [line for block in blocks[1::2] for line in block.splitlines()]
     return lines + [span for text in blocks[::2] for span in re.findall(r"`([^`]+)`", text)]
@@ -32,7 +32,7 @@ def section(document: Path, title: str) -> str:
 
 
 def slug(heading: str) -> str:
-    """The anchor that GitHub gives to a heading."""
+    """Return the anchor that GitHub gives to a heading."""
     return re.sub(r"[^\w\s-]", "", heading.strip().lower()).replace(" ", "-")
 
 
@@ -61,7 +61,7 @@ def test_public_modules_list_what_they_export():
 
 
 @pytest.mark.parametrize("document", [*DOCUMENTS, ROOT / "CHANGELOG.md"], ids=lambda path: path.name)
-def test_links_lead_somewhere(document):
+def test_links_have_targets(document):
     for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
         if "://" in target:
             continue
@@ -77,7 +77,7 @@ def test_links_lead_somewhere(document):
 def test_named_files_exist(document):
     for text in code(document):
         for path in re.findall(rf"(?<![\w./-])(?:{'|'.join(TOP)})/[\w./*-]+", text):
-            if not re.search(r"[A-Z]{2,}", path):  # NAME, DATE: to be filled in by the reader
+            if not re.search(r"[A-Z]{2,}", path):  # NAME, DATE: placeholders
                 assert list(ROOT.glob(path.rstrip("/.,"))), f"{document.name} names {path}"
 
 

@@ -1,4 +1,4 @@
-"""Every example runs, in seconds, on a CPU."""
+"""Every example runs on a CPU within seconds."""
 
 import runpy
 import sys

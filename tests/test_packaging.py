@@ -1,4 +1,4 @@
-"""The wheel and the sdist build, hold every package and the type marker, and import from any folder."""
+"""The wheel and the sdist build, contain every package and the type marker, and import from any folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_listed_packages_are_those_on_disk():
+def test_the_listed_packages_are_those_on_disk():
     listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
     found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "fastnce").rglob("*.py")}
     assert listed == found | {"fastnce.kernels"}
@@ -23,7 +23,7 @@ def test_listed_packages_are_those_on_disk():
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
-    """dist/ of a copy of what is committed or would be: the source tree is not written to."""
+    """Build dist/ from a copy of the package, so that the source tree is not written to."""
     import shutil
 
     folder = tmp_path_factory.mktemp("build")
@@ -65,7 +65,7 @@ def test_the_wheel_imports_from_anywhere(built, tmp_path):
     site = tmp_path / "site"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
-    # another package of that name must not be taken for ours
+    # another package named kernels must not be imported
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "common.py").write_text("raise ImportError('not ours')")
     program = (

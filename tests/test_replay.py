@@ -1,4 +1,4 @@
-"""The published implementations' recordings, and the replay program itself."""
+"""Recordings of the published implementations, and the replay program."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_recording(path):
 
 
 def nce_arrays(rows=6, dim=4, temperature=0.2):
-    """A recording that is made here, from the formula in NumPy."""
+    """Make a recording from the formula in NumPy."""
     rng = np.random.default_rng(0)
     q, k = rng.normal(size=(2, rows, dim)).astype(np.float32)
     logits = q.astype(np.float64) @ k.T.astype(np.float64) / temperature
@@ -50,7 +50,7 @@ def test_main_counts_passes_failures_and_skips(tmp_path, capsys):
     assert out.endswith("1 passed, 2 failed, 1 skipped\n")
 
 
-def test_main_requires_what_is_named(tmp_path, capsys):
+def test_main_requires_the_named_recordings(tmp_path, capsys):
     meta = np.frombuffer(b'{"argv": ["--model", "unheard"], "losses": [], "optimizers": []}', np.uint8)
     np.savez(tmp_path / "other_step.npz", meta=meta)
     assert replay.main([str(tmp_path), "--require", "other_step", "absent"]) == 1

@@ -1,4 +1,4 @@
-"""A few tries of each campaign of faults (`make soak` does all of them), with seeds that stay."""
+"""A few tries of each fault campaign with fixed seeds (`make soak` runs all of them)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import pytest
 
 if not sys.platform.startswith("linux") or not hasattr(os, "fork"):
-    pytest.skip("the campaigns use forks, and what Linux tells of processes", allow_module_level=True)
+    pytest.skip("the campaigns need fork and /proc of Linux", allow_module_level=True)
 
 from tests.forked import skip_beside_a_gpu
 from tests.soak import checkpoints, full_disks, kill, signals, weight_files

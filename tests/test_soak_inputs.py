@@ -1,4 +1,4 @@
-"""A few tries of the campaigns of what strangers type and bring, and of the public functions."""
+"""A few tries of the campaigns of wrong input: command lines, files, names, options and calls."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 import pytest
 
 if not sys.platform.startswith("linux"):
-    pytest.skip("the campaigns use forks, and what Linux tells of processes", allow_module_level=True)
+    pytest.skip("the campaigns need fork and /proc of Linux", allow_module_level=True)
 
 from tests.forked import skip_beside_a_gpu
 from tests.soak import calls, command_lines, inputs, names, option_values, toml_files

@@ -1,4 +1,4 @@
-"""The plan of the packages: who may import whom, no circles, nothing defined in `__init__.py`, no long files."""
+"""The order of the packages: import direction, no circles, no definitions in `__init__.py`, short files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FLOORS = [
     {"commands"},
     {"__main__"},
 ]
-"""From the bottom: a package imports from floors below its own, and from itself."""
+"""The packages from the lowest floor up: a package may import from lower floors and from itself."""
 
 PUBLIC = {
     "fastnce": {"DerainingMetrics", "NegativeBank", "PatchNCEHead", "PatchNCELoss", "PatchSampleF", "__version__"}
@@ -51,7 +51,7 @@ PUBLIC = {
 
 
 def modules() -> dict[str, Path]:
-    """Every module by its name without "fastnce."; packages by theirs."""
+    """Return the path of every module and package, by its name without "fastnce."."""
     found = {}
     for folder, prefix in ((ROOT / "fastnce", ()), (ROOT / "kernels", ("kernels",))):
         for path in sorted(folder.rglob("*.py")):
@@ -64,7 +64,7 @@ MODULES = modules()
 
 
 def imported(name: str) -> list[tuple[str, int, bool]]:
-    """(module of ours, line, whether inside of a function) of every import of a module."""
+    """Return (imported module, line, whether inside a function) for every import of fastnce in a module."""
     path = MODULES[name]
     package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
     package = [part for part in package if part]
@@ -87,7 +87,7 @@ def imported(name: str) -> list[tuple[str, int, bool]]:
         elif isinstance(node, ast.Import):
             targets = [alias.name.removeprefix("fastnce.") for alias in node.names if alias.name.startswith("fastnce.")]
         for target in targets:
-            while target not in MODULES:  # a name of a module, not a module
+            while target not in MODULES:  # a name that is defined in a module
                 target = target.rpartition(".")[0]
             found.append((target, node.lineno, id(node) in inner))
     return found
@@ -98,18 +98,18 @@ def floor_of(module: str) -> int:
 
 
 def room_of(module: str) -> str:
-    """The package of a module: the longest name on a floor that it begins with."""
+    """Return the package of a module: the longest name on a floor that the module name starts with."""
     rooms = [room for floor in FLOORS for room in floor if module == room or module.startswith(f"{room}.")]
     assert rooms, f"{module} is on no floor: add it to FLOORS"
     return max(rooms, key=len)
 
 
 ROOT_PACKAGE = ("", "_version")
-"""`fastnce/__init__.py` re-exports by name when asked; `__version__` is free to all."""
+"""`fastnce/__init__.py` imports its names at first use, and every module may import `__version__`."""
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name not in ROOT_PACKAGE])
-def test_imports_run_one_way(name):
+def test_imports_point_downward(name):
     for target, line, _ in imported(name):
         if target in ROOT_PACKAGE:
             continue
@@ -117,7 +117,7 @@ def test_imports_run_one_way(name):
         assert same or floor_of(target) < floor_of(name), f"{MODULES[name]}:{line} imports {target}, which is not below"
 
 
-def test_there_is_no_circle():
+def test_imports_form_no_circle():
     graph = {name: {target for target, *_ in imported(name)} - {name, ""} for name in MODULES if name}
     done: set[str] = set()
 
@@ -134,11 +134,11 @@ def test_there_is_no_circle():
 
 
 ON_PURPOSE = {"__main__": "commands.main"}
-"""Imports inside of a function: Ctrl-C during the seconds that PyTorch takes is told in one line."""
+"""Allowed imports inside a function: Ctrl-C while PyTorch is imported must print one line."""
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_no_import_hides_in_a_function(name):
+def test_no_import_is_inside_a_function(name):
     hidden = [f"{target} (line {line})" for target, line, inside in imported(name) if inside]
     assert [one.split()[0] for one in hidden] == ([ON_PURPOSE[name]] if name in ON_PURPOSE else []), hidden
 
@@ -154,7 +154,7 @@ def test_packages_only_re_export(name):
         assert text or names or isinstance(node, ast.ImportFrom), f"{MODULES[name]}:{node.lineno} defines something"
 
 
-def test_files_are_short_and_few_are_loose():
+def test_files_are_short_and_the_package_has_few_of_them():
     lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in MODULES.values()}
     assert {name: length for name, length in lengths.items() if length > 355} == {}
     loose = [path.name for path in (ROOT / "fastnce").glob("*.py")]
@@ -177,8 +177,8 @@ def test_docs_name_the_public_modules():
     assert missing == []
 
 
-def test_tests_and_benchmarks_are_no_part_of_the_package():
-    """In a source checkout `fastnce.kernels` lies beside the package, and nothing else there belongs to it."""
+def test_tests_and_benchmarks_are_not_in_the_package():
+    """In a source checkout only `fastnce.kernels` is imported from beside the package."""
     code = (
         "import importlib, fastnce.kernels.common as c; print(c.__file__)\n"
         "for name in ('tests', 'benchmarks', 'experiments', 'examples'):\n"

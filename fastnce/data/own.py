@@ -9,7 +9,7 @@ import torch
 from ..common.imports import CodeError, load_object
 
 MEMBERS = ("steps_per_epoch", "batch", "samples", "digest")
-"""What `fastnce.engine.contracts.DataSet` asks for."""
+"""The members that `fastnce.engine.contracts.DataSet` requires."""
 
 
 def open_own(
@@ -23,12 +23,12 @@ def open_own(
     world: int,
     device: torch.device,
 ) -> Any:
-    """Build `Name(options, channels=..., seed=..., rank=..., world=..., device=...)` and look at its first batch.
+    """Build `Name(options, channels=..., seed=..., rank=..., world=..., device=...)` and check its first batch.
 
     Args:
         name: import path of the class, such as mydata.py:MyData.
         options: the section `data` of the configuration.
-        batch: images of each domain that a batch must hold.
+        batch: images of each domain in a batch.
 
     Raises:
         CodeError: a member is missing, or the batch is not two float tensors (batch, channels, height, width).

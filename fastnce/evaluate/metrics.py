@@ -1,6 +1,6 @@
-"""The measure that decides which checkpoint of a run is the best: by name, or a user's own function.
+"""The metric that decides which checkpoint of a run is the best: by name, or a user's own function.
 
-To add one, write its function here and its line in `METRICS`.
+To add one, write its function here and add it to `METRICS`.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from .quality import KEYS
 
 
 class Metric(NamedTuple):
-    """A measure of an output against its truth.
+    """A measure of an output compared with its truth.
 
-    name: of the column in metrics.jsonl.
+    name: name of the column in metrics.jsonl.
     measure: (output, truth) -> number, both float32 (1, channels, height, width) in [-1, 1] on the CPU. None for the
-        keys of `DerainingMetrics`, which are measured anyway.
-    higher_is_better: the direction; a function of one's own says False by an attribute `lower_is_better = True`.
+        keys of `DerainingMetrics`, which are always measured.
+    higher_is_better: the direction. A user's function sets it to False by the attribute `lower_is_better = True`.
     """
 
     name: str
@@ -33,7 +33,7 @@ PSNR_Y = Metric("psnr_y")
 
 
 def l1(output: Tensor, truth: Tensor) -> float:
-    """Mean absolute difference of levels, 0 to 255."""
+    """Return the mean absolute difference, in levels from 0 to 255."""
     return float((output - truth).abs().mean() * 127.5)
 
 
@@ -43,13 +43,13 @@ METRICS: dict[str, Callable[[Tensor, Tensor], Any]] = {"l1": l1}
 
 METRIC_NAMES = (*KEYS, *METRICS)
 METRIC_HELP = (
-    "which measure of held-out pairs decides what the best checkpoint is: psnr_y, ssim_y, psnr_rgb, ssim_rgb, l1, or a "
-    "function of yours (mymetrics.py:distance)"
+    "metric on held-out pairs that decides which checkpoint is the best: psnr_y, ssim_y, psnr_rgb, ssim_rgb, l1, or "
+    "your own (mymetrics.py:distance)"
 )
 
 
 def find_metric(name: str) -> Metric:
-    """The metric of this name.
+    """Return the metric of this name.
 
     Args:
         name: one of `METRIC_NAMES`, or the import path of a function (output, truth) -> number.
@@ -68,10 +68,10 @@ def find_metric(name: str) -> Metric:
 
 
 def measured(metric: Metric, output: Tensor, truth: Tensor) -> float:
-    """What a metric's own function makes of two images, as a float.
+    """Apply the function of a metric to two images and return the result as a float.
 
     Raises:
-        CodeError: it fails, or returns no number.
+        CodeError: the function fails, or does not return a number.
     """
     assert metric.measure is not None
     try:

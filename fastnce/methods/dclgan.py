@@ -193,8 +193,8 @@ class DCLGAN(TwoWay):
     def features(self, batch: Batch, outputs: Outputs) -> tuple[list[Tensor], ...]:
         """Return the maps at `layers` of (A, B, fake_B, fake_A): G_A encodes A and fake_A, G_B encodes B and fake_B."""
 
-        def kept(name: str, generator: nn.Module, pictures: Tensor) -> list[Tensor]:
-            return outputs[name] if name in outputs else generator(pictures, self.layers, encode_only=True)
+        def kept(name: str, generator: nn.Module, images: Tensor) -> list[Tensor]:
+            return outputs[name] if name in outputs else generator(images, self.layers, encode_only=True)
 
         return (
             kept("keys_A", self.generator_a, batch.a),

@@ -98,7 +98,7 @@ class SimDCL(DCLGAN):
             if locations < patches:
                 raise ValueError(
                     f"SimDCL stacks loss.patches={patches} codes of every layer, and {what} have only {locations} "
-                    f"locations at layer {layer}: take fewer patches, or {remedy}"
+                    f"locations at layer {layer}: use fewer patches, or {remedy}"
                 )
 
     def contrast(self, batch: Batch, outputs: Outputs, draws: Draws) -> Losses:

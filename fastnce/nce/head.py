@@ -139,8 +139,8 @@ class PatchNCEHead(PatchSampleF):
         plain = self.weighting is None and not self.symmetric
         if not plain and self.others is not None:
             raise ValueError("keys of other ranks cannot be combined with a weighting or symmetric=True")
-        alone = plain and self.others is None
-        if alone and self._choice(query_maps, mlps).triton and self._one_launch(mlps, key_mlps):
+        fusable = plain and self.others is None
+        if fusable and self._choice(query_maps, mlps).triton and self._one_launch(mlps, key_mlps):
             checks.ids(ids, query_maps)
             for given, maps in ((mlps, query_maps), (key_mlps, key_maps)):
                 if given is not None:

@@ -132,9 +132,9 @@ def trace_shapes(network: nn.Module, images: int, channels: int, height: int, wi
     """Return the output of `network` for images of this size, as meta tensors, which need no memory."""
     state = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     dtype = next((p.dtype for p in network.parameters()), torch.float32)
-    pictures = torch.empty(images, channels, height, width, device="meta", dtype=dtype)
+    inputs = torch.empty(images, channels, height, width, device="meta", dtype=dtype)
     with torch.no_grad():
-        return functional_call(network, {k: t.to("meta") for k, t in state.items()}, (pictures,), arguments)
+        return functional_call(network, {k: t.to("meta") for k, t in state.items()}, (inputs,), arguments)
 
 
 def _traced(network: nn.Module, key: str, channels: int, side: int) -> Any:

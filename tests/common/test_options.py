@@ -241,7 +241,7 @@ def test_messages_and_lists_state_the_same_range():
         "",
     )
     lines = {line.split(" = ")[0]: line for line in resolve("cut").as_toml().splitlines() if " = " in line}
-    assert lines["batch"].endswith("# pictures of each domain a step [1 to 65,536]")
+    assert lines["batch"].endswith("# images of each domain per step [1 to 65,536]")
 
 
 def test_a_stored_configuration():

@@ -1,4 +1,4 @@
-"""A user's own code, right and wrong, for the tests of import paths."""
+"""A user's own code, correct and wrong, for the tests of import paths."""
 
 from fastnce.commands.main import main
 
@@ -231,15 +231,17 @@ NOT_CALLABLE = 3
 '''
 
 
-def said(capsys) -> str:
+def error_line(capsys) -> str:
+    """Return the last line of standard error without its prefix."""
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("fastnce: ")
     return line.removeprefix("fastnce: ")
 
 
 def refused(capsys, *arguments: str) -> str:
+    """Run a command that must fail, and return its message."""
     assert main([*arguments]) == 2
-    return said(capsys)
+    return error_line(capsys)
 
 
 def train(folder, here, method, *settings, out="run", steps=2) -> int:

@@ -1,4 +1,4 @@
-"""A user's own method and networks, by import path; and what is said of wrong ones."""
+"""A user's own method and networks by import path, and the messages for wrong ones."""
 
 import json
 import textwrap
@@ -74,7 +74,7 @@ def test_options_of_a_method_are_shown_and_checked(here, capsys):
         ("kut", "unknown method 'kut'; did you mean 'cut'?; known: cut, fastcut"),
     ],
 )
-def test_what_is_no_method_is_named(here, capsys, method, sentence):
+def test_wrong_methods_are_refused(here, capsys, method, sentence):
     assert sentence.format(here=here) in refused(capsys, "train", method, "--dry-run")
 
 
@@ -121,14 +121,14 @@ def test_a_generator_trains_and_translates(folder, here, capsys):
         (["network.discriminator=bad.py:Judge"], "network.discriminator=bad.py:Judge cannot be imported: ZeroDivision"),
     ],
 )
-def test_what_is_no_network_is_named(folder, here, capsys, settings, sentence):
+def test_wrong_networks_are_refused(folder, here, capsys, settings, sentence):
     options = [s for s in SMALL if not s.startswith("network.generator")] if "generator" in settings[0] else SMALL
     arguments = ["train", "fastcut", "--data", str(folder), "--out", str(here / "run"), *options, "loss.nce_layers=0"]
     assert sentence in refused(capsys, *arguments, *settings)
     assert not (here / "run").exists()
 
 
-def test_a_generator_without_features_serves_methods_that_need_none(folder, here):
+def test_a_generator_without_features_works_with_methods_that_need_none(folder, here):
     options = [s for s in SMALL if not s.startswith("loss.")]
     arguments = ["train", "cyclegan", "--data", str(folder), "--out", str(here / "run"), *options]
     assert main([*arguments, "network.generator=mine.py:Net"]) == 0
@@ -159,7 +159,7 @@ def test_tiles_and_recomputation_of_a_generator(here):
         torch.nn.Upsample(scale_factor=2),
     ],
 )
-def test_layers_that_tiles_cannot_compute_are_refused(here, layer):
+def test_layers_that_tiles_do_not_support_are_refused(here, layer):
     network = build_generator("mine.py:Blocks", width=4)
     network.tile_layers = lambda: [layer]
     with pytest.raises(ValueError, match="tiles (do not )?support"):
@@ -180,7 +180,7 @@ def test_a_file_may_import_its_neighbours(here, capsys):
     assert "lambda_nce = 1.0" in capsys.readouterr().out
 
 
-def test_two_folders_with_files_of_one_name(here, tmp_path):
+def test_files_of_the_same_name_in_two_folders(here, tmp_path):
     for i, folder in enumerate(("one", "two")):
         (here / folder).mkdir()
         (here / folder / "nets.py").write_text(f"{CODE}\n\nclass Width(FeatureNet):\n    number = {i}\n")
@@ -189,7 +189,7 @@ def test_two_folders_with_files_of_one_name(here, tmp_path):
     assert [load_object(f"{folder}/nets.py:Width", "x").number for folder in ("one", "two")] == [0, 1]
 
 
-def test_train_run_takes_a_path_too(folder, here):
+def test_train_run_accepts_an_import_path(folder, here):
     options = [s for s in SMALL if not s.startswith("loss.")]
     config = resolve("mine.py:Keep", None, [*options, f"data.dir={folder}"])
     assert train_run(config, here / "run", quiet=True) == 2

@@ -1,4 +1,4 @@
-"""A user's own weighting, data set and metric, by import path; and what is said of wrong ones."""
+"""A user's own weighting, data set and metric by import path, and the messages for wrong ones."""
 
 import json
 
@@ -58,7 +58,7 @@ def test_named_weightings_have_options():
     ],
 )
 @pytest.mark.parametrize("method", ["cut", "dclgan"])
-def test_what_is_no_weighting_is_named(folder, here, capsys, method, settings, sentence):
+def test_wrong_weightings_are_refused(folder, here, capsys, method, settings, sentence):
     arguments = ["train", method, "--data", str(folder), "--out", str(here / "run"), *SMALL, "loss.nce_layers=0,4"]
     assert sentence in refused(capsys, *arguments, *settings)
     assert not (here / "run").exists()
@@ -85,14 +85,14 @@ def test_a_data_set_trains_and_continues(here, capsys):
         ("Judge", "fails: TypeError"),
     ],
 )
-def test_what_is_no_data_set_is_named(here, capsys, name, sentence):
+def test_wrong_data_sets_are_refused(here, capsys, name, sentence):
     options = [*SMALL, f"data.dataset=mine.py:{name}", "loss.nce_layers=0,4"]
     assert sentence in refused(capsys, "train", "fastcut", "--out", str(here / "run"), *options)
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    """Two held-out pairs."""
+    """A folder with two held-out pairs."""
     from PIL import Image
 
     root = tmp_path_factory.mktemp("pairs")
@@ -106,7 +106,7 @@ def pairs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("metric", ["mine.py:darkness", "l1", "ssim_rgb"])
-def test_a_metric_decides_what_is_best(folder, here, pairs, metric):
+def test_a_metric_decides_which_checkpoint_is_best(folder, here, pairs, metric):
     settings = [f"data.validate={pairs}", "run.validate_every=1", "run.keep=9", "loss.nce_layers=0,4", "run.steps=4"]
     assert train(folder, here, "fastcut", *settings, f"run.metric={metric}", "optim.lr=0.02") == 0
     lines = [json.loads(line) for line in (here / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -132,7 +132,7 @@ def test_l1_is_in_levels():
         ("mine.py:NOT_CALLABLE", "must be a function (output, truth) -> number"),
     ],
 )
-def test_what_is_no_metric_is_named(folder, here, pairs, capsys, metric, sentence):
+def test_wrong_metrics_are_refused(folder, here, pairs, capsys, metric, sentence):
     options = [*SMALL, "loss.nce_layers=0,4", f"data.validate={pairs}", "run.validate_every=1", f"run.metric={metric}"]
     arguments = ["train", "fastcut", "--data", str(folder), "--out", str(here / "run"), *options]
     assert sentence in refused(capsys, *arguments)

@@ -76,8 +76,8 @@ def choose_maps(
     dtypes = [autocast_dtype(m) if mlps is None else autocast_dtype(mlps[0][0]) for m in maps]
     outputs = {mlp[2].shape for mlp in mlps or []}
     width = max([m.shape[1] for m in maps] + [shape[0] for shape in outputs])
-    alike = len(set(dtypes)) == 1 and len(outputs) <= 1
-    if not alike and implementation == "triton":
+    uniform = len(set(dtypes)) == 1 and len(outputs) <= 1
+    if not uniform and implementation == "triton":
         raise ValueError(f"implementation='triton' cannot run here: {DIFFERENT_LAYERS.reason}")
     choice = choose_rows(implementation, maps[0].device, dtypes[0], width, patches)
-    return choice if alike or not choice.triton else DIFFERENT_LAYERS, dtypes
+    return choice if uniform or not choice.triton else DIFFERENT_LAYERS, dtypes
