@@ -280,7 +280,7 @@ def test_processes_and_devices():
     assert processes("2", "cpu") == 2
     with pytest.raises(ValueError, match="from 1 on, not '²'"):
         processes("²", "cpu")
-    with pytest.raises(ValueError, match="holds no numbers"):
+    with pytest.raises(ValueError, match="stores no data"):
         pick_device("meta")
     with pytest.raises(SystemExit, match="2"):
         main(["bench", "--quick", "--device", "meta"])
