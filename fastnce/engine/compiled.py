@@ -80,13 +80,11 @@ TRACES_GRADIENTS = "trace_autograd_ops"
 
 def whole_obstacle() -> str:
     """Why this PyTorch cannot compile a step as one graph, as a clause; empty if it can."""
-    import torch._dynamo.config
+    import torch._dynamo.config  # slow to import
 
-    return (
-        ""
-        if hasattr(torch._dynamo.config, TRACES_GRADIENTS)
-        else f"PyTorch {torch.__version__} does not trace gradients"
-    )
+    if hasattr(torch._dynamo.config, TRACES_GRADIENTS):
+        return ""
+    return f"PyTorch {torch.__version__} does not trace gradients"
 
 
 StepFunction = Callable[[Batch, Draws], tuple[Losses, Tensor]]

@@ -91,21 +91,21 @@ class Monitor:
                 [method.translate(picture).float() for picture in column.split(1)]  # no more memory than a step
                 for column in self.pictures
             )
-        said = []
+        messages = []
         if len(made) > 1:  # one image has no other to compare with
             self.response = response(made, self.pictures.a.split(1))
-            said.append(self._ignores.read(not self.response >= RESPONSE_LEAST))
+            messages.append(self._ignores.read(not self.response >= RESPONSE_LEAST))
         if kept[0].shape == self.pictures.b[:1].shape:
             errors = [(k - b).square().mean() for k, b in zip(kept, self.pictures.b.split(1), strict=True)]
             self.identity = min(10 * math.log10(4 / max(float(torch.stack(errors).mean()), 1e-10)), 99.0)
             self._identity_best = max(self._identity_best, min(self.identity, IDENTITY_ENOUGH))
             fell = not self.identity >= self._identity_best - IDENTITY_FALL
-            said.append(self._forgets.read(fell and self.keeps_identity))
-        return [sentence for sentence in said if sentence]
+            messages.append(self._forgets.read(fell and self.keeps_identity))
+        return [message for message in messages if message]
 
     def judge(self, losses: dict[str, float]) -> list[str]:
         """Check the losses of a progress line; returns messages."""
-        said = []
+        messages = []
         self.keeps_identity = any(name in losses for name in self.identity_losses)
         for name, parts in self.discriminators.items():
             if not losses.keys() >= set(parts):
@@ -119,8 +119,8 @@ class Monitor:
                     patience=5,
                 ),
             )
-            said.append(alarm.read(0 <= value < DISCRIMINATOR_LEAST))
-        return [sentence for sentence in said if sentence]
+            messages.append(alarm.read(0 <= value < DISCRIMINATOR_LEAST))
+        return [message for message in messages if message]
 
     def metrics(self) -> dict[str, float]:
         """For metrics.jsonl: response and identity_psnr (dB) if they were measured, and the number of open warnings."""

@@ -90,13 +90,13 @@ class Progress:
         if done >= self.end(steps):
             done_with = f"{self.epochs:,} epochs are" if done >= self.total else f"run.steps={steps} is"
             return [f"nothing is left to do: {done_with} done, {where} is at step {done:,}"]
-        said = [f"continuing from {where} (step {done:,} of {self.end(steps):,})"]
+        messages = [f"continuing from {where} (step {done:,} of {self.end(steps):,})"]
         if stored is not None and stored["batch"] != self.batch:
-            said.append(
+            messages.append(
                 f"{_steps(self.batch)} from here on, of {stored['batch']} before: epoch {self.epoch(done) + 1} "
                 f"goes on where it was, optim.lr stays as it was"
             )
-        return said
+        return messages
 
 
 def check_pictures(state: dict[str, Any], digest: str, where: str) -> None:
