@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .common.locking import hold
-from .common.streams import show
+from .common.streams import print_line
 from .common.writing import sweep, write_whole
 from .config import Config, DataOptions, build_method, check, plan, sides
 from .data.own import open_own
@@ -102,12 +102,12 @@ def _train_rank(config: Config, out: Path, ranks: Ranks, quiet: bool, state: dic
         parameters = sum(p.numel() for p in method.parameters())
         sizes = [getattr(data, name, None) for name in ("size_a", "size_b")]
         pictures = "" if None in sizes else f"{sizes[0]:,} + {sizes[1]:,} pictures, "
-        show(
+        print_line(
             f"{config.method} on {device}: {parameters / 1e6:.1f} M parameters, {pictures}"
             f"{data.steps_per_epoch:,} steps an epoch; run in {out}"
         )
         for path, reason in getattr(data, "skipped", []):
-            show(f"skipped {path}: {reason}")
+            print_line(f"skipped {path}: {reason}")
     return train(
         method,
         data,
@@ -162,7 +162,7 @@ def _open_validation(config: Config, device: torch.device, ranks: Ranks, quiet: 
         return Validation(pairs, config.network.in_channels, device, Translator, ranks, options.skip_bad, metric)
     if not quiet:
         where = f"{options.dir}/test holds no pairs" if options.dir else "there is no data.dir"
-        show(f"nothing is validated: {where}, and data.validate names none")
+        print_line(f"nothing is validated: {where}, and data.validate names none")
     return None
 
 
@@ -200,7 +200,7 @@ def _check_own(data: Any, options: DataOptions, method: Method) -> None:
 
 
 def cache_run(config: Config) -> Iterator[str]:
-    """Make the caches that training with this configuration reads; yields what to say of them, a line a file."""
+    """Build the caches that training with this configuration reads; yields one line per file."""
     if config.data.dataset:
         yield f"nothing is cached: data.dataset={config.data.dataset} reads its images itself"
         return
@@ -262,7 +262,7 @@ def open_data(
         preprocess=options.preprocess,
         cache_dir=options.cache_dir or None,
         skip_bad=options.skip_bad,
-        progress=None if quiet else show,
+        progress=None if quiet else print_line,
         **common,
     )
 

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 
 from .. import __version__
-from ..common.streams import flush, open_streams, sentence_of, stdout_takes, tell
+from ..common.streams import flush, flush_stdout, open_streams, report_error, sentence_of
 from ..engine.distributed import RankLost
 from ..engine.loop import TrainingFailed
 from ..engine.memory import out_of_memory
@@ -58,11 +58,11 @@ def _main(arguments: list[str]) -> int:
     except SystemExit as end:  # argparse, after it has printed its message
         raise SystemExit(flush(int(end.code or 0))) from None
     except Stopped as stop:
-        code = tell(str(stop), 128 + stop.number)
+        code = report_error(str(stop), 128 + stop.number)
     except KeyboardInterrupt:
-        code = tell("stopped by Ctrl-C", 130)
+        code = report_error("stopped by Ctrl-C", 130)
     except ValueError as error:  # a mistake of the user; DataError is one of these
-        code = tell(str(error), 2)
+        code = report_error(str(error), 2)
     except OSError as error:
         code = 2
         if error.filename is None and isinstance(error, BrokenPipeError):
@@ -70,20 +70,22 @@ def _main(arguments: list[str]) -> int:
             # not have finished its work: give the exit code of a program that SIGPIPE ends.
             code = 0 if arguments[:1] == ["methods"] else 141
         elif error.filename is not None:
-            tell(sentence_of(error), code)
+            report_error(sentence_of(error), code)
         elif getattr(sys.stdout, "write_through", False):  # unbuffered: flushing cannot reveal the error again
-            tell(f"standard output: {sentence_of(error)}", code)
-        elif stdout_takes():
-            tell(sentence_of(error), code)
+            report_error(f"standard output: {sentence_of(error)}", code)
+        elif flush_stdout():
+            report_error(sentence_of(error), code)
     except TrainingFailed as error:
-        code = tell(str(error), 1)
+        code = report_error(str(error), 1)
     except RankLost as error:
-        flush(tell(str(error), 1))
+        flush(report_error(str(error), 1))
         os._exit(1)  # without its peer, a normal exit would be aborted by threads of the communication library
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        code = tell(f"there is not enough memory ({str(error).partition(chr(10))[0] or type(error).__name__})", 1)
+        code = report_error(
+            f"there is not enough memory ({str(error).partition(chr(10))[0] or type(error).__name__})", 1
+        )
     return flush(code)
 
 
@@ -100,10 +102,10 @@ def run(arguments: list[str]) -> int:
         print(__version__)
         return 0
     if command not in COMMANDS:
-        return tell(f"unknown command {command!r}; one of {', '.join(COMMANDS)}", 2)
+        return report_error(f"unknown command {command!r}; one of {', '.join(COMMANDS)}", 2)
     for argument in arguments[1:]:  # some versions of argparse read the value -- as an empty list
         if argument.startswith("--") and argument.endswith("=--"):
-            return tell(
+            return report_error(
                 f"{argument.removesuffix('=--')} needs a value, and -- is not one: for a file of this name, write ./--",
                 2,
             )

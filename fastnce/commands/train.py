@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ..common.streams import give_up_stdout, stdout_takes, write_out
+from ..common.streams import discard_stdout, flush_stdout, write_out
 from ..config import check, plan, resolve
 from ..engine.launch import launched, processes, start, watch_launcher, without
 from ..methods.presets import PRESETS
@@ -55,6 +55,6 @@ def main(arguments: list[str]) -> int:
     try:
         train_run(config, args.out, quiet=args.quiet)
     finally:
-        if not stdout_takes():  # log.txt has all lines, and the exit code describes the run
-            give_up_stdout()
+        if not flush_stdout():  # log.txt has all lines, and the exit code describes the run
+            discard_stdout()
     return 0

@@ -26,14 +26,14 @@ def open_streams() -> None:
                 stream.reconfigure(errors="backslashreplace")
 
 
-def tell(sentence: str, code: int) -> int:
+def report_error(sentence: str, code: int) -> int:
     """Print one sentence on stderr if possible; return the exit code `code`."""
     with suppress(OSError, ValueError):
         print(f"fastnce: {sentence}", file=sys.stderr, flush=True)
     return code
 
 
-def show(line: str) -> None:
+def print_line(line: str) -> None:
     """Print a line. A closed or full stdout is ignored, so that the work goes on."""
     with suppress(OSError, ValueError):
         print(line, flush=True)
@@ -60,11 +60,11 @@ def write_out(text: str) -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        give_up_stdout()
+        discard_stdout()
         raise OSError(error.errno, error.strerror, "standard output") from None
 
 
-def stdout_takes() -> bool:
+def flush_stdout() -> bool:
     """Flush stdout; return whether that succeeded."""
     try:
         sys.stdout.flush()
@@ -73,7 +73,7 @@ def stdout_takes() -> bool:
     return True
 
 
-def give_up_stdout() -> None:
+def discard_stdout() -> None:
     """Discard everything that stdout still buffers or will receive, so that Python does not retry it at exit."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -84,9 +84,9 @@ def flush(code: int) -> int:
     try:
         sys.stdout.flush()
     except (OSError, ValueError) as error:
-        give_up_stdout()
+        discard_stdout()
         if not isinstance(error, BrokenPipeError):  # a broken pipe is no failure: the reader, such as head, has stopped
-            code = tell(f"standard output: {getattr(error, 'strerror', None) or error}", code or 2)
+            code = report_error(f"standard output: {getattr(error, 'strerror', None) or error}", code or 2)
     return code
 
 
@@ -112,7 +112,7 @@ class ProgressLine:
     def say(self, sentence: str) -> None:
         """Print a permanent line on stdout."""
         self.clear()
-        show(sentence)
+        print_line(sentence)
 
     def clear(self) -> None:
         if self._live:

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ..common.streams import tell
+from ..common.streams import report_error
 from ..common.writing import write_whole
 from .lines import Lines
 
@@ -93,7 +93,7 @@ class RunLog:
         if file is not self._text:
             self.say(sentence)
         elif self._quiet:
-            tell(sentence, 0)  # the only place that is left
+            report_error(sentence, 0)  # the only place that is left
         else:
             self._show(sentence)
 

@@ -86,7 +86,7 @@ def train(
     with ranks.together(next(method.parameters()).device):
         log = RunLog(folder, run.tensorboard, quiet) if ranks.first else SilentLog()
     try:
-        with StopRequest(tell=ranks.first) as stop:
+        with StopRequest(verbose=ranks.first) as stop:
             training = _Run(method, data, optim, run, folder, config or {}, batch_size, log, ranks, validation)
             try:
                 return training.go(stop)

@@ -92,12 +92,12 @@ class StopRequest:
     A second signal, at least a second later, ends the process at once.
 
     Args:
-        tell: print to stderr that the step is finished first.
+        verbose: print to stderr that the step is finished first.
     """
 
-    def __init__(self, tell: bool = True) -> None:
+    def __init__(self, verbose: bool = True) -> None:
         self.name = ""
-        self._tell = tell
+        self._verbose = verbose
         self._at = 0.0
         self._something_to_save = False
         self._got_through, self._repeated = threading.Event(), False
@@ -140,7 +140,7 @@ class StopRequest:
             torch.set_anomaly_enabled(False)  # compilers turn it on, and it would print a traceback
             threading.Thread(target=self._insist, args=(number,), daemon=True, name="signal").start()
             raise Stopped(number, BEFORE)
-        if self._tell:
+        if self._verbose:
             with suppress(OSError):  # not through Python's buffers, which the signal may have interrupted
                 os.write(2, f"\nfastnce: {self.name}: the step is finished and saved first\n".encode())
 

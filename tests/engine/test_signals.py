@@ -251,7 +251,7 @@ def test_a_signal_whose_error_is_dropped_until_a_step_is_done_waits_for_its_end(
 
 def test_a_rank_ends_itself_when_its_launcher_is_killed(tmp_path):
     def rank():
-        request = stop.StopRequest(tell=False)
+        request = stop.StopRequest(verbose=False)
         with request:
             request.wait_for_steps()
             stop.end_with_parent(os.getppid())
