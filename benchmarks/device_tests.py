@@ -11,7 +11,7 @@ FIRST_TESTS = (
     "tests/networks/test_layers_gpu.py",
     "tests/engine/test_weights.py",
     "tests/data/test_data.py",
-    "tests/translate/test_inference.py",
+    "tests/translate/test_translate.py",
     "tests/engine/test_engine_gpu.py",
 )
 SECOND_TESTS = ("tests/engine/test_engine_gpu.py", "tests/engine/test_recorded_run.py")
