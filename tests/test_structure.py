@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import subprocess
 import sys
@@ -63,6 +64,7 @@ def modules() -> dict[str, Path]:
 MODULES = modules()
 
 
+@functools.cache
 def imported(name: str) -> list[tuple[str, int, bool]]:
     """Return (imported module, line, whether inside a function) for every import of fastnce in a module."""
     path = MODULES[name]
