@@ -20,6 +20,7 @@ from .data.target import PREPROCESS
 from .engine.options import OptimOptions, RunOptions
 from .evaluate.pairs import RAIN_SIDES
 from .methods import Method, NetworkOptions
+from .methods.contract import check_contract
 from .methods.presets import Preset, find_preset
 
 MOST_SIDE = 16_384
@@ -85,7 +86,8 @@ class Config:
             for key, (value, consequence) in describe(getattr(self, section)).items():
                 accepted = range_of(getattr(self, section), key)
                 accepted = f" [{accepted}]" if accepted else ""
-                lines.append(f"{key} = {format_value(value)}".ljust(36) + f"  # {consequence}{accepted}")
+                comment = " ".join(f"{consequence}{accepted}".split())
+                lines.append(f"{key} = {format_value(value)}".ljust(36) + f"  # {comment}")
         return "\n".join(lines) + "\n"
 
     def differences(self, other: dict[str, Any], *, any_batch: bool = False) -> list[str]:
@@ -226,13 +228,15 @@ def build_method(config: Config) -> Method:
         ValueError: options or networks that do not fit together, or a user's own method that fails.
     """
     method = find_preset(config.method).method
-    try:
+    if not is_import_path(config.method):
         return method(config.loss, config.network)
+    try:
+        built = method(config.loss, config.network)
+        check_contract(built, config.method)
+        return built
     except ValueError:
         raise
     except Exception as error:
-        if not is_import_path(config.method):
-            raise
         call = f"{config.method.rpartition(':')[2]}(options, network)"
         raise CodeError(f"method={config.method}: {call} fails: {type(error).__name__}: {error}") from error
 

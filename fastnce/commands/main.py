@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable
 
 from .. import __version__
+from ..common.imports import place_in_own_code
 from ..common.streams import flush, flush_stdout, open_streams, report_error, sentence_of
 from ..engine.distributed import RankLost
 from ..engine.loop import TrainingFailed
@@ -62,7 +63,7 @@ def _main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         code = report_error("stopped by Ctrl-C", 130)
     except ValueError as error:  # a mistake of the user; DataError is one of these
-        code = report_error(str(error), 2)
+        code = report_error(f"{error}{place_in_own_code(error)}", 2)
     except OSError as error:
         code = 2
         if error.filename is None and isinstance(error, BrokenPipeError):

@@ -27,8 +27,8 @@ def networks_of(preset: Preset) -> dict[str, nn.Module]:
 def terms(options: Any) -> list[str]:
     """Return the weighted terms of an options object, such as "gan 1" for `lambda_gan`."""
     values = {name: value for name, (value, _) in describe(options).items() if name.startswith("lambda_")}
-    if options.gan_mode != "wgangp":
-        del values["lambda_gp"]
+    if getattr(options, "gan_mode", "") != "wgangp":
+        values.pop("lambda_gp", None)
     return [f"{name.removeprefix('lambda_')} {value:g}" for name, value in values.items() if value]
 
 

@@ -10,6 +10,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+
+_imported: set[str] = set()
+"""Names of the modules that `load_object` imported."""
+
 
 class CodeError(ValueError):
     """A user's own code cannot be imported, is not trusted, or does not meet the contract."""
@@ -34,6 +39,7 @@ def load_object(path: str, key: str) -> Any:
     if not where or not name.isidentifier():
         raise CodeError(f"{key}={path} must be an import path such as mycode.py:Name or mypackage.module:Name")
     module = _load_file(Path(where), path, key) if where.endswith(".py") else _load_module(where, path, key)
+    _imported.add(module.__name__)
     if not hasattr(module, name):
         known = [n for n, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
         defines = f"it defines {', '.join(known)}" if known else "it defines no class or function"
@@ -56,8 +62,9 @@ def _load_file(file: Path, path: str, key: str) -> ModuleType:
         sys.path.append(str(file.parent))  # the file may import files beside it, as a script does
     sys.modules[name] = module  # dataclasses look up their module there
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
+        with torch.device("cpu"):  # also while shapes are traced on the meta device
+            spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise _failed(error, path, key) from error
     return module
@@ -65,7 +72,8 @@ def _load_file(file: Path, path: str, key: str) -> ModuleType:
 
 def _load_module(name: str, path: str, key: str) -> ModuleType:
     try:
-        return importlib.import_module(name)
+        with torch.device("cpu"):
+            return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
             raise CodeError(
@@ -73,15 +81,33 @@ def _load_module(name: str, path: str, key: str) -> ModuleType:
                 f"such as {name.rpartition('.')[2]}.py:{path.rpartition(':')[2]}"
             ) from None
         raise _failed(error, path, key) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _failed(error, path, key) from error
 
 
-def _failed(error: Exception, path: str, key: str) -> CodeError:
-    where = getattr(error, "lineno", None)
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    line = where or (trace.tb_lineno if trace is not None else 0)
+def _failed(error: BaseException, path: str, key: str) -> CodeError:
+    if isinstance(error, SyntaxError):
+        file, line = error.filename, error.lineno
+    else:
+        trace = error.__traceback__
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        file, line = (trace.tb_frame.f_code.co_filename, trace.tb_lineno) if trace is not None else (None, None)
+    where = f" at {Path(file).name} line {line}" if file else ""
     reason = str(error).partition("\n")[0] or "no message"
-    return CodeError(f"{key}={path} cannot be imported: {type(error).__name__} at line {line}: {reason}")
+    return CodeError(f"{key}={path} cannot be imported: {type(error).__name__}{where}: {reason}")
+
+
+def first_line(error: BaseException) -> str:
+    """The kind of an error and the first line of its message."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+def place_in_own_code(error: BaseException) -> str:
+    """Where an error passed through a user's own code, as an addition to its message; empty if it did not."""
+    found, trace = "", error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_globals.get("__name__") in _imported:
+            found = f" ({Path(trace.tb_frame.f_code.co_filename).name}, line {trace.tb_lineno})"
+        trace = trace.tb_next
+    return found

@@ -73,6 +73,8 @@ def check_kinds(options: type, name: str) -> None:
         ValueError: the first such field.
     """
     for f in fields(options):
+        if not f.name.isascii():
+            raise ValueError(f"{name}.{f.name} must have a name in ASCII, for TOML files")
         if f.default is MISSING and f.default_factory is MISSING:
             raise ValueError(f"{name}.{f.name} needs a default")
     for key, (hint, _) in kinds(options()).items():

@@ -98,7 +98,7 @@ class Checkpoints:
         final = self.folder / f"step-{step:08d}"
         partial = self.folder / partial_name()
         tensors = {
-            name: {key: t.detach().cpu().contiguous() for key, t in part.items()}
+            name: _unshared({key: t.detach().cpu().contiguous() for key, t in part.items()})
             for name, part in zip(state_file.FILES, (generator, training), strict=True)
         }
         bad = int(training["bad_steps"]) if "bad_steps" in training else 0
@@ -293,3 +293,14 @@ def _of_the_system(error: Exception) -> OSError | None:
         return error if error.errno is not None else None
     number = re.search(r"os error (\d+)", str(error))
     return OSError(int(number[1]), os.strerror(int(number[1]))) if number else None
+
+
+def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, with a copy of each that shares memory with an earlier one: the file format has no views."""
+    seen: set[int] = set()
+    apart = {}
+    for key, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        apart[key] = tensor.clone() if place in seen and tensor.numel() else tensor
+        seen.add(place)
+    return apart

@@ -26,7 +26,12 @@ class ParameterGroup:
 
     def __init__(self, modules: tuple[nn.Module, ...], lr: float, betas: tuple[float, float]):
         # a parameter that modules share is listed more than once
-        named = [(f"{i}.{name}", p) for i, module in enumerate(modules) for name, p in module.named_parameters()]
+        named = [
+            (f"{i}.{name}", p)
+            for i, module in enumerate(modules)
+            for name, p in module.named_parameters()
+            if p.requires_grad  # others stay as they are
+        ]
         self.names = [name for name, _ in named]
         self.parameters = [p for _, p in named]
         if not self.parameters:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..methods.base import Batch, Draws, Losses, Method, Outputs, Phase
+from ..methods.contract import check_loss
 from ..networks import channels_last
 from . import accumulate
 from .bad_steps import Gradients, Updates, early_groups, run_phases
@@ -76,13 +77,14 @@ class Step:
             recompute_blocks(method)
         accumulate.check_parts(method, options.accumulate)
         self.method = method
+        self._own_method = not type(method).__module__.startswith("fastnce.")
         self.ranks = ranks or Ranks()
         if self.ranks.world > 1:
             method.share_keys(self.ranks.others)
         self.options = options
         betas = (options.beta1, options.beta2)
         self.groups = {
-            name: ParameterGroup(group.modules, group.lr or options.lr, group.betas or betas)
+            name: ParameterGroup(group.modules, options.lr if group.lr is None else group.lr, group.betas or betas)
             for name, group in method.groups().items()
         }
         self.phases = self._uncompiled = method.phases()
@@ -261,7 +263,8 @@ class Step:
     def _gradients(self, phase: Phase, batch: Batch, outputs: Outputs, draws: Draws) -> tuple[Gradients, Losses]:
         """The gradients of a phase's loss with respect to the parameters of its groups, and its logged losses."""
         with self.autocast():
-            loss, logged = phase.loss(batch, outputs, draws)
+            result = phase.loss(batch, outputs, draws)
+        loss, logged = check_loss(result, phase) if self._own_method else result
         if self.loss_scale is not None:
             loss = loss * self.loss_scale.scale
         return torch.autograd.grad(loss, self._trained[phase.groups].own, allow_unused=True), logged

@@ -16,8 +16,13 @@ Sizes = Mapping[tuple[int, int], str]
 
 def trace_shapes(network: nn.Module, images: int, height: int, width: int, **arguments: Any) -> Any:
     """What `network` returns for images of this size, as tensors without memory."""
-    first = next(p for p in network.parameters() if p.dim() == 4)  # of the convolution that takes the image
-    return contracts.trace_shapes(network, images, first.shape[1], height, width, **arguments)
+    return contracts.trace_shapes(network, images, channels_of(network), height, width, **arguments)
+
+
+def channels_of(network: nn.Module) -> int:
+    """The channels of the images that a network takes: `in_channels`, or those of its first convolution."""
+    own = getattr(network, "in_channels", None)
+    return own if isinstance(own, int) else next(p for p in network.parameters() if p.dim() == 4).shape[1]
 
 
 def extremes(sizes: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

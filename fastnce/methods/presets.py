@@ -155,5 +155,11 @@ def find_preset(name: str) -> Preset:
     if not (isinstance(options, type) and is_dataclass(options)):
         raise CodeError(f"method={name} needs a dataclass as its attribute Options, for the section loss")
     check_kinds(options, f"{name.rpartition(':')[2]}.Options")
+    sections: Any = getattr(method, "sections", None)
+    if sections is None:  # those of the published method that it extends
+        near = (p.sections for cls in method.__mro__ for p in PRESETS.values() if p.method is cls)
+        sections = next(near, {})
+    if not isinstance(sections, dict) or not all(isinstance(keys, dict) for keys in sections.values()):
+        raise CodeError(f"method={name}: sections must be a dict of options by section, not {sections!r}")
     paper = getattr(method, "paper", "") or (method.__doc__ or name).strip().partition("\n")[0]
-    return Preset(method, options, paper, getattr(method, "sections", {}))
+    return Preset(method, options, paper, sections)

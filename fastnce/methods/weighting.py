@@ -51,6 +51,8 @@ def _parse(name: str, function: Any, options: str) -> dict[str, Any]:
         if not equals or key not in accepted:
             known = ", ".join(accepted) or "none"
             raise ValueError(f"loss.weighting_options: {name} has no option {text.strip()!r}; its options: {known}")
+        if key in found:
+            raise ValueError(f"loss.weighting_options: {key} is given twice")
         found[key] = _value(value)
         default = accepted[key]
         if isinstance(default, float) and type(found[key]) is int:

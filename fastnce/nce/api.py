@@ -138,7 +138,7 @@ def patch_nce(
             other, _ = nce_losses(keys, queries, extra_keys, *transposed, *options)
             loss = 0.5 * (loss + other)
     if query_weight is not None:
-        loss = loss * query_weight.to(loss.dtype)
+        loss = loss * query_weight.detach().to(loss.dtype)
     if reduction == "mean":
         loss = loss.mean()
     elif reduction == "sum":

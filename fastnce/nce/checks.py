@@ -153,12 +153,15 @@ def rows(
     return groups
 
 
-def weights(given: Any, kind: type) -> tuple[Any, Any, Any, bool]:
-    """Check a `Weights` and return its four members; None means no weights."""
-    if given is None:
+def weights(given: Any, kind: type, required: bool = False) -> tuple[Any, Any, Any, bool]:
+    """Check a `Weights` and return its four members; None means no weights unless they are `required`."""
+    if given is None and not required:
         return None, None, None, False
     if not isinstance(given, kind):
-        raise ValueError(f"weights must be a fastnce.nce.Weights or None, not {shown(given)}")
+        none = "" if required else " or None"
+        raise ValueError(f"weights must be a fastnce.nce.Weights{none}, not {shown(given)}")
+    if not isinstance(given.decoupled, bool):  # type: ignore[attr-defined]
+        raise ValueError(f"decoupled must be True or False, not {shown(given.decoupled)}")  # type: ignore[attr-defined]
     return given  # type: ignore[return-value]
 
 

@@ -185,7 +185,10 @@ class PatchNCEHead(PatchSampleF):
 
     @torch.no_grad()
     def _weights(self, queries: Tensor, keys: Tensor, groups: int) -> Weights | None:
-        return None if self.weighting is None else self.weighting(queries.detach(), keys, groups)
+        if self.weighting is None:
+            return None
+        # copies: a weighting that works in place must not change the rows
+        return Weights(*checks.weights(self.weighting(queries.detach().clone(), keys.clone(), groups), Weights, True))
 
     def _others_keys(self, keys: Sequence[Tensor], groups: int) -> list[Tensor]:
         """Return the other ranks' keys of each layer, (groups, count, dim), gathered for all layers at once."""

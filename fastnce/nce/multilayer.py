@@ -70,6 +70,8 @@ def patch_nce_layers(
     directions, layers = checks.nested(nested)
     if other and directions != 2:
         raise ValueError(f'extra_keys="other" needs two directions, not {directions}')
+    if weighting is not None and not callable(weighting):
+        raise ValueError(f"weighting must be a function or None, not {checks.shown(weighting)}")
     temperatures = checks.temperatures(temperature, layers)
     # flat lists in which the directions of a layer are adjacent
     flat_queries, flat_keys = (
@@ -132,7 +134,8 @@ def _weights(weighting: Weighting | None, queries: Tensor, keys: Tensor, extra: 
     """Call the weighting and check its result; without one, return empty `Weights`."""
     if weighting is None:
         return Weights()
-    weights = Weights(*checks.weights(weighting(queries.detach(), keys, groups), Weights))
+    # copies: a weighting that works in place must not change the rows
+    weights = Weights(*checks.weights(weighting(queries.detach().clone(), keys.clone(), groups), Weights, True))
     checks.rows(queries, keys, groups, "image", extra, weights.query_weight, weights.decoupled)
     size = len(queries) // groups
     log_weight, weight = (

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+
+from ..common.imports import CodeError, first_line
 
 
 class Generator(Protocol):
@@ -73,23 +75,30 @@ def build_own(found: Any, name: str, key: str, *arguments: int, **options: Any) 
         name, key: the import path and the option that holds it, for messages; `key` is empty for our own networks.
 
     Raises:
-        ValueError: it is not callable, it fails, or it does not return a module.
+        CodeError: it is not callable, it fails, or it does not return a module.
     """
-    if not callable(found):
-        raise ValueError(f"{key}={name} must be a class of torch.nn.Module, not {type(found).__name__}")
+    if not callable(found) or isinstance(found, nn.Module):
+        kind = f"an instance of {type(found).__name__}" if isinstance(found, nn.Module) else type(found).__name__
+        raise CodeError(f"{key}={name} must be a class of torch.nn.Module, not {kind}")
     named = inspect.signature(found).parameters
     taken = {option: value for option, value in options.items() if option in named}
     if not key:
         return found(*arguments, **taken)
+    call = f"{name.rpartition(':')[2]}({', '.join(map(str, arguments))})"
     try:
         built = found(*arguments, **taken)
-    except ValueError as error:
-        raise ValueError(f"{key}={name}: {error}") from None
     except Exception as error:
-        call = f"{name.rpartition(':')[2]}({', '.join(map(str, arguments))})"
-        raise ValueError(f"{key}={name}: {call} fails: {type(error).__name__}: {error}") from error
+        raise CodeError(f"{key}={name}: {call} fails: {first_line(error)}") from error
     if not isinstance(built, nn.Module):
-        raise ValueError(f"{key}={name} must return a torch.nn.Module, not {type(built).__name__}")
+        raise CodeError(f"{key}={name} must return a torch.nn.Module, not {type(built).__name__}")
+    parameters = dict(built.named_parameters())
+    if not parameters:
+        raise CodeError(f"{key}={name} has no parameters to train")
+    for parameter, tensor in parameters.items():
+        if isinstance(tensor, nn.UninitializedParameter):
+            raise CodeError(f"{key}={name}: {parameter} has no shape yet; give lazy modules their sizes")
+        if tensor.dtype != torch.float32:
+            raise CodeError(f"{key}={name}: {parameter} is {tensor.dtype}; build float32, run.precision does the rest")
     return built
 
 
@@ -97,54 +106,77 @@ def check_generator(network: nn.Module, name: str, in_channels: int, out_channel
     """Give missing optional members their defaults, and check that a user's generator meets the contract.
 
     Raises:
-        ValueError: a missing member, or an output of a wrong shape; the message names it.
+        CodeError: a missing member, or an output of a wrong shape; the message names it.
     """
     key = f"network.generator={name}"
     accepted = inspect.signature(network.forward).parameters
     if any(argument not in accepted for argument in ("layers", "encode_only")):
-        raise ValueError(f"{key}: forward must take (x, layers=(), encode_only=False)")
-    defaults = {"factor": 1, "out_channels": out_channels, "features_repeat": False}
+        raise CodeError(f"{key}: forward must take (x, layers=(), encode_only=False)")
+    defaults = {"factor": 1, "in_channels": in_channels, "out_channels": out_channels, "features_repeat": False}
     for member, value in defaults.items():
         _default(network, member, value)
     _default(network, "smallest", network.factor)
-    if not hasattr(network, "feature_channels"):
-        network.feature_channels = _no_features(key)  # type: ignore[assignment]
+    for member in ("factor", "smallest", "in_channels", "out_channels"):
+        value = getattr(network, member)
+        if type(value) is not int or value < 1:
+            raise CodeError(f"{key}: {member} must be a whole number of at least 1, not {value!r}")
+    _guard_features(network, key)
     factor, smallest = int(network.factor), int(network.smallest)  # type: ignore[arg-type]
     side = max(64, smallest) + -max(64, smallest) % factor
-    output = _traced(network, key, in_channels, side)
-    wanted = (1, out_channels, side, side)
-    if not isinstance(output, Tensor) or tuple(output.shape) != wanted:
-        found = tuple(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
-        raise ValueError(f"{key}: forward of (1, {in_channels}, {side}, {side}) must return {wanted}, not {found}")
+    _check_output(network, key, in_channels, (side, side + factor), out_channels)
 
 
 def check_discriminator(network: nn.Module, name: str, in_channels: int) -> None:
     """Give missing optional members their defaults, and check that a user's discriminator meets the contract."""
     key = f"network.discriminator={name}"
     _default(network, "pictures_independent", False)
-    output = _traced(network, key, in_channels, 256)
-    if not isinstance(output, Tensor) or output.shape[:1] != (1,):
-        found = tuple(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
-        raise ValueError(f"{key}: forward of (1, {in_channels}, 256, 256) must return scores (1, ...), not {found}")
+    _default(network, "in_channels", in_channels)
+    _check_output(network, key, in_channels, (256, 256), None)
+
+
+def check_output(output: Any, images: int, size: tuple[int, int] | None, channels: int | None = None) -> str:
+    """What is wrong with a network's output, as a clause; empty if nothing is.
+
+    Args:
+        images: that the output must have.
+        size: (height, width) of a generator's output; None for scores, which may have any.
+        channels: of a generator's output; None for any number.
+    """
+    found = f"{tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
+    if size is None:
+        good = isinstance(output, Tensor) and output.dim() > 0 and output.shape[0] == images
+        return "" if good else f"returns {found} instead of scores ({images}, ...)"
+    good = isinstance(output, Tensor) and output.dim() == 4 and tuple(output.shape[2:]) == size
+    good = good and output.shape[0] == images and channels in (None, output.shape[1])
+    wanted = f"({images}, {'channels' if channels is None else channels}, {size[0]}, {size[1]})"
+    return "" if good else f"returns {found} instead of {wanted}"
 
 
 def trace_shapes(network: nn.Module, images: int, channels: int, height: int, width: int, **arguments: Any) -> Any:
     """Return the output of `network` for images of this size, as meta tensors, which need no memory."""
-    state = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    tensors = [*network.parameters(), *network.buffers()]
+    if not all(tensor.is_meta for tensor in tensors):  # a copy of the modules alone, with meta tensors in their places
+        memo: dict[int, Any] = {id(t): _on_meta(t) for t in tensors}
+        network = copy.deepcopy(network, memo)
     dtype = next((p.dtype for p in network.parameters()), torch.float32)
     inputs = torch.empty(images, channels, height, width, device="meta", dtype=dtype)
-    with torch.no_grad():
-        return functional_call(network, {k: t.to("meta") for k, t in state.items()}, (inputs,), arguments)
+    with torch.no_grad(), torch.device("meta"):
+        return network(inputs, **arguments)
 
 
-def _traced(network: nn.Module, key: str, channels: int, side: int) -> Any:
-    if not any(p.dim() == 4 for p in network.parameters()):
-        raise ValueError(f"{key} has no convolution")
+def _on_meta(tensor: Tensor) -> Tensor:
+    moved = tensor.detach().to("meta")
+    return nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
+
+
+def _check_output(network: nn.Module, key: str, channels: int, size: tuple[int, int], out: int | None) -> None:
+    shape = f"(2, {channels}, {size[0]}, {size[1]})"
     try:
-        return trace_shapes(network, 1, channels, side, side)
+        output = trace_shapes(network, 2, channels, *size)
     except Exception as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{key}: forward fails on (1, {channels}, {side}, {side}): {reason}") from error
+        raise CodeError(f"{key}: forward fails on {shape}: {first_line(error)}") from error
+    if wrong := check_output(output, 2, None if out is None else size, out):
+        raise CodeError(f"{key}: forward of {shape} {wrong}")
 
 
 def _default(network: nn.Module, member: str, value: Any) -> None:
@@ -152,8 +184,17 @@ def _default(network: nn.Module, member: str, value: Any) -> None:
         setattr(network, member, value)
 
 
-def _no_features(key: str) -> Callable[[Sequence[int]], list[int]]:
-    def feature_channels(layers: Sequence[int]) -> list[int]:
-        raise ValueError(f"{key} has no feature_channels(layers), which methods that contrast features need")
+def _guard_features(network: nn.Module, key: str) -> None:
+    """Let errors of the user's `feature_channels` name the option that chooses layers."""
+    own: Any = getattr(network, "feature_channels", None)
 
-    return feature_channels
+    def feature_channels(layers: Sequence[int]) -> list[int]:
+        if own is None:
+            raise CodeError(f"{key} has no feature_channels(layers), which methods that contrast features need")
+        try:
+            return list(own(layers))
+        except Exception as error:
+            call = f"feature_channels({list(layers)})"
+            raise CodeError(f"{key}: {call} fails: {first_line(error)}; loss.nce_layers chooses its layers") from error
+
+    network.feature_channels = feature_channels  # type: ignore[assignment]

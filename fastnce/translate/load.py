@@ -7,11 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
-from ..common.imports import is_import_path
-from ..config import build_method, from_dict
+from ..common.imports import CodeError, is_import_path
+from ..config import Config, build_method, from_dict
 from ..engine.checkpoint import open_checkpoint
 from ..engine.stored import follow, load_generators, using
+from ..methods.base import Method, translation_of
+from ..methods.checks import channels_of
 from ..networks.published import load_weights, network_from_weights, read_weights
 from .translator import Tiles, Translator
 
@@ -48,11 +51,11 @@ def load_translator(
         if name not in weights:
             raise ValueError(f"{folder}: no generator {name!r}, it holds {', '.join(weights)}")
         if is_import_path(config.method):
-            network = build_method(config).generators()[name]
+            network = _own_network(config, folder, weights, name)
         else:
             network = config.network.build_generator(reverse=name != first)
-        with using(folder):
-            load_weights(network, weights[name], str(folder))
+            with using(folder):
+                load_weights(network, weights[name], str(folder))
         translator = Translator(network, device, tiles=tiles, tile_size=tile_size, say=say)
         translator.sources = (folder / "state.json", folder / "generator.safetensors")
         return translator
@@ -66,3 +69,30 @@ def load_translator(
     translator = Translator(network, device, tiles=tiles, tile_size=tile_size, say=say)
     translator.sources = (source,)
     return translator
+
+
+def _own_network(config: Config, folder: Path, weights: dict[str, dict[str, Tensor]], name: str) -> nn.Module:
+    """A network of a user's own method: what `translate` computes for the first generator, else the generator."""
+    method = build_method(config)
+    generators = method.generators()
+    if generators.keys() != weights.keys():
+        found, stored = ", ".join(generators), ", ".join(weights)
+        raise CodeError(f"{folder} holds {stored}, and method={config.method} now has {found}: has its code changed?")
+    for key, network in generators.items():
+        try:
+            load_weights(network, weights[key], f"generator {key}")
+        except ValueError as error:
+            raise CodeError(f"{folder}: {error}: has the code of method={config.method} changed?") from None
+    network = generators[name]
+    return network if name != next(iter(generators)) or _is_plain(method, network) else translation_of(method)
+
+
+def _is_plain(method: Method, generator: nn.Module) -> bool:
+    """Whether `translate` is the generator and nothing else: then tiles and memory are those of the generator."""
+    factor, smallest = (int(getattr(generator, member, 1)) for member in ("factor", "smallest"))
+    side = max(64, smallest) + -max(64, smallest) % factor
+    probe = torch.rand(1, channels_of(generator), side, side) * 2 - 1
+    method.eval()
+    with torch.no_grad():
+        wanted, found = generator(probe), method.translate(probe)
+    return isinstance(found, Tensor) and found.shape == wanted.shape and torch.equal(found, wanted)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..common.imports import CodeError
 from ..engine.memory import available_memory, out_of_memory
 from ..evaluate.quality import FLOATS, check_range
 from ..networks import channels_last
@@ -68,9 +69,12 @@ class Translator:
         self.smallest: int = getattr(generator, "smallest", self.factor)
         # the weight of the first convolution, whatever its class
         first = next(p for p in generator.parameters() if p.dim() == 4)
-        self.channels, self.dtype = first.shape[1], first.dtype
+        own_channels = getattr(generator, "in_channels", None)
+        self.channels: int = own_channels if isinstance(own_channels, int) else first.shape[1]
+        self.dtype = first.dtype
         self.out_channels: int = getattr(generator, "out_channels", self.channels)
         self._bytes_per_pixel = 0.0
+        self._tiles_checked = False
 
     @torch.inference_mode()
     def __call__(self, pictures: Tensor) -> Tensor:
@@ -120,7 +124,21 @@ class Translator:
         self._release()
         return None
 
+    def _check_own_tiles(self) -> None:
+        """Compare the tiles of a user's own generator with the whole image, once and on a small image."""
+        if self._tiles_checked or not hasattr(self.generator, "tile_layers"):
+            return
+        side = max(96, self.smallest) + -max(96, self.smallest) % self.factor
+        probe = torch.rand(1, self.channels, side, side, dtype=self.dtype) * 2 - 1
+        whole = self.generator(probe.to(self.device)).float().cpu()
+        tiled = translate_exact(self.generator, probe, side // 2, self.device).float().cpu()
+        if tiled.shape != whole.shape or not torch.allclose(tiled, whole, rtol=1e-2, atol=1e-2):
+            name = type(self.generator).__name__
+            raise CodeError(f"tile_layers() of {name} does not compute what its forward computes")
+        self._tiles_checked = True
+
     def _tiled(self, padded: Tensor) -> Tensor:
+        self._check_own_tiles()
         size = f"{padded.shape[3]}x{padded.shape[2]}"
         tile = self.tile_size
         if self.tiles == "auto":

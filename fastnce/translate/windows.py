@@ -201,7 +201,10 @@ def operations_of(generator: nn.Module, statistics: Statistics) -> list[Operatio
     if tile_layers is not None:
         return _chain(tile_layers(), statistics)
     if not isinstance(generator, Restorer):
-        raise ValueError(f"tiles are for the ResNet generator and the restorer, not for {type(generator).__name__}")
+        name = type(generator).__name__
+        raise ValueError(
+            f"tiles are for the ResNet generator, the restorer and generators with tile_layers(), not {name}"
+        )
 
     def part(*modules: nn.Module) -> list[Operation]:
         return _chain(modules, statistics)

@@ -83,6 +83,107 @@ class Misnamed(Keep):
     sections = {"optim": {"learning_rate": 1}}
 
 
+class Residual(Keep):
+    """Its translation is more than its generator."""
+
+    def translate(self, a):
+        return a - 0.5 * self.generator(a)
+
+
+class Frozen(Keep):
+    def __init__(self, options, network):
+        super().__init__(options, network)
+        next(self.generator.parameters()).requires_grad_(False)
+
+
+class Still(Keep):
+    def groups(self):
+        return {"G": Group((self.generator,), lr=0.0)}
+
+
+class Homeless(Keep):
+    def __init__(self, options, network):
+        super().__init__(options, network)
+        self.aux = nn.Linear(2, 2)
+
+    def groups(self):
+        return {"G": Group((self.generator, self.aux))}
+
+
+class OddName(Keep):
+    def generators(self):
+        return {"G 1": self.generator}
+
+
+class NoGenerator(Keep):
+    def generators(self):
+        return {}
+
+
+class NotADict(Keep):
+    def generators(self):
+        return [self.generator]
+
+
+class BareGroup(Keep):
+    def groups(self):
+        return {"G": (self.generator,)}
+
+
+class UnknownGroup(Keep):
+    def phases(self):
+        return (Phase(self.loss, ("Q",)),)
+
+
+class OnePhase(Keep):
+    def phases(self):
+        return Phase(self.loss, ("G",))
+
+
+class NoPhase(Keep):
+    def phases(self):
+        return ()
+
+
+class ListState(Keep):
+    def extra_state_modules(self):
+        return [1]
+
+
+class OddSections(Keep):
+    sections = ["optim"]
+
+
+class FloatLoss(Keep):
+    def loss(self, batch, outputs, draws):
+        return 3.0, {}
+
+
+class DetachedLoss(Keep):
+    def loss(self, batch, outputs, draws):
+        loss, logged = super().loss(batch, outputs, draws)
+        return loss.detach(), logged
+
+
+class OnlyLoss(Keep):
+    def loss(self, batch, outputs, draws):
+        return super().loss(batch, outputs, draws)[0]
+
+
+class LoggedMap(Keep):
+    def loss(self, batch, outputs, draws):
+        return super().loss(batch, outputs, draws)[0], {"map": outputs["fake"]}
+
+
+class Failing2(Keep):
+    def loss(self, batch, outputs, draws):
+        one, two = (1, 2, 3)
+
+
+class Longer(CUT):
+    """CUT once more: its defaults are CUT's."""
+
+
 class Unbuilt(Keep):
     def __init__(self, options, network):
         raise TypeError("no luck")
@@ -132,6 +233,49 @@ class Blocks(nn.Module):
         return [self.block]
 
 
+MEAN = torch.tensor([0.1, 0.2, 0.3]).view(1, 3, 1, 1)  # a tensor of the module
+
+
+class Tied(Net):
+    """One weight under two names, a part under two names, and a constant of the module."""
+
+    def __init__(self, in_channels, out_channels, width):
+        super().__init__(in_channels, out_channels, width)
+        self.second = nn.Conv2d(in_channels, width, 3, padding=1)
+        self.second.weight = self.first.weight
+        self.encoder = nn.Sequential(self.first, self.second)[:1]
+
+    def forward(self, x, layers=(), encode_only=False):
+        return super().forward(x - MEAN.to(x.device) + self.second(x).mean(), layers, encode_only)
+
+
+class WrongTiles(Blocks):
+    def tile_layers(self):
+        return super().tile_layers()[:-1]
+
+
+class Half(Net):
+    def __init__(self, in_channels, out_channels, width):
+        super().__init__(in_channels, out_channels, width)
+        self.half()
+
+
+class Lazy(Net):
+    def __init__(self, in_channels, out_channels, width):
+        super().__init__(in_channels, out_channels, width)
+        self.more = nn.LazyConv2d(3, 1)
+
+
+class OddFactor(Net):
+    factor = "two"
+
+
+class WrongWhenWide(Net):
+    def forward(self, x, layers=(), encode_only=False):
+        output = super().forward(x, layers, encode_only)
+        return output if x.shape[2] == x.shape[3] else output[..., 1:]
+
+
 class WrongFeatures(Net):
     def feature_channels(self, layers):
         return [5 for _ in layers]
@@ -159,6 +303,11 @@ class Judge(nn.Module):
 
     def forward(self, x):
         return self.model(x)
+
+
+class MixedBatch(Judge):
+    def forward(self, x):
+        return super().forward(x).mean(0, keepdim=True)
 
 
 class Mute(Judge):

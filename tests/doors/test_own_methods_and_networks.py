@@ -64,7 +64,7 @@ def test_options_of_a_method_are_shown_and_checked(here, capsys):
         ("nowhere.py:Keep", "method=nowhere.py:Keep: there is no file nowhere.py in {here}"),
         ("mine.py:Kept", "method=mine.py:Kept: mine.py has no Kept; it defines KeepOptions, Keep, "),
         ("mine.py:", "must be an import path such as mycode.py:Name or mypackage.module:Name"),
-        ("bad.py:Keep", "method=bad.py:Keep cannot be imported: ZeroDivisionError at line 2: division by zero"),
+        ("bad.py:Keep", "method=bad.py:Keep cannot be imported: ZeroDivisionError at bad.py line 2: division by zero"),
         ("nomodule.nets:Keep", "there is no module nomodule.nets: install it, add its folder to PYTHONPATH, or name"),
         ("mine.py:Net", "method=mine.py:Net must be a subclass of fastnce.methods.Method"),
         ("mine.py:NoPhases", "method=mine.py:NoPhases lacks phases(), translate(): see fastnce.methods.Method"),
@@ -106,7 +106,7 @@ def test_a_generator_trains_and_translates(folder, here, capsys):
         (["network.generator=mine.py:Plain"], "forward must take (x, layers=(), encode_only=False)"),
         (
             ["network.generator=mine.py:Halving"],
-            "forward of (1, 3, 64, 64) must return (1, 3, 64, 64), not (1, 3, 64, 32)",
+            "forward of (2, 3, 64, 66) returns (2, 3, 64, 33) instead of (2, 3, 64, 66)",
         ),
         (["network.generator=mine.py:Failing"], "network.generator=mine.py:Failing: Failing(3, 3, 2) fails: KeyError"),
         (["network.generator=mine.py:Net"], "network.generator=mine.py:Net has no feature_channels(layers), which"),
@@ -116,7 +116,7 @@ def test_a_generator_trains_and_translates(folder, here, capsys):
         (["network.generator=mynet"], 'network.generator must be one of "resnet_9blocks"'),
         (
             ["network.discriminator=mine.py:Mute"],
-            "forward of (1, 3, 256, 256) must return scores (1, ...), not a NoneType",
+            "forward of (2, 3, 256, 256) returns a NoneType instead of scores (2, ...)",
         ),
         (["network.discriminator=bad.py:Judge"], "network.discriminator=bad.py:Judge cannot be imported: ZeroDivision"),
     ],

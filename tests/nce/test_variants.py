@@ -232,7 +232,7 @@ def test_wrong_weightings_are_refused():
     with pytest.raises(ValueError, match="weighting must be a function or None, not 'moco'"):
         make_head(weighting="moco")
     maps = make_maps(1)
-    with pytest.raises(ValueError, match="weights must be a fastnce.nce.Weights or None, not a torch.float64 tensor"):
+    with pytest.raises(ValueError, match="weights must be a fastnce.nce.Weights, not a torch.float64 tensor"):
         make_head(weighting=lambda queries, keys, groups: queries)(maps, maps)
     wrong = Weights(pair_weight=torch.ones(3, 3))
     with pytest.raises(ValueError, match=r"pair_weight must be \(1, 10, 10\), not \(1, 3, 3\)"):

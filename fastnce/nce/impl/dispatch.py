@@ -52,7 +52,11 @@ def which(
     Raises:
         ValueError: `implementation="triton"` cannot run on this device, dtype or size.
     """
-    return choose_rows(implementation, torch.device(device), dtype, dim, rows)
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device must be a device such as cpu or cuda:0, not {device!r}") from error
+    return choose_rows(implementation, device, dtype, dim, rows)
 
 
 def choose_rows(
