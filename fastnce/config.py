@@ -23,6 +23,8 @@ from .methods import Method, NetworkOptions
 from .methods.contract import check_contract
 from .methods.presets import Preset, find_preset
 
+__all__ = ["Config", "resolve"]
+
 MOST_SIDE = 16_384
 """Largest side of an image, in pixels: a square image of this side takes 3 GiB as float32."""
 

@@ -46,6 +46,8 @@ PUBLIC = {
     "fastnce.data": {"UnpairedData", "DataError", "build_cache", "find_images", "load_image", "save_image"},
     "fastnce.evaluate": {"DerainingMetrics", "luma", "psnr", "ssim"},
     "fastnce.translate": {"Translator", "load_translator", "translate_files"},
+    "fastnce.config": {"Config", "resolve"},
+    "fastnce.training": {"train_run"},
     "fastnce.accelerate": {"main", "patch"},
 }
 """Names that users import: removing one needs a line in CHANGELOG.md and a deprecation first."""

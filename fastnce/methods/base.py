@@ -10,13 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..common.imports import CodeError
 from ..common.initialise import INIT_TYPES
 from ..common.options import check, option
 from ..networks import Norm
 from ..networks.build import DISCRIMINATORS, GENERATORS, build_discriminator, build_generator
 from ..networks.contracts import check_output
-from .checks import Sizes, channels_of, extremes, trace_shapes
+from .checks import Sizes, extremes, trace_shapes
 
 MOST_CHANNELS = 65_536
 WEIGHT = {"low": 0, "high": 1e6}
@@ -331,32 +330,3 @@ def together(network: nn.Module, pictures: Sequence[Tensor], *, independent: boo
     output, features = result
     maps = zip(*(feature.split(sizes) for feature in features), strict=True)
     return list(zip(output.split(sizes), map(list, maps), strict=True))
-
-
-class Translation(nn.Module):
-    """`Method.translate` as a network, such as `fastnce.translate.Translator` takes.
-
-    Its members `factor`, `smallest`, `in_channels` and `out_channels` are those of the first generator.
-    """
-
-    def __init__(self, method: Method):
-        super().__init__()
-        first = next(iter(method.generators().values()))
-        self.method = method
-        self.factor = getattr(first, "factor", 1)
-        self.smallest = getattr(first, "smallest", self.factor)
-        self.in_channels = channels_of(first)
-        self.out_channels = getattr(first, "out_channels", self.in_channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Translate (images, channels, height, width) from A to B."""
-        output = self.method.translate(x)
-        if wrong := check_output(output, len(x), (x.shape[2], x.shape[3])):
-            raise CodeError(f"translate() of {type(self.method).__name__} {wrong}")
-        return output
-
-
-def translation_of(method: Method) -> nn.Module:
-    """The network that translates from A to B: the first generator, unless a user's own method does more than that."""
-    own = not type(method).translate.__module__.startswith("fastnce.")
-    return Translation(method) if own else next(iter(method.generators().values()))

@@ -13,8 +13,9 @@ from ..common.imports import CodeError, is_import_path
 from ..config import Config, build_method, from_dict
 from ..engine.checkpoint import open_checkpoint
 from ..engine.stored import follow, load_generators, using
-from ..methods.base import Method, translation_of
+from ..methods.base import Method
 from ..methods.checks import channels_of
+from ..methods.translation import translation_of
 from ..networks.published import load_weights, network_from_weights, read_weights
 from .translator import Tiles, Translator
 

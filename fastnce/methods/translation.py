@@ -1,0 +1,39 @@
+"""A method's translation from A to B as a network."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..common.imports import CodeError
+from ..networks.contracts import check_output
+from .base import Method
+from .checks import channels_of
+
+
+class Translation(nn.Module):
+    """`Method.translate` as a network, such as `fastnce.translate.Translator` takes.
+
+    Its members `factor`, `smallest`, `in_channels` and `out_channels` are those of the first generator.
+    """
+
+    def __init__(self, method: Method):
+        super().__init__()
+        first = next(iter(method.generators().values()))
+        self.method = method
+        self.factor = getattr(first, "factor", 1)
+        self.smallest = getattr(first, "smallest", self.factor)
+        self.in_channels = channels_of(first)
+        self.out_channels = getattr(first, "out_channels", self.in_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Translate (images, channels, height, width) from A to B."""
+        output = self.method.translate(x)
+        if wrong := check_output(output, len(x), (x.shape[2], x.shape[3])):
+            raise CodeError(f"translate() of {type(self.method).__name__} {wrong}")
+        return output
+
+
+def translation_of(method: Method) -> nn.Module:
+    """The network that translates from A to B: the first generator, unless a user's own method does more than that."""
+    own = not type(method).translate.__module__.startswith("fastnce.")
+    return Translation(method) if own else next(iter(method.generators().values()))
