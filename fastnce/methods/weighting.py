@@ -48,6 +48,8 @@ def _parse(name: str, function: Any, options: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for text in options.split(",") if options else []:
         key, equals, value = (part.strip() for part in text.partition("="))
+        if not equals and key in accepted:
+            raise ValueError(f"loss.weighting_options: write {key}=VALUE, not {text.strip()!r}")
         if not equals or key not in accepted:
             known = ", ".join(accepted) or "none"
             raise ValueError(f"loss.weighting_options: {name} has no option {text.strip()!r}; its options: {known}")

@@ -180,6 +180,16 @@ def test_a_subclass_keeps_the_defaults_of_its_paper(here, capsys):
     assert capsys.readouterr().out == plain.replace('"cut"', '"mine.py:Longer"')
 
 
+def test_the_configuration_of_any_help_text_is_toml(here, capsys):
+    code = (here / "mine.py").read_text().replace("keeps the input", "keeps\\nthe input")
+    (here / "lines.py").write_text(code)
+    assert main(["train", "lines.py:Keep", "--dry-run"]) == 0
+    (here / "config.toml").write_text(capsys.readouterr().out)
+    assert resolve("lines.py:Keep", here / "config.toml").loss.strength == 3.0
+    (here / "umlaut.py").write_text(code.replace("strength", "stärke"))
+    assert "stärke must have a name in ASCII" in refused(capsys, "train", "umlaut.py:Keep", "--dry-run")
+
+
 def test_code_that_changed_is_named(folder, here, capsys):
     assert train(folder, here, "mine.py:Keep") == 0
     code = (here / "mine.py").read_text()

@@ -278,3 +278,35 @@ def test_all_layers_and_directions_with_weights(cosine, extra, implementation):
         exact = torch.stack(losses).mean()
         rtol = 1e-12 if implementation == "eager" else 1e-5
         torch.testing.assert_close(found[direction].double(), exact, rtol=rtol, atol=0)
+
+
+def test_a_weighting_cannot_change_the_rows():
+    def in_place(queries, keys, groups):
+        queries.zero_()
+        keys.zero_()
+        return Weights()
+
+    queries, keys = make_maps(2), make_maps(2)
+    head = make_head()
+    ids = head.draw_ids(keys)
+    plain = head(queries, keys, patch_ids=ids)
+    head.weighting = in_place
+    torch.testing.assert_close(head(queries, keys, patch_ids=ids), plain, rtol=1e-12, atol=0)
+    rows = [[F.normalize(torch.randn(6, 4, dtype=torch.float64), dim=1)] for _ in range(2)]
+    found = patch_nce_layers(rows, rows, images=2, weighting=in_place)
+    torch.testing.assert_close(found, patch_nce_layers(rows, rows, images=2), rtol=1e-12, atol=0)
+
+
+def test_weights_are_constants_of_the_right_kind():
+    queries, keys = pairs()
+    weight = torch.rand(len(queries), dtype=torch.float64, requires_grad=True)
+    loss = patch_nce(queries.clone().requires_grad_(), keys, weights=Weights(query_weight=weight))
+    loss.backward()
+    assert weight.grad is None
+    with pytest.raises(ValueError, match="decoupled must be True or False, not 'no'"):
+        patch_nce(queries, keys, weights=Weights(decoupled="no"))
+    maps = make_maps(1)
+    with pytest.raises(ValueError, match=r"weights must be a fastnce.nce.Weights, not None"):
+        make_head(weighting=lambda queries, keys, groups: None)(maps, maps)
+    with pytest.raises(ValueError, match="weighting must be a function or None, not 'monce'"):
+        patch_nce_layers([[queries]], [[keys]], weighting="monce")

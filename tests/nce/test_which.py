@@ -17,6 +17,8 @@ def test_what_was_asked_for():
     assert "on the CPU" in which("cpu").reason
     with pytest.raises(ValueError, match='implementation must be None, "triton" or "eager", not \'cuda\''):
         which("cpu", implementation="cuda")
+    with pytest.raises(ValueError, match="device must be a device such as cpu or cuda:0, not 'xyz'"):
+        which("xyz")
 
 
 def test_reasons_on_a_gpu(monkeypatch):
