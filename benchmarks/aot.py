@@ -1,9 +1,12 @@
-"""Compile every kernel with every tile of the table, for every listed architecture, without a device.
+"""Compile every kernel with every tile of the table, for every architecture in `SHARED_MEMORY`, without a device.
 
 python -m benchmarks.aot --out benchmarks/results
 
 The launchers run unchanged on tensors without storage. Triton's compiler replaces the launch, so signatures, alignment
 hints and options are those of a real call. TRITON_INTERPRET must not be set.
+
+To check a new architecture, add its shared memory to `SHARED_MEMORY` in `kernels/configs.py`. Its own tiles and those
+that it shares are compiled.
 """
 
 from __future__ import annotations
@@ -25,6 +28,8 @@ from fastnce.kernels import common, configs
 from triton.backends.compiler import GPUTarget
 
 from benchmarks.aot_cases import QUICK, cases
+
+ARCHITECTURES = tuple(configs.SHARED_MEMORY)
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ class _NamedDriver:
     """Replaces Triton's driver; it only names the architecture to compile for."""
 
     def __init__(self, arch: str):
-        self.index = configs.ARCHITECTURES.index(arch)
+        self.index = ARCHITECTURES.index(arch)
         self.target = GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
 
     def get_current_device(self) -> int:
@@ -82,7 +87,7 @@ class _NamedDriver:
         return self.target
 
 
-def compile_all(archs: tuple[str, ...] = configs.ARCHITECTURES, only: str = "", quick: bool = False) -> Iterator[Build]:
+def compile_all(archs: tuple[str, ...] = ARCHITECTURES, only: str = "", quick: bool = False) -> Iterator[Build]:
     """Compile every case (or every QUICK case) for every architecture; each distinct kernel once."""
     kept = common.launch, common.architecture
     modules = [module for module in sys.modules.values() if getattr(module, "launch", None) is common.launch]
@@ -169,7 +174,7 @@ def _amd(compiled) -> tuple[int, int, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="folder for aot.csv")
-    parser.add_argument("--arch", nargs="*", default=configs.ARCHITECTURES)
+    parser.add_argument("--arch", nargs="*", default=ARCHITECTURES, choices=ARCHITECTURES)
     parser.add_argument("--case", default="", help="only cases whose name contains this")
     parser.add_argument("--quick", action="store_true", help="only the cases of everyday training")
     arguments = parser.parse_args()

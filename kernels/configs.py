@@ -1,8 +1,14 @@
 """Tile sizes of every kernel: a table of rows, each with a kernel, a tile and the case that the tile is for.
 
-The first row that fits is used; nothing is tuned at run time. To tune a kernel for a GPU, insert one row above those
-that it replaces. `benchmarks/tiles.py` measures candidates. List the GPU's architecture in `SHARED_MEMORY`, and
-`python -m benchmarks.aot` compiles every tile for it: none may spill (`tests/kernels/test_aot.py`).
+The first row that fits is used; nothing is tuned at run time. To tune a kernel for a listed GPU, insert one row above
+those that it replaces. `benchmarks/tiles.py` measures candidates.
+
+A GPU of another architecture needs one row, `Row(..., arch="sm_110", ...)`, anywhere in the table. The row applies to
+its own cases. All other cases keep the tiles of the nearest listed architecture. Add the new architecture to
+`ARCHITECTURES` only when every kernel is tuned for it: it then shares no tiles any more.
+
+`python -m benchmarks.aot` compiles every tile for each architecture in `SHARED_MEMORY`: none may spill
+(`tests/kernels/test_aot.py`). Only this check needs the shared memory of a new architecture.
 """
 
 from __future__ import annotations
@@ -12,7 +18,10 @@ from typing import Literal, NamedTuple, cast
 
 import torch
 
-from .lookup import Form, Kernel, Row, Tile, cached, nearest
+from .lookup import Form, Kernel, Row, Tile, cached, first_row, nearest
+
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+"""The architectures for which every kernel is tuned. The others share the tiles of one of these."""
 
 SHARED_MEMORY = {
     "sm_80": 163 * 1024,
@@ -23,9 +32,7 @@ SHARED_MEMORY = {
     "sm_120": 99 * 1024,
     "gfx942": 64 * 1024,
 }
-"""The architectures that tiles are tuned for, with the bytes of shared memory that one block may use."""
-
-ARCHITECTURES = tuple(SHARED_MEMORY)
+"""The bytes of shared memory that one block may use, for each architecture that `benchmarks/aot.py` compiles for."""
 
 RELATIVES = {"sm_87": "sm_80", "sm_103": "sm_100", "sm_121": "sm_120"}
 """Architectures with the registers and the shared memory of a listed one, whose tiles they share."""
@@ -37,7 +44,7 @@ FLOAT32 = ("float32", "tf32")
 REGULAR: tuple[Form, ...] = ("unit", "checked", "online", "unit, extra", "checked, extra", "online, extra")
 """Every form but "any"."""
 UP_TO_128, BELOW_512, FROM_512 = range(129), range(512), range(512, 2**31)
-SMALL_MEMORY = tuple(arch for arch, size in SHARED_MEMORY.items() if size < 128 * 1024)
+SMALL_MEMORY = tuple(arch for arch in ARCHITECTURES if SHARED_MEMORY[arch] < 128 * 1024)
 
 # Tile(block_m, block_n, warps, stages)
 TABLE: tuple[Row, ...] = (
@@ -207,17 +214,20 @@ code needs more registers than there are."""
 
 @cached
 def tuned_architecture(arch: str) -> str:
-    """The listed architecture whose rows serve `arch` too: itself, its relative, or the nearest one.
+    """The listed architecture whose tiles `arch` uses: itself, its relative, or the nearest one.
 
-    Warns once per architecture that is not listed, has no relative and appears in no row.
+    Warns once per architecture that is not listed and has no relative.
     """
     if arch == "interpreter" or arch in ARCHITECTURES:
         return arch
     if arch in RELATIVES:
         return RELATIVES[arch]
     used = nearest(arch, ARCHITECTURES)
-    if not any(row.names(arch) for row in TABLE):
-        warnings.warn(f"no tiles are tuned for {arch}: those of {used} are used, see kernels/configs.py", stacklevel=2)
+    if any(row.names(arch) for row in TABLE):
+        sentence = f"only some tiles are tuned for {arch}: the others are those of {used}, see kernels/configs.py"
+    else:
+        sentence = f"no tiles are tuned for {arch}: those of {used} are used, see kernels/configs.py"
+    warnings.warn(sentence, stacklevel=2)
     return used
 
 
@@ -226,13 +236,14 @@ def find_tile(
     kernel: Kernel, arch: str, *, dtype: str = "", width: int = 0, many_rows: bool = False, form: Form = "any",
     ragged: bool = False, channels_last: bool = False, wide_loads: bool = False, reads: int = 1,
 ) -> Tile:  # fmt: skip
-    """The tile of the first row of TABLE that fits."""
+    """The tile of the first row of TABLE that fits. An architecture that is not listed tries its own rows first."""
     case = {
         "dtype": dtype, "width": width, "many_rows": many_rows, "form": form,
         "ragged": ragged, "channels_last": channels_last, "wide_loads": wide_loads, "reads": reads,
     }  # fmt: skip
-    architectures = (arch, tuned_architecture(arch))
-    return next(row.tile for row in TABLE if any(row.fits(kernel, case | {"arch": name}) for name in architectures))
+    row = first_row(TABLE, kernel, arch, tuned_architecture(arch), case)
+    assert row is not None, f"no row of {kernel} fits {case} on {arch}"
+    return row.tile
 
 
 def _products(dtype: torch.dtype, tf32: bool) -> str:

@@ -65,6 +65,21 @@ class Row(NamedTuple):
         return self.arch is not None and _holds(self.arch, arch)
 
 
+def first_row(table: Sequence[Row], kernel: Kernel, arch: str, tuned: str, case: dict[str, Any]) -> Row | None:
+    """The first row of `table` that fits, or None.
+
+    Args:
+        arch: the architecture of the device. If it is not `tuned`, rows for `arch` in particular precede all others.
+        tuned: the architecture whose rows are used.
+        case: the values of all other conditions.
+    """
+    if arch != tuned:
+        own = [row for row in table if row.names(arch)]
+        if (row := first_row(own, kernel, arch, arch, case)) is not None:
+            return row
+    return next((row for row in table if row.fits(kernel, case | {"arch": tuned})), None)
+
+
 def _holds(wanted: object, value: object) -> bool:
     return wanted is None or (value in wanted if isinstance(wanted, (tuple, range)) else value == wanted)
 
