@@ -18,8 +18,8 @@ import torch
 from .common.locking import hold
 from .common.streams import print_line
 from .common.writing import sweep, write_whole
-from .config import Config, DataOptions, build_method, check, plan, sides
-from .data.own import open_own
+from .config import Config, build_method, check, plan, sides
+from .data.own import OwnData, check_class, open_own
 from .data.rain import RainOptions, parse_ranges
 from .data.rained import RainedData
 from .data.single import SinglePictureData
@@ -34,7 +34,7 @@ from .engine.memory import check_room, keep_freed_memory, out_of_memory, too_lar
 from .engine.progress import check_batch, check_pictures
 from .engine.recompute import recompute_blocks
 from .engine.validate import Validation, find_validation
-from .evaluate.metrics import find_metric
+from .evaluate.metrics import Metric, find_metric
 from .methods import Method
 from .translate.translator import Translator
 
@@ -83,6 +83,7 @@ def _train_rank(config: Config, out: Path, ranks: Ranks, quiet: bool, state: dic
     if device.type == "cpu":
         keep_freed_memory()
     planned = check_plan(config)
+    metric = check_code(config)
     check_run(planned, config.optim, config.run, device)
     _check_memory(config, device)
     if config.run.threads:
@@ -91,7 +92,7 @@ def _train_rank(config: Config, out: Path, ranks: Ranks, quiet: bool, state: dic
         data = open_checked(config, planned, device, ranks, quiet)
         if state is not None:
             check_pictures(state, data.digest(), str(out))
-        validation = _open_validation(config, device, ranks, quiet)
+        validation = _open_validation(config, metric, device, ranks, quiet)
     torch.manual_seed(config.run.seed)
     method = build_method(config).to(device)
     with ranks.together(device):
@@ -139,6 +140,25 @@ def check_plan(config: Config) -> Method:
     return planned
 
 
+def check_code(config: Config) -> Metric:
+    """Import a user's own data set and metric, and check them without images.
+
+    Returns:
+        the metric.
+
+    Raises:
+        ValueError: they cannot be used, or an option has no effect with them.
+    """
+    if config.data.dataset:
+        check_class(config.data.dataset)
+        if config.data.rain:
+            raise ValueError(
+                f"data.rain={config.data.rain:g} has no effect with data.dataset={config.data.dataset}: leave it at 0, "
+                f"and let the data set render rain (fastnce.data.rain.render_rain)"
+            )
+    return find_metric(config.run.metric, config.network.in_channels)
+
+
 def _check_memory(config: Config, device: torch.device) -> None:
     planned = plan(config)
     if config.run.checkpoint_activations:
@@ -149,10 +169,13 @@ def _check_memory(config: Config, device: torch.device) -> None:
     check_room(planned, part, size, device=device, sixteen_bits=sixteen_bits)
 
 
-def _open_validation(config: Config, device: torch.device, ranks: Ranks, quiet: bool) -> Validation | None:
+def _open_validation(
+    config: Config, metric: Metric, device: torch.device, ranks: Ranks, quiet: bool
+) -> Validation | None:
+    """Find the held-out pairs in `data.validate` or DIR/test, also if `data.dataset` gives the training images."""
     if not config.run.validate_every:
         return None
-    options, metric = config.data, find_metric(config.run.metric)
+    options = config.data
     pairs = (
         []
         if not (options.dir or options.validate)
@@ -168,7 +191,7 @@ def _open_validation(config: Config, device: torch.device, ranks: Ranks, quiet: 
 
 def open_checked(
     config: Config, method: Method, device: torch.device, ranks: Ranks, quiet: bool = False
-) -> UnpairedData | SinglePictureData:
+) -> UnpairedData | SinglePictureData | OwnData:
     """`open_data`, and refuse images that would end the run later.
 
     Args:
@@ -179,8 +202,9 @@ def open_checked(
     """
     options = config.data
     data = open_data(config, device, ranks, quiet)
-    if options.dataset:
-        _check_own(data, options, method)
+    if isinstance(data, OwnData):
+        a, b = ({(h, w): f"images of {w}x{h} from data.dataset"} for h, w in data.first_sizes)
+        method.check_sizes(options.batch, a, b, "let the data set return another size")
     elif options.preprocess == "none" and isinstance(data, UnpairedData):
         a, b = (
             {size: f"pictures of {size[1]}x{size[0]}, such as {file}," for size, file in sizes.items()}
@@ -190,13 +214,6 @@ def open_checked(
     if config.run.sample_every or config.run.monitor_every:
         data.samples(max(config.run.samples, 2))  # so that an unreadable file is named now, not at step 500
     return data
-
-
-def _check_own(data: Any, options: DataOptions, method: Method) -> None:
-    """Refuse a user's own data set whose images the networks cannot take."""
-    sizes = [tuple(images.shape[2:]) for images in data.batch(0, decaying=False)]
-    a, b = ({size: f"images of {size[1]}x{size[0]} from data.dataset"} for size in sizes)
-    method.check_sizes(options.batch, a, b, "let the data set return another size")
 
 
 def cache_run(config: Config) -> Iterator[str]:
@@ -218,7 +235,7 @@ def cache_run(config: Config) -> Iterator[str]:
 
 def open_data(
     config: Config, device: torch.device, ranks: Ranks, quiet: bool = False
-) -> UnpairedData | SinglePictureData:
+) -> UnpairedData | SinglePictureData | OwnData:
     """Open the data set that a configuration names."""
     options, network = config.data, config.network
     if network.in_channels != network.out_channels:

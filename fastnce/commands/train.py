@@ -9,15 +9,20 @@ from ..common.streams import discard_stdout, flush_stdout, write_out
 from ..config import check, plan, resolve
 from ..engine.launch import launched, processes, start, watch_launcher, without
 from ..methods.presets import PRESETS
-from ..training import check_place, check_same_run, hold_run, train_run
+from ..training import check_code, check_place, check_same_run, hold_run, train_run
 from .parsing import command_parser
+
+DATA_HELP = (
+    "folder with trainA, trainB (testA, testB); with data.dataset it is optional, and only its pairs in test are read, "
+    "for run.validate_every"
+)
 
 
 def main(arguments: list[str]) -> int:
     """Train a method on DIR/trainA and DIR/trainB; the same command continues a run."""
     parser = command_parser("train", main)
     parser.add_argument("method", metavar="METHOD", help=f"{', '.join(PRESETS)}, or your own: mypaper.py:MyMethod")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="folder with trainA, trainB (testA, testB)")
+    parser.add_argument("--data", type=Path, metavar="DIR", help=DATA_HELP)
     parser.add_argument("--out", type=Path, metavar="RUN", help="folder of the run: checkpoints, samples, metrics")
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with sections data, network, loss, ...")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
@@ -33,6 +38,7 @@ def main(arguments: list[str]) -> int:
         check(config)
     if args.dry_run:
         plan(config)
+        check_code(config)
         write_out(config.as_toml())
         return 0
     without_data = not (config.data.dir or config.data.dataset)
@@ -47,6 +53,7 @@ def main(arguments: list[str]) -> int:
         )
     if number > 1:
         plan(config)  # here, so that an error is reported once and not by every process
+        check_code(config)
         check_place(config, args.out)
         with hold_run(args.out):
             check_same_run(config, args.out, number)

@@ -44,10 +44,12 @@ def _progress(value: Any) -> bool:
 
 
 def _validation(value: Any) -> bool:
+    texts = ("pairs", "run.metric")
     return (
         isinstance(value, dict)
         and isinstance(value.get("pairs"), str)
-        and all(isinstance(number, float | int) for key, number in value.items() if key != "pairs")
+        and isinstance(value.get("run.metric", ""), str)
+        and all(isinstance(number, float | int) for key, number in value.items() if key not in texts)
         and "psnr_y" in value
     )
 
@@ -60,7 +62,7 @@ _NEEDED: dict[str, tuple[Callable[[Any], bool], str]] = {
 _OPTIONAL: dict[str, tuple[Callable[[Any], bool], str]] = {
     "config": (_config, "a table of the method and its sections"),
     "progress": (_progress, "a table of batch, ranks, epoch, pictures and seen"),
-    "validation": (_validation, "a table of the pairs' digest and numbers"),
+    "validation": (_validation, "a table of the pairs' digest, the metric's path and numbers"),
     "data": (lambda value: isinstance(value, str), "a text"),
     "finite": (lambda value: isinstance(value, bool), "true or false, whether the generators' numbers are finite"),
     "sound": (lambda value: isinstance(value, bool), "true or false, whether all numbers are finite and the step good"),

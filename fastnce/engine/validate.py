@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -89,8 +90,9 @@ class Validation:
         self.inputs: dict[str, float] = {}
         self.latest: dict[str, float] = {}
         self.best = float("-inf")
-        self.left_out: list[str] = []
-        """Messages about pairs that are left out; `take_messages` returns and clears them."""
+        self.messages: list[str] = []
+        """About pairs that are left out, and a metric that is not finite; `take_messages` returns and clears them."""
+        self._reported = False
 
     def digest(self) -> str:
         """The digest of the pairs' names and sizes in bytes. Values with another digest are not comparable."""
@@ -109,7 +111,7 @@ class Validation:
     def measure(self, method: Method) -> bool:
         """Measure the method; returns whether it is better than ever before.
 
-        The method is left in evaluation mode.
+        A value of `run.metric` that is not finite is never the best. The method is left in evaluation mode.
         """
         began = time.monotonic()
         method.eval()
@@ -117,7 +119,7 @@ class Validation:
         self.latest = self._measure(self.translator(generator, self.device))
         self.latest["seconds"] = time.monotonic() - began
         value = self.latest[self.metric.name] * (1 if self.metric.higher_is_better else -1)
-        better = value > self.best
+        better = value > self.best and self._counts(value)
         if better:
             self.best = value
         return better
@@ -143,10 +145,29 @@ class Validation:
                 table[place] = torch.tensor([*(row[key] for key in self.columns), 1.0], dtype=torch.float64)
         if self.ranks.world > 1:
             table = (self.ranks.mean(table.to(self.device)) * self.ranks.world).cpu()
+        self._report_not_finite(table)
         read = table[:, -1] > 0.5
         if not read.all():
             self._leave_out(read.tolist(), reasons)
         return dict(zip(self.columns, table[read, :-1].mean(dim=0).tolist(), strict=True))
+
+    def _counts(self, value: float) -> bool:
+        """Whether a value may be the best. An infinite PSNR may, because the images are equal."""
+        return self.metric.measure is None or math.isfinite(value)
+
+    def _report_not_finite(self, table: Tensor) -> None:
+        """Add a message about the first pair whose value of the metric is not finite, once per run."""
+        if self.metric.measure is None or self._reported:
+            return
+        for pair, value in zip(self.pairs, table[:, -2].tolist(), strict=True):
+            if not math.isfinite(value):
+                self._reported = True
+                what = "not a number" if math.isnan(value) else "infinite"
+                self.messages.append(
+                    f"run.metric: {self.metric.name} is {what} on {pair.name}: a mean that is not finite is never the "
+                    f"best"
+                )
+                return
 
     def _leave_out(self, read: list[bool], reasons: dict[int, str]) -> None:
         lost = [place for place, one in enumerate(read) if not one]
@@ -154,16 +175,16 @@ class Validation:
             raise DataError(f"none of the {len(read)} held-out pairs can be read, such as {self.pairs[0].rainy}")
         for place in lost:
             reason = reasons.get(place, "another rank cannot read it")
-            self.left_out.append(f"the held-out pair {self.pairs[place].name} is left out from now on: {reason}")
+            self.messages.append(f"the held-out pair {self.pairs[place].name} is left out from now on: {reason}")
         self.pairs = [pair for pair, one in zip(self.pairs, read, strict=True) if one]
         if self.inputs:  # measured on all pairs
-            self.left_out.append("a new best checkpoint is looked for, on the pairs that are left")
+            self.messages.append("a new best checkpoint is looked for, on the pairs that are left")
             self.best = float("-inf")
             self.inputs = self._measure(None)
 
     def take_messages(self) -> list[str]:
-        """Return the sentences about pairs that were left out since the last call."""
-        messages, self.left_out = self.left_out, []
+        """Return the sentences for the log since the last call."""
+        messages, self.messages = self.messages, []
         return messages
 
     def metrics(self) -> dict[str, float]:
@@ -184,7 +205,8 @@ class Validation:
 
     def state(self) -> dict[str, Any]:
         """What is written beside a checkpoint that was just measured."""
-        return {"pairs": self.digest(), **{key: self.latest[key] for key in self.columns}}
+        path = {"run.metric": self.metric.path} if self.metric.path else {}
+        return {"pairs": self.digest(), **path, **{key: self.latest[key] for key in self.columns}}
 
     def resume(self, stored: dict[str, Any] | None) -> str:
         """Take over the value of the best checkpoint's `state`; returns a message if it is not comparable."""
@@ -194,5 +216,10 @@ class Validation:
             return "the best checkpoint was measured on other pictures: a new best is looked for"
         if self.metric.name not in stored:
             return f"the best checkpoint was not measured by {self.metric.name}: a new best is looked for"
+        path = self.metric.path and stored.get("run.metric", self.metric.path)  # older checkpoints have no path
+        if path != self.metric.path:
+            return f"the best checkpoint was measured by {path}, not {self.metric.path}: a new best is looked for"
+        if not self._counts(stored[self.metric.name]):
+            return f"the best checkpoint's {self.metric.name} is not finite: a new best is looked for"
         self.best = stored[self.metric.name] * (1 if self.metric.higher_is_better else -1)
         return ""

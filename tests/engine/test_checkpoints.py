@@ -77,7 +77,7 @@ STATE = {
     "data": "x",
     "progress": {"batch": 1, "ranks": 1, "epoch": 0, "pictures": 6, "seen": 6},
     "config": {"method": "cut", "loss": {"temperature": 0.07}},
-    "validation": {"pairs": "x", "psnr_y": float("inf")},
+    "validation": {"pairs": "x", "psnr_y": float("inf"), "run.metric": "a:b"},
 }
 
 
@@ -122,7 +122,13 @@ def test_every_key_of_a_state_is_checked(old, tmp_path):
     assert "is of step 7, and the folder of step 6" in told(STATE | {"step": 7})
     for part in STATE["progress"]:
         assert "should hold progress" in told(STATE | {"progress": STATE["progress"] | {part: -1}})
-    for pairs in ({"psnr_y": 1.0}, {"pairs": "x"}, {"pairs": "x", "psnr_y": "best"}):
+    for pairs in (
+        {"psnr_y": 1.0},
+        {"pairs": "x"},
+        {"pairs": "x", "psnr_y": "best"},
+        {"pairs": "x", "psnr_y": 1.0, "run.metric": 5},
+        {"pairs": "x", "psnr_y": 1.0, "metric": "mine.py:f"},
+    ):
         assert "should hold validation" in told(STATE | {"validation": pairs})
     assert "should hold generators" in told(STATE | {"generators": ["G", "G"]})
 

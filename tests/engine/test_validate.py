@@ -19,6 +19,7 @@ from fastnce.engine.distributed import Ranks
 from fastnce.engine.loop import train
 from fastnce.engine.stored import follow, load_generators
 from fastnce.engine.validate import Validation, find_validation
+from fastnce.evaluate.metrics import Metric
 from fastnce.evaluate.pairs import find_pairs
 from fastnce.methods import CUT, CUTOptions, NetworkOptions
 from fastnce.training import train_run
@@ -258,3 +259,57 @@ def test_ranks_share_the_pairs(rainy_set):
 def test_five_channels_are_refused(rainy_set):
     with pytest.raises(ValueError, match="1 or 3 channels"):
         Validation(find_pairs(rainy_set), 5, torch.device("cpu"), Translator)
+
+
+def distance(output, truth):
+    return (output - truth).abs().mean()
+
+
+@pytest.mark.parametrize(
+    ("path", "values", "best", "sentence"),
+    [
+        ("mine.py:distance", {"run.metric": "mine.py:distance", "distance": 2.0}, -2.0, ""),
+        ("mine.py:distance", {"distance": 2.0}, -2.0, ""),  # a checkpoint of an older version
+        (
+            "mine.py:distance",
+            {"run.metric": "other.py:distance", "distance": 2.0},
+            None,
+            "measured by other.py:distance",
+        ),
+        ("mine.py:distance", {"distance": float("-inf")}, None, "the best checkpoint's distance is not finite"),
+        ("mine.py:distance", {}, None, "was not measured by distance"),
+    ],
+)
+def test_which_best_value_continues(rainy_set, path, values, best, sentence):
+    metric = Metric("distance", distance, False, path)
+    validation = Validation(find_pairs(rainy_set), 3, torch.device("cpu"), Translator, metric=metric)
+    message = validation.resume({"pairs": validation.digest(), "psnr_y": 20.0, **values})
+    assert validation.best == (float("-inf") if best is None else best)
+    assert sentence in message
+    assert bool(message) == bool(sentence)
+
+
+def test_an_infinite_psnr_may_be_best(rainy_set):
+    """The images are equal then."""
+    validation = Validation(find_pairs(rainy_set), 3, torch.device("cpu"), Translator)
+    assert validation.resume({"pairs": validation.digest(), "psnr_y": float("inf")}) == ""
+    assert validation.best == float("inf")
+
+
+def test_another_ranks_value_that_is_not_a_number_is_said(rainy_set):
+    class Rank(Ranks):
+        def together(self, device):
+            return nullcontext()
+
+        def mean(self, values):
+            values[1, :], values[1, -2] = 1.0, float("nan")  # of the other rank
+            return values / 2
+
+    pairs = find_pairs(rainy_set)
+    metric = Metric("distance", distance, False, "mine.py:distance")
+    validation = Validation(pairs, 3, torch.device("cpu"), Translator, Rank(0, 2), metric=metric)
+    for sentences in (1, 0):  # once per run
+        validation.measure_inputs()
+        messages = validation.take_messages()
+        assert len(messages) == sentences
+        assert all(text.startswith(f"run.metric: distance is not a number on {pairs[1].name}: ") for text in messages)
