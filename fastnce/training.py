@@ -38,6 +38,8 @@ from .evaluate.metrics import Metric, find_metric
 from .methods import Method
 from .translate.translator import Translator
 
+__all__ = ["train_run"]
+
 
 def train_run(config: Config, out: str | os.PathLike[str], *, quiet: bool = False) -> int:
     """Build everything that a configuration names, and train; returns the steps done.

@@ -18,6 +18,7 @@ from ..evaluate.metrics import PSNR_Y, Metric, measured
 from ..evaluate.pairs import Pair, check_rain_side, find_pairs
 from ..evaluate.quality import KEYS, DerainingMetrics
 from ..methods.base import Method
+from ..methods.translation import translation_of
 from .distributed import Ranks
 
 Translate = Callable[[Tensor], Tensor]
@@ -115,7 +116,7 @@ class Validation:
         """
         began = time.monotonic()
         method.eval()
-        generator = next(iter(method.generators().values()))
+        generator = translation_of(method)
         self.latest = self._measure(self.translator(generator, self.device))
         self.latest["seconds"] = time.monotonic() - began
         value = self.latest[self.metric.name] * (1 if self.metric.higher_is_better else -1)
