@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from fastnce.commands import methods
+from fastnce.methods import PRESETS, find_preset
+
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 FILES = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name != "pictures.py")
 
@@ -40,3 +43,12 @@ def test_an_example_is_short_and_named_in_the_docs(name):
     assert len([line for line in code.splitlines() if line.strip()]) <= 60
     docs = (EXAMPLES.parent / "docs" / "extending.md").read_text()
     assert f"../examples/{name}" in docs
+
+
+def test_a_method_with_few_options_can_become_a_preset(monkeypatch, capsys):
+    """`fastnce methods` prints what there is."""
+    monkeypatch.chdir(EXAMPLES.parent)
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setitem(PRESETS, "coarse", find_preset("examples/own_method.py:CoarseGAN"))
+    assert methods.main([]) == 0
+    assert "terms       gan 1, coarse 10" in capsys.readouterr().out
