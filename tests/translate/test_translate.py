@@ -140,9 +140,9 @@ def test_fast_tiles_report_their_error():
 
 def test_generators_without_tiles():
     unet = UnetGenerator(3, 3, 5, 4)
-    with pytest.raises(ValueError, match="not for UnetGenerator"):
+    with pytest.raises(ValueError, match="not UnetGenerator"):
         translate_exact(unet, torch.zeros(1, 3, 64, 64), 32, "cpu")
-    with pytest.raises(ValueError, match="not for UnetGenerator"):
+    with pytest.raises(ValueError, match="not UnetGenerator"):
         Translator(unet, tiles="exact")
     with pytest.raises(ValueError, match="tiles must be auto, exact or fast, not 'some'"):
         Translator(resnet(), tiles="some")
