@@ -267,6 +267,7 @@ def from_preset(method: str, preset: Preset) -> Config:
         for key, value in values.items():
             if (name := f"{section}.{key}") not in known:
                 raise CodeError(f"method={method}: its sections name {name}, which is no option")
+            check_value(getattr(config, section), key, value, f"method={method}: its {name}")
             setattr(getattr(config, section), key, value)
     return config
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..methods.base import Batch, Method
+from ..methods.checks import channels_of
 
 LESS = (
     "lower data.batch, data.crop_size, network.width or loss.pool_size, raise optim.accumulate, or set "
@@ -109,8 +110,7 @@ def check_room(
         return
     height, width = sides
     generator = next(iter(method.generators().values()))
-    first = next(p for p in generator.parameters() if p.dim() == 4)  # of the convolution that takes the image
-    pictures = torch.empty(images, first.shape[1], height, width, device="meta")
+    pictures = torch.empty(images, channels_of(generator), height, width, device="meta")
     needed += kept_bytes(generator, pictures) // (2 if sixteen_bits else 1)
     before = sum(b.nbytes for b in method.buffers())
     method.prepare(Batch(pictures, pictures))  # makes pools of images

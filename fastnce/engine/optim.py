@@ -35,7 +35,7 @@ class ParameterGroup:
         self.names = [name for name, _ in named]
         self.parameters = [p for _, p in named]
         if not self.parameters:
-            raise ValueError("a parameter group without parameters: projectors must be built before the optimiser")
+            raise ValueError("a group has no parameters to train: all are frozen, or its projectors are not built yet")
         first = self.parameters[0]
         self.base_lr = lr
         # CUDA's fused Adam reads a float32 rate; the CPU's reads one in the precision of the parameters.

@@ -93,6 +93,6 @@ def measured(metric: Metric, output: Tensor, truth: Tensor) -> float:
         with torch.no_grad():
             # the copies are no inference tensors, and the function may change them
             return float(metric.measure(output.clone(), truth.clone()))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         sizes = f"images {tuple(output.shape)}"
         raise CodeError(f"run.metric: {metric.name} fails on two {sizes}: {type(error).__name__}: {error}") from error

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..networks import contracts
 
@@ -49,6 +49,9 @@ def drawn_rows(generator: nn.Module, layers: Sequence[int], patches: int, sizes:
     rows = {}
     for height, width in extremes(sizes):
         maps = trace_shapes(generator, 1, height, width, layers=layers, encode_only=True)
+        if not isinstance(maps, list | tuple) or not all(isinstance(m, Tensor) and m.dim() == 4 for m in maps):
+            kind = type(generator).__name__
+            raise ValueError(f"{kind}: forward(x, layers, encode_only=True) must return a list of feature maps")
         channels, found = generator.feature_channels(layers), [m.shape[1] for m in maps]  # type: ignore[operator]
         if found != list(channels):
             raise ValueError(f"feature_channels gives {channels}, and the feature maps have {found} channels")

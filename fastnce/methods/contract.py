@@ -52,12 +52,18 @@ def _check_groups(method: Method, refuse: Any) -> None:
         refuse(f"groups() must return a dict of fastnce.methods.Group by name, not {_kind(groups)}")
     stored = [*method.networks().values(), *method.extra_state_modules().values()]
     kept = {id(p) for module in stored for p in module.parameters()}
+    seen: dict[str, set[int]] = {}
     for key, group in groups.items():
         if not isinstance(group.modules, tuple | list) or not all(isinstance(m, nn.Module) for m in group.modules):
             refuse(f"group {key} must hold a tuple of modules, not {_kind(group.modules)}")
+        if not (group.lr is None or (isinstance(group.lr, int | float) and group.lr >= 0)):
+            refuse(f"group {key} has lr={group.lr!r}, which must be None or a number of at least 0")
         parameters = [p for module in group.modules for p in module.parameters() if p.requires_grad]
         if not parameters:
             refuse(f"group {key} has no parameters to train")
+        if shared := [other for other, ids in seen.items() if ids & {id(p) for p in parameters}]:
+            refuse(f"groups {shared[0]} and {key} train the same parameters: each belongs to one group")
+        seen[key] = {id(p) for p in parameters}
         if any(id(p) not in kept for p in parameters):
             refuse(
                 f"group {key} trains parameters that no network holds, so checkpoints would lack them: return their "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import tomllib
 from typing import Any
 
@@ -59,6 +60,8 @@ def _parse(name: str, function: Any, options: str) -> dict[str, Any]:
         default = accepted[key]
         if isinstance(default, float) and type(found[key]) is int:
             found[key] = float(found[key])
+        if isinstance(found[key], float) and not math.isfinite(found[key]):
+            raise ValueError(f"loss.weighting_options: {key} must be finite, not {value}")
         if default is not None and type(found[key]) is not type(default):
             kind = type(default).__name__
             raise ValueError(f"loss.weighting_options: {key} must be of type {kind}, not {value!r}")
@@ -84,16 +87,21 @@ def _check_result(name: str, weighting: Weighting) -> None:
             weights = weighting(queries, keys, groups)
         except ValueError as error:
             raise ValueError(f"loss.weighting={name}: {error}") from None
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ValueError(
                 f"loss.weighting={name} fails on queries and keys of {groups * size} rows in {groups} groups: "
                 f"{type(error).__name__}: {error}"
             ) from error
     if not isinstance(weights, Weights):
         raise ValueError(f"loss.weighting={name} must return fastnce.nce.Weights, not {type(weights).__name__}")
+    if not isinstance(weights.decoupled, bool):
+        raise ValueError(f"loss.weighting={name}: decoupled must be True or False, not {weights.decoupled!r}")
     pairs, rows_ = (groups, size, size), (groups * size,)
     for field, shape in (("pair_log_weight", pairs), ("pair_weight", pairs), ("query_weight", rows_)):
         value = getattr(weights, field)
+        if isinstance(value, torch.Tensor) and (not value.dtype.is_floating_point or value.device != queries.device):
+            where = f"{value.dtype} on {value.device}"
+            raise ValueError(f"loss.weighting={name}: {field} must be floats on the device of the queries, not {where}")
         if value is not None and tuple(getattr(value, "shape", ())) != shape:
             what = "(groups, rows, rows)" if shape == pairs else "(groups * rows,)"
             found = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__

@@ -94,6 +94,8 @@ def build_own(found: Any, name: str, key: str, *arguments: int, **options: Any) 
     parameters = dict(built.named_parameters())
     if not parameters:
         raise CodeError(f"{key}={name} has no parameters to train")
+    if not any(isinstance(tensor, nn.UninitializedParameter) or tensor.dim() == 4 for tensor in parameters.values()):
+        raise CodeError(f"{key}={name} has no convolution")
     for parameter, tensor in parameters.items():
         if isinstance(tensor, nn.UninitializedParameter):
             raise CodeError(f"{key}={name}: {parameter} has no shape yet; give lazy modules their sizes")
@@ -110,7 +112,8 @@ def check_generator(network: nn.Module, name: str, in_channels: int, out_channel
     """
     key = f"network.generator={name}"
     accepted = inspect.signature(network.forward).parameters
-    if any(argument not in accepted for argument in ("layers", "encode_only")):
+    missing = any(argument not in accepted for argument in ("layers", "encode_only"))
+    if missing or accepted["layers"].kind is inspect.Parameter.KEYWORD_ONLY:  # it is passed by its position
         raise CodeError(f"{key}: forward must take (x, layers=(), encode_only=False)")
     defaults = {"factor": 1, "in_channels": in_channels, "out_channels": out_channels, "features_repeat": False}
     for member, value in defaults.items():

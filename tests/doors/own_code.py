@@ -154,6 +154,26 @@ class OddSections(Keep):
     sections = ["optim"]
 
 
+class WrongDefault(Keep):
+    sections = {"network": {"width": "4"}}
+
+
+class TextRate(Keep):
+    def groups(self):
+        return {"G": Group((self.generator,), lr="1e-3")}
+
+
+class TwoGroups(Keep):
+    def groups(self):
+        return {"G": Group((self.generator,)), "H": Group((self.generator,))}
+
+
+class AllFrozen(Keep):
+    def __init__(self, options, network):
+        super().__init__(options, network)
+        self.generator.requires_grad_(False)
+
+
 class FloatLoss(Keep):
     def loss(self, batch, outputs, draws):
         return 3.0, {}
@@ -254,6 +274,41 @@ class WrongTiles(Blocks):
         return super().tile_layers()[:-1]
 
 
+class KeywordOnly(Net):
+    def forward(self, x, *, layers=(), encode_only=False):
+        return super().forward(x, layers, encode_only)
+
+
+class NestedFeatures(Net):
+    def forward(self, x, layers=(), encode_only=False):
+        found = super().forward(x, layers, encode_only)
+        return (found, found) if encode_only else found
+
+    def feature_channels(self, layers):
+        return [self.first.out_channels for _ in layers]
+
+
+class Dense(nn.Module):
+    def __init__(self, in_channels, out_channels, width):
+        super().__init__()
+        self.mix = nn.Linear(in_channels, out_channels)
+
+    def forward(self, x, layers=(), encode_only=False):
+        return self.mix(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class LateStart(Net):
+    def __init__(self, in_channels, out_channels, width):
+        super().__init__(in_channels, out_channels, width)
+        first, self.first = self.first, None
+        del self.first
+        self.unused = nn.Conv2d(7, 7, 1)
+        self.first = first
+
+    def parameters(self, recurse=True):
+        return iter([*self.unused.parameters(), *self.first.parameters(), *self.last.parameters()])
+
+
 class Half(Net):
     def __init__(self, in_channels, out_channels, width):
         super().__init__(in_channels, out_channels, width)
@@ -318,6 +373,24 @@ class Mute(Judge):
 def weight(queries, keys, groups, *, power: float = 1.0, hard=True):
     grouped = keys.unflatten(0, (groups, -1))
     return Weights(pair_log_weight=power * (grouped @ grouped.mT))
+
+
+def whole_numbers(queries, keys, groups):
+    rows = len(queries) // groups
+    return Weights(pair_weight=torch.ones(groups, rows, rows, dtype=torch.int64))
+
+
+def elsewhere(queries, keys, groups):
+    rows = len(queries) // groups
+    return Weights(pair_log_weight=torch.ones(groups, rows, rows, device="meta"))
+
+
+def unsure(queries, keys, groups):
+    return Weights(decoupled="yes")
+
+
+def leaves(queries, keys, groups):
+    raise SystemExit(3)
 
 
 def no_weights(queries, keys, groups):

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from fastnce.commands.main import main
 from fastnce.config import resolve
+from fastnce.methods.weighting import find_weighting
 from fastnce.networks import build_generator
 from fastnce.translate import Translator, load_translator
 from tests.doors.own_code import SMALL, refused, train
@@ -100,6 +101,10 @@ def test_tied_weights_and_parts_with_two_names(folder, here):
         ("NoPhase", "phases() must return a tuple of fastnce.methods.Phase, at least one"),
         ("ListState", "extra_state_modules() must return a dict"),
         ("OddSections", "sections must be a dict of options by section"),
+        ("WrongDefault", "its network.width must be a whole number from 1 to 65,536, not '4'"),
+        ("TextRate", "group G has lr='1e-3', which must be None or a number of at least 0"),
+        ("TwoGroups", "groups G and H train the same parameters"),
+        ("AllFrozen", "group G has no parameters to train"),
     ],
 )
 def test_wrong_members_are_refused_before_training(folder, here, capsys, name, sentence):
@@ -129,6 +134,9 @@ def test_wrong_losses_are_named(folder, here, capsys, name, sentence):
         (["network.generator=mine.py:Half"], "first.weight is torch.float16; build float32"),
         (["network.generator=mine.py:Lazy"], "more.weight has no shape yet; give lazy modules their sizes"),
         (["network.generator=mine.py:OddFactor"], "factor must be a whole number of at least 1, not 'two'"),
+        (["network.generator=mine.py:KeywordOnly"], "forward must take (x, layers=(), encode_only=False)"),
+        (["network.generator=mine.py:NestedFeatures"], "must return a list of feature maps"),
+        (["network.generator=mine.py:Dense"], "mine.py:Dense has no convolution"),
         (["network.generator=mine.py:WrongWhenWide"], "forward of (2, 3, 64, 66) returns (2, 3, 64, 65) instead of"),
         (["network.discriminator=mine.py:MixedBatch"], "returns (1, 1, 64, 64) instead of scores (2, ...)"),
         (["network.generator=leave.py:Net"], "leave.py:Net cannot be imported: SystemExit at leave.py line 2"),
@@ -144,6 +152,28 @@ def test_networks_that_would_fail_late_are_refused(folder, here, capsys, setting
     layers = [] if any("nce_layers" in s for s in settings) else ["loss.nce_layers=0"]
     arguments = ["train", "fastcut", "--data", str(folder), "--out", str(here / "run"), *options, *layers]
     assert sentence in refused(capsys, *arguments, *settings)
+
+
+def test_the_first_weight_need_not_take_the_image(folder, here):
+    options = [s for s in KEEP if not s.startswith("network.generator")]
+    run = ["--data", str(folder), "--out", str(here / "run"), *options]
+    assert main(["train", "mine.py:Keep", *run, "network.generator=mine.py:LateStart"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("whole_numbers", "pair_weight must be floats on the device of the queries, not torch.int64 on cpu"),
+        ("elsewhere", "pair_log_weight must be floats on the device of the queries, not torch.float32 on meta"),
+        ("unsure", "decoupled must be True or False, not 'yes'"),
+        ("leaves", "fails on queries and keys of 8 rows in 2 groups: SystemExit"),
+    ],
+)
+def test_weightings_that_would_fail_late_are_refused(here, name, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        find_weighting(f"mine.py:{name}")
+    with pytest.raises(ValueError, match="power must be finite, not nan"):
+        find_weighting("mine.py:weight", "power=nan")
 
 
 def test_errors_of_feature_channels_name_the_option(here):
