@@ -189,7 +189,7 @@ def test_averaged_weights_are_lent_and_returned():
 
 
 def test_a_group_needs_parameters():
-    with pytest.raises(ValueError, match="projectors must be built"):
+    with pytest.raises(ValueError, match="a group has no parameters to train"):
         ParameterGroup((torch.nn.ReLU(),), 1e-3, (0.5, 0.999))
 
 
