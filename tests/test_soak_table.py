@@ -24,7 +24,7 @@ def campaigns():
         yield from [*members.get("CAMPAIGNS", []), *filter(None, [members.get("CAMPAIGN")])]
 
 
-@pytest.mark.parametrize("campaign", campaigns(), ids=lambda campaign: campaign.name)
+@pytest.mark.parametrize("campaign", list(campaigns()), ids=lambda campaign: campaign.name)
 def test_the_table_has_the_promise(campaign):
     (row,) = [line for line in TABLE.read_text().splitlines() if line.startswith(f"| {campaign.name} |")]
     assert row.split("|")[2].strip() == campaign.promise.rstrip(".")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..common.imports import CodeError, load_object
+from ..common.messages import shown
 
 MEMBERS = ("steps_per_epoch", "batch", "samples", "digest")
 """The members that `fastnce.engine.contracts.DataSet` requires."""
@@ -51,7 +52,7 @@ class OwnData:
         self._optional("skipped", "a list of (path, reason)", _pairs, ())
         self._digest = _tried(key, "digest()", lambda: data.digest())
         if not isinstance(self._digest, str):
-            raise CodeError(f"{key}: digest() must return a text, not {_kind(self._digest)}")
+            raise CodeError(f"{key}: digest() must return a text, not {shown(self._digest)}")
         call = "batch(0, decaying=False)"
         images = _tried(key, call, lambda: data.batch(0, decaying=False))
         self._check(images, call, batch)
@@ -99,7 +100,7 @@ class OwnData:
     def _optional(self, name: str, wanted: str, fits: Callable[[Any], bool], default: Any) -> Any:
         value = _tried(self._key, name, lambda: getattr(self._data, name, default))
         if not fits(value):
-            raise CodeError(f"{self._key}: {name} must be {wanted}, not {_kind(value)}")
+            raise CodeError(f"{self._key}: {name} must be {wanted}, not {shown(value)}")
         return value
 
     def _check(self, images: Any, call: str | int, count: int | None) -> None:
@@ -127,8 +128,8 @@ class OwnData:
         number = "images" if count is None else count
         wanted = f"two float32 tensors ({number}, {self._channels}, height, width) on {self._device}"
         if not isinstance(images, tuple | list) or len(images) != 2:
-            raise CodeError(f"{self._key}: {call} must return A and B, {wanted}, not {_kind(images)}")
-        found = ", ".join(f"{domain} is {_kind(one)}" for domain, one in zip("AB", images, strict=True))
+            raise CodeError(f"{self._key}: {call} must return A and B, {wanted}, not {shown(images)}")
+        found = ", ".join(f"{domain} is {shown(one)}" for domain, one in zip("AB", images, strict=True))
         raise CodeError(f"{self._key}: {call} must return {wanted}; {found}")
 
     def _check_values(self, images: tuple[Tensor, Tensor], call: str) -> None:
@@ -181,23 +182,23 @@ def check_class(name: str) -> None:
     key, found, absent = f"data.dataset={name}", _find(name), object()
     if not isinstance(found, type):  # a function that builds the data set
         return
-    shown = {member: inspect.getattr_static(found, member, absent) for member in MEMBERS}
-    missing = [member for member, value in shown.items() if value is absent and not _assigned(found, member)]
+    members = {member: inspect.getattr_static(found, member, absent) for member in MEMBERS}
+    missing = [member for member, value in members.items() if value is absent and not _assigned(found, member)]
     if missing:
         raise CodeError(f"{key} lacks {', '.join(missing)}: {SEE}")
-    for member, value in shown.items():
+    for member, value in members.items():
         if value is absent or (hasattr(value, "__get__") and not isinstance(value, FunctionType)):
             continue  # only an instance shows its value, such as that of a property
         if member == "steps_per_epoch":
             _steps(key, value)
         elif not callable(value):
-            raise CodeError(f"{key}: {member} must be a method, not {_kind(value)}")
+            raise CodeError(f"{key}: {member} must be a method, not {shown(value)}")
 
 
 def _find(name: str) -> Any:
     found = load_object(name, "data.dataset")
     if not callable(found):
-        raise CodeError(f"data.dataset={name} must be a class, not {_kind(found)}: {SEE}")
+        raise CodeError(f"data.dataset={name} must be a class, not {shown(found)}: {SEE}")
     return found
 
 
@@ -214,7 +215,7 @@ def _steps(key: str, value: Any) -> int:
     except TypeError:
         steps = 0
     if steps < 1:
-        raise CodeError(f"{key}: steps_per_epoch must be a whole number of at least 1, not {_kind(value)}")
+        raise CodeError(f"{key}: steps_per_epoch must be a whole number of at least 1, not {shown(value)}")
     return steps
 
 
@@ -233,11 +234,3 @@ def _tried(key: str, call: str, function: Callable[[], Any]) -> Any:
     except Exception as error:
         reason = str(error).partition("\n")[0] or "no message"
         raise CodeError(f"{key}: {call} fails: {type(error).__name__}: {reason}") from error
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor {tuple(value.shape)} of {value.dtype} on {value.device}"
-    if value is None or isinstance(value, bool | int | float):
-        return str(value)
-    return f"a {type(value).__name__}" + (f" of {len(value)}" if isinstance(value, tuple | list) else "")

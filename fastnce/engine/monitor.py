@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..methods.base import Batch, Method
+from ..methods.translation import translate
 
 RESPONSE_LEAST = 0.1
 """The least spread of the outputs over different inputs, relative to the spread of the inputs."""
@@ -88,7 +89,7 @@ class Monitor:
         method.eval()
         with torch.no_grad():
             made, kept = (
-                [method.translate(picture).float() for picture in column.split(1)]  # no more memory than a step
+                [translate(method, picture).float() for picture in column.split(1)]  # no more memory than a step
                 for column in self.pictures
             )
         messages = []

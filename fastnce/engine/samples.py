@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..common.imports import CodeError
+from ..common.messages import shown
 from ..methods.base import Batch, Method
 
 
@@ -29,10 +31,21 @@ def padded(method: Method, *columns: Tensor) -> Batch:
 
 
 def translated(method: Method, samples: Batch) -> dict[str, Tensor]:
-    """The columns of a sample grid, computed one image at a time, which takes no more memory than a step."""
+    """The columns of a sample grid, computed one image at a time, which takes no more memory than a step.
+
+    Raises:
+        CodeError: a user's `pictures` returns anything else than images by name.
+    """
     pictures: dict[str, list[Tensor]] = {}
     for i in range(len(samples.a)):
         one = Batch(samples.a[i : i + 1], samples.b[i : i + 1])
-        for name, picture in method.pictures(one).items():
+        found = method.pictures(one)
+        if not isinstance(found, dict) or not all(isinstance(p, Tensor) and p.dim() == 4 for p in found.values()):
+            wrong = {name: shown(p) for name, p in found.items()} if isinstance(found, dict) else shown(found)
+            kind = type(method).__name__
+            raise CodeError(
+                f"pictures() of {kind} must return a dict of images (1, channels, height, width), not {wrong}"
+            )
+        for name, picture in found.items():
             pictures.setdefault(name, []).append(picture)
     return {name: torch.cat(column) for name, column in pictures.items()}

@@ -7,11 +7,13 @@ from typing import Any, NoReturn
 from torch import Tensor, nn
 
 from ..common.imports import CodeError
+from ..common.messages import shown
 from .base import Group, Losses, Method, Phase
+from .translation import check_translation
 
 
 def check_contract(method: Method, name: str) -> None:
-    """Check what a user's method returns of its networks, groups and phases.
+    """Check what a user's method returns: its networks, groups, phases and translated images.
 
     Args:
         name: its import path.
@@ -26,36 +28,37 @@ def check_contract(method: Method, name: str) -> None:
     for role in ("generators", "discriminators", "projectors", "networks", "extra_state_modules"):
         found: Any = getattr(method, role)()
         if not isinstance(found, dict):
-            refuse(f"{role}() must return a dict of networks by name, not {_kind(found)}")
+            refuse(f"{role}() must return a dict of networks by name, not {shown(found)}")
         for key, network in found.items():
             if not (isinstance(key, str) and key.isidentifier()):
                 refuse(f"{role}() names a network {key!r}: a name must be a Python identifier, such as G_A")
             if not isinstance(network, nn.Module):
-                refuse(f"{role}() returns {_kind(network)} as {key}, not a torch.nn.Module")
+                refuse(f"{role}() returns {shown(network)} as {key}, not a torch.nn.Module")
     if not method.generators():
         refuse("generators() must name at least one network")
     _check_groups(method, refuse)
     phases: Any = method.phases()
     if not isinstance(phases, tuple | list) or not phases or not all(isinstance(p, Phase) for p in phases):
-        refuse(f"phases() must return a tuple of fastnce.methods.Phase, at least one, not {_kind(phases)}")
+        refuse(f"phases() must return a tuple of fastnce.methods.Phase, at least one, not {shown(phases)}")
     for phase in phases:
         known = ", ".join(method.groups())
         if not callable(phase.loss):
-            refuse(f"the loss of a phase must be a function, not {_kind(phase.loss)}")
+            refuse(f"the loss of a phase must be a function, not {shown(phase.loss)}")
         if isinstance(phase.groups, str) or not phase.groups or any(g not in method.groups() for g in phase.groups):
             refuse(f"a phase updates {phase.groups!r}; its groups must be a tuple of names out of {known}")
+    check_translation(method, name)
 
 
 def _check_groups(method: Method, refuse: Any) -> None:
     groups: Any = method.groups()
     if not isinstance(groups, dict) or not groups or not all(isinstance(g, Group) for g in groups.values()):
-        refuse(f"groups() must return a dict of fastnce.methods.Group by name, not {_kind(groups)}")
+        refuse(f"groups() must return a dict of fastnce.methods.Group by name, not {shown(groups)}")
     stored = [*method.networks().values(), *method.extra_state_modules().values()]
     kept = {id(p) for module in stored for p in module.parameters()}
     seen: dict[str, set[int]] = {}
     for key, group in groups.items():
         if not isinstance(group.modules, tuple | list) or not all(isinstance(m, nn.Module) for m in group.modules):
-            refuse(f"group {key} must hold a tuple of modules, not {_kind(group.modules)}")
+            refuse(f"group {key} must hold a tuple of modules, not {shown(group.modules)}")
         if not (group.lr is None or (isinstance(group.lr, int | float) and group.lr >= 0)):
             refuse(f"group {key} has lr={group.lr!r}, which must be None or a number of at least 0")
         parameters = [p for module in group.modules for p in module.parameters() if p.requires_grad]
@@ -80,24 +83,16 @@ def check_loss(result: Any, phase: Phase) -> tuple[Tensor, Losses]:
     name = getattr(phase.loss, "__qualname__", None) or getattr(phase.loss, "name", "a loss")
     wanted = f"{name} must return (loss, losses to log): a scalar tensor, and a dict of scalar tensors by name"
     if not isinstance(result, tuple | list) or len(result) != 2:
-        raise CodeError(f"{wanted}; it returned {_kind(result)}")
+        raise CodeError(f"{wanted}; it returned {shown(result)}")
     loss, logged = result
     if not _is_scalar(loss) or not loss.requires_grad:
         detached = " without a gradient" if isinstance(loss, Tensor) and not loss.requires_grad else ""
-        raise CodeError(f"{wanted}; its loss is {_kind(loss)}{detached}")
+        raise CodeError(f"{wanted}; its loss is {shown(loss)}{detached}")
     if not isinstance(logged, dict) or not all(isinstance(key, str) and _is_scalar(x) for key, x in logged.items()):
-        wrong = {key: _kind(x) for key, x in logged.items() if not _is_scalar(x)} if isinstance(logged, dict) else ""
-        raise CodeError(f"{wanted}; its losses to log are {wrong or _kind(logged)}")
+        wrong = {key: shown(x) for key, x in logged.items() if not _is_scalar(x)} if isinstance(logged, dict) else ""
+        raise CodeError(f"{wanted}; its losses to log are {wrong or shown(logged)}")
     return loss, logged
 
 
 def _is_scalar(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() == 0 and value.dtype.is_floating_point
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
-    if isinstance(value, dict | list | tuple) and not value:
-        return f"an empty {type(value).__name__}"
-    return "None" if value is None else f"a {type(value).__name__}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..common.imports import CodeError
-from ..networks.contracts import check_output
+from ..networks.contracts import check_output, trace_shapes
 from .base import Method
 from .checks import channels_of
 
@@ -27,10 +27,40 @@ class Translation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Translate (images, channels, height, width) from A to B."""
-        output = self.method.translate(x)
-        if wrong := check_output(output, len(x), (x.shape[2], x.shape[3])):
-            raise CodeError(f"translate() of {type(self.method).__name__} {wrong}")
-        return output
+        return translate(self.method, x)
+
+
+def translate(method: Method, x: Tensor) -> Tensor:
+    """Translate (images, channels, height, width) from A to B with a method, which may be a user's own.
+
+    Raises:
+        CodeError: the result has another number of images or another size.
+    """
+    output = method.translate(x)
+    if wrong := check_output(output, len(x), (x.shape[2], x.shape[3])):
+        raise CodeError(f"translate() of {type(method).__name__} {wrong}")
+    return output
+
+
+def check_translation(method: Method, name: str) -> None:
+    """Check the shape of what a user's `translate` returns, if it runs on meta tensors.
+
+    Code that reads values does not run on them; then `translate` finds a wrong shape during training.
+
+    Args:
+        name: the method's import path.
+
+    Raises:
+        CodeError: the shape is wrong.
+    """
+    network = Translation(method)
+    side = max(64, network.smallest) + -max(64, network.smallest) % network.factor
+    try:
+        trace_shapes(network, 2, network.in_channels, side, side + network.factor)
+    except CodeError as error:
+        raise CodeError(f"method={name}: {error}") from None
+    except Exception:
+        return
 
 
 def translation_of(method: Method) -> nn.Module:

@@ -106,3 +106,11 @@ def _check_result(name: str, weighting: Weighting) -> None:
             what = "(groups, rows, rows)" if shape == pairs else "(groups * rows,)"
             found = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
             raise ValueError(f"loss.weighting={name}: {field} must be {what}, here {shape}, not {found}")
+        if value is None:
+            continue
+        if shape == pairs:  # the diagonal is ignored
+            value = value.masked_fill(torch.eye(size, dtype=torch.bool, device="cpu"), 0)
+        if field == "pair_log_weight":  # -inf leaves a pair out
+            value = value.masked_fill(value == -math.inf, 0)
+        if not value.isfinite().all():
+            raise ValueError(f"loss.weighting={name}: {field} must be finite numbers")

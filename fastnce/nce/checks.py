@@ -13,19 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.messages import shown
+
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-30, 1e30
 """Within these bounds, 1 / T and the logits of unit rows are normal float32 numbers."""
 
 _LISTS = (list, tuple)  # isinstance is faster with a tuple than with `list | tuple`
-
-
-def shown(value: Any) -> str:
-    """Describe a value for a message: numbers and text by their repr, other values by their type."""
-    if isinstance(value, Tensor):
-        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
-    if value is None or isinstance(value, bool | int | float | complex | str):
-        return repr(value)
-    return f"a {type(value).__module__.split('.')[0]}.{type(value).__name__}".replace(" builtins.", " ")
 
 
 def tensor(name: str, value: Any) -> None:

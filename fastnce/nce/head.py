@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..common.dispatch import Choice, Implementation
+from ..common.messages import shown
 from ..common.precision import autocast_dtype
 from . import checks
 from .api import NEGATIVES, Negatives, patch_nce, project_patches, sample_patch_ids
@@ -67,7 +68,7 @@ class PatchNCEHead(PatchSampleF):
         checks.choice("negatives", negatives, NEGATIVES)
         self.negatives: Negatives = negatives
         if weighting is not None and not callable(weighting):
-            raise ValueError(f"weighting must be a function or None, not {checks.shown(weighting)}")
+            raise ValueError(f"weighting must be a function or None, not {shown(weighting)}")
         self.weighting, self.symmetric = weighting, symmetric
         self.ids_per_image = ids_per_image
         self.others: Callable[[Tensor], Tensor] | None = None
@@ -126,7 +127,7 @@ class PatchNCEHead(PatchSampleF):
                 everything that `patch_nce` refuses.
         """
         if key_projector is not None and not isinstance(key_projector, PatchSampleF):
-            raise ValueError(f"key_projector must be a PatchSampleF or None, not {checks.shown(key_projector)}")
+            raise ValueError(f"key_projector must be a PatchSampleF or None, not {shown(key_projector)}")
         projector = self if key_projector is None else key_projector
         mlps, key_mlps = self.mlps(self.layers), projector.mlps(self.layers)
         images = self.images_of(query_maps, key_maps, projected=mlps is not None and key_mlps is not None)

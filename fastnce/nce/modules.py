@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..common.dispatch import IMPLEMENTATIONS, Implementation
 from ..common.initialise import INIT_TYPES, init_weights
+from ..common.messages import shown
 from . import checks
 from .api import NEGATIVES, Negatives, patch_nce, project_patches, sample_patch_ids
 from .impl.rows import normalize_rows
@@ -56,7 +57,7 @@ class PatchNCELoss(nn.Module):
                 every = _option(opt, "nce_includes_all_negatives_from_minibatch")
                 if every not in (True, False):  # the text "False" would count as true
                     name = "opt.nce_includes_all_negatives_from_minibatch"
-                    raise ValueError(f"{name} must be True or False, not {checks.shown(every)}")
+                    raise ValueError(f"{name} must be True or False, not {shown(every)}")
                 negatives = "batch" if every else "image"
                 images = 1 if negatives == "batch" else checks.count("opt.batch_size", _option(opt, "batch_size"))
         self.images: int = images

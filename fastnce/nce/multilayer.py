@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..common.dispatch import Implementation
+from ..common.messages import shown
 from ..common.precision import autocast_dtype, without_autocast
 from . import checks
 from .api import Negatives
@@ -71,7 +72,7 @@ def patch_nce_layers(
     if other and directions != 2:
         raise ValueError(f'extra_keys="other" needs two directions, not {directions}')
     if weighting is not None and not callable(weighting):
-        raise ValueError(f"weighting must be a function or None, not {checks.shown(weighting)}")
+        raise ValueError(f"weighting must be a function or None, not {shown(weighting)}")
     temperatures = checks.temperatures(temperature, layers)
     # flat lists in which the directions of a layer are adjacent
     flat_queries, flat_keys = (

@@ -65,6 +65,23 @@ class Keep(Method):
         return self.generator(a)
 
 
+class Smaller(Keep):
+    def translate(self, a):
+        return self.generator(a)[:, :, ::2]
+
+
+class SmallerValues(Keep):
+    """Meta tensors cannot show what this returns."""
+
+    def translate(self, a):
+        return self.generator(a) if float(a.mean()) == 7 else self.generator(a)[0]
+
+
+class OddPictures(Keep):
+    def pictures(self, batch):
+        return {"A": batch.a, "loss": batch.a.mean()}
+
+
 class NoPhases(Keep):
     phases = Method.phases
     translate = Method.translate
@@ -373,6 +390,17 @@ class Mute(Judge):
 def weight(queries, keys, groups, *, power: float = 1.0, hard=True):
     grouped = keys.unflatten(0, (groups, -1))
     return Weights(pair_log_weight=power * (grouped @ grouped.mT))
+
+
+def infinite(queries, keys, groups):
+    rows = len(queries) // groups
+    weights = torch.ones(groups, rows, rows)
+    return Weights(pair_weight=weights / (weights - torch.eye(rows)[0]))
+
+
+def diagonal(queries, keys, groups):
+    rows = len(queries) // groups
+    return Weights(pair_log_weight=torch.full((rows,), torch.nan).diag().expand(groups, rows, rows))
 
 
 def whole_numbers(queries, keys, groups):

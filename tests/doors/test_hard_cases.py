@@ -94,7 +94,7 @@ def test_tied_weights_and_parts_with_two_names(folder, here):
         ("Homeless", "group G trains parameters that no network holds"),
         ("OddName", "generators() names a network 'G 1': a name must be a Python identifier"),
         ("NoGenerator", "generators() must name at least one network"),
-        ("NotADict", "generators() must return a dict of networks by name, not a list"),
+        ("NotADict", "generators() must return a dict of networks by name, not a list of 1"),
         ("BareGroup", "groups() must return a dict of fastnce.methods.Group by name"),
         ("UnknownGroup", "a phase updates ('Q',); its groups must be a tuple of names out of G"),
         ("OnePhase", "phases() must return a tuple of fastnce.methods.Phase"),
@@ -105,6 +105,7 @@ def test_tied_weights_and_parts_with_two_names(folder, here):
         ("TextRate", "group G has lr='1e-3', which must be None or a number of at least 0"),
         ("TwoGroups", "groups G and H train the same parameters"),
         ("AllFrozen", "group G has no parameters to train"),
+        ("Smaller", "translate() of Smaller returns (2, 3, 32, 68) instead of (2, channels, 64, 68)"),
     ],
 )
 def test_wrong_members_are_refused_before_training(folder, here, capsys, name, sentence):
@@ -117,14 +118,30 @@ def test_wrong_members_are_refused_before_training(folder, here, capsys, name, s
     ("name", "sentence"),
     [
         ("FloatLoss", "FloatLoss.loss must return (loss, losses to log): a scalar tensor"),
-        ("DetachedLoss", "its loss is a torch.float32 tensor of shape () without a gradient"),
+        ("DetachedLoss", "its loss is a torch.float32 tensor of shape () on cpu without a gradient"),
         ("OnlyLoss", "it returned a torch.float32 tensor of shape ()"),
-        ("LoggedMap", "its losses to log are {'map': 'a torch.float32 tensor of shape (1, 3, 32, 32)'}"),
+        ("LoggedMap", "its losses to log are {'map': 'a torch.float32 tensor of shape (1, 3, 32, 32) on cpu'}"),
         ("Failing2", "too many values to unpack (expected 2) (mine.py, line "),
     ],
 )
 def test_wrong_losses_are_named(folder, here, capsys, name, sentence):
     run = ["--data", str(folder), "--out", str(here / "run"), *KEEP]
+    assert sentence in refused(capsys, "train", f"mine.py:{name}", *run)
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("SmallerValues", "translate() of SmallerValues returns (3, 32, 32) instead of (1, channels, 32, 32)"),
+        (
+            "OddPictures",
+            "pictures() of OddPictures must return a dict of images (1, channels, height, width), "
+            "not {'A': 'a torch.float32 tensor of shape (1, 3, 32, 32) on cpu', 'loss': 'a torch.float32 tensor of",
+        ),
+    ],
+)
+def test_wrong_images_are_named(folder, here, capsys, name, sentence):
+    run = ["--data", str(folder), "--out", str(here / "run"), *KEEP, "run.monitor_every=1", "run.sample_every=1"]
     assert sentence in refused(capsys, "train", f"mine.py:{name}", *run)
 
 
@@ -163,6 +180,7 @@ def test_the_first_weight_need_not_take_the_image(folder, here):
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
+        ("infinite", "pair_weight must be finite numbers"),
         ("whole_numbers", "pair_weight must be floats on the device of the queries, not torch.int64 on cpu"),
         ("elsewhere", "pair_log_weight must be floats on the device of the queries, not torch.float32 on meta"),
         ("unsure", "decoupled must be True or False, not 'yes'"),
@@ -174,6 +192,10 @@ def test_weightings_that_would_fail_late_are_refused(here, name, sentence):
         find_weighting(f"mine.py:{name}")
     with pytest.raises(ValueError, match="power must be finite, not nan"):
         find_weighting("mine.py:weight", "power=nan")
+
+
+def test_a_weighting_may_leave_the_diagonal_undefined(here):
+    assert find_weighting("mine.py:diagonal") is not None
 
 
 def test_errors_of_feature_channels_name_the_option(here):
