@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from .common.imports import CodeError, is_import_path
-from .common.options import brief, check_value, converted, describe, option, range_of
+from .common.messages import brief
 from .common.options import check as check_options
+from .common.options import check_value, converted, describe, option, range_of
 from .common.toml import format_value, parse_value
 from .data.rain import RainOptions, parse_ranges
 from .data.target import PREPROCESS

@@ -276,19 +276,14 @@ def open_data(
         common |= {"share": options.rain, "rain": rain}
     return (RainedData if options.rain else UnpairedData)(
         options.dir,
-        load_size=side(options.load_size),
-        crop_size=side(options.crop_size),
+        load_size=sides(options.load_size),
+        crop_size=sides(options.crop_size),
         preprocess=options.preprocess,
         cache_dir=options.cache_dir or None,
         skip_bad=options.skip_bad,
         progress=None if quiet else print_line,
         **common,
     )
-
-
-def side(size: int | list[int]) -> int | tuple[int, int]:
-    """A size of the configuration as a data set takes it."""
-    return size if isinstance(size, int) else (size[0], size[1])
 
 
 def check_place(config: Config, out: Path) -> None:

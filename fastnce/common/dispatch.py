@@ -40,6 +40,12 @@ def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     return "Triton is not installed" if operators is None else operators.obstacle(device, dtype)
 
 
+def check_implementation(implementation: object) -> None:
+    """ValueError unless this is None or the name of an implementation."""
+    if implementation is not None and not (isinstance(implementation, str) and implementation in IMPLEMENTATIONS):
+        raise ValueError(f'implementation must be None, "triton" or "eager", not {implementation!r}')
+
+
 def choose(
     implementation: Implementation, device: torch.device, dtype: torch.dtype, limit: str | None = None
 ) -> Choice:
@@ -53,8 +59,7 @@ def choose(
     Raises:
         ValueError: the kernels are forced and cannot run, or the implementation is unknown.
     """
-    if implementation is not None and not (isinstance(implementation, str) and implementation in IMPLEMENTATIONS):
-        raise ValueError(f'implementation must be None, "triton" or "eager", not {implementation!r}')
+    check_implementation(implementation)
     if implementation == "eager":
         return FORCED_EAGER
     if implementation is None and device.type == "cpu":

@@ -100,7 +100,7 @@ def _failed(error: BaseException, path: str, key: str) -> CodeError:
 
 def first_line(error: BaseException) -> str:
     """The kind of an error and the first line of its message."""
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0] or 'no message'}"
 
 
 def place_in_own_code(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Words for messages."""
+"""Values in words, for messages."""
 
 from __future__ import annotations
 
@@ -6,18 +6,22 @@ from typing import Any
 
 from torch import Tensor
 
-LONGEST = 60
-"""The characters of a text that a message repeats."""
+
+def brief(value: Any) -> str:
+    """Shorten a value's `repr` for use in a sentence."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not print whole numbers of more than 4,300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 60 else f"{text[:50]}..."
 
 
 def shown(value: Any) -> str:
-    """Describe a value for a message: numbers and text by their repr, other values by their type."""
+    """Describe a value of any type in a sentence: numbers and text by `brief`, others by their type and size."""
     if isinstance(value, Tensor):
         return f"a {value.dtype} tensor of shape {tuple(value.shape)} on {value.device}"
-    if isinstance(value, str) and len(value) > LONGEST:
-        return f"{value[:LONGEST]!r}..."
     if value is None or isinstance(value, bool | int | float | complex | str):
-        return repr(value)
+        return brief(value)
     if type(value) in (dict, list, tuple):
         kind = type(value).__name__
         return f"a {kind} of {len(value)}" if value else f"an empty {kind}"

@@ -9,6 +9,7 @@ from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .imports import is_import_path
+from .messages import brief
 
 BITS_64 = 2**63 - 1
 """The largest whole number that an option takes by default: tensors and TOML hold no larger ones."""
@@ -203,12 +204,3 @@ def _bounds(accepts: Accepts) -> str:
     if not low:
         return ""
     return f" from {low} to {high}" if high else f" from {low} to below {below}" if below else f" of at least {low}"
-
-
-def brief(value: Any) -> str:
-    """Shorten a value's `repr` for use in a sentence."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python does not print whole numbers of more than 4,300 digits
-        return "a number of thousands of digits"
-    return text if len(text) <= 60 else f"{text[:50]}..."

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.imports import CodeError, load_object
+from ..common.imports import CodeError, first_line, load_object
 from ..common.messages import shown
 
 MEMBERS = ("steps_per_epoch", "batch", "samples", "digest")
@@ -232,5 +232,4 @@ def _tried(key: str, call: str, function: Callable[[], Any]) -> Any:
     except CodeError:
         raise
     except Exception as error:
-        reason = str(error).partition("\n")[0] or "no message"
-        raise CodeError(f"{key}: {call} fails: {type(error).__name__}: {reason}") from error
+        raise CodeError(f"{key}: {call} fails: {first_line(error)}") from error

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..common.imports import CodeError
 from ..common.messages import shown
 from ..methods.base import Batch, Method
+from ..networks.contracts import fitting_side
 
 
 def padded(method: Method, *columns: Tensor) -> Batch:
@@ -24,7 +25,7 @@ def padded(method: Method, *columns: Tensor) -> Batch:
     least = max((getattr(network, "smallest", 1) for network in generators), default=1)
 
     def pad(pictures: Tensor) -> Tensor:
-        bottom, right = (max(side, least) + -max(side, least) % factor - side for side in pictures.shape[2:])
+        bottom, right = (fitting_side(side, factor, least) - side for side in pictures.shape[2:])
         return F.pad(pictures, (0, right, 0, bottom), mode="replicate") if bottom or right else pictures
 
     return Batch(*(pad(pictures) for pictures in columns))

@@ -1,4 +1,4 @@
-"""DCLGAN and SimDCL: Han et al., Dual Contrastive Learning for Unsupervised Image-to-Image Translation (CVPRW 2021)."""
+"""DCLGAN: Han et al., Dual Contrastive Learning for Unsupervised Image-to-Image Translation (CVPRW 2021)."""
 
 from __future__ import annotations
 

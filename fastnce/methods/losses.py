@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..common.messages import shown
 from ..nce import checks
 
 GANMode = Literal["lsgan", "vanilla", "wgangp", "nonsaturating", "hinge"]
@@ -39,7 +40,7 @@ def gan_loss(
     if prediction.numel() == 0:
         raise ValueError(f"prediction must not be empty: {tuple(prediction.shape)}")
     if not isinstance(target_is_real, bool):
-        raise ValueError(f"target_is_real must be True or False, not {checks.shown(target_is_real)}")
+        raise ValueError(f"target_is_real must be True or False, not {shown(target_is_real)}")
     if prediction.dtype in (torch.bfloat16, torch.float16):
         prediction = prediction.float()
     if mode == "lsgan":

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
 from ..common.imports import CodeError, is_import_path, load_object
-from ..common.options import brief, check_kinds
+from ..common.messages import brief
+from ..common.options import check_kinds
 from .base import Method, NetworkOptions
 from .cut import CUT, CUTOptions
 from .cyclegan import CycleGAN, CycleGANOptions

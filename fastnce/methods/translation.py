@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..common.imports import CodeError
-from ..networks.contracts import check_output, trace_shapes
+from ..networks.contracts import check_output, fitting_side, trace_shapes
 from .base import Method
 from .checks import channels_of
 
@@ -54,7 +54,7 @@ def check_translation(method: Method, name: str) -> None:
         CodeError: the shape is wrong.
     """
     network = Translation(method)
-    side = max(64, network.smallest) + -max(64, network.smallest) % network.factor
+    side = fitting_side(64, network.factor, network.smallest)
     try:
         trace_shapes(network, 2, network.in_channels, side, side + network.factor)
     except CodeError as error:

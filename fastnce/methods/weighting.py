@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..common.imports import is_import_path, load_object
+from ..common.messages import shown
 from ..nce.weights import WEIGHTINGS, Weighting, Weights
 
 WEIGHTING_NAMES = ("none", *WEIGHTINGS)
@@ -99,15 +100,15 @@ def _check_result(name: str, weighting: Weighting) -> None:
     pairs, rows_ = (groups, size, size), (groups * size,)
     for field, shape in (("pair_log_weight", pairs), ("pair_weight", pairs), ("query_weight", rows_)):
         value = getattr(weights, field)
+        if value is None:
+            continue
         if isinstance(value, torch.Tensor) and (not value.dtype.is_floating_point or value.device != queries.device):
             where = f"{value.dtype} on {value.device}"
             raise ValueError(f"loss.weighting={name}: {field} must be floats on the device of the queries, not {where}")
-        if value is not None and tuple(getattr(value, "shape", ())) != shape:
+        if not isinstance(value, torch.Tensor) or value.shape != shape:
             what = "(groups, rows, rows)" if shape == pairs else "(groups * rows,)"
-            found = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+            found = tuple(value.shape) if isinstance(value, torch.Tensor) else shown(value)
             raise ValueError(f"loss.weighting={name}: {field} must be {what}, here {shape}, not {found}")
-        if value is None:
-            continue
         if shape == pairs:  # the diagonal is ignored
             value = value.masked_fill(torch.eye(size, dtype=torch.bool, device="cpu"), 0)
         if field == "pair_log_weight":  # -inf leaves a pair out

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.messages import shown
+from ..common.messages import brief, shown
 
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-30, 1e30
 """Within these bounds, 1 / T and the logits of unit rows are normal float32 numbers."""
@@ -59,7 +59,7 @@ def count(name: str, value: Any, least: int = 1) -> int:
         if not isinstance(value, int | torch.SymInt):
             value = int(value)  # operators do not accept NumPy integers
     if value < least:
-        raise ValueError(f"{name} must be at least {least}, not {value}")
+        raise ValueError(f"{name} must be at least {least}, not {brief(value)}")
     return value
 
 
@@ -70,7 +70,7 @@ def number(name: str, value: Any, low: float, high: float) -> float:
     if isinstance(value, bool | Tensor) or not isinstance(value, int | float | torch.SymFloat | numbers.Real):
         raise ValueError(f"{name} must be a number from {low:g} to {high:g}, not {shown(value)}")
     if not low <= value <= high:  # type: ignore[operator]
-        raise ValueError(f"{name} must be from {low:g} to {high:g}, not {value}")
+        raise ValueError(f"{name} must be from {low:g} to {high:g}, not {brief(value)}")
     return float(value)
 
 
@@ -162,7 +162,7 @@ def groups_of(name: str, value: Any, total: int) -> int:
     """Check a count that must divide the number of rows, and return it."""
     groups = count(name, value)
     if total % groups:
-        raise ValueError(f"{total} rows cannot be shared equally among {name}={groups}")
+        raise ValueError(f"{total} rows cannot be shared equally among {name}={brief(groups)}")
     return groups
 
 

@@ -125,7 +125,7 @@ def check_generator(network: nn.Module, name: str, in_channels: int, out_channel
             raise CodeError(f"{key}: {member} must be a whole number of at least 1, not {value!r}")
     _guard_features(network, key)
     factor, smallest = int(network.factor), int(network.smallest)  # type: ignore[arg-type]
-    side = max(64, smallest) + -max(64, smallest) % factor
+    side = fitting_side(64, factor, smallest)
     _check_output(network, key, in_channels, (side, side + factor), out_channels)
 
 
@@ -135,6 +135,12 @@ def check_discriminator(network: nn.Module, name: str, in_channels: int) -> None
     _default(network, "pictures_independent", False)
     _default(network, "in_channels", in_channels)
     _check_output(network, key, in_channels, (256, 256), None)
+
+
+def fitting_side(side: int, factor: int, smallest: int) -> int:
+    """The least side of an image that is at least `side` and that a generator with these members takes."""
+    side = max(side, smallest)
+    return side + -side % factor
 
 
 def check_output(output: Any, images: int, size: tuple[int, int] | None, channels: int | None = None) -> str:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..common.dispatch import Implementation, choose
+from ..common.dispatch import Implementation, check_implementation, choose
 
 try:
     from . import fused
@@ -44,8 +44,7 @@ class FusedLayer(nn.Module):
 
 def set_implementation(network: nn.Module, implementation: Implementation) -> None:
     """Set the implementation of the norms, pads, blurs and last convolutions in `network` (see `FusedLayer`)."""
-    if implementation not in (None, "triton", "eager"):
-        raise ValueError(f'implementation must be None, "triton" or "eager", not {implementation!r}')
+    check_implementation(implementation)
     for module in network.modules():
         if isinstance(module, FusedLayer):
             module.implementation = implementation

@@ -16,6 +16,7 @@ from ..engine.stored import follow, load_generators, using
 from ..methods.base import Method
 from ..methods.checks import channels_of
 from ..methods.translation import translation_of
+from ..networks.contracts import fitting_side
 from ..networks.published import load_weights, network_from_weights, read_weights
 from .translator import Tiles, Translator
 
@@ -91,7 +92,7 @@ def _own_network(config: Config, folder: Path, weights: dict[str, dict[str, Tens
 def _is_plain(method: Method, generator: nn.Module) -> bool:
     """Whether `translate` is the generator and nothing else: then tiles and memory are those of the generator."""
     factor, smallest = (int(getattr(generator, member, 1)) for member in ("factor", "smallest"))
-    side = max(64, smallest) + -max(64, smallest) % factor
+    side = fitting_side(64, factor, smallest)
     probe = torch.rand(1, channels_of(generator), side, side) * 2 - 1
     method.eval()
     with torch.no_grad():

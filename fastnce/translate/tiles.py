@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..networks import InstanceNorm
+from ..networks.contracts import fitting_side
 from ..networks.restorer import GatedBlock
 from .windows import (
     FirstGate,
@@ -222,7 +223,7 @@ def _with_shrunk_statistics(
     generator: nn.Module, picture: Tensor, shrink: float, tile: int, device: torch.device
 ) -> Tensor:
     factor, smallest = getattr(generator, "factor", 1), max(32, getattr(generator, "smallest", 1))
-    size = [max(smallest, round(side * shrink / factor) * factor) for side in picture.shape[2:]]
+    size = [fitting_side(round(side * shrink / factor) * factor, factor, smallest) for side in picture.shape[2:]]
     small = F.interpolate(picture.to(device), size, mode="bilinear", antialias=True, align_corners=False)
     statistics: Statistics = {}
     operations = operations_of(generator, statistics)

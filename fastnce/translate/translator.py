@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from ..common.imports import CodeError
 from ..engine.memory import available_memory, out_of_memory
 from ..evaluate.quality import FLOATS, check_range
+from ..methods.checks import channels_of
 from ..networks import channels_last
+from ..networks.contracts import fitting_side
 from .tiles import translate_exact, translate_fast
 from .windows import operations_of
 
@@ -69,8 +71,7 @@ class Translator:
         self.smallest: int = getattr(generator, "smallest", self.factor)
         # the weight of the first convolution, whatever its class
         first = next(p for p in generator.parameters() if p.dim() == 4)
-        own_channels = getattr(generator, "in_channels", None)
-        self.channels: int = own_channels if isinstance(own_channels, int) else first.shape[1]
+        self.channels = channels_of(generator)
         self.dtype = first.dtype
         self.out_channels: int = getattr(generator, "out_channels", self.channels)
         self._bytes_per_pixel = 0.0
@@ -128,7 +129,7 @@ class Translator:
         """Compare the tiles of a user's own generator with the whole image, once and on a small image."""
         if self._tiles_checked or not hasattr(self.generator, "tile_layers"):
             return
-        side = max(96, self.smallest) + -max(96, self.smallest) % self.factor
+        side = fitting_side(96, self.factor, self.smallest)
         probe = torch.rand(1, self.channels, side, side, dtype=self.dtype) * 2 - 1
         whole = self.generator(probe.to(self.device)).float().cpu()
         tiled = translate_exact(self.generator, probe, side // 2, self.device).float().cpu()
@@ -181,7 +182,7 @@ class Translator:
 
             leaves = [m for m in self.generator.modules() if not list(m.children())]
             hooks = [module.register_forward_hook(record) for module in leaves]
-            side = max(64, self.smallest)
+            side = fitting_side(64, self.factor, self.smallest)
             try:
                 self.generator(padded.new_zeros(1, self.channels, side, side))
             finally:
@@ -197,7 +198,7 @@ def pad_to_multiple(pictures: Tensor, factor: int, smallest: int = 1) -> Tensor:
     Padding is by reflection, or by replication if the image is too small for reflection.
     """
     height, width = pictures.shape[2:]
-    bottom, right = (max(side + -side % factor, smallest) - side for side in (height, width))
+    bottom, right = (fitting_side(side, factor, smallest) - side for side in (height, width))
     if bottom == right == 0:
         return pictures
     mode = "reflect" if bottom < height and right < width else "replicate"

@@ -270,6 +270,17 @@ class Blocks(nn.Module):
         return [self.block]
 
 
+class Sixths(Blocks):
+    """The least side that it takes is no multiple of its factor."""
+
+    factor, smallest = 6, 50
+
+    def forward(self, x, layers=(), encode_only=False):
+        assert x.shape[2] % 6 == x.shape[3] % 6 == 0, x.shape
+        assert min(x.shape[2:]) >= 50, x.shape
+        return super().forward(x, layers, encode_only)
+
+
 MEAN = torch.tensor([0.1, 0.2, 0.3]).view(1, 3, 1, 1)  # a tensor of the module
 
 
@@ -406,6 +417,11 @@ def diagonal(queries, keys, groups):
 def whole_numbers(queries, keys, groups):
     rows = len(queries) // groups
     return Weights(pair_weight=torch.ones(groups, rows, rows, dtype=torch.int64))
+
+
+def arrays(queries, keys, groups):
+    rows = len(queries) // groups
+    return Weights(pair_weight=torch.ones(groups, rows, rows).numpy())
 
 
 def elsewhere(queries, keys, groups):

@@ -181,6 +181,7 @@ def test_the_first_weight_need_not_take_the_image(folder, here):
     ("name", "sentence"),
     [
         ("infinite", "pair_weight must be finite numbers"),
+        ("arrays", r"pair_weight must be \(groups, rows, rows\), here \(2, 4, 4\), not a numpy.ndarray"),
         ("whole_numbers", "pair_weight must be floats on the device of the queries, not torch.int64 on cpu"),
         ("elsewhere", "pair_log_weight must be floats on the device of the queries, not torch.float32 on meta"),
         ("unsure", "decoupled must be True or False, not 'yes'"),
@@ -220,6 +221,20 @@ def test_tile_layers_are_compared_with_the_network(here):
             ValueError, match=r"tile_layers\(\) of WrongTiles does not compute what its forward computes"
         ):
             translator(image)
+
+
+@pytest.mark.parametrize("tiles", ["auto", "exact", "fast"])
+@pytest.mark.parametrize("size", [(33, 40), (51, 130), (300, 140)])
+def test_sides_are_padded_to_what_a_generator_takes(here, tiles, size):
+    translator = Translator(build_generator("mine.py:Sixths", width=2), tiles=tiles, tile_size=132)
+    assert translator(torch.zeros(1, 3, *size)).shape == (1, 3, *size)
+
+
+def test_samples_are_padded_to_what_a_generator_takes(folder, here):
+    options = [s for s in KEEP if not s.startswith(("network.generator", "data.", "run."))]
+    more = ["network.generator=mine.py:Sixths", "data.load_size=60", "data.crop_size=60", "run.steps=2"]
+    run = ["--data", str(folder), "--out", str(here / "run"), *options, *more]
+    assert main(["train", "mine.py:Keep", *run, "run.monitor_every=1", "run.sample_every=1"]) == 0
 
 
 def test_a_subclass_keeps_the_defaults_of_its_paper(here, capsys):
