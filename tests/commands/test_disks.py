@@ -21,22 +21,6 @@ from fastnce.translate.files import translate_files
 from fastnce.translate.load import load_translator
 from tests.ends import NO_ROOM, commands, failing_second, half_or_whole, left, one_sentence, write
 
-
-@pytest.fixture
-def model(tmp_path) -> Path:
-    return save_published({"G": ResnetGenerator(width=2, blocks=1)}, tmp_path / "published")[0]
-
-
-@pytest.fixture
-def photos(tmp_path) -> Path:
-    return write(tmp_path / "photos", "a.png", "b.png", "c.png")
-
-
-@pytest.fixture
-def pairs(tmp_path) -> Path:
-    return write(tmp_path / "pairs", *(f"{side}/{n}.png" for n in (1, 2) for side in ("rain", "norain")))
-
-
 # ---- names ----
 
 

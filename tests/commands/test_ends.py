@@ -19,28 +19,10 @@ from fastnce.commands import main as cli
 from fastnce.commands import translate
 from fastnce.commands.main import main
 from fastnce.common.streams import ProgressLine
-from fastnce.networks import ResnetGenerator
-from fastnce.networks.published import save_published
 from fastnce.translate.files import translate_files
 from fastnce.translate.load import load_translator
 from fastnce.translate.translator import Translator
 from tests.ends import FULL, NO_ROOM, commands, failing_second, left, one_sentence, write
-
-
-@pytest.fixture
-def model(tmp_path) -> Path:
-    return save_published({"G": ResnetGenerator(width=2, blocks=1)}, tmp_path / "published")[0]
-
-
-@pytest.fixture
-def photos(tmp_path) -> Path:
-    return write(tmp_path / "photos", "a.png", "b.png", "c.png")
-
-
-@pytest.fixture
-def pairs(tmp_path) -> Path:
-    return write(tmp_path / "pairs", *(f"{side}/{n}.png" for n in (1, 2) for side in ("rain", "norain")))
-
 
 # ---- Ctrl-C ----
 
