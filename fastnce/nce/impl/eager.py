@@ -222,11 +222,3 @@ def nce_losses(
     options = groups, 1.0 / temperature, decoupled, with_gradient
     loss, positive, _, _ = apply(_NCERows, queries, keys, extra_keys_GED, *weights, *options)
     return loss, positive
-
-
-def nce_rows(queries_GSD: Tensor, keys_GSD: Tensor, extra_keys_GED: Tensor | None = None, **options):
-    """As `reference.nce_rows`, with the options of `nce_losses`: (loss, logsumexp, positive), each (groups, rows)."""
-    groups, rows, _ = queries_GSD.shape
-    flat = queries_GSD.flatten(0, 1), keys_GSD.flatten(0, 1)
-    loss, positive = (t.view(groups, rows) for t in nce_losses(*flat, extra_keys_GED, groups=groups, **options))
-    return loss, loss + positive, positive
