@@ -18,11 +18,13 @@ from .common.options import check_value, converted, describe, option, range_of
 from .common.toml import format_value, parse_value
 from .data.rain import RainOptions, parse_ranges
 from .data.target import PREPROCESS
+from .engine.memory import check_networks_fit
 from .engine.options import OptimOptions, RunOptions
 from .evaluate.pairs import RAIN_SIDES
 from .methods import Method, NetworkOptions
-from .methods.contract import check_contract
+from .methods.contract import check_contract, check_planned
 from .methods.presets import Preset, find_preset
+from .networks.tracing import on_cpu
 
 __all__ = ["Config", "resolve"]
 
@@ -214,14 +216,23 @@ def sides(size: int | list[int]) -> tuple[int, int]:
 
 
 def plan(config: Config) -> Method:
-    """Check a configuration and build its method on the meta device, which needs no memory and no random numbers.
+    """Check a configuration and build its method to check it, not to train it.
+
+    It is on the meta device, which needs no memory. A user's own method or network is on the CPU, because its
+    constructor may read the values of what it makes. PyTorch's random numbers do not advance.
 
     Raises:
         ValueError: what `check` refuses, or options that do not fit the networks.
     """
     check(config)
     with torch.device("meta"):
-        return build_method(config)
+        if not is_import_path(config.method):
+            return build_method(config)
+        check_networks_fit(config.network)
+        with on_cpu():
+            built = build_method(config)
+            check_planned(built, config.method)
+            return built
 
 
 def build_method(config: Config) -> Method:

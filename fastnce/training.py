@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from .common.imports import CodeError, place_in_own_code
 from .common.locking import hold
 from .common.streams import print_line
 from .common.writing import sweep, write_whole
@@ -64,6 +65,10 @@ def train_run(config: Config, out: str | os.PathLike[str], *, quiet: bool = Fals
                 if isinstance(error, TrainingFailed) or not out_of_memory(error):  # it may quote the allocator
                     raise
                 raise TrainingFailed(too_large(error)) from None
+            except SystemExit as error:
+                raise CodeError(
+                    f"own code ended the run by sys.exit({error.code!r}){place_in_own_code(error)}"
+                ) from error
 
 
 @contextmanager
@@ -95,6 +100,7 @@ def _train_rank(config: Config, out: Path, ranks: Ranks, quiet: bool, state: dic
         if state is not None:
             check_pictures(state, data.digest(), str(out))
         validation = _open_validation(config, metric, device, ranks, quiet)
+    del planned  # a user's own has weights in memory
     torch.manual_seed(config.run.seed)
     method = build_method(config).to(device)
     with ranks.together(device):
@@ -129,7 +135,7 @@ def check_plan(config: Config) -> Method:
     """Refuse a configuration that cannot be trained with any images or device, before allocating memory.
 
     Returns:
-        the method on the meta device.
+        the method as `plan` builds it.
 
     Raises:
         ValueError: options are out of range or contradict each other, or crops do not fit the networks.

@@ -95,6 +95,7 @@ class OwnData:
         if len(images[0]) != len(images[1]):
             number = f"{len(images[0])} of A and {len(images[1])} of B"
             raise CodeError(f"{self._key}: {call} must return as many images of A as of B, not {number}")
+        self._check_values(images, call)
         return images
 
     def _optional(self, name: str, wanted: str, fits: Callable[[Any], bool], default: Any) -> Any:

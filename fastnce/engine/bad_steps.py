@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..common.imports import CodeError
 from ..data.augment import PINNED
 from ..methods.base import Losses, Phase
 from .optim import ParameterGroup
@@ -82,6 +83,8 @@ def run_phases(
         updates.before(phase)
         gradients, logged = differentiate(phase)
         updates.add(phase, gradients)
+        if twice := losses.keys() & logged.keys():
+            raise CodeError(f"two phases log {min(twice)!r}: give each loss a name of its own")
         losses |= {name: value.detach() for name, value in logged.items()}
     return losses, updates.apply()
 

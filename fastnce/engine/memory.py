@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import platform
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ..methods.base import Batch, Method
+from ..common.imports import is_import_path
+from ..methods.base import Batch, Method, NetworkOptions
 from ..methods.checks import channels_of
+from ..networks.tracing import empty_images, is_own, without_memory
 
 LESS = (
     "lower data.batch, data.crop_size, network.width or loss.pool_size, raise optim.accumulate, or set "
@@ -62,9 +66,9 @@ def too_large(error: BaseException) -> str:
     return f"memory is too small for this training ({reason}): {LESS}"
 
 
-def kept_bytes(network: nn.Module, pictures: Tensor) -> int:
-    """Bytes that autograd keeps of a pass of `network`, without the parameters. Both are on the meta device."""
-    own = {id(p) for p in network.parameters()}
+def kept_bytes(network: nn.Module, pictures: Tensor, also: Iterable[Tensor] = ()) -> int:
+    """Bytes that autograd keeps of a pass of `network`, without the parameters and `also`. Both need no memory."""
+    own = {id(p) for p in (*network.parameters(), *also)}
     kept: dict[int, Tensor] = {}  # by storage: several operations may keep the same tensor
 
     def keep(tensor: Tensor) -> Tensor:
@@ -77,6 +81,37 @@ def kept_bytes(network: nn.Module, pictures: Tensor) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
+def check_networks(size: int, needed: int = 0) -> None:
+    """Refuse networks that this machine's memory cannot hold.
+
+    Args:
+        size: bytes of the parameters.
+        needed: bytes that they take with all that belongs to them; at least `size`.
+
+    Raises:
+        ValueError: both, and what to lower.
+    """
+    needed, room = max(size, needed), available_memory()
+    if room is not None and needed > room:
+        raise ValueError(
+            f"networks of {size / 4e6:,.0f} M parameters take at least {_gib(needed)} of memory, and {_gib(room)} are "
+            f"there: lower network.width, network.discriminator_width or loss.projection"
+        )
+
+
+def check_networks_fit(network: NetworkOptions) -> None:
+    """Refuse published networks that memory cannot hold, before a user's method builds them on the CPU."""
+    size = 0
+    for name, build in (
+        (network.generator, network.build_generator),
+        (network.discriminator, lambda: network.build_discriminator(network.out_channels)),
+    ):
+        if not is_import_path(name):
+            with suppress(ValueError):  # the method may not use this network, and names the error otherwise
+                size += sum(p.nbytes for p in build().parameters())
+    check_networks(size)
+
+
 def check_room(
     method: Method, images: int, sides: tuple[int, int] | None, *, device: torch.device, sixteen_bits: bool = False
 ) -> None:
@@ -86,7 +121,7 @@ def check_room(
     which reports that its memory is full, only the networks count, because they are built here first.
 
     Args:
-        method: on the meta device, with the blocks that will be recomputed.
+        method: as `fastnce.config.plan` returns, with the blocks that will be recomputed.
         images: images of each domain in one part of a batch.
         sides: height and width of the crops; None if images keep their own size.
         sixteen_bits: feature maps have 16 bits.
@@ -101,21 +136,19 @@ def check_room(
     size = sum(p.nbytes for p in method.parameters())
     needed = size * (4 if on_cpu else 1)  # with gradients and Adam's moments
     needed += sum(b.nbytes for b in method.buffers())
-    if needed > room:
-        raise ValueError(
-            f"networks of {size / 4e6:,.0f} M parameters take at least {_gib(needed)} of memory, and {_gib(room)} are "
-            f"there: lower network.width, network.discriminator_width or loss.projection"
-        )
+    check_networks(size, needed)
     if sides is None or not on_cpu:
         return
-    height, width = sides
     generator = next(iter(method.generators().values()))
-    pictures = torch.empty(images, channels_of(generator), height, width, device="meta")
-    needed += kept_bytes(generator, pictures) // (2 if sixteen_bits else 1)
+    shape = (images, channels_of(generator), *sides)
+    pictures = empty_images(shape, own=is_own(generator))
+    needed += kept_bytes(without_memory(generator), pictures, generator.parameters()) // (2 if sixteen_bits else 1)
     before = sum(b.nbytes for b in method.buffers())
+    pictures = empty_images(shape, own=is_own(method))
     method.prepare(Batch(pictures, pictures))  # makes pools of images
     needed += sum(b.nbytes for b in method.buffers()) - before
     if needed > room:
+        height, width = sides
         raise ValueError(
             f"a step with {images} {'picture' if images == 1 else 'pictures'} of {width}x{height} at once takes at "
             f"least {_gib(needed)} of memory, and {_gib(room)} are there: {LESS}"

@@ -89,7 +89,9 @@ class Monitor:
         method.eval()
         with torch.no_grad():
             made, kept = (
-                [translate(method, picture).float() for picture in column.split(1)]  # no more memory than a step
+                [
+                    translate(method, picture.clone()).float() for picture in column.split(1)
+                ]  # no more memory than a step
                 for column in self.pictures
             )
         messages = []

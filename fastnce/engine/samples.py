@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,15 +39,27 @@ def translated(method: Method, samples: Batch) -> dict[str, Tensor]:
         CodeError: a user's `pictures` returns anything else than images by name.
     """
     pictures: dict[str, list[Tensor]] = {}
+    kind = type(method).__name__
     for i in range(len(samples.a)):
-        one = Batch(samples.a[i : i + 1], samples.b[i : i + 1])
+        one = Batch(samples.a[i : i + 1].clone(), samples.b[i : i + 1].clone())  # a user's code may change them
         found = method.pictures(one)
-        if not isinstance(found, dict) or not all(isinstance(p, Tensor) and p.dim() == 4 for p in found.values()):
-            wrong = {name: shown(p) for name, p in found.items()} if isinstance(found, dict) else shown(found)
-            kind = type(method).__name__
+        if not _are_images(found):
+            wrong = {name: shown(p) for name, p in found.items()} if isinstance(found, dict) and found else shown(found)
             raise CodeError(
                 f"pictures() of {kind} must return a dict of images (1, channels, height, width), not {wrong}"
             )
         for name, picture in found.items():
             pictures.setdefault(name, []).append(picture)
+    for name, column in pictures.items():
+        if len(sizes := {tuple(picture.shape[1:]) for picture in column}) > 1:
+            raise CodeError(f"pictures() of {kind} must return {name} in one size for all samples, not {sorted(sizes)}")
     return {name: torch.cat(column) for name, column in pictures.items()}
+
+
+def _are_images(found: Any) -> bool:
+    return (
+        isinstance(found, dict)
+        and len(found) > 0
+        and all(isinstance(name, str) for name in found)
+        and all(isinstance(p, Tensor) and p.dim() == 4 and p.numel() > 0 for p in found.values())
+    )

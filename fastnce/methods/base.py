@@ -198,7 +198,7 @@ class Method(nn.Module):
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """Named images for sample grids, each like `batch.a`."""
-        return {"A": batch.a, "fake_B": self.translate(batch.a)}
+        return {"A": batch.a, "fake_B": self.translate(batch.a.clone())}  # a user's code may change its input
 
     def discriminator_losses(self) -> dict[str, tuple[str, ...]]:
         """For each discriminator, the logged losses whose sum is near 0 once it has won; the monitor warns then.

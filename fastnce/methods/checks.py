@@ -1,4 +1,4 @@
-"""Checks of image sizes before training. Shapes are traced on the meta device, so nothing is allocated."""
+"""Checks of image sizes before training. Shapes are traced, so no memory is needed for maps."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..networks import contracts
+from ..networks import tracing
 
 Sizes = Mapping[tuple[int, int], str]
 """(height, width) of images, each with its name in messages, in the plural."""
@@ -16,13 +16,22 @@ Sizes = Mapping[tuple[int, int], str]
 
 def trace_shapes(network: nn.Module, images: int, height: int, width: int, **arguments: Any) -> Any:
     """What `network` returns for images of this size, as tensors without memory."""
-    return contracts.trace_shapes(network, images, channels_of(network), height, width, **arguments)
+    return tracing.trace_shapes(network, images, channels_of(network), height, width, **arguments)
 
 
 def channels_of(network: nn.Module) -> int:
-    """The channels of the images that a network takes: `in_channels`, or those of its first convolution."""
+    """The channels of the images that a network takes: `in_channels`, or those of its first convolution.
+
+    Raises:
+        ValueError: it has neither.
+    """
     own = getattr(network, "in_channels", None)
-    return own if isinstance(own, int) else next(p for p in network.parameters() if p.dim() == 4).shape[1]
+    if isinstance(own, int):
+        return own
+    first = next((p for p in network.parameters() if p.dim() == 4), None)
+    if first is None:
+        raise ValueError(f"{type(network).__name__} has no convolution: give it the attribute in_channels")
+    return first.shape[1]
 
 
 def extremes(sizes: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

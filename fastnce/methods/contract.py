@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import inspect
+import math
+import random
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
 from ..common.imports import CodeError
 from ..common.messages import shown
-from .base import Group, Losses, Method, Phase
+from .base import Draws, Group, Losses, Method, Phase
 from .translation import check_translation
+
+CALLS = {
+    "draw": "rng",
+    "prepare": "batch",
+    "generate": "batch, draws",
+    "translate": "a",
+    "pictures": "batch",
+}
+"""The members of a method that the engine calls with arguments."""
+COLUMNS = (
+    "step", "epoch", "pictures", "lr", "skipped_steps", "images_per_second", "data_share", "response", "identity_psnr",
+    "warnings",
+)  # fmt: skip
+"""Names that metrics.jsonl has for other numbers than losses."""
 
 
 def check_contract(method: Method, name: str) -> None:
-    """Check what a user's method returns: its networks, groups, phases and translated images.
+    """Check what a user's method returns: its networks, groups, phases and names of losses.
 
     Args:
         name: its import path.
@@ -36,7 +53,23 @@ def check_contract(method: Method, name: str) -> None:
                 refuse(f"{role}() returns {shown(network)} as {key}, not a torch.nn.Module")
     if not method.generators():
         refuse("generators() must name at least one network")
+    roles = [*method.generators(), *method.discriminators(), *method.projectors()]
+    if twice := [key for key in roles if roles.count(key) > 1]:
+        refuse(f"{twice[0]} names two networks: each generator, discriminator and projector needs its own name")
+    for member, arguments in CALLS.items():
+        function = getattr(method, member)
+        if not callable(function):
+            refuse(f"{member} must be a method {member}({arguments}), not {shown(function)}")
+        try:
+            inspect.signature(function).bind(*arguments.split(", "))
+        except TypeError:
+            refuse(f"{member} must be callable as {member}({arguments})")
     _check_groups(method, refuse)
+    watched: Any = method.discriminator_losses()
+    if not isinstance(watched, dict) or not all(_names(names) for names in watched.values()):
+        refuse('discriminator_losses() must return a dict of tuples of names, such as {"D": ("D_real", "D_fake")}')
+    if not _names(method.identity_losses()):
+        refuse('identity_losses() must return a tuple of names, such as ("idt_B",)')
     phases: Any = method.phases()
     if not isinstance(phases, tuple | list) or not phases or not all(isinstance(p, Phase) for p in phases):
         refuse(f"phases() must return a tuple of fastnce.methods.Phase, at least one, not {shown(phases)}")
@@ -46,7 +79,6 @@ def check_contract(method: Method, name: str) -> None:
             refuse(f"the loss of a phase must be a function, not {shown(phase.loss)}")
         if isinstance(phase.groups, str) or not phase.groups or any(g not in method.groups() for g in phase.groups):
             refuse(f"a phase updates {phase.groups!r}; its groups must be a tuple of names out of {known}")
-    check_translation(method, name)
 
 
 def _check_groups(method: Method, refuse: Any) -> None:
@@ -59,8 +91,12 @@ def _check_groups(method: Method, refuse: Any) -> None:
     for key, group in groups.items():
         if not isinstance(group.modules, tuple | list) or not all(isinstance(m, nn.Module) for m in group.modules):
             refuse(f"group {key} must hold a tuple of modules, not {shown(group.modules)}")
-        if not (group.lr is None or (isinstance(group.lr, int | float) and group.lr >= 0)):
+        if group.lr is not None and not (_is_number(group.lr) and 0 <= group.lr < math.inf):
             refuse(f"group {key} has lr={group.lr!r}, which must be None or a number of at least 0")
+        betas: Any = group.betas
+        pair = isinstance(betas, tuple | list) and len(betas) == 2 and all(_is_number(b) and 0 <= b < 1 for b in betas)
+        if betas is not None and not pair:
+            refuse(f"group {key} has betas={betas!r}, which must be None or two numbers from 0 to below 1")
         parameters = [p for module in group.modules for p in module.parameters() if p.requires_grad]
         if not parameters:
             refuse(f"group {key} has no parameters to train")
@@ -72,6 +108,17 @@ def _check_groups(method: Method, refuse: Any) -> None:
                 f"group {key} trains parameters that no network holds, so checkpoints would lack them: return their "
                 f"module from generators(), discriminators() or projectors()"
             )
+
+
+def check_planned(method: Method, name: str) -> None:
+    """Check what a user's `draw` and `translate` return, with a method that will not be trained: they may change it.
+
+    Raises:
+        CodeError: what is wrong.
+    """
+    if not isinstance(draws := method.draw(random.Random(0)), Draws):
+        raise CodeError(f"method={name}: draw(rng) must return fastnce.methods.Draws, not {shown(draws)}")
+    check_translation(method, name)
 
 
 def check_loss(result: Any, phase: Phase) -> tuple[Tensor, Losses]:
@@ -91,7 +138,17 @@ def check_loss(result: Any, phase: Phase) -> tuple[Tensor, Losses]:
     if not isinstance(logged, dict) or not all(isinstance(key, str) and _is_scalar(x) for key, x in logged.items()):
         wrong = {key: shown(x) for key, x in logged.items() if not _is_scalar(x)} if isinstance(logged, dict) else ""
         raise CodeError(f"{wanted}; its losses to log are {wrong or shown(logged)}")
+    if taken := [key for key in logged if key in COLUMNS]:
+        raise CodeError(f"{name} logs {taken[0]!r}, a name that metrics.jsonl has for another number: rename it")
     return loss, logged
+
+
+def _names(value: Any) -> bool:
+    return isinstance(value, tuple | list) and all(isinstance(name, str) for name in value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_scalar(value: Any) -> bool:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..common.imports import CodeError
-from ..networks.contracts import check_output, fitting_side, trace_shapes
+from ..networks.contracts import check_output, fitting_side
+from ..networks.tracing import trace_shapes
 from .base import Method
 from .checks import channels_of
 
@@ -34,21 +35,25 @@ def translate(method: Method, x: Tensor) -> Tensor:
     """Translate (images, channels, height, width) from A to B with a method, which may be a user's own.
 
     Raises:
-        CodeError: the result has another number of images or another size.
+        CodeError: the result has another number of images or another size, or holds no floats.
     """
-    output = method.translate(x)
-    if wrong := check_output(output, len(x), (x.shape[2], x.shape[3])):
+    output, size = method.translate(x), (x.shape[2], x.shape[3])
+    wrong = check_output(output, len(x), size)
+    if not wrong and not output.dtype.is_floating_point:
+        wrong = f"returns {output.dtype} instead of floats in [-1, 1]"
+    if wrong:
         raise CodeError(f"translate() of {type(method).__name__} {wrong}")
     return output
 
 
 def check_translation(method: Method, name: str) -> None:
-    """Check the shape of what a user's `translate` returns, if it runs on meta tensors.
+    """Check the shape of what a user's `translate` returns, if it can be traced.
 
-    Code that reads values does not run on them; then `translate` finds a wrong shape during training.
+    Code that reads values cannot; then `translate` finds a wrong shape during training.
 
     Args:
-        name: the method's import path.
+        method: one that is not trained: hooks may change what they belong to.
+        name: its import path.
 
     Raises:
         CodeError: the shape is wrong.
@@ -59,7 +64,7 @@ def check_translation(method: Method, name: str) -> None:
         trace_shapes(network, 2, network.in_channels, side, side + network.factor)
     except CodeError as error:
         raise CodeError(f"method={name}: {error}") from None
-    except Exception:
+    except Exception:  # it reads values, which a traced tensor lacks, or fails; a failure shows with real images
         return
 
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from ..common.imports import is_import_path, load_object
+from ..common.imports import first_line, is_import_path, load_object
 from ..common.messages import shown
 from ..nce.weights import WEIGHTINGS, Weighting, Weights
 
 WEIGHTING_NAMES = ("none", *WEIGHTINGS)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 WEIGHTING_HELP = (
     'weights of negatives: "none"; "monce": by optimal transport; "hdce": by similarity to the positive; '
     "or your own function (mylosses.py:weight)"
@@ -77,22 +78,36 @@ def _value(text: str) -> Any:
         return text
 
 
-def _check_result(name: str, weighting: Weighting) -> None:
-    """Call the weighting once on two groups of four rows, to refuse a wrong one before training."""
-    groups, size, dim = 2, 4, 6
+def _tried(name: str, weighting: Weighting, groups: int, size: int) -> tuple[torch.Tensor, Any]:
+    """Call the weighting on random rows; return the queries and its result."""
     generator = torch.Generator().manual_seed(0)
     with torch.device("cpu"), torch.no_grad():
-        rows = torch.randn(2, groups * size, dim, generator=generator)
+        rows = torch.randn(2, groups * size, 6, generator=generator)
         queries, keys = torch.nn.functional.normalize(rows, dim=2)
         try:
-            weights = weighting(queries, keys, groups)
+            return queries, weighting(queries, keys, groups)
         except ValueError as error:
             raise ValueError(f"loss.weighting={name}: {error}") from None
         except (Exception, SystemExit) as error:
             raise ValueError(
                 f"loss.weighting={name} fails on queries and keys of {groups * size} rows in {groups} groups: "
-                f"{type(error).__name__}: {error}"
+                f"{first_line(error)}"
             ) from error
+
+
+def _check_result(name: str, weighting: Weighting) -> None:
+    """Call the weighting once on two groups of rows, to refuse a wrong one before training.
+
+    Four rows per group show a mistake best. A function that needs more is called with as many as are usual.
+    """
+    groups, few, usual = 2, 4, 256
+    try:
+        size, queries, weights = few, *_tried(name, weighting, groups, few)
+    except ValueError as error:
+        try:
+            size, queries, weights = usual, *_tried(name, weighting, groups, usual)
+        except ValueError:
+            raise error from error.__cause__
     if not isinstance(weights, Weights):
         raise ValueError(f"loss.weighting={name} must return fastnce.nce.Weights, not {type(weights).__name__}")
     if not isinstance(weights.decoupled, bool):
@@ -102,9 +117,11 @@ def _check_result(name: str, weighting: Weighting) -> None:
         value = getattr(weights, field)
         if value is None:
             continue
-        if isinstance(value, torch.Tensor) and (not value.dtype.is_floating_point or value.device != queries.device):
+        if isinstance(value, torch.Tensor) and (value.dtype not in FLOATS or value.device != queries.device):
             where = f"{value.dtype} on {value.device}"
             raise ValueError(f"loss.weighting={name}: {field} must be floats on the device of the queries, not {where}")
+        if isinstance(value, torch.Tensor) and value.layout != torch.strided:
+            raise ValueError(f"loss.weighting={name}: {field} must be dense, not {value.layout}")
         if not isinstance(value, torch.Tensor) or value.shape != shape:
             what = "(groups, rows, rows)" if shape == pairs else "(groups * rows,)"
             found = tuple(value.shape) if isinstance(value, torch.Tensor) else shown(value)

@@ -19,6 +19,7 @@ from .patchgan import PatchGAN, PixelGAN
 from .resnet import ResnetGenerator
 from .restorer import Restorer
 from .stylegan2 import StyleGAN2Discriminator, StyleGAN2Generator
+from .tracing import on_cpu
 from .unet import UnetGenerator
 
 
@@ -114,10 +115,13 @@ def build_generator(
         "antialias_up": antialias_up,
         "resolution": resolution,
     }
-    network = build_own(found, name, "network.generator" if own else "", in_channels, out_channels, width, **options)
-    if own:
-        check_generator(network, name, in_channels, out_channels)
-    return _initialised(network, init_type, init_gain)
+    build = partial(
+        build_own, found, name, "network.generator" if own else "", in_channels, out_channels, width, **options
+    )
+    if not own:
+        return _initialised(build(), init_type, init_gain)
+    with on_cpu():
+        return _initialised(_own(build, check_generator, name, in_channels, out_channels), init_type, init_gain)
 
 
 def build_discriminator(
@@ -149,10 +153,25 @@ def build_discriminator(
         raise ValueError(f"discriminator must be one of {', '.join(DISCRIMINATORS)}, or an import path, not {name!r}")
     found = load_object(name, "network.discriminator") if own else DISCRIMINATORS[name]
     options = {"layers": layers, "norm": norm, "antialias": antialias, "resolution": resolution}
-    network = build_own(found, name, "network.discriminator" if own else "", in_channels, width, **options)
-    if own:
-        check_discriminator(network, name, in_channels)
-    return _initialised(network, init_type, init_gain)
+    build = partial(build_own, found, name, "network.discriminator" if own else "", in_channels, width, **options)
+    if not own:
+        return _initialised(build(), init_type, init_gain)
+    with on_cpu():
+        return _initialised(_own(build, check_discriminator, name, in_channels), init_type, init_gain)
+
+
+_checked: dict[tuple[Any, ...], Any] = {}
+"""Users' networks that met the contract, by their class and arguments. The values keep the classes alive."""
+
+
+def _own(build: partial[nn.Module], check: Callable[..., None], *arguments: Any) -> nn.Module:
+    """Build a user's network and check it; its output is traced only the first time that it is built in this way."""
+    found, *rest = build.args
+    key = (id(found), *rest, *build.keywords.items())
+    network = build()
+    check(network, *arguments, None if key in _checked else build)
+    _checked[key] = found
+    return network
 
 
 def _initialised(network: nn.Module, init_type: str, init_gain: float) -> nn.Module:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..common.imports import CodeError, first_line
+from .tracing import trace_shapes
 
 
 class Generator(Protocol):
@@ -104,8 +104,13 @@ def build_own(found: Any, name: str, key: str, *arguments: int, **options: Any) 
     return built
 
 
-def check_generator(network: nn.Module, name: str, in_channels: int, out_channels: int) -> None:
+def check_generator(
+    network: nn.Module, name: str, in_channels: int, out_channels: int, build: Callable[[], nn.Module] | None
+) -> None:
     """Give missing optional members their defaults, and check that a user's generator meets the contract.
+
+    Args:
+        build: builds the same network, to trace its output; None if that was done before.
 
     Raises:
         CodeError: a missing member, or an output of a wrong shape; the message names it.
@@ -126,15 +131,17 @@ def check_generator(network: nn.Module, name: str, in_channels: int, out_channel
     _guard_features(network, key)
     factor, smallest = int(network.factor), int(network.smallest)  # type: ignore[arg-type]
     side = fitting_side(64, factor, smallest)
-    _check_output(network, key, in_channels, (side, side + factor), out_channels)
+    if build is not None:
+        _check_output(build, key, in_channels, (side, side + factor), out_channels)
 
 
-def check_discriminator(network: nn.Module, name: str, in_channels: int) -> None:
-    """Give missing optional members their defaults, and check that a user's discriminator meets the contract."""
+def check_discriminator(network: nn.Module, name: str, in_channels: int, build: Callable[[], nn.Module] | None) -> None:
+    """As `check_generator`, for a user's discriminator."""
     key = f"network.discriminator={name}"
     _default(network, "pictures_independent", False)
     _default(network, "in_channels", in_channels)
-    _check_output(network, key, in_channels, (256, 256), None)
+    if build is not None:
+        _check_output(build, key, in_channels, (256, 256), None)
 
 
 def fitting_side(side: int, factor: int, smallest: int) -> int:
@@ -161,25 +168,13 @@ def check_output(output: Any, images: int, size: tuple[int, int] | None, channel
     return "" if good else f"returns {found} instead of {wanted}"
 
 
-def trace_shapes(network: nn.Module, images: int, channels: int, height: int, width: int, **arguments: Any) -> Any:
-    """Return the output of `network` for images of this size, as meta tensors, which need no memory."""
-    tensors = [*network.parameters(), *network.buffers()]
-    if not all(tensor.is_meta for tensor in tensors):  # a copy of the modules alone, with meta tensors in their places
-        memo: dict[int, Any] = {id(t): _on_meta(t) for t in tensors}
-        network = copy.deepcopy(network, memo)
-    dtype = next((p.dtype for p in network.parameters()), torch.float32)
-    inputs = torch.empty(images, channels, height, width, device="meta", dtype=dtype)
-    with torch.no_grad(), torch.device("meta"):
-        return network(inputs, **arguments)
-
-
-def _on_meta(tensor: Tensor) -> Tensor:
-    moved = tensor.detach().to("meta")
-    return nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
-
-
-def _check_output(network: nn.Module, key: str, channels: int, size: tuple[int, int], out: int | None) -> None:
+def _check_output(
+    build: Callable[[], nn.Module], key: str, channels: int, size: tuple[int, int], out: int | None
+) -> None:
+    """Check the output of a network that is built for this alone: hooks may change what they belong to."""
     shape = f"(2, {channels}, {size[0]}, {size[1]})"
+    with torch.random.fork_rng(devices=[]):
+        network = build()
     try:
         output = trace_shapes(network, 2, channels, *size)
     except Exception as error:

@@ -209,7 +209,9 @@ class _Blur(FusedLayer):
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
         published, loaded = self.filt.clone(), state_dict.get(f"{prefix}filt")
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
-        if loaded is not None and loaded.shape == published.shape and not torch.equal(loaded.to(published), published):
+        if loaded is None or loaded.shape != published.shape or published.is_meta or loaded.is_meta:
+            return
+        if not torch.equal(loaded.to(published), published):
             self.filt.copy_(published)
             errors.append(f"{prefix}filt holds another blur filter than the published one")
 

@@ -69,10 +69,8 @@ class Translator:
         self.tiles, self.tile_size, self.say = tiles, tile_size, say or (lambda sentence: None)
         self.factor: int = getattr(generator, "factor", 1)
         self.smallest: int = getattr(generator, "smallest", self.factor)
-        # the weight of the first convolution, whatever its class
-        first = next(p for p in generator.parameters() if p.dim() == 4)
         self.channels = channels_of(generator)
-        self.dtype = first.dtype
+        self.dtype = next(generator.parameters()).dtype
         self.out_channels: int = getattr(generator, "out_channels", self.channels)
         self._bytes_per_pixel = 0.0
         self._tiles_checked = False
