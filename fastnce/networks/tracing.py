@@ -14,7 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 
 _FAKE = FakeTensorMode(allow_non_fake_inputs=True)  # never entered: tensors made by a user's code stay real
 
@@ -52,11 +57,20 @@ def _emptied(tensor: Tensor, own: bool) -> Tensor:
 
 
 def trace_shapes(network: nn.Module, images: int, channels: int, height: int, width: int, **arguments: Any) -> Any:
-    """Return the output of `network` for images of this size, as tensors without memory."""
+    """Return the output of `network` for images of this size, as tensors without memory.
+
+    Raises:
+        ValueError: the network reads a value, which these tensors lack. Its other errors are raised as they are.
+    """
     own, dtype = is_own(network), next((p.dtype for p in network.parameters()), torch.float32)
     inputs = empty_images((images, channels, height, width), dtype, own=own)
     with torch.no_grad(), torch.device("cpu" if own else "meta"):
-        return without_memory(network)(inputs, **arguments)
+        try:
+            return without_memory(network)(inputs, **arguments)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise ValueError(
+                "it reads a value of a tensor, such as by .item(), if tensor: or a boolean index"
+            ) from error
 
 
 @contextmanager

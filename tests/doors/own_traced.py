@@ -86,6 +86,16 @@ class Values(Keep):
         return {"Gen": self.generator, "Teacher": self.teacher}
 
 
+class ReadingNet(FeatureNet):
+    def forward(self, x, layers=(), encode_only=False):
+        return super().forward(x if float(x.mean()) > 0 else -x, layers, encode_only)
+
+
+class MaskingNet(FeatureNet):
+    def forward(self, x, layers=(), encode_only=False):
+        return super().forward(x - x[x > 0].mean(), layers, encode_only)
+
+
 class ValuesNet(FeatureNet):
     def __init__(self, *arguments):
         super().__init__(*arguments)

@@ -56,6 +56,12 @@ def test_right_code_trains_and_translates(folder, own, name, settings):
     assert translator(image).isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["ReadingNet", "MaskingNet"])
+def test_networks_that_read_values_are_refused(own, name):
+    with pytest.raises(ValueError, match="it reads a value of a tensor, such as by .item"):
+        build_generator(f"mine.py:{name}")
+
+
 def test_constants_of_traced_code_stay_tensors(folder, own):
     config = resolve("mine.py:Cached", None, [*KEEP, "network.generator=mine.py:CachedNet"])
     method = plan(config)
