@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.imports import CodeError
 from ..methods.base import Batch, Method
+from ..networks.tracing import KEPT, was_traced
 from .bad_steps import BadStepCount
 from .checkpoint import Checkpoints
 from .checks import check_run
@@ -201,6 +203,8 @@ class _Run:
             done += 1
             self.saving.step_ends(done)
             stop.wait_for_steps()
+            if done == started + 1 and any(was_traced(loss) for loss in losses.values()):
+                raise CodeError(f"the first step {KEPT}")
             if done == started + 1 and self.step.compile_seconds:
                 self.log.say(f"compiled, and ran the first step, in {self.step.compile_seconds:.0f} s")
             if done == started + COMPILED_AFTER:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
-from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -66,9 +65,9 @@ def too_large(error: BaseException) -> str:
     return f"memory is too small for this training ({reason}): {LESS}"
 
 
-def kept_bytes(network: nn.Module, pictures: Tensor, also: Iterable[Tensor] = ()) -> int:
-    """Bytes that autograd keeps of a pass of `network`, without the parameters and `also`. Both need no memory."""
-    own = {id(p) for p in (*network.parameters(), *also)}
+def kept_bytes(network: nn.Module, pictures: Tensor) -> int:
+    """Bytes that autograd keeps of a pass of `network`, without the parameters. Both are tensors without memory."""
+    own = {id(p) for p in network.parameters()}
     kept: dict[int, Tensor] = {}  # by storage: several operations may keep the same tensor
 
     def keep(tensor: Tensor) -> Tensor:
@@ -140,13 +139,16 @@ def check_room(
     if sides is None or not on_cpu:
         return
     generator = next(iter(method.generators().values()))
-    shape = (images, channels_of(generator), *sides)
-    pictures = empty_images(shape, own=is_own(generator))
-    needed += kept_bytes(without_memory(generator), pictures, generator.parameters()) // (2 if sixteen_bits else 1)
-    before = sum(b.nbytes for b in method.buffers())
-    pictures = empty_images(shape, own=is_own(method))
-    method.prepare(Batch(pictures, pictures))  # makes pools of images
-    needed += sum(b.nbytes for b in method.buffers()) - before
+    own, shape = is_own(generator), (images, channels_of(generator), *sides)
+    # an estimate must not refuse what a user's generator does, such as torch.func.grad
+    with suppress(Exception) if own else nullcontext(), without_memory(generator):
+        pictures = empty_images(shape, own=own)
+        needed += kept_bytes(generator, pictures) // (2 if sixteen_bits else 1)
+    if type(method).prepare.__module__.startswith("fastnce."):  # not a user's, which may read images
+        before = sum(b.nbytes for b in method.buffers())
+        pictures = torch.empty(shape, device="meta")
+        method.prepare(Batch(pictures, pictures))  # makes pools of images
+        needed += sum(b.nbytes for b in method.buffers()) - before
     if needed > room:
         height, width = sides
         raise ValueError(

@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..common.imports import CodeError, first_line
 from ..common.initialise import INIT_TYPES
 from ..common.options import check, option
 from ..networks import Norm
 from ..networks.build import DISCRIMINATORS, GENERATORS, build_discriminator, build_generator
 from ..networks.contracts import check_output
+from ..networks.tracing import ReadsValue, is_own
 from .checks import Sizes, extremes, trace_shapes
 
 MOST_CHANNELS = 65_536
@@ -267,8 +269,12 @@ class Method(nn.Module):
                 what = sizes[height, width]
                 try:
                     output = trace_shapes(network, batch_size, height, width)
-                except (RuntimeError, ValueError) as error:
-                    reason = str(error).splitlines()[0]
+                except ReadsValue as error:
+                    raise ValueError(f"network {name} cannot be checked: {error}") from None
+                except Exception as error:
+                    if is_own(network) and not isinstance(error, RuntimeError | ValueError):
+                        raise CodeError(f"network {name} fails on {what}: {first_line(error)}") from error
+                    reason = (str(error).splitlines() or [type(error).__name__])[0]
                     raise ValueError(f"{what} do not fit network {name}, {remedy} ({reason})") from None
                 if wrong := check_output(output, batch_size, (height, width) if name in generators else None):
                     raise ValueError(f"{what} do not fit network {name}: for {batch_size} images it {wrong}")

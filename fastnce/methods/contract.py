@@ -14,14 +14,22 @@ from ..common.messages import shown
 from .base import Draws, Group, Losses, Method, Phase
 from .translation import check_translation
 
+ROLES = ("generators", "discriminators", "projectors", "networks", "extra_state_modules")
 CALLS = {
+    **dict.fromkeys((*ROLES, "groups", "phases", "discriminator_losses", "identity_losses"), ""),
     "draw": "rng",
     "prepare": "batch",
     "generate": "batch, draws",
     "translate": "a",
     "pictures": "batch",
+    "check": "batch_size, height, width",
+    "check_options": "batch_size",
+    "check_sizes": "batch_size, a, b, remedy",
+    "sizes_of": "name, a, b",
+    "whole_batch": "",
+    "share_keys": "others",
 }
-"""The members of a method that the engine calls with arguments."""
+"""The members of a method that are called, with their arguments."""
 COLUMNS = (
     "step", "epoch", "pictures", "lr", "skipped_steps", "images_per_second", "data_share", "response", "identity_psnr",
     "warnings",
@@ -42,7 +50,11 @@ def check_contract(method: Method, name: str) -> None:
     def refuse(what: str) -> NoReturn:
         raise CodeError(f"method={name}: {what}")
 
-    for role in ("generators", "discriminators", "projectors", "networks", "extra_state_modules"):
+    for member, arguments in CALLS.items():
+        _check_call(getattr(method, member), member, arguments, refuse)
+    if not _is_number(method.gp):
+        refuse(f"gp must be a number, not {shown(method.gp)}")
+    for role in ROLES:
         found: Any = getattr(method, role)()
         if not isinstance(found, dict):
             refuse(f"{role}() must return a dict of networks by name, not {shown(found)}")
@@ -56,14 +68,6 @@ def check_contract(method: Method, name: str) -> None:
     roles = [*method.generators(), *method.discriminators(), *method.projectors()]
     if twice := [key for key in roles if roles.count(key) > 1]:
         refuse(f"{twice[0]} names two networks: each generator, discriminator and projector needs its own name")
-    for member, arguments in CALLS.items():
-        function = getattr(method, member)
-        if not callable(function):
-            refuse(f"{member} must be a method {member}({arguments}), not {shown(function)}")
-        try:
-            inspect.signature(function).bind(*arguments.split(", "))
-        except TypeError:
-            refuse(f"{member} must be callable as {member}({arguments})")
     _check_groups(method, refuse)
     watched: Any = method.discriminator_losses()
     if not isinstance(watched, dict) or not all(_names(names) for names in watched.values()):
@@ -77,8 +81,22 @@ def check_contract(method: Method, name: str) -> None:
         known = ", ".join(method.groups())
         if not callable(phase.loss):
             refuse(f"the loss of a phase must be a function, not {shown(phase.loss)}")
+        _check_call(phase.loss, getattr(phase.loss, "__name__", "a loss"), "batch, outputs, draws", refuse)
         if isinstance(phase.groups, str) or not phase.groups or any(g not in method.groups() for g in phase.groups):
             refuse(f"a phase updates {phase.groups!r}; its groups must be a tuple of names out of {known}")
+
+
+def _check_call(function: Any, name: str, arguments: str, refuse: Any) -> None:
+    if not callable(function):
+        refuse(f"{name} must be a method {name}({arguments}), not {shown(function)}")
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # a function in C may not tell
+        return
+    try:
+        signature.bind(*(arguments.split(", ") if arguments else ()))
+    except TypeError:
+        refuse(f"{name} must be callable as {name}({arguments})")
 
 
 def _check_groups(method: Method, refuse: Any) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from ..common.imports import CodeError
 from ..networks.contracts import check_output, fitting_side
-from ..networks.tracing import trace_shapes
+from ..networks.tracing import KEPT, trace_shapes, was_traced
 from .base import Method
 from .checks import channels_of
 
@@ -41,6 +42,10 @@ def translate(method: Method, x: Tensor) -> Tensor:
     wrong = check_output(output, len(x), size)
     if not wrong and not output.dtype.is_floating_point:
         wrong = f"returns {output.dtype} instead of floats in [-1, 1]"
+    if not wrong and (output.device != x.device or output.layout != torch.strided):
+        wrong = f"returns a tensor of layout {output.layout} on {output.device} instead of a dense one on {x.device}"
+    if not wrong and was_traced(output) and not was_traced(x):
+        wrong = KEPT
     if wrong:
         raise CodeError(f"translate() of {type(method).__name__} {wrong}")
     return output

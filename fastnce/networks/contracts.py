@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.imports import CodeError, first_line
+from ..common.messages import shown
 from .tracing import trace_shapes
 
 
@@ -195,10 +196,13 @@ def _guard_features(network: nn.Module, key: str) -> None:
     def feature_channels(layers: Sequence[int]) -> list[int]:
         if own is None:
             raise CodeError(f"{key} has no feature_channels(layers), which methods that contrast features need")
+        call = f"feature_channels({list(layers)})"
         try:
-            return list(own(layers))
+            found = list(own(layers))
         except Exception as error:
-            call = f"feature_channels({list(layers)})"
             raise CodeError(f"{key}: {call} fails: {first_line(error)}; loss.nce_layers chooses its layers") from error
+        if wrong := [channels for channels in found if type(channels) is not int or channels < 1]:
+            raise CodeError(f"{key}: {call} must return whole numbers of at least 1, not {shown(wrong[0])}")
+        return found
 
     network.feature_channels = feature_channels  # type: ignore[assignment]

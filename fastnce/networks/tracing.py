@@ -6,7 +6,6 @@ say that they are on the CPU. A constant that it makes on the way, and may keep 
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,29 +23,54 @@ from torch._subclasses.fake_tensor import (
 _FAKE = FakeTensorMode(allow_non_fake_inputs=True)  # never entered: tensors made by a user's code stay real
 
 
+class ReadsValue(ValueError):
+    """A network reads a value of a tensor that has none."""
+
+
 def is_own(network: nn.Module) -> bool:
     """Whether a module, or one inside of it, is of a user's class."""
     return any(type(module).__module__.partition(".")[0] not in ("fastnce", "torch") for module in network.modules())
 
 
+def was_traced(value: Any) -> bool:
+    """Whether a tensor comes from tracing, so that a user's code must have kept one."""
+    return isinstance(value, FakeTensor)
+
+
+KEPT = (
+    "computes with a tensor that your code kept from the check of its shapes: keep tensors that are made from an input "
+    "on the module, not in a variable of the file or the class"
+)
+
+
 def empty_images(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, *, own: bool) -> Tensor:
     """Return images without memory: fake tensors for a user's code, meta tensors for ours."""
-    images = torch.empty(shape, dtype=dtype, device="meta")
-    return FakeTensor(_FAKE, images, torch.device("cpu")) if own else images
+    return _emptied(torch.empty(shape, dtype=dtype, device="meta"), own)
 
 
-def without_memory(network: nn.Module) -> nn.Module:
-    """Return a copy of the modules with fake or meta tensors in place of parameters and buffers.
+@contextmanager
+def without_memory(network: nn.Module) -> Iterator[None]:
+    """Within: fake or meta tensors are in place of the parameters and buffers of a network.
 
-    A network of ours that is on the meta device is returned itself.
+    It is not copied: its attributes may refuse that, and its hooks may refer to it. What these change stays changed.
     """
-    own, tensors = is_own(network), [*network.parameters(), *network.buffers()]
-    if not own and all(tensor.is_meta for tensor in tensors):
-        return network
-    with warnings.catch_warnings():
-        # a hook may have kept a fake tensor of an earlier trace in the network
-        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
-        return copy.deepcopy(network, {id(tensor): _emptied(tensor, own) for tensor in tensors})
+    own = is_own(network)
+    places = [
+        (kept, key, tensor)
+        for module in network.modules()
+        if not isinstance(module, torch.jit.ScriptModule)  # its tensors cannot be replaced, and are accepted
+        for kept in (module._parameters, module._buffers)
+        for key, tensor in kept.items()
+        if tensor is not None
+    ]
+    empty = {id(tensor): _emptied(tensor, own) for _, _, tensor in places}
+    try:
+        for kept, key, tensor in places:
+            kept[key] = empty[id(tensor)]  # type: ignore[assignment]
+        yield
+    finally:
+        for kept, key, tensor in places:
+            kept[key] = tensor  # type: ignore[assignment]
 
 
 def _emptied(tensor: Tensor, own: bool) -> Tensor:
@@ -60,17 +84,39 @@ def trace_shapes(network: nn.Module, images: int, channels: int, height: int, wi
     """Return the output of `network` for images of this size, as tensors without memory.
 
     Raises:
-        ValueError: the network reads a value, which these tensors lack. Its other errors are raised as they are.
+        ReadsValue: the network reads a value, which these tensors lack. Its other errors are raised as they are.
     """
     own, dtype = is_own(network), next((p.dtype for p in network.parameters()), torch.float32)
     inputs = empty_images((images, channels, height, width), dtype, own=own)
-    with torch.no_grad(), torch.device("cpu" if own else "meta"):
+    with torch.no_grad(), torch.device("cpu" if own else "meta"), without_memory(network):
+        if not own:
+            return network(inputs, **arguments)
+        with _data_pointers_refused():
+            try:
+                return network(inputs, **arguments)
+            except (RuntimeError, UserWarning) as error:
+                reads = isinstance(error, DataDependentOutputException | DynamicOutputShapeException)
+                if reads or ".numpy()" in str(error) or POINTER in str(error):
+                    what = "such as by .item(), .numpy(), assert, if tensor: or a boolean index"
+                    raise ReadsValue(f"it reads a value of a tensor, {what}") from error
+                raise
+
+
+POINTER = "Accessing the data pointer of FakeTensor"
+
+
+@contextmanager
+def _data_pointers_refused() -> Iterator[None]:
+    """Within: to read the address of a fake tensor is an error. PyTorch warns once, and C code would then crash."""
+    always = torch.is_warn_always_enabled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the real run gives the user's other warnings
+        warnings.filterwarnings("error", POINTER)
+        torch.set_warn_always(True)
         try:
-            return without_memory(network)(inputs, **arguments)
-        except (DataDependentOutputException, DynamicOutputShapeException) as error:
-            raise ValueError(
-                "it reads a value of a tensor, such as by .item(), if tensor: or a boolean index"
-            ) from error
+            yield
+        finally:
+            torch.set_warn_always(always)
 
 
 @contextmanager

@@ -3,6 +3,8 @@
 TRACED = '''
 import functools
 import sys
+import threading
+import warnings
 
 import torch.nn.functional as F
 
@@ -84,6 +86,114 @@ class Values(Keep):
 
     def generators(self):
         return {"Gen": self.generator, "Teacher": self.teacher}
+
+
+class Extracting(FeatureNet):
+    """A hook hands a feature map to forward; deepcopy would refuse the lock."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.lock, self.maps = threading.Lock(), []
+        self.first.register_forward_hook(lambda module, inputs, output: self.maps.append(output))
+
+    def forward(self, x, layers=(), encode_only=False):
+        with self.lock:
+            found = super().forward(x, layers, encode_only)
+        used = 0 * self.maps.pop().mean()
+        return [used + one for one in found] if encode_only else found if layers else used + found
+
+
+class WeightNorm(FeatureNet):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.first = nn.utils.weight_norm(self.first)
+
+
+class Derivative(FeatureNet):
+    def forward(self, x, layers=(), encode_only=False):
+        return super().forward(x + torch.func.grad(lambda y: (y**3).sum())(x), layers, encode_only)
+
+
+class OwnNet(Keep):
+    """It builds a network by itself, and reads images before a step."""
+
+    def __init__(self, options, network):
+        super().__init__(options, network)
+        self.generator = Extracting(3, 3, 2)
+
+    def prepare(self, batch):
+        assert batch.a.isfinite().all()
+
+
+class OwnReading(Keep):
+    def __init__(self, options, network):
+        super().__init__(options, network)
+        self.generator = ReadingNet(3, 3, 2)
+
+
+class OwnBroken(Keep):
+    def __init__(self, options, network):
+        super().__init__(options, network)
+        self.generator = Broken(3, 3, 2)
+
+
+class Broken(FeatureNet):
+    def forward(self, x, layers=(), encode_only=False):
+        return {}["a"]
+
+
+KEPT = {}
+
+
+class Keeping(FeatureNet):
+    """Its constant is made from an input."""
+
+    def forward(self, x, layers=(), encode_only=False):
+        if "one" not in KEPT:
+            KEPT["one"] = torch.ones_like(x[:1, :, :1, :1])
+        return super().forward(x * KEPT["one"], layers, encode_only)
+
+
+class KeepingTranslate(Keep):
+    def translate(self, a):
+        if "zero" not in KEPT:
+            KEPT["zero"] = torch.zeros_like(a[:1, :, :1, :1])
+        return self.generator(a) + KEPT["zero"]
+
+
+class Address(FeatureNet):
+    def forward(self, x, layers=(), encode_only=False):
+        return super().forward(torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(x.detach())))
+
+
+class Numpy(FeatureNet):
+    def forward(self, x, layers=(), encode_only=False):
+        return super().forward(torch.from_numpy(x.numpy()))
+
+
+class RealChannels(FeatureNet):
+    def feature_channels(self, layers):
+        return [2.0 for _ in layers]
+
+
+class FewArguments(Keep):
+    def loss(self, batch, outputs):
+        return outputs["fake"].mean(), {}
+
+
+class NoArguments(Keep):
+    def check_options(self):
+        pass
+
+
+class TuplePhases(Keep):
+    phases = ()
+
+
+class TextPenalty(Keep):
+    gp = "x"
 
 
 class ReadingNet(FeatureNet):

@@ -46,6 +46,10 @@ def weights(run):
         ("Keep", ["network.generator=mine.py:CachedNet"]),
         ("Keep", ["network.generator=mine.py:HookedNet"]),
         ("Keep", ["network.generator=mine.py:ValuesNet"]),
+        ("Keep", ["network.generator=mine.py:Extracting"]),
+        ("Keep", ["network.generator=mine.py:WeightNorm"]),
+        ("Keep", ["network.generator=mine.py:Derivative"]),
+        ("OwnNet", []),
     ],
 )
 def test_right_code_trains_and_translates(folder, own, name, settings):
@@ -56,7 +60,7 @@ def test_right_code_trains_and_translates(folder, own, name, settings):
     assert translator(image).isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["ReadingNet", "MaskingNet"])
+@pytest.mark.parametrize("name", ["ReadingNet", "MaskingNet", "Address", "Numpy"])
 def test_networks_that_read_values_are_refused(own, name):
     with pytest.raises(ValueError, match="it reads a value of a tensor, such as by .item"):
         build_generator(f"mine.py:{name}")
@@ -139,6 +143,15 @@ def test_the_columns_are_those_of_metrics(folder, own):
         ("TranslateMore", "translate must be callable as translate(a)"),
         ("NoTranslate", "translate must be a method translate(a), not 3"),
         ("OddDraw", "draw(rng) must return fastnce.methods.Draws, not an empty dict"),
+        (
+            "OwnReading",
+            "network Gen cannot be checked: it reads a value of a tensor, such as by .item(), .numpy(), assert",
+        ),
+        ("OwnBroken", "network Gen fails on crops of 32x32: KeyError: 'a'"),
+        ("FewArguments", "loss must be callable as loss(batch, outputs, draws)"),
+        ("NoArguments", "check_options must be callable as check_options(batch_size)"),
+        ("TuplePhases", "phases must be a method phases(), not an empty tuple"),
+        ("TextPenalty", "gp must be a number, not 'x'"),
         ("Whole", "translate() of Whole returns torch.uint8 instead of floats in [-1, 1]"),
     ],
 )
@@ -161,6 +174,24 @@ def test_wrong_members_are_named_before_training(folder, own, capsys, name, sent
 )
 def test_wrong_results_are_named(folder, own, capsys, name, sentence):
     assert sentence in refused(capsys, *go(own, folder, name))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (["network.generator=mine.py:Keeping"], "the first step computes with a tensor that your code kept from"),
+        ([], "translate() of KeepingTranslate computes with a tensor that your code kept from the check"),
+    ],
+)
+def test_tensors_kept_from_the_checks_are_named(folder, own, capsys, settings, sentence):
+    name = "Keep" if settings else "KeepingTranslate"
+    assert sentence in refused(capsys, *go(own, folder, name, *settings))
+
+
+def test_channels_of_features_are_whole_numbers(own):
+    network = build_generator("mine.py:RealChannels", width=2)
+    with pytest.raises(ValueError, match=r"feature_channels\(\[0\]\) must return whole numbers of at least 1, not 2.0"):
+        network.feature_channels([0])
 
 
 def test_samples_of_a_data_set_have_the_range_of_batches(folder, own, capsys):
