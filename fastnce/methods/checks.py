@@ -28,10 +28,13 @@ def channels_of(network: nn.Module) -> int:
     own = getattr(network, "in_channels", None)
     if isinstance(own, int):
         return own
-    first = next((p for p in network.parameters() if p.dim() == 4), None)
-    if first is None:
-        raise ValueError(f"{type(network).__name__} has no convolution: give it the attribute in_channels")
-    return first.shape[1]
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):  # whose first parameter may be another than its weight, as in weight norm
+            return module.in_channels
+        for parameter in module.parameters(recurse=False):
+            if parameter.dim() == 4:
+                return parameter.shape[1]
+    raise ValueError(f"{type(network).__name__} has no convolution: give it the attribute in_channels")
 
 
 def extremes(sizes: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

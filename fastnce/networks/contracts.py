@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -81,7 +81,10 @@ def build_own(found: Any, name: str, key: str, *arguments: int, **options: Any) 
     if not callable(found) or isinstance(found, nn.Module):
         kind = f"an instance of {type(found).__name__}" if isinstance(found, nn.Module) else type(found).__name__
         raise CodeError(f"{key}={name} must be a class of torch.nn.Module, not {kind}")
-    named = inspect.signature(found).parameters
+    try:
+        named: Iterable[str] = inspect.signature(found).parameters
+    except ValueError:  # such as a class of torch.jit.ScriptModule
+        named = ()
     taken = {option: value for option, value in options.items() if option in named}
     if not key:
         return found(*arguments, **taken)
@@ -100,6 +103,8 @@ def build_own(found: Any, name: str, key: str, *arguments: int, **options: Any) 
     for parameter, tensor in parameters.items():
         if isinstance(tensor, nn.UninitializedParameter):
             raise CodeError(f"{key}={name}: {parameter} has no shape yet; give lazy modules their sizes")
+        if tensor.is_meta:
+            raise CodeError(f"{key}={name}: {parameter} is on the device meta; give it values")
         if tensor.dtype != torch.float32:
             raise CodeError(f"{key}={name}: {parameter} is {tensor.dtype}; build float32, run.precision does the rest")
     return built

@@ -127,6 +127,18 @@ class OwnNet(Keep):
         assert batch.a.isfinite().all()
 
 
+class OwnWeightNorm(Keep):
+    def __init__(self, options, network):
+        super().__init__(options, network)
+        self.generator = WeightNorm(3, 3, 2)
+
+
+class OnMeta(FeatureNet):
+    def __init__(self, *arguments):
+        with torch.device("meta"):
+            super().__init__(*arguments)
+
+
 class OwnReading(Keep):
     def __init__(self, options, network):
         super().__init__(options, network)

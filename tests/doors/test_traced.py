@@ -50,6 +50,7 @@ def weights(run):
         ("Keep", ["network.generator=mine.py:WeightNorm"]),
         ("Keep", ["network.generator=mine.py:Derivative"]),
         ("OwnNet", []),
+        ("OwnWeightNorm", []),
     ],
 )
 def test_right_code_trains_and_translates(folder, own, name, settings):
@@ -186,6 +187,11 @@ def test_wrong_results_are_named(folder, own, capsys, name, sentence):
 def test_tensors_kept_from_the_checks_are_named(folder, own, capsys, settings, sentence):
     name = "Keep" if settings else "KeepingTranslate"
     assert sentence in refused(capsys, *go(own, folder, name, *settings))
+
+
+def test_networks_have_values(own):
+    with pytest.raises(ValueError, match="first.weight is on the device meta; give it values"):
+        build_generator("mine.py:OnMeta")
 
 
 def test_channels_of_features_are_whole_numbers(own):
