@@ -28,6 +28,7 @@ from .planes import (
     reflected,
     store_tile,
 )
+from .plans import planned
 
 DOWN, DOWN_BACK, UP, UP_BACK = (tl.constexpr(kind) for kind in range(4))
 
@@ -118,6 +119,7 @@ def blur_kernel(
 _TAPS = {DOWN.value: 3, DOWN_BACK.value: 2, UP.value: 2, UP_BACK.value: 4}
 
 
+@planned
 def _blur(x: Tensor, height: int, width: int, kind: int) -> Tensor:
     check_plane(x)
     out = empty_like(x, height, width)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -103,6 +105,8 @@ def _architecture(kind: str, index: int | None) -> str:
 
 def architecture(device: torch.device) -> str:
     """The name of a device's architecture: sm_90, gfx942, xpu, or interpreter for the CPU."""
+    if device.type == "meta":
+        return RECORDING.architecture
     return _architecture(device.type, device.index)
 
 
@@ -119,6 +123,12 @@ def precision(arch: str, dtype: torch.dtype, convolution: bool = False) -> str:
     return "tf32" if allowed.fp32_precision == "tf32" else "ieee"
 
 
+def product_settings() -> tuple[str, str, str | None]:
+    """The settings that `precision` reads."""
+    matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    return matmul.fp32_precision, convolution.fp32_precision, os.environ.get("NVIDIA_TF32_OVERRIDE")
+
+
 def block_dim(dim: int) -> int:
     """The width of a tile for rows of this length: a power of two. Rows of up to 64 share one kernel."""
     return max(64, triton.next_power_of_2(dim))
@@ -129,9 +139,45 @@ def dense_rows(rows: Tensor) -> Tensor:
     return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
 
 
+class Recorded(NamedTuple):
+    """A launch that `RECORDING` kept; its tensors have no memory."""
+
+    kernel: Any
+    blocks: int
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+    def all_arguments(self) -> tuple[Any, ...]:
+        """The arguments of the kernel in order; None for those that are constants of the compiled kernel."""
+        return *self.arguments, *[None] * (len(self.kernel.arg_names) - len(self.arguments))
+
+
+class Recording(threading.local):
+    """The launches on tensors without memory, of each thread. `plans.py` uses it."""
+
+    architecture = ""
+    launches: list[Recorded] | None = None
+
+    @contextlib.contextmanager
+    def on(self, arch: str) -> Iterator[list[Recorded]]:
+        """Within: `launch` keeps launches in the returned list, and tensors without memory are on this architecture."""
+        before = self.architecture, self.launches
+        self.architecture, self.launches = arch, []
+        try:
+            yield self.launches
+        finally:
+            self.architecture, self.launches = before
+
+
+RECORDING = Recording()
+
+
 def launch(kernel: Callable, blocks: int, like: Tensor, *args, **options) -> None:
     """Start `blocks` programs on the device of `like`, which need not be the current device."""
     if blocks == 0:
+        return
+    if like.device.type == "meta" and RECORDING.launches is not None:
+        RECORDING.launches.append(Recorded(kernel, blocks, args, options))
         return
     device: contextlib.AbstractContextManager = contextlib.nullcontext()
     if like.device.type != "cpu":

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import configs
 from .common import architecture, block_dim, dense_rows, fields_of, launch, narrow
+from .plans import planned
 
 SHORTEST = tl.constexpr(1e-8)
 """Shorter rows are divided by this, as in `F.cosine_similarity`, so that rows of zeros stay zero."""
@@ -85,7 +86,11 @@ def row_gradient_kernel(
 
 def cosine(rows: Sequence[Tensor]) -> list[Tensor]:
     """rows / max(|rows|, 1e-8) for a list of (count, dim), in their dtype, in one launch. Lengths are float32."""
-    rows = [dense_rows(r) for r in rows]
+    return _cosine([dense_rows(r) for r in rows])
+
+
+@planned
+def _cosine(rows: Sequence[Tensor]) -> list[Tensor]:
     units = [torch.empty(r.shape, dtype=r.dtype, device=r.device) for r in rows]
     widest = block_dim(max(r.shape[1] for r in rows))
     tile = configs.rows_tile(architecture(rows[0].device), widest)
@@ -113,7 +118,11 @@ def row_gradients(
         upstream: (directions,), the gradients of the means.
         divided: `d_units` are gradients of the unit rows that `cosine` returned.
     """
-    rows = [dense_rows(r) for r in rows]
+    return _row_gradients([dense_rows(r) for r in rows], d_units, upstream, divided)
+
+
+@planned
+def _row_gradients(rows: Sequence[Tensor], d_units: Sequence[Tensor], upstream: Tensor, divided: bool) -> list[Tensor]:
     gradients = [torch.empty(r.shape, dtype=r.dtype, device=r.device) for r in rows]
     widest = block_dim(max(r.shape[1] for r in rows))
     tile = configs.rows_tile(architecture(rows[0].device), widest)

@@ -29,6 +29,7 @@ from torch import Tensor
 from . import configs
 from .common import architecture, dot, launch, narrow, precision
 from .planes import as_map, check_plane, is_channels_last
+from .plans import planned
 
 OUT: tl.constexpr = tl.constexpr(4)
 """Output channels per program: with both parts of a bfloat16 pair they are one load of 16 bytes."""
@@ -256,6 +257,11 @@ def few_outputs(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) ->
         float32 (images, outputs, height + 2 * padding - kernel + 1, width + 2 * padding - kernel + 1), channels-last if
         x is.
     """
+    return _few_outputs(x, weight, None if bias is None else bias.contiguous(), padding)
+
+
+@planned(products=True)
+def _few_outputs(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
     size = geometry(x, weight, padding)
     check_plane(x)
     arch = architecture(x.device)
@@ -269,7 +275,7 @@ def few_outputs(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) ->
     parts = triton.cdiv(places, tile.block_m - size.kernel + 1)
     launch(
         few_outputs_kernel, x.shape[0] * parts * size.blocks, x, as_map(x), packed,
-        packed if bias is None else bias.contiguous(), as_map(out), size.channels, size.outputs, size.height,
+        packed if bias is None else bias, as_map(out), size.channels, size.outputs, size.height,
         size.width, size.out_height, size.out_width, size.span, places, parts, size.blocks,
         K=size.kernel, KX=padded_taps(size.kernel, pair), PARTS=1 + pair, ROWS=rows, PADDING=padding,
         CHUNKS=triton.cdiv(size.channels, block), BIAS=bias is not None, PRECISION=multiply, BM=tile.block_m, BC=block,

@@ -36,6 +36,7 @@ from .planes import (
     rows_join,
     store_tile,
 )
+from .plans import planned
 
 
 @triton.jit
@@ -243,6 +244,7 @@ def moments(x: Tensor, eps: float) -> Tensor:
     return _join(partial, height * width, tiles * tile.block_m, eps, True)
 
 
+@planned
 def instance_norm(x: Tensor, residual: Tensor | None, eps: float, slope: float, margin: int) -> tuple[Tensor, Tensor]:
     """Normalise each plane to mean 0 and variance 1, then activate and pad, or add a residual: two or three launches.
 
@@ -273,6 +275,7 @@ def instance_norm(x: Tensor, residual: Tensor | None, eps: float, slope: float, 
     return out, statistics
 
 
+@planned
 def instance_norm_backward(gradient: Tensor, x: Tensor, statistics: Tensor, slope: float, margin: int) -> Tensor:
     """The gradient of x, in its dtype and layout, from the gradient of the (padded) output: two or three launches.
 

@@ -40,6 +40,7 @@ from .common import (
     precision,
 )
 from .nce_stream import HIGHEST_TOTAL, LOWEST_TOTAL, log1p, stream
+from .plans import planned
 
 UNIT_TEMPERATURE = 0.023
 """Above this temperature, rows of unit length need no running maximum: exp2(-2 log2(e) / T) is a normal float32."""
@@ -203,6 +204,25 @@ def nce_forward(
         )
         return loss, negative, positive, [g.half() for g in gradients]
     queries, keys, extra = ([dense_rows(x) for x in xs] for xs in (queries, keys, extra))
+    return _nce_forward(
+        queries, keys, extra, log_weight, pair_weight, temperatures, decoupled=decoupled, unit=unit, gradient=gradient
+    )
+
+
+@planned(products=True)
+def _nce_forward(
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    extra: Sequence[Tensor],
+    log_weight: Sequence[Tensor],
+    pair_weight: Sequence[Tensor],
+    temperatures: Sequence[float],
+    *,
+    decoupled: bool,
+    unit: bool,
+    gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """`nce_forward` of dense rows."""
     first = queries[0]
     dims = [q.shape[2] for q in queries]
     total = sum(q.shape[0] * q.shape[1] for q in queries)
@@ -273,6 +293,7 @@ def mean_kernel(loss, out, layers, COUNT: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(out + direction, mean / COUNT)
 
 
+@planned
 def mean_by_direction(loss: Tensor, rows: Sequence[int], directions: int) -> Tensor:
     """Mean over the rows of a direction, then over layers: float32 (directions,).
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from . import configs
 from .common import LOG2E, architecture, block_dim, bound, dense_rows, dot, fields_of, launch, narrow, precision
 from .nce import weight_strides
+from .plans import planned
 
 
 class KeyProblem(NamedTuple):
@@ -141,10 +142,28 @@ def nce_key_gradients(
         )
         return [g.half() for g in gradients]
     queries, keys = ([dense_rows(x) for x in xs] for xs in (queries, keys))
+    peak = coefficient.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+    return _nce_key_gradients(
+        queries, keys, log_weight, pair_weight, temperatures, negative, coefficient / peak, peak, extra=extra
+    )
+
+
+@planned(products=True)
+def _nce_key_gradients(
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    log_weight: Sequence[Tensor],
+    pair_weight: Sequence[Tensor],
+    temperatures: Sequence[float],
+    negative: Tensor,
+    coefficient: Tensor,
+    peak: Tensor,
+    *,
+    extra: bool,
+) -> list[Tensor]:
+    """`nce_key_gradients` of dense rows and of coefficients of at most 1, which were divided by `peak`."""
     first = queries[0]
     widest = block_dim(max(q.shape[2] for q in queries))
-    peak = coefficient.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
-    coefficient = coefficient / peak
     count = sum(k.shape[0] * k.shape[1] for k in keys)
     arch = architecture(first.device)
     product = precision(arch, first.dtype)

@@ -7,6 +7,7 @@ channels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,9 +31,15 @@ class Map(NamedTuple):
     x: int
 
 
+def map_strides(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, int, int, int]:
+    """The strides of a map; 0 where there is only one image, channel, row or column, whose stride may be any number."""
+    image, channel, y, x = (stride if size > 1 else 0 for size, stride in zip(shape, strides, strict=True))
+    return image, channel, y, x
+
+
 def as_map(x: Tensor) -> Map:
     """A tensor of any strides, expanded tensors included."""
-    return Map(x, *x.stride())
+    return Map(x, *map_strides(x.shape, x.stride()))
 
 
 def is_channels_last(x: Tensor) -> bool:

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from . import configs
 from .common import architecture, block_dim, bound, dot, fields_of, launch, long_dot, narrow, number_of, precision
+from .planes import map_strides
+from .plans import planned
 
 NORM_EPS = tl.constexpr(1e-7)
 
@@ -153,6 +155,7 @@ def groups_of_four(mlp: Sequence[Tensor], layers: int) -> list[Weights] | list[N
     return [(mlp[i], mlp[i + 1], mlp[i + 2], mlp[i + 3]) for i in range(0, 4 * layers, 4)]
 
 
+@planned(products=True)
 def project(
     maps: Sequence[Tensor], ids: Sequence[Tensor], mlp: Sequence[Tensor], dtype: torch.dtype, saved: int
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
@@ -180,8 +183,7 @@ def project(
     for m, i, weights, dim, rows in zip(maps, ids, groups_of_four(mlp, len(maps)), dims, all_rows, strict=True):
         unit = torch.empty(rows, dim, dtype=dtype, device=m.device)
         units.append(unit)
-        image, channel, y_stride, x_stride = m.stride()
-        places.append(FeatureMap(m, image, channel, y_stride, x_stride, m.shape[3]))
+        places.append(FeatureMap(m, *map_strides(m.shape, m.stride()), m.shape[3]))
         layers.append(
             Layer(
                 i, *(weights or (unit, unit, unit, unit)), unit, i.stride(0), i.stride(1), m.shape[0] // i.shape[0],

@@ -28,6 +28,8 @@ from .common import (
     number_of,
     precision,
 )
+from .planes import map_strides
+from .plans import planned
 from .project import NORM_EPS, TRITON_DTYPE, FeatureMap, groups_of_four, locations_of, places_of
 from .weight_gradient import weight_gradients
 
@@ -245,9 +247,36 @@ def project_backward(
         wanted: which maps need a gradient.
         weights_wanted: compute the gradients of the MLPs; otherwise they are empty.
     """
+    size = sum(m.bytes() for m, want in zip(maps, wanted, strict=True) if want)
+    buffer = torch.zeros(size, dtype=torch.uint8, device=units[0].device)
+    flat = _project_backward(
+        buffer, [dense_rows(d) for d in d_units], upstream, directions, maps, ids, mlp, units, length, x_saved, h_saved,
+        distinct=distinct, wanted=tuple(wanted), weights_wanted=weights_wanted,
+    )  # fmt: skip
+    return buffer, flat
+
+
+@planned(products=True)
+def _project_backward(
+    buffer: Tensor,
+    d_units: Sequence[Tensor],
+    upstream: Tensor | None,
+    directions: int,
+    maps: Sequence[MapLayout],
+    ids: Sequence[Tensor],
+    mlp: Sequence[Tensor],
+    units: Sequence[Tensor],
+    length: Tensor,
+    x_saved: Tensor,
+    h_saved: Tensor,
+    *,
+    distinct: bool,
+    wanted: tuple[bool, ...],
+    weights_wanted: bool,
+) -> Tensor:
+    """Write the gradients of the maps into a zeroed buffer; return those of the MLPs."""
     first = units[0]
     arch = architecture(first.device)
-    d_units = [dense_rows(d) for d in d_units]
     dtype = gradient_dtype(units[0].dtype)
     hidden = mlp[0].shape[0] if mlp else 1
     widest_c = block_dim(max(m.channels for m in maps))
@@ -256,15 +285,12 @@ def project_backward(
     product = precision(arch, dtype)
     tile = configs.project_tile(arch, dtype, max(widest_c, widest_d), total, product == "tf32")
     merge = configs.merge_tile(arch, dtype, widest_c)
-    buffer = torch.zeros(
-        sum(m.bytes() for m, want in zip(maps, wanted, strict=True) if want), dtype=torch.uint8, device=first.device
-    )
     gradients = map_views(buffer, maps, wanted)
     places, layers, merges, block, merge_block, row, x = [], [], [], 0, 0, 0, 0
     for k, (m, i, w) in enumerate(zip(maps, ids, groups_of_four(mlp, len(maps)), strict=True)):
         d_map, unit = gradients[k], units[k]
         rows, channels = unit.shape[0], m.channels
-        places.append(FeatureMap(unit if d_map is None else d_map, *m.strides(), m.width))
+        places.append(FeatureMap(unit if d_map is None else d_map, *map_strides(m[:4], m.strides()), m.width))
         fields = LayerGradient(
             i, w[0] if w else unit, w[2] if w else unit, unit, d_units[k], i.stride(0), i.stride(1),
             m.images // i.shape[0], d_units[k].stride(0),
@@ -294,6 +320,6 @@ def project_backward(
             BN=merge.block_n, BC=widest_c, num_warps=merge.warps, num_stages=merge.stages,
         )  # fmt: skip
     if not (mlp and weights_wanted):
-        return buffer, torch.empty(0, dtype=torch.float32, device=first.device)
+        return torch.empty(0, dtype=torch.float32, device=first.device)
     all_rows = [u.shape[0] for u in units]
-    return buffer, weight_gradients(d_z, d_h, h_saved, x_saved, all_rows, [w.shape for w in mlp])
+    return weight_gradients(d_z, d_h, h_saved, x_saved, all_rows, [w.shape for w in mlp])

@@ -25,6 +25,7 @@ from .planes import (
     reflected,
     store_tile,
 )
+from .plans import planned
 
 
 @triton.jit
@@ -56,6 +57,7 @@ def reflect_pad_backward_kernel(
     store_tile(out, value, image, y, x, m_p, o_c, m_c)
 
 
+@planned
 def reflect_pad(x: Tensor, height: int, width: int) -> Tensor:
     """Pad a map (images, channels, h, w) of any strides to (images, channels, height, width), equally on all sides.
 
@@ -76,6 +78,7 @@ def reflect_pad(x: Tensor, height: int, width: int) -> Tensor:
     return out
 
 
+@planned
 def reflect_pad_backward(gradient: Tensor, height: int, width: int) -> Tensor:
     """The gradient of a map of `height` x `width`, from the gradient of the padded map."""
     check_plane(gradient)

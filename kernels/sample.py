@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import configs
 from .common import architecture, fields_of, launch, number_of
+from .plans import planned
 
 ROUNDS = tl.constexpr(8)
 
@@ -57,6 +58,7 @@ def draw_kernel(layers, seeds, ids, sets, COUNT: tl.constexpr, BLOCK: tl.constex
     tl.store(ids + one.first_id + chosen.to(tl.int64) * patches + o_p, value.to(tl.int64), mask=m_p)
 
 
+@planned
 def draw_ids(seeds: Tensor, locations: Sequence[int], patches: int) -> Tensor:
     """Draw locations: int64 (sum of sets * min(patches, locations),), ordered by layer, then set; distinct per set.
 
