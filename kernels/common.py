@@ -125,8 +125,10 @@ def precision(arch: str, dtype: torch.dtype, convolution: bool = False) -> str:
 
 def product_settings() -> tuple[str, str, str | None]:
     """The settings that `precision` reads."""
-    matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    return matmul.fp32_precision, convolution.fp32_precision, os.environ.get("NVIDIA_TF32_OVERRIDE")
+    return _fp32_precision("cuda", "matmul"), _fp32_precision("cuda", "conv"), os.environ.get("NVIDIA_TF32_OVERRIDE")
+
+
+_fp32_precision = torch._C._get_fp32_precision_getter
 
 
 def block_dim(dim: int) -> int:

@@ -98,6 +98,7 @@ def nce_kernel(
     DECOUPLED: tl.constexpr,
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
+    STATISTICS: tl.constexpr,
 ):
     block = tl.program_id(0).to(tl.int64)
     one = Problem(*fields_of(problems, block, COUNT))
@@ -154,8 +155,9 @@ def nce_kernel(
         share = tl.where(margin > 0, 1.0, small) / (1.0 + small)
     o_row = one.first_row + group * rows + o_m
     tl.store(loss + o_row, row_loss, mask=m_m)
-    tl.store(negative + o_row, neg, mask=m_m)
-    tl.store(positive + o_row, pos, mask=m_m)
+    if STATISTICS:
+        tl.store(negative + o_row, neg, mask=m_m)
+        tl.store(positive + o_row, pos, mask=m_m)
     if GRADIENT:
         own = tl.load(keys + o_m[:, None] * one.k_row + o_d[None, :], mask=m_md, other=0.0).to(tl.float32)
         pull = acc * tl.where(none, 0.0, 1.0 / tl.where(none, 1.0, total))[:, None]
@@ -183,6 +185,7 @@ def nce_forward(
     decoupled: bool = False,
     unit: bool = False,
     gradient: bool = True,
+    statistics: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Loss, logsumexp of the negatives and positive logit of every row, and dq, for all problems in one launch.
 
@@ -193,6 +196,7 @@ def nce_forward(
         temperatures: one per problem.
         unit: the rows have unit length (up to the rounding of their dtype), so sums are not checked for their range.
         gradient: compute dq as well (else the last list is empty).
+        statistics: write logsumexp and positive logit as well (else the loss is returned in their place).
 
     Returns:
         three float32 tensors (all rows,), ordered by problem, then group; dq in the dtype of the queries.
@@ -200,13 +204,15 @@ def nce_forward(
     if pair_weight and queries[0].dtype == torch.float16:  # a weight above 2 would exceed its range
         q32, k32, e32 = ([x.float() for x in xs] for xs in (queries, keys, extra))
         loss, negative, positive, gradients = nce_forward(
-            q32, k32, e32, log_weight, pair_weight, temperatures, decoupled=decoupled, unit=unit, gradient=gradient
-        )
+            q32, k32, e32, log_weight, pair_weight, temperatures, decoupled=decoupled, unit=unit, gradient=gradient,
+            statistics=statistics,
+        )  # fmt: skip
         return loss, negative, positive, [g.half() for g in gradients]
     queries, keys, extra = ([dense_rows(x) for x in xs] for xs in (queries, keys, extra))
     return _nce_forward(
-        queries, keys, extra, log_weight, pair_weight, temperatures, decoupled=decoupled, unit=unit, gradient=gradient
-    )
+        queries, keys, extra, log_weight, pair_weight, temperatures, decoupled=decoupled, unit=unit, gradient=gradient,
+        statistics=statistics,
+    )  # fmt: skip
 
 
 @planned(products=True)
@@ -221,6 +227,7 @@ def _nce_forward(
     decoupled: bool,
     unit: bool,
     gradient: bool,
+    statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """`nce_forward` of dense rows."""
     first = queries[0]
@@ -243,7 +250,8 @@ def _nce_forward(
     width = block_dim(max(dims))
     tile_of = partial(configs.nce_tile, arch, first.dtype, width, total, form, product == "tf32")
     tile = tile_of()
-    loss, negative, positive = (first.new_empty(total, dtype=torch.float32) for _ in range(3))
+    loss = first.new_empty(total, dtype=torch.float32)
+    negative, positive = (torch.empty_like(loss) if statistics else loss for _ in range(2))
     gradients = [torch.empty(q.shape, dtype=q.dtype, device=q.device) for q in queries] if gradient else []
     even = arch in configs.EVEN_KEYS and first.element_size() == 2 and form != "any"
     even = even and all(
@@ -271,8 +279,8 @@ def _nce_forward(
         COUNT=len(problems), BM=tile.block_m, BN=tile.block_n, BD=width,
         SHIFT=15.0 if first.dtype == torch.float16 else 0.0,
         GRADIENT=gradient, ONLINE=online, CHECKED=checked, EXTRA=bool(extra), LOG_WEIGHT=bool(log_weight),
-        PAIR_WEIGHT=bool(pair_weight), DECOUPLED=decoupled, EVEN=even, PRECISION=product, num_warps=tile.warps,
-        num_stages=tile.stages,
+        PAIR_WEIGHT=bool(pair_weight), DECOUPLED=decoupled, EVEN=even, PRECISION=product,
+        STATISTICS=statistics, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return loss, negative, positive, gradients
 

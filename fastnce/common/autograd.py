@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,8 +41,16 @@ def with_fast_path(cls: Any) -> Any:
 
         backward = staticmethod(cls.backward)
 
-    cls.direct = Direct
+    cls.direct = fast_apply(Direct)
     return cls
+
+
+def fast_apply(cls: Any) -> Callable:
+    """Return `cls.apply` without its search for tensors of a `torch.func` transform that has ended.
+
+    Only for calls while no transform is active.
+    """
+    return super(torch.autograd.Function, cls).apply
 
 
 def apply(cls: Any, *inputs: Any) -> Any:
@@ -52,7 +61,7 @@ def apply(cls: Any, *inputs: Any) -> Any:
         return cls.apply(*_without_duplicates(inputs))
     if torch._C._are_functorch_transforms_active():
         return cls.apply(*inputs)
-    return cls.direct.apply(*inputs)
+    return cls.direct(*inputs)
 
 
 def _without_duplicates(inputs: tuple[Any, ...]) -> list[Any]:

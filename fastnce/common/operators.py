@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,14 +15,46 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _library = torch.library.Library("fastnce", "DEF")
 
 
-def operator(schema: str, run: Any, fake: Any, tags: Sequence[torch.Tag] = ()) -> Any:
-    """Define and return `torch.ops.fastnce.<name>`: `run` computes it, `fake` returns empty results of its shapes."""
+class Operator:
+    """A PyTorch operator around kernels: calls without a tracer or a mode skip PyTorch's dispatcher.
+
+    The dispatcher costs more CPU time than the launch: it packs and unpacks each tensor of a list.
+    """
+
+    def __init__(self, op: Any, run: Callable) -> None:
+        self.op, self._run = op, run
+
+    def __call__(self, *arguments: Any) -> Any:
+        first = arguments[0]
+        if untraced(first[0] if isinstance(first, (list, tuple)) else first):  # noqa: UP038  (faster than a union)
+            return self._run(*arguments)
+        return self.op(*arguments)
+
+
+def untraced(tensor: torch.Tensor) -> bool:
+    """Whether kernels can be called directly for such a tensor: nothing traces or transforms, and it has memory."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(tensor) in _PLAIN
+        and not _modes()
+        and not _transforms()
+        and not tensor.is_meta
+    )
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_modes = torch._C._len_torch_dispatch_stack
+_transforms = torch._C._are_functorch_transforms_active
+
+
+def operator(schema: str, run: Callable, fake: Callable, tags: Sequence[torch.Tag] = ()) -> Operator:
+    """Define `torch.ops.fastnce.<name>`: `run` computes it, `fake` returns empty results of its shapes."""
     name = schema.split("(", 1)[0]
     _library.define(schema, tags=tuple(tags))
     for key in ("CPU", "CUDA", "XPU"):  # CPU runs Triton's interpreter; CUDA includes ROCm
         _library.impl(name, run, key)
     torch.library.register_fake(f"fastnce::{name}", fake, lib=_library)
-    return getattr(torch.ops.fastnce, name)
+    return Operator(getattr(torch.ops.fastnce, name).default, run)
 
 
 _NEWEST = (99, 0)

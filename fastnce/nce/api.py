@@ -121,15 +121,19 @@ def patch_nce(
         pair_log_weight = checks.pairs("pair_log_weight", pair_log_weight, queries, groups, size)
     if pair_weight is not None:
         pair_weight = checks.pairs("pair_weight", pair_weight, queries, groups, size)
-    dtype = autocast_dtype(queries)
-    if dtype is not queries.dtype:
+    device, dtype = queries.device, queries.dtype
+    autocast = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    if autocast and dtype is not (dtype := autocast_dtype(queries)):
         queries, keys = queries.to(dtype), keys.to(dtype)
     if extra_keys is not None:
         extra_keys = (extra_keys if extra_keys.dim() == 3 else extra_keys[None]).to(dtype)
-    choice = choose_rows(implementation, queries.device, dtype, queries.shape[1], size)
+    choice = choose_rows(implementation, device, dtype, queries.shape[1], size)
     nce_losses: Any = triton_rows.nce_losses if choice.triton else eager.nce_losses
     options = groups, temperature, decoupled, unit_rows
-    with without_autocast(queries.device):
+    if choice.triton and not (autocast or return_stats or symmetric):  # the shortest way: the host decides its time
+        loss, _ = nce_losses(queries, keys, extra_keys, pair_log_weight, pair_weight, *options, statistics=False)
+        return _reduced(loss, query_weight, reduction)
+    with without_autocast(device):
         loss, positive = nce_losses(queries, keys, extra_keys, pair_log_weight, pair_weight, *options)
         stats = {"logsumexp": (loss + positive).detach(), "positive": positive.detach()} if return_stats else {}
         if symmetric:
@@ -137,15 +141,16 @@ def patch_nce(
             # The gradient also reaches the queries in this direction, even if the keys are constants.
             other, _ = nce_losses(keys, queries, extra_keys, *transposed, *options)
             loss = 0.5 * (loss + other)
+    loss = _reduced(loss, query_weight, reduction)
+    return (loss, stats) if return_stats else loss
+
+
+def _reduced(loss: Tensor, query_weight: Tensor | None, reduction: Reduction) -> Tensor:
     if query_weight is not None:
         loss = loss * query_weight.detach().to(loss.dtype)
     if reduction == "mean":
-        loss = loss.mean()
-    elif reduction == "sum":
-        loss = loss.sum()
-    if return_stats:
-        return loss, stats
-    return loss
+        return loss.mean()
+    return loss.sum() if reduction == "sum" else loss
 
 
 def sample_patch_ids(

@@ -39,13 +39,13 @@ def _row_gradients(queries, gradients, upstream, divide):
     return cosine.row_gradients(queries, gradients, upstream, divided=divide)
 
 
-operator(
+_layers_op = operator(
     "nce_layers(Tensor[] queries, Tensor[] keys, Tensor[] extra, float[] temperatures, SymInt groups, "
     "SymInt directions, bool other, bool divide, bool unit, bool gradient) -> (Tensor, Tensor[])",
     _layers,
     _layers_fake,
 )
-operator(
+_row_gradients_op = operator(
     "row_gradients(Tensor[] queries, Tensor[] gradients, Tensor upstream, bool divide) -> Tensor[]",
     _row_gradients,
     lambda queries, *_: [q.new_empty(q.shape) for q in queries],
@@ -57,7 +57,7 @@ class _NCELayers(torch.autograd.Function):
     @staticmethod
     def forward(count, temperatures, groups, directions, other, divide, unit, gradient, *tensors):
         queries, keys, extra = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
-        mean, gradients = torch.ops.fastnce.nce_layers(
+        mean, gradients = _layers_op(
             queries, keys, extra, temperatures, groups, directions, other, divide, unit, gradient
         )
         return mean, *gradients
@@ -76,7 +76,7 @@ class _NCELayers(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         queries, (mean, *ready) = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
         with torch.no_grad():
-            gradients = torch.ops.fastnce.row_gradients(queries, ready, upstream, ctx.divide)
+            gradients = _row_gradients_op(queries, ready, upstream, ctx.divide)
         if torch.is_grad_enabled():
             gradients = [FirstOrderOnly.apply(g, mean, upstream) for g in gradients]
         return *([None] * 8), *gradients, *([None] * (len(ctx.needs_input_grad) - 8 - ctx.count))

@@ -18,7 +18,7 @@ from ...kernels.weight_gradient import weight_views
 
 _MAP_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
-operator(
+_draw = operator(
     "draw_ids(Tensor seeds, SymInt[] locations, SymInt patches) -> Tensor",
     sample.draw_ids,
     lambda seeds, locations, patches: seeds.new_empty(seeds.shape[1] * sum(min(patches, n) for n in locations)),
@@ -28,7 +28,7 @@ operator(
 def draw_ids(locations: Sequence[int], patches: int, sets: int, device: torch.device) -> list[Tensor]:
     """Draw distinct locations for every layer in two launches: [(sets, min(patches, locations))]."""
     seeds = torch.randint(2**62, (len(locations), sets), device=device)
-    flat = torch.ops.fastnce.draw_ids(seeds, list(locations), patches)
+    flat = _draw(seeds, list(locations), patches)
     return [part.view(sets, -1) for part in flat.split([sets * min(patches, n) for n in locations])]
 
 
@@ -78,13 +78,13 @@ def _project_backward_fake(
     return length.new_empty(size, dtype=torch.uint8), length.new_empty(weights)
 
 
-operator(
+_project_op = operator(
     "project(Tensor[] maps, Tensor[] ids, Tensor[] mlp, ScalarType dtype, bool save) "
     "-> (Tensor[], Tensor, Tensor, Tensor)",
     _project,
     _project_fake,
 )
-operator(
+_project_backward_op = operator(
     "project_backward(Tensor[] d_units, Tensor? upstream, SymInt directions, SymInt[] layout, Tensor[] ids, "
     "Tensor[] mlp, Tensor[] units, Tensor length, Tensor x, Tensor hidden, bool distinct, bool[] wanted, "
     "bool weights_wanted) -> (Tensor, Tensor)",
@@ -101,7 +101,7 @@ def _backward(ctx, d_units, upstream, directions, wanted, weights_wanted):
     """
     saved, layers = ctx.saved_tensors, len(ctx.layouts)
     ids, mlp, units = saved[:layers], saved[layers : layers + ctx.weights], saved[-3 - layers : -3]
-    buffer, flat = torch.ops.fastnce.project_backward(
+    buffer, flat = _project_backward_op(
         d_units, upstream, directions, _pack(ctx.layouts), ids, mlp, units, *saved[-3:], ctx.distinct, wanted,
         weights_wanted,
     )  # fmt: skip
@@ -116,7 +116,7 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def forward(layers, dtype, distinct, save, *tensors):
         maps, ids, mlp = tensors[:layers], tensors[layers : 2 * layers], tensors[2 * layers :]
-        units, length, x, hidden = torch.ops.fastnce.project(maps, ids, mlp, dtype, save)
+        units, length, x, hidden = _project_op(maps, ids, mlp, dtype, save)
         return *units, length, x, hidden
 
     @staticmethod
@@ -172,7 +172,7 @@ def _head_fake(query_maps, key_maps, ids, query_mlp, key_mlp, temperatures, grou
     return mean, [torch.empty_like(u) for u in units] if gradient else [], units if gradient else [], *saved
 
 
-operator(
+_head_op = operator(
     "head(Tensor[] query_maps, Tensor[] key_maps, Tensor[] ids, Tensor[] query_mlp, Tensor[] key_mlp, "
     "float[] temperatures, SymInt groups, SymInt directions, ScalarType dtype, bool gradient) "
     "-> (Tensor, Tensor[], Tensor[], Tensor, Tensor, Tensor)",
@@ -188,7 +188,7 @@ class _Head(torch.autograd.Function):
         query_maps, key_maps, ids = (tensors[i * layers : (i + 1) * layers] for i in range(3))
         weights = (len(tensors) - 3 * layers) // 2
         mlp = tensors[3 * layers : 3 * layers + weights], tensors[3 * layers + weights :]
-        mean, gradients, units, *saved = torch.ops.fastnce.head(
+        mean, gradients, units, *saved = _head_op(
             query_maps, key_maps, ids, *mlp, temperatures, groups, directions, dtype, gradient
         )
         return mean, *gradients, *units, *saved

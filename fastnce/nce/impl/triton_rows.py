@@ -10,9 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...common.autograd import FirstOrderOnly, apply, with_fast_path
-from ...common.operators import operator
+from ...common.autograd import FirstOrderOnly, apply, fast_apply, with_fast_path
+from ...common.operators import operator, untraced
 from ...kernels import nce, nce_keys
+from ...kernels.plans import planned
 
 # InfoNCE of grouped rows
 
@@ -35,13 +36,13 @@ def _nce_keys(queries, keys, log_weight, pair_weight, temperatures, negative, co
     )
 
 
-operator(
+_nce_forward_op = operator(
     "nce_forward(Tensor[] queries, Tensor[] keys, Tensor[] extra, Tensor[] log_weight, Tensor[] pair_weight, "
     "float[] temperatures, bool decoupled, bool unit, bool gradient) -> (Tensor, Tensor, Tensor, Tensor[])",
     _nce_forward,
     _nce_forward_fake,
 )
-operator(
+_nce_keys_op = operator(
     "nce_keys(Tensor[] queries, Tensor[] keys, Tensor[] log_weight, Tensor[] pair_weight, float[] temperatures, "
     "Tensor negative, Tensor coefficient, bool extra) -> Tensor[]",
     _nce_keys,
@@ -58,7 +59,7 @@ class _NCERows(torch.autograd.Function):
     @staticmethod
     def forward(queries, keys, extra, log_weight, pair_weight, temperature, decoupled, unit, with_gradient):
         groups, rows, _ = queries.shape
-        loss, negative, positive, gradient = torch.ops.fastnce.nce_forward(
+        loss, negative, positive, gradient = _nce_forward_op(
             [queries],
             [keys],
             [] if extra is None else [extra.expand(groups, -1, -1)],
@@ -101,14 +102,67 @@ class _NCERows(torch.autograd.Function):
                 shared = [ctx.temperature], negative.flatten(), share.flatten()
             if ctx.needs_input_grad[1]:
                 weights = _listed(log_weight), _listed(pair_weight)
-                gradients[1] = torch.ops.fastnce.nce_keys([queries], [keys], *weights, *shared, False)[0]
+                gradients[1] = _nce_keys_op([queries], [keys], *weights, *shared, False)[0]
             if ctx.needs_input_grad[2]:
                 grouped = queries if extra.shape[0] == queries.shape[0] else queries.flatten(0, 1)[None]
-                gradients[2] = torch.ops.fastnce.nce_keys([grouped], [extra], [], [], *shared, True)[0]
+                gradients[2] = _nce_keys_op([grouped], [extra], [], [], *shared, True)[0]
         if torch.is_grad_enabled():
             sources = [leaf for leaf in [queries, keys, extra, upstream] if leaf is not None and leaf.requires_grad]
             gradients = [None if g is None else FirstOrderOnly.apply(g, *sources) for g in gradients]
         return *gradients, None, None, None, None, None, None
+
+
+@planned(products=True)
+def _flat_rows(
+    queries: Tensor, keys: Tensor, extra: Tensor | None, log_weight: Tensor | None, pair_weight: Tensor | None, *,
+    groups: int, temperature: float, decoupled: bool, unit: bool, gradient: bool, statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Losses and positive logits (rows,), and dq (rows, dim), of (rows, dim)."""
+    loss, _, positive, gradients = nce.nce_forward(
+        [queries.unflatten(0, (groups, -1))],
+        [keys.unflatten(0, (groups, -1))],
+        [] if extra is None else [extra.expand(groups, -1, -1)],
+        _listed(log_weight),
+        _listed(pair_weight),
+        [temperature],
+        decoupled=decoupled,
+        unit=unit,
+        gradient=gradient,
+        statistics=statistics,
+    )
+    return loss, positive, gradients[0].flatten(0, 1) if gradient else None
+
+
+class _ConstantKeys(torch.autograd.Function):
+    """`_NCERows` for keys and extra keys without a gradient, outside of tracers: as little Python as possible."""
+
+    @staticmethod
+    def forward(ctx, queries, keys, extra, log_weight, pair_weight, options):
+        loss, positive, gradient = _flat_rows(queries, keys, extra, log_weight, pair_weight, **options)
+        ctx.save_for_backward(queries, gradient)
+        ctx.set_materialize_grads(False)
+        if positive is loss:
+            return loss
+        ctx.mark_non_differentiable(positive)
+        return loss, positive
+
+    @staticmethod
+    def backward(ctx, upstream, _=None):
+        if upstream is None:
+            return (None,) * 6
+        queries, gradient = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            gradient = (gradient * upstream.detach()[:, None]).to(queries.dtype)
+            sources = [leaf for leaf in (queries, upstream) if leaf.requires_grad]
+            return FirstOrderOnly.apply(gradient, *sources), *_NOTHING
+        gradient = gradient * upstream[:, None]
+        if gradient.dtype is not queries.dtype:
+            gradient = gradient.to(queries.dtype)
+        return gradient, *_NOTHING
+
+
+_NOTHING = (None,) * 5
+_constant_keys = fast_apply(_ConstantKeys)
 
 
 def nce_losses(
@@ -121,9 +175,25 @@ def nce_losses(
     temperature: float = 0.07,
     decoupled: bool = False,
     unit: bool = False,
+    statistics: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """As `eager.nce_losses`; with `unit`, the kernel needs no running maximum."""
-    with_gradient = torch.is_grad_enabled() and queries.requires_grad
+    """As `eager.nce_losses`; with `unit`, the kernel needs no running maximum.
+
+    Without `statistics`, the second result may be the first.
+    """
+    enabled = torch.is_grad_enabled()
+    with_gradient = enabled and queries.requires_grad
+    constant = not (enabled and (keys.requires_grad or (extra_keys_GED is not None and extra_keys_GED.requires_grad)))
+    if constant and untraced(queries):
+        tensors = queries, keys, extra_keys_GED, pair_log_weight_GSS, pair_weight_GSS
+        options = {
+            "groups": groups, "temperature": temperature, "decoupled": decoupled, "unit": unit,
+            "gradient": with_gradient, "statistics": statistics,
+        }  # fmt: skip
+        if not with_gradient:
+            return _flat_rows(*tensors, **options)[:2]
+        found = _constant_keys(*tensors, options)
+        return found if statistics else (found, found)
     outputs = apply(
         _NCERows,
         queries.unflatten(0, (groups, -1)),
