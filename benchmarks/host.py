@@ -21,6 +21,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from fastnce.kernels import blur, instance_norm, reflect_pad
 from torch import Tensor
 
 from benchmarks import baselines, machine
@@ -28,7 +29,6 @@ from benchmarks.cases import Context
 from benchmarks.published import Checkout, find_checkouts
 from benchmarks.step import OurStep, _theirs, pictures
 from fastnce import PatchNCEHead, PatchNCELoss, PatchSampleF
-from fastnce.kernels import blur, instance_norm, reflect_pad
 
 CHANNELS, SIDES = (3, 128, 256, 256, 256), (262, 256, 128, 64, 64)
 """The maps of CUT's five layers for an image of 256x256."""
@@ -118,7 +118,9 @@ def _plain_classes(sampler: PatchSampleF, maps: Sequence[Tensor], keys: Sequence
 
 def layers() -> Iterator[Comparison]:
     """Yield single kernels of the layers: host code, allocation and launch."""
-    half = torch.randn(2, 256, 64, 64, device=DEVICE, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    half = torch.randn(2, 256, 64, 64, device=DEVICE, dtype=torch.bfloat16).contiguous(
+        memory_format=torch.channels_last
+    )
     wide = torch.randn(2, 128, 256, 256, device=DEVICE, dtype=torch.bfloat16)
     wide = wide.contiguous(memory_format=torch.channels_last)
     _, statistics = instance_norm.instance_norm(half, None, 1e-5, 0.0, 1)
@@ -197,7 +199,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.host", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, help="folder for host.json")
     parser.add_argument("--published", nargs="+", default=[], metavar="DIR", help="a checkout of CUT")
-    parser.add_argument("--only", nargs="+", default=["losses", "layers", "steps"], choices=["losses", "layers", "steps"])
+    parser.add_argument(
+        "--only", nargs="+", default=["losses", "layers", "steps"], choices=["losses", "layers", "steps"]
+    )
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():

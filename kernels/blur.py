@@ -28,7 +28,7 @@ from .planes import (
     reflected,
     store_tile,
 )
-from .plans import planned
+from .planned import planned
 
 DOWN, DOWN_BACK, UP, UP_BACK = (tl.constexpr(kind) for kind in range(4))
 

@@ -123,12 +123,8 @@ def precision(arch: str, dtype: torch.dtype, convolution: bool = False) -> str:
     return "tf32" if allowed.fp32_precision == "tf32" else "ieee"
 
 
-def product_settings() -> tuple[str, str, str | None]:
-    """The settings that `precision` reads."""
-    return _fp32_precision("cuda", "matmul"), _fp32_precision("cuda", "conv"), os.environ.get("NVIDIA_TF32_OVERRIDE")
-
-
-_fp32_precision = torch._C._get_fp32_precision_getter
+fp32_precision = torch._C._get_fp32_precision_getter
+"""The setting that `precision` reads: of ("cuda", "matmul") or ("cuda", "conv")."""
 
 
 def block_dim(dim: int) -> int:
@@ -185,4 +181,9 @@ def launch(kernel: Callable, blocks: int, like: Tensor, *args, **options) -> Non
     if like.device.type != "cpu":
         device = torch.accelerator.device_index(like.device.index)
     with device:
-        kernel[(blocks,)](*args, **options)  # type: ignore[index]
+        start(kernel, blocks, *args, **options)
+
+
+def start(kernel: Any, blocks: int, *args, **options) -> None:
+    """Start `blocks` programs of a kernel through Triton, on the current device or in the interpreter."""
+    kernel[(blocks,)](*args, **options)

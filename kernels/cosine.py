@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import configs
 from .common import architecture, block_dim, dense_rows, fields_of, launch, narrow
-from .plans import planned
+from .planned import planned
 
 SHORTEST = tl.constexpr(1e-8)
 """Shorter rows are divided by this, as in `F.cosine_similarity`, so that rows of zeros stay zero."""

@@ -29,7 +29,7 @@ from torch import Tensor
 from . import configs
 from .common import architecture, dot, launch, narrow, precision
 from .planes import as_map, check_plane, is_channels_last
-from .plans import planned
+from .planned import planned
 
 OUT: tl.constexpr = tl.constexpr(4)
 """Output channels per program: with both parts of a bfloat16 pair they are one load of 16 bytes."""
@@ -260,7 +260,7 @@ def few_outputs(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) ->
     return _few_outputs(x, weight, None if bias is None else bias.contiguous(), padding)
 
 
-@planned(products=True)
+@planned(products="conv")
 def _few_outputs(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
     size = geometry(x, weight, padding)
     check_plane(x)

@@ -36,7 +36,7 @@ from .few_outputs import (
     to_tf32,
 )
 from .planes import as_map, check_plane, empty_like, rows_join
-from .plans import planned
+from .planned import planned
 
 
 @triton.jit
@@ -276,7 +276,7 @@ def empty_gradients(
     )
 
 
-@planned(products=True)
+@planned(products="conv")
 def few_outputs_backward(
     gradient: Tensor, x: Tensor, weight: Tensor, padding: int, of_x: bool, of_weight: bool, of_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -36,7 +36,7 @@ from .planes import (
     rows_join,
     store_tile,
 )
-from .plans import planned
+from .planned import planned
 
 
 @triton.jit

@@ -40,7 +40,7 @@ from .common import (
     precision,
 )
 from .nce_stream import HIGHEST_TOTAL, LOWEST_TOTAL, log1p, stream
-from .plans import planned
+from .planned import planned
 
 UNIT_TEMPERATURE = 0.023
 """Above this temperature, rows of unit length need no running maximum: exp2(-2 log2(e) / T) is a normal float32."""
@@ -215,7 +215,7 @@ def nce_forward(
     )  # fmt: skip
 
 
-@planned(products=True)
+@planned(products="matmul")
 def _nce_forward(
     queries: Sequence[Tensor],
     keys: Sequence[Tensor],

@@ -18,7 +18,7 @@ from torch import Tensor
 from . import configs
 from .common import LOG2E, architecture, block_dim, bound, dense_rows, dot, fields_of, launch, narrow, precision
 from .nce import weight_strides
-from .plans import planned
+from .planned import planned
 
 
 class KeyProblem(NamedTuple):
@@ -148,7 +148,7 @@ def nce_key_gradients(
     )
 
 
-@planned(products=True)
+@planned(products="matmul")
 def _nce_key_gradients(
     queries: Sequence[Tensor],
     keys: Sequence[Tensor],

@@ -19,7 +19,7 @@ from torch import Tensor
 from . import configs
 from .common import architecture, block_dim, bound, dot, fields_of, launch, long_dot, narrow, number_of, precision
 from .planes import map_strides
-from .plans import planned
+from .planned import planned
 
 NORM_EPS = tl.constexpr(1e-7)
 
@@ -155,7 +155,7 @@ def groups_of_four(mlp: Sequence[Tensor], layers: int) -> list[Weights] | list[N
     return [(mlp[i], mlp[i + 1], mlp[i + 2], mlp[i + 3]) for i in range(0, 4 * layers, 4)]
 
 
-@planned(products=True)
+@planned(products="matmul")
 def project(
     maps: Sequence[Tensor], ids: Sequence[Tensor], mlp: Sequence[Tensor], dtype: torch.dtype, saved: int
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:

@@ -29,7 +29,7 @@ from .common import (
     precision,
 )
 from .planes import map_strides
-from .plans import planned
+from .planned import planned
 from .project import NORM_EPS, TRITON_DTYPE, FeatureMap, groups_of_four, locations_of, places_of
 from .weight_gradient import weight_gradients
 
@@ -256,7 +256,7 @@ def project_backward(
     return buffer, flat
 
 
-@planned(products=True)
+@planned(products="matmul")
 def _project_backward(
     buffer: Tensor,
     d_units: Sequence[Tensor],

@@ -25,7 +25,7 @@ from .planes import (
     reflected,
     store_tile,
 )
-from .plans import planned
+from .planned import planned
 
 
 @triton.jit

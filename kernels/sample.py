@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import configs
 from .common import architecture, fields_of, launch, number_of
-from .plans import planned
+from .planned import planned
 
 ROUNDS = tl.constexpr(8)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import configs
 from .common import architecture, bound, dot, fields_of, launch, narrow, precision
-from .plans import planned
+from .planned import planned
 
 
 class WeightGradient(NamedTuple):
@@ -61,7 +61,7 @@ def weight_gradient_kernel(
     tl.store(out + size_m * size_n + o_m, total, mask=m_m & (tile % across == 0))
 
 
-@planned(products=True)
+@planned(products="matmul")
 def weight_gradients(
     d_z: Tensor, d_h: Tensor, hidden: Tensor, sampled: Tensor, rows: Sequence[int], shapes: Sequence[torch.Size]
 ) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,13 @@ def shared() -> Path:
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def without_plans():
+    """A test may change the tiles, on which plans depend."""
+    if "fastnce.kernels.planned" in sys.modules:
+        sys.modules["fastnce.kernels.planned"].forget_plans()
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from fastnce.kernels import blur, common, few_outputs, few_outputs_backward, instance_norm, reflect_pad
+from fastnce.kernels import blur, common, reflect_pad
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -12,6 +12,7 @@ from fastnce.engine.options import OptimOptions
 from fastnce.engine.step import Step
 from fastnce.methods import CUT, Batch, CUTOptions, Draws, NetworkOptions
 from fastnce.networks import set_implementation
+from tests.oracle import count_launches
 
 DEVICE = torch.device("cpu" if common.INTERPRET.value else torch.accelerator.current_accelerator() or "cpu")
 GATE = {torch.float32: 5e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
@@ -75,14 +76,9 @@ FILTERS = {
 
 
 def launches(monkeypatch) -> list[str]:
+    """A list that gets the names of the kernels that a test launches."""
     names: list[str] = []
-
-    def counted(kernel, *args, **options):
-        names.append(kernel.fn.__name__)
-        common.launch(kernel, *args, **options)
-
-    for module in (instance_norm, blur, reflect_pad, few_outputs, few_outputs_backward):
-        monkeypatch.setattr(module, "launch", counted)
+    count_launches(monkeypatch, names)
     return names
 
 

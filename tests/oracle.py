@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
+import pytest
 import torch
-from fastnce.kernels import common, cosine, nce, nce_keys, project, project_backward, sample, weight_gradient
+import triton
+from fastnce.kernels import common, sample
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -105,9 +108,6 @@ IMPLEMENTATIONS = {
 }
 
 
-LAUNCHERS = (cosine, nce, nce_keys, project, project_backward, sample, weight_gradient)
-
-
 class _Operators(TorchDispatchMode):
     def __init__(self, names: list[str]):
         super().__init__()
@@ -123,6 +123,24 @@ class _Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def count_launches(monkeypatch, names: list[str]) -> None:
+    """Append the name of every Triton kernel that is launched from now on, in the interpreter or on a device."""
+    start = common.start
+
+    def interpreted(kernel, blocks, *args, **options):
+        names.append(kernel.fn.__name__)
+        with _disable_current_modes():  # the interpreter moves data by operators of its own
+            start(kernel, blocks, *args, **options)
+
+    def on_device(metadata):
+        names.append(metadata.get()["name"])
+
+    if common.INTERPRET.value:
+        monkeypatch.setattr(common, "start", interpreted)
+    else:
+        monkeypatch.setattr(triton.knobs.runtime.launch_enter_hook, "calls", [on_device])
+
+
 @dataclass
 class Launches:
     """Within `with`: Triton launches, and library operators that would launch something on a device."""
@@ -131,19 +149,10 @@ class Launches:
     library: list[str] = field(default_factory=list)
 
     def __enter__(self):
-        self.operators = _Operators(self.library)
-
-        def counted(kernel, blocks, like, *args, **options):
-            self.kernels.append(kernel.fn.__name__)
-            with _disable_current_modes():  # the interpreter moves data by operators of its own
-                common.launch(kernel, blocks, like, *args, **options)
-
-        for module in LAUNCHERS:
-            module.launch = counted
-        self.operators.__enter__()
+        self.within = ExitStack()
+        count_launches(self.within.enter_context(pytest.MonkeyPatch.context()), self.kernels)
+        self.within.enter_context(_Operators(self.library))
         return self
 
     def __exit__(self, *details):
-        self.operators.__exit__(*details)
-        for module in LAUNCHERS:
-            module.launch = common.launch
+        self.within.close()

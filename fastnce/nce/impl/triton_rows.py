@@ -7,13 +7,17 @@ query gradient.
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ...common.autograd import FirstOrderOnly, apply, fast_apply, with_fast_path
 from ...common.operators import operator, untraced
 from ...kernels import nce, nce_keys
-from ...kernels.plans import planned
+from ...kernels.common import fp32_precision
+from ...kernels.planned import plan_cache, plan_of, planned
 
 # InfoNCE of grouped rows
 
@@ -112,7 +116,7 @@ class _NCERows(torch.autograd.Function):
         return *gradients, None, None, None, None, None, None
 
 
-@planned(products=True)
+@planned(products="matmul")
 def _flat_rows(
     queries: Tensor, keys: Tensor, extra: Tensor | None, log_weight: Tensor | None, pair_weight: Tensor | None, *,
     groups: int, temperature: float, decoupled: bool, unit: bool, gradient: bool, statistics: bool,
@@ -137,8 +141,8 @@ class _ConstantKeys(torch.autograd.Function):
     """`_NCERows` for keys and extra keys without a gradient, outside of tracers: as little Python as possible."""
 
     @staticmethod
-    def forward(ctx, queries, keys, extra, log_weight, pair_weight, options):
-        loss, positive, gradient = _flat_rows(queries, keys, extra, log_weight, pair_weight, **options)
+    def forward(ctx, queries, compute):
+        loss, positive, gradient = compute()
         ctx.save_for_backward(queries, gradient)
         ctx.set_materialize_grads(False)
         if positive is loss:
@@ -149,20 +153,64 @@ class _ConstantKeys(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream, _=None):
         if upstream is None:
-            return (None,) * 6
+            return None, None
         queries, gradient = ctx.saved_tensors
         if torch.is_grad_enabled():
             gradient = (gradient * upstream.detach()[:, None]).to(queries.dtype)
             sources = [leaf for leaf in (queries, upstream) if leaf.requires_grad]
-            return FirstOrderOnly.apply(gradient, *sources), *_NOTHING
+            return FirstOrderOnly.apply(gradient, *sources), None
         gradient = gradient * upstream[:, None]
         if gradient.dtype is not queries.dtype:
             gradient = gradient.to(queries.dtype)
-        return gradient, *_NOTHING
+        return gradient, None
 
 
-_NOTHING = (None,) * 5
 _constant_keys = fast_apply(_ConstantKeys)
+
+_SETTLED = plan_cache()
+
+
+def repeated(queries: Tensor, keys: Tensor, *settings: Any) -> Tensor | None:
+    """Losses (rows,) of a call whose like `remember` has kept; None for any other call.
+
+    Checks and choices of a call depend only on the types, shapes, dtypes and devices of its arguments. They cost more
+    CPU time than the launch, and are not made again.
+    """
+    if not _simple(queries, keys):
+        return None
+    gradient = queries.requires_grad and torch.is_grad_enabled()
+    plan = _SETTLED.get(_key(queries, keys, gradient, settings))
+    if plan is None:
+        return None
+    if gradient:
+        return _constant_keys(queries, lambda: plan.replay([queries, keys]))
+    return plan.replay([queries, keys])[0]
+
+
+def remember(queries: Tensor, keys: Tensor, options: dict[str, Any], *settings: Any) -> None:
+    """Keep the plan of a call that passed its checks. `settings`: all else that they depend on, as hashable values."""
+    if _simple(queries, keys):
+        gradient = queries.requires_grad and torch.is_grad_enabled()
+        plan = plan_of(_flat_rows, queries, keys, None, None, None, **options, gradient=gradient, statistics=False)
+        if plan is not None:
+            _SETTLED[_key(queries, keys, gradient, settings)] = plan
+
+
+def _simple(queries: Tensor, keys: Tensor) -> bool:
+    return (
+        untraced(queries)
+        and queries.is_cuda
+        and type(keys) in (Tensor, torch.nn.Parameter)
+        and not torch.is_autocast_enabled("cuda")
+    )
+
+
+def _key(queries: Tensor, keys: Tensor, gradient: bool, settings: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (
+        queries.shape, queries.stride(), queries.dtype, queries.device, queries.data_ptr() & 15,
+        keys.shape, keys.stride(), keys.dtype, keys.device, keys.data_ptr() & 15,
+        gradient, fp32_precision("cuda", "matmul"), settings,
+    )  # fmt: skip
 
 
 def nce_losses(
@@ -186,13 +234,13 @@ def nce_losses(
     constant = not (enabled and (keys.requires_grad or (extra_keys_GED is not None and extra_keys_GED.requires_grad)))
     if constant and untraced(queries):
         tensors = queries, keys, extra_keys_GED, pair_log_weight_GSS, pair_weight_GSS
-        options = {
-            "groups": groups, "temperature": temperature, "decoupled": decoupled, "unit": unit,
-            "gradient": with_gradient, "statistics": statistics,
-        }  # fmt: skip
+        compute = functools.partial(
+            _flat_rows, *tensors, groups=groups, temperature=temperature, decoupled=decoupled, unit=unit,
+            gradient=with_gradient, statistics=statistics,
+        )  # fmt: skip
         if not with_gradient:
-            return _flat_rows(*tensors, **options)[:2]
-        found = _constant_keys(*tensors, options)
+            return compute()[:2]
+        found = _constant_keys(queries, compute)
         return found if statistics else (found, found)
     outputs = apply(
         _NCERows,
