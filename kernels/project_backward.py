@@ -249,7 +249,7 @@ def project_backward(
     """
     size = sum(m.bytes() for m, want in zip(maps, wanted, strict=True) if want)
     buffer = torch.zeros(size, dtype=torch.uint8, device=units[0].device)
-    flat = _project_backward(
+    flat = into_buffer(
         buffer, [dense_rows(d) for d in d_units], upstream, directions, maps, ids, mlp, units, length, x_saved, h_saved,
         distinct=distinct, wanted=tuple(wanted), weights_wanted=weights_wanted,
     )  # fmt: skip
@@ -257,7 +257,7 @@ def project_backward(
 
 
 @planned(products="matmul")
-def _project_backward(
+def into_buffer(
     buffer: Tensor,
     d_units: Sequence[Tensor],
     upstream: Tensor | None,

@@ -16,7 +16,7 @@ from ..common.dispatch import Implementation, operators
 from ..common.precision import autocast_dtype, without_autocast
 from . import checks
 from .impl import eager
-from .impl.dispatch import choose_maps, choose_rows, triton_maps, triton_rows
+from .impl.dispatch import choose_maps, choose_rows, planned_maps, triton_maps, triton_rows
 from .impl.rows import gather_patches, mlp, normalize_rows
 from .weights import Weights
 
@@ -216,6 +216,9 @@ def project_patches(
     Raises:
         ValueError: lists that do not match, or a tensor of a shape, dtype or device other than above.
     """
+    call = None if check_ids else _call(maps, patch_ids, mlps, (distinct_ids, implementation))
+    if call is not None and (found := call.repeat()) is not None:
+        return found
     checks.maps("maps", maps)
     checks.ids(patch_ids, maps, check_ids)
     if mlps is not None:
@@ -223,6 +226,8 @@ def project_patches(
     ids = [i[None] if i.dim() == 1 else i for i in patch_ids]
     choice, dtypes = choose_maps(implementation, maps, mlps, max(i.shape[1] for i in ids))
     if choice.triton:
+        if call is not None and (found := call.plan(dtype=dtypes[0], distinct=distinct_ids)) is not None:
+            return found
         return triton_maps.project_rows(maps, ids, mlps, dtypes[0], distinct_ids)
     rows = []
     for layer, (feature_map, given, dtype) in enumerate(zip(maps, ids, dtypes, strict=True)):
@@ -239,6 +244,20 @@ def project_patches(
         wide = projected if projected.dtype == torch.float64 else projected.float()
         rows.append(normalize_rows(wide).to(dtype))
     return rows
+
+
+def _call(maps: Any, patch_ids: Any, mlps: Any, settings: tuple[Any, ...]) -> Any:
+    """A call of `project_patches` as `planned_maps` takes it; None if it is traced, malformed or on a CPU."""
+    if planned_maps is None or torch.compiler.is_compiling() or not planned_maps.usable(maps):
+        return None
+    if type(patch_ids) not in (list, tuple) or not all(isinstance(i, Tensor) for i in patch_ids):
+        return None
+    try:
+        weights = [w for mlp in mlps or () for w in mlp]
+    except TypeError:
+        return None
+    ids = [i[None] if i.dim() == 1 else i for i in patch_ids]
+    return planned_maps.RowsCall(maps, weights, ids, settings)
 
 
 def products(dtype: torch.dtype, device: torch.device) -> str:

@@ -7,6 +7,7 @@ loss = head(query_maps, key_maps)
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from ..common.messages import shown
 from ..common.precision import autocast_dtype
 from . import checks
 from .api import NEGATIVES, Negatives, patch_nce, project_patches, sample_patch_ids
-from .impl.dispatch import choose_maps, triton_maps
+from .impl.dispatch import choose_maps, planned_maps, triton_maps
 from .modules import MLPs, PatchSampleF
 from .weights import Weighting, Weights
 
@@ -84,7 +85,7 @@ class PatchNCEHead(PatchSampleF):
         return self._draw_ids(maps, checks.directions(directions, maps[0].shape[0]), self.mlps(self.layers))
 
     def _draw_ids(self, maps: Sequence[Tensor], directions: int, mlps: MLPs) -> list[Tensor]:
-        sets = maps[0].shape[0] if self.ids_per_image else directions
+        sets = self._sets(maps[0].shape[0], directions)
         locations = [m.shape[2] * m.shape[3] for m in maps]
         if self._choice(maps, mlps).triton:
             ids = triton_maps.draw_ids(locations, self.patches, sets, maps[0].device)
@@ -94,6 +95,25 @@ class PatchNCEHead(PatchSampleF):
             sample_patch_ids(n, self.patches, images=images, device=m.device)
             for n, m in zip(locations, maps, strict=True)
         ]
+
+    def _sets(self, images: int, directions: int) -> int:
+        return images if self.ids_per_image else directions
+
+    def _call(self, query_maps, key_maps, mlps: MLPs, key_mlps: MLPs, patch_ids, directions) -> Any:
+        """The call as `planned_maps` takes it; None if it is traced, or if there are no kernels."""
+        if planned_maps is None or torch.compiler.is_compiling() or type(directions) is not int:
+            return None
+        ids: list[Tensor] = []
+        if patch_ids is not None:
+            if type(patch_ids) not in (list, tuple) or not all(isinstance(i, Tensor) for i in patch_ids):
+                return None
+            ids = [i[None] if i.dim() == 1 else i for i in patch_ids]
+        query_mlp, key_mlp = ([w for four in given or () for w in four] for given in (mlps, key_mlps))
+        settings = (
+            directions, self.patches, *self.temperatures, self.negatives, self.ids_per_image, self.implementation,
+            patch_ids is None,
+        )  # fmt: skip
+        return planned_maps.LossCall(query_maps, key_maps, query_mlp, key_mlp, ids, settings)
 
     def _choice(self, maps: Sequence[Tensor], mlps: MLPs) -> Choice:
         return choose_maps(self.implementation, maps, mlps, self.patches)[0]
@@ -128,38 +148,43 @@ class PatchNCEHead(PatchSampleF):
         """
         if key_projector is not None and not isinstance(key_projector, PatchSampleF):
             raise ValueError(f"key_projector must be a PatchSampleF or None, not {shown(key_projector)}")
-        projector = self if key_projector is None else key_projector
-        mlps, key_mlps = self.mlps(self.layers), projector.mlps(self.layers)
+        mlps = self.mlps(self.layers)
+        key_mlps = mlps if key_projector is None else key_projector.mlps(self.layers)
+        plain = self.weighting is None and not self.symmetric
+        call = None
+        if plain and self.others is None:
+            call = self._call(query_maps, key_maps, mlps, key_mlps, patch_ids, directions)
+            if call is not None and (means := call.repeat()) is not None:
+                return means if directions > 1 else means.view(())
         images = self.images_of(query_maps, key_maps, projected=mlps is not None and key_mlps is not None)
         directions = checks.directions(directions, images)
-        if patch_ids is None:
-            ids = self._draw_ids(key_maps, directions, mlps)
-        else:
-            ids = self.given_ids(patch_ids, images, directions)
         groups = images if self.negatives == "image" else directions
-        plain = self.weighting is None and not self.symmetric
         if not plain and self.others is not None:
             raise ValueError("keys of other ranks cannot be combined with a weighting or symmetric=True")
         fusable = plain and self.others is None
+        ids = [] if patch_ids is None else self.given_ids(patch_ids, images, directions)
         if fusable and self._choice(query_maps, mlps).triton and self._one_launch(mlps, key_mlps):
-            checks.ids(ids, query_maps)
+            if ids:
+                checks.ids(ids, query_maps)
             for given, maps in ((mlps, query_maps), (key_mlps, key_maps)):
                 if given is not None:
                     checks.mlps(given, maps)
-            means = triton_maps.head_loss(
-                query_maps,
-                key_maps,
-                [i[None] if i.dim() == 1 else i for i in ids],
-                mlps,
-                key_mlps,
-                temperatures=self.temperatures,
-                groups=groups,
-                directions=directions,
-                dtype=autocast_dtype(query_maps[0] if mlps is None else mlps[0][0]),
-                distinct=patch_ids is None,
-            )
+            options: Any = {
+                "temperatures": self.temperatures,
+                "groups": groups,
+                "directions": directions,
+                "dtype": autocast_dtype(query_maps[0] if mlps is None else mlps[0][0]),
+            }
+            means = None
+            if call is not None:
+                means = call.plan(sets=self._sets(images, directions), patches=self.patches, **options)
+            if means is None:
+                ids = [i[None] if i.dim() == 1 else i for i in ids or self._draw_ids(key_maps, directions, mlps)]
+                given = query_maps, key_maps, ids, mlps, key_mlps
+                means = triton_maps.head_loss(*given, distinct=patch_ids is None, **options)
             return means if directions > 1 else means.view(())
         drawn = patch_ids is None
+        ids = ids or self._draw_ids(key_maps, directions, mlps)
         with torch.no_grad():
             keys = project_patches(key_maps, ids, key_mlps, distinct_ids=drawn, implementation=self.implementation)
         queries = project_patches(query_maps, ids, mlps, distinct_ids=drawn, implementation=self.implementation)

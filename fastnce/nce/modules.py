@@ -83,6 +83,12 @@ class PatchNCELoss(nn.Module):
         return f"temperature={self.temperature}, negatives={self.negatives!r}"
 
 
+def _own(layer: Any, name: str) -> Tensor:
+    """A parameter, found faster than by an attribute; a parametrised one is computed."""
+    found = layer._parameters.get(name)
+    return getattr(layer, name) if found is None else found
+
+
 def _option(opt: Any, name: str) -> Any:
     if not hasattr(opt, name):
         raise ValueError(
@@ -193,11 +199,15 @@ class PatchSampleF(nn.Module):
         """Return the weights of the first `layers` MLPs in the form that `project_patches` takes; None without MLPs."""
         if not self.use_mlp:
             return None
-        if not hasattr(self, f"mlp_{layers - 1}"):
-            have = sum(name.startswith("mlp_") for name in self._modules)
+        modules = self._modules
+        if f"mlp_{layers - 1}" not in modules:
+            have = sum(name.startswith("mlp_") for name in modules)
             raise ValueError(f"{layers} layers were given, but the projector has MLPs for {have}")
-        found = [self.get_submodule(f"mlp_{layer}") for layer in range(layers)]
-        return [(mlp[0].weight, mlp[0].bias, mlp[2].weight, mlp[2].bias) for mlp in found]  # type: ignore[index]
+        found = []
+        for layer in range(layers):
+            first, _, second = modules[f"mlp_{layer}"]._modules.values()  # type: ignore[union-attr]
+            found.append((_own(first, "weight"), _own(first, "bias"), _own(second, "weight"), _own(second, "bias")))
+        return found
 
     def forward(
         self, feats: Sequence[Tensor], num_patches: int = 256, patch_ids: Sequence[Tensor] | None = None

@@ -1,0 +1,343 @@
+"""Sampling, projection and the whole loss from maps, outside of tracers: one plan forward, one backward.
+
+`triton_maps` computes the same through operators that a compiler can trace. Here the host does less: ids are drawn in
+the plan, what the backward needs is one tensor, and a call like an earlier one is not checked again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...common.autograd import FirstOrderOnly, fast_apply
+from ...common.operators import untraced
+from ...common.precision import autocast_dtype
+from ...kernels import nce, project, project_backward, sample
+from ...kernels.common import dense_rows, fp32_precision
+from ...kernels.plan import INTERPRETED, Field, Plan, State
+from ...kernels.planned import layout, plan_cache, plan_of, planned
+from ...kernels.project_backward import MapLayout, map_layout
+from ...kernels.weight_gradient import weight_views
+
+
+@planned(products="matmul")
+def _forward(
+    query_maps: Sequence[Tensor],
+    key_maps: Sequence[Tensor],
+    query_mlp: Sequence[Tensor],
+    key_mlp: Sequence[Tensor],
+    ids: Sequence[Tensor],
+    seeds: Tensor | None,
+    *,
+    patches: int,
+    temperatures: tuple[float, ...],
+    groups: int,
+    directions: int,
+    dtype: torch.dtype,
+    gradient: bool,
+) -> tuple[Tensor, State | None]:
+    """The loss (directions,) of drawn (`seeds`) or given ids, and what `_backward` needs."""
+    layers = len(query_maps)
+    drawn: list[Tensor] = []
+    if seeds is not None:
+        sets, counts = seeds.shape[1], [m.shape[2] * m.shape[3] for m in query_maps]
+        flat = sample.draw_ids(seeds, counts, patches)
+        parts = flat.split([sets * min(patches, count) for count in counts])
+        ids = drawn = [part.view(sets, -1) for part in parts]
+    units, *saved = project.project(
+        [*query_maps, *key_maps], [*ids, *ids], [*query_mlp, *key_mlp], dtype, layers if gradient else 0
+    )
+    grouped = [u.unflatten(0, (groups, -1)) for u in units]
+    loss, _, _, d_units = nce.nce_forward(
+        grouped[:layers], grouped[layers:], [], [], [], temperatures, unit=True, gradient=gradient, statistics=False
+    )
+    mean = nce.mean_by_direction(loss, [u.shape[0] for u in units[:layers]], directions)
+    if not gradient:
+        return mean, None
+    return mean, State((*units[:layers], *(d.flatten(0, 1) for d in d_units), *saved, *drawn))
+
+
+@planned(products="matmul")
+def _project(
+    maps: Sequence[Tensor], mlp: Sequence[Tensor], ids: Sequence[Tensor], *, dtype: torch.dtype, gradient: bool
+) -> tuple[list[Tensor], State | None]:
+    """The unit rows of each layer, and what `_backward` needs beside them."""
+    units, *saved = project.project(maps, ids, mlp, dtype, len(maps) if gradient else 0)
+    return units, State(tuple(saved)) if gradient else None
+
+
+@planned(products="matmul")
+def _backward(
+    buffer: Tensor,
+    state: Tensor,
+    upstream: Tensor | None,
+    d_units: Sequence[Tensor],
+    units: Sequence[Tensor],
+    ids: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    *,
+    fields: tuple[Field, ...],
+    layouts: tuple[MapLayout, ...],
+    directions: int,
+    distinct: bool,
+    wanted: tuple[bool, ...],
+    weights_wanted: bool,
+) -> list[Tensor]:
+    """Write the gradients of the maps into the zeroed buffer; return those of weight1, bias1, ... of each layer.
+
+    `weights`: weight1 and weight2 of each layer. The other tensors that are not given are in the state.
+    """
+    layers = len(layouts)
+    stored = [field.of(state) for field in fields]
+    if not units:
+        units, d_units, stored = stored[:layers], stored[layers : 2 * layers], stored[2 * layers :]
+    length, x, hidden, *drawn = stored
+    mlp = []
+    for weight1, weight2 in zip(weights[::2], weights[1::2], strict=True):
+        # only the shapes of biases are needed
+        mlp += [weight1, weight1.new_empty(weight1.shape[0]), weight2, weight2.new_empty(weight2.shape[0])]
+    flat = project_backward.into_buffer(
+        buffer, d_units, upstream, directions, layouts, ids or drawn, mlp, units, length, x, hidden,
+        distinct=distinct, wanted=wanted, weights_wanted=weights_wanted,
+    )  # fmt: skip
+    return weight_views(flat, mlp) if weights_wanted else []
+
+
+class _Gradients(NamedTuple):
+    """How the gradients of one kind of backward pass are computed."""
+
+    plan: Plan
+    bytes: int
+    views: tuple[tuple[torch.dtype, tuple[int, ...], tuple[int, ...], int] | None, ...]
+    """dtype, shape, strides and offset of the gradient of each map in the buffer; None for one that is not wanted."""
+
+
+class _Entry:
+    """The plan of a forward pass, and those of its backward passes."""
+
+    def __init__(self, forward: Plan, maps: Sequence[Tensor], directions: int, distinct: bool, sets: int = 0) -> None:
+        self.forward, self.sets = forward, sets
+        self.layouts = tuple(map_layout(m) for m in maps)
+        self.directions, self.distinct = directions, distinct
+        self.backward: dict[Any, _Gradients | None] = {}
+
+    def gradients(
+        self, state: Tensor, upstream: Tensor | None, rows: Sequence[Sequence[Tensor]], wanted: Sequence[bool]
+    ) -> tuple[list[Tensor | None], list[Tensor]]:
+        """The gradients of the maps (None for those that are not wanted) and of the weights, if any is wanted.
+
+        `rows`: gradients of unit rows, unit rows, ids, weights.
+        """
+        arriving = rows[0] if upstream is None else (upstream,)
+        key = (*wanted, *map(layout, arriving))
+        if key not in self.backward:
+            self.backward[key] = self._prepare(state, upstream, rows, wanted)
+        found = self.backward[key]
+        assert found is not None
+        buffer = torch.zeros(found.bytes, dtype=torch.uint8, device=state.device)
+        given = [buffer, state, *(() if upstream is None else arriving), *(x for xs in rows for x in xs)]
+        weights = found.plan.replay(given)
+        typed = {one[0]: buffer.view(one[0]) for one in found.views if one is not None}
+        return [None if v is None else typed[v[0]].as_strided(*v[1:]) for v in found.views], weights
+
+    def _prepare(self, state, upstream, rows, wanted) -> _Gradients:
+        of_maps, layers = tuple(wanted[: len(self.layouts)]), len(self.layouts)
+        views: list[Any] = []
+        size = 0
+        for m, want in zip(self.layouts, of_maps, strict=True):
+            shape = m[:4]
+            views.append((m.dtype, shape, m.strides(), size // m.dtype.itemsize) if want else None)
+            size += m.bytes() if want else 0
+        buffer = torch.zeros(size, dtype=torch.uint8, device=state.device)
+        plan = plan_of(
+            _backward, buffer, state, upstream, *rows, fields=self.forward.state, layouts=self.layouts,
+            directions=self.directions, distinct=self.distinct, wanted=of_maps, weights_wanted=any(wanted[layers:]),
+        )  # fmt: skip
+        assert plan is not None  # the forward pass has one
+        return _Gradients(plan, size, tuple(views))
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, entry, constants, count, *leaves):
+        key_maps, key_mlp, ids, seeds = constants
+        maps, mlp = leaves[:count], leaves[count:]
+        given = [*maps, *key_maps, *mlp, *key_mlp, *ids, *([] if seeds is None else [seeds])]
+        mean, state = entry.forward.replay(given)
+        ctx.entry, ctx.count = entry, count
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(mean, state, *ids, *mlp[::2])
+        return mean
+
+    @staticmethod
+    def backward(ctx, upstream):
+        if upstream is None:
+            return (None,) * len(ctx.needs_input_grad)
+        mean, state, *others = ctx.saved_tensors
+        entry, wanted = ctx.entry, ctx.needs_input_grad[3:]
+        weights = (len(wanted) - ctx.count) // 2
+        ids, weights = others[: len(others) - weights], others[len(others) - weights :]
+        enabled = torch.is_grad_enabled()
+        with torch.no_grad():
+            maps, mlp = entry.gradients(state, upstream.detach(), ((), (), ids, weights), wanted)
+        return _once(ctx, enabled, (mean, upstream), maps, mlp, weights)
+
+
+class _Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, entry, ids, count, *leaves):
+        units, state = entry.forward.replay([*leaves, *ids])
+        ctx.entry, ctx.count = entry, count
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(state, *units, *ids, *leaves[count::2])
+        return tuple(units)
+
+    @staticmethod
+    def backward(ctx, *upstream):
+        state, *others = ctx.saved_tensors
+        entry, count, wanted = ctx.entry, ctx.count, ctx.needs_input_grad[3:]
+        units, ids, weights = others[:count], others[count : 2 * count], others[2 * count :]
+        enabled = torch.is_grad_enabled()
+        with torch.no_grad():
+            d_units = [
+                torch.zeros_like(u) if d is None else dense_rows(d) for d, u in zip(upstream, units, strict=True)
+            ]
+            maps, mlp = entry.gradients(state, None, (d_units, units, ids, weights), wanted)
+        return _once(ctx, enabled, (*units, *(d for d in upstream if d is not None)), maps, mlp, weights)
+
+
+def _once(ctx, enabled: bool, sources: Sequence[Tensor], maps, mlp, weights) -> tuple[Any, ...]:
+    """The gradients in the order of the inputs; a derivative of them is an error."""
+    if mlp and mlp[0].dtype is not weights[0].dtype:
+        mlp = [g.to(weights[0].dtype) for g in mlp]
+    gradients = [*maps, *(mlp or [None] * (2 * len(weights)))]
+    if enabled:
+        gradients = [None if g is None else FirstOrderOnly.apply(g, *sources) for g in gradients]
+    return None, None, None, *gradients
+
+
+_loss, _rows = fast_apply(_Loss), fast_apply(_Rows)
+_ENTRIES = plan_cache()
+
+
+def usable(maps: Sequence[Tensor]) -> bool:
+    """Whether calls with these maps can be planned: a list of maps on a device with kernels, and nothing traces."""
+    if type(maps) not in (list, tuple) or not maps:
+        return False
+    first = maps[0]
+    return untraced(first) and (first.is_cuda or INTERPRETED)
+
+
+def _key(settings: tuple[Any, ...], *lists: Sequence[Tensor]) -> tuple[Any, ...] | None:
+    """All that the checks and plans of a call depend on; None for something else than lists of tensors."""
+    key = [settings, fp32_precision("cuda", "matmul"), autocast_dtype(lists[0][0])]
+    try:
+        for tensors in lists:
+            key.append(len(tensors))
+            for t in tensors:
+                key += (t.shape, t.stride(), t.dtype, t.get_device(), t.data_ptr() & 15 == 0)
+    except (AttributeError, TypeError):
+        return None
+    return tuple(key)
+
+
+def needs_gradient(*lists: Sequence[Tensor]) -> bool:
+    """Whether autograd records an operation on these tensors."""
+    return torch.is_grad_enabled() and any(t.requires_grad for tensors in lists for t in tensors)
+
+
+class LossCall(NamedTuple):
+    """The tensors of one call of `PatchNCEHead`: maps, all weights in turn, and ids (none if they are drawn)."""
+
+    query_maps: Sequence[Tensor]
+    key_maps: Sequence[Tensor]
+    query_mlp: Sequence[Tensor]
+    key_mlp: Sequence[Tensor]
+    ids: Sequence[Tensor]
+    """(sets, patches) per layer."""
+    settings: tuple[Any, ...]
+    """What else the result depends on, as hashable values."""
+
+    def key(self, gradient: bool) -> tuple[Any, ...] | None:
+        return _key((self.settings, gradient), *self[:5])
+
+    def repeat(self) -> Tensor | None:
+        """The loss (directions,) if a like call has been planned; else None.
+
+        Checks and choices of a call depend only on types, shapes, dtypes and devices. They cost more CPU time than the
+        launches, and are not made again.
+        """
+        if not usable(self.query_maps) or (self.ids and not self.ids[0].is_cuda):  # ids on a CPU are always checked
+            return None
+        gradient = needs_gradient(self.query_maps, self.query_mlp)
+        entry = _ENTRIES.get(self.key(gradient))
+        return None if entry is None else self._run(entry, gradient)
+
+    def plan(
+        self, *, sets: int, patches: int, temperatures: Sequence[float], groups: int, directions: int,
+        dtype: torch.dtype,
+    ) -> Tensor | None:  # fmt: skip
+        """Plan a call that has passed its checks and return its loss; None if it cannot be planned."""
+        if not usable(self.query_maps) or not all(w.is_contiguous() for w in (*self.query_mlp, *self.key_mlp)):
+            return None
+        gradient, drawn = needs_gradient(self.query_maps, self.query_mlp), not self.ids
+        forward = plan_of(
+            _forward, *self[:5], self._seeds(sets) if drawn else None,
+            patches=patches, temperatures=tuple(temperatures), groups=groups, directions=directions, dtype=dtype,
+            gradient=gradient,
+        )  # fmt: skip
+        if forward is None:
+            return None
+        entry = _Entry(forward, self.query_maps, directions, drawn, sets if drawn else 0)
+        if (key := self.key(gradient)) is not None:
+            _ENTRIES[key] = entry
+        return self._run(entry, gradient)
+
+    def _seeds(self, sets: int) -> Tensor:
+        return torch.randint(2**62, (len(self.query_maps), sets), device=self.query_maps[0].device)
+
+    def _run(self, entry: _Entry, gradient: bool) -> Tensor:
+        seeds = self._seeds(entry.sets) if entry.sets else None
+        constants = self.key_maps, self.key_mlp, self.ids, seeds
+        if gradient:
+            return _loss(entry, constants, len(self.query_maps), *self.query_maps, *self.query_mlp)
+        given = [*self.query_maps, *self.key_maps, *self.query_mlp, *self.key_mlp, *self.ids]
+        return entry.forward.replay(given if seeds is None else [*given, seeds])[0]
+
+
+class RowsCall(NamedTuple):
+    """The tensors of one call of `project_patches`: maps, all weights in turn, and ids (sets, patches)."""
+
+    maps: Sequence[Tensor]
+    mlp: Sequence[Tensor]
+    ids: Sequence[Tensor]
+    settings: tuple[Any, ...]
+
+    def repeat(self) -> list[Tensor] | None:
+        """As `LossCall.repeat`: the unit rows of each layer."""
+        if not usable(self.maps) or not self.ids[0].is_cuda:
+            return None
+        gradient = needs_gradient(self.maps, self.mlp)
+        entry = _ENTRIES.get(_key((self.settings, gradient), *self[:3]))
+        return None if entry is None else self._run(entry, gradient)
+
+    def plan(self, *, dtype: torch.dtype, distinct: bool) -> list[Tensor] | None:
+        """Plan a call that has passed its checks and return its rows; None if it cannot be planned."""
+        if not usable(self.maps) or not all(w.is_contiguous() for w in self.mlp):
+            return None
+        gradient = needs_gradient(self.maps, self.mlp)
+        forward = plan_of(_project, *self[:3], dtype=dtype, gradient=gradient)
+        if forward is None:
+            return None
+        entry = _Entry(forward, self.maps, 1, distinct)
+        if (key := _key((self.settings, gradient), *self[:3])) is not None:
+            _ENTRIES[key] = entry
+        return self._run(entry, gradient)
+
+    def _run(self, entry: _Entry, gradient: bool) -> list[Tensor]:
+        if gradient:
+            return list(_rows(entry, self.ids, len(self.maps), *self.maps, *self.mlp))
+        return entry.forward.replay([*self.maps, *self.mlp, *self.ids])[0]
