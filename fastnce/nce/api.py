@@ -218,7 +218,7 @@ def project_patches(
     """
     call = None if check_ids else _call(maps, patch_ids, mlps, (distinct_ids, implementation))
     if call is not None and (found := call.repeat()) is not None:
-        return found
+        return found[0]
     checks.maps("maps", maps)
     checks.ids(patch_ids, maps, check_ids)
     if mlps is not None:
@@ -227,7 +227,7 @@ def project_patches(
     choice, dtypes = choose_maps(implementation, maps, mlps, max(i.shape[1] for i in ids))
     if choice.triton:
         if call is not None and (found := call.plan(dtype=dtypes[0], distinct=distinct_ids)) is not None:
-            return found
+            return found[0]
         return triton_maps.project_rows(maps, ids, mlps, dtypes[0], distinct_ids)
     rows = []
     for layer, (feature_map, given, dtype) in enumerate(zip(maps, ids, dtypes, strict=True)):

@@ -99,7 +99,7 @@ class PatchNCEHead(PatchSampleF):
     def _sets(self, images: int, directions: int) -> int:
         return images if self.ids_per_image else directions
 
-    def _call(self, query_maps, key_maps, mlps: MLPs, key_mlps: MLPs, patch_ids, directions) -> Any:
+    def _loss_call(self, query_maps, key_maps, mlps: MLPs, key_mlps: MLPs, patch_ids, directions) -> Any:
         """The call as `planned_maps` takes it; None if it is traced, or if there are no kernels."""
         if planned_maps is None or torch.compiler.is_compiling() or type(directions) is not int:
             return None
@@ -153,7 +153,7 @@ class PatchNCEHead(PatchSampleF):
         plain = self.weighting is None and not self.symmetric
         call = None
         if plain and self.others is None:
-            call = self._call(query_maps, key_maps, mlps, key_mlps, patch_ids, directions)
+            call = self._loss_call(query_maps, key_maps, mlps, key_mlps, patch_ids, directions)
             if call is not None and (means := call.repeat()) is not None:
                 return means if directions > 1 else means.view(())
         images = self.images_of(query_maps, key_maps, projected=mlps is not None and key_mlps is not None)

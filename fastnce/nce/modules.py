@@ -18,6 +18,7 @@ from ..common.initialise import INIT_TYPES, init_weights
 from ..common.messages import shown
 from . import checks
 from .api import NEGATIVES, Negatives, patch_nce, project_patches, sample_patch_ids
+from .impl.dispatch import choose_maps, planned_maps
 from .impl.rows import normalize_rows
 
 MLPs = list[tuple[Tensor, Tensor, Tensor, Tensor]] | None
@@ -227,6 +228,9 @@ class PatchSampleF(nn.Module):
         Raises:
             ValueError: maps or ids that do not fit; no MLPs are created then.
         """
+        call = self._rows_call(feats, num_patches, patch_ids)
+        if call is not None and (found := call.repeat()) is not None:
+            return found[0], found[1] or list(patch_ids or ())
         checks.maps("feats", feats)
         num_patches = checks.count("num_patches", num_patches, least=0)
         given = None if patch_ids is None or num_patches == 0 else checks.whole_ids(patch_ids, feats)
@@ -237,11 +241,39 @@ class PatchSampleF(nn.Module):
         if num_patches == 0:
             return self._whole_maps(feats), [torch.empty(0, dtype=torch.long) for _ in feats]
         # Draw after creating the MLPs, as published, so that a seed gives the published weights.
+        call = call or self._rows_call(feats, num_patches, patch_ids)
+        if call is not None and (found := self._plan_rows(call, feats, num_patches, given)) is not None:
+            return found[0], found[1] or list(given or ())
         ids = given or [sample_patch_ids(f.shape[2] * f.shape[3], num_patches, device=f.device) for f in feats]
         rows = project_patches(
             feats, ids, self.mlps(len(feats)), distinct_ids=given is None, implementation=self.implementation
         )
         return rows, ids
+
+    def _rows_call(self, feats: Any, num_patches: Any, patch_ids: Any) -> Any:
+        """The call as `planned_maps` takes it; None if it is traced, or if rows or MLPs do not exist yet."""
+        if planned_maps is None or torch.compiler.is_compiling() or not planned_maps.usable(feats):
+            return None
+        if type(num_patches) is not int or num_patches < 1 or (self.use_mlp and not self.mlp_init):
+            return None
+        ids: list[Tensor] = []
+        if patch_ids is not None:
+            if not all(isinstance(i, Tensor) and i.dtype is torch.int64 for i in patch_ids):
+                return None
+            ids = [i[None] if i.dim() == 1 else i for i in patch_ids]
+        weights = [w for mlp in self.mlps(len(feats)) or () for w in mlp]
+        return planned_maps.RowsCall(feats, weights, ids, ("sampler", num_patches, self.implementation))
+
+    def _plan_rows(self, call: Any, feats: Sequence[Tensor], num_patches: int, given: list[Tensor] | None) -> Any:
+        """Plan the call if the kernels compute it; else return None."""
+        mlps = self.mlps(len(feats))
+        if given is not None:
+            checks.ids(given, feats)
+        if mlps is not None:
+            checks.mlps(mlps, feats)
+        patches = num_patches if given is None else max(i.shape[-1] for i in given)
+        choice, dtypes = choose_maps(self.implementation, feats, mlps, patches)
+        return call.plan(dtype=dtypes[0], distinct=given is None, patches=num_patches) if choice.triton else None
 
     def _whole_maps(self, feats: Sequence[Tensor]) -> list[Tensor]:
         mlps = self.mlps(len(feats))

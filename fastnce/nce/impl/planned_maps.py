@@ -23,6 +23,13 @@ from ...kernels.project_backward import MapLayout, map_layout
 from ...kernels.weight_gradient import weight_views
 
 
+def _drawn(seeds: Tensor, maps: Sequence[Tensor], patches: int) -> list[Tensor]:
+    """Distinct locations of each map, (sets, patches), in one launch."""
+    sets, counts = seeds.shape[1], [m.shape[2] * m.shape[3] for m in maps]
+    flat = sample.draw_ids(seeds, counts, patches)
+    return [part.view(sets, -1) for part in flat.split([sets * min(patches, count) for count in counts])]
+
+
 @planned(products="matmul")
 def _forward(
     query_maps: Sequence[Tensor],
@@ -41,12 +48,8 @@ def _forward(
 ) -> tuple[Tensor, State | None]:
     """The loss (directions,) of drawn (`seeds`) or given ids, and what `_backward` needs."""
     layers = len(query_maps)
-    drawn: list[Tensor] = []
-    if seeds is not None:
-        sets, counts = seeds.shape[1], [m.shape[2] * m.shape[3] for m in query_maps]
-        flat = sample.draw_ids(seeds, counts, patches)
-        parts = flat.split([sets * min(patches, count) for count in counts])
-        ids = drawn = [part.view(sets, -1) for part in parts]
+    drawn = [] if seeds is None else _drawn(seeds, query_maps, patches)
+    ids = ids or drawn
     units, *saved = project.project(
         [*query_maps, *key_maps], [*ids, *ids], [*query_mlp, *key_mlp], dtype, layers if gradient else 0
     )
@@ -62,11 +65,19 @@ def _forward(
 
 @planned(products="matmul")
 def _project(
-    maps: Sequence[Tensor], mlp: Sequence[Tensor], ids: Sequence[Tensor], *, dtype: torch.dtype, gradient: bool
-) -> tuple[list[Tensor], State | None]:
-    """The unit rows of each layer, and what `_backward` needs beside them."""
-    units, *saved = project.project(maps, ids, mlp, dtype, len(maps) if gradient else 0)
-    return units, State(tuple(saved)) if gradient else None
+    maps: Sequence[Tensor],
+    mlp: Sequence[Tensor],
+    ids: Sequence[Tensor],
+    seeds: Tensor | None,
+    *,
+    patches: int,
+    dtype: torch.dtype,
+    gradient: bool,
+) -> tuple[list[Tensor], list[Tensor], State | None]:
+    """The unit rows and the drawn ids of each layer, and what `_backward` needs beside them."""
+    drawn = [] if seeds is None else _drawn(seeds, maps, patches)
+    units, *saved = project.project(maps, ids or drawn, mlp, dtype, len(maps) if gradient else 0)
+    return units, [i.view(-1) for i in drawn], State(tuple(saved)) if gradient else None
 
 
 @planned(products="matmul")
@@ -152,9 +163,12 @@ class _Entry:
             views.append((m.dtype, shape, m.strides(), size // m.dtype.itemsize) if want else None)
             size += m.bytes() if want else 0
         buffer = torch.zeros(size, dtype=torch.uint8, device=state.device)
+        d_units, units, ids, weights = rows
+        ids = [i if i.dim() == 2 else i[None] for i in ids]
         plan = plan_of(
-            _backward, buffer, state, upstream, *rows, fields=self.forward.state, layouts=self.layouts,
-            directions=self.directions, distinct=self.distinct, wanted=of_maps, weights_wanted=any(wanted[layers:]),
+            _backward, buffer, state, upstream, d_units, units, ids, weights,
+            fields=self.forward.state, layouts=self.layouts, directions=self.directions, distinct=self.distinct,
+            wanted=of_maps, weights_wanted=any(wanted[layers:]),
         )  # fmt: skip
         assert plan is not None  # the forward pass has one
         return _Gradients(plan, size, tuple(views))
@@ -188,8 +202,11 @@ class _Loss(torch.autograd.Function):
 
 class _Rows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, entry, ids, count, *leaves):
-        units, state = entry.forward.replay([*leaves, *ids])
+    def forward(ctx, entry, constants, count, *leaves):
+        units, drawn, state = entry.forward.replay([*leaves, *constants])
+        if drawn:
+            constants[:] = drawn  # in place of the seeds
+        ids = constants
         ctx.entry, ctx.count = entry, count
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(state, *units, *ids, *leaves[count::2])
@@ -244,6 +261,10 @@ def _key(settings: tuple[Any, ...], *lists: Sequence[Tensor]) -> tuple[Any, ...]
     return tuple(key)
 
 
+def _seeds(maps: Sequence[Tensor], sets: int) -> Tensor:
+    return torch.randint(2**62, (len(maps), sets), device=maps[0].device)
+
+
 def needs_gradient(*lists: Sequence[Tensor]) -> bool:
     """Whether autograd records an operation on these tensors."""
     return torch.is_grad_enabled() and any(t.requires_grad for tensors in lists for t in tensors)
@@ -285,7 +306,7 @@ class LossCall(NamedTuple):
             return None
         gradient, drawn = needs_gradient(self.query_maps, self.query_mlp), not self.ids
         forward = plan_of(
-            _forward, *self[:5], self._seeds(sets) if drawn else None,
+            _forward, *self[:5], _seeds(self.query_maps, sets) if drawn else None,
             patches=patches, temperatures=tuple(temperatures), groups=groups, directions=directions, dtype=dtype,
             gradient=gradient,
         )  # fmt: skip
@@ -296,11 +317,8 @@ class LossCall(NamedTuple):
             _ENTRIES[key] = entry
         return self._run(entry, gradient)
 
-    def _seeds(self, sets: int) -> Tensor:
-        return torch.randint(2**62, (len(self.query_maps), sets), device=self.query_maps[0].device)
-
     def _run(self, entry: _Entry, gradient: bool) -> Tensor:
-        seeds = self._seeds(entry.sets) if entry.sets else None
+        seeds = _seeds(self.query_maps, entry.sets) if entry.sets else None
         constants = self.key_maps, self.key_mlp, self.ids, seeds
         if gradient:
             return _loss(entry, constants, len(self.query_maps), *self.query_maps, *self.query_mlp)
@@ -309,35 +327,42 @@ class LossCall(NamedTuple):
 
 
 class RowsCall(NamedTuple):
-    """The tensors of one call of `project_patches`: maps, all weights in turn, and ids (sets, patches)."""
+    """The tensors of one call of `project_patches`: maps, all weights in turn, and ids (none if they are drawn)."""
 
     maps: Sequence[Tensor]
     mlp: Sequence[Tensor]
     ids: Sequence[Tensor]
+    """(sets, patches) per layer."""
     settings: tuple[Any, ...]
 
-    def repeat(self) -> list[Tensor] | None:
-        """As `LossCall.repeat`: the unit rows of each layer."""
-        if not usable(self.maps) or not self.ids[0].is_cuda:
+    def repeat(self) -> tuple[list[Tensor], list[Tensor]] | None:
+        """As `LossCall.repeat`: the unit rows of each layer, and the drawn ids (patches,)."""
+        if not usable(self.maps) or (self.ids and not self.ids[0].is_cuda):
             return None
         gradient = needs_gradient(self.maps, self.mlp)
         entry = _ENTRIES.get(_key((self.settings, gradient), *self[:3]))
         return None if entry is None else self._run(entry, gradient)
 
-    def plan(self, *, dtype: torch.dtype, distinct: bool) -> list[Tensor] | None:
-        """Plan a call that has passed its checks and return its rows; None if it cannot be planned."""
+    def plan(self, *, dtype: torch.dtype, distinct: bool, patches: int = 0) -> tuple[list[Tensor], list[Tensor]] | None:
+        """Plan a call that has passed its checks and return its results; None if it cannot be planned.
+
+        `patches`: locations to draw, one set for all images.
+        """
         if not usable(self.maps) or not all(w.is_contiguous() for w in self.mlp):
             return None
         gradient = needs_gradient(self.maps, self.mlp)
-        forward = plan_of(_project, *self[:3], dtype=dtype, gradient=gradient)
+        seeds = None if self.ids else _seeds(self.maps, 1)
+        forward = plan_of(_project, *self[:3], seeds, patches=patches, dtype=dtype, gradient=gradient)
         if forward is None:
             return None
-        entry = _Entry(forward, self.maps, 1, distinct)
+        entry = _Entry(forward, self.maps, 1, distinct or not self.ids, 0 if self.ids else 1)
         if (key := _key((self.settings, gradient), *self[:3])) is not None:
             _ENTRIES[key] = entry
         return self._run(entry, gradient)
 
-    def _run(self, entry: _Entry, gradient: bool) -> list[Tensor]:
-        if gradient:
-            return list(_rows(entry, self.ids, len(self.maps), *self.maps, *self.mlp))
-        return entry.forward.replay([*self.maps, *self.mlp, *self.ids])[0]
+    def _run(self, entry: _Entry, gradient: bool) -> tuple[list[Tensor], list[Tensor]]:
+        constants = [_seeds(self.maps, 1)] if entry.sets else [*self.ids]
+        if not gradient:
+            return entry.forward.replay([*self.maps, *self.mlp, *constants])[:2]
+        rows = list(_rows(entry, constants, len(self.maps), *self.maps, *self.mlp))
+        return rows, constants if entry.sets else []
