@@ -250,13 +250,13 @@ def _call(maps: Any, patch_ids: Any, mlps: Any, settings: tuple[Any, ...]) -> An
     """A call of `project_patches` as `planned_maps` takes it; None if it is traced, malformed or on a CPU."""
     if planned_maps is None or torch.compiler.is_compiling() or not planned_maps.usable(maps):
         return None
-    if type(patch_ids) not in (list, tuple) or not all(isinstance(i, Tensor) for i in patch_ids):
+    ids = planned_maps.given_ids(patch_ids)
+    if not ids:
         return None
     try:
         weights = [w for mlp in mlps or () for w in mlp]
     except TypeError:
         return None
-    ids = [i[None] if i.dim() == 1 else i for i in patch_ids]
     return planned_maps.RowsCall(maps, weights, ids, settings)
 
 

@@ -103,11 +103,8 @@ class PatchNCEHead(PatchSampleF):
         """The call as `planned_maps` takes it; None if it is traced, or if there are no kernels."""
         if planned_maps is None or torch.compiler.is_compiling() or type(directions) is not int:
             return None
-        ids: list[Tensor] = []
-        if patch_ids is not None:
-            if type(patch_ids) not in (list, tuple) or not all(isinstance(i, Tensor) for i in patch_ids):
-                return None
-            ids = [i[None] if i.dim() == 1 else i for i in patch_ids]
+        if (ids := planned_maps.given_ids(patch_ids)) is None:
+            return None
         query_mlp, key_mlp = ([w for four in given or () for w in four] for given in (mlps, key_mlps))
         settings = (
             directions, self.patches, *self.temperatures, self.negatives, self.ids_per_image, self.implementation,

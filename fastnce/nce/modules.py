@@ -256,11 +256,8 @@ class PatchSampleF(nn.Module):
             return None
         if type(num_patches) is not int or num_patches < 1 or (self.use_mlp and not self.mlp_init):
             return None
-        ids: list[Tensor] = []
-        if patch_ids is not None:
-            if not all(isinstance(i, Tensor) and i.dtype is torch.int64 for i in patch_ids):
-                return None
-            ids = [i[None] if i.dim() == 1 else i for i in patch_ids]
+        if (ids := planned_maps.given_ids(patch_ids)) is None:
+            return None
         weights = [w for mlp in self.mlps(len(feats)) or () for w in mlp]
         return planned_maps.RowsCall(feats, weights, ids, ("sampler", num_patches, self.implementation))
 

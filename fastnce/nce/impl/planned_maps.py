@@ -261,6 +261,17 @@ def _key(settings: tuple[Any, ...], *lists: Sequence[Tensor]) -> tuple[Any, ...]
     return tuple(key)
 
 
+def given_ids(patch_ids: Any) -> list[Tensor] | None:
+    """Ids as (sets, patches); empty for None, which draws them; None for anything but a list of int64 tensors."""
+    if patch_ids is None:
+        return []
+    if type(patch_ids) not in (list, tuple):
+        return None
+    if not all(isinstance(i, Tensor) and i.dtype is torch.int64 for i in patch_ids):
+        return None
+    return [i[None] if i.dim() == 1 else i for i in patch_ids]
+
+
 def _seeds(maps: Sequence[Tensor], sets: int) -> Tensor:
     return torch.randint(2**62, (len(maps), sets), device=maps[0].device)
 
