@@ -10,6 +10,8 @@ and fills that the CUDA profiler would count; a stand-in does not report them.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
 import json
 import sys
 import time
@@ -28,7 +30,7 @@ from benchmarks import baselines, machine
 from benchmarks.cases import Context
 from benchmarks.published import Checkout, find_checkouts
 from benchmarks.step import OurStep, _theirs, pictures
-from fastnce import PatchNCEHead, PatchNCELoss, PatchSampleF
+from fastnce import PatchNCEHead, PatchNCELoss, PatchSampleF, accelerate
 
 CHANNELS, SIDES = (3, 128, 256, 256, 256), (262, 256, 128, 64, 64)
 """The maps of CUT's five layers for an image of 256x256."""
@@ -147,16 +149,28 @@ def steps(published: Sequence[Checkout]) -> Iterator[Comparison]:
     """Yield CUT's whole step in float32 without a CUDA graph, beside the published step if there is a checkout."""
     context = Context(device=DEVICE, quick=False, published=list(published))
     a, b = pictures(1, 256, DEVICE)
-    ours = OurStep("cut", context, "fp32", {"compile": False, "graph": False})
-    theirs = next(
-        (
-            partial(_theirs(checkout, "cut", 1, context), a, b)
-            for checkout in published
-            if (checkout.folder / "models" / "cut_model.py").is_file()
-        ),
-        None,
-    )
-    yield Comparison("CUT step, 256x256, batch 1, uncaptured", partial(ours, a, b), theirs, "0.60x", launches=0)
+    ours = partial(OurStep("cut", context, "fp32", {"compile": False, "graph": False}), a, b)
+    theirs: dict[str, Call] = {}
+    for checkout in published:
+        name = "cut" if (checkout.folder / "models" / "cut_model.py").is_file() else "dclgan"
+        theirs.setdefault(name, partial(_theirs(checkout, name, 1, context), a, b))
+    yield Comparison("CUT step, 256x256, batch 1, uncaptured", ours, theirs.get("cut"), "0.60x", launches=0)
+    for checkout in published:
+        name = "cut" if (checkout.folder / "models" / "cut_model.py").is_file() else "dclgan"
+        patched = partial(_theirs(accelerated(checkout.folder), name, 1, context), a, b)
+        yield Comparison(
+            f"{checkout.name}'s own step with fastnce.accelerate", patched, theirs[name], "1.00x", launches=0
+        )
+
+
+def accelerated(folder: Path) -> Checkout:
+    """Return a checkout whose loss and sampler are replaced."""
+    checkout = Checkout(folder)
+    with checkout.active(), contextlib.redirect_stdout(sys.stderr):
+        for module in ("models.patchnce", "models.networks"):
+            if not accelerate.patch(importlib.import_module(module)):
+                raise RuntimeError(f"{folder}: nothing was replaced in {module}")
+    return checkout
 
 
 def measure(comparison: Comparison, rounds: int, seconds: float) -> Row:
