@@ -18,41 +18,24 @@ ANY = 7
 BEYOND_32_BITS = 2**40
 
 COUNTS = frozenset(
-    [
-        "rows",
-        "key_rows",
-        "patches",
-        "locations",
-        "share",
-        "extras",
-        "parts",
-        "tiles",
-        "each",
-        "span",
-        "images",
-        "blocks",
-        "programs",
-        "length",
-        "places",
-        "front",
-        "sets",
-        "side",
-        "per_direction",
-        "direction",
-        "layers",
-        "i_set",
-        "first_block",
-        "first_row",
-        "first_id",
-    ]
+    "locations share direction first_block parts each span images blocks programs length places front sets side".split()
 )
 """Names of arguments and fields of which a kernel needs only the value."""
+
+LOOPS = frozenset(("tiles",))
+"""Names of numbers of passes of a loop. A single pass is a form of its own: it needs fewer registers."""
 
 SIZES = frozenset(("height", "width", "out_height", "out_width", "pixels"))
 """Names of the sizes of a plane. Their multiples of 16 help where loads run along the pixels: without channels-last."""
 
-STRIDES = frozenset(["image", "channel", "y", "x", "m_image", "m_channel", "m_y", "m_x"])
-"""Names of the strides of a map."""
+JOINT = frozenset(
+    "rows key_rows patches extras per_direction i_set first_row first_x first_id first_d_out first_input "
+    "first_out".split()
+)
+"""Names of fields that are multiples of 16 in all problems of a launch, or count as multiples in none."""
+
+STRIDES = frozenset("image channel y x m_image m_channel m_y m_x".split())
+"""Names of the strides of a map. Except for 1, they are multiples of 16 together or not at all."""
 
 
 class Address:
@@ -74,50 +57,53 @@ def specialised(kernel: Any, arguments: Sequence[Any], aligned: Callable[[Tensor
     """Return the arguments of a launch, each integer and tensor replaced by what stands for it.
 
     Args:
-        kernel: a Triton kernel; its arguments are tensors, numbers, and (tuples of) named tuples of both.
+        kernel: a Triton kernel; its arguments are tensors, numbers, named tuples of both, and tuples of these.
         aligned: says whether the address of a tensor is a multiple of 16.
     """
     named = list(zip(kernel.arg_names, arguments, strict=False))
-    sizes = [value for name, value in named if name in SIZES]
-    wide = any(_along_pixels(value) for _, value in named) and all(size % 16 == 0 for size in sizes)
+    wide = any(_along_pixels(value) for _, value in named)
+    wide = wide and all(value % 16 == 0 for name, value in named if name in SIZES)
 
-    def stand_in(name: str, value: Any, promise: bool | None = None) -> Any:
+    def number(name: str, value: int, even: bool) -> int:
+        """`even`: the fields of the same kind are multiples of 16 too."""
+        large = BEYOND_32_BITS if value >= 2**31 else 0
+        if name in LOOPS and value == 1:
+            return 1
+        if name in COUNTS or name in LOOPS or (name in SIZES and not wide):
+            return ANY + large
+        if name in JOINT:
+            return (16 if even else ANY) + large
+        if name in STRIDES:
+            return 1 if value == 1 else (16 if even else ANY) + large
+        return 1 if value == 1 else (16 if value % 16 == 0 else ANY) + large
+
+    def stand_in(name: str, value: Any, even: Callable[[str], bool]) -> Any:
         if isinstance(value, Tensor):
             return Address(value.dtype, aligned(value))
-        if isinstance(value, tuple):
-            return _fields(name, value, stand_in)
-        if isinstance(value, bool) or not isinstance(value, int):
+        if isinstance(value, bool) or not isinstance(value, int | tuple):
             return value
-        if promise is None:
-            promise = value == 1 or value % 16 == 0
-        if name in COUNTS or (name in SIZES and not wide):
-            promise = False
-        return _number(value, promise)
+        if isinstance(value, int):
+            return number(name, value, even(name))
+        names = getattr(value, "_fields", None)
+        if names is None:  # problems, or numbers of a layer each
+            return tuple(stand_in(name, item, lambda field: _all_even(value, field)) for item in value)
+        if STRIDES & {n for n, v in zip(names, value, strict=True) if isinstance(v, int)}:
+            together = _strides_even(names, value)
+            return type(value)(*(stand_in(n, v, lambda _: together) for n, v in zip(names, value, strict=True)))
+        return type(value)(*(stand_in(n, v, even) for n, v in zip(names, value, strict=True)))
 
-    return [stand_in(name, value) for name, value in named]
+    return [stand_in(name, value, lambda _: False) for name, value in named]
 
 
 def _along_pixels(value: Any) -> bool:
     """Whether an argument is a map whose pixels are adjacent in memory."""
-    return getattr(value, "x", None) == 1
+    x = getattr(value, "x", None)
+    return isinstance(x, int) and x == 1
 
 
-def _number(value: int, promise: bool) -> int:
-    if promise and value == 1:
-        return 1
-    return (16 if promise else ANY) + (BEYOND_32_BITS if value >= 2**31 else 0)
+def _all_even(problems: tuple[Any, ...], field: str) -> bool:
+    return all(getattr(problem, field, 1) % 16 == 0 for problem in problems)
 
 
-def _fields(name: str, value: tuple, stand_in: Callable) -> tuple:
-    """Stand-ins of the fields of a named tuple, or of the named tuples of a tuple.
-
-    The strides of a map are multiples of 16 together or not at all: several maps would otherwise have too many forms.
-    """
-    names = getattr(value, "_fields", None)
-    if names is None:
-        return tuple(stand_in(name, item) for item in value)
-    strides = [v for n, v in zip(names, value, strict=True) if n in STRIDES and v != 1]
-    even = all(stride % 16 == 0 for stride in strides)
-    return type(value)(
-        *(stand_in(n, v, v == 1 or even if n in STRIDES else None) for n, v in zip(names, value, strict=True))
-    )
+def _strides_even(names: Sequence[str], value: tuple[Any, ...]) -> bool:
+    return all(v % 16 == 0 for n, v in zip(names, value, strict=True) if n in STRIDES and v != 1)
