@@ -35,14 +35,15 @@ def untraced(tensor: torch.Tensor) -> bool:
     """Whether kernels can be called directly for such a tensor: nothing traces or transforms, and it has memory."""
     return (
         not torch.compiler.is_compiling()
-        and type(tensor) in _PLAIN
+        and type(tensor) in PLAIN
         and not _modes()
         and not _transforms()
         and not tensor.is_meta
     )
 
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+"""Types of tensors without a class of their own, such as those of distributed tensors."""
 _modes = torch._C._len_torch_dispatch_stack
 _transforms = torch._C._are_functorch_transforms_active
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...common.autograd import FirstOrderOnly, fast_apply
-from ...common.operators import untraced
+from ...common.operators import PLAIN, untraced
 from ...common.precision import autocast_dtype
 from ...kernels import nce, project, project_backward, sample
 from ...kernels.common import dense_rows, fp32_precision
@@ -249,12 +249,14 @@ def usable(maps: Sequence[Tensor]) -> bool:
 
 
 def _key(settings: tuple[Any, ...], *lists: Sequence[Tensor]) -> tuple[Any, ...] | None:
-    """All that the checks and plans of a call depend on; None for something else than lists of tensors."""
+    """All that the checks and plans of a call depend on; None for something else than lists of plain tensors."""
     key = [settings, fp32_precision("cuda", "matmul"), autocast_dtype(lists[0][0])]
     try:
         for tensors in lists:
             key.append(len(tensors))
             for t in tensors:
+                if type(t) not in PLAIN:
+                    return None
                 key += (t.shape, t.stride(), t.dtype, t.get_device(), t.data_ptr() & 15 == 0)
     except (AttributeError, TypeError):
         return None
@@ -274,6 +276,11 @@ def given_ids(patch_ids: Any) -> list[Tensor] | None:
 
 def _seeds(maps: Sequence[Tensor], sets: int) -> Tensor:
     return torch.randint(2**62, (len(maps), sets), device=maps[0].device)
+
+
+def _place_of_seeds(maps: Sequence[Tensor], sets: int) -> Tensor:
+    """A tensor like `_seeds`, for a plan: it draws no random numbers."""
+    return torch.empty(len(maps), sets, dtype=torch.int64, device=maps[0].device)
 
 
 def needs_gradient(*lists: Sequence[Tensor]) -> bool:
@@ -317,7 +324,7 @@ class LossCall(NamedTuple):
             return None
         gradient, drawn = needs_gradient(self.query_maps, self.query_mlp), not self.ids
         forward = plan_of(
-            _forward, *self[:5], _seeds(self.query_maps, sets) if drawn else None,
+            _forward, *self[:5], _place_of_seeds(self.query_maps, sets) if drawn else None,
             patches=patches, temperatures=tuple(temperatures), groups=groups, directions=directions, dtype=dtype,
             gradient=gradient,
         )  # fmt: skip
@@ -362,7 +369,7 @@ class RowsCall(NamedTuple):
         if not usable(self.maps) or not all(w.is_contiguous() for w in self.mlp):
             return None
         gradient = needs_gradient(self.maps, self.mlp)
-        seeds = None if self.ids else _seeds(self.maps, 1)
+        seeds = None if self.ids else _place_of_seeds(self.maps, 1)
         forward = plan_of(_project, *self[:3], seeds, patches=patches, dtype=dtype, gradient=gradient)
         if forward is None:
             return None

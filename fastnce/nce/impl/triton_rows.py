@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ...common.autograd import FirstOrderOnly, apply, fast_apply, with_fast_path
-from ...common.operators import operator, untraced
+from ...common.operators import PLAIN, operator, untraced
 from ...kernels import nce, nce_keys
 from ...kernels.common import fp32_precision
+from ...kernels.plan import INTERPRETED
 from ...kernels.planned import plan_cache, plan_of, planned
 
 # InfoNCE of grouped rows
@@ -199,9 +200,9 @@ def remember(queries: Tensor, keys: Tensor, options: dict[str, Any], *settings: 
 def _simple(queries: Tensor, keys: Tensor) -> bool:
     return (
         untraced(queries)
-        and queries.is_cuda
-        and type(keys) in (Tensor, torch.nn.Parameter)
-        and not torch.is_autocast_enabled("cuda")
+        and (queries.is_cuda or INTERPRETED)
+        and type(keys) in PLAIN
+        and not torch.is_autocast_enabled(queries.device.type)
     )
 
 
