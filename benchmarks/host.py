@@ -73,6 +73,13 @@ def losses() -> Iterator[Comparison]:
         lambda: torch.autograd.grad(baselines.cut_loss(q, k).mean(), q),
         "0.30x",
     )
+    ready = torch.empty(256, device=DEVICE), torch.empty(256, 256, device=DEVICE)
+    yield Comparison(
+        "  floor: an autograd function without work in its place",
+        lambda: torch.autograd.grad(_Nothing.apply(q, *ready).mean(), q),
+        lambda: torch.autograd.grad(baselines.cut_loss(q, k).mean(), q),
+        "",
+    )
     maps = [torch.randn(1, c, s, s, device=DEVICE).requires_grad_() for c, s in zip(CHANNELS, SIDES, strict=True)]
     keys = [m.detach() for m in maps]
     sampler = PatchSampleF(use_mlp=True, nc=256, in_channels=CHANNELS).to(DEVICE)
@@ -83,6 +90,13 @@ def losses() -> Iterator[Comparison]:
         lambda: torch.autograd.grad(_plain_classes(sampler, maps, keys), leaves),
         "0.25x",
     )
+    found = [torch.empty_like(leaf) for leaf in leaves]
+    yield Comparison(
+        "  floor: autograd functions without work in their place",
+        lambda: torch.autograd.grad(_nothing_five_times(maps, leaves, found, *ready), leaves),
+        lambda: torch.autograd.grad(_plain_classes(sampler, maps, keys), leaves),
+        "",
+    )
     head = PatchNCEHead(CHANNELS, dim=256, patches=256, temperature=0.07).to(DEVICE)
     both = [torch.randn(2, c, s, s, device=DEVICE).requires_grad_() for c, s in zip(CHANNELS, SIDES, strict=True)]
     both_keys, both_leaves, mlps = [m.detach() for m in both], [*both, *head.parameters()], head.mlps(5)
@@ -92,6 +106,40 @@ def losses() -> Iterator[Comparison]:
         lambda: torch.autograd.grad(baselines.chain(both, both_keys, mlps).sum(), both_leaves),
         "0.15x",
     )
+
+
+class _Nothing(torch.autograd.Function):
+    """What a fused loss costs before it does anything: a result, a saved gradient, its product with the upstream."""
+
+    @staticmethod
+    def forward(ctx, rows, result, gradient):
+        ctx.save_for_backward(gradient)
+        return result.view_as(result)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return ctx.saved_tensors[0] * upstream[:, None], None, None
+
+
+class _NothingSampled(torch.autograd.Function):
+    """The same for a sampler: `count` rows from all maps and weights, whose gradients are there already."""
+
+    @staticmethod
+    def forward(ctx, rows, count, gradients, *leaves):
+        ctx.gradients = gradients
+        return tuple(rows.view_as(rows) for _ in range(count))
+
+    @staticmethod
+    def backward(ctx, *_):
+        return None, None, None, *ctx.gradients
+
+
+def _nothing_five_times(maps, leaves, found, result: Tensor, gradient: Tensor) -> Tensor:
+    rows = _NothingSampled.apply(gradient, len(maps), found, *leaves)
+    total = torch.zeros((), device=DEVICE)
+    for one in rows:
+        total = total + _Nothing.apply(one, result, gradient).mean()
+    return total / len(rows)
 
 
 def _classes(sampler: PatchSampleF, loss: PatchNCELoss, maps: Sequence[Tensor], keys: Sequence[Tensor]) -> Tensor:

@@ -18,7 +18,7 @@ from ..common.initialise import INIT_TYPES, init_weights
 from ..common.messages import shown
 from . import checks
 from .api import NEGATIVES, Negatives, patch_nce, project_patches, sample_patch_ids
-from .impl.dispatch import choose_maps, planned_maps
+from .impl.dispatch import choose_maps, planned_maps, triton_rows
 from .impl.rows import normalize_rows
 
 MLPs = list[tuple[Tensor, Tensor, Tensor, Tensor]] | None
@@ -70,10 +70,15 @@ class PatchNCELoss(nn.Module):
 
     def forward(self, feat_q: Tensor, feat_k: Tensor, images: int | None = None) -> Tensor:
         """Return the losses (rows,) of two (rows, dim). `images`: the batch size, if it differs from the options'."""
+        images = self.images if images is None else images
+        if triton_rows is not None and type(images) is int:  # most calls are like an earlier one
+            settings = images, self.negatives, self.temperature, False, self.implementation
+            if (found := triton_rows.repeated(feat_q, feat_k, *settings)) is not None:
+                return found
         return patch_nce(
             feat_q,
             feat_k,
-            images=self.images if images is None else images,
+            images=images,
             negatives=self.negatives,
             temperature=self.temperature,
             reduction="none",
@@ -82,12 +87,6 @@ class PatchNCELoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}, negatives={self.negatives!r}"
-
-
-def _own(layer: Any, name: str) -> Tensor:
-    """A parameter, found faster than by an attribute; a parametrised one is computed."""
-    found = layer._parameters.get(name)
-    return getattr(layer, name) if found is None else found
 
 
 def _option(opt: Any, name: str) -> Any:
@@ -207,7 +206,11 @@ class PatchSampleF(nn.Module):
         found = []
         for layer in range(layers):
             first, _, second = modules[f"mlp_{layer}"]._modules.values()  # type: ignore[union-attr]
-            found.append((_own(first, "weight"), _own(first, "bias"), _own(second, "weight"), _own(second, "bias")))
+            try:  # parameters themselves are found faster than attributes
+                a, b = first._parameters, second._parameters  # type: ignore[union-attr]
+                found.append((a["weight"], a["bias"], b["weight"], b["bias"]))
+            except KeyError:  # a parametrised weight is computed
+                found.append((first.weight, first.bias, second.weight, second.bias))  # type: ignore[union-attr]
         return found
 
     def forward(

@@ -145,9 +145,9 @@ class _ConstantKeys(torch.autograd.Function):
     def forward(ctx, queries, compute):
         loss, positive, gradient = compute()
         ctx.save_for_backward(queries, gradient)
-        ctx.set_materialize_grads(False)
         if positive is loss:
             return loss
+        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(positive)
         return loss, positive
 
@@ -160,7 +160,7 @@ class _ConstantKeys(torch.autograd.Function):
             gradient = (gradient * upstream.detach()[:, None]).to(queries.dtype)
             sources = [leaf for leaf in (queries, upstream) if leaf.requires_grad]
             return FirstOrderOnly.apply(gradient, *sources), None
-        gradient = gradient * upstream[:, None]
+        gradient = gradient * upstream.unsqueeze(1)
         if gradient.dtype is not queries.dtype:
             gradient = gradient.to(queries.dtype)
         return gradient, None
