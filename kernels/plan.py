@@ -52,8 +52,8 @@ class State(NamedTuple):
 class Plan(NamedTuple):
     """What a planned function does for tensors of one layout."""
 
-    index: int
-    """Of the CUDA device."""
+    device: int
+    """The index of the CUDA device."""
     allocations: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]
     launches: tuple[Launch, ...]
     result: Callable[[list[Tensor]], Any]
@@ -67,10 +67,10 @@ class Plan(NamedTuple):
                 tensors.append(torch.empty_strided(size, stride, dtype=dtype))
             for kernel, run, _, options, blocks, arguments in self.launches:
                 run(kernel, blocks, arguments(tensors), options)
-        elif torch._C._cuda_getDevice() == self.index:
+        elif torch._C._cuda_getDevice() == self.device:
             self._launch(tensors)
         else:
-            with torch.cuda.device(self.index):
+            with torch.cuda.device(self.device):
                 self._launch(tensors)
         return self.result(tensors)
 
@@ -78,7 +78,7 @@ class Plan(NamedTuple):
         for size, stride, dtype in self.allocations:
             tensors.append(_empty_strided(size, stride, dtype))
         addresses = [tensor.data_ptr() for tensor in tensors]
-        stream = torch._C._cuda_getCurrentRawStream(self.index)
+        stream = torch._C._cuda_getCurrentRawStream(self.device)
         if _hooked(_RUNTIME.launch_enter_hook) or _hooked(_RUNTIME.launch_exit_hook):  # a profiler
             for kernel, _, _, _, blocks, arguments in self.launches:
                 kernel[(blocks, 1, 1)](*arguments(addresses), stream=stream)
@@ -88,7 +88,7 @@ class Plan(NamedTuple):
 
 
 _RUNTIME = triton.knobs.runtime
-_empty_strided = torch._C._dynamo.guards._empty_strided_cuda
+_empty_strided = torch._C._dynamo.guards._empty_strided_cuda  # type: ignore[attr-defined]
 """The allocation that compiled code uses, on the current device: half the CPU time of `torch.empty_strided`."""
 
 

@@ -122,7 +122,7 @@ class _Slots:
                 number, base = self._place[_storage(tensor)]
                 if number != self._state_number:
                     raise NotPlannable("a state contains an argument or a result")
-                offset = base + tensor.storage_offset() * tensor.element_size()
+                offset = int(base + tensor.storage_offset() * tensor.element_size())
                 self.state.append(Field(offset, _extent(tensor), tuple(tensor.shape), tensor.stride(), tensor.dtype))
 
     def add_scratch(self, launches: Any) -> None:
@@ -225,4 +225,4 @@ def _extent(tensor: Tensor) -> int:
     if tensor.numel() == 0:
         return 0
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (last + 1) * tensor.element_size()
+    return int((last + 1) * tensor.element_size())

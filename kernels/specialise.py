@@ -17,24 +17,25 @@ ANY = 7
 """Stands for an integer of which nothing is promised."""
 BEYOND_32_BITS = 2**40
 
-COUNTS = frozenset(
-    "locations share direction first_block parts each span images blocks programs length places front sets side".split()
-)
+COUNTS = {
+    "locations", "share", "direction", "first_block", "parts", "each", "span", "images", "blocks", "programs",
+    "length", "places", "front", "sets", "side",
+}  # fmt: skip
 """Names of arguments and fields of which a kernel needs only the value."""
 
-LOOPS = frozenset(("tiles",))
+LOOPS = {"tiles"}
 """Names of numbers of passes of a loop. A single pass is a form of its own: it needs fewer registers."""
 
-SIZES = frozenset(("height", "width", "out_height", "out_width", "pixels"))
+SIZES = {"height", "width", "out_height", "out_width", "pixels"}
 """Names of the sizes of a plane. Their multiples of 16 help where loads run along the pixels: without channels-last."""
 
-JOINT = frozenset(
-    "rows key_rows patches extras per_direction i_set first_row first_x first_id first_d_out first_input "
-    "first_out".split()
-)
+JOINT = {
+    "rows", "key_rows", "patches", "extras", "per_direction", "i_set", "first_row", "first_x", "first_id",
+    "first_d_out", "first_input", "first_out",
+}  # fmt: skip
 """Names of fields that are multiples of 16 in all problems of a launch, or count as multiples in none."""
 
-STRIDES = frozenset("image channel y x m_image m_channel m_y m_x".split())
+STRIDES = {"image", "channel", "y", "x", "m_image", "m_channel", "m_y", "m_x"}
 """Names of the strides of a map. Except for 1, they are multiples of 16 together or not at all."""
 
 

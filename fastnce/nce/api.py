@@ -16,7 +16,7 @@ from ..common.dispatch import Implementation, operators
 from ..common.precision import autocast_dtype, without_autocast
 from . import checks
 from .impl import eager
-from .impl.dispatch import choose_maps, choose_rows, planned_maps, triton_maps, triton_rows
+from .impl.dispatch import choose_maps, choose_rows, planned_calls, triton_maps, triton_rows
 from .impl.rows import gather_patches, mlp, normalize_rows
 from .weights import Weights
 
@@ -247,17 +247,17 @@ def project_patches(
 
 
 def _call(maps: Any, patch_ids: Any, mlps: Any, settings: tuple[Any, ...]) -> Any:
-    """A call of `project_patches` as `planned_maps` takes it; None if it is traced, malformed or on a CPU."""
-    if planned_maps is None or torch.compiler.is_compiling() or not planned_maps.usable(maps):
+    """A call of `project_patches` as `planned_calls` takes it; None if it is traced, malformed or on a CPU."""
+    if planned_calls is None or torch.compiler.is_compiling() or not planned_calls.usable(maps):
         return None
-    ids = planned_maps.given_ids(patch_ids)
+    ids = planned_calls.given_ids(patch_ids)
     if not ids:
         return None
     try:
         weights = [w for mlp in mlps or () for w in mlp]
     except TypeError:
         return None
-    return planned_maps.RowsCall(maps, weights, ids, settings)
+    return planned_calls.RowsCall(maps, weights, ids, settings)
 
 
 def products(dtype: torch.dtype, device: torch.device) -> str:

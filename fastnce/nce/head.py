@@ -17,7 +17,7 @@ from ..common.messages import shown
 from ..common.precision import autocast_dtype
 from . import checks
 from .api import NEGATIVES, Negatives, patch_nce, project_patches, sample_patch_ids
-from .impl.dispatch import choose_maps, planned_maps, triton_maps
+from .impl.dispatch import choose_maps, planned_calls, triton_maps
 from .modules import MLPs, PatchSampleF
 from .weights import Weighting, Weights
 
@@ -100,17 +100,17 @@ class PatchNCEHead(PatchSampleF):
         return images if self.ids_per_image else directions
 
     def _loss_call(self, query_maps, key_maps, mlps: MLPs, key_mlps: MLPs, patch_ids, directions) -> Any:
-        """The call as `planned_maps` takes it; None if it is traced, or if there are no kernels."""
-        if planned_maps is None or torch.compiler.is_compiling() or type(directions) is not int:
+        """The call as `planned_calls` takes it; None if it is traced, or if there are no kernels."""
+        if planned_calls is None or torch.compiler.is_compiling() or type(directions) is not int:
             return None
-        if (ids := planned_maps.given_ids(patch_ids)) is None:
+        if (ids := planned_calls.given_ids(patch_ids)) is None:
             return None
         query_mlp, key_mlp = ([w for four in given or () for w in four] for given in (mlps, key_mlps))
         settings = (
             directions, self.patches, *self.temperatures, self.negatives, self.ids_per_image, self.implementation,
             patch_ids is None,
         )  # fmt: skip
-        return planned_maps.LossCall(query_maps, key_maps, query_mlp, key_mlp, ids, settings)
+        return planned_calls.LossCall(query_maps, key_maps, query_mlp, key_mlp, ids, settings)
 
     def _choice(self, maps: Sequence[Tensor], mlps: MLPs) -> Choice:
         return choose_maps(self.implementation, maps, mlps, self.patches)[0]
@@ -177,8 +177,8 @@ class PatchNCEHead(PatchSampleF):
                 means = call.plan(sets=self._sets(images, directions), patches=self.patches, **options)
             if means is None:
                 ids = [i[None] if i.dim() == 1 else i for i in ids or self._draw_ids(key_maps, directions, mlps)]
-                given = query_maps, key_maps, ids, mlps, key_mlps
-                means = triton_maps.head_loss(*given, distinct=patch_ids is None, **options)
+                sides = query_maps, key_maps, ids, mlps, key_mlps
+                means = triton_maps.head_loss(*sides, distinct=patch_ids is None, **options)
             return means if directions > 1 else means.view(())
         drawn = patch_ids is None
         ids = ids or self._draw_ids(key_maps, directions, mlps)

@@ -18,7 +18,7 @@ from ..common.initialise import INIT_TYPES, init_weights
 from ..common.messages import shown
 from . import checks
 from .api import NEGATIVES, Negatives, patch_nce, project_patches, sample_patch_ids
-from .impl.dispatch import choose_maps, planned_maps, triton_rows
+from .impl.dispatch import choose_maps, planned_calls, triton_rows
 from .impl.rows import normalize_rows
 
 MLPs = list[tuple[Tensor, Tensor, Tensor, Tensor]] | None
@@ -203,7 +203,7 @@ class PatchSampleF(nn.Module):
         if f"mlp_{layers - 1}" not in modules:
             have = sum(name.startswith("mlp_") for name in modules)
             raise ValueError(f"{layers} layers were given, but the projector has MLPs for {have}")
-        found = []
+        found: list[Any] = []
         for layer in range(layers):
             first, _, second = modules[f"mlp_{layer}"]._modules.values()  # type: ignore[union-attr]
             try:  # parameters themselves are found faster than attributes
@@ -254,15 +254,15 @@ class PatchSampleF(nn.Module):
         return rows, ids
 
     def _rows_call(self, feats: Any, num_patches: Any, patch_ids: Any) -> Any:
-        """The call as `planned_maps` takes it; None if it is traced, or if rows or MLPs do not exist yet."""
-        if planned_maps is None or torch.compiler.is_compiling() or not planned_maps.usable(feats):
+        """The call as `planned_calls` takes it; None if it is traced, or if rows or MLPs do not exist yet."""
+        if planned_calls is None or torch.compiler.is_compiling() or not planned_calls.usable(feats):
             return None
         if type(num_patches) is not int or num_patches < 1 or (self.use_mlp and not self.mlp_init):
             return None
-        if (ids := planned_maps.given_ids(patch_ids)) is None:
+        if (ids := planned_calls.given_ids(patch_ids)) is None:
             return None
         weights = [w for mlp in self.mlps(len(feats)) or () for w in mlp]
-        return planned_maps.RowsCall(feats, weights, ids, ("sampler", num_patches, self.implementation))
+        return planned_calls.RowsCall(feats, weights, ids, ("sampler", num_patches, self.implementation))
 
     def _plan_rows(self, call: Any, feats: Sequence[Tensor], num_patches: int, given: list[Tensor] | None) -> Any:
         """Plan the call if the kernels compute it; else return None."""

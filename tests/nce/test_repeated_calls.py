@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastnce import PatchNCEHead, PatchNCELoss, PatchSampleF, patch_nce, project_patches
-from fastnce.nce.impl import planned_maps, triton_rows
+from fastnce.nce.impl import planned_calls, triton_rows
 from tests.oracle import DEVICE, error, unit_rows
 
 CHANNELS = (3, 8)
@@ -30,7 +30,7 @@ def head(**options) -> PatchNCEHead:
 def counted(monkeypatch) -> list[str]:
     """One entry per call that was planned anew."""
     made: list[str] = []
-    for kind in (planned_maps.LossCall, planned_maps.RowsCall):
+    for kind in (planned_calls.LossCall, planned_calls.RowsCall):
         plan = kind.plan
 
         def kept(self, *, plan=plan, **options):
@@ -57,7 +57,7 @@ def test_a_repeated_head_equals_a_new_one(options, counted):
     assert counted == ["LossCall"]
     expected, expected_gradients = run(head(**options), seed=5, upstream=2.0)  # equal settings: repeated as well
     assert counted == ["LossCall"]
-    planned_maps._ENTRIES.clear()
+    planned_calls._ENTRIES.clear()
     new, new_gradients = run(head(**options), seed=5, upstream=2.0)
     assert counted == ["LossCall", "LossCall"]
     assert torch.equal(loss, expected)

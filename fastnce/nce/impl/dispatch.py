@@ -11,9 +11,9 @@ from ...common.dispatch import Choice, Implementation, choose
 from ...common.precision import autocast_dtype
 
 try:
-    from . import planned_maps, triton_layers, triton_maps, triton_rows
+    from . import planned_calls, triton_layers, triton_maps, triton_rows
 except ImportError:  # no Triton for this platform
-    planned_maps = triton_layers = triton_maps = triton_rows = None  # type: ignore[assignment]
+    planned_calls = triton_layers = triton_maps = triton_rows = None  # type: ignore[assignment]
 
 MLPs = Sequence[tuple[Tensor, Tensor, Tensor, Tensor]] | None
 

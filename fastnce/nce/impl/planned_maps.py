@@ -12,13 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...common.autograd import FirstOrderOnly, fast_apply
-from ...common.operators import PLAIN, untraced
-from ...common.precision import autocast_dtype
+from ...common.autograd import FirstOrderOnly
 from ...kernels import nce, project, project_backward, sample
-from ...kernels.common import dense_rows, fp32_precision
-from ...kernels.plan import INTERPRETED, Field, Plan, State
-from ...kernels.planned import layout, plan_cache, plan_of, planned
+from ...kernels.common import dense_rows
+from ...kernels.plan import Field, Plan, State
+from ...kernels.planned import layout, plan_of, planned
 from ...kernels.project_backward import MapLayout, map_layout
 from ...kernels.weight_gradient import weight_views
 
@@ -31,7 +29,7 @@ def _drawn(seeds: Tensor, maps: Sequence[Tensor], patches: int) -> list[Tensor]:
 
 
 @planned(products="matmul")
-def _forward(
+def loss_forward(
     query_maps: Sequence[Tensor],
     key_maps: Sequence[Tensor],
     query_mlp: Sequence[Tensor],
@@ -64,7 +62,7 @@ def _forward(
 
 
 @planned(products="matmul")
-def _project(
+def rows_forward(
     maps: Sequence[Tensor],
     mlp: Sequence[Tensor],
     ids: Sequence[Tensor],
@@ -126,7 +124,7 @@ class _Gradients(NamedTuple):
     """dtype, shape, strides and offset of the gradient of each map in the buffer; None for one that is not wanted."""
 
 
-class _Entry:
+class Entry:
     """The plan of a forward pass, and those of its backward passes."""
 
     def __init__(self, forward: Plan, maps: Sequence[Tensor], directions: int, distinct: bool, sets: int = 0) -> None:
@@ -174,7 +172,7 @@ class _Entry:
         return _Gradients(plan, size, tuple(views))
 
 
-class _Loss(torch.autograd.Function):
+class LossFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, entry, constants, count, *leaves):
         key_maps, key_mlp, ids, seeds = constants
@@ -200,7 +198,7 @@ class _Loss(torch.autograd.Function):
         return _once(ctx, enabled, (mean, upstream), maps, mlp, weights)
 
 
-class _Rows(torch.autograd.Function):
+class RowsFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, entry, constants, count, *leaves):
         units, drawn, state = entry.forward.replay([*leaves, *constants])
@@ -234,153 +232,3 @@ def _once(ctx, enabled: bool, sources: Sequence[Tensor], maps, mlp, weights) -> 
     if enabled:
         gradients = [None if g is None else FirstOrderOnly.apply(g, *sources) for g in gradients]
     return None, None, None, *gradients
-
-
-_loss, _rows = fast_apply(_Loss), fast_apply(_Rows)
-_ENTRIES = plan_cache()
-
-
-def usable(maps: Sequence[Tensor]) -> bool:
-    """Whether calls with these maps can be planned: a list of maps on a device with kernels, and nothing traces."""
-    if type(maps) not in (list, tuple) or not maps:
-        return False
-    first = maps[0]
-    return untraced(first) and (first.is_cuda or INTERPRETED)
-
-
-def _key(settings: tuple[Any, ...], *lists: Sequence[Tensor]) -> tuple[Any, ...] | None:
-    """All that the checks and plans of a call depend on; None for something else than lists of plain tensors."""
-    key = [settings, fp32_precision("cuda", "matmul"), autocast_dtype(lists[0][0])]
-    try:
-        for tensors in lists:
-            key.append(len(tensors))
-            for t in tensors:
-                if type(t) not in PLAIN:
-                    return None
-                key += (t.shape, t.stride(), t.dtype, t.get_device(), t.data_ptr() & 15 == 0)
-    except (AttributeError, TypeError):
-        return None
-    return tuple(key)
-
-
-def given_ids(patch_ids: Any) -> list[Tensor] | None:
-    """Ids as (sets, patches); empty for None, which draws them; None for anything but a list of int64 tensors."""
-    if patch_ids is None:
-        return []
-    if type(patch_ids) not in (list, tuple):
-        return None
-    if not all(isinstance(i, Tensor) and i.dtype is torch.int64 for i in patch_ids):
-        return None
-    return [i[None] if i.dim() == 1 else i for i in patch_ids]
-
-
-def _seeds(maps: Sequence[Tensor], sets: int) -> Tensor:
-    return torch.randint(2**62, (len(maps), sets), device=maps[0].device)
-
-
-def _place_of_seeds(maps: Sequence[Tensor], sets: int) -> Tensor:
-    """A tensor like `_seeds`, for a plan: it draws no random numbers."""
-    return torch.empty(len(maps), sets, dtype=torch.int64, device=maps[0].device)
-
-
-def needs_gradient(*lists: Sequence[Tensor]) -> bool:
-    """Whether autograd records an operation on these tensors."""
-    return torch.is_grad_enabled() and any(t.requires_grad for tensors in lists for t in tensors)
-
-
-class LossCall(NamedTuple):
-    """The tensors of one call of `PatchNCEHead`: maps, all weights in turn, and ids (none if they are drawn)."""
-
-    query_maps: Sequence[Tensor]
-    key_maps: Sequence[Tensor]
-    query_mlp: Sequence[Tensor]
-    key_mlp: Sequence[Tensor]
-    ids: Sequence[Tensor]
-    """(sets, patches) per layer."""
-    settings: tuple[Any, ...]
-    """What else the result depends on, as hashable values."""
-
-    def key(self, gradient: bool) -> tuple[Any, ...] | None:
-        return _key((self.settings, gradient), *self[:5])
-
-    def repeat(self) -> Tensor | None:
-        """The loss (directions,) if a like call has been planned; else None.
-
-        Checks and choices of a call depend only on types, shapes, dtypes and devices. They cost more CPU time than the
-        launches, and are not made again.
-        """
-        if not usable(self.query_maps) or (self.ids and not self.ids[0].is_cuda):  # ids on a CPU are always checked
-            return None
-        gradient = needs_gradient(self.query_maps, self.query_mlp)
-        entry = _ENTRIES.get(self.key(gradient))
-        return None if entry is None else self._run(entry, gradient)
-
-    def plan(
-        self, *, sets: int, patches: int, temperatures: Sequence[float], groups: int, directions: int,
-        dtype: torch.dtype,
-    ) -> Tensor | None:  # fmt: skip
-        """Plan a call that has passed its checks and return its loss; None if it cannot be planned."""
-        if not usable(self.query_maps) or not all(w.is_contiguous() for w in (*self.query_mlp, *self.key_mlp)):
-            return None
-        gradient, drawn = needs_gradient(self.query_maps, self.query_mlp), not self.ids
-        forward = plan_of(
-            _forward, *self[:5], _place_of_seeds(self.query_maps, sets) if drawn else None,
-            patches=patches, temperatures=tuple(temperatures), groups=groups, directions=directions, dtype=dtype,
-            gradient=gradient,
-        )  # fmt: skip
-        if forward is None:
-            return None
-        entry = _Entry(forward, self.query_maps, directions, drawn, sets if drawn else 0)
-        if (key := self.key(gradient)) is not None:
-            _ENTRIES[key] = entry
-        return self._run(entry, gradient)
-
-    def _run(self, entry: _Entry, gradient: bool) -> Tensor:
-        seeds = _seeds(self.query_maps, entry.sets) if entry.sets else None
-        constants = self.key_maps, self.key_mlp, self.ids, seeds
-        if gradient:
-            return _loss(entry, constants, len(self.query_maps), *self.query_maps, *self.query_mlp)
-        given = [*self.query_maps, *self.key_maps, *self.query_mlp, *self.key_mlp, *self.ids]
-        return entry.forward.replay(given if seeds is None else [*given, seeds])[0]
-
-
-class RowsCall(NamedTuple):
-    """The tensors of one call of `project_patches`: maps, all weights in turn, and ids (none if they are drawn)."""
-
-    maps: Sequence[Tensor]
-    mlp: Sequence[Tensor]
-    ids: Sequence[Tensor]
-    """(sets, patches) per layer."""
-    settings: tuple[Any, ...]
-
-    def repeat(self) -> tuple[list[Tensor], list[Tensor]] | None:
-        """As `LossCall.repeat`: the unit rows of each layer, and the drawn ids (patches,)."""
-        if not usable(self.maps) or (self.ids and not self.ids[0].is_cuda):
-            return None
-        gradient = needs_gradient(self.maps, self.mlp)
-        entry = _ENTRIES.get(_key((self.settings, gradient), *self[:3]))
-        return None if entry is None else self._run(entry, gradient)
-
-    def plan(self, *, dtype: torch.dtype, distinct: bool, patches: int = 0) -> tuple[list[Tensor], list[Tensor]] | None:
-        """Plan a call that has passed its checks and return its results; None if it cannot be planned.
-
-        `patches`: locations to draw, one set for all images.
-        """
-        if not usable(self.maps) or not all(w.is_contiguous() for w in self.mlp):
-            return None
-        gradient = needs_gradient(self.maps, self.mlp)
-        seeds = None if self.ids else _place_of_seeds(self.maps, 1)
-        forward = plan_of(_project, *self[:3], seeds, patches=patches, dtype=dtype, gradient=gradient)
-        if forward is None:
-            return None
-        entry = _Entry(forward, self.maps, 1, distinct or not self.ids, 0 if self.ids else 1)
-        if (key := _key((self.settings, gradient), *self[:3])) is not None:
-            _ENTRIES[key] = entry
-        return self._run(entry, gradient)
-
-    def _run(self, entry: _Entry, gradient: bool) -> tuple[list[Tensor], list[Tensor]]:
-        constants = [_seeds(self.maps, 1)] if entry.sets else [*self.ids]
-        if not gradient:
-            return entry.forward.replay([*self.maps, *self.mlp, *constants])[:2]
-        rows = list(_rows(entry, constants, len(self.maps), *self.maps, *self.mlp))
-        return rows, constants if entry.sets else []
