@@ -25,7 +25,7 @@ from .record import make_plan
 
 F = TypeVar("F", bound=Callable)
 
-MOST_PLANS = 4096
+MOST_PLANS = 1024
 """The most plans of one function. Beyond them all are discarded: a plan is made in milliseconds."""
 
 
@@ -42,13 +42,20 @@ def planned(function: F | None = None, *, products: str = "") -> Any:
     return _planned(function, products) if USABLE else function
 
 
-_caches: list[dict[Any, Any]] = []
+class PlanCache(dict):
+    """A dictionary of plans, of limited size, that `forget_plans` clears."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        _caches.append(self)
+
+    def __setitem__(self, key: Any, plan: Any) -> None:
+        if len(self) >= MOST_PLANS:
+            self.clear()
+        super().__setitem__(key, plan)
 
 
-def plan_cache() -> dict[Any, Any]:
-    """Return a new dictionary that `forget_plans` clears."""
-    _caches.append({})
-    return _caches[-1]
+_caches: list[PlanCache] = []
 
 
 def forget_plans() -> None:
@@ -68,7 +75,7 @@ def layout(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _planned(function: Callable, products: str) -> Callable:
-    cache = plan_cache()
+    cache = PlanCache()
 
     def find(arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[Plan | None, list[Tensor]]:
         tensors: list[Tensor] = []
@@ -99,8 +106,6 @@ def _planned(function: Callable, products: str) -> Callable:
         try:
             plan = cache[whole]
         except KeyError:
-            if len(cache) >= MOST_PLANS:
-                cache.clear()
             plan = cache[whole] = make_plan(function, arguments, options, device)
         return plan, tensors
 

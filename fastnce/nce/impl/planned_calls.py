@@ -13,11 +13,11 @@ from ...common.operators import PLAIN, untraced
 from ...common.precision import autocast_dtype
 from ...kernels.common import fp32_precision
 from ...kernels.plan import INTERPRETED
-from ...kernels.planned import plan_cache, plan_of
+from ...kernels.planned import PlanCache, plan_of
 from .planned_maps import Entry, LossFunction, RowsFunction, loss_forward, rows_forward
 
 _LOSS, _ROWS = fast_apply(LossFunction), fast_apply(RowsFunction)
-_ENTRIES = plan_cache()
+_ENTRIES = PlanCache()
 
 
 def usable(maps: Sequence[Tensor]) -> bool:

@@ -18,7 +18,7 @@ from ...common.operators import PLAIN, operator, untraced
 from ...kernels import nce, nce_keys
 from ...kernels.common import fp32_precision
 from ...kernels.plan import INTERPRETED
-from ...kernels.planned import plan_cache, plan_of, planned
+from ...kernels.planned import PlanCache, plan_of, planned
 
 # InfoNCE of grouped rows
 
@@ -168,7 +168,7 @@ class _ConstantKeys(torch.autograd.Function):
 
 _constant_keys = fast_apply(_ConstantKeys)
 
-_SETTLED = plan_cache()
+_SETTLED = PlanCache()
 
 
 def repeated(queries: Tensor, keys: Tensor, *settings: Any) -> Tensor | None:
