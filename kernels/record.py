@@ -108,12 +108,10 @@ class _Slots:
         states = [value for value in _flat(result) if isinstance(value, State)]
         for value in _flat(result):
             if isinstance(value, Tensor) and _storage(value) not in self._place:
-                bytes = value.untyped_storage().nbytes()
-                if value.storage_offset() or bytes != _extent(value):  # one of several parts
-                    number = self._allocate((bytes // value.element_size(),), (1,), value.dtype)
-                else:
-                    number = self._allocate(tuple(value.shape), value.stride(), value.dtype)
-                    self._whole[number] = value
+                if value.storage_offset() or value.untyped_storage().nbytes() != _extent(value):
+                    raise NotPlannable("a part of an allocation is returned")
+                number = self._allocate(tuple(value.shape), value.stride(), value.dtype)
+                self._whole[number] = value
                 self._place[_storage(value)] = number, 0
                 self._tensors.append(value)
         for state in states:
@@ -188,8 +186,6 @@ class _Slots:
         whole = self._whole.get(number)
         if whole is not None and _geometry(value) == _geometry(whole):
             return f"t[{number}]"
-        if number >= self._inputs and value.dtype == self.allocations[number - self._inputs][2] and base == 0:
-            return f"t[{number}].as_strided({tuple(value.shape)}, {value.stride()}, {value.storage_offset()})"
         offset = base + value.storage_offset() * value.element_size()
         dtype = f"dtypes[{_DTYPES.index(value.dtype)}]"
         return f"view(t[{number}], {offset}, {_extent(value)}, {dtype}, {tuple(value.shape)}, {value.stride()})"

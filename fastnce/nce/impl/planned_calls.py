@@ -153,7 +153,7 @@ class RowsCall(NamedTuple):
         forward = plan_of(rows_forward, *self[:3], seeds, patches=patches, dtype=dtype, gradient=gradient)
         if forward is None:
             return None
-        entry = Entry(forward, self.maps, 1, distinct or not self.ids, 0 if self.ids else 1)
+        entry = Entry(forward, self.maps, 1, distinct or not self.ids, 0 if self.ids else 1, patches)
         if (key := _key((self.settings, gradient), *self[:3])) is not None:
             _ENTRIES[key] = entry
         return self._run(entry, gradient)
@@ -161,6 +161,7 @@ class RowsCall(NamedTuple):
     def _run(self, entry: Entry, gradient: bool) -> tuple[list[Tensor], list[Tensor]]:
         constants = [_seeds(self.maps, 1)] if entry.sets else [*self.ids]
         if not gradient:
-            return entry.forward.replay([*self.maps, *self.mlp, *constants])[:2]
+            rows, drawn, _ = entry.forward.replay([*self.maps, *self.mlp, *constants])
+            return rows, [] if drawn is None else list(drawn.split(entry.patches))
         rows = list(_ROWS(entry, constants, len(self.maps), *self.maps, *self.mlp))
         return rows, constants if entry.sets else []

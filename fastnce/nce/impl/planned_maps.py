@@ -18,14 +18,13 @@ from ...kernels.common import dense_rows
 from ...kernels.plan import Field, Plan, State
 from ...kernels.planned import layout, plan_of, planned
 from ...kernels.project_backward import MapLayout, map_layout
-from ...kernels.weight_gradient import weight_views
 
 
-def _drawn(seeds: Tensor, maps: Sequence[Tensor], patches: int) -> list[Tensor]:
-    """Distinct locations of each map, (sets, patches), in one launch."""
+def _drawn(seeds: Tensor, maps: Sequence[Tensor], patches: int) -> tuple[Tensor, list[Tensor]]:
+    """Distinct locations of all maps in one launch: flat, and (sets, patches) for each map."""
     sets, counts = seeds.shape[1], [m.shape[2] * m.shape[3] for m in maps]
     flat = sample.draw_ids(seeds, counts, patches)
-    return [part.view(sets, -1) for part in flat.split([sets * min(patches, count) for count in counts])]
+    return flat, [part.view(sets, -1) for part in flat.split([sets * min(patches, count) for count in counts])]
 
 
 @planned(products="matmul")
@@ -46,7 +45,9 @@ def loss_forward(
 ) -> tuple[Tensor, State | None]:
     """The loss (directions,) of drawn (`seeds`) or given ids, and what `_backward` needs."""
     layers = len(query_maps)
-    drawn = [] if seeds is None else _drawn(seeds, query_maps, patches)
+    drawn: list[Tensor] = []
+    if seeds is not None:
+        _, drawn = _drawn(seeds, query_maps, patches)
     ids = ids or drawn
     units, *saved = project.project(
         [*query_maps, *key_maps], [*ids, *ids], [*query_mlp, *key_mlp], dtype, layers if gradient else 0
@@ -71,11 +72,13 @@ def rows_forward(
     patches: int,
     dtype: torch.dtype,
     gradient: bool,
-) -> tuple[list[Tensor], list[Tensor], State | None]:
-    """The unit rows and the drawn ids of each layer, and what `_backward` needs beside them."""
-    drawn = [] if seeds is None else _drawn(seeds, maps, patches)
-    units, *saved = project.project(maps, ids or drawn, mlp, dtype, len(maps) if gradient else 0)
-    return units, [i.view(-1) for i in drawn], State(tuple(saved)) if gradient else None
+) -> tuple[list[Tensor], Tensor | None, State | None]:
+    """The unit rows of each layer, the drawn ids of all, flat, and what `_backward` needs beside them."""
+    flat = None
+    if seeds is not None:
+        flat, ids = _drawn(seeds, maps, patches)
+    units, *saved = project.project(maps, ids, mlp, dtype, len(maps) if gradient else 0)
+    return units, flat, State(tuple(saved)) if gradient else None
 
 
 @planned(products="matmul")
@@ -94,8 +97,8 @@ def _backward(
     distinct: bool,
     wanted: tuple[bool, ...],
     weights_wanted: bool,
-) -> list[Tensor]:
-    """Write the gradients of the maps into the zeroed buffer; return those of weight1, bias1, ... of each layer.
+) -> Tensor:
+    """Write the gradients of the maps into the zeroed buffer; return those of weight1, bias1, ... of each layer, flat.
 
     `weights`: weight1 and weight2 of each layer. The other tensors that are not given are in the state.
     """
@@ -108,11 +111,10 @@ def _backward(
     for weight1, weight2 in zip(weights[::2], weights[1::2], strict=True):
         # only the shapes of biases are needed
         mlp += [weight1, weight1.new_empty(weight1.shape[0]), weight2, weight2.new_empty(weight2.shape[0])]
-    flat = project_backward.into_buffer(
+    return project_backward.into_buffer(
         buffer, d_units, upstream, directions, layouts, ids or drawn, mlp, units, length, x, hidden,
         distinct=distinct, wanted=wanted, weights_wanted=weights_wanted,
     )  # fmt: skip
-    return weight_views(flat, mlp) if weights_wanted else []
 
 
 class _Gradients(NamedTuple):
@@ -120,15 +122,22 @@ class _Gradients(NamedTuple):
 
     plan: Plan
     bytes: int
-    views: tuple[tuple[torch.dtype, tuple[int, ...], tuple[int, ...], int] | None, ...]
+    maps: tuple[tuple[torch.dtype, tuple[int, ...], tuple[int, ...], int] | None, ...]
     """dtype, shape, strides and offset of the gradient of each map in the buffer; None for one that is not wanted."""
+    sizes: list[int]
+    """Elements of the gradient of each weight and bias; empty if none is wanted."""
+    shapes: list[torch.Size]
+    """Of weight1 and weight2 of each layer."""
 
 
 class Entry:
     """The plan of a forward pass, and those of its backward passes."""
 
-    def __init__(self, forward: Plan, maps: Sequence[Tensor], directions: int, distinct: bool, sets: int = 0) -> None:
+    def __init__(
+        self, forward: Plan, maps: Sequence[Tensor], directions: int, distinct: bool, sets: int = 0, patches: int = 0
+    ) -> None:
         self.forward, self.sets = forward, sets
+        self.patches = [min(patches, m.shape[2] * m.shape[3]) for m in maps]
         self.layouts = tuple(map_layout(m) for m in maps)
         self.directions, self.distinct = directions, distinct
         self.backward: dict[Any, _Gradients | None] = {}
@@ -148,9 +157,12 @@ class Entry:
         assert found is not None
         buffer = torch.zeros(found.bytes, dtype=torch.uint8, device=state.device)
         given = [buffer, state, *(() if upstream is None else arriving), *(x for xs in rows for x in xs)]
-        weights = found.plan.replay(given)
-        typed = {one[0]: buffer.view(one[0]) for one in found.views if one is not None}
-        return [None if v is None else typed[v[0]].as_strided(*v[1:]) for v in found.views], weights
+        flat = found.plan.replay(given)
+        typed = {one[0]: buffer.view(one[0]) for one in found.maps if one is not None}
+        maps = [None if one is None else typed[one[0]].as_strided(*one[1:]) for one in found.maps]
+        weights = list(flat.split(found.sizes)) if found.sizes else []
+        weights[::2] = [part.view(shape) for part, shape in zip(weights[::2], found.shapes, strict=False)]
+        return maps, weights
 
     def _prepare(self, state, upstream, rows, wanted) -> _Gradients:
         of_maps, layers = tuple(wanted[: len(self.layouts)]), len(self.layouts)
@@ -169,7 +181,9 @@ class Entry:
             wanted=of_maps, weights_wanted=any(wanted[layers:]),
         )  # fmt: skip
         assert plan is not None  # the forward pass has one
-        return _Gradients(plan, size, tuple(views))
+        shapes = [w.shape for w in weights]
+        sizes = [n for shape in shapes for n in (shape.numel(), shape[0])]  # a bias has one element per row
+        return _Gradients(plan, size, tuple(views), sizes if any(wanted[layers:]) else [], shapes)
 
 
 class LossFunction(torch.autograd.Function):
@@ -202,8 +216,8 @@ class RowsFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, entry, constants, count, *leaves):
         units, drawn, state = entry.forward.replay([*leaves, *constants])
-        if drawn:
-            constants[:] = drawn  # in place of the seeds
+        if drawn is not None:
+            constants[:] = drawn.split(entry.patches)  # in place of the seeds
         ids = constants
         ctx.entry, ctx.count = entry, count
         ctx.set_materialize_grads(False)
