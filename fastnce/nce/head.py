@@ -11,12 +11,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..common.dispatch import Choice, Implementation
+from ..common.dispatch import KERNELS, Choice, Implementation
+from ..common.first_use import trusted
 from ..common.messages import shown
 from ..common.precision import autocast_dtype
 from . import checks
 from .api import NEGATIVES, Negatives, patch_nce, project_patches, sample_patch_ids
 from .impl.dispatch import choose_maps, triton_maps
+from .impl.uses import IdsUse, maps_use
 from .modules import MLPs, PatchSampleF
 from .weights import Weighting, Weights
 
@@ -86,7 +88,10 @@ class PatchNCEHead(PatchSampleF):
     def _draw_ids(self, maps: Sequence[Tensor], directions: int, mlps: MLPs) -> list[Tensor]:
         sets = maps[0].shape[0] if self.ids_per_image else directions
         locations = [m.shape[2] * m.shape[3] for m in maps]
-        if self._choice(maps, mlps).triton:
+        choice, dtypes = choose_maps(self.implementation, maps, mlps, self.patches)
+        if choice is KERNELS:
+            choice = trusted(IdsUse(tuple(locations), self.patches, sets), maps[0].device, dtypes[0])
+        if choice.triton:
             ids = triton_maps.draw_ids(locations, self.patches, sets, maps[0].device)
             return [i[0] for i in ids] if sets == 1 else ids
         images = None if sets == 1 else sets
@@ -95,8 +100,21 @@ class PatchNCEHead(PatchSampleF):
             for n, m in zip(locations, maps, strict=True)
         ]
 
-    def _choice(self, maps: Sequence[Tensor], mlps: MLPs) -> Choice:
-        return choose_maps(self.implementation, maps, mlps, self.patches)[0]
+    def _choice(self, maps: Sequence[Tensor], mlps: MLPs, directions: int, distinct: bool) -> Choice:
+        choice, dtypes = choose_maps(self.implementation, maps, mlps, self.patches)
+        if choice is not KERNELS:
+            return choice
+        use = maps_use(
+            "PatchNCEHead",
+            maps,
+            mlps,
+            self.patches,
+            negatives_of_batch=self.negatives == "batch",
+            directions=directions,
+            temperature=min(self.temperatures),
+            distinct=distinct,
+        )
+        return trusted(use, maps[0].device, dtypes[0])
 
     def forward(  # type: ignore[override]
         self,
@@ -141,7 +159,8 @@ class PatchNCEHead(PatchSampleF):
         if not plain and self.others is not None:
             raise ValueError("keys of other ranks cannot be combined with a weighting or symmetric=True")
         fusable = plain and self.others is None
-        if fusable and self._choice(query_maps, mlps).triton and self._one_launch(mlps, key_mlps):
+        drawn = patch_ids is None
+        if fusable and self._choice(query_maps, mlps, directions, drawn).triton and self._one_launch(mlps, key_mlps):
             checks.ids(ids, query_maps)
             for given, maps in ((mlps, query_maps), (key_mlps, key_maps)):
                 if given is not None:
@@ -156,10 +175,9 @@ class PatchNCEHead(PatchSampleF):
                 groups=groups,
                 directions=directions,
                 dtype=autocast_dtype(query_maps[0] if mlps is None else mlps[0][0]),
-                distinct=patch_ids is None,
+                distinct=drawn,
             )
             return means if directions > 1 else means.view(())
-        drawn = patch_ids is None
         with torch.no_grad():
             keys = project_patches(key_maps, ids, key_mlps, distinct_ids=drawn, implementation=self.implementation)
         queries = project_patches(query_maps, ids, mlps, distinct_ids=drawn, implementation=self.implementation)

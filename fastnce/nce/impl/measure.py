@@ -1,0 +1,277 @@
+"""Measure the contrastive kernels on given data: their error against float64, forward and gradients.
+
+Each function runs the kernels and the plain form in float64 on the same inputs, and yields one `Check` per result. The
+check at the first use calls them with made-up data (`uses`), `run.check_every` with those of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ...common.agreement import (
+    GRADIENT_GATES,
+    LOSS_GATES,
+    MLP_GRADIENT_GATES,
+    SAMPLING_GATES,
+    UPSTREAM,
+    Check,
+    compared,
+    exact_device,
+    leaves,
+    logit_rounding,
+    relative,
+    relative_per_row,
+    run_kernels,
+    widened,
+)
+from ...common.operators import uses_tf32
+from . import eager, triton_layers, triton_maps, triton_rows
+from .rows import gather_patches, mlp, normalize_rows
+
+Lists = Sequence[Tensor]
+MLP = Sequence[Tensor]
+
+
+def gates_of(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the dtype whose gates hold. TF32 keeps as many digits of a factor as float16."""
+    return torch.float16 if uses_tf32(device, dtype) else dtype
+
+
+def measure_rows(
+    queries: Tensor,
+    keys: Tensor,
+    extra: Tensor | None = None,
+    log_weight: Tensor | None = None,
+    pair_weight: Tensor | None = None,
+    *,
+    groups: int,
+    temperature: float,
+    decoupled: bool = False,
+    unit: bool = False,
+    wanted: Sequence[bool] = (True, False, False),
+    kinds: dict[str, slice] | None = None,
+) -> Iterator[Check]:
+    """Measure the loss and the gradients of `triton_rows.nce_losses`.
+
+    Args:
+        queries, keys, extra, log_weight, pair_weight, groups, temperature, decoupled, unit: as `nce_losses` takes them.
+        wanted: whether queries, keys and extra keys get a gradient.
+        kinds: rows that are measured apart, by name; a norm over all rows would hide confident ones.
+    """
+    device = queries.device
+    gates = gates_of(queries.dtype, device)
+    wide = exact_device(device)
+    given = [queries, keys] if extra is None else [queries, keys, extra]
+    weights = [log_weight, pair_weight]
+    options = groups, temperature, decoupled, unit
+
+    def losses_and_gradients(function, tensors: Lists, used: Sequence[Tensor | None]) -> tuple[Tensor, Lists]:
+        own = leaves(tensors, list(wanted)[: len(tensors)])
+        loss, _ = function(*own, *[None] * (3 - len(own)), *used, *options)
+        sources = [x for x in own if x.requires_grad]
+        return loss.detach(), torch.autograd.grad(loss.sum() * UPSTREAM, sources) if sources else ()
+
+    loss, gradients = run_kernels(lambda: losses_and_gradients(triton_rows.nce_losses, given, weights), device)
+    exact_weights = [None if w is None else widened([w], wide)[0] for w in weights]
+    exact, exact_gradients = losses_and_gradients(eager.nce_losses, widened(given, wide), exact_weights)
+    names = [n for n, want in zip(("queries", "keys", "extra keys"), wanted, strict=True) if want]
+    for kind, rows in (kinds or {"": slice(None)}).items():
+        of = f" of {kind} rows" if kind else ""
+        gate = LOSS_GATES[gates] + (0.0 if kind == "random" else logit_rounding(temperature))
+        error = _loss_error(loss[rows], exact[rows], decoupled)
+        values = loss[rows].double().mean().item(), exact[rows].mean().item()
+        yield Check(f"the loss{of}", error, gate, values=values)
+        if wanted[0]:
+            error = relative(gradients[0][rows], exact_gradients[0][rows])
+            yield Check(f"the gradient of queries{of}", error, GRADIENT_GATES[gates])
+    first = int(wanted[0])
+    more = [f"the gradient of {name}" for name in names[first:]]
+    yield from compared(more, gradients[first:], exact_gradients[first:], [GRADIENT_GATES[gates]] * len(more))
+
+
+def _loss_error(loss: Tensor, exact: Tensor, decoupled: bool) -> float:
+    """Return the error per row. A decoupled loss may be 0 or negative, so the rows are measured together."""
+    return relative(loss, exact) if decoupled else relative_per_row(loss, exact)
+
+
+def measure_layers(
+    queries: Lists,
+    keys: Lists,
+    extra: Lists,
+    *,
+    temperatures: Sequence[float],
+    groups: int,
+    directions: int,
+    other: bool,
+    divide: bool,
+    unit: bool,
+) -> Iterator[Check]:
+    """Measure the means and the query gradients of `triton_layers.nce_layers`, which describes the arguments."""
+    device, dtype = queries[0].device, queries[0].dtype
+    gates = gates_of(dtype, device)
+    wide = exact_device(device)
+
+    def by_kernels() -> tuple[Tensor, Lists]:
+        own = leaves(queries)
+        mean = triton_layers.nce_layers(
+            own, keys, extra, temperatures=temperatures, groups=groups, directions=directions, other=other,
+            divide=divide, unit=unit,
+        )  # fmt: skip
+        return mean.detach(), torch.autograd.grad(mean.sum() * UPSTREAM, own)
+
+    mean, gradients = run_kernels(by_kernels, device)
+    own = leaves(widened(queries, wide))
+    units = [_divided(q) if divide else q for q in own]
+    constants = [_divided(k) if divide else k for k in widened(keys, wide)]
+    more = widened(extra, wide)
+    losses = []
+    for i, (q, k) in enumerate(zip(units, constants, strict=True)):
+        e = None
+        if other:
+            e = units[i ^ 1].detach().unflatten(0, (groups, -1))
+        elif more:
+            e = more[i]
+        losses.append(eager.nce_losses(q, k, e, None, None, groups, temperatures[i])[0].mean())
+    exact = torch.stack(losses).view(-1, directions).mean(dim=0)
+    exact_gradients = torch.autograd.grad(exact.sum() * UPSTREAM, own)
+    rounded = SAMPLING_GATES if divide else GRADIENT_GATES  # divided rows are rounded to the dtype once more
+    loss_gate = LOSS_GATES[gates] + logit_rounding(min(temperatures))
+    yield from compared(["the loss"], [mean], [exact], [loss_gate])
+    names = [f"the gradient of queries {i}" for i in range(len(queries))]
+    yield from compared(names, gradients, exact_gradients, [rounded[gates]] * len(names))
+
+
+def _divided(rows: Tensor) -> Tensor:
+    return rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min(1e-8)
+
+
+def measure_ids(seeds: Tensor, locations: Sequence[int], patches: int) -> Iterator[Check]:
+    """Count the drawn ids that are out of range or occur twice in a set."""
+    sets = seeds.shape[1]
+    flat = run_kernels(lambda: torch.ops.fastnce.draw_ids(seeds, list(locations), patches), seeds.device)
+    sizes = [sets * min(patches, n) for n in locations]
+    for layer, (ids, count) in enumerate(zip(flat.split(sizes), locations, strict=True)):
+        drawn = ids.view(sets, -1).sort(dim=1).values
+        wrong = ((drawn < 0) | (drawn >= count)).sum() + (drawn[:, 1:] == drawn[:, :-1]).sum()
+        yield Check(f"the ids of layer {layer} that are out of range or drawn twice", float(wrong.item()), 0.0)
+
+
+def _rows_of(feature_map: Tensor, ids: Tensor, weights: MLP | None) -> Tensor:
+    """Sample, project and normalise one map in float64; ids are (sets, patches)."""
+    each = ids.repeat_interleave(feature_map.shape[0] // ids.shape[0], dim=0)
+    sampled = gather_patches(feature_map, each).flatten(0, 1)
+    return normalize_rows(sampled if weights is None else mlp(sampled, weights))
+
+
+def _rounded(tensors: Lists, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Return float64 leaves of the tensors as the kernels read them: rounded to `dtype`."""
+    return leaves(widened([t.detach().to(dtype) for t in tensors], device))
+
+
+def _fours(flat: Lists) -> list[Lists]:
+    return [flat[i : i + 4] for i in range(0, len(flat), 4)]
+
+
+def measure_projection(
+    maps: Lists, ids: Lists, flat_mlp: Lists, dtype: torch.dtype, *, distinct: bool
+) -> Iterator[Check]:
+    """Measure the rows, map gradients and weight gradients of `triton_maps.project_rows`.
+
+    Args:
+        flat_mlp: four weights per layer, one after another; empty without MLPs.
+    """
+    device = maps[0].device
+    gate, gradient_gate = _chain_gates(dtype, device, bool(flat_mlp))
+    wide = exact_device(device)
+    upstream: list[Tensor] = []
+
+    def gradients(rows: Lists, sources: Lists) -> Lists:
+        if not upstream:
+            upstream.extend(pattern(r) for r in rows)
+        pairs = zip(rows, upstream, strict=True)
+        total = torch.stack([(r * u.to(r.device, r.dtype)).sum() for r, u in pairs]).sum()
+        return torch.autograd.grad(total, sources)
+
+    def by_kernels() -> tuple[Lists, Lists]:
+        own, weights = leaves(maps), leaves(flat_mlp)
+        rows = triton_maps.project_rows(own, ids, _fours(weights) if weights else None, dtype, distinct)
+        return [r.detach() for r in rows], gradients(rows, [*own, *weights])
+
+    measured = run_kernels(by_kernels, device)
+    own, weights = _rounded(maps, dtype, wide), _rounded(flat_mlp, dtype, wide)
+    fours: list[Lists | None] = list(_fours(weights)) or [None] * len(maps)
+    rows = [_rows_of(m, i.to(wide), four) for m, i, four in zip(own, ids, fours, strict=True)]
+    exact = gradients(rows, [*own, *weights])
+    layers = range(len(maps))
+    names = [f"the rows of layer {i}" for i in layers] + [f"the gradient of map {i}" for i in layers]
+    names += [f"the gradient of MLP {i}" for i in range(len(fours) if weights else 0) for _ in range(4)]
+    gates = [gate] * len(maps) + [gradient_gate] * len(exact)
+    yield from compared(names, [*measured[0], *measured[1]], [*rows, *exact], gates)
+
+
+def pattern(like: Tensor) -> Tensor:
+    """Return values between -1 and 1 of a tensor's shape that repeat nowhere: a gradient to test with."""
+    flat = torch.arange(like.numel(), device=like.device, dtype=torch.float32)
+    return (flat * 0.7 + 0.3).sin().view(like.shape)
+
+
+def measure_head(
+    query_maps: Lists,
+    key_maps: Lists,
+    ids: Lists,
+    query_mlp: Lists,
+    key_mlp: Lists,
+    *,
+    temperatures: Sequence[float],
+    groups: int,
+    directions: int,
+    dtype: torch.dtype,
+    distinct: bool,
+) -> Iterator[Check]:
+    """Measure the loss, map gradients and weight gradients of `triton_maps.head_loss`, with flat lists of MLPs."""
+    device = query_maps[0].device
+    gate, gradient_gate = _chain_gates(dtype, device, bool(query_mlp))
+    wide = exact_device(device)
+
+    def by_kernels() -> tuple[Tensor, Lists]:
+        own, weights = leaves(query_maps), leaves(query_mlp)
+        mean = triton_maps.head_loss(
+            own, key_maps, ids, _fours(weights) if weights else None, _fours(key_mlp) if key_mlp else None,
+            temperatures=temperatures, groups=groups, directions=directions, dtype=dtype, distinct=distinct,
+        )  # fmt: skip
+        return mean.detach(), torch.autograd.grad(mean.sum() * UPSTREAM, [*own, *weights])
+
+    mean, gradients = run_kernels(by_kernels, device)
+    own, weights = _rounded(query_maps, dtype, wide), _rounded(query_mlp, dtype, wide)
+    fours: list[Lists | None] = list(_fours(weights)) or [None] * len(own)
+    key_fours: list[Lists | None] = list(_fours(_rounded(key_mlp, dtype, wide))) or [None] * len(own)
+    losses = []
+    for i, (q, k) in enumerate(zip(own, _rounded(key_maps, dtype, wide), strict=True)):
+        at = ids[i].to(wide)
+        units = _rows_of(q, at, fours[i])
+        keys = _as_stored(_rows_of(k, at, key_fours[i]), dtype)
+        loss, _ = eager.nce_losses(
+            _as_stored(units, dtype), keys.detach(), None, None, None, groups, temperatures[i]
+        )
+        losses.append(loss.unflatten(0, (directions, -1)).mean(dim=1))
+    exact = torch.stack(losses).mean(dim=0)
+    exact_gradients = torch.autograd.grad(exact.sum() * UPSTREAM, [*own, *weights])
+    layers = range(len(own))
+    names = [f"the gradient of map {i}" for i in layers]
+    names += [f"the gradient of MLP {i}" for i in range(len(fours) if weights else 0) for _ in range(4)]
+    yield from compared(["the loss"], [mean], [exact], [gate])
+    yield from compared(names, gradients, exact_gradients, [gradient_gate] * len(names))
+
+
+def _chain_gates(dtype: torch.dtype, device: torch.device, projected: bool) -> tuple[float, float]:
+    """Return the gates of rows (and losses of rows) and of gradients."""
+    gates = gates_of(dtype, device)
+    return SAMPLING_GATES[gates], (MLP_GRADIENT_GATES if projected else SAMPLING_GATES)[gates]
+
+
+def _as_stored(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round unit rows to the dtype in which the kernels store them. The gradient passes unchanged."""
+    return rows + (rows.detach().to(dtype).double() - rows.detach())

@@ -1,0 +1,177 @@
+"""How the layers use their kernels: made-up maps of about the same shapes, and the error of the kernels against float64.
+
+The check at the first use measures made-up maps, `run.check_every` those of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..common.agreement import GRADIENT_GATES, Check, compared, exact_device, leaves, run_kernels, widened
+
+try:
+    from ..kernels.common import architecture, precision
+    from . import fused
+except ImportError:  # no Triton for this platform
+    fused = None  # type: ignore[assignment]
+
+LAYERS = ("instance_norm", "reflection_pad", "blur_down", "blur_up", "few_outputs_convolution")
+"""The families of kernels, by their names in the module `fused`."""
+
+MOST_ELEMENTS = 2**20
+MOST_ELEMENTS_INTERPRETED = 2**13
+
+
+def formula(name: str, tensors: Sequence[Tensor], options: Sequence[Any]) -> Tensor:
+    """Compute a layer in plain PyTorch, in the dtype of its inputs.
+
+    Args:
+        name: of `LAYERS`.
+        tensors: the map, then the residual of a norm, or weight and bias of a convolution, if there are any.
+        options: (eps, slope, margin) of a norm, (margin,) of a pad, () of a blur, (padding,) of a convolution.
+    """
+    x, rest = tensors[0], tensors[1:]
+    if name == "instance_norm":
+        eps, slope, margin = options
+        apart = x - x.mean(dim=(2, 3), keepdim=True)
+        y = apart * torch.rsqrt(apart.square().mean(dim=(2, 3), keepdim=True) + eps)
+        y = y if slope == 1.0 else F.leaky_relu(y, slope)
+        y = F.pad(y, (margin,) * 4, mode="reflect") if margin else y
+        return y + rest[0] if rest else y
+    if name == "reflection_pad":
+        return F.pad(x, (options[0],) * 4, mode="reflect")
+    if name == "blur_down":
+        row = torch.tensor([0.25, 0.5, 0.25], dtype=x.dtype, device=x.device)
+        taps = (row[:, None] * row[None, :]).expand(x.shape[1], 1, 3, 3)
+        return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), taps, stride=2, groups=x.shape[1])
+    if name == "blur_up":
+        return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+    return F.conv2d(x, rest[0], rest[1] if len(rest) > 1 else None, padding=options[0])
+
+
+def by_kernels(name: str, tensors: Sequence[Tensor], options: Sequence[Any]) -> Tensor:
+    """Compute a layer by its kernels; the arguments are those of `formula`."""
+    function: Callable[..., Tensor] = getattr(fused, name)
+    if name == "instance_norm":
+        return function(tensors[0], *options, tensors[1] if len(tensors) > 1 else None)
+    if name == "few_outputs_convolution":
+        return function(tensors[0], tensors[1], tensors[2] if len(tensors) > 2 else None, *options)
+    return function(tensors[0], *options)
+
+
+def measure_layer(
+    name: str, tensors: Sequence[Tensor], options: Sequence[Any], gradients: bool = True
+) -> Iterator[Check]:
+    """Measure the output of a layer's kernels, and the gradients of all its tensors.
+
+    Args:
+        name, tensors, options: as `formula` takes them.
+    """
+    x = tensors[0]
+    wide = exact_device(x.device)
+    gate = GRADIENT_GATES[x.dtype]
+    if name == "few_outputs_convolution" and precision(architecture(x.device), x.dtype, True) == "tf32":
+        gate = GRADIENT_GATES[torch.float16]  # TF32 keeps as many digits of a factor
+
+    def run(function, given: Sequence[Tensor], upstream: Tensor | None) -> list[Tensor]:
+        own = leaves(given)
+        y = function(name, own, options)
+        if not gradients:
+            return [y.detach()]
+        arriving = upstream_of(y) if upstream is None else upstream.to(y)
+        return [y.detach(), *torch.autograd.grad(y, own, arriving)]
+
+    measured = run_kernels(lambda: run(by_kernels, tensors, None), x.device)
+    upstream = upstream_of(measured[0])
+    exact = run(formula, widened(tensors, wide), upstream.to(wide))
+    names = ["the output", *[f"the gradient of {what}" for what in _names(name, len(tensors))]][: len(exact)]
+    yield from compared(names, measured, exact, [gate] * len(exact))
+
+
+def upstream_of(y: Tensor) -> Tensor:
+    """Return a gradient for an output, in its dtype and layout: values between -1 and 1 that repeat nowhere."""
+    flat = torch.arange(y.numel(), device=y.device, dtype=torch.float32)
+    return torch.empty_like(y).copy_((flat * 0.7 + 0.3).sin().view(y.shape))
+
+
+def _names(name: str, count: int) -> list[str]:
+    more = ["residual"] if name == "instance_norm" else ["weight", "bias"]
+    return ["the map", *more][:count]
+
+
+class LayerUse(NamedTuple):
+    """A call of a layer's kernels."""
+
+    name: str
+    shape: tuple[int, ...]  # of the map
+    channels_last: bool
+    options: tuple[Any, ...]
+    residual: bool = False
+    weight: tuple[int, ...] = ()
+    weight_dtype: torch.dtype | None = None
+    bias: bool = False
+
+    @property
+    def family(self) -> str:
+        return self.name
+
+    def form(self) -> Hashable:
+        channels = self.shape[1]
+        return channels if channels < 64 else 64 + channels % 16, self.channels_last, *self.options, *self.form_of_more()
+
+    def form_of_more(self) -> tuple[Hashable, ...]:
+        return (self.residual, self.weight, str(self.weight_dtype), self.bias)
+
+    def measure(self, device: torch.device, dtype: torch.dtype) -> Iterator[Check]:
+        generator = torch.Generator().manual_seed(8)
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+
+        def draw(*shape: int, to: torch.dtype) -> Tensor:
+            values = torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu")
+            return values.half().to(device, to)  # TF32 keeps these values too
+
+        shape = self._reduced(MOST_ELEMENTS_INTERPRETED if device.type == "cpu" else MOST_ELEMENTS)
+        x = draw(*shape, to=dtype) * 2
+        if self.name == "instance_norm":
+            x = _away_from_the_corner(x + 1)
+        tensors = [x.contiguous(memory_format=layout)]
+        if self.residual:
+            tensors.append(draw(*shape, to=dtype).contiguous(memory_format=layout))
+        if self.weight:
+            to = self.weight_dtype or dtype
+            tensors.append(draw(*self.weight, to=to).contiguous(memory_format=layout) / 16)
+            tensors += [draw(self.weight[0], to=to)] if self.bias else []
+        yield from measure_layer(self.name, tensors, self.options)
+
+    def _reduced(self, most: int) -> tuple[int, int, int, int]:
+        """Return a smaller shape. Sides lose multiples of 16, so that they stay as divisible as they are."""
+        images, channels, height, width = self.shape
+        images = min(images, 2)
+        while images * channels * height * width > most:
+            if max(height, width) <= 32:
+                images, channels = (1, channels) if images > 1 or channels <= 128 else (1, channels - 64)
+                if images * channels * height * width > most and channels <= 128:
+                    break
+            elif height >= width:
+                height -= 16
+            else:
+                width -= 16
+        return images, channels, height, width
+
+
+def _away_from_the_corner(x: Tensor) -> Tensor:
+    """Move values within rounding of their plane's mean, which may fall on either side of the activation's corner."""
+    wide = x.float()
+    close = (wide - wide.mean((2, 3), keepdim=True)).abs() < 1e-3
+    return torch.where(close, wide + 0.05, wide).to(x.dtype)
+
+
+def layer_use(name: str, x: Tensor, options: tuple[Any, ...], **more: Any) -> LayerUse:
+    """Describe a call by its map."""
+    last = x.stride(1) == 1 and x.shape[1] > 1 and not x.is_contiguous()
+    return LayerUse(name, tuple(x.shape), last, options, **more)
