@@ -97,8 +97,11 @@ def _reason_not_to(family: str, kind: str, index: int | None, dtype: torch.dtype
     """Return why kernels are known to be wrong, or ""."""
     if not _wrong and not _enabled():
         return ""
+    if index is None and kind != "cpu":
+        with suppress(Exception):  # the device may be one that is not here
+            index = torch.accelerator.current_device_index()
     if (kind, index) not in _loaded:
-        with suppress(Exception), _lock:  # the device may be one that is not here
+        with suppress(Exception), _lock:
             _load(torch.device(kind) if index is None else torch.device(kind, index))
     found = _wrong.get((family, kind, index, dtype))
     return "" if found is None else found.reason
@@ -161,7 +164,7 @@ def _first(use: Use, device: torch.device, dtype: torch.dtype) -> Choice:
         known = _load(device)
         if (wrong := _wrong.get(wrong_here)) is not None:
             return _settle(key, wrong)
-        name = _name(use, dtype)
+        name = _name(use, device, dtype)
         if known.get(name) == "":
             return _settle(key, KERNELS)
         if busy:
@@ -213,11 +216,13 @@ def _load(device: torch.device) -> dict[str, str]:
     return _loaded[spot][1]
 
 
-def _name(use: Use, dtype: torch.dtype) -> str:
+def _name(use: Use, device: torch.device, dtype: torch.dtype) -> str:
     """Name a form in the file: "patch_nce bfloat16 (256, True)". TF32 is another form of float32."""
-    products = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    tf32 = dtype == torch.float32 and any(library.fp32_precision == "tf32" for library in products)
-    return f"{use.family} {str(dtype).removeprefix('torch.')}{' (TF32 allowed)' if tf32 else ''} {use.form()}"
+    allowed = ""
+    if dtype == torch.float32 and device.type == "cuda":
+        libraries = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
+        allowed = " ".join(library.fp32_precision for library in libraries)
+    return f"{use.family} {str(dtype).removeprefix('torch.')} {allowed}{use.form()}"
 
 
 def _parsed(name: str) -> tuple[str, torch.dtype | None]:
@@ -284,4 +289,3 @@ def report(device: torch.device, families: Iterable[str]) -> Iterator[str]:
                 states[short] = reason or states.get(short, "")
         words = [f"{name} {'WRONG (' + reason + ')' if reason else 'right'}" for name, reason in states.items()]
         yield f"{family}: {', '.join(words) or 'not checked yet'}"
-

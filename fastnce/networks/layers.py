@@ -32,29 +32,22 @@ def own_precision(x: Tensor) -> AbstractContextManager:
 
 
 class FusedLayer(nn.Module):
-    """A layer with a Triton kernel.
-
-    `implementation` is None (kernels on accelerators, PyTorch on the CPU), or "triton" or "eager" to force one.
-    """
+    """A layer with a Triton kernel. `implementation` is None (kernels on accelerators), "triton" or "eager"."""
 
     implementation: Implementation = None
-    kernels = ""
-    """The name of the kernels in `uses.LAYERS`."""
+    kernels = ""  # their name in `uses.LAYERS`
 
-    def fused(self, x: Tensor, options: tuple[Any, ...] | None = None, **more: Any) -> bool:
+    def fused(self, x: Tensor, options: tuple[Any, ...] | None = None, *more: Tensor | None) -> bool:
         """Whether the kernel computes x. Raises ValueError if "triton" is forced and the kernel cannot run.
 
-        Args:
-            options: of the call, as `uses.LayerUse` takes them, to check the kernel at its first use; None only asks
-                for what is known.
-            more: further fields of `uses.LayerUse`.
+        With options and tensors as in `uses.formula`, the kernel is checked at its first use.
         """
         choice = choose(None if x.is_meta else self.implementation, x.device, x.dtype)  # meta: shapes only
         if choice is not KERNELS:
             return choice.triton
         if options is None or torch.compiler.is_compiling():
             return followed(self.kernels, x.device, x.dtype).triton
-        return trusted(layer_use(self.kernels, x, options, **more), x.device, x.dtype).triton
+        return trusted(layer_use(self.kernels, x, options, *more), x.device, x.dtype).triton
 
 
 def set_implementation(network: nn.Module, implementation: Implementation) -> None:
@@ -104,7 +97,7 @@ class InstanceNorm(FusedLayer):
         """
         if x.shape[2] * x.shape[3] == 1:
             raise ValueError("instance norm needs more than one location: the image is too small for this network")
-        if self.fused(x, (self.eps, slope, margin), residual=residual is not None):
+        if self.fused(x, (self.eps, slope, margin), residual):
             return fused.instance_norm(x, self.eps, slope, margin, residual)
         y = self._normalise(x)
         if slope != 1.0:
@@ -188,8 +181,7 @@ class LastConvolution(FusedLayer, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias  # once: a parametrization recomputes them at each access
-        more: dict[str, Any] = {"weight": tuple(weight.shape), "weight_dtype": weight.dtype, "bias": bias is not None}
-        if self.has_kernel and self.fused(x, (self.margin,), **more):
+        if self.has_kernel and self.fused(x, (self.margin,), weight, bias):
             return fused.few_outputs_convolution(x, weight, bias, self.margin)
         with own_precision(x):
             dtype = torch.float64 if torch.float64 in (x.dtype, weight.dtype) else torch.float32

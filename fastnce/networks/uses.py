@@ -1,4 +1,4 @@
-"""How the layers use their kernels: made-up maps of about the same shapes, and the error of the kernels against float64.
+"""How the layers use their kernels: made-up maps of about the same shapes, and the kernels' error against float64.
 
 The check at the first use measures made-up maps, `run.check_every` those of a step.
 """
@@ -24,7 +24,7 @@ LAYERS = ("instance_norm", "reflection_pad", "blur_down", "blur_up", "few_output
 """The families of kernels, by their names in the module `fused`."""
 
 MOST_ELEMENTS = 2**20
-MOST_ELEMENTS_INTERPRETED = 2**13
+MOST_ELEMENTS_INTERPRETED = 2**12
 
 
 def formula(name: str, tensors: Sequence[Tensor], options: Sequence[Any]) -> Tensor:
@@ -111,21 +111,21 @@ class LayerUse(NamedTuple):
     shape: tuple[int, ...]  # of the map
     channels_last: bool
     options: tuple[Any, ...]
-    residual: bool = False
-    weight: tuple[int, ...] = ()
-    weight_dtype: torch.dtype | None = None
-    bias: bool = False
+    more: tuple[tuple[tuple[int, ...], torch.dtype], ...] = ()
+    """Shape and dtype of the residual, or of weight and bias."""
 
     @property
     def family(self) -> str:
         return self.name
 
     def form(self) -> Hashable:
-        channels = self.shape[1]
-        return channels if channels < 64 else 64 + channels % 16, self.channels_last, *self.options, *self.form_of_more()
+        channels = min(64, 1 << (self.shape[1] - 1).bit_length()), self.shape[1] % 16
+        more = [str(dtype) if self._adds else (shape, str(dtype)) for shape, dtype in self.more]
+        return *channels, self.channels_last, *self.options, *more
 
-    def form_of_more(self) -> tuple[Hashable, ...]:
-        return (self.residual, self.weight, str(self.weight_dtype), self.bias)
+    @property
+    def _adds(self) -> bool:
+        return self.name == "instance_norm"
 
     def measure(self, device: torch.device, dtype: torch.dtype) -> Iterator[Check]:
         generator = torch.Generator().manual_seed(8)
@@ -138,14 +138,11 @@ class LayerUse(NamedTuple):
         shape = self._reduced(MOST_ELEMENTS_INTERPRETED if device.type == "cpu" else MOST_ELEMENTS)
         x = draw(*shape, to=dtype) * 2
         if self.name == "instance_norm":
-            x = _away_from_the_corner(x + 1)
+            x = away_from_the_corner(x + 1)
         tensors = [x.contiguous(memory_format=layout)]
-        if self.residual:
-            tensors.append(draw(*shape, to=dtype).contiguous(memory_format=layout))
-        if self.weight:
-            to = self.weight_dtype or dtype
-            tensors.append(draw(*self.weight, to=to).contiguous(memory_format=layout) / 16)
-            tensors += [draw(self.weight[0], to=to)] if self.bias else []
+        for size, to in self.more:
+            values = draw(*(shape if self._adds else size), to=to) / 16
+            tensors.append(values.contiguous(memory_format=layout) if len(size) == 4 else values)
         yield from measure_layer(self.name, tensors, self.options)
 
     def _reduced(self, most: int) -> tuple[int, int, int, int]:
@@ -153,25 +150,26 @@ class LayerUse(NamedTuple):
         images, channels, height, width = self.shape
         images = min(images, 2)
         while images * channels * height * width > most:
-            if max(height, width) <= 32:
-                images, channels = (1, channels) if images > 1 or channels <= 128 else (1, channels - 64)
-                if images * channels * height * width > most and channels <= 128:
-                    break
-            elif height >= width:
-                height -= 16
+            if max(height, width) > 32:
+                height, width = (height - 16, width) if height >= width else (height, width - 16)
+            elif images > 1:
+                images = 1
+            elif channels > 128 and not self.more:
+                channels -= 64
             else:
-                width -= 16
+                break
         return images, channels, height, width
 
 
-def _away_from_the_corner(x: Tensor) -> Tensor:
+def away_from_the_corner(x: Tensor) -> Tensor:
     """Move values within rounding of their plane's mean, which may fall on either side of the activation's corner."""
     wide = x.float()
     close = (wide - wide.mean((2, 3), keepdim=True)).abs() < 1e-3
     return torch.where(close, wide + 0.05, wide).to(x.dtype)
 
 
-def layer_use(name: str, x: Tensor, options: tuple[Any, ...], **more: Any) -> LayerUse:
-    """Describe a call by its map."""
+def layer_use(name: str, x: Tensor, options: tuple[Any, ...], *more: Tensor | None) -> LayerUse:
+    """Describe a call by its tensors."""
     last = x.stride(1) == 1 and x.shape[1] > 1 and not x.is_contiguous()
-    return LayerUse(name, tuple(x.shape), last, options, **more)
+    others = tuple((tuple(t.shape), t.dtype) for t in more if t is not None)
+    return LayerUse(name, tuple(x.shape), last, options, others)

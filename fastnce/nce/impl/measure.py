@@ -253,9 +253,7 @@ def measure_head(
         at = ids[i].to(wide)
         units = _rows_of(q, at, fours[i])
         keys = _as_stored(_rows_of(k, at, key_fours[i]), dtype)
-        loss, _ = eager.nce_losses(
-            _as_stored(units, dtype), keys.detach(), None, None, None, groups, temperatures[i]
-        )
+        loss, _ = eager.nce_losses(_as_stored(units, dtype), keys.detach(), None, None, None, groups, temperatures[i])
         losses.append(loss.unflatten(0, (directions, -1)).mean(dim=1))
     exact = torch.stack(losses).mean(dim=0)
     exact_gradients = torch.autograd.grad(exact.sum() * UPSTREAM, [*own, *weights])

@@ -138,7 +138,16 @@ class LayersUse(NamedTuple):
         odd = any(width % 16 for width in self.widths)
         many = sum(self.rows) >= MANY_ROWS
         bounded = self.temperature > LOWEST_BOUNDED
-        return padded(max(self.widths)), odd, len(self.rows), self.directions, many, bounded, self.extras > 0, *self[5:8]
+        return (
+            padded(max(self.widths)),
+            odd,
+            len(self.rows),
+            self.directions,
+            many,
+            bounded,
+            self.extras > 0,
+            *self[5:8],
+        )
 
     def measure(self, device: torch.device, dtype: torch.dtype) -> Iterator[Check]:
         most = max(1, most_rows(device, sum(self.rows)) // len(self.rows))
