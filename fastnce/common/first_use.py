@@ -20,11 +20,11 @@ import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
-from . import verdicts
+from . import dispatch, verdicts
 from .agreement import Check, KernelFailed, wait
 from .dispatch import KERNELS, Choice
 
@@ -46,6 +46,8 @@ class Use(Protocol):
             KernelFailed: see `agreement.run_kernels`.
         """
 
+
+T = TypeVar("T")
 
 NOT_CHECKED = Choice("triton", "the kernels support this device, dtype and size; they have not been checked here")
 
@@ -169,7 +171,7 @@ def _first(use: Use, device: torch.device, dtype: torch.dtype) -> Choice:
             return _settle(key, KERNELS)
         if busy:
             return NOT_CHECKED
-        reason = _in_own_thread(lambda: find_fault(use, device, dtype))
+        reason = in_own_thread(lambda: find_fault(use, device, dtype))
         if reason is None:
             return _settle(key, KERNELS, assumed=True)
         verdicts.remember(_loaded[device.type, device.index][0], name, reason)
@@ -231,6 +233,11 @@ def _parsed(name: str) -> tuple[str, torch.dtype | None]:
     return family, dtype if isinstance(dtype, torch.dtype) else None
 
 
+def may_check(device: torch.device) -> bool:
+    """Whether kernels on this device are checked at their first use."""
+    return _enabled() and dispatch.is_default(device) and dispatch.obstacle(device, torch.float32) is None
+
+
 def is_busy(device: torch.device) -> bool:
     """Whether nothing may be launched or waited for now: a recording, a trace, a transform or a backward pass.
 
@@ -251,13 +258,23 @@ def is_capturing(device: torch.device) -> bool:
     return torch.cuda.is_current_stream_capturing()
 
 
-def _in_own_thread(function: Callable[[], str | None]) -> str | None:
+def in_own_thread(function: Callable[[], T]) -> T:
     """Call a function in a new thread, which has none of the caller's modes: grad, autocast, streams, hooks."""
-    results: list[str | None] = []
-    thread = threading.Thread(target=lambda: results.append(function()), name="fastnce check", daemon=True)
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(function())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="fastnce check", daemon=True)
     thread.start()
     thread.join()
-    return results[0] if results else None
+    if errors:
+        raise errors[0]
+    return results[0]
 
 
 def find_fault(use: Use, device: torch.device, dtype: torch.dtype) -> str | None:

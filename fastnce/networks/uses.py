@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common.agreement import GRADIENT_GATES, Check, compared, exact_device, leaves, run_kernels, widened
+from ..common.agreement import GRADIENT_GATES, Check, compared, exact_device, leaves, pattern, run_kernels, widened
 
 try:
     from ..kernels.common import architecture, precision
@@ -64,13 +64,18 @@ def by_kernels(name: str, tensors: Sequence[Tensor], options: Sequence[Any]) -> 
     return function(tensors[0], *options)
 
 
-def measure_layer(
-    name: str, tensors: Sequence[Tensor], options: Sequence[Any], gradients: bool = True
-) -> Iterator[Check]:
+def in_float32(name: str, tensors: Sequence[Tensor], options: Sequence[Any]) -> Tensor:
+    """Compute a layer by `formula` in float32, with a result of the kernels' dtype."""
+    y = formula(name, [t.float() for t in tensors], options)
+    return y if name == "few_outputs_convolution" else y.to(tensors[0].dtype)
+
+
+def measure_layer(name: str, tensors: Sequence[Tensor], options: Sequence[Any], plain: bool = False) -> Iterator[Check]:
     """Measure the output of a layer's kernels, and the gradients of all its tensors.
 
     Args:
         name, tensors, options: as `formula` takes them.
+        plain: measure the formula in float32 instead of the kernels.
     """
     x = tensors[0]
     wide = exact_device(x.device)
@@ -81,22 +86,20 @@ def measure_layer(
     def run(function, given: Sequence[Tensor], upstream: Tensor | None) -> list[Tensor]:
         own = leaves(given)
         y = function(name, own, options)
-        if not gradients:
-            return [y.detach()]
         arriving = upstream_of(y) if upstream is None else upstream.to(y)
         return [y.detach(), *torch.autograd.grad(y, own, arriving)]
 
-    measured = run_kernels(lambda: run(by_kernels, tensors, None), x.device)
+    function = in_float32 if plain else by_kernels
+    measured = run_kernels(lambda: run(function, tensors, None), x.device)
     upstream = upstream_of(measured[0])
     exact = run(formula, widened(tensors, wide), upstream.to(wide))
-    names = ["the output", *[f"the gradient of {what}" for what in _names(name, len(tensors))]][: len(exact)]
+    names = ["the output", *[f"the gradient of {what}" for what in _names(name, len(tensors))]]
     yield from compared(names, measured, exact, [gate] * len(exact))
 
 
 def upstream_of(y: Tensor) -> Tensor:
-    """Return a gradient for an output, in its dtype and layout: values between -1 and 1 that repeat nowhere."""
-    flat = torch.arange(y.numel(), device=y.device, dtype=torch.float32)
-    return torch.empty_like(y).copy_((flat * 0.7 + 0.3).sin().view(y.shape))
+    """Return a gradient for an output, in its dtype and layout."""
+    return torch.empty_like(y).copy_(pattern(y))
 
 
 def _names(name: str, count: int) -> list[str]:
@@ -164,8 +167,9 @@ class LayerUse(NamedTuple):
 def away_from_the_corner(x: Tensor) -> Tensor:
     """Move values within rounding of their plane's mean, which may fall on either side of the activation's corner."""
     wide = x.float()
-    close = (wide - wide.mean((2, 3), keepdim=True)).abs() < 1e-3
-    return torch.where(close, wide + 0.05, wide).to(x.dtype)
+    apart = wide - wide.mean((2, 3), keepdim=True)
+    deviation = apart.square().mean((2, 3), keepdim=True).sqrt()
+    return torch.where(apart.abs() < 1e-3 * deviation, wide + 0.05 * deviation, wide).to(x.dtype)
 
 
 def layer_use(name: str, x: Tensor, options: tuple[Any, ...], *more: Tensor | None) -> LayerUse:

@@ -1,7 +1,8 @@
 """Measure the contrastive kernels on given data: their error against float64, forward and gradients.
 
-Each function runs the kernels and the plain form in float64 on the same inputs, and yields one `Check` per result. The
-check at the first use calls them with made-up data (`uses`), `run.check_every` with those of a step.
+Each function runs the kernels and the plain form in float64 on the same inputs, and yields one `Check` per result. With
+`plain`, the plain form in the inputs' own dtype takes the place of the kernels. The check at the first use passes
+made-up data (`uses`), `run.check_every` those of a step.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from ...common.agreement import (
     exact_device,
     leaves,
     logit_rounding,
+    pattern,
     relative,
     relative_per_row,
     run_kernels,
@@ -53,6 +55,7 @@ def measure_rows(
     unit: bool = False,
     wanted: Sequence[bool] = (True, False, False),
     kinds: dict[str, slice] | None = None,
+    plain: bool = False,
 ) -> Iterator[Check]:
     """Measure the loss and the gradients of `triton_rows.nce_losses`.
 
@@ -74,7 +77,8 @@ def measure_rows(
         sources = [x for x in own if x.requires_grad]
         return loss.detach(), torch.autograd.grad(loss.sum() * UPSTREAM, sources) if sources else ()
 
-    loss, gradients = run_kernels(lambda: losses_and_gradients(triton_rows.nce_losses, given, weights), device)
+    function = eager.nce_losses if plain else triton_rows.nce_losses
+    loss, gradients = run_kernels(lambda: losses_and_gradients(function, given, weights), device)
     exact_weights = [None if w is None else widened([w], wide)[0] for w in weights]
     exact, exact_gradients = losses_and_gradients(eager.nce_losses, widened(given, wide), exact_weights)
     names = [n for n, want in zip(("queries", "keys", "extra keys"), wanted, strict=True) if want]
@@ -85,8 +89,8 @@ def measure_rows(
         values = loss[rows].double().mean().item(), exact[rows].mean().item()
         yield Check(f"the loss{of}", error, gate, values=values)
         if wanted[0]:
-            error = relative(gradients[0][rows], exact_gradients[0][rows])
-            yield Check(f"the gradient of queries{of}", error, GRADIENT_GATES[gates])
+            of_queries = [gradients[0][rows]], [exact_gradients[0][rows]]
+            yield from compared([f"the gradient of queries{of}"], *of_queries, [GRADIENT_GATES[gates]])
     first = int(wanted[0])
     more = [f"the gradient of {name}" for name in names[first:]]
     yield from compared(more, gradients[first:], exact_gradients[first:], [GRADIENT_GATES[gates]] * len(more))
@@ -108,6 +112,7 @@ def measure_layers(
     other: bool,
     divide: bool,
     unit: bool,
+    plain: bool = False,
 ) -> Iterator[Check]:
     """Measure the means and the query gradients of `triton_layers.nce_layers`, which describes the arguments."""
     device, dtype = queries[0].device, queries[0].dtype
@@ -122,21 +127,23 @@ def measure_layers(
         )  # fmt: skip
         return mean.detach(), torch.autograd.grad(mean.sum() * UPSTREAM, own)
 
-    mean, gradients = run_kernels(by_kernels, device)
-    own = leaves(widened(queries, wide))
-    units = [_divided(q) if divide else q for q in own]
-    constants = [_divided(k) if divide else k for k in widened(keys, wide)]
-    more = widened(extra, wide)
-    losses = []
-    for i, (q, k) in enumerate(zip(units, constants, strict=True)):
-        e = None
-        if other:
-            e = units[i ^ 1].detach().unflatten(0, (groups, -1))
-        elif more:
-            e = more[i]
-        losses.append(eager.nce_losses(q, k, e, None, None, groups, temperatures[i])[0].mean())
-    exact = torch.stack(losses).view(-1, directions).mean(dim=0)
-    exact_gradients = torch.autograd.grad(exact.sum() * UPSTREAM, own)
+    def by_formula(given: Lists, constants: Lists, more: Lists) -> tuple[Tensor, Lists]:
+        own = leaves(given)
+        units = [_divided(q) if divide else q for q in own]
+        losses = []
+        for i, (q, k) in enumerate(zip(units, constants, strict=True)):
+            e = None
+            if other:
+                e = units[i ^ 1].detach().unflatten(0, (groups, -1))
+            elif more:
+                e = more[i]
+            unit_key = _divided(k) if divide else k
+            losses.append(eager.nce_losses(q, unit_key, e, None, None, groups, temperatures[i])[0].mean())
+        mean = torch.stack(losses).view(-1, directions).mean(dim=0)
+        return mean.detach(), torch.autograd.grad(mean.sum() * UPSTREAM, own)
+
+    mean, gradients = by_formula(queries, keys, extra) if plain else run_kernels(by_kernels, device)
+    exact, exact_gradients = by_formula(*(widened(x, wide) for x in (queries, keys, extra)))
     rounded = SAMPLING_GATES if divide else GRADIENT_GATES  # divided rows are rounded to the dtype once more
     loss_gate = LOSS_GATES[gates] + logit_rounding(min(temperatures))
     yield from compared(["the loss"], [mean], [exact], [loss_gate])
@@ -145,7 +152,9 @@ def measure_layers(
 
 
 def _divided(rows: Tensor) -> Tensor:
-    return rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min(1e-8)
+    """Divide rows by their length in float32 or wider; the result has the dtype of the rows."""
+    wide = rows if rows.dtype == torch.float64 else rows.float()
+    return (wide / torch.linalg.vector_norm(wide, dim=1, keepdim=True).clamp_min(1e-8)).to(rows.dtype)
 
 
 def measure_ids(seeds: Tensor, locations: Sequence[int], patches: int) -> Iterator[Check]:
@@ -160,15 +169,20 @@ def measure_ids(seeds: Tensor, locations: Sequence[int], patches: int) -> Iterat
 
 
 def _rows_of(feature_map: Tensor, ids: Tensor, weights: MLP | None) -> Tensor:
-    """Sample, project and normalise one map in float64; ids are (sets, patches)."""
+    """Sample, project and normalise one map in its dtype, as `project_patches`; ids are (sets, patches)."""
     each = ids.repeat_interleave(feature_map.shape[0] // ids.shape[0], dim=0)
-    sampled = gather_patches(feature_map, each).flatten(0, 1)
-    return normalize_rows(sampled if weights is None else mlp(sampled, weights))
+    rows = gather_patches(feature_map, each).flatten(0, 1)
+    if weights is not None:
+        inner = torch.float32 if rows.dtype == torch.float16 else rows.dtype
+        rows = mlp(rows.to(inner), [w.to(inner) for w in weights])
+    wide = rows if rows.dtype == torch.float64 else rows.float()
+    return normalize_rows(wide).to(feature_map.dtype)
 
 
-def _rounded(tensors: Lists, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """Return float64 leaves of the tensors as the kernels read them: rounded to `dtype`."""
-    return leaves(widened([t.detach().to(dtype) for t in tensors], device))
+def _rounded(tensors: Lists, dtype: torch.dtype, to: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Return leaves in the dtype `to` of the tensors as the kernels read them: rounded to `dtype` unless a bias."""
+    read = [t.detach() if t.dim() == 1 else t.detach().to(dtype) for t in tensors]
+    return leaves([t.to(device, to) for t in read])
 
 
 def _fours(flat: Lists) -> list[Lists]:
@@ -176,7 +190,14 @@ def _fours(flat: Lists) -> list[Lists]:
 
 
 def measure_projection(
-    maps: Lists, ids: Lists, flat_mlp: Lists, dtype: torch.dtype, *, distinct: bool
+    maps: Lists,
+    ids: Lists,
+    flat_mlp: Lists,
+    dtype: torch.dtype,
+    *,
+    distinct: bool,
+    with_gradients: bool = True,
+    plain: bool = False,
 ) -> Iterator[Check]:
     """Measure the rows, map gradients and weight gradients of `triton_maps.project_rows`.
 
@@ -189,6 +210,8 @@ def measure_projection(
     upstream: list[Tensor] = []
 
     def gradients(rows: Lists, sources: Lists) -> Lists:
+        if not with_gradients:
+            return []
         if not upstream:
             upstream.extend(pattern(r) for r in rows)
         pairs = zip(rows, upstream, strict=True)
@@ -200,22 +223,22 @@ def measure_projection(
         rows = triton_maps.project_rows(own, ids, _fours(weights) if weights else None, dtype, distinct)
         return [r.detach() for r in rows], gradients(rows, [*own, *weights])
 
-    measured = run_kernels(by_kernels, device)
-    own, weights = _rounded(maps, dtype, wide), _rounded(flat_mlp, dtype, wide)
-    fours: list[Lists | None] = list(_fours(weights)) or [None] * len(maps)
-    rows = [_rows_of(m, i.to(wide), four) for m, i, four in zip(own, ids, fours, strict=True)]
-    exact = gradients(rows, [*own, *weights])
+    def by_formula(to: torch.dtype, where: torch.device) -> tuple[Lists, Lists]:
+        own, weights = (_rounded(x, dtype, to, where) for x in (maps, flat_mlp))
+        fours: list[Lists | None] = list(_fours(weights)) or [None] * len(maps)
+        rows = [_rows_of(m, i.to(where), four) for m, i, four in zip(own, ids, fours, strict=True)]
+        return [r.detach() for r in rows], gradients(rows, [*own, *weights])
+
+    measured = by_formula(dtype, device) if plain else run_kernels(by_kernels, device)
+    rows, exact = by_formula(torch.float64, wide)
     layers = range(len(maps))
-    names = [f"the rows of layer {i}" for i in layers] + [f"the gradient of map {i}" for i in layers]
-    names += [f"the gradient of MLP {i}" for i in range(len(fours) if weights else 0) for _ in range(4)]
+    names = [f"the rows of layer {i}" for i in layers] + _gradient_names(len(maps), len(flat_mlp))
     gates = [gate] * len(maps) + [gradient_gate] * len(exact)
-    yield from compared(names, [*measured[0], *measured[1]], [*rows, *exact], gates)
+    yield from compared(names[: len(gates)], [*measured[0], *measured[1]], [*rows, *exact], gates)
 
 
-def pattern(like: Tensor) -> Tensor:
-    """Return values between -1 and 1 of a tensor's shape that repeat nowhere: a gradient to test with."""
-    flat = torch.arange(like.numel(), device=like.device, dtype=torch.float32)
-    return (flat * 0.7 + 0.3).sin().view(like.shape)
+def _gradient_names(maps: int, weights: int) -> list[str]:
+    return [f"the gradient of map {i}" for i in range(maps)] + [f"the gradient of MLP {i // 4}" for i in range(weights)]
 
 
 def measure_head(
@@ -230,6 +253,8 @@ def measure_head(
     directions: int,
     dtype: torch.dtype,
     distinct: bool,
+    with_gradients: bool = True,
+    plain: bool = False,
 ) -> Iterator[Check]:
     """Measure the loss, map gradients and weight gradients of `triton_maps.head_loss`, with flat lists of MLPs."""
     device = query_maps[0].device
@@ -242,24 +267,30 @@ def measure_head(
             own, key_maps, ids, _fours(weights) if weights else None, _fours(key_mlp) if key_mlp else None,
             temperatures=temperatures, groups=groups, directions=directions, dtype=dtype, distinct=distinct,
         )  # fmt: skip
-        return mean.detach(), torch.autograd.grad(mean.sum() * UPSTREAM, [*own, *weights])
+        return mean.detach(), gradients_of(mean, [*own, *weights])
 
-    mean, gradients = run_kernels(by_kernels, device)
-    own, weights = _rounded(query_maps, dtype, wide), _rounded(query_mlp, dtype, wide)
-    fours: list[Lists | None] = list(_fours(weights)) or [None] * len(own)
-    key_fours: list[Lists | None] = list(_fours(_rounded(key_mlp, dtype, wide))) or [None] * len(own)
-    losses = []
-    for i, (q, k) in enumerate(zip(own, _rounded(key_maps, dtype, wide), strict=True)):
-        at = ids[i].to(wide)
-        units = _rows_of(q, at, fours[i])
-        keys = _as_stored(_rows_of(k, at, key_fours[i]), dtype)
-        loss, _ = eager.nce_losses(_as_stored(units, dtype), keys.detach(), None, None, None, groups, temperatures[i])
-        losses.append(loss.unflatten(0, (directions, -1)).mean(dim=1))
-    exact = torch.stack(losses).mean(dim=0)
-    exact_gradients = torch.autograd.grad(exact.sum() * UPSTREAM, [*own, *weights])
-    layers = range(len(own))
-    names = [f"the gradient of map {i}" for i in layers]
-    names += [f"the gradient of MLP {i}" for i in range(len(fours) if weights else 0) for _ in range(4)]
+    def gradients_of(mean: Tensor, sources: Lists) -> Lists:
+        return torch.autograd.grad(mean.sum() * UPSTREAM, sources) if with_gradients else []
+
+    def by_formula(to: torch.dtype, where: torch.device) -> tuple[Tensor, Lists]:
+        own, weights, key_weights, constants = (
+            _rounded(x, dtype, to, where) for x in (query_maps, query_mlp, key_mlp, key_maps)
+        )
+        fours: list[Lists | None] = list(_fours(weights)) or [None] * len(own)
+        key_fours: list[Lists | None] = list(_fours(key_weights)) or [None] * len(own)
+        losses = []
+        for i, (q, k) in enumerate(zip(own, constants, strict=True)):
+            at = ids[i].to(where)
+            units = _as_stored(_rows_of(q, at, fours[i]), dtype)
+            keys = _as_stored(_rows_of(k, at, key_fours[i]), dtype).detach()
+            loss, _ = eager.nce_losses(units, keys, None, None, None, groups, temperatures[i])
+            losses.append(loss.unflatten(0, (directions, -1)).mean(dim=1))
+        mean = torch.stack(losses).mean(dim=0)
+        return mean.detach(), gradients_of(mean, [*own, *weights])
+
+    mean, gradients = by_formula(dtype, device) if plain else run_kernels(by_kernels, device)
+    exact, exact_gradients = by_formula(torch.float64, wide)
+    names = _gradient_names(len(query_maps), len(query_mlp))[: len(exact_gradients)]
     yield from compared(["the loss"], [mean], [exact], [gate])
     yield from compared(names, gradients, exact_gradients, [gradient_gate] * len(names))
 
@@ -272,4 +303,4 @@ def _chain_gates(dtype: torch.dtype, device: torch.device, projected: bool) -> t
 
 def _as_stored(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Round unit rows to the dtype in which the kernels store them. The gradient passes unchanged."""
-    return rows + (rows.detach().to(dtype).double() - rows.detach())
+    return rows + (rows.detach().to(dtype).to(rows.dtype) - rows.detach())

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...common.agreement import TEMPERATURE, Check, confident_queries, unit_rows
+from ...common.agreement import TEMPERATURE, Check, confident_queries, exact_device, pattern, unit_rows
 
 try:
     from . import measure
@@ -157,7 +157,7 @@ class LayersUse(NamedTuple):
         queries, keys, extra = [], [], []
         for i, (width, size) in enumerate(zip(self.widths, sizes, strict=True)):
             k, q = keys_and_queries(groups * size, width, device, temperature)
-            length = 1.0 + measure.pattern(k[:, :1]).double() / 2 if self.divide else 1.0
+            length = 1.0 + pattern(k[:, :1]).double() / 2 if self.divide else 1.0
             queries.append(stored(q.roll(i, 0) * length, dtype, device))
             keys.append(stored(k.roll(i, 0) * length, dtype, device))
             if self.extras:
@@ -235,15 +235,19 @@ class MapsUse(NamedTuple):
             far = torch.full((side, 1), 2.0, device=device)
             far[: side // 2] = 0.2
             queries.append((key + far * draw(*key.shape, to=self.map_dtype)).to(self.map_dtype))
-        places = [torch.randperm(side * side, generator=generator, device="cpu")[:patches] for _ in self.channels]
-        ids = [place[None].to(device) for place in places]
         weights: list[Tensor] = []
         if self.dim and self.weight_dtype is not None:
             for c in self.channels:
                 for shape, scale in (((self.dim, c), c**-0.5), ((self.dim,), 0.1), ((self.dim,) * 2, self.dim**-0.5)):
                     weights.append(draw(*shape, to=self.weight_dtype) * scale)
                 weights.append(draw(self.dim, to=self.weight_dtype) * 0.1)
-        keys, queries = ([m.contiguous(memory_format=layout) for m in side] for side in (keys, queries))
+        ids = []
+        for i, query in enumerate(queries):
+            order = torch.randperm(side * side, generator=generator, device="cpu").to(device)
+            first = [w.to(dtype) if w.dim() > 1 else w for w in weights[4 * i : 4 * i + 2]]
+            close = near_the_corner(query.to(dtype), *first)
+            ids.append(order[~close[order]][None, :patches])
+        keys, queries = ([m.contiguous(memory_format=layout) for m in maps] for maps in (keys, queries))
         if self.name == "project_patches":
             yield from measure.measure_projection(queries, ids, weights, dtype, distinct=self.distinct)
         else:
@@ -252,6 +256,20 @@ class MapsUse(NamedTuple):
                 queries, keys, ids, weights, weights, temperatures=[typical(self.temperature)] * len(keys),
                 groups=groups, directions=self.directions, dtype=dtype, distinct=self.distinct,
             )  # fmt: skip
+
+
+def near_the_corner(feature_map: Tensor, *first: Tensor) -> Tensor:
+    """Return the locations, () bool each, where rounding may move a hidden unit to the other side of the ReLU's corner.
+
+    Args:
+        first: weight and bias of the first layer; none without an MLP.
+    """
+    wide = exact_device(feature_map.device)
+    rows = feature_map.to(wide, torch.float64).flatten(2).transpose(1, 2)  # (images, locations, channels)
+    if not first:
+        return torch.zeros(rows.shape[1], dtype=torch.bool, device=feature_map.device)
+    weight, bias = (w.detach().to(wide, torch.float64) for w in first)
+    return ((rows @ weight.T + bias).abs() < 1e-5).any(2).any(0).to(feature_map.device)
 
 
 def maps_use(
