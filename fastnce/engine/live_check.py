@@ -112,6 +112,8 @@ class LiveCheck(TorchDispatchMode):
         super().__init__()
         self.compared = 0
         """Calls that have been compared."""
+        self.families: set[str] = set()
+        """The kernels that have been compared."""
         self.found: Disagreement | None = None
         """The first disagreement."""
 
@@ -123,6 +125,7 @@ class LiveCheck(TorchDispatchMode):
             measure = measure_of(name, args)
             if measure is not None:
                 self.compared += 1
+                self.families.add(NAMES.get(name, name))
                 what = in_own_thread(lambda: disagreement(measure))
                 if what:
                     self.found = Disagreement(f"{NAMES.get(name, name)} (call {self.compared})", what)
