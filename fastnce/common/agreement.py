@@ -161,7 +161,13 @@ def pattern(like: Tensor) -> Tensor:
 def compared(
     names: Sequence[str], measured: Sequence[Tensor], exact: Sequence[Tensor], gates: Sequence[float]
 ) -> Iterator[Check]:
-    """Yield one check of the relative norm per pair of tensors, with their root mean squares as values."""
+    """Yield one check of the relative norm per pair of tensors, with their root mean squares as values.
+
+    Raises:
+        ArithmeticError: an exact result is not finite, so nothing can be compared with it.
+    """
     for name, ours, theirs, gate in zip(names, measured, exact, gates, strict=True):
+        if not theirs.detach().norm().isfinite():
+            raise ArithmeticError(f"{name} is not finite in float64")
         values = [t.detach().double().square().mean().sqrt().item() for t in (ours, theirs)]
         yield Check(name, relative(ours, theirs), gate, values=(values[0], values[1]))

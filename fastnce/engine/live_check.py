@@ -133,7 +133,10 @@ class LiveCheck(TorchDispatchMode):
 
 
 def disagreement(measure: Measure) -> str:
-    """Compare the kernels with plain PyTorch; return how they differ, or "". Lack of memory says nothing."""
+    """Compare the kernels with plain PyTorch; return how they differ, or "".
+
+    Lack of memory, and exact results that are not finite, say nothing.
+    """
     try:
         checks = list(measure())
         if all(check.ok for check in checks):
@@ -141,7 +144,7 @@ def disagreement(measure: Measure) -> str:
         plain = {check.name: check for check in measure(plain=True)}
     except KernelFailed as error:
         return str(error)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, ArithmeticError):
         return ""
     for check in checks:
         other = plain.get(check.name)

@@ -138,7 +138,7 @@ class LayerUse(NamedTuple):
             values = torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu")
             return values.half().to(device, to)  # TF32 keeps these values too
 
-        shape = self._reduced(MOST_ELEMENTS_INTERPRETED if device.type == "cpu" else MOST_ELEMENTS)
+        shape = self._fitted(MOST_ELEMENTS_INTERPRETED if device.type == "cpu" else MOST_ELEMENTS)
         x = draw(*shape, to=dtype) * 2
         if self.name == "instance_norm":
             x = away_from_the_corner(x + 1)
@@ -148,10 +148,13 @@ class LayerUse(NamedTuple):
             tensors.append(values.contiguous(memory_format=layout) if len(size) == 4 else values)
         yield from measure_layer(self.name, tensors, self.options)
 
-    def _reduced(self, most: int) -> tuple[int, int, int, int]:
-        """Return a smaller shape. Sides lose multiples of 16, so that they stay as divisible as they are."""
+    def _fitted(self, most: int) -> tuple[int, int, int, int]:
+        """Return a shape of typical size. Sides change by multiples of 16, so that they stay as divisible as they are.
+
+        A first call may be tiny, and its verdict is for all calls of its form.
+        """
         images, channels, height, width = self.shape
-        images = min(images, 2)
+        images, height, width = min(images, 2), height + 16 * (height < 16), width + 16 * (width < 16)
         while images * channels * height * width > most:
             if max(height, width) > 32:
                 height, width = (height - 16, width) if height >= width else (height, width - 16)

@@ -231,14 +231,23 @@ def measure_projection(
 
     measured = by_formula(dtype, device) if plain else run_kernels(by_kernels, device)
     rows, exact = by_formula(torch.float64, wide)
-    layers = range(len(maps))
-    names = [f"the rows of layer {i}" for i in layers] + _gradient_names(len(maps), len(flat_mlp))
-    gates = [gate] * len(maps) + [gradient_gate] * len(exact)
-    yield from compared(names[: len(gates)], [*measured[0], *measured[1]], [*rows, *exact], gates)
+    names = [f"the rows of layer {i}" for i in range(len(maps))]
+    yield from compared(names, measured[0], rows, [gate] * len(rows))
+    yield from _gradient_checks(measured[1], exact, len(maps), gradient_gate)
 
 
-def _gradient_names(maps: int, weights: int) -> list[str]:
-    return [f"the gradient of map {i}" for i in range(maps)] + [f"the gradient of MLP {i // 4}" for i in range(weights)]
+def _gradient_checks(gradients: Lists, exact: Lists, maps: int, gate: float) -> Iterator[Check]:
+    """Compare gradients of maps, then of MLPs, all tensors of an MLP together.
+
+    The loss nearly cancels in the gradient of a bias, whose own norm says little.
+    """
+    names = [f"the gradient of map {i}" for i in range(maps)][: len(gradients)]
+    names += [f"the gradient of MLP {i}" for i in range((len(gradients) - maps) // 4)]
+    both = [
+        [*tensors[:maps], *(torch.cat([w.flatten() for w in four]) for four in _fours(tensors[maps:]))]
+        for tensors in (gradients, exact)
+    ]
+    yield from compared(names, *both, [gate] * len(names))
 
 
 def measure_head(
@@ -290,9 +299,8 @@ def measure_head(
 
     mean, gradients = by_formula(dtype, device) if plain else run_kernels(by_kernels, device)
     exact, exact_gradients = by_formula(torch.float64, wide)
-    names = _gradient_names(len(query_maps), len(query_mlp))[: len(exact_gradients)]
     yield from compared(["the loss"], [mean], [exact], [gate])
-    yield from compared(names, gradients, exact_gradients, [gradient_gate] * len(names))
+    yield from _gradient_checks(gradients, exact_gradients, len(query_maps), gradient_gate)
 
 
 def _chain_gates(dtype: torch.dtype, device: torch.device, projected: bool) -> tuple[float, float]:

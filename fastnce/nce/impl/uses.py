@@ -24,17 +24,28 @@ MOST_ROWS = 1024
 MANY_ROWS = 8192
 """As `fastnce.kernels.configs.MANY_ROWS`."""
 MOST_ROWS_INTERPRETED = 192
+FEWEST_ROWS = 32
 LOWEST_BOUNDED = 0.023
 """As `fastnce.kernels.nce.UNIT_TEMPERATURE`: below it, another form of the kernel runs."""
 LOW_TEMPERATURE = 0.02
 PROBABILITIES = (0.5, 0.9, 0.99, 0.999, 0.9999)
 
 
-def shrunk(count: int, most: int, step: int = 128) -> int:
-    """Return at most `most`, reduced in multiples of `step`, so that the remainder stays."""
-    if count <= most:
-        return count
-    return max(count - -(-(count - most) // step) * step, count % step or step)
+def fitted(count: int, least: int, most: int, step: int = 16) -> int:
+    """Return a number from about `least` to `most` that differs from `count` by a multiple of `step`.
+
+    A first call may be tiny, and its verdict is for all calls of its form, so that few rows are made more.
+    """
+    if count < least:
+        count += -(-(least - count) // step) * step
+    if count > most:
+        count -= -(-(count - most) // step) * step
+    return count
+
+
+def wide_enough(width: int) -> int:
+    """Return a width of the same form with at least 32 dims: in a few dims no row has far negatives."""
+    return fitted(width, 32, max(width, 48))
 
 
 def padded(width: int) -> int:
@@ -94,13 +105,14 @@ class RowsUse(NamedTuple):
 
     def measure(self, device: torch.device, dtype: torch.dtype) -> Iterator[Check]:
         most = most_rows(device, self.rows * self.groups)
-        rows = shrunk(self.rows, most)
+        rows, width = fitted(self.rows, FEWEST_ROWS, most, 128 if most > 256 else 16), wide_enough(self.width)
         groups = max(1, min(self.groups, most // rows))
         temperature = typical(self.temperature)
-        keys, queries = keys_and_queries(groups * rows, self.width, device, temperature)
+        keys, queries = keys_and_queries(groups * rows, width, device, temperature)
         generator = torch.Generator().manual_seed(6)
         pairs = torch.rand(2, groups, rows, rows, generator=generator, dtype=torch.float32, device="cpu").to(device)
-        extra = unit_rows((groups, shrunk(self.extras, most), self.width), device, seed=1) if self.extras else None
+        extras = (groups, fitted(self.extras, FEWEST_ROWS, most), width)
+        extra = unit_rows(extras, device, seed=1) if self.extras else None
         half = groups * rows // 2
         yield from measure.measure_rows(
             stored(queries, dtype, device),
@@ -151,17 +163,18 @@ class LayersUse(NamedTuple):
 
     def measure(self, device: torch.device, dtype: torch.dtype) -> Iterator[Check]:
         most = max(1, most_rows(device, sum(self.rows)) // len(self.rows))
-        sizes = [shrunk(max(1, count // self.groups), most) for count in self.rows]
+        sizes = [fitted(max(1, count // self.groups), FEWEST_ROWS, max(most, 48)) for count in self.rows]
+        widths = [wide_enough(width) for width in self.widths]
         groups = max(1, min(self.groups, most // max(sizes)))
         temperature = typical(self.temperature)
         queries, keys, extra = [], [], []
-        for i, (width, size) in enumerate(zip(self.widths, sizes, strict=True)):
+        for i, (width, size) in enumerate(zip(widths, sizes, strict=True)):
             k, q = keys_and_queries(groups * size, width, device, temperature)
             length = 1.0 + pattern(k[:, :1]).double() / 2 if self.divide else 1.0
             queries.append(stored(q.roll(i, 0) * length, dtype, device))
             keys.append(stored(k.roll(i, 0) * length, dtype, device))
             if self.extras:
-                given = unit_rows((groups, shrunk(self.extras, most), width), device, seed=1)
+                given = unit_rows((groups, fitted(self.extras, FEWEST_ROWS, max(most, 48)), width), device, seed=1)
                 extra.append(stored(given, dtype, device))
         yield from measure.measure_layers(
             queries, keys, extra, temperatures=[temperature] * len(sizes), groups=groups, directions=self.directions,
@@ -219,7 +232,8 @@ class MapsUse(NamedTuple):
     def measure(self, device: torch.device, dtype: torch.dtype) -> Iterator[Check]:
         most = max(2, most_rows(device, self.images * self.patches * len(self.channels)) // len(self.channels))
         images = 2 * self.directions if self.images > self.directions else self.directions
-        patches = shrunk(self.patches, max(1, most // images), 16)
+        patches = fitted(self.patches, FEWEST_ROWS, max(48, most // images))
+        dim = wide_enough(self.dim) if self.dim else 0
         side = max(4, int((2 * patches) ** 0.5) + 1)
         generator = torch.Generator().manual_seed(4)
         kind = measure.gates_of(dtype, device)
@@ -236,17 +250,17 @@ class MapsUse(NamedTuple):
             far[: side // 2] = 0.2
             queries.append((key + far * draw(*key.shape, to=self.map_dtype)).to(self.map_dtype))
         weights: list[Tensor] = []
-        if self.dim and self.weight_dtype is not None:
+        if dim and self.weight_dtype is not None:
             for c in self.channels:
-                for shape, scale in (((self.dim, c), c**-0.5), ((self.dim,), 0.1), ((self.dim,) * 2, self.dim**-0.5)):
+                for shape, scale in (((dim, c), c**-0.5), ((dim,), 0.1), ((dim,) * 2, dim**-0.5)):
                     weights.append(draw(*shape, to=self.weight_dtype) * scale)
-                weights.append(draw(self.dim, to=self.weight_dtype) * 0.1)
+                weights.append(draw(dim, to=self.weight_dtype) * 0.1)
         ids = []
         for i, query in enumerate(queries):
-            order = torch.randperm(side * side, generator=generator, device="cpu").to(device)
+            order = torch.randperm(side * side, generator=generator, device="cpu")
             first = [w.to(dtype) if w.dim() > 1 else w for w in weights[4 * i : 4 * i + 2]]
-            close = near_the_corner(query.to(dtype), *first)
-            ids.append(order[~close[order]][None, :patches])
+            far = order[~near_the_corner(query.to(dtype), *first).cpu()[order]]
+            ids.append((far if len(far) >= patches else order)[None, :patches].to(device))
         keys, queries = ([m.contiguous(memory_format=layout) for m in maps] for maps in (keys, queries))
         if self.name == "project_patches":
             yield from measure.measure_projection(queries, ids, weights, dtype, distinct=self.distinct)
