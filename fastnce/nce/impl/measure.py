@@ -243,11 +243,11 @@ def _gradient_checks(gradients: Lists, exact: Lists, maps: int, gate: float) -> 
     """
     names = [f"the gradient of map {i}" for i in range(maps)][: len(gradients)]
     names += [f"the gradient of MLP {i}" for i in range((len(gradients) - maps) // 4)]
-    both = [
+    ours, theirs = (
         [*tensors[:maps], *(torch.cat([w.flatten() for w in four]) for four in _fours(tensors[maps:]))]
         for tensors in (gradients, exact)
-    ]
-    yield from compared(names, *both, [gate] * len(names))
+    )
+    yield from compared(names, ours, theirs, [gate] * len(names))
 
 
 def measure_head(

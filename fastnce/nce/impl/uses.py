@@ -58,10 +58,15 @@ def typical(temperature: float) -> float:
     return TEMPERATURE if temperature > LOWEST_BOUNDED else LOW_TEMPERATURE
 
 
-def most_rows(device: torch.device, rows: int) -> int:
+def most_rows(device: torch.device, total: int, lists: int = 1) -> tuple[int, int]:
+    """Return the most rows of each of `lists` tensors, and the step in which rows may be left out.
+
+    Args:
+        total: rows of the call; launches of many rows have other tiles.
+    """
     if device.type == "cpu":
-        return MOST_ROWS_INTERPRETED
-    return MANY_ROWS if rows >= MANY_ROWS else MOST_ROWS
+        return max(48, MOST_ROWS_INTERPRETED // lists), 16
+    return max(MOST_ROWS // min(lists, 2), MANY_ROWS // lists if total >= MANY_ROWS else 0), 128
 
 
 def keys_and_queries(rows: int, dim: int, device: torch.device, temperature: float) -> tuple[Tensor, Tensor]:
@@ -104,14 +109,14 @@ class RowsUse(NamedTuple):
         )  # fmt: skip
 
     def measure(self, device: torch.device, dtype: torch.dtype) -> Iterator[Check]:
-        most = most_rows(device, self.rows * self.groups)
-        rows, width = fitted(self.rows, FEWEST_ROWS, most, 128 if most > 256 else 16), wide_enough(self.width)
+        most, step = most_rows(device, self.rows * self.groups)
+        rows, width = fitted(self.rows, FEWEST_ROWS, most, step), wide_enough(self.width)
         groups = max(1, min(self.groups, most // rows))
         temperature = typical(self.temperature)
         keys, queries = keys_and_queries(groups * rows, width, device, temperature)
         generator = torch.Generator().manual_seed(6)
         pairs = torch.rand(2, groups, rows, rows, generator=generator, dtype=torch.float32, device="cpu").to(device)
-        extras = (groups, fitted(self.extras, FEWEST_ROWS, most), width)
+        extras = (groups, fitted(self.extras, FEWEST_ROWS, most, step), width)
         extra = unit_rows(extras, device, seed=1) if self.extras else None
         half = groups * rows // 2
         yield from measure.measure_rows(
@@ -162,8 +167,8 @@ class LayersUse(NamedTuple):
         )
 
     def measure(self, device: torch.device, dtype: torch.dtype) -> Iterator[Check]:
-        most = max(1, most_rows(device, sum(self.rows)) // len(self.rows))
-        sizes = [fitted(max(1, count // self.groups), FEWEST_ROWS, max(most, 48)) for count in self.rows]
+        most, step = most_rows(device, sum(self.rows), len(self.rows))
+        sizes = [fitted(max(1, count // self.groups), FEWEST_ROWS, most, step) for count in self.rows]
         widths = [wide_enough(width) for width in self.widths]
         groups = max(1, min(self.groups, most // max(sizes)))
         temperature = typical(self.temperature)
@@ -174,7 +179,7 @@ class LayersUse(NamedTuple):
             queries.append(stored(q.roll(i, 0) * length, dtype, device))
             keys.append(stored(k.roll(i, 0) * length, dtype, device))
             if self.extras:
-                given = unit_rows((groups, fitted(self.extras, FEWEST_ROWS, max(most, 48)), width), device, seed=1)
+                given = unit_rows((groups, fitted(self.extras, FEWEST_ROWS, most, step), width), device, seed=1)
                 extra.append(stored(given, dtype, device))
         yield from measure.measure_layers(
             queries, keys, extra, temperatures=[temperature] * len(sizes), groups=groups, directions=self.directions,
@@ -208,8 +213,8 @@ class MapsUse(NamedTuple):
 
     name: str
     channels: tuple[int, ...]
-    channels_last: bool
-    map_dtype: torch.dtype
+    channels_last: tuple[bool, ...]
+    dtypes: tuple[torch.dtype, ...]  # of the maps
     images: int
     patches: int
     dim: int  # of the MLPs; 0 without
@@ -226,15 +231,16 @@ class MapsUse(NamedTuple):
     def form(self) -> Hashable:
         bounded = self.temperature > LOWEST_BOUNDED
         many = self.images * self.patches * len(self.channels) >= MANY_ROWS
-        kinds = str(self.map_dtype), str(self.weight_dtype), self.channels_last
+        kinds = tuple(map(str, self.dtypes)), str(self.weight_dtype), self.channels_last
         return self.channels, self.dim, *kinds, self.directions, many, bounded, self.distinct
 
     def measure(self, device: torch.device, dtype: torch.dtype) -> Iterator[Check]:
-        most = max(2, most_rows(device, self.images * self.patches * len(self.channels)) // len(self.channels))
+        layers = len(self.channels)
+        most, step = most_rows(device, self.images * self.patches * layers, layers)
         images = 2 * self.directions if self.images > self.directions else self.directions
-        patches = fitted(self.patches, FEWEST_ROWS, max(48, most // images))
+        patches = fitted(self.patches, FEWEST_ROWS, max(48 if step == 16 else 256, most // images), step)
         dim = wide_enough(self.dim) if self.dim else 0
-        side = max(4, int((2 * patches) ** 0.5) + 1)
+        side = (int((2 * patches) ** 0.5) // 16 + 1) * 16
         generator = torch.Generator().manual_seed(4)
         kind = measure.gates_of(dtype, device)
 
@@ -242,13 +248,12 @@ class MapsUse(NamedTuple):
             values = torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu")
             return values.to(kind if to == dtype else to).to(device, to)
 
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        keys = [draw(images, c, side, side, to=self.map_dtype) for c in self.channels]
+        keys = [draw(images, c, side, side, to=to) for c, to in zip(self.channels, self.dtypes, strict=True)]
         queries = []
         for key in keys:  # locations in the upper half are confident
-            far = torch.full((side, 1), 2.0, device=device)
+            far = torch.full((side, 1), 2.0, dtype=torch.float32, device=device)
             far[: side // 2] = 0.2
-            queries.append((key + far * draw(*key.shape, to=self.map_dtype)).to(self.map_dtype))
+            queries.append((key + far * draw(*key.shape, to=key.dtype)).to(key.dtype))
         weights: list[Tensor] = []
         if dim and self.weight_dtype is not None:
             for c in self.channels:
@@ -260,8 +265,13 @@ class MapsUse(NamedTuple):
             order = torch.randperm(side * side, generator=generator, device="cpu")
             first = [w.to(dtype) if w.dim() > 1 else w for w in weights[4 * i : 4 * i + 2]]
             far = order[~near_the_corner(query.to(dtype), *first).cpu()[order]]
-            ids.append((far if len(far) >= patches else order)[None, :patches].to(device))
-        keys, queries = ([m.contiguous(memory_format=layout) for m in maps] for maps in (keys, queries))
+            one_set = (far if len(far) >= patches else order)[None, :patches].to(device)
+            ids.append(one_set.repeat(self.directions, 1))
+        layouts = [torch.channels_last if last else torch.contiguous_format for last in self.channels_last]
+        keys, queries = (
+            [m.contiguous(memory_format=layout) for m, layout in zip(maps, layouts, strict=True)]
+            for maps in (keys, queries)
+        )
         if self.name == "project_patches":
             yield from measure.measure_projection(queries, ids, weights, dtype, distinct=self.distinct)
         else:
@@ -298,10 +308,9 @@ def maps_use(
     distinct: bool = True,
 ) -> MapsUse:
     """Describe a call by its maps and MLPs."""
-    first = maps[0]
-    last = first.stride(1) == 1 and not first.is_contiguous()
+    last = tuple(m.stride(1) == 1 and not m.is_contiguous() for m in maps)
     return MapsUse(
-        name, tuple(m.shape[1] for m in maps), last, first.dtype, first.shape[0], patches,
+        name, tuple(m.shape[1] for m in maps), last, tuple(m.dtype for m in maps), maps[0].shape[0], patches,
         0 if mlps is None else mlps[0][2].shape[0], None if mlps is None else mlps[0][0].dtype,
         negatives_of_batch, directions, temperature, distinct,
     )  # fmt: skip
