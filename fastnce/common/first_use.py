@@ -171,11 +171,15 @@ def _first(use: Use, device: torch.device, dtype: torch.dtype) -> Choice:
             return _settle(key, KERNELS)
         if busy:
             return NOT_CHECKED
-        reason = in_own_thread(lambda: find_fault(use, device, dtype))
+        with warnings.catch_warnings(record=True) as caught:  # a warning that the caller made an error is no fault
+            warnings.simplefilter("always")
+            reason = in_own_thread(lambda: find_fault(use, device, dtype))
         if reason is None:
             return _settle(key, KERNELS, assumed=True)
         verdicts.remember(_loaded[device.type, device.index][0], name, reason)
         known[name] = reason
+        for warning in caught:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
         if not reason:
             return _settle(key, KERNELS)
         return _settle(key, _distrust(use.family, device, dtype, reason))

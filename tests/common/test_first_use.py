@@ -281,6 +281,24 @@ def _nan(result):
     return loss * torch.nan, *rest
 
 
+def test_a_warning_of_a_right_kernel_is_no_fault(monkeypatch):
+    right = nce.nce_forward
+
+    def warns(*arguments, **options):
+        warnings.warn("an old interface", DeprecationWarning, stacklevel=1)
+        return right(*arguments, **options)
+
+    monkeypatch.setattr(nce, "nce_forward", warns)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(DeprecationWarning, match="an old interface"):
+            loss_and_gradient()
+    assert list(only_place().values()) == [""]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert torch.equal(loss_and_gradient()[0], loss_and_gradient(implementation="triton")[0])
+
+
 def test_wrong_ids_are_found(monkeypatch):
     monkeypatch.setattr(sample, "launch", lambda kernel, blocks, like, layers, seeds, ids, *_, **__: ids.fill_(3))
     ids, message = one_warning(lambda: PatchNCEHead([3, 8], dim=16, patches=8).draw_ids(maps()))
@@ -300,7 +318,7 @@ def test_explicit_triton_is_neither_checked_nor_replaced(checked, monkeypatch):
 # ---- the file ----
 
 
-def only_place(monkeypatch=None) -> dict[str, str]:
+def only_place() -> dict[str, str]:
     (found,) = json.loads(verdicts.path().read_text())["places"].values()
     return found
 
