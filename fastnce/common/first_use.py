@@ -97,16 +97,17 @@ def epoch() -> int:
 
 def _reason_not_to(family: str, kind: str, index: int | None, dtype: torch.dtype) -> str:
     """Return why kernels are known to be wrong, or ""."""
-    if not _wrong and not _enabled():
-        return ""
-    if index is None and kind != "cpu":
-        with suppress(Exception):  # the device may be one that is not here
-            index = torch.accelerator.current_device_index()
-    if (kind, index) not in _loaded:
-        with suppress(Exception), _lock:
-            _load(torch.device(kind) if index is None else torch.device(kind, index))
     found = _wrong.get((family, kind, index, dtype))
-    return "" if found is None else found.reason
+    if found is not None:
+        return found.reason
+    if (kind, index) in _loaded or not _enabled():
+        return ""
+    with suppress(Exception), _lock:  # the device may be one that is not here
+        if index is None and kind != "cpu":
+            return _reason_not_to(family, kind, torch.accelerator.current_device_index(), dtype)
+        _load(torch.device(kind, index) if index is not None else torch.device(kind))
+        return _reason_not_to(family, kind, index, dtype)
+    return ""
 
 
 # A compiler calls the function as it is and keeps its result. (The decorator of this attribute imports the compiler.)

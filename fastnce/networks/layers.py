@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..common.dispatch import KERNELS, Implementation, check_implementation, choose
-from ..common.first_use import followed, trusted
-from .uses import layer_use
+from ..common.first_use import followed
+from .uses import is_trusted
 
 try:
     from . import fused
@@ -47,7 +47,7 @@ class FusedLayer(nn.Module):
             return choice.triton
         if options is None or torch.compiler.is_compiling():
             return followed(self.kernels, x.device, x.dtype).triton
-        return trusted(layer_use(self.kernels, x, options, *more), x.device, x.dtype).triton
+        return is_trusted(self.kernels, x, options, *more)
 
 
 def set_implementation(network: nn.Module, implementation: Implementation) -> None:

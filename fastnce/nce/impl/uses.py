@@ -231,8 +231,17 @@ class MapsUse(NamedTuple):
     def form(self) -> Hashable:
         bounded = self.temperature > LOWEST_BOUNDED
         many = self.images * self.patches * len(self.channels) >= MANY_ROWS
-        kinds = tuple(map(str, self.dtypes)), str(self.weight_dtype), self.channels_last
-        return self.channels, self.dim, *kinds, self.directions, many, bounded, self.distinct
+        return (
+            self.channels,
+            self.dim,
+            self.dtypes,
+            self.weight_dtype,
+            self.channels_last,
+            self.directions,
+            many,
+            bounded,
+            self.distinct,
+        )
 
     def measure(self, device: torch.device, dtype: torch.dtype) -> Iterator[Check]:
         layers = len(self.channels)
