@@ -64,7 +64,7 @@ class Plan(NamedTuple):
         """Allocate, launch, and return what the function returns. `tensors`: its arguments; the list is extended."""
         if INTERPRETED:
             for size, stride, dtype in self.allocations:
-                tensors.append(torch.empty_strided(size, stride, dtype=dtype))
+                tensors.append(torch.empty_strided(size, stride, dtype=dtype, device="cpu"))
             for kernel, run, _, options, blocks, arguments in self.launches:
                 run(kernel, blocks, arguments(tensors), options)
         elif torch._C._cuda_getDevice() == self.device:

@@ -27,8 +27,9 @@ class _OnlyViews(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         schema = func._schema
-        views = any(returned.alias_info is not None for returned in schema.returns)
-        if not views and "empty" not in schema.name:
+        view = any(returned.alias_info is not None for returned in schema.returns)
+        writes = any(argument.alias_info is not None and argument.alias_info.is_write for argument in schema.arguments)
+        if writes or not (view or "empty" in schema.name):
             raise NotPlannable(schema.name)
         return func(*args, **(kwargs or {}))
 

@@ -2,19 +2,20 @@
 
 fastnce doctor
 
-Prints the devices and versions. Then compares the loss, its gradient and the sampling of patches on every device with
-float64 definitions: one line per check, with the measured error and its limit (gate). The exit code is 1 if a check
-fails. A fault of PyTorch itself is reported, but does not fail.
+Prints the devices and versions, and what earlier checks of the kernels have found. Then compares the loss, its
+gradient, the sampling of patches and the layers of the networks on every device with float64 definitions: one line per
+check, with the measured error and its limit (gate). Kernels are measured wherever they can run, even if they are known
+to be wrong. The exit code is 1 if a check fails. A fault of PyTorch itself is reported, but does not fail.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import platform
 import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,71 +23,49 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import __version__, patch_nce, project_patches
+from ..common import first_use, verdicts
+from ..common.agreement import (
+    GRADIENT_GATES,
+    LOSS_GATES,
+    MLP_GRADIENT_GATES,
+    SAMPLING_GATES,
+    TEMPERATURE,
+    UPSTREAM,
+    Check,
+    confident_queries,
+    logit_rounding,
+    relative,
+    relative_per_row,
+    unit_rows,
+)
+from ..common.dispatch import obstacle
+from ..engine.choices import tf32_allowed
 from ..nce import Choice, which
 from ..nce.impl import reference
 from ..nce.impl.rows import gather_patches
+from ..networks.layers import BlurDown, BlurUp, FusedLayer, InstanceNorm, LastConvolution, ReflectionPad
+from ..networks.uses import away_from_the_corner, formula
 from .parsing import command_parser
 
-LOSS_GATES = {torch.float32: 1e-6, torch.float16: 1e-4, torch.bfloat16: 1e-3}
-GRADIENT_GATES = {torch.float32: 5e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
-SAMPLING_GATES = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-"""Relative norms of errors against float64 on the same rounded inputs. The gates of sampling in 16 bits are four times
-those of gradients: rows, activations and weights are rounded at each layer, in PyTorch as in this library."""
-
-TEMPERATURE = 0.07
-LOGIT_ROUNDING = 3 * 2.0**-24 / TEMPERATURE
-"""A logit of 1/T = 14.3 in float32 has an error of at most 2^-24 / T = 8.5e-7. The loss of a confident row is nearly
-exp(negatives - positive), so its relative error is the absolute error of the two logits and their sum."""
-
-UPSTREAM = 1024.0
-"""Factor of the loss when gradients are computed, as a loss scaler applies it: otherwise the gradients of confident
-rows underflow float16."""
-
-
-@dataclass(frozen=True)
-class Check:
-    """One measured error. With gate None it is only reported and cannot fail."""
-
-    name: str
-    error: float
-    gate: float | None
-    note: str = ""
-
-    @property
-    def ok(self) -> bool:
-        return self.gate is None or self.error <= self.gate  # False for NaN
-
-    def line(self) -> str:
-        word = "report" if self.gate is None else "ok" if self.ok else "FAIL"
-        gate = "" if self.gate is None else f"  (gate {self.gate:.0e})"
-        return f"{word:6}  {self.name:58}  error {self.error:.1e}{gate}" + (f"  {self.note}" if self.note else "")
-
-
-def _relative(measured: Tensor, exact: Tensor) -> float:
-    return ((measured.double() - exact).norm() / exact.norm().clamp_min(1e-300)).item()
-
-
-def _rows(shape: tuple[int, ...], device: torch.device, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(shape, generator=generator, dtype=torch.float64), dim=-1).to(device)
-
-
-def _confident_queries(keys: Tensor, probability: float) -> Tensor:
-    """Unit rows whose positive has about this probability among the keys, or the highest that unit rows allow."""
-    away = _rows(tuple(keys.shape), keys.device, seed=2)
-    away = F.normalize(away - (away * keys).sum(1, keepdim=True) * keys, dim=1)
-    negatives = torch.logsumexp(away @ keys.T / TEMPERATURE, dim=1, keepdim=True)
-    cosine = (TEMPERATURE * (negatives + math.log(probability / (1 - probability)))).clamp(max=1.0)
-    return cosine * keys + (1 - cosine**2).sqrt() * away
+LAYERS = {
+    "instance_norm": ((1e-5, 0.0, 1), (1e-5, 0.2, 0)),
+    "reflection_pad": ((3,),),
+    "blur_down": ((),),
+    "blur_up": ((),),
+    "few_outputs_convolution": ((0,),),
+}
+"""The options with which each layer is measured, see `fastnce.networks.uses.formula`."""
+FAMILIES = ("patch_nce", "patch_nce_layers", "draw_ids", "project_patches", "PatchNCEHead", *LAYERS)
+"""The kernels that are checked at their first use."""
 
 
 def check_nce(device: torch.device, dtype: torch.dtype, implementation=None) -> Iterator[Check]:
     """Check loss and query gradient on random and on confident rows, for both groupings and with extra keys."""
     images, patches, dim = 2, 64, 128
-    keys = _rows((images * patches, dim), device, seed=0)
-    extra = _rows((images, 40, dim), device, seed=1).to(dtype)
-    data = {"random": _rows((images * patches, dim), device, seed=3)}
-    data |= {f"p {p}": _confident_queries(keys, p) for p in (0.5, 0.9999)}
+    keys = unit_rows((images * patches, dim), device, seed=0)
+    extra = unit_rows((images, 40, dim), device, seed=1).to(dtype)
+    data = {"random": unit_rows((images * patches, dim), device, seed=3)}
+    data |= {f"p {p}": confident_queries(keys, p) for p in (0.5, 0.9999)}
     keys = keys.to(dtype)
     for kind, exact_queries in data.items():
         for case in ("image", "batch", "extra keys"):
@@ -112,13 +91,9 @@ def check_nce(device: torch.device, dtype: torch.dtype, implementation=None) -> 
             )
             (exact_gradient,) = torch.autograd.grad(exact.sum() * UPSTREAM, q64)
             exact = exact.detach().flatten()
-            # Relative error per row: a norm over all rows would hide confident rows, whose loss is near 0.
-            error = (loss.detach().double() / exact - 1).square().mean().sqrt()
-            name = f"{_short(dtype)} {kind}, {case}"
-            yield Check(
-                f"{name}: loss", error.item(), LOSS_GATES[dtype] + (LOGIT_ROUNDING if "0.9999" in kind else 0.0)
-            )
-            yield Check(f"{name}: query gradient", _relative(gradient, exact_gradient), GRADIENT_GATES[dtype])
+            name, rounding = f"{_short(dtype)} {kind}, {case}", logit_rounding() if "0.9999" in kind else 0.0
+            yield Check(f"{name}: loss", relative_per_row(loss, exact), LOSS_GATES[dtype] + rounding)
+            yield Check(f"{name}: query gradient", relative(gradient, exact_gradient), GRADIENT_GATES[dtype])
 
 
 def check_sampling(device: torch.device, dtype: torch.dtype, implementation=None) -> Iterator[Check]:
@@ -150,9 +125,49 @@ def check_sampling(device: torch.device, dtype: torch.dtype, implementation=None
             results.append((rows, gradients[: len(feats)], gradients[len(feats) :]))
         kinds = ("rows", "map gradients", "weight gradients") if with_mlps else ("rows", "map gradients")
         for kind, measured, exact in zip(kinds, *(r[: len(kinds)] for r in results), strict=True):
-            error = max(_relative(a, b.detach()) for a, b in zip(measured, exact, strict=True))
+            error = max(relative(a, b.detach()) for a, b in zip(measured, exact, strict=True))
             name = f"{_short(dtype)} sampling {'with' if with_mlps else 'without'} projection: {kind}"
-            yield Check(name, error, SAMPLING_GATES[dtype])
+            yield Check(name, error, (MLP_GRADIENT_GATES if with_mlps and kind != "rows" else SAMPLING_GATES)[dtype])
+
+
+def check_layers(device: torch.device, dtype: torch.dtype, implementation=None) -> Iterator[Check]:
+    """Check the output and the gradients of norms, pads, blurs and last convolutions."""
+    generator = torch.Generator().manual_seed(8)
+
+    def draw(*shape: int, to: torch.dtype = dtype) -> Tensor:
+        x = torch.randn(*shape, generator=generator).to(device, to)
+        return x.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else x
+
+    layers: dict[str, Callable[..., FusedLayer]] = {
+        "instance_norm": lambda eps, slope, margin: InstanceNorm(32, eps),
+        "reflection_pad": ReflectionPad,
+        "blur_down": lambda: BlurDown(32),
+        "blur_up": lambda: BlurUp(32),
+        "few_outputs_convolution": lambda padding: LastConvolution(32, 3, 7, padding),
+    }
+    for name, cases in LAYERS.items():
+        for options in cases:
+            x = draw(2, 32, 24, 20)
+            if name == "instance_norm":
+                x = away_from_the_corner(x)
+            layer: Any = layers[name](*options).to(device)
+            layer.implementation = implementation
+            learned = list(layer.parameters())
+            with torch.no_grad():
+                for parameter in learned:
+                    parameter.copy_(draw(*parameter.shape, to=torch.float32) / 16)
+            leaf = x.requires_grad_()
+            y = layer(leaf, *options[1:]) if name == "instance_norm" else layer(leaf)
+            upstream = draw(*y.shape, to=y.dtype)
+            measured = [y, *torch.autograd.grad(y, [leaf, *learned], upstream)]
+            exact_leaves = [t.detach().double().requires_grad_() for t in (leaf, *learned)]
+            exact_y = formula(name, exact_leaves, options)
+            exact = [exact_y, *torch.autograd.grad(exact_y, exact_leaves, upstream.double())]
+            kinds = ("output", "map gradient", "weight gradient", "bias gradient")
+            tf32 = dtype == torch.float32 and device.type == "cuda" and name.startswith("few") and tf32_allowed()[1]
+            gate = GRADIENT_GATES[torch.float16 if tf32 else dtype]  # TF32 keeps as many digits of a factor
+            for kind, ours, truth in zip(kinds, measured, exact, strict=False):
+                yield Check(f"{_short(dtype)} {name} {options or ''}: {kind}", relative(ours, truth), gate)
 
 
 def check_library_instance_norm(device: torch.device) -> Check:
@@ -165,7 +180,7 @@ def check_library_instance_norm(device: torch.device) -> Check:
     centred = formula - formula.mean((2, 3), keepdim=True)
     normalised = centred / (centred.square().mean((2, 3), keepdim=True) + 1e-5).sqrt()
     (exact,) = torch.autograd.grad(normalised, formula, upstream.double())
-    error = _relative(gradient, exact)
+    error = relative(gradient, exact)
     right = "PyTorch is right here"
     wrong = "a fault of PyTorch: published CUT at batch 1 trains on wrong gradients here; fastnce uses its own norm"
     return Check("F.instance_norm, batch 1, channels-last gradient", error, None, right if error < 1e-4 else wrong)
@@ -236,6 +251,12 @@ def facts() -> Iterator[str]:
             yield f"{device.type}: patch_nce runs {implementation} for {_short(dtype)} ({why})"
 
 
+def verdict_lines(device: torch.device) -> Iterator[str]:
+    """Yield lines about the kernels of a device that were checked at their first use."""
+    yield f"kernels checked at their first use on {device}, remembered in {verdicts.path() or 'no file'}:"
+    yield from (f"  {line}" for line in first_use.report(device, FAMILIES))
+
+
 def _cpu_flags() -> set[str]:
     try:
         with open("/proc/cpuinfo") as cpuinfo:
@@ -249,8 +270,9 @@ def checks(device: torch.device) -> Iterator[Check]:
     dtypes = (torch.float32, torch.bfloat16) if device.type == "cpu" else tuple(LOSS_GATES)
     tasks: list[tuple[str, Callable[[], Iterator[Check]]]] = []
     for dtype in dtypes:
-        tasks.append((f"{_short(dtype)} loss", lambda dtype=dtype: check_nce(device, dtype)))  # type: ignore[misc]
-        tasks.append((f"{_short(dtype)} sampling", lambda dtype=dtype: check_sampling(device, dtype)))  # type: ignore[misc]
+        forced = "triton" if device.type != "cpu" and obstacle(device, dtype) is None else None
+        for name, check in (("loss", check_nce), ("sampling", check_sampling), ("layers", check_layers)):
+            tasks.append((f"{_short(dtype)} {name}", functools.partial(check, device, dtype, forced)))
     for name, task in tasks:
         try:
             yield from task()
@@ -266,6 +288,8 @@ def main(arguments: list[str]) -> int:
         print(fact)
     failed = 0
     for device in devices():
+        if device.type != "cpu":
+            print("", *verdict_lines(device), sep="\n")
         print(f"\nchecks on {device} against float64 definitions:")
         for check in checks(device):
             failed += not check.ok

@@ -1,6 +1,7 @@
 """Choose the implementation of an operation: Triton kernels or plain PyTorch.
 
-Losses (`fastnce.nce.impl.dispatch`) and layers (`fastnce.networks.layers`) both use `choose`.
+Losses (`fastnce.nce.impl.dispatch`) and layers (`fastnce.networks.layers`) both use `choose`. Where it returns
+`KERNELS`, they call `first_use.trusted`, which checks the kernels once.
 """
 
 from __future__ import annotations
@@ -35,6 +36,14 @@ ON_CPU = Choice("eager", "the tensors are on the CPU, where plain PyTorch is fas
 KERNELS = Choice("triton", "the kernels support this device, dtype and size")
 
 
+def is_default(device: torch.device) -> bool:
+    """Whether kernels are the default on this device, and are checked there at their first use.
+
+    Tests replace this function, so that tensors on the CPU take the path of an accelerator.
+    """
+    return device.type != "cpu"
+
+
 def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     """Return why the kernels cannot run on tensors of this device and dtype, or None if they can."""
     return "Triton is not installed" if operators is None else operators.obstacle(device, dtype)
@@ -56,13 +65,17 @@ def choose(
         device, dtype: of the tensors.
         limit: another reason why the kernels cannot run, such as a size.
 
+    Returns:
+        a choice that follows from the arguments alone. `KERNELS` (the same object) means that the kernels are the
+        default; whether they are right on the device is for `first_use.trusted` to say.
+
     Raises:
         ValueError: the kernels are forced and cannot run, or the implementation is unknown.
     """
     check_implementation(implementation)
     if implementation == "eager":
         return FORCED_EAGER
-    if implementation is None and device.type == "cpu":
+    if implementation is None and not is_default(device):
         return ON_CPU
     found = obstacle(device, dtype) or limit
     if found is not None:

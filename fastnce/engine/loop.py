@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common import first_use
 from ..common.imports import CodeError
-from ..methods.base import Batch, Method
+from ..methods.base import Batch, Draws, Method
 from ..networks.tracing import KEPT, was_traced
 from .bad_steps import BadStepCount
 from .checkpoint import Checkpoints
@@ -24,6 +25,7 @@ from .choices import pick_compile, pick_precision, set_tf32
 from .contracts import DataSet
 from .cudagraph import pick_graph
 from .distributed import RankLost, Ranks
+from .live_check import nothing_to_compare
 from .log import Pace, RunLog, SilentLog
 from .memory import out_of_memory, too_large
 from .observe import Observer
@@ -88,7 +90,7 @@ def train(
     with ranks.together(next(method.parameters()).device):
         log = RunLog(folder, run.tensorboard, quiet) if ranks.first else SilentLog()
     try:
-        with StopRequest(verbose=ranks.first) as stop:
+        with StopRequest(verbose=ranks.first) as stop, first_use.checks(run.check_kernels):
             training = _Run(method, data, optim, run, folder, config or {}, batch_size, log, ranks, validation)
             try:
                 return training.go(stop)
@@ -154,6 +156,8 @@ class _Run:
         networks = list(method.networks().values())
         self.saving = Saving(self._save, self.checkpoints, networks, ranks, self.device, log.say)
         self.best_at = -1
+        self.agreed = 0
+        """The steps after which kernels and plain PyTorch were last compared, and agreed."""
         self.validation: Validation | None = validation if run.validate_every and validation else None
         self.observer = Observer(self.step, data, run, folder, log, ranks, self.validation)
 
@@ -181,6 +185,9 @@ class _Run:
                 self.observer.samples()  # now, because files may be gone later
         if self.validation is not None:
             self._begin_validation(done, self.validation)
+        if reason := nothing_to_compare(self.device) if self.run.check_every else "":
+            self.log.say(f"run.check_every compares nothing: {reason}")
+        compares = self.run.check_every and not reason
         started, pace, epoch, decaying = done, Pace(), -1, None
         self.began = time.monotonic()
         self.checked, self.checked_at, self.check_at = self.began, done, done
@@ -198,6 +205,8 @@ class _Run:
             rng = random.Random(f"{self.run.seed}/{done}")
             draws = self.method.draw(rng)
             torch.manual_seed(rng.getrandbits(63))
+            if compares and due(self.run.check_every, done):
+                self._compare(batch, draws, done)
             self.saving.step_begins()
             losses = self.step.run(batch, draws)
             done += 1
@@ -278,6 +287,18 @@ class _Run:
                 f"{bad:.0f} steps in a row were not finite at step {step:,}, none of them was applied; {kept}; "
                 f"try a lower optim.lr with another --out"
             )
+
+    def _compare(self, batch: Batch, draws: Draws, done: int) -> None:
+        """End the run if the kernels and plain PyTorch disagree on the data of step `done` + 1, on any rank."""
+        found = self.step.compare(batch, draws)
+        if any(self.ranks.most([float(found is not None)], self.device)):
+            self.saving.sound = False  # such a state is not to be continued from
+            what = f"at step {done + 1:,} the kernels of another process disagree with plain PyTorch"
+            raise TrainingFailed(
+                f"{what if found is None else found.sentence(done + 1)}; nothing is saved, and checkpoints after step "
+                f"{self.agreed:,} may be wrong; please report this with the output of `fastnce doctor`"
+            )
+        self.agreed = done
 
     def _begin_validation(self, done: int, validation: Validation) -> None:
         """Measure the inputs, and take over the best value if the run is continued."""

@@ -69,5 +69,9 @@ class RunOptions:
     metric: str = option("psnr_y", METRIC_HELP, choices=METRIC_NAMES, imports=True)
     save_every: int = option(1000, "steps between checkpoints; 0: one at the end, or where it is stopped", low=0)
     keep: int = option(2, "checkpoints to keep", low=2)
+    check_kernels: bool = option(True, "compare each kernel with plain PyTorch at its first use on a device")
+    check_every: int = option(
+        0, "steps between comparisons of the kernels with plain PyTorch on the step's data; 0 never", low=0
+    )
     threads: int = option(0, "CPU threads; 0 leaves the library's choice", low=0, high=1_024)
     tensorboard: bool = option(False, "also write TensorBoard events")

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..common import first_use
 from ..methods.base import Batch, Draws, Losses, Method, Outputs, Phase
 from ..methods.contract import check_loss
 from ..networks import channels_last
@@ -19,9 +20,11 @@ from .choices import PRECISIONS, pick_layout
 from .compiled import Compiled, CompiledWhole, whole_obstacle
 from .cudagraph import CudaRecorder, Graphs, Recorder, library_settings
 from .distributed import Ranks
+from .live_check import Disagreement, LiveCheck
 from .optim import LossScale, ParameterGroup, WeightAverage
 from .options import OptimOptions
 from .recompute import recompute_blocks
+from .rehearsal import rehearse
 from .snapshot import Snapshot
 from .training_state import TrainingState
 from .weights import converted_weights
@@ -111,6 +114,8 @@ class Step:
             self.phases = tuple(phase._replace(loss=Compiled(phase.loss, backend)) for phase in self.phases)
         recorder = CudaRecorder(device) if graph is True else graph
         self._buffers = [module._buffers for module in method.modules() if module._buffers]
+        self._kernels_known = not first_use.may_check(device)
+        self._compiles = bool(compile)
         self.graphs = Graphs(self.compute, recorder, self._settings, self._places, self.layout) if recorder else None
 
     def _compile_whole(self, backend: str) -> CompiledWhole | None:
@@ -169,7 +174,22 @@ class Step:
         Returns:
             the losses, on the device. The next step may overwrite these tensors: copy them to keep them.
         """
+        if self._compiles and not self._kernels_known:
+            self.check_kernels(batch, draws)
         return self.compute(batch, draws) if self.graphs is None else self.graphs.run(batch, draws)
+
+    def check_kernels(self, batch: Batch, draws: Draws) -> None:
+        """Check the kernels of the step at their first use, which compiled code cannot do; changes nothing else."""
+        if not self._kernels_known:
+            self._kernels_known = True
+            rehearse(self, batch, draws)
+
+    def compare(self, batch: Batch, draws: Draws) -> Disagreement | None:
+        """Compare the kernels of the next step with plain PyTorch on its data; changes nothing (see `live_check`)."""
+        self.check_kernels(batch, draws)
+        with LiveCheck() as live:
+            rehearse(self, batch, draws)
+        return live.found
 
     def compute(self, batch: Batch, draws: Draws) -> Losses:
         """`run` without graphs. It may be recorded, so nothing in it reads from the device or waits for it."""
@@ -200,7 +220,7 @@ class Step:
         scale = None if self.loss_scale is None else self.loss_scale.scale
         return Updates(self.groups, scale, self.bad_steps, update)
 
-    def _weights(self, networks: Sequence[nn.Module]) -> AbstractContextManager:
+    def weights(self, networks: Sequence[nn.Module]) -> AbstractContextManager:
         """Within: the weights of these networks are in the dtype of autocast."""
         if self.dtype == torch.float32 or not self.weights_at_once:
             return nullcontext()
@@ -213,7 +233,7 @@ class Step:
         return TrainedParameters(own, others, any(id(p) in made_by for p in own))
 
     def _generate(self, batch: Batch, draws: Draws) -> Outputs:
-        with self._weights(self._generators), self.autocast():
+        with self.weights(self._generators), self.autocast():
             return self.generate(batch, draws)
 
     def _at_once(self, batch: Batch, draws: Draws) -> tuple[Losses, Tensor]:
@@ -276,7 +296,7 @@ class Step:
         for parameter in trained.others:  # a compiled loss would compute their gradients too
             parameter.requires_grad_(False)
         try:
-            with self._weights(used):  # also for the backward, which may recompute blocks
+            with self.weights(used):  # also for the backward, which may recompute blocks
                 return self._gradients(phase, batch, outputs, draws)
         finally:
             for parameter in trained.others:

@@ -12,12 +12,14 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ..common.dispatch import Implementation, operators
+from ..common.dispatch import KERNELS, Implementation, operators
+from ..common.first_use import settled, trusted
 from ..common.precision import autocast_dtype, without_autocast
 from . import checks
 from .impl import eager
 from .impl.dispatch import choose_maps, choose_rows, planned_calls, triton_maps, triton_rows
 from .impl.rows import gather_patches, mlp, normalize_rows
+from .impl.uses import RowsUse, maps_use
 from .weights import Weights
 
 Negatives = Literal["image", "batch"]
@@ -133,9 +135,16 @@ def patch_nce(
     if extra_keys is not None:
         extra_keys = (extra_keys if extra_keys.dim() == 3 else extra_keys[None]).to(dtype)
     choice = choose_rows(implementation, device, dtype, queries.shape[1], size)
+    if choice is KERNELS:
+        extras, grad = 0 if extra_keys is None else extra_keys.shape[1], torch.is_grad_enabled()
+        of_keys, of_extra = keys.requires_grad or symmetric, extra_keys is not None and extra_keys.requires_grad
+        wanted = grad and queries.requires_grad, grad and of_keys, grad and of_extra
+        weighted = pair_log_weight is not None, pair_weight is not None
+        use = RowsUse(queries.shape[1], size, groups, extras, *weighted, decoupled, unit_rows, temperature, wanted)
+        choice = trusted(use, device, dtype)
     nce_losses: Any = triton_rows.nce_losses if choice.triton else eager.nce_losses
     options = groups, temperature, decoupled, unit_rows
-    if choice.triton and simple and not autocast:
+    if choice.triton and simple and not autocast and settled(choice):
         chosen = {"groups": groups, "temperature": temperature, "decoupled": False, "unit": unit_rows}
         triton_rows.remember(queries, keys, chosen, *settings)
     with without_autocast(device):
@@ -224,9 +233,14 @@ def project_patches(
     if mlps is not None:
         checks.mlps(mlps, maps)
     ids = [i[None] if i.dim() == 1 else i for i in patch_ids]
-    choice, dtypes = choose_maps(implementation, maps, mlps, max(i.shape[1] for i in ids))
+    patches = max(i.shape[1] for i in ids)
+    choice, dtypes = choose_maps(implementation, maps, mlps, patches)
+    if choice is KERNELS:
+        choice = trusted(
+            maps_use("project_patches", maps, mlps, patches, distinct=distinct_ids), maps[0].device, dtypes[0]
+        )
     if choice.triton:
-        if call is not None and (found := call.plan(dtype=dtypes[0], distinct=distinct_ids)) is not None:
+        if call is not None and (found := call.plan(dtype=dtypes[0], distinct=distinct_ids, keep=settled(choice))):
             return found[0]
         return triton_maps.project_rows(maps, ids, mlps, dtypes[0], distinct_ids)
     rows = []

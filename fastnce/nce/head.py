@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.dispatch import Choice, Implementation
+from ..common.dispatch import KERNELS, Choice, Implementation
+from ..common.first_use import settled, trusted
 from ..common.messages import shown
 from ..common.precision import autocast_dtype
 from . import checks
 from .api import NEGATIVES, Negatives, patch_nce, project_patches, sample_patch_ids
 from .impl.dispatch import choose_maps, planned_calls, triton_maps
+from .impl.uses import IdsUse, maps_use
 from .modules import MLPs, PatchSampleF
 from .weights import Weighting, Weights
 
@@ -87,7 +89,7 @@ class PatchNCEHead(PatchSampleF):
     def _draw_ids(self, maps: Sequence[Tensor], directions: int, mlps: MLPs) -> list[Tensor]:
         sets = self._sets(maps[0].shape[0], directions)
         locations = [m.shape[2] * m.shape[3] for m in maps]
-        if self._choice(maps, mlps).triton:
+        if self._draw_choice(maps, directions, mlps).triton:
             ids = triton_maps.draw_ids(locations, self.patches, sets, maps[0].device)
             return [i[0] for i in ids] if sets == 1 else ids
         images = None if sets == 1 else sets
@@ -95,6 +97,14 @@ class PatchNCEHead(PatchSampleF):
             sample_patch_ids(n, self.patches, images=images, device=m.device)
             for n, m in zip(locations, maps, strict=True)
         ]
+
+    def _draw_choice(self, maps: Sequence[Tensor], directions: int, mlps: MLPs) -> Choice:
+        choice, dtypes = choose_maps(self.implementation, maps, mlps, self.patches)
+        if choice is not KERNELS:
+            return choice
+        locations = tuple(m.shape[2] * m.shape[3] for m in maps)
+        use = IdsUse(locations, self.patches, self._sets(maps[0].shape[0], directions))
+        return trusted(use, maps[0].device, dtypes[0])
 
     def _sets(self, images: int, directions: int) -> int:
         return images if self.ids_per_image else directions
@@ -112,8 +122,21 @@ class PatchNCEHead(PatchSampleF):
         )  # fmt: skip
         return planned_calls.LossCall(query_maps, key_maps, query_mlp, key_mlp, ids, settings)
 
-    def _choice(self, maps: Sequence[Tensor], mlps: MLPs) -> Choice:
-        return choose_maps(self.implementation, maps, mlps, self.patches)[0]
+    def _choice(self, maps: Sequence[Tensor], mlps: MLPs, directions: int, distinct: bool) -> Choice:
+        choice, dtypes = choose_maps(self.implementation, maps, mlps, self.patches)
+        if choice is not KERNELS:
+            return choice
+        use = maps_use(
+            "PatchNCEHead",
+            maps,
+            mlps,
+            self.patches,
+            negatives_of_batch=self.negatives == "batch",
+            directions=directions,
+            temperature=min(self.temperatures),
+            distinct=distinct,
+        )
+        return trusted(use, maps[0].device, dtypes[0])
 
     def forward(  # type: ignore[override]
         self,
@@ -159,8 +182,10 @@ class PatchNCEHead(PatchSampleF):
         if not plain and self.others is not None:
             raise ValueError("keys of other ranks cannot be combined with a weighting or symmetric=True")
         fusable = plain and self.others is None
+        drawn = patch_ids is None
         ids = [] if patch_ids is None else self.given_ids(patch_ids, images, directions)
-        if fusable and self._choice(query_maps, mlps).triton and self._one_launch(mlps, key_mlps):
+        choice = self._choice(query_maps, mlps, directions, drawn) if fusable else None
+        if choice is not None and choice.triton and self._one_launch(mlps, key_mlps):
             if ids:
                 checks.ids(ids, query_maps)
             for given, maps in ((mlps, query_maps), (key_mlps, key_maps)):
@@ -173,14 +198,15 @@ class PatchNCEHead(PatchSampleF):
                 "dtype": autocast_dtype(query_maps[0] if mlps is None else mlps[0][0]),
             }
             means = None
-            if call is not None:
-                means = call.plan(sets=self._sets(images, directions), patches=self.patches, **options)
+            draws = choice if ids else self._draw_choice(key_maps, directions, mlps)
+            if call is not None and draws.triton:
+                keep = settled(choice) and settled(draws)
+                means = call.plan(sets=self._sets(images, directions), patches=self.patches, keep=keep, **options)
             if means is None:
                 ids = [i[None] if i.dim() == 1 else i for i in ids or self._draw_ids(key_maps, directions, mlps)]
                 sides = query_maps, key_maps, ids, mlps, key_mlps
-                means = triton_maps.head_loss(*sides, distinct=patch_ids is None, **options)
+                means = triton_maps.head_loss(*sides, distinct=drawn, **options)
             return means if directions > 1 else means.view(())
-        drawn = patch_ids is None
         ids = ids or self._draw_ids(key_maps, directions, mlps)
         with torch.no_grad():
             keys = project_patches(key_maps, ids, key_mlps, distinct_ids=drawn, implementation=self.implementation)

@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..common.dispatch import IMPLEMENTATIONS, Implementation
+from ..common.dispatch import IMPLEMENTATIONS, KERNELS, Implementation
+from ..common.first_use import settled, trusted
 from ..common.initialise import INIT_TYPES, init_weights
 from ..common.messages import shown
 from . import checks
 from .api import NEGATIVES, Negatives, patch_nce, project_patches, sample_patch_ids
 from .impl.dispatch import choose_maps, planned_calls, triton_rows
 from .impl.rows import normalize_rows
+from .impl.uses import IdsUse, maps_use
 
 MLPs = list[tuple[Tensor, Tensor, Tensor, Tensor]] | None
 """The weights of all layers, as `project_patches` takes them."""
@@ -273,7 +275,14 @@ class PatchSampleF(nn.Module):
             checks.mlps(mlps, feats)
         patches = num_patches if given is None else max(i.shape[-1] for i in given)
         choice, dtypes = choose_maps(self.implementation, feats, mlps, patches)
-        return call.plan(dtype=dtypes[0], distinct=given is None, patches=num_patches) if choice.triton else None
+        uses: list[Any] = [maps_use("project_patches", feats, mlps, patches, distinct=given is None)]
+        if given is None:
+            uses.append(IdsUse(tuple(f.shape[2] * f.shape[3] for f in feats), num_patches, 1))
+        choices = [trusted(use, feats[0].device, dtypes[0]) for use in uses] if choice is KERNELS else [choice]
+        if not all(one.triton for one in choices):
+            return None
+        keep = all(map(settled, choices))
+        return call.plan(dtype=dtypes[0], distinct=given is None, patches=num_patches, keep=keep)
 
     def _whole_maps(self, feats: Sequence[Tensor]) -> list[Tensor]:
         mlps = self.mlps(len(feats))

@@ -11,13 +11,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..common.dispatch import Implementation
+from ..common.dispatch import KERNELS, Implementation
+from ..common.first_use import trusted
 from ..common.messages import shown
 from ..common.precision import autocast_dtype, without_autocast
 from . import checks
 from .api import Negatives
 from .impl import eager
 from .impl.dispatch import choose_rows, triton_layers, triton_rows
+from .impl.uses import LayersUse
 from .weights import Weighting, Weights
 
 Rows = Sequence[Sequence[Tensor]]
@@ -92,7 +94,13 @@ def patch_nce_layers(
         if q.device != flat_queries[0].device:
             raise ValueError(f"queries are on {flat_queries[0].device} and {q.device}: move one of them")
     width, size = max(q.shape[1] for q in flat_queries), max(q.shape[0] for q in flat_queries) // groups
-    triton = choose_rows(implementation, flat_queries[0].device, flat_queries[0].dtype, width, size).triton
+    choice = choose_rows(implementation, flat_queries[0].device, flat_queries[0].dtype, width, size)
+    if choice is KERNELS and len(dtypes) == 1:
+        widths, rows = tuple(q.shape[1] for q in flat_queries), tuple(q.shape[0] for q in flat_queries)
+        extras = 0 if extra[0] is None else extra[0].shape[-2]
+        use = LayersUse(widths, rows, groups, directions, extras, other, cosine, unit_rows, min(temperatures))
+        choice = trusted(use, flat_queries[0].device, flat_queries[0].dtype)
+    triton = choice.triton
     if triton and len(dtypes) > 1 and implementation == "triton":
         raise ValueError("implementation='triton' cannot run here: layers differ in dtype")
     triton = triton and len(dtypes) == 1

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Container, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..common.dispatch import Implementation, check_implementation, choose
+from ..common.dispatch import KERNELS, Implementation, check_implementation, choose
+from ..common.first_use import followed
+from .uses import is_trusted
 
 try:
     from . import fused
@@ -30,16 +32,22 @@ def own_precision(x: Tensor) -> AbstractContextManager:
 
 
 class FusedLayer(nn.Module):
-    """A layer with a Triton kernel.
-
-    `implementation` is None (kernels on accelerators, PyTorch on the CPU), or "triton" or "eager" to force one.
-    """
+    """A layer with a Triton kernel. `implementation` is None (kernels on accelerators), "triton" or "eager"."""
 
     implementation: Implementation = None
+    kernels = ""  # their name in `uses.LAYERS`
 
-    def fused(self, x: Tensor) -> bool:
-        """Whether the kernel computes x. Raises ValueError if "triton" is forced and the kernel cannot run."""
-        return choose(None if x.is_meta else self.implementation, x.device, x.dtype).triton  # meta: shapes only
+    def fused(self, x: Tensor, options: tuple[Any, ...] | None = None, *more: Tensor | None) -> bool:
+        """Whether the kernel computes x. Raises ValueError if "triton" is forced and the kernel cannot run.
+
+        With options and tensors as in `uses.formula`, the kernel is checked at its first use.
+        """
+        choice = choose(None if x.is_meta else self.implementation, x.device, x.dtype)  # meta: shapes only
+        if choice is not KERNELS:
+            return choice.triton
+        if options is None or torch.compiler.is_compiling():
+            return followed(self.kernels, x.device, x.dtype).triton
+        return is_trusted(self.kernels, x, options, *more)
 
 
 def set_implementation(network: nn.Module, implementation: Implementation) -> None:
@@ -69,6 +77,7 @@ class InstanceNorm(FusedLayer):
     produces such gradients (tests/networks/test_layers.py shows both).
     """
 
+    kernels = "instance_norm"
     leaves_out_biases = True
     """See `leave_out_biases`."""
 
@@ -88,7 +97,7 @@ class InstanceNorm(FusedLayer):
         """
         if x.shape[2] * x.shape[3] == 1:
             raise ValueError("instance norm needs more than one location: the image is too small for this network")
-        if self.fused(x):
+        if self.fused(x, (self.eps, slope, margin), residual):
             return fused.instance_norm(x, self.eps, slope, margin, residual)
         y = self._normalise(x)
         if slope != 1.0:
@@ -117,12 +126,14 @@ class InstanceNorm(FusedLayer):
 class ReflectionPad(FusedLayer):
     """Reflection padding of `margin` pixels on each side, in the precision of its input."""
 
+    kernels = "reflection_pad"
+
     def __init__(self, margin: int):
         super().__init__()
         self.margin = margin
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.fused(x):
+        if self.fused(x, (self.margin,)):
             return fused.reflection_pad(x, self.margin)
         with own_precision(x):  # CPU autocast would widen 16-bit maps here
             return F.pad(x, (self.margin,) * 4, mode="reflect")
@@ -161,6 +172,7 @@ class LastConvolution(FusedLayer, nn.Conv2d):
     """
 
     computes_float32 = True  # see `keep_float32`
+    kernels = "few_outputs_convolution"
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int, padding: int = 0):
         super().__init__(in_channels, out_channels, kernel, padding=padding)
@@ -169,7 +181,7 @@ class LastConvolution(FusedLayer, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias  # once: a parametrization recomputes them at each access
-        if self.has_kernel and self.fused(x):
+        if self.has_kernel and self.fused(x, (self.margin,), weight, bias):
             return fused.few_outputs_convolution(x, weight, bias, self.margin)
         with own_precision(x):
             dtype = torch.float64 if torch.float64 in (x.dtype, weight.dtype) else torch.float32
@@ -222,11 +234,13 @@ class BlurDown(_Blur):
     (images, channels, height, width) -> (images, channels, ceil(height / 2), ceil(width / 2)).
     """
 
+    kernels = "blur_down"
+
     def __init__(self, channels: int):
         super().__init__(channels, [1.0, 2.0, 1.0], 1.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.fused(x):
+        if self.fused(x, ()):
             return fused.blur_down(x)
         with own_precision(x):
             padded = F.pad(x, (1, 1, 1, 1), mode="reflect")
@@ -240,11 +254,13 @@ class BlurUp(_Blur):
     interpolation. It is computed as such: this takes a third of the time on a CPU, and the compiler supports it.
     """
 
+    kernels = "blur_up"
+
     def __init__(self, channels: int):
         super().__init__(channels, [1.0, 3.0, 3.0, 1.0], 4.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.fused(x):
+        if self.fused(x, ()):
             return fused.blur_up(x)
         return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...common.dispatch import Choice, Implementation, choose
+from ...common.dispatch import KERNELS, Choice, Implementation, choose
+from ...common.first_use import followed
 from ...common.precision import autocast_dtype
 
 try:
@@ -56,13 +57,17 @@ def which(
         device = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device must be a device such as cpu or cuda:0, not {device!r}") from error
-    return choose_rows(implementation, device, dtype, dim, rows)
+    choice = choose_rows(implementation, device, dtype, dim, rows)
+    return followed("patch_nce", device, dtype) if choice is KERNELS else choice
 
 
 def choose_rows(
     implementation: Implementation, device: torch.device, dtype: torch.dtype, width: int, rows: int
 ) -> Choice:
-    """Choose for rows of this width, with `rows` rows per group."""
+    """Choose for rows of this width, with `rows` rows per group.
+
+    A choice that is `KERNELS` has to be passed through `first_use.trusted`, with a use of the module `uses`.
+    """
     limit = f"the kernels hold at most {MAX_WIDTH} channels or dims, not {width}" if width > MAX_WIDTH else None
     choice = choose(implementation, device, dtype, limit)
     if implementation is None and choice.triton and dtype == torch.float32 and rows > FLOAT32_ROWS:
@@ -75,7 +80,7 @@ def choose_maps(
 ) -> tuple[Choice, list[torch.dtype]]:
     """Choose for sampling `patches` locations per map; also return the dtype in which each layer is projected.
 
-    The kernels need the same dtype, and MLPs of the same width, in all layers.
+    The kernels need the same dtype, and MLPs of the same width, in all layers. See `choose_rows` about `KERNELS`.
     """
     dtypes = [autocast_dtype(m) if mlps is None else autocast_dtype(mlps[0][0]) for m in maps]
     outputs = {mlp[2].shape for mlp in mlps or []}

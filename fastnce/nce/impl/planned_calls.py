@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...common.autograd import fast_apply
+from ...common.first_use import epoch
 from ...common.operators import PLAIN, untraced
 from ...common.precision import autocast_dtype
 from ...kernels.common import fp32_precision
@@ -30,7 +31,7 @@ def usable(maps: Sequence[Tensor]) -> bool:
 
 def _key(settings: tuple[Any, ...], *lists: Sequence[Tensor]) -> tuple[Any, ...] | None:
     """All that the checks and plans of a call depend on; None for something else than lists of plain tensors."""
-    key = [settings, fp32_precision("cuda", "matmul"), autocast_dtype(lists[0][0])]
+    key = [settings, epoch(), fp32_precision("cuda", "matmul"), autocast_dtype(lists[0][0])]
     try:
         for tensors in lists:
             key.append(len(tensors))
@@ -97,9 +98,12 @@ class LossCall(NamedTuple):
 
     def plan(
         self, *, sets: int, patches: int, temperatures: Sequence[float], groups: int, directions: int,
-        dtype: torch.dtype,
+        dtype: torch.dtype, keep: bool,
     ) -> Tensor | None:  # fmt: skip
-        """Plan a call that has passed its checks and return its loss; None if it cannot be planned."""
+        """Plan a call that has passed its checks and return its loss; None if it cannot be planned.
+
+        `keep`: the kernels are known to be right here, so that later calls may repeat this one.
+        """
         if not usable(self.query_maps) or not all(w.is_contiguous() for w in (*self.query_mlp, *self.key_mlp)):
             return None
         gradient, drawn = needs_gradient(self.query_maps, self.query_mlp), not self.ids
@@ -111,7 +115,7 @@ class LossCall(NamedTuple):
         if forward is None:
             return None
         entry = Entry(forward, self.query_maps, directions, drawn, sets if drawn else 0)
-        if (key := self.key(gradient)) is not None:
+        if keep and (key := self.key(gradient)) is not None:
             _ENTRIES[key] = entry
         return self._run(entry, gradient)
 
@@ -141,10 +145,12 @@ class RowsCall(NamedTuple):
         entry = _ENTRIES.get(_key((self.settings, gradient), *self[:3]))
         return None if entry is None else self._run(entry, gradient)
 
-    def plan(self, *, dtype: torch.dtype, distinct: bool, patches: int = 0) -> tuple[list[Tensor], list[Tensor]] | None:
+    def plan(
+        self, *, dtype: torch.dtype, distinct: bool, keep: bool, patches: int = 0
+    ) -> tuple[list[Tensor], list[Tensor]] | None:
         """Plan a call that has passed its checks and return its results; None if it cannot be planned.
 
-        `patches`: locations to draw, one set for all images.
+        `patches`: locations to draw, one set for all images. `keep`: as in `LossCall.plan`.
         """
         if not usable(self.maps) or not all(w.is_contiguous() for w in self.mlp):
             return None
@@ -154,7 +160,7 @@ class RowsCall(NamedTuple):
         if forward is None:
             return None
         entry = Entry(forward, self.maps, 1, distinct or not self.ids, 0 if self.ids else 1, patches)
-        if (key := _key((self.settings, gradient), *self[:3])) is not None:
+        if keep and (key := _key((self.settings, gradient), *self[:3])) is not None:
             _ENTRIES[key] = entry
         return self._run(entry, gradient)
 

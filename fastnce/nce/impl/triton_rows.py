@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...common.autograd import FirstOrderOnly, apply, fast_apply, with_fast_path
+from ...common.first_use import epoch
 from ...common.operators import PLAIN, operator, untraced
 from ...kernels import nce, nce_keys
 from ...kernels.common import fp32_precision
@@ -210,7 +211,7 @@ def _key(queries: Tensor, keys: Tensor, gradient: bool, settings: tuple[Any, ...
     return (
         queries.shape, queries.stride(), queries.dtype, queries.device, queries.data_ptr() & 15,
         keys.shape, keys.stride(), keys.dtype, keys.device, keys.data_ptr() & 15,
-        gradient, fp32_precision("cuda", "matmul"), settings,
+        gradient, epoch(), fp32_precision("cuda", "matmul"), settings,
     )  # fmt: skip
 
 
