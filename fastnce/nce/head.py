@@ -115,7 +115,8 @@ class PatchNCEHead(PatchSampleF):
             return None
         if (ids := planned_calls.given_ids(patch_ids)) is None:
             return None
-        query_mlp, key_mlp = ([w for four in given or () for w in four] for given in (mlps, key_mlps))
+        query_mlp = [w for four in mlps or () for w in four]
+        key_mlp = query_mlp if key_mlps is mlps else [w for four in key_mlps or () for w in four]
         settings = (
             directions, self.patches, *self.temperatures, self.negatives, self.ids_per_image, self.implementation,
             patch_ids is None,

@@ -82,7 +82,8 @@ class LossCall(NamedTuple):
     """What else the result depends on, as hashable values."""
 
     def key(self, gradient: bool) -> tuple[Any, ...] | None:
-        return _key((self.settings, gradient), *self[:5])
+        key_mlp: Sequence[Tensor] = () if self.key_mlp is self.query_mlp else self.key_mlp
+        return _key((self.settings, gradient), *self[:3], key_mlp, self.ids)
 
     def repeat(self) -> Tensor | None:
         """The loss (directions,) if a like call has been planned; else None.
