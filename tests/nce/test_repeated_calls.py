@@ -134,7 +134,10 @@ def test_wrong_arguments_are_still_refused():
         lambda: loss(rows, rows, images=3),
         lambda: patch_nce(rows, rows, temperature=-1.0, implementation="triton"),
         lambda: patch_nce(rows, rows, reduction="half", implementation="triton"),
+        lambda: patch_nce(rows, rows, negatives=["image"], implementation="triton"),
+        lambda: patch_nce(rows, rows, implementation=["triton"]),
         lambda: project_patches(queries, [torch.zeros(5, device=DEVICE)] * 2, implementation="triton"),
+        lambda: project_patches(queries, [torch.zeros(5, dtype=torch.int64, device=DEVICE)] * 2, implementation=[]),
     ]
     before = []
     for call in wrong:

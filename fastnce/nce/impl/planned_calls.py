@@ -30,9 +30,10 @@ def usable(maps: Sequence[Tensor]) -> bool:
 
 
 def _key(settings: tuple[Any, ...], *lists: Sequence[Tensor]) -> tuple[Any, ...] | None:
-    """All that the checks and plans of a call depend on; None for something else than lists of plain tensors."""
+    """All that the checks and plans of a call depend on; None for wrong arguments and tensors of classes of their own."""
     key = [settings, epoch(), fp32_precision("cuda", "matmul"), autocast_dtype(lists[0][0])]
     try:
+        hash(settings)
         for tensors in lists:
             key.append(len(tensors))
             for t in tensors:

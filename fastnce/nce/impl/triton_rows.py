@@ -178,7 +178,7 @@ def repeated(queries: Tensor, keys: Tensor, *settings: Any) -> Tensor | None:
     Checks and choices of a call depend only on the types, shapes, dtypes and devices of its arguments. They cost more
     CPU time than the launch, and are not made again.
     """
-    if not _simple(queries, keys):
+    if not _simple(queries, keys, settings):
         return None
     gradient = queries.requires_grad and torch.is_grad_enabled()
     plan = _SETTLED.get(_key(queries, keys, gradient, settings))
@@ -191,14 +191,18 @@ def repeated(queries: Tensor, keys: Tensor, *settings: Any) -> Tensor | None:
 
 def remember(queries: Tensor, keys: Tensor, options: dict[str, Any], *settings: Any) -> None:
     """Keep the plan of a call that passed its checks. `settings`: all else that they depend on, as hashable values."""
-    if _simple(queries, keys):
+    if _simple(queries, keys, settings):
         gradient = queries.requires_grad and torch.is_grad_enabled()
         plan = plan_of(_flat_rows, queries, keys, None, None, None, **options, gradient=gradient, statistics=False)
         if plan is not None:
             _SETTLED[_key(queries, keys, gradient, settings)] = plan
 
 
-def _simple(queries: Tensor, keys: Tensor) -> bool:
+def _simple(queries: Tensor, keys: Tensor, settings: tuple[Any, ...]) -> bool:
+    try:
+        hash(settings)
+    except TypeError:  # such as a list in place of a name
+        return False
     return (
         untraced(queries)
         and (queries.is_cuda or INTERPRETED)
