@@ -30,7 +30,7 @@ def usable(maps: Sequence[Tensor]) -> bool:
 
 
 def _key(settings: tuple[Any, ...], *lists: Sequence[Tensor]) -> tuple[Any, ...] | None:
-    """All that the checks and plans of a call depend on; None for wrong arguments and tensors of classes of their own."""
+    """All that the checks and plans of a call depend on; None for wrong arguments and other classes of tensors."""
     key = [settings, epoch(), fp32_precision("cuda", "matmul"), autocast_dtype(lists[0][0])]
     try:
         hash(settings)
