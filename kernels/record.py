@@ -173,8 +173,10 @@ class _Slots:
                 self._types.append(type(value))
                 return f"types[{len(self._types) - 1}]({fields})"
             return f"({fields},)" if value else "()"
-        if value is None or isinstance(value, bool | int | float):
+        if value is None or isinstance(value, bool):
             return repr(value)
+        if isinstance(value, int | float):
+            return repr(int(value) if isinstance(value, int) else float(value))  # also for NumPy's floats
         raise NotPlannable(f"a value of {type(value).__name__}")
 
     def _address(self, value: Tensor) -> str:

@@ -268,7 +268,7 @@ def _call(maps: Any, patch_ids: Any, mlps: Any, settings: tuple[Any, ...]) -> An
     if not ids:
         return None
     try:
-        weights = [w for mlp in mlps or () for w in mlp]
+        weights = [] if mlps is None else [w for mlp in mlps for w in mlp]
     except TypeError:
         return None
     return planned_calls.RowsCall(maps, weights, ids, settings)

@@ -90,7 +90,7 @@ class PatchNCEHead(PatchSampleF):
         sets = self._sets(maps[0].shape[0], directions)
         locations = [m.shape[2] * m.shape[3] for m in maps]
         if self._draw_choice(maps, directions, mlps).triton:
-            ids = triton_maps.draw_ids(locations, self.patches, sets, maps[0].device)
+            ids = triton_maps.draw_ids(locations, int(self.patches), sets, maps[0].device)
             return [i[0] for i in ids] if sets == 1 else ids
         images = None if sets == 1 else sets
         return [
@@ -111,7 +111,11 @@ class PatchNCEHead(PatchSampleF):
 
     def _loss_call(self, query_maps, key_maps, mlps: MLPs, key_mlps: MLPs, patch_ids, directions) -> Any:
         """The call as `planned_calls` takes it; None if it is traced, or if there are no kernels."""
-        if planned_calls is None or torch.compiler.is_compiling() or type(directions) is not int:
+        if planned_calls is None or torch.compiler.is_compiling():
+            return None
+        if type(directions) is not int or type(self.patches) is not int or self.patches < 1:
+            return None
+        if not all(type(t) is float for t in self.temperatures):
             return None
         if (ids := planned_calls.given_ids(patch_ids)) is None:
             return None
@@ -193,7 +197,7 @@ class PatchNCEHead(PatchSampleF):
                 if given is not None:
                     checks.mlps(given, maps)
             options: Any = {
-                "temperatures": self.temperatures,
+                "temperatures": [float(t) for t in self.temperatures],  # an attribute may have been replaced
                 "groups": groups,
                 "directions": directions,
                 "dtype": autocast_dtype(query_maps[0] if mlps is None else mlps[0][0]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -122,12 +123,18 @@ def test_wrong_arguments_are_still_refused():
     """The same error before and after a like call with right arguments."""
     ours, loss = head(), PatchNCELoss(implementation="triton")
     queries, keys = maps(), maps(seed=1)
+    some_ids = [torch.arange(5, device=DEVICE) for _ in queries]
     rows = unit_rows(8, 16).to(DEVICE)
     wrong = [
         lambda: ours(queries, keys[:1]),
         lambda: ours(queries, [keys[0], keys[1][:, :, :4]]),
         lambda: ours(queries, [keys[0], keys[1].long()]),
         lambda: ours(queries, keys, directions=3),
+        lambda: ours(queries, [keys[0], None]),
+        lambda: ours([queries[0], "maps"], keys),
+        lambda: ours(queries, [keys[0], keys[1].to("meta")]),
+        lambda: PatchSampleF(use_mlp=False, implementation="triton")([queries[0], None], 4),
+        lambda: project_patches(queries, some_ids, torch.zeros(2, 4, device=DEVICE), implementation="triton"),
         lambda: ours(queries, keys, patch_ids=[torch.zeros(5, dtype=torch.int64, device=DEVICE) + 99] * 2),
         lambda: loss(rows, rows[:4]),
         lambda: loss(rows, rows.double()),
@@ -151,6 +158,23 @@ def test_wrong_arguments_are_still_refused():
         with pytest.raises(ValueError, match=" ") as found:
             call()
         assert str(found.value) == message
+
+
+def test_replaced_attributes_of_a_head():
+    """Numbers of NumPy and tensors are not repeated as plans, and give what they gave."""
+    ours = head()
+    queries, keys = maps(), maps(seed=1)
+    ids = [torch.arange(5, device=DEVICE)] * 2
+    plain = ours(queries, keys, patch_ids=ids)
+    for replaced in (np.float64, np.float32, torch.tensor):
+        ours.temperatures = [replaced(t) for t in head().temperatures]
+        for _ in range(2):
+            assert error(ours(queries, keys, patch_ids=ids), plain) <= 1e-6
+    ours.patches = np.int64(7)
+    assert ours(queries, keys).isfinite()
+    stacked = torch.stack([keys[1]] * 2)
+    with pytest.raises(ValueError, match="key_maps must be a list of maps"):
+        ours([queries[1]] * 2, stacked)
 
 
 def test_autocast_and_precision_are_part_of_a_call():

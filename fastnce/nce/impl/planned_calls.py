@@ -29,20 +29,34 @@ def usable(maps: Sequence[Tensor]) -> bool:
     return untraced(first) and (first.is_cuda or INTERPRETED)
 
 
-def _key(settings: tuple[Any, ...], *lists: Sequence[Tensor]) -> tuple[Any, ...] | None:
-    """All that the checks and plans of a call depend on; None for wrong arguments and other classes of tensors."""
-    key = [settings, epoch(), fp32_precision("cuda", "matmul"), autocast_dtype(lists[0][0])]
+def _key(
+    settings: tuple[Any, ...], leaves: Sequence[Sequence[Tensor]], constants: Sequence[Sequence[Tensor]]
+) -> tuple[tuple[Any, ...] | None, bool]:
+    """Return all that the checks and plans of a call depend on, and whether autograd records it.
+
+    The key is None for wrong arguments and for tensors with classes of their own.
+
+    Args:
+        leaves: lists of tensors that may get a gradient; the first list has a tensor.
+        constants: lists of other tensors.
+    """
+    enabled, gradient = torch.is_grad_enabled(), False
+    key = [settings, enabled, epoch(), fp32_precision("cuda", "matmul"), autocast_dtype(leaves[0][0])]
     try:
         hash(settings)
-        for tensors in lists:
-            key.append(len(tensors))
-            for t in tensors:
-                if type(t) not in PLAIN:
-                    return None
-                key += (t.shape, t.stride(), t.dtype, t.get_device(), t.data_ptr() & 15 == 0)
-    except (AttributeError, TypeError):
-        return None
-    return tuple(key)
+    except TypeError:
+        return None, False
+    for tensors in (*leaves, *constants):
+        if type(tensors) not in (list, tuple):
+            return None, False
+        key.append(len(tensors))
+        for t in tensors:
+            if type(t) not in PLAIN or t.is_meta:
+                return None, False
+            key += (t.shape, t.stride(), t.dtype, t.get_device(), t.data_ptr() & 15 == 0)
+    if enabled:
+        gradient = any(t.requires_grad for tensors in leaves for t in tensors)
+    return (*key, gradient), gradient
 
 
 def given_ids(patch_ids: Any) -> list[Tensor] | None:
@@ -65,11 +79,6 @@ def _place_of_seeds(maps: Sequence[Tensor], sets: int) -> Tensor:
     return torch.empty(len(maps), sets, dtype=torch.int64, device=maps[0].device)
 
 
-def needs_gradient(*lists: Sequence[Tensor]) -> bool:
-    """Whether autograd records an operation on these tensors."""
-    return torch.is_grad_enabled() and any(t.requires_grad for tensors in lists for t in tensors)
-
-
 class LossCall(NamedTuple):
     """The tensors of one call of `PatchNCEHead`: maps, all weights in turn, and ids (none if they are drawn)."""
 
@@ -82,9 +91,9 @@ class LossCall(NamedTuple):
     settings: tuple[Any, ...]
     """What else the result depends on, as hashable values."""
 
-    def key(self, gradient: bool) -> tuple[Any, ...] | None:
+    def key(self) -> tuple[tuple[Any, ...] | None, bool]:
         key_mlp: Sequence[Tensor] = () if self.key_mlp is self.query_mlp else self.key_mlp
-        return _key((self.settings, gradient), *self[:3], key_mlp, self.ids)
+        return _key(self.settings, (self.query_maps, self.query_mlp), (self.key_maps, key_mlp, self.ids))
 
     def repeat(self) -> Tensor | None:
         """The loss (directions,) if a like call has been planned; else None.
@@ -94,8 +103,8 @@ class LossCall(NamedTuple):
         """
         if not usable(self.query_maps) or (self.ids and not self.ids[0].is_cuda):  # ids on a CPU are always checked
             return None
-        gradient = needs_gradient(self.query_maps, self.query_mlp)
-        entry = _ENTRIES.get(self.key(gradient))
+        key, gradient = self.key()
+        entry = _ENTRIES.get(key)
         return None if entry is None else self._run(entry, gradient)
 
     def plan(
@@ -108,7 +117,9 @@ class LossCall(NamedTuple):
         """
         if not usable(self.query_maps) or not all(w.is_contiguous() for w in (*self.query_mlp, *self.key_mlp)):
             return None
-        gradient, drawn = needs_gradient(self.query_maps, self.query_mlp), not self.ids
+        (key, gradient), drawn = self.key(), not self.ids
+        if key is None:
+            return None
         forward = plan_of(
             loss_forward, *self[:5], _place_of_seeds(self.query_maps, sets) if drawn else None,
             patches=patches, temperatures=tuple(temperatures), groups=groups, directions=directions, dtype=dtype,
@@ -117,7 +128,7 @@ class LossCall(NamedTuple):
         if forward is None:
             return None
         entry = Entry(forward, self.query_maps, directions, drawn, sets if drawn else 0)
-        if keep and (key := self.key(gradient)) is not None:
+        if keep:
             _ENTRIES[key] = entry
         return self._run(entry, gradient)
 
@@ -139,12 +150,15 @@ class RowsCall(NamedTuple):
     """(sets, patches) per layer."""
     settings: tuple[Any, ...]
 
+    def key(self) -> tuple[tuple[Any, ...] | None, bool]:
+        return _key(self.settings, (self.maps, self.mlp), (self.ids,))
+
     def repeat(self) -> tuple[list[Tensor], list[Tensor]] | None:
         """As `LossCall.repeat`: the unit rows of each layer, and the drawn ids (patches,)."""
         if not usable(self.maps) or (self.ids and not self.ids[0].is_cuda):
             return None
-        gradient = needs_gradient(self.maps, self.mlp)
-        entry = _ENTRIES.get(_key((self.settings, gradient), *self[:3]))
+        key, gradient = self.key()
+        entry = _ENTRIES.get(key)
         return None if entry is None else self._run(entry, gradient)
 
     def plan(
@@ -156,13 +170,15 @@ class RowsCall(NamedTuple):
         """
         if not usable(self.maps) or not all(w.is_contiguous() for w in self.mlp):
             return None
-        gradient = needs_gradient(self.maps, self.mlp)
+        key, gradient = self.key()
+        if key is None:
+            return None
         seeds = None if self.ids else _place_of_seeds(self.maps, 1)
         forward = plan_of(rows_forward, *self[:3], seeds, patches=patches, dtype=dtype, gradient=gradient)
         if forward is None:
             return None
         entry = Entry(forward, self.maps, 1, distinct or not self.ids, 0 if self.ids else 1, patches)
-        if keep and (key := _key((self.settings, gradient), *self[:3])) is not None:
+        if keep:
             _ENTRIES[key] = entry
         return self._run(entry, gradient)
 
