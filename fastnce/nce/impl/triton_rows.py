@@ -199,16 +199,18 @@ def remember(queries: Tensor, keys: Tensor, options: dict[str, Any], *settings: 
 
 
 def _simple(queries: Tensor, keys: Tensor, settings: tuple[Any, ...]) -> bool:
-    try:
-        hash(settings)
-    except TypeError:  # such as a list in place of a name
-        return False
-    return (
+    if not (
         untraced(queries)
         and (queries.is_cuda or INTERPRETED)
         and type(keys) in PLAIN
         and not torch.is_autocast_enabled(queries.device.type)
-    )
+    ):
+        return False
+    try:
+        hash(settings)
+    except TypeError:  # such as a list in place of a name
+        return False
+    return True
 
 
 def _key(queries: Tensor, keys: Tensor, gradient: bool, settings: tuple[Any, ...]) -> tuple[Any, ...]:
