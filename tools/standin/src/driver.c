@@ -72,6 +72,20 @@ CUresult cuCtxGetDevice(CUdevice *device)
     return CUDA_SUCCESS;
 }
 
+/* Triton sets the size of the buffer for device-side printf. */
+CUresult cuCtxGetLimit(size_t *value, CUlimit limit)
+{
+    (void)limit;
+    *value = 0;
+    return CUDA_SUCCESS;
+}
+
+CUresult cuCtxSetLimit(CUlimit limit, size_t value)
+{
+    (void)limit, (void)value;
+    return CUDA_SUCCESS;
+}
+
 CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device)
 {
     (void)device;

@@ -1,0 +1,98 @@
+"""The cases of the matrix: every preset, in every precision, in every form of the step."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+PRECISIONS = ("bf16", "fp16", "fp32")
+FORMS = {"eager": False, "parts": True, "whole": "whole"}
+"""The step's argument `compile` by the name of the form. Every form is captured and replayed."""
+MINUTES = {"eager": 4, "parts": 20, "whole": 30}
+"""The time limit of a case by its form: most of it is compiling."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How small a preset is trained: images per domain, their side in pixels, and changed network options."""
+
+    images: int = 1
+    side: int = 64
+    network: dict[str, Any] = field(default_factory=lambda: {"width": 8, "discriminator_width": 8})
+
+
+SIZES = {
+    "cut": Size(),
+    "fastcut": Size(),
+    "sincut": Size(images=2, network={"width": 1, "discriminator_width": 1}),
+    "cyclegan": Size(),
+    "dclgan": Size(),
+    "dclgan-paper": Size(),
+    "simdcl": Size(),
+    "dcdgan": Size(),
+    "dcdgan-plus": Size(images=2),
+    "dcdgan-released": Size(),
+}
+"""The size of every preset."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One cell of the matrix, which a process of its own computes."""
+
+    preset: str
+    precision: str
+    form: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.preset}/{self.precision}/{self.form}"
+
+    @property
+    def size(self) -> Size:
+        return SIZES[self.preset]
+
+    @property
+    def seconds(self) -> int:
+        """The time limit."""
+        return 60 * MINUTES[self.form]
+
+
+CASES = [Case(preset, precision, form) for form in FORMS for preset in SIZES for precision in PRECISIONS]
+"""All cases, the fast ones first."""
+
+
+def find(name: str) -> Case:
+    """Return the case of this name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for case in CASES:
+        if case.name == name:
+            return case
+    raise ValueError(f"unknown case {name!r}: --list shows all")
+
+
+def select(patterns: Sequence[str]) -> list[Case]:
+    """Return the cases that match any of the patterns; all if there are no patterns.
+
+    A pattern is the name of a case in which each part may be a wildcard, or a part of it: "cut", "*/bf16", "whole".
+
+    Raises:
+        ValueError: a pattern matches no case.
+    """
+    found = []
+    for pattern in patterns:
+        matches = [case for case in CASES if _matches(case, pattern)]
+        if not matches:
+            raise ValueError(f"--only {pattern} matches no case: --list shows all")
+        found += matches
+    return [case for case in CASES if case in found] if patterns else list(CASES)
+
+
+def _matches(case: Case, pattern: str) -> bool:
+    parts = (case.preset, case.precision, case.form)
+    return fnmatch.fnmatchcase(case.name, pattern) or pattern in parts
