@@ -25,7 +25,6 @@ from fastnce.methods import Batch, Draws
 from tools.standin.cases import FORMS, Case, find
 from tools.standin.log import mark_of_step
 
-ROOT = Path(__file__).resolve().parents[2]
 REPLAYS = 2
 """Steps after the one that is captured; that one is replayed too."""
 
@@ -77,7 +76,7 @@ def main() -> None:
         result = run(case)
     for warning in caught:
         print(warnings.formatwarning(warning.message, warning.category, warning.filename, warning.lineno))
-    own = [str(w.message) for w in caught if Path(w.filename).is_relative_to(ROOT)]
+    own = [str(w.message) for w in caught if not {".capture", "site-packages"} & set(Path(w.filename).parts)]
     file.write_text(json.dumps(result | {"warnings": own}))
 
 

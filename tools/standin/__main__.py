@@ -1,0 +1,100 @@
+"""Capture and replay every preset without a GPU, and check what was launched.
+
+python -m tools.standin                        # or: make capture
+python -m tools.standin --list
+python -m tools.standin --only cut "*/bf16/eager"
+python -m tools.standin --write                # renew the launch table
+
+The exit code is 0 if every case passed, 1 if one failed, 2 if the machine lacks something.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from tools.standin import install, launches, matrix, results
+from tools.standin.cases import CASES, select
+
+
+def parser() -> argparse.ArgumentParser:
+    summary, _, more = (__doc__ or "").partition("\n\n")
+    made = argparse.ArgumentParser(
+        prog="python -m tools.standin",
+        description=summary,
+        epilog=more,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="run these cases alone: a preset, a precision, a form, or preset/precision/form with wildcards",
+    )
+    made.add_argument("--list", action="store_true", help="print the cases and stop")
+    made.add_argument("--fresh", action="store_true", help="run cases again that the journal already has")
+    made.add_argument("--write", action="store_true", help="renew the launch table from these cases")
+    made.add_argument("--results", type=Path, metavar="DIR", help="write results.json and results.csv into this folder")
+    made.add_argument("--install", action="store_true", help="install what is needed and stop")
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    try:
+        cases = select(options.only)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if options.list:
+        print("\n".join(case.name for case in cases))
+        return 0
+    try:
+        install.install()
+    except install.MissingError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except subprocess.CalledProcessError as error:
+        print(f"the installation failed at: {' '.join(map(str, error.cmd))[:300]}", file=sys.stderr)
+        return 2
+    if options.install:
+        return 0
+    outcomes = matrix.run(cases, install.FOLDER, options.fresh, show)
+    if options.write:
+        write(outcomes)
+    if options.results:
+        results.write(outcomes, options.results, " ".join(sys.argv[1:] if arguments is None else arguments))
+    failed = [outcome.case for outcome in outcomes if outcome.outcome != matrix.PASSED]
+    left = "" if len(cases) == len(CASES) else f" (of {len(CASES)} in the matrix)"
+    print(f"{len(outcomes) - len(failed)} of {len(outcomes)} cases passed{left}", *failed, sep="\n  failed: ")
+    return 1 if failed else 0
+
+
+def show(outcome: matrix.Outcome, ran: bool) -> None:
+    """Print one line per case, and one per problem."""
+    time = f"{outcome.seconds:6.0f} s" if ran else "  before"
+    work = f"{outcome.graph_launches:5} launches, {outcome.syncs} waits"
+    print(f"{outcome.outcome}  {outcome.case:32} {time}  {work}", flush=True)
+    for problem in outcome.problems:
+        print(f"        {problem}", flush=True)
+
+
+def write(outcomes: Sequence[matrix.Outcome]) -> None:
+    """Renew the launch table; a case that failed otherwise keeps its old row."""
+    tables = launches.read()
+    for outcome in outcomes:
+        other = set(outcome.problems) - set(launches.differences(tables.get(outcome.case), Counter(outcome.launches)))
+        if outcome.launches and not other:
+            tables[outcome.case] = Counter(outcome.launches)
+            outcome.problems, outcome.outcome = [], matrix.PASSED
+    launches.write(tables)
+    print(f"wrote {launches.FILE.relative_to(install.ROOT)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,161 @@
+"""Run cases, each in a process of its own with a time limit, and keep a journal so that a run can be continued."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tools.standin import install, launches, log
+from tools.standin.cases import Case
+from tools.standin.verdict import Verdict, judge
+
+PASSED, FAILED = "passed", "failed"
+TRIES = 2
+"""How often a case runs whose process crashes: a killed or aborted process says nothing about the step."""
+
+
+@dataclass
+class Outcome:
+    """The result of a case. `tree` identifies the sources with which it was computed."""
+
+    case: str
+    outcome: str
+    seconds: float
+    tree: str
+    problems: list[str] = field(default_factory=list)
+    launches: dict[str, int] = field(default_factory=dict)
+    captures: int = 0
+    graph_launches: int = 0
+    replays: int = 0
+    syncs: int = 0
+    step_seconds: list[float] = field(default_factory=list)
+    torch: str = ""
+    triton: str = ""
+
+
+class Journal:
+    """The outcomes of a folder, one JSON line each; the last one of a case counts."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def read(self, tree: str) -> dict[str, Outcome]:
+        """Return the outcomes of this tree by the name of the case."""
+        found: dict[str, Outcome] = {}
+        for line in self.file.read_text().splitlines() if self.file.exists() else []:
+            with contextlib.suppress(json.JSONDecodeError, TypeError):  # an interrupted line, or an older format
+                outcome = Outcome(**json.loads(line))
+                if outcome.tree == tree:
+                    found[outcome.case] = outcome
+        return found
+
+    def add(self, outcome: Outcome) -> None:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("a") as file:
+            file.write(json.dumps(asdict(outcome)) + "\n")
+
+
+def digest_of_tree(root: Path = install.ROOT) -> str:
+    """Return a hash of every file that can change an outcome: package, kernels, the built step and this tool."""
+    digest = hashlib.sha256()
+    for pattern in ("fastnce/**/*.py", "kernels/*.py", "benchmarks/step.py", "tools/standin/**/*.[pch]*"):
+        for file in sorted(root.glob(pattern)):
+            digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes())
+    digest.update(install.CONSTRAINTS.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def run_case(case: Case, folder: Path, tree: str) -> Outcome:
+    """Run a case, with its log and its output in a folder of its own; run it again if its process crashes."""
+    began = time.monotonic()
+    place = folder / "runs" / case.name.replace("/", "-")
+    place.mkdir(parents=True, exist_ok=True)
+    for attempt in range(TRIES):
+        verdict, result, crash = _run_once(case, folder, place)
+        if not crash:
+            break
+        verdict.problems.append(f"{crash}; try {attempt + 1} of {TRIES}")
+    seconds = round(time.monotonic() - began, 1)
+    outcome = FAILED if verdict.problems else PASSED
+    known = {key: result[key] for key in ("step_seconds", "torch", "triton") if key in result}
+    counted = vars(verdict) | {"launches": dict(verdict.launches)}
+    return Outcome(case.name, outcome, seconds, tree, **counted, **known)
+
+
+def _run_once(case: Case, folder: Path, place: Path) -> tuple[Verdict, dict[str, Any], str]:
+    """Return the verdict, the result that the process wrote, and how the process crashed; empty if it did not."""
+    file, result_file, output = place / "log.txt", place / "result.json", place / "output.txt"
+    for old in (file, result_file):
+        old.unlink(missing_ok=True)
+    environment = install.environment(folder) | {"STANDIN_LOG": str(file)}
+    command = [str(install.python(folder)), "-m", "tools.standin.step", case.name, str(result_file)]
+    with output.open("w") as out:
+        code = _wait(command, environment, out, case.seconds)
+    if code is None:
+        return Verdict([f"the time limit of {case.seconds} s was reached"]), {}, ""
+    if not result_file.exists():
+        reason = last_line(output.read_text(errors="replace"))
+        crash = f"the process was ended by signal {-code}" if code < 0 else ""
+        return Verdict([] if crash else [f"exit code {code}: {reason}"]), {}, crash
+    result = json.loads(result_file.read_text())
+    with file.open() as lines:
+        return judge(log.parse(lines), result), result, ""
+
+
+def _wait(command: Sequence[str], environment: dict[str, str], out: Any, seconds: float) -> int | None:
+    """Return the exit code; None after the time limit, or an exception, has ended the process and its children."""
+    process = subprocess.Popen(
+        command, cwd=install.ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def last_line(text: str) -> str:
+    """Return the last line that is not blank, without folders: results are committed."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no output"]
+    return re.sub(r"(?<![\w.])/[\w./+-]*/", "", lines[-1])[:300]
+
+
+def compare(outcome: Outcome, table: Counter[str] | None) -> None:
+    """Add the differences from the launch table to the problems of a case that has been captured."""
+    if not outcome.launches:
+        return
+    found = launches.differences(table, Counter(outcome.launches))
+    outcome.problems += found
+    if found:
+        outcome.outcome = FAILED
+
+
+def run(cases: Sequence[Case], folder: Path, fresh: bool, report: Callable[[Outcome, bool], None]) -> list[Outcome]:
+    """Run the cases that the journal does not have, or all if `fresh`; `report` is told whether one ran just now."""
+    tree, journal = digest_of_tree(), Journal(folder / "journal.jsonl")
+    known = {} if fresh else journal.read(tree)
+    tables, outcomes = launches.read(), []
+    for case in cases:
+        outcome = known.get(case.name)
+        if outcome is None:
+            outcome = run_case(case, folder, tree)
+            journal.add(outcome)
+        compare(outcome, tables.get(case.name))
+        outcomes.append(outcome)
+        report(outcome, case.name not in known)
+    return outcomes
