@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tools.standin import install, launches, matrix, results
-from tools.standin.cases import CASES, select
+from tools.standin.cases import CASES, Case, select
 
 
 def parser() -> argparse.ArgumentParser:
@@ -55,20 +55,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(case.name for case in cases))
         return 0
     try:
-        install.install()
+        with install.locked():
+            install.install()
+            if not options.install:
+                return run(cases, options)
     except install.MissingError as error:
         print(error, file=sys.stderr)
         return 2
     except subprocess.CalledProcessError as error:
         print(f"the installation failed at: {' '.join(map(str, error.cmd))[:300]}", file=sys.stderr)
         return 2
-    if options.install:
-        return 0
-    outcomes = matrix.run(cases, install.FOLDER, options.fresh, show)
+    return 0
+
+
+def run(cases: Sequence[Case], options: argparse.Namespace) -> int:
+    """Run the cases, and write what the options ask for; return the exit code."""
+    tables = launches.read()
+    outcomes = matrix.run(cases, install.FOLDER, None if options.write else tables, options.fresh, show)
     if options.write:
-        write(outcomes)
+        passed = [outcome for outcome in outcomes if outcome.outcome == matrix.PASSED]
+        launches.write(tables | {outcome.case: Counter(outcome.launches) for outcome in passed})
+        print(f"wrote the launches of {len(passed)} cases into {launches.FILE.relative_to(install.ROOT)}")
     if options.results:
-        results.write(outcomes, options.results, " ".join(sys.argv[1:] if arguments is None else arguments))
+        results.write(outcomes, options.results)
     failed = [outcome.case for outcome in outcomes if outcome.outcome != matrix.PASSED]
     left = "" if len(cases) == len(CASES) else f" (of {len(CASES)} in the matrix)"
     print(f"{len(outcomes) - len(failed)} of {len(outcomes)} cases passed{left}", *failed, sep="\n  failed: ")
@@ -82,18 +91,6 @@ def show(outcome: matrix.Outcome, ran: bool) -> None:
     print(f"{outcome.outcome}  {outcome.case:32} {time}  {work}", flush=True)
     for problem in outcome.problems:
         print(f"        {problem}", flush=True)
-
-
-def write(outcomes: Sequence[matrix.Outcome]) -> None:
-    """Renew the launch table; a case that failed otherwise keeps its old row."""
-    tables = launches.read()
-    for outcome in outcomes:
-        other = set(outcome.problems) - set(launches.differences(tables.get(outcome.case), Counter(outcome.launches)))
-        if outcome.launches and not other:
-            tables[outcome.case] = Counter(outcome.launches)
-            outcome.problems, outcome.outcome = [], matrix.PASSED
-    launches.write(tables)
-    print(f"wrote {launches.FILE.relative_to(install.ROOT)}")
 
 
 if __name__ == "__main__":

@@ -120,11 +120,9 @@ def build_one(library: Library, names: set[str], headers: Path, out: Path, work:
     exported = names | {name for name in written if library is RUNTIME or library.refuses}
     script.write_text(version_script(library.version, exported))
     linked = [] if library is RUNTIME else [str(out / RUNTIME.name)]
-    names_and_script = [f"-Wl,-soname,{library.name}", f"-Wl,--version-script,{script}"]
-    _run(
-        [*compiler, "-fno-builtin", "-shared", "-o", str(out / library.name), str(generated), *map(str, objects)]
-        + [*linked, *names_and_script, "-lpthread", "-ldl"]
-    )
+    options = [f"-Wl,-soname,{library.name}", f"-Wl,--version-script,{script}", "-fno-builtin", "-shared"]
+    files = [str(generated), *map(str, objects), *linked]
+    _run([*compiler, *options, "-o", str(out / library.name), *files, "-lpthread", "-ldl"])
 
 
 def generate(library: Library, names: set[str]) -> str:

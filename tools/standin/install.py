@@ -6,13 +6,15 @@ depend on; the headers of the CUDA runtime; and the stand-in libraries, built fo
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tools.standin import build
@@ -41,8 +43,6 @@ def pinned() -> dict[str, str]:
 
 def check_machine() -> None:
     """Raise `MissingError` if the machine lacks a program or file that the installation needs."""
-    if sys.version_info < (3, 11):  # noqa: UP036
-        raise MissingError(f"make capture needs Python 3.11 or newer: make capture PYTHON=python3.12, not {sys.version.split()[0]}")
     if sys.platform != "linux" or os.uname().machine != "x86_64":
         raise MissingError("make capture needs Linux on x86-64, where PyTorch's default build is the one for CUDA")
     absent = [program for program in ("gcc", "readelf") if shutil.which(program) is None]
@@ -88,6 +88,22 @@ def environment(folder: Path, base: Mapping[str, str] = os.environ) -> dict[str,
     }
 
 
+@contextlib.contextmanager
+def locked(folder: Path = FOLDER) -> Iterator[None]:
+    """Context manager: no other process installs into `folder` or runs cases there.
+
+    Raises:
+        MissingError: another process does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise MissingError(f"another make capture is running in {folder.name}/: wait until it ends") from None
+        yield
+
+
 def install(folder: Path = FOLDER) -> None:
     """Install everything that is missing or was installed from other pins or sources.
 
@@ -95,7 +111,6 @@ def install(folder: Path = FOLDER) -> None:
         MissingError: the machine lacks something.
     """
     check_machine()
-    folder.mkdir(parents=True, exist_ok=True)
     stamp = folder / "packages.stamp"
     packages = _digest([CONSTRAINTS], sys.version)
     if not _matches(stamp, packages):

@@ -140,22 +140,34 @@ def compare(outcome: Outcome, table: Counter[str] | None) -> None:
     if not outcome.launches:
         return
     found = launches.differences(table, Counter(outcome.launches))
-    outcome.problems += found
     if found:
-        outcome.outcome = FAILED
+        outcome.problems, outcome.outcome = [*outcome.problems, *found], FAILED
 
 
-def run(cases: Sequence[Case], folder: Path, fresh: bool, report: Callable[[Outcome, bool], None]) -> list[Outcome]:
-    """Run the cases that the journal does not have, or all if `fresh`; `report` is told whether one ran just now."""
+def run(
+    cases: Sequence[Case],
+    folder: Path,
+    tables: launches.Tables | None,
+    fresh: bool,
+    report: Callable[[Outcome, bool], None],
+) -> list[Outcome]:
+    """Run the cases that the journal does not have, or all of them, and return their outcomes.
+
+    Args:
+        tables: compared with what was launched; None: not compared.
+        fresh: run all of them.
+        report: called with each outcome, and with whether the case ran just now.
+    """
     tree, journal = digest_of_tree(), Journal(folder / "journal.jsonl")
     known = {} if fresh else journal.read(tree)
-    tables, outcomes = launches.read(), []
+    outcomes = []
     for case in cases:
         outcome = known.get(case.name)
         if outcome is None:
             outcome = run_case(case, folder, tree)
             journal.add(outcome)
-        compare(outcome, tables.get(case.name))
+        if tables is not None:
+            compare(outcome, tables.get(case.name))
         outcomes.append(outcome)
         report(outcome, case.name not in known)
     return outcomes

@@ -19,13 +19,14 @@ INDUCTOR = {
 }
 """What a kernel of Inductor is, by the second part of its name. Its other parts number and describe it: they vary."""
 
-NOISE = frozenset(
-    "void const std at native array char int unsigned lambda operator cuda detail memory binary_internal templates "
-    "anonymous namespace c10 TensorIterator TensorIteratorBase TrivialOffsetCalculator gpu_kernel_impl_nocast "
-    "gpu_kernel_impl ReduceOp func_wrapper_t TensorListMetadata FusedOptimizerTensorListMetadata Scalar "
-    "OffsetCalculator OpaqueType CatArrInputTensorMetadata TensorSizeStride NormType CUDAGeneratorImpl "
-    "true false".split()
+_LANGUAGE = "void const char int unsigned lambda operator true false std array"
+_NAMESPACES = "at native cuda detail memory binary_internal templates anonymous namespace c10"
+_WRAPPERS = "gpu_kernel_impl gpu_kernel_impl_nocast ReduceOp func_wrapper_t"
+_ARGUMENTS = (
+    "TensorIterator TensorIteratorBase TensorListMetadata FusedOptimizerTensorListMetadata TensorSizeStride Scalar "
+    "OffsetCalculator TrivialOffsetCalculator OpaqueType CatArrInputTensorMetadata NormType CUDAGeneratorImpl"
 )
+NOISE = frozenset(f"{_LANGUAGE} {_NAMESPACES} {_WRAPPERS} {_ARGUMENTS}".split())
 """Words of a demangled name that do not distinguish one kernel from another."""
 WORDS = 4
 """The number of words of a short name: the kernel, then the functors and types that it is made from."""

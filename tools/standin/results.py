@@ -6,6 +6,7 @@ import csv
 import json
 import platform
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -18,7 +19,7 @@ from tools.standin.matrix import Outcome
 COLUMNS = ("case", "outcome", "captures", "graph_launches", "replays", "syncs", "seconds", "problems")
 
 
-def facts(outcomes: Sequence[Outcome], arguments: str) -> dict[str, Any]:
+def facts(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Return what decides the outcomes: versions, commit, and the command."""
     ran = next((outcome for outcome in outcomes if outcome.torch), None)
     return {
@@ -29,7 +30,7 @@ def facts(outcomes: Sequence[Outcome], arguments: str) -> dict[str, Any]:
         "packages": install.pinned(),
         "commit": _commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": f"python -m tools.standin {arguments}".strip(),
+        "command": " ".join(["python -m tools.standin", *sys.argv[1:]]),
     }
 
 
@@ -45,7 +46,7 @@ def _commit() -> str:
     return commit + ("+" if commit and changed else "")
 
 
-def write(outcomes: Sequence[Outcome], folder: Path, arguments: str) -> None:
+def write(outcomes: Sequence[Outcome], folder: Path) -> None:
     """Write results.json, with everything, and results.csv, with a row per case."""
     folder.mkdir(parents=True, exist_ok=True)
     failed = sum(outcome.outcome != "passed" for outcome in outcomes)
@@ -56,7 +57,7 @@ def write(outcomes: Sequence[Outcome], folder: Path, arguments: str) -> None:
         "seconds": round(sum(outcome.seconds for outcome in outcomes), 1),
     }
     rows = [{key: value for key, value in asdict(outcome).items() if key != "tree"} for outcome in outcomes]
-    everything = {"machine": facts(outcomes, arguments), "summary": summary, "rows": rows}
+    everything = {"machine": facts(outcomes), "summary": summary, "rows": rows}
     (folder / "results.json").write_text(json.dumps(everything, indent=1) + "\n")
     with (folder / "results.csv").open("w", newline="") as text:
         table = csv.writer(text, lineterminator="\n")

@@ -18,7 +18,8 @@ class Symbol:
 
 def parse(table: str) -> tuple[set[Symbol], set[Symbol]]:
     """Return the undefined and the defined global symbols of a table that `readelf -W` prints."""
-    undefined, defined = set(), set()
+    undefined: set[Symbol] = set()
+    defined: set[Symbol] = set()
     for line in table.splitlines():
         columns = line.split()  # number, value, size, type, binding, visibility, section, name
         if len(columns) < 8 or not columns[0].endswith(":") or columns[4] not in ("GLOBAL", "WEAK"):

@@ -12,6 +12,14 @@ struct CUfunc_st {
     size_t shared_limit;
 };
 
+/* The driver has no last error, and one code for every wrong argument; the others have the same numbers. */
+static CUresult result_of(cudaError_t error)
+{
+    if (error != cudaSuccess)
+        cudaGetLastError();
+    return error == cudaErrorInvalidConfiguration ? CUDA_ERROR_INVALID_VALUE : (CUresult)error;
+}
+
 static int only_context; /* its address is the one context */
 static int only_module;
 
@@ -171,8 +179,8 @@ CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute name, int 
     if (name != CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES)
         return CUDA_SUCCESS;
     if (value < 0 || value > SHARED_MOST)
-        return (CUresult)standin_refuse(cudaErrorInvalidValue, "cuFuncSetAttribute",
-                                        "more shared memory than a block can have");
+        return result_of(
+            standin_refuse(cudaErrorInvalidValue, "cuFuncSetAttribute", "more shared memory than a block can have"));
     function->shared_limit = (size_t)value > SHARED_DEFAULT ? (size_t)value : SHARED_DEFAULT;
     return CUDA_SUCCESS;
 }
@@ -217,7 +225,7 @@ CUresult cuLaunchKernel(CUfunction function, unsigned int grid_x, unsigned int g
 {
     (void)arguments, (void)more;
     dim3 grid = {grid_x, grid_y, grid_z}, block = {block_x, block_y, block_z};
-    return (CUresult)standin_launch("triton", function->name, stream, grid, block, shared, function->shared_limit);
+    return result_of(standin_launch("triton", function->name, stream, grid, block, shared, function->shared_limit));
 }
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **arguments, void **more)
