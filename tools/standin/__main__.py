@@ -55,17 +55,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(case.name for case in cases))
         return 0
     try:
-        with install.locked():
-            install.install()
-            if not options.install:
-                return run(cases, options)
+        with install.locked(install.FOLDER):
+            install.install(install.FOLDER)
+            if options.install:
+                return 0
+            if broken := matrix.check_rules(install.FOLDER):
+                print(*broken, sep="\n", file=sys.stderr)
+                return 1
+            return run(cases, options)
     except install.MissingError as error:
         print(error, file=sys.stderr)
         return 2
     except subprocess.CalledProcessError as error:
         print(f"the installation failed at: {' '.join(map(str, error.cmd))[:300]}", file=sys.stderr)
         return 2
-    return 0
 
 
 def run(cases: Sequence[Case], options: argparse.Namespace) -> int:

@@ -55,7 +55,7 @@ class Case:
         return SIZES[self.preset]
 
     @property
-    def seconds(self) -> int:
+    def seconds(self) -> float:
         """The time limit."""
         return 60 * MINUTES[self.form]
 

@@ -45,10 +45,11 @@ def check_machine() -> None:
     """Raise `MissingError` if the machine lacks a program or file that the installation needs."""
     if sys.platform != "linux" or os.uname().machine != "x86_64":
         raise MissingError("make capture needs Linux on x86-64, where PyTorch's default build is the one for CUDA")
-    absent = [program for program in ("gcc", "readelf") if shutil.which(program) is None]
+    absent = [program for program in ("gcc", "readelf", "c++filt") if shutil.which(program) is None]
     if absent:
         raise MissingError(
-            f"make capture needs gcc and readelf, but {' and '.join(absent)} cannot be found: install gcc and binutils"
+            f"make capture needs gcc, readelf and c++filt, but {', '.join(absent)} cannot be found: install gcc and "
+            f"binutils"
         )
     if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
         raise MissingError(
@@ -89,7 +90,7 @@ def environment(folder: Path, base: Mapping[str, str] = os.environ) -> dict[str,
 
 
 @contextlib.contextmanager
-def locked(folder: Path = FOLDER) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Context manager: no other process installs into `folder` or runs cases there.
 
     Raises:
@@ -104,7 +105,7 @@ def locked(folder: Path = FOLDER) -> Iterator[None]:
         yield
 
 
-def install(folder: Path = FOLDER) -> None:
+def install(folder: Path) -> None:
     """Install everything that is missing or was installed from other pins or sources.
 
     Raises:

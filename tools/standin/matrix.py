@@ -21,6 +21,8 @@ from tools.standin.cases import Case
 from tools.standin.verdict import Verdict, judge
 
 PASSED, FAILED = "passed", "failed"
+COMMAND = ("-m", "tools.standin.step")
+RULES = ("-m", "tools.standin.rules")
 TRIES = 2
 """How often a case runs whose process crashes: a killed or aborted process says nothing about the step."""
 
@@ -93,17 +95,35 @@ def run_case(case: Case, folder: Path, tree: str) -> Outcome:
     return Outcome(case.name, outcome, seconds, tree, **counted, **known)
 
 
+def check_rules(folder: Path) -> list[str]:
+    """Return which of CUDA's rules the stand-ins do not enforce (`rules.py`), one sentence each."""
+    place = folder / "runs" / "rules"
+    place.mkdir(parents=True, exist_ok=True)
+    file, output = place / "log.txt", place / "output.txt"
+    file.unlink(missing_ok=True)
+    environment = install.environment(folder) | {"STANDIN_LOG": str(file)}
+    with output.open("w") as errors:
+        command = [str(install.python(folder)), *RULES]
+        run = subprocess.run(
+            command, cwd=install.ROOT, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
+        )
+    broken = run.stdout.split("\n") if run.returncode == 1 and run.stdout.strip() else []
+    if run.returncode and not broken:
+        broken = [f"the check of the stand-ins failed: {last_line(output.read_text(errors='replace'))}"]
+    return [line for line in broken if line]
+
+
 def _run_once(case: Case, folder: Path, place: Path) -> tuple[Verdict, dict[str, Any], str]:
     """Return the verdict, the result that the process wrote, and how the process crashed; empty if it did not."""
     file, result_file, output = place / "log.txt", place / "result.json", place / "output.txt"
     for old in (file, result_file):
         old.unlink(missing_ok=True)
     environment = install.environment(folder) | {"STANDIN_LOG": str(file)}
-    command = [str(install.python(folder)), "-m", "tools.standin.step", case.name, str(result_file)]
+    command = [str(install.python(folder)), *COMMAND, case.name, str(result_file)]
     with output.open("w") as out:
         code = _wait(command, environment, out, case.seconds)
     if code is None:
-        return Verdict([f"the time limit of {case.seconds} s was reached"]), {}, ""
+        return Verdict([f"the time limit of {case.seconds:g} s was reached"]), {}, ""
     if not result_file.exists():
         reason = last_line(output.read_text(errors="replace"))
         crash = f"the process was ended by signal {-code}" if code < 0 else ""
