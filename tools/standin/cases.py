@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 PRECISIONS = ("bf16", "fp16", "fp32")
@@ -14,26 +14,30 @@ MINUTES = {"eager": 4, "parts": 20, "whole": 30}
 """The time limit of a case by its form: most of it is compiling."""
 
 
+SMALL_RESNET = {"generator": "resnet_6blocks", "width": 8, "discriminator_width": 8}
+SMALL = {"width": 8, "discriminator_width": 8}
+
+
 @dataclass(frozen=True)
 class Size:
-    """How small a preset is trained: images per domain, their side in pixels, and changed network options."""
+    """How small a preset is trained: changed network options, images per domain, and their side in pixels."""
 
+    network: dict[str, Any]
     images: int = 1
     side: int = 64
-    network: dict[str, Any] = field(default_factory=lambda: {"width": 8, "discriminator_width": 8})
 
 
 SIZES = {
-    "cut": Size(),
-    "fastcut": Size(),
-    "sincut": Size(images=2, network={"width": 1, "discriminator_width": 1}),
-    "cyclegan": Size(),
-    "dclgan": Size(),
-    "dclgan-paper": Size(),
-    "simdcl": Size(),
-    "dcdgan": Size(),
-    "dcdgan-plus": Size(images=2),
-    "dcdgan-released": Size(),
+    "cut": Size(SMALL_RESNET),
+    "fastcut": Size(SMALL_RESNET),
+    "sincut": Size({"width": 1, "discriminator_width": 1}, images=2),  # its negatives are from the other image
+    "cyclegan": Size(SMALL_RESNET),
+    "dclgan": Size(SMALL_RESNET),
+    "dclgan-paper": Size(SMALL_RESNET),
+    "simdcl": Size(SMALL_RESNET),
+    "dcdgan": Size(SMALL_RESNET),
+    "dcdgan-plus": Size(SMALL),
+    "dcdgan-released": Size(SMALL_RESNET),
 }
 """The size of every preset."""
 
