@@ -79,7 +79,8 @@ def test_a_stand_in_replaces_the_library_that_a_program_was_linked_with(tmp_path
     (tmp_path / "real.c").write_text("int far_multiply(void *h) { return 7; }\nint far_other(void) { return 7; }\n")
     (tmp_path / "map").write_text("FAR_1 { global: *; };\n")
     (tmp_path / "user.c").write_text(
-        "int far_multiply(void *);\nint far_other(void);\nint use(void) { return far_multiply(0) + 100 * far_other(); }\n"
+        "int far_multiply(void *);\nint far_other(void);\n"
+        "int use(void) { return far_multiply(0) + 100 * far_other(); }\n"
     )
     script = f"-Wl,--version-script,{tmp_path}/map"
     gcc = ["gcc", "-shared", "-fPIC"]

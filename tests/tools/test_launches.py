@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.standin import __main__, cases, install, launches, matrix, results
+from tools.standin import __main__, cases, expected, install, launches, matrix, results
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -42,7 +42,7 @@ def test_differences_name_old_and_new_counts():
         "d: 0 launches in the table, 1 now",
     ]
     assert launches.differences(old, Counter(old)) == []
-    assert launches.differences(None, new) == ["the case is not in the launch table: --write adds it"]
+    assert launches.differences(Counter(), new) == ["the case is not in the launch table: --write adds it"]
 
 
 def test_the_committed_table_has_every_case():
@@ -89,6 +89,24 @@ def test_a_case_with_other_launches_fails_and_the_journal_keeps_what_ran():
     assert (found.outcome, found.problems) == (matrix.PASSED, [])
 
 
+def test_a_case_that_must_fall_back_does_so_or_fails(monkeypatch):
+    monkeypatch.setattr(expected, "FALLS_BACK", {"cut/*/whole": "a reason"})
+    signs = ["the compiler refused the whole step", "a warning: the step is compiled in parts, not whole: NameError"]
+    found = outcome("cut/bf16/whole", problems=[*signs])
+    matrix.compare(found, None)
+    assert (found.outcome, found.problems, found.falls_back) == (matrix.PASSED, [], "a reason")
+    found = outcome("cut/bf16/whole", problems=[*signs, "not captured"])
+    matrix.compare(found, None)
+    assert (found.outcome, found.problems) == (matrix.FAILED, ["not captured"])
+    found = outcome("cut/bf16/whole")
+    matrix.compare(found, None)
+    assert found.outcome == matrix.FAILED
+    assert "did not fall back" in found.problems[0]
+    found = outcome("dclgan/bf16/whole", problems=[*signs])
+    matrix.compare(found, None)
+    assert (found.outcome, found.problems) == (matrix.FAILED, signs)
+
+
 def test_a_process_that_crashes_runs_again_and_one_that_hangs_is_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(install, "python", lambda folder: Path("/bin/sh"))
     case = cases.CASES[0]
@@ -116,7 +134,7 @@ def test_results_have_versions_and_no_folder_of_the_machine(tmp_path):
     rows[1].outcome, rows[1].problems = matrix.FAILED, ["one", "two"]
     results.write(rows, tmp_path)
     found = json.loads((tmp_path / "results.json").read_text())
-    assert found["summary"] == {"cases": 2, "passed": 1, "failed": 1, "seconds": 3.0}
+    assert found["summary"] == {"cases": 2, "passed": 1, "failed": 1, "in parts instead of whole": 0, "seconds": 3.0}
     assert found["machine"]["torch"] == "2.11.0"
     assert found["machine"]["packages"] == install.pinned()
     with (tmp_path / "results.csv").open(newline="") as text:

@@ -10,7 +10,7 @@ from typing import Any
 PRECISIONS = ("bf16", "fp16", "fp32")
 FORMS = {"eager": False, "parts": True, "whole": "whole"}
 """The step's argument `compile` by the name of the form. Every form is captured and replayed."""
-MINUTES = {"eager": 4, "parts": 20, "whole": 30}
+MINUTES = {"eager": 5, "parts": 30, "whole": 60}
 """The time limit of a case by its form: most of it is compiling."""
 
 

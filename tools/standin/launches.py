@@ -44,9 +44,9 @@ def write(tables: Tables, file: Path = FILE) -> None:
                 rows.writerow([preset, form, kernel, *counts])
 
 
-def differences(old: Counter[str] | None, new: Counter[str]) -> list[str]:
-    """Return a line per kernel that is launched more or less often than in the table."""
-    if old is None:
+def differences(old: Counter[str], new: Counter[str]) -> list[str]:
+    """Return a line per kernel that is launched more or less often than in the table, which may lack the case."""
+    if not old:
         return ["the case is not in the launch table: --write adds it"]
     names = sorted(name for name in old.keys() | new.keys() if old[name] != new[name])
     return [f"{name}: {old[name]} launches in the table, {new[name]} now" for name in names]

@@ -18,24 +18,39 @@ from typing import Any
 
 from tools.standin import install, launches, log
 from tools.standin.cases import Case
+from tools.standin.expected import without_fallback
 from tools.standin.verdict import Verdict, judge
 
 PASSED, FAILED = "passed", "failed"
 COMMAND = ("-m", "tools.standin.step")
 RULES = ("-m", "tools.standin.rules")
+TREE = (
+    "fastnce/**/*.py",
+    "kernels/*.py",
+    "benchmarks/step.py",
+    "tools/standin/src/*.[ch]",
+    "tools/standin/constraints.txt",
+    *(f"tools/standin/{name}.py" for name in ("build", "cases", "log", "names", "step", "symbols", "verdict")),
+)
+"""The files that decide the outcome of a case."""
 TRIES = 2
 """How often a case runs whose process crashes: a killed or aborted process says nothing about the step."""
 
 
 @dataclass
 class Outcome:
-    """The result of a case. `tree` identifies the sources with which it was computed."""
+    """The result of a case.
+
+    tree: identifies the sources with which it was computed.
+    falls_back: why PyTorch cannot compile it whole; empty if it can.
+    """
 
     case: str
     outcome: str
     seconds: float
     tree: str
     problems: list[str] = field(default_factory=list)
+    falls_back: str = ""
     launches: dict[str, int] = field(default_factory=dict)
     captures: int = 0
     graph_launches: int = 0
@@ -69,12 +84,11 @@ class Journal:
 
 
 def digest_of_tree(root: Path = install.ROOT) -> str:
-    """Return a hash of every file that can change an outcome: package, kernels, the built step and this tool."""
+    """Return a hash of every file that can change an outcome; the journal's outcomes of other trees do not count."""
     digest = hashlib.sha256()
-    for pattern in ("fastnce/**/*.py", "kernels/*.py", "benchmarks/step.py", "tools/standin/**/*.[pch]*"):
+    for pattern in TREE:
         for file in sorted(root.glob(pattern)):
             digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes())
-    digest.update(install.CONSTRAINTS.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -156,12 +170,11 @@ def last_line(text: str) -> str:
 
 
 def compare(outcome: Outcome, table: Counter[str] | None) -> None:
-    """Add the differences from the launch table to the problems of a case that has been captured."""
-    if not outcome.launches:
-        return
-    found = launches.differences(table, Counter(outcome.launches))
-    if found:
-        outcome.problems, outcome.outcome = [*outcome.problems, *found], FAILED
+    """Settle an outcome: remove expected problems, and add the differences from the launch table."""
+    outcome.problems, outcome.falls_back = without_fallback(outcome.case, outcome.problems)
+    if outcome.launches and table is not None:
+        outcome.problems += launches.differences(table, Counter(outcome.launches))
+    outcome.outcome = FAILED if outcome.problems else PASSED
 
 
 def run(
@@ -174,7 +187,7 @@ def run(
     """Run the cases that the journal does not have, or all of them, and return their outcomes.
 
     Args:
-        tables: compared with what was launched; None: not compared.
+        tables: the launch table, compared with what was launched; None: not compared.
         fresh: run all of them.
         report: called with each outcome, and with whether the case ran just now.
     """
@@ -186,8 +199,7 @@ def run(
         if outcome is None:
             outcome = run_case(case, folder, tree)
             journal.add(outcome)
-        if tables is not None:
-            compare(outcome, tables.get(case.name))
+        compare(outcome, None if tables is None else tables.get(case.name, Counter()))
         outcomes.append(outcome)
         report(outcome, case.name not in known)
     return outcomes

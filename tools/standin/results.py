@@ -16,7 +16,7 @@ from typing import Any
 from tools.standin import install
 from tools.standin.matrix import Outcome
 
-COLUMNS = ("case", "outcome", "captures", "graph_launches", "replays", "syncs", "seconds", "problems")
+COLUMNS = ("case", "outcome", "captures", "graph_launches", "replays", "syncs", "seconds", "falls_back", "problems")
 
 
 def facts(outcomes: Sequence[Outcome]) -> dict[str, Any]:
@@ -54,6 +54,7 @@ def write(outcomes: Sequence[Outcome], folder: Path) -> None:
         "cases": len(outcomes),
         "passed": len(outcomes) - failed,
         "failed": failed,
+        "in parts instead of whole": sum(bool(outcome.falls_back) for outcome in outcomes),
         "seconds": round(sum(outcome.seconds for outcome in outcomes), 1),
     }
     rows = [{key: value for key, value in asdict(outcome).items() if key != "tree"} for outcome in outcomes]
