@@ -19,7 +19,7 @@ DEMANGLED = {
 CAPTURED = ["launch\ttriton\tcaptured\tnce_kernel\tgrid 4 1 1 block 128 1 1 shared 1024"] * 2
 REPLAY = [COPY, COPY, SEED, SEED, "graph\teager\t1\t2"]
 RECORD = [COPY, COPY, "sync\teager\tcudaDeviceSynchronize", "sync\teager\tcudaFree", SEED, SEED]
-RESULT = {"obstacle": "", "warnings": [], "kinds": 1}
+RESULT = {"obstacle": "", "captured": True, "warnings": [], "kinds": 1}
 
 
 def good() -> dict[str, list[str]]:
@@ -119,6 +119,14 @@ def test_each_fault_is_a_problem(fault):
         raise AssertionError(" | ".join(problems))
 
 
+def test_many_kernels_are_counted_instead_of_named():
+    steps = good()
+    steps["step 4 replay plain"] += [f"launch\ttriton\teager\tkernel_{i}\tgrid 1 1 1" for i in range(20)]
+    problems = judge(steps).problems
+    assert len(problems) == verdict.MOST_LINES + 1
+    assert problems[-1] == "step 4 replay plain: 12 more kernels beside the graph"
+
+
 def test_a_graph_that_is_not_replayed_is_a_problem():
     steps = good()
     steps["step 4 replay plain"].pop()
@@ -134,6 +142,9 @@ def test_a_graph_with_other_launches_is_a_problem():
 def test_what_the_process_reports_is_a_problem():
     assert judge(good(), obstacle="not captured").problems == ["not captured"]
     assert judge(good(), warnings=["the step runs uncaptured"]).problems == ["a warning: the step runs uncaptured"]
+    uncaptured = good() | {"step 4 replay plain": [CAPTURED[0].replace("captured", "eager")]}
+    assert judge(uncaptured, captured=False, obstacle="capture failed: 900").problems == ["capture failed: 900"]
+    assert len(judge(uncaptured, captured=False).problems) > 1
     assert judge(good(), kinds=2).problems == ["1 captures for 2 kinds of steps"]
 
 

@@ -69,6 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except subprocess.CalledProcessError as error:
         print(f"the installation failed at: {' '.join(map(str, error.cmd))[:300]}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command continues", file=sys.stderr)
+        return 130
 
 
 def run(cases: Sequence[Case], options: argparse.Namespace) -> int:

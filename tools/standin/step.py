@@ -62,6 +62,7 @@ def run(case: Case) -> dict[str, Any]:
     runtime.standin_mark(b"end")
     return {
         "obstacle": obstacle(step),
+        "captured": step.graphs is not None and not step.graphs.failed and bool(step.graphs.kinds),
         "kinds": len(kinds(step)),
         "step_seconds": seconds,
         "torch": torch.__version__,

@@ -46,10 +46,16 @@ class _Recorded:
     after: list[Event]
 
 
+MOST_LINES = 8
+"""The number of kernels that one problem names at most."""
+
+
 def judge(sections: Sequence[Section], result: dict[str, Any]) -> Verdict:
     """Judge the log of a case; `result` is what `step.py` wrote."""
     verdict = Verdict()
     _outcome(verdict, sections, result)
+    if verdict.problems and not result["captured"]:
+        return verdict  # every step ran launch by launch, so each of them would be a problem of its own
     for section in sections:
         if section.phase == WARM and section.number > 0:  # the first compiles, loads and allocates
             _no_waiting(verdict, section.name, section.events)
@@ -116,9 +122,11 @@ def _no_waiting(verdict: Verdict, where: str, events: Sequence[Event]) -> None:
 
 
 def _only(verdict: Verdict, where: str, events: Sequence[Event], allowed: dict[str, int]) -> None:
-    for name, number in table(event for event in events if event.event == "launch").items():
-        if number > allowed.get(name, 0):
-            verdict.problems.append(f"{where}: {number} x {name} beside the graph")
+    found = table(event for event in events if event.event == "launch")
+    beside = [f"{number} x {name}" for name, number in found.items() if number > allowed.get(name, 0)]
+    verdict.problems += [f"{where}: {text} beside the graph" for text in beside[:MOST_LINES]]
+    if len(beside) > MOST_LINES:
+        verdict.problems.append(f"{where}: {len(beside) - MOST_LINES} more kernels beside the graph")
 
 
 def _one_graph(verdict: Verdict, where: str, events: Sequence[Event], launches: int | None) -> None:
