@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from fastnce.engine import cudagraph
 from tools.standin import __main__, cases, expected, install, launches, matrix, results
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,12 +131,18 @@ def test_a_process_that_crashes_runs_again_and_one_that_hangs_is_ended(tmp_path,
 
 
 def test_results_have_versions_and_no_folder_of_the_machine(tmp_path):
-    rows = [outcome("cut/bf16/eager", torch="2.11.0", triton="3.6.0"), outcome("cut/fp32/eager")]
+    seconds = [9.0, 8.0, 0.03, 0.04, 0.05, 0.06, 0.001, 0.001]  # two kinds of steps
+    rows = [
+        outcome("fastcut/bf16/eager", torch="2.11.0", triton="3.6.0", step_seconds=seconds, captures=2),
+        outcome("cut/fp32/eager"),
+    ]
     rows[1].outcome, rows[1].problems = matrix.FAILED, ["one", "two"]
     results.write(rows, tmp_path)
     found = json.loads((tmp_path / "results.json").read_text())
     assert found["summary"] == {"cases": 2, "passed": 1, "failed": 1, "in parts instead of whole": 0, "seconds": 3.0}
     assert found["machine"]["torch"] == "2.11.0"
+    assert results.WARM_UP == cudagraph.WARM_UP
+    assert [(row["first_step_s"], row["step_ms"]) for row in found["rows"]] == [(9.0, 45.0), (None, None)]
     assert found["machine"]["packages"] == install.pinned()
     with (tmp_path / "results.csv").open(newline="") as text:
         assert [row["problems"] for row in csv.DictReader(text)] == ["", "one | two"]

@@ -11,12 +11,18 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from tools.standin import install
 from tools.standin.matrix import Outcome
 
-COLUMNS = ("case", "outcome", "captures", "graph_launches", "replays", "syncs", "seconds", "falls_back", "problems")
+COLUMNS = (
+    *("case", "outcome", "captures", "graph_launches", "replays", "syncs", "seconds", "first_step_s", "step_ms"),
+    *("falls_back", "problems"),
+)
+WARM_UP = 3
+"""Steps of each kind before the capture: `fastnce.engine.cudagraph.WARM_UP`, which needs PyTorch."""
 
 
 def facts(outcomes: Sequence[Outcome]) -> dict[str, Any]:
@@ -46,8 +52,21 @@ def _commit() -> str:
     return commit + ("+" if commit and changed else "")
 
 
+def row(outcome: Outcome) -> dict[str, Any]:
+    """Return a case as a row: without its launches, which are in the launch table.
+
+    first_step_s: the first step, with compiling. step_ms: the median of the others that ran launch by launch, which is
+    the host's time alone, because nothing takes time on the stand-in device.
+    """
+    found = {key: value for key, value in asdict(outcome).items() if key not in ("tree", "launches", "step_seconds")}
+    first, warm = outcome.step_seconds[:1], outcome.step_seconds[outcome.captures : WARM_UP * outcome.captures]
+    found["first_step_s"] = first[0] if first else None
+    found["step_ms"] = round(1000 * median(warm), 1) if warm else None
+    return found
+
+
 def write(outcomes: Sequence[Outcome], folder: Path) -> None:
-    """Write results.json, with everything, and results.csv, with a row per case."""
+    """Write results.json, with versions and command, and results.csv, with a row per case."""
     folder.mkdir(parents=True, exist_ok=True)
     failed = sum(outcome.outcome != "passed" for outcome in outcomes)
     summary = {
@@ -57,11 +76,11 @@ def write(outcomes: Sequence[Outcome], folder: Path) -> None:
         "in parts instead of whole": sum(bool(outcome.falls_back) for outcome in outcomes),
         "seconds": round(sum(outcome.seconds for outcome in outcomes), 1),
     }
-    rows = [{key: value for key, value in asdict(outcome).items() if key != "tree"} for outcome in outcomes]
+    rows = [row(outcome) for outcome in outcomes]
     everything = {"machine": facts(outcomes), "summary": summary, "rows": rows}
     (folder / "results.json").write_text(json.dumps(everything, indent=1) + "\n")
     with (folder / "results.csv").open("w", newline="") as text:
         table = csv.writer(text, lineterminator="\n")
         table.writerow(COLUMNS)
-        for row in rows:
-            table.writerow([" | ".join(row[key]) if key == "problems" else row[key] for key in COLUMNS])
+        for each in rows:
+            table.writerow([" | ".join(each[key]) if key == "problems" else each[key] for key in COLUMNS])
