@@ -1,5 +1,5 @@
 # make demo | make test | make soak | make bench | make lint: each sets up .venv by itself and reuses it.
-# make capture has a folder of its own, .capture (3 GB). ARGS has its options: make capture ARGS='--only cut'
+# make capture has a folder of its own, .capture (2 GB). ARGS has its options: make capture ARGS='--only cut'
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
