@@ -96,7 +96,7 @@ def show(outcome: matrix.Outcome, ran: bool) -> None:
     work = f"{outcome.graph_launches:5} launches, {outcome.syncs} waits"
     print(f"{outcome.outcome}  {outcome.case:32} {time}  {work}", flush=True)
     if outcome.falls_back:
-        print(f"        in parts, not whole: {outcome.falls_back}", flush=True)
+        print(f"        falls back: {outcome.falls_back}", flush=True)
     for problem in outcome.problems:
         print(f"        {problem}", flush=True)
 

@@ -115,7 +115,10 @@ def install(folder: Path) -> None:
     stamp = folder / "packages.stamp"
     packages = _digest([CONSTRAINTS], sys.version)
     if not _matches(stamp, packages):
-        print(f"installing PyTorch {pinned()['torch']} for CUDA into {folder.name}/ (0.8 GB to download, some minutes)", flush=True)
+        print(
+            f"installing PyTorch {pinned()['torch']} for CUDA into {folder.name}/ (0.8 GB to download, some minutes)",
+            flush=True,
+        )
         stamp.unlink(missing_ok=True)
         _install_packages(folder)
         stamp.write_text(packages)

@@ -18,7 +18,7 @@ from typing import Any
 
 from tools.standin import install, launches, log
 from tools.standin.cases import Case
-from tools.standin.expected import without_fallback
+from tools.standin.expected import settle
 from tools.standin.verdict import Verdict, judge
 
 PASSED, FAILED = "passed", "failed"
@@ -42,7 +42,7 @@ class Outcome:
     """The result of a case.
 
     tree: identifies the sources with which it was computed.
-    falls_back: why PyTorch cannot compile it whole; empty if it can.
+    falls_back: why PyTorch cannot compile all of it; empty if it can.
     """
 
     case: str
@@ -171,7 +171,7 @@ def last_line(text: str) -> str:
 
 def compare(outcome: Outcome, table: Counter[str] | None) -> None:
     """Settle an outcome: remove expected problems, and add the differences from the launch table."""
-    outcome.problems, outcome.falls_back = without_fallback(outcome.case, outcome.problems)
+    outcome.problems, outcome.falls_back = settle(outcome.case, outcome.problems)
     if outcome.launches and table is not None:
         outcome.problems += launches.differences(table, Counter(outcome.launches))
     outcome.outcome = FAILED if outcome.problems else PASSED

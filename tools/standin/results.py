@@ -73,7 +73,7 @@ def write(outcomes: Sequence[Outcome], folder: Path) -> None:
         "cases": len(outcomes),
         "passed": len(outcomes) - failed,
         "failed": failed,
-        "in parts instead of whole": sum(bool(outcome.falls_back) for outcome in outcomes),
+        "fall back": sum(bool(outcome.falls_back) for outcome in outcomes),
         "seconds": round(sum(outcome.seconds for outcome in outcomes), 1),
     }
     rows = [row(outcome) for outcome in outcomes]
