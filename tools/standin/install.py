@@ -43,14 +43,14 @@ def pinned() -> dict[str, str]:
 
 def check_machine() -> None:
     """Raise `MissingError` if the machine lacks a program or file that the installation needs."""
-    if sys.platform != "linux" or os.uname().machine != "x86_64":
-        raise MissingError("make capture needs Linux on x86-64, where PyTorch's default build is the one for CUDA")
     absent = [program for program in ("gcc", "readelf", "c++filt") if shutil.which(program) is None]
     if absent:
         raise MissingError(
             f"make capture needs gcc, readelf and c++filt, but {', '.join(absent)} cannot be found: install gcc and "
             f"binutils"
         )
+    if sys.platform != "linux" or os.uname().machine != "x86_64":
+        raise MissingError("make capture needs Linux on x86-64, where PyTorch's default build is the one for CUDA")
     if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
         raise MissingError(
             f"make capture needs the headers of {sys.executable}, because Triton compiles a module against Python.h: "
