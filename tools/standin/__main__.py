@@ -11,6 +11,7 @@ The exit code is 0 if every case passed, 1 if one failed, 2 if the machine lacks
 from __future__ import annotations
 
 import argparse
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -102,4 +103,5 @@ def show(outcome: matrix.Outcome, ran: bool) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it ends the process of the case too
     sys.exit(main())

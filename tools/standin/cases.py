@@ -64,7 +64,20 @@ class Case:
         return 60 * MINUTES[self.form]
 
 
-CASES = [Case(preset, precision, form) for form in FORMS for preset in SIZES for precision in PRECISIONS]
+LEFT_OUT = {
+    ("dcdgan-plus", form): "compiling its 18 gated blocks did not end within 12 minutes"
+    for form in FORMS
+    if FORMS[form]
+}
+"""The presets and forms that are not in the matrix, and why. Feature layer 16 needs that many blocks at any size."""
+
+CASES = [
+    Case(preset, precision, form)
+    for form in FORMS
+    for preset in SIZES
+    for precision in PRECISIONS
+    if (preset, form) not in LEFT_OUT
+]
 """All cases, the fast ones first."""
 
 

@@ -30,9 +30,9 @@ TREE = (
     "benchmarks/step.py",
     "tools/standin/src/*.[ch]",
     "tools/standin/constraints.txt",
-    *(f"tools/standin/{name}.py" for name in ("build", "cases", "log", "names", "step", "symbols", "verdict")),
+    *(f"tools/standin/{name}.py" for name in ("build", "log", "names", "step", "symbols", "verdict")),
 )
-"""The files that decide the outcome of a case."""
+"""The files that decide the outcome of a case, together with its size."""
 TRIES = 2
 """How often a case runs whose process crashes: a killed or aborted process says nothing about the step."""
 
@@ -41,7 +41,7 @@ TRIES = 2
 class Outcome:
     """The result of a case.
 
-    tree: identifies the sources with which it was computed.
+    tree: identifies the sources and the size with which it was computed.
     falls_back: why PyTorch cannot compile all of it; empty if it can.
     """
 
@@ -67,13 +67,13 @@ class Journal:
     def __init__(self, file: Path):
         self.file = file
 
-    def read(self, tree: str) -> dict[str, Outcome]:
-        """Return the outcomes of this tree by the name of the case."""
+    def read(self, trees: dict[str, str]) -> dict[str, Outcome]:
+        """Return the outcomes by the name of the case; `trees` has the tree that each must be of."""
         found: dict[str, Outcome] = {}
         for line in self.file.read_text().splitlines() if self.file.exists() else []:
             with contextlib.suppress(json.JSONDecodeError, TypeError):  # an interrupted line, or an older format
                 outcome = Outcome(**json.loads(line))
-                if outcome.tree == tree:
+                if outcome.tree == trees.get(outcome.case):
                     found[outcome.case] = outcome
         return found
 
@@ -192,12 +192,13 @@ def run(
         report: called with each outcome, and with whether the case ran just now.
     """
     tree, journal = digest_of_tree(), Journal(folder / "journal.jsonl")
-    known = {} if fresh else journal.read(tree)
+    trees = {case.name: f"{tree} {case.size}" for case in cases}
+    known = {} if fresh else journal.read(trees)
     outcomes = []
     for case in cases:
         outcome = known.get(case.name)
         if outcome is None:
-            outcome = run_case(case, folder, tree)
+            outcome = run_case(case, folder, trees[case.name])
             journal.add(outcome)
         compare(outcome, None if tables is None else tables.get(case.name, Counter()))
         outcomes.append(outcome)
