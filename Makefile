@@ -1,10 +1,11 @@
 # make demo | make test | make soak | make bench | make lint: each sets up .venv by itself and reuses it.
+# make capture has a folder of its own, .capture (2 GB). ARGS has its options: make capture ARGS='--only cut'
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test soak bench lint clean
+.PHONY: demo test soak bench capture lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m fastnce demo
@@ -27,8 +28,13 @@ soak: $(VENV)/.test
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/run.py --out benchmarks/results/local
 
+capture:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+		{ echo "make capture needs Python 3.11 or newer as $(PYTHON) (or: make capture PYTHON=/path/to/python3.12)" >&2; exit 2; }
+	@$(PYTHON) -m tools.standin $(ARGS)
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .capture build dist *.egg-info
 
 $(VENV)/.demo: EXTRAS := demo
 $(VENV)/.test: EXTRAS := demo,test

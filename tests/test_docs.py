@@ -15,7 +15,7 @@ from fastnce.commands.main import COMMANDS
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
-TOP = ("fastnce", "kernels", "benchmarks", "experiments", "tests", "docs", "examples")
+TOP = ("fastnce", "kernels", "benchmarks", "experiments", "tests", "docs", "examples", "tools")
 
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 

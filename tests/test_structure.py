@@ -185,7 +185,7 @@ def test_tests_and_benchmarks_are_not_in_the_package():
     """In a source checkout only `fastnce.kernels` is imported from beside the package."""
     code = (
         "import importlib, fastnce.kernels.common as c; print(c.__file__)\n"
-        "for name in ('tests', 'benchmarks', 'experiments', 'examples'):\n"
+        "for name in ('tests', 'benchmarks', 'experiments', 'examples', 'tools'):\n"
         "    try: importlib.import_module(f'fastnce.{name}')\n"
         "    except ModuleNotFoundError: continue\n"
         "    raise SystemExit(f'fastnce.{name} can be imported')\n"
