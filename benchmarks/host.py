@@ -266,6 +266,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args(arguments)
+    if options.rounds < 1:
+        parser.error(f"--rounds must be at least 1, not {options.rounds}")
     if not torch.cuda.is_available():
         print("error: PyTorch finds no CUDA device, nor libraries that stand in for one", file=sys.stderr)
         return 2

@@ -151,7 +151,7 @@ class Recorded(NamedTuple):
 
 
 class Recording(threading.local):
-    """The launches on tensors without memory, of each thread. `plans.py` uses it."""
+    """The launches on tensors without memory, of each thread. `record.py` uses it."""
 
     architecture = ""
     launches: list[Recorded] | None = None

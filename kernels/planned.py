@@ -59,7 +59,7 @@ _caches: list[PlanCache] = []
 
 
 def forget_plans() -> None:
-    """Discard all plans, because something that they do not depend on by themselves has changed, such as the tiles."""
+    """Discard all plans. Call it after a change of what their keys do not contain, such as the table of tiles."""
     for cache in _caches:
         cache.clear()
 

@@ -19,7 +19,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
 import torch
@@ -102,12 +102,16 @@ def _reason_not_to(family: str, kind: str, index: int | None, dtype: torch.dtype
         return found.reason
     if (kind, index) in _loaded or not _enabled():
         return ""
-    with suppress(Exception), _lock:  # the device may be one that is not here
-        if index is None and kind != "cpu":
-            return _reason_not_to(family, kind, torch.accelerator.current_device_index(), dtype)
-        _load(torch.device(kind, index) if index is not None else torch.device(kind))
-        return _reason_not_to(family, kind, index, dtype)
-    return ""
+    try:
+        with _lock:
+            if index is None and kind != "cpu":
+                return _reason_not_to(family, kind, torch.accelerator.current_device_index(), dtype)
+            _load(torch.device(kind, index) if index is not None else torch.device(kind))
+            return _reason_not_to(family, kind, index, dtype)
+    except Warning:  # made an error by the caller
+        raise
+    except Exception:  # the device may be one that is not here
+        return ""
 
 
 # A compiler calls the function as it is and keeps its result. (The decorator of this attribute imports the compiler.)
@@ -161,7 +165,11 @@ def _first(use: Use, device: torch.device, dtype: torch.dtype) -> Choice:
     if not _enabled():
         return _settle(key, _wrong.get(wrong_here, KERNELS), assumed=True)
     busy = is_busy(device)
+    if busy and not _lock.acquire(blocking=False):  # a check of another thread may wait for this one
+        return NOT_CHECKED
     with _lock:
+        if busy:
+            _lock.release()
         if (found := _settled.get(key)) is not None:  # another thread has checked it
             return found
         known = _load(device)

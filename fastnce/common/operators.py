@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from ..kernels import common
 
@@ -26,9 +27,20 @@ class Operator:
 
     def __call__(self, *arguments: Any) -> Any:
         first = arguments[0]
-        if untraced(first[0] if isinstance(first, (list, tuple)) else first):
+        if untraced(first[0] if isinstance(first, (list, tuple)) else first) and _plain(arguments):
             return self._run(*arguments)
         return self.op(*arguments)
+
+
+def _plain(arguments: Sequence[Any]) -> bool:
+    """Whether no tensor, also in lists, has a class of its own."""
+    for argument in arguments:
+        if isinstance(argument, (list, tuple)):
+            if not _plain(argument):
+                return False
+        elif isinstance(argument, torch.Tensor) and type(argument) not in PLAIN:
+            return False
+    return True
 
 
 def untraced(tensor: torch.Tensor) -> bool:
@@ -38,6 +50,7 @@ def untraced(tensor: torch.Tensor) -> bool:
         and type(tensor) in PLAIN
         and not _modes()
         and not _transforms()
+        and forward_ad._current_level < 0
         and not tensor.is_meta
     )
 

@@ -47,7 +47,7 @@ def read(place: str) -> dict[str, str]:
 def remember(place: str, name: str, reason: str) -> None:
     """Add a verdict to the file, or replace it. If the file cannot be written, nothing happens."""
     where = path()
-    if where is None:
+    if where is None or (where.exists() and not where.is_file()):
         return
     places = _read_all()
     verdicts = read(place) | {name: reason}

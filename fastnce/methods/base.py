@@ -259,9 +259,9 @@ class Method(nn.Module):
         for name, network in {**generators, **self.discriminators()}.items():
             sizes = self.sizes_of(name, a, b)
             factor = getattr(network, "factor", 1)
+            role = "generator" if name in generators else "discriminator"
             for (height, width), what in sizes.items():
                 if height % factor or width % factor:
-                    role = "generator" if name in generators else "discriminator"
                     raise ValueError(
                         f"{what} do not fit {role} {name}: both sides must be multiples of {factor}; {remedy}"
                     )
@@ -275,7 +275,10 @@ class Method(nn.Module):
                     if is_own(network) and not isinstance(error, RuntimeError | ValueError):
                         raise CodeError(f"network {name} fails on {what}: {first_line(error)}") from error
                     reason = (str(error).splitlines() or [type(error).__name__])[0]
-                    raise ValueError(f"{what} do not fit network {name}, {remedy} ({reason})") from None
+                    sentence = (
+                        f"{what} do not fit network {name}, {remedy}, or the options of network.{role} ({reason})"
+                    )
+                    raise ValueError(sentence) from None
                 if wrong := check_output(output, batch_size, (height, width) if name in generators else None):
                     raise ValueError(f"{what} do not fit network {name}: for {batch_size} images it {wrong}")
         if self.gp > 0 and len(both := list({**a, **b}.values())) > 1:

@@ -148,13 +148,14 @@ def patch_nce(
         chosen = {"groups": groups, "temperature": temperature, "decoupled": False, "unit": unit_rows}
         triton_rows.remember(queries, keys, chosen, *settings)
     with without_autocast(device):
-        given = (queries, keys, extra_keys, pair_log_weight, pair_weight, *options)
-        loss, positive = nce_losses(*given)
+        tensors = queries, keys, extra_keys, pair_log_weight, pair_weight
+        more = {"statistics": return_stats} if choice.triton else {}
+        loss, positive = nce_losses(*tensors, *options, **more)
         stats = {"logsumexp": (loss + positive).detach(), "positive": positive.detach()} if return_stats else {}
         if symmetric:
             transposed = [None if w is None else w.transpose(1, 2) for w in (pair_log_weight, pair_weight)]
             # The gradient also reaches the queries in this direction, even if the keys are constants.
-            other, _ = nce_losses(keys, queries, extra_keys, *transposed, *options)
+            other, _ = nce_losses(keys, queries, extra_keys, *transposed, *options, **more)
             loss = 0.5 * (loss + other)
     loss = _reduced(loss, query_weight, reduction)
     return (loss, stats) if return_stats else loss

@@ -184,7 +184,7 @@ _known_at = -1
 def is_trusted(name: str, x: Tensor, options: tuple[Any, ...], *more: Tensor | None) -> bool:
     """Whether a layer's kernels compute a call: see `first_use.trusted`, whose result is kept for equal calls."""
     global _known_at
-    key = name, x.shape, x.stride(), x.dtype, x.device, options, *(t if t is None else t.dtype for t in more)
+    key = name, x.shape, x.stride(), x.dtype, x.device, options, *((t.shape, t.dtype) for t in more if t is not None)
     found = _known.get(key)
     if found is not None and _known_at == epoch():
         return found

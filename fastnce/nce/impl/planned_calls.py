@@ -11,7 +11,6 @@ from torch import Tensor
 from ...common.autograd import fast_apply
 from ...common.first_use import epoch
 from ...common.operators import PLAIN, untraced
-from ...common.precision import autocast_dtype
 from ...kernels.common import fp32_precision
 from ...kernels.plan import INTERPRETED
 from ...kernels.planned import PlanCache, plan_of
@@ -41,7 +40,9 @@ def _key(
         constants: lists of other tensors.
     """
     enabled, gradient = torch.is_grad_enabled(), False
-    key = [settings, enabled, epoch(), fp32_precision("cuda", "matmul"), autocast_dtype(leaves[0][0])]
+    kind = leaves[0][0].device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    key = [settings, enabled, epoch(), fp32_precision("cuda", "matmul"), autocast]
     try:
         hash(settings)
     except TypeError:
@@ -96,7 +97,7 @@ class LossCall(NamedTuple):
         return _key(self.settings, (self.query_maps, self.query_mlp), (self.key_maps, key_mlp, self.ids))
 
     def repeat(self) -> Tensor | None:
-        """The loss (directions,) if a like call has been planned; else None.
+        """Return the loss (directions,) if a call with the same key has been planned; else None.
 
         Checks and choices of a call depend only on types, shapes, dtypes and devices. They cost more CPU time than the
         launches, and are not made again.

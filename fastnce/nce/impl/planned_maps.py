@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...common.autograd import FirstOrderOnly
 from ...kernels import nce, project, project_backward, sample
-from ...kernels.common import dense_rows
+from ...kernels.common import dense_rows, fp32_precision
 from ...kernels.plan import Field, Plan, State
 from ...kernels.planned import layout, plan_of, planned
 from ...kernels.project_backward import MapLayout, map_layout
@@ -150,7 +150,12 @@ class Entry:
         `rows`: gradients of unit rows, unit rows, ids, weights.
         """
         arriving = rows[0] if upstream is None else (upstream,)
-        key = (*wanted, *map(layout, arriving))
+        key = (
+            *wanted,
+            fp32_precision("cuda", "matmul"),
+            *map(layout, arriving),
+            *(x.stride() for xs in rows[1:] for x in xs),  # hooks of saved tensors may have copied them
+        )
         if key not in self.backward:
             self.backward[key] = self._prepare(state, upstream, rows, wanted)
         found = self.backward[key]

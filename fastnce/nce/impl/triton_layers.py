@@ -24,7 +24,7 @@ def _layers(queries, keys, extra, temperatures, groups, directions, other, divid
     else:
         extra = [e.expand(groups, -1, -1) for e in extra]
     loss, _, _, gradients = nce.nce_forward(
-        grouped, grouped_keys, extra, [], [], temperatures, unit=unit, gradient=gradient
+        grouped, grouped_keys, extra, [], [], temperatures, unit=unit, gradient=gradient, statistics=False
     )
     totals = [sum(rows[i : i + directions]) for i in range(0, len(rows), directions)]
     return nce.mean_by_direction(loss, totals, directions), [g.flatten(0, 1) for g in gradients]

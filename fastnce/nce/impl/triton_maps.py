@@ -160,7 +160,7 @@ def _head(query_maps, key_maps, ids, query_mlp, key_mlp, temperatures, groups, d
     rows = [u.shape[0] for u in units[:layers]]
     grouped = [u.unflatten(0, (groups, -1)) for u in units]
     loss, _, _, gradients = nce.nce_forward(
-        grouped[:layers], grouped[layers:], [], [], [], temperatures, unit=True, gradient=gradient
+        grouped[:layers], grouped[layers:], [], [], [], temperatures, unit=True, gradient=gradient, statistics=False
     )
     mean = nce.mean_by_direction(loss, rows, directions)
     return mean, [g.flatten(0, 1) for g in gradients], units[:layers] if gradient else [], *saved

@@ -173,7 +173,7 @@ _SETTLED = PlanCache()
 
 
 def repeated(queries: Tensor, keys: Tensor, *settings: Any) -> Tensor | None:
-    """Losses (rows,) of a call whose like `remember` has kept; None for any other call.
+    """Return the losses (rows,) if `remember` has kept a call with the same key; else None.
 
     Checks and choices of a call depend only on the types, shapes, dtypes and devices of its arguments. They cost more
     CPU time than the launch, and are not made again.
