@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from fastnce import PatchNCEHead, PatchNCELoss, PatchSampleF, patch_nce, project_patches
 from fastnce.nce.impl import planned_calls, triton_rows
@@ -158,6 +159,37 @@ def test_wrong_arguments_are_still_refused():
         with pytest.raises(ValueError, match=" ") as found:
             call()
         assert str(found.value) == message
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_autocast_of_maps_that_are_narrow_already(first):
+    """The maps keep their dtype under autocast, the weights do not: both kinds of calls are planned apart."""
+    sampler = PatchSampleF(use_mlp=True, nc=16, in_channels=CHANNELS, implementation="triton").to(DEVICE)
+    feats = [m.bfloat16() for m in maps()]
+    for enabled in (first, not first, first, not first):
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=enabled):
+            rows, _ = sampler(feats, 20)
+        assert {r.dtype for r in rows} == {torch.bfloat16 if enabled else torch.float32}
+
+
+def test_saved_ids_may_be_copied():
+    """Hooks of saved tensors return ids with other strides than those that were saved."""
+    ours = head()
+    queries, keys = maps(requires_grad=True), maps(seed=1)
+    ids = [torch.arange(10, device=DEVICE)[::2] for _ in keys]
+    expected = torch.autograd.grad(ours(queries, keys, patch_ids=ids), queries)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.contiguous().clone(), lambda t: t):
+        loss = ours(queries, keys, patch_ids=ids)
+    for a, b in zip(torch.autograd.grad(loss, queries), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_forward_mode_is_refused_and_not_ignored():
+    queries, keys = unit_rows(8, 16).to(DEVICE), unit_rows(8, 16).to(DEVICE)
+    for _ in range(2):
+        patch_nce(queries, keys, implementation="triton")
+        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+            patch_nce(forward_ad.make_dual(queries, queries), keys, implementation="triton")
 
 
 def test_replaced_attributes_of_a_head():
