@@ -1,8 +1,8 @@
 """What is known of cases: those in which PyTorch cannot compile something, and those without a launch table so far.
 
-Where PyTorch cannot compile a part of the step, or the whole of it, the engine runs that part uncompiled, or the step in
-parts, with a warning. Such a case must show exactly these problems, and meet all other conditions. A case that is listed
-here and compiles fails too, so that the list stays true.
+Where PyTorch cannot compile a part of the step, or the whole of it, the engine runs that part uncompiled, or the step
+in parts, with a warning. Such a case must show exactly these problems, and meet all other conditions. A case that is
+listed here and compiles fails too, so that the list stays true.
 """
 
 from __future__ import annotations
