@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from statistics import median
 from typing import Any
 
 from tools.standin import install
+from tools.standin.cases import CASES
 from tools.standin.matrix import Outcome
 
 COLUMNS = (
@@ -34,6 +36,8 @@ def facts(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "torch": ran.torch if ran else "",
         "triton": ran.triton if ran else "",
         "packages": install.pinned(),
+        "cpu_cores": os.cpu_count(),
+        "load_average": list(os.getloadavg()),
         "commit": _commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python -m tools.standin", *sys.argv[1:]]),
@@ -56,7 +60,7 @@ def row(outcome: Outcome) -> dict[str, Any]:
     """Return a case as a row: without its launches, which are in the launch table.
 
     first_step_s: the first step, with compiling. step_ms: the median of the others that ran launch by launch, which is
-    the host's time alone, because nothing takes time on the stand-in device.
+    the host's time alone, because nothing takes time on the stand-in device. Both depend on what else the machine does.
     """
     found = {key: value for key, value in asdict(outcome).items() if key not in ("tree", "launches", "step_seconds")}
     first, warm = outcome.step_seconds[:1], outcome.step_seconds[outcome.captures : WARM_UP * outcome.captures]
@@ -71,6 +75,7 @@ def write(outcomes: Sequence[Outcome], folder: Path) -> None:
     failed = sum(outcome.outcome != "passed" for outcome in outcomes)
     summary = {
         "cases": len(outcomes),
+        "cases in the matrix": len(CASES),
         "passed": len(outcomes) - failed,
         "failed": failed,
         "fall back": sum(bool(outcome.falls_back) for outcome in outcomes),
