@@ -58,7 +58,7 @@ def nce_cases() -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"nce D={width} sharp, extra keys", lambda x=many: _forward([x], extra=[x], temperature=0.02)
         yield (
             f"nce D={width} everything",
-            lambda x=many, w=weight: _forward([x], extra=[x], log_weight=[w], pair_weight=[w], statistics=True),
+            lambda x=many, w=weight: _forward([x], extra=[x], log_weight=[w], pair_weight=[w]),
         )
         yield f"nce D={width} keys", lambda x=many: _keys(x)
         yield f"nce D={width} keys, everything", lambda x=many, w=weight: _keys(x, [w])
@@ -106,9 +106,8 @@ def nce_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "nce ragged", lambda: _forward(ragged)
 
 
-def _forward(x, extra=(), log_weight=(), pair_weight=(), temperature=0.07, statistics=False, **options):
-    temperatures = [temperature] * len(x)
-    return nce.nce_forward(x, x, extra, log_weight, pair_weight, temperatures, statistics=statistics, **options)
+def _forward(x, extra=(), log_weight=(), pair_weight=(), temperature=0.07, **options):
+    return nce.nce_forward(x, x, extra, log_weight, pair_weight, [temperature] * len(x), **options)
 
 
 def _in_tf32(call: Callable[[], object]) -> Callable[[], object]:

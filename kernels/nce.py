@@ -98,7 +98,6 @@ def nce_kernel(
     DECOUPLED: tl.constexpr,
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
-    STATISTICS: tl.constexpr,
 ):
     block = tl.program_id(0).to(tl.int64)
     one = Problem(*fields_of(problems, block, COUNT))
@@ -154,10 +153,9 @@ def nce_kernel(
         row_loss = tl.where(margin < 0, 0.0, margin) + log1p(small)
         share = tl.where(margin > 0, 1.0, small) / (1.0 + small)
     o_row = one.first_row + group * rows + o_m
-    tl.store(loss + o_row, row_loss, mask=m_m)
-    if STATISTICS:
-        tl.store(negative + o_row, neg, mask=m_m)
-        tl.store(positive + o_row, pos, mask=m_m)
+    tl.store(negative + o_row, neg, mask=m_m)
+    tl.store(positive + o_row, pos, mask=m_m)
+    tl.store(loss + o_row, row_loss, mask=m_m)  # last: all three are one tensor if only the loss is wanted
     if GRADIENT:
         own = tl.load(keys + o_m[:, None] * one.k_row + o_d[None, :], mask=m_md, other=0.0).to(tl.float32)
         pull = acc * tl.where(none, 0.0, 1.0 / tl.where(none, 1.0, total))[:, None]
@@ -279,8 +277,8 @@ def _nce_forward(
         COUNT=len(problems), BM=tile.block_m, BN=tile.block_n, BD=width,
         SHIFT=15.0 if first.dtype == torch.float16 else 0.0,
         GRADIENT=gradient, ONLINE=online, CHECKED=checked, EXTRA=bool(extra), LOG_WEIGHT=bool(log_weight),
-        PAIR_WEIGHT=bool(pair_weight), DECOUPLED=decoupled, EVEN=even, PRECISION=product,
-        STATISTICS=statistics, num_warps=tile.warps, num_stages=tile.stages,
+        PAIR_WEIGHT=bool(pair_weight), DECOUPLED=decoupled, EVEN=even, PRECISION=product, num_warps=tile.warps,
+        num_stages=tile.stages,
     )  # fmt: skip
     return loss, negative, positive, gradients
 

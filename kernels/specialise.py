@@ -18,7 +18,7 @@ ANY = 7
 BEYOND_32_BITS = 2**40
 
 COUNTS = {
-    "locations", "share", "direction", "first_block", "parts", "each", "span", "images", "blocks", "programs",
+    "locations", "share", "direction", "parts", "each", "span", "images", "blocks", "programs",
     "length", "places", "front", "sets", "side",
 }  # fmt: skip
 """Names of arguments and fields of which a kernel needs only the value."""
@@ -30,8 +30,8 @@ SIZES = {"height", "width", "out_height", "out_width", "pixels"}
 """Names of the sizes of a plane. Their multiples of 16 help where loads run along the pixels: without channels-last."""
 
 JOINT = {
-    "rows", "key_rows", "patches", "extras", "per_direction", "i_set", "first_row", "first_x", "first_id",
-    "first_d_out", "first_input", "first_out",
+    "rows", "key_rows", "patches", "extras", "per_direction", "i_set", "first_block", "first_row", "first_x",
+    "first_id", "first_d_out", "first_input", "first_out",
 }  # fmt: skip
 """Names of fields that are multiples of 16 in all problems of a launch, or count as multiples in none."""
 
