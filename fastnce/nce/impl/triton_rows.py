@@ -249,7 +249,7 @@ def nce_losses(
         if not with_gradient:
             return compute()[:2]
         found = _constant_keys(queries, compute)
-        return found if statistics else (found, found)
+        return found if isinstance(found, tuple) else (found, found)
     outputs = apply(
         _NCERows,
         queries.unflatten(0, (groups, -1)),
