@@ -90,7 +90,7 @@ TABLE: tuple[Row, ...] = (
     Row("nce", Tile(32, 64, 8, 2), arch="sm_120", width=256, many_rows=True, form=("checked, extra", "online, extra")),
     Row("nce", Tile(32, 64, 8, 2), arch="sm_120", width=64, many_rows=True, form="any"),
     Row("nce", Tile(32, 64, 8, 2), arch="sm_80", width=256, many_rows=True, form="checked, extra"),
-    Row("nce", Tile(32, 64, 8, 2), arch="sm_80", width=128, many_rows=True, form=("unit, extra", "any")),
+    Row("nce", Tile(32, 64, 8, 2), arch="sm_80", width=128, many_rows=True, form=("unit", "unit, extra", "any")),
     Row("nce", Tile(32, 64, 8, 2), arch=("sm_86", "sm_89"), width=64, many_rows=True, form="any"),
     Row("nce", Tile(32, 64, 8, 2), arch=("sm_86", "sm_89"), width=128, many_rows=True),
     Row("nce", Tile(16, 64, 8, 2), arch=("sm_86", "sm_89"), width=512, many_rows=True, form="checked, extra"),
