@@ -84,13 +84,10 @@ def row_gradient_kernel(
     tl.store(one.gradient + o_md, narrow(d, one.gradient.dtype.element_ty), mask=m_md)  # type: ignore[attr-defined]
 
 
+@planned
 def cosine(rows: Sequence[Tensor]) -> list[Tensor]:
     """rows / max(|rows|, 1e-8) for a list of (count, dim), in their dtype, in one launch. Lengths are float32."""
-    return _cosine([dense_rows(r) for r in rows])
-
-
-@planned
-def _cosine(rows: Sequence[Tensor]) -> list[Tensor]:
+    rows = [dense_rows(r) for r in rows]
     units = [torch.empty(r.shape, dtype=r.dtype, device=r.device) for r in rows]
     widest = block_dim(max(r.shape[1] for r in rows))
     tile = configs.rows_tile(architecture(rows[0].device), widest)
@@ -107,6 +104,7 @@ def _cosine(rows: Sequence[Tensor]) -> list[Tensor]:
     return units
 
 
+@planned
 def row_gradients(
     rows: Sequence[Tensor], d_units: Sequence[Tensor], upstream: Tensor, *, divided: bool
 ) -> list[Tensor]:
@@ -118,11 +116,7 @@ def row_gradients(
         upstream: (directions,), the gradients of the means.
         divided: `d_units` are gradients of the unit rows that `cosine` returned.
     """
-    return _row_gradients([dense_rows(r) for r in rows], d_units, upstream, divided)
-
-
-@planned
-def _row_gradients(rows: Sequence[Tensor], d_units: Sequence[Tensor], upstream: Tensor, divided: bool) -> list[Tensor]:
+    rows = [dense_rows(r) for r in rows]
     gradients = [torch.empty(r.shape, dtype=r.dtype, device=r.device) for r in rows]
     widest = block_dim(max(r.shape[1] for r in rows))
     tile = configs.rows_tile(architecture(rows[0].device), widest)

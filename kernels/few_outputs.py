@@ -244,6 +244,7 @@ def empty_output(x: Tensor, size: Geometry) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=x.device, memory_format=layout)
 
 
+@planned(products="conv")
 def few_outputs(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
     """The convolution of stride 1 in float32, in two launches.
 
@@ -257,11 +258,6 @@ def few_outputs(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) ->
         float32 (images, outputs, height + 2 * padding - kernel + 1, width + 2 * padding - kernel + 1), channels-last if
         x is.
     """
-    return _few_outputs(x, weight, None if bias is None else bias.contiguous(), padding)
-
-
-@planned(products="conv")
-def _few_outputs(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
     size = geometry(x, weight, padding)
     check_plane(x)
     arch = architecture(x.device)
@@ -275,7 +271,7 @@ def _few_outputs(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -
     parts = triton.cdiv(places, tile.block_m - size.kernel + 1)
     launch(
         few_outputs_kernel, x.shape[0] * parts * size.blocks, x, as_map(x), packed,
-        packed if bias is None else bias, as_map(out), size.channels, size.outputs, size.height,
+        packed if bias is None else bias.contiguous(), as_map(out), size.channels, size.outputs, size.height,
         size.width, size.out_height, size.out_width, size.span, places, parts, size.blocks,
         K=size.kernel, KX=padded_taps(size.kernel, pair), PARTS=1 + pair, ROWS=rows, PADDING=padding,
         CHUNKS=triton.cdiv(size.channels, block), BIAS=bias is not None, PRECISION=multiply, BM=tile.block_m, BC=block,

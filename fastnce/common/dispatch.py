@@ -67,7 +67,7 @@ def choose(
 
     Returns:
         a choice that follows from the arguments alone. `KERNELS` (the same object) means that the kernels are the
-        default; whether they are right on the device is for `first_use.trusted` to say.
+        default; `first_use.trusted` then checks whether they are right on the device.
 
     Raises:
         ValueError: the kernels are forced and cannot run, or the implementation is unknown.

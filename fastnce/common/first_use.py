@@ -165,11 +165,9 @@ def _first(use: Use, device: torch.device, dtype: torch.dtype) -> Choice:
     if not _enabled():
         return _settle(key, _wrong.get(wrong_here, KERNELS), assumed=True)
     busy = is_busy(device)
-    if busy and not _lock.acquire(blocking=False):  # a check of another thread may wait for this one
+    if not _lock.acquire(blocking=not busy):  # a check in another thread may need this backward pass to end
         return NOT_CHECKED
-    with _lock:
-        if busy:
-            _lock.release()
+    try:
         if (found := _settled.get(key)) is not None:  # another thread has checked it
             return found
         known = _load(device)
@@ -192,6 +190,8 @@ def _first(use: Use, device: torch.device, dtype: torch.dtype) -> Choice:
         if not reason:
             return _settle(key, KERNELS)
         return _settle(key, _distrust(use.family, device, dtype, reason))
+    finally:
+        _lock.release()
 
 
 def _settle(key: Key, choice: Choice, *, assumed: bool = False) -> Choice:
@@ -291,9 +291,9 @@ def in_own_thread(function: Callable[[], T]) -> T:
 
 
 def find_fault(use: Use, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Measure a use; return "", or what is wrong, or None if nothing can be said.
+    """Measure a use; return "" if it is right, what is wrong, or None if it could not be measured.
 
-    Nothing can be said if the device has failed before, has no memory left, or cannot compute the exact result.
+    It cannot be measured if the device has failed before, has no memory left, or cannot compute the exact result.
     """
     try:
         wait(device)  # an error of earlier work is not the kernels' fault

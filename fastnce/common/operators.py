@@ -27,16 +27,16 @@ class Operator:
 
     def __call__(self, *arguments: Any) -> Any:
         first = arguments[0]
-        if untraced(first[0] if isinstance(first, (list, tuple)) else first) and _plain(arguments):
+        if untraced(first[0] if isinstance(first, (list, tuple)) else first) and plain(arguments):
             return self._run(*arguments)
         return self.op(*arguments)
 
 
-def _plain(arguments: Sequence[Any]) -> bool:
+def plain(arguments: Sequence[Any]) -> bool:
     """Whether no tensor, also in lists, has a class of its own."""
     for argument in arguments:
         if isinstance(argument, (list, tuple)):
-            if not _plain(argument):
+            if not plain(argument):
                 return False
         elif isinstance(argument, torch.Tensor) and type(argument) not in PLAIN:
             return False
@@ -51,6 +51,7 @@ def untraced(tensor: torch.Tensor) -> bool:
         and not _modes()
         and not _transforms()
         and forward_ad._current_level < 0
+        and torch._C._get_tracing_state() is None
         and not tensor.is_meta
     )
 

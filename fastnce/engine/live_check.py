@@ -135,7 +135,7 @@ class LiveCheck(TorchDispatchMode):
 def disagreement(measure: Measure) -> str:
     """Compare the kernels with plain PyTorch; return how they differ, or "".
 
-    Lack of memory, and exact results that are not finite, say nothing.
+    Without enough memory, or with exact results that are not finite, nothing is compared.
     """
     try:
         checks = list(measure())

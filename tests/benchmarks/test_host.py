@@ -50,3 +50,10 @@ def test_the_floor_has_the_gradients_of_its_class():
     rows, gradient = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3)
     (found,) = torch.autograd.grad(host._Nothing.apply(rows, torch.zeros(4), gradient).sum(), rows)
     assert torch.equal(found, gradient)
+
+
+def test_no_rounds_are_refused(capsys):
+    with pytest.raises(SystemExit) as ended:
+        host.main(["--rounds", "0"])
+    assert ended.value.code == 2
+    assert "--rounds must be at least 1, not 0" in capsys.readouterr().err

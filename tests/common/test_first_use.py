@@ -7,7 +7,9 @@ Triton's interpreter.
 from __future__ import annotations
 
 import json
+import os
 import stat
+import threading
 import warnings
 
 import pytest
@@ -528,3 +530,53 @@ def test_a_cpu_never_checks_by_itself(checked, monkeypatch):
         no_warning(call)
     assert checked == []
     assert not verdicts.path().exists()
+
+
+def test_a_busy_thread_does_not_wait_for_a_check(checked, monkeypatch):
+    """The check of another thread may need the backward pass that this thread computes."""
+    monkeypatch.setattr(first_use, "is_busy", lambda device: True)
+    held, finish = threading.Event(), threading.Event()
+
+    def hold():
+        with first_use._lock:
+            held.set()
+            finish.wait(60)
+
+    other = threading.Thread(target=hold)
+    other.start()
+    try:
+        assert held.wait(60)
+        no_warning(loss_and_gradient)
+        assert checked == []
+    finally:
+        finish.set()
+        other.join()
+    monkeypatch.undo()
+
+
+def test_convolutions_of_other_shapes_are_checked_apart(checked):
+    x = torch.randn(1, 8, 12, 12)
+    for outputs, kernel in ((3, 7), (1, 5), (3, 7)):
+        LastConvolution(8, outputs, kernel)(x)
+    assert checked == ["few_outputs_convolution"] * 2
+
+
+def test_a_warning_that_is_an_error_leaves_a_wrong_kernel_unused(checked, monkeypatch):
+    make_wrong(monkeypatch, "patch_nce")
+    one_warning(loss_and_gradient)
+    first_use.forget()
+    device = torch.device("cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="the kernels of patch_nce in float32 are wrong"):
+            first_use.followed("patch_nce", device, torch.float32)
+    assert first_use.followed("patch_nce", device, torch.float32).implementation == "eager"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+def test_a_pipe_in_the_place_of_the_file_is_left_alone(checked):
+    verdicts.path().parent.mkdir(parents=True, exist_ok=True)
+    os.mkfifo(verdicts.path())
+    no_warning(loss_and_gradient)
+    assert checked == ["patch_nce"]
+    assert verdicts.path().is_fifo()

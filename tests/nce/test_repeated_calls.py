@@ -8,7 +8,7 @@ import torch
 from torch.autograd import forward_ad
 
 from fastnce import PatchNCEHead, PatchNCELoss, PatchSampleF, patch_nce, project_patches
-from fastnce.nce.impl import planned_calls, triton_rows
+from fastnce.nce.impl import planned_calls, planned_maps, triton_rows
 from tests.oracle import DEVICE, error, unit_rows
 
 CHANNELS = (3, 8)
@@ -285,3 +285,46 @@ def test_a_repeated_sampler_draws_and_projects_alike(use_mlp, counted):
             assert error(g, e) <= 5e-6
         assert all(a is b for a, b in zip(ids, same, strict=True))
     assert counted.count("RowsCall") == 4  # drawn once; given ids on a CPU are checked at every call
+
+
+def test_a_setting_that_changes_before_the_backward_pass(monkeypatch):
+    """Plans of backward passes are kept apart by the way in which PyTorch multiplies float32."""
+    ours = head()
+    run(ours, seed=0)
+    (entry,) = planned_calls._ENTRIES.values()
+    assert len(entry.backward) == 1
+    monkeypatch.setattr(planned_maps, "fp32_precision", lambda *_: "another")
+    _, gradients = run(ours, seed=0)
+    assert len(entry.backward) == 2
+    monkeypatch.undo()
+    _, again = run(ours, seed=0)
+    assert len(entry.backward) == 2
+    assert all(torch.equal(a, b) for a, b in zip(gradients, again, strict=True))
+
+
+class Marked(torch.Tensor):
+    """A tensor with a class of its own."""
+
+
+def test_tensors_with_a_class_of_their_own_are_not_planned(counted):
+    queries, keys = maps(), maps(seed=1)
+    ours, loss = head(), PatchNCELoss(implementation="triton")
+    rows, others = unit_rows(8, 16).to(DEVICE), unit_rows(8, 16).to(DEVICE)
+    expected = loss(rows, others)
+    assert torch.equal(loss(rows, others.as_subclass(Marked)).as_subclass(torch.Tensor), expected)
+    ids = [torch.arange(5, device=DEVICE)] * 2
+    expected = ours(queries, keys, patch_ids=ids)
+    entries = len(planned_calls._ENTRIES)
+    found = ours(queries, [keys[0], keys[1].as_subclass(Marked)], patch_ids=ids)
+    assert torch.equal(found.as_subclass(torch.Tensor), expected)
+    assert len(planned_calls._ENTRIES) == entries
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_recorded_function_computes_anew():
+    """`torch.jit.trace` records operators: a plan would be a constant of the recording."""
+    loss = PatchNCELoss(implementation="triton")
+    rows = [unit_rows(8, 16).to(DEVICE) for _ in range(3)]
+    loss(rows[0], rows[1])
+    recorded = torch.jit.trace(lambda q, k: loss(q, k), (rows[0], rows[1]), check_trace=False)
+    assert torch.equal(recorded(rows[2], rows[0]), loss(rows[2], rows[0]))

@@ -140,7 +140,7 @@ class Entry:
         self.patches = [min(patches, m.shape[2] * m.shape[3]) for m in maps]
         self.layouts = tuple(map_layout(m) for m in maps)
         self.directions, self.distinct = directions, distinct
-        self.backward: dict[Any, _Gradients | None] = {}
+        self.backward: dict[Any, _Gradients] = {}
 
     def gradients(
         self, state: Tensor, upstream: Tensor | None, rows: Sequence[Sequence[Tensor]], wanted: Sequence[bool]
@@ -159,7 +159,6 @@ class Entry:
         if key not in self.backward:
             self.backward[key] = self._prepare(state, upstream, rows, wanted)
         found = self.backward[key]
-        assert found is not None
         buffer = torch.zeros(found.bytes, dtype=torch.uint8, device=state.device)
         given = [buffer, state, *(() if upstream is None else arriving), *(x for xs in rows for x in xs)]
         flat = found.plan.replay(given)
@@ -174,10 +173,9 @@ class Entry:
         views: list[Any] = []
         size = 0
         for m, want in zip(self.layouts, of_maps, strict=True):
-            shape = m[:4]
-            views.append((m.dtype, shape, m.strides(), size // m.dtype.itemsize) if want else None)
+            views.append((m.dtype, m[:4], m.strides(), size // m.dtype.itemsize) if want else None)
             size += m.bytes() if want else 0
-        buffer = torch.zeros(size, dtype=torch.uint8, device=state.device)
+        buffer = torch.empty(size, dtype=torch.uint8, device=state.device)  # for its layout
         d_units, units, ids, weights = rows
         ids = [i if i.dim() == 2 else i[None] for i in ids]
         plan = plan_of(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...common.autograd import FirstOrderOnly, apply, fast_apply, with_fast_path
 from ...common.first_use import epoch
-from ...common.operators import PLAIN, operator, untraced
+from ...common.operators import PLAIN, operator, plain, untraced
 from ...kernels import nce, nce_keys
 from ...kernels.common import fp32_precision
 from ...kernels.plan import INTERPRETED
@@ -240,8 +240,8 @@ def nce_losses(
     enabled = torch.is_grad_enabled()
     with_gradient = enabled and queries.requires_grad
     constant = not (enabled and (keys.requires_grad or (extra_keys_GED is not None and extra_keys_GED.requires_grad)))
-    if constant and untraced(queries):
-        tensors = queries, keys, extra_keys_GED, pair_log_weight_GSS, pair_weight_GSS
+    tensors = queries, keys, extra_keys_GED, pair_log_weight_GSS, pair_weight_GSS
+    if constant and untraced(queries) and plain(tensors):
         compute = functools.partial(
             _flat_rows, *tensors, groups=groups, temperature=temperature, decoupled=decoupled, unit=unit,
             gradient=with_gradient, statistics=statistics,
