@@ -207,7 +207,7 @@ class PatchSampleF(nn.Module):
             raise ValueError(f"{layers} layers were given, but the projector has MLPs for {have}")
         found: list[Any] = []
         for layer in range(layers):
-            first, _, second = modules[f"mlp_{layer}"]._modules.values()  # type: ignore[union-attr]
+            first, _, second, *_ = modules[f"mlp_{layer}"]._modules.values()  # type: ignore[union-attr]
             try:  # parameters themselves are found faster than attributes
                 a, b = first._parameters, second._parameters  # type: ignore[union-attr]
                 found.append((a["weight"], a["bias"], b["weight"], b["bias"]))
