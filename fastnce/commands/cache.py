@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..config import resolve
-from ..training import cache_run
+from ..training.data import cache_run
 from .parsing import command_parser
 
 

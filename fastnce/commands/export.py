@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..config import build_method, from_dict
+from ..config.build import build_method
+from ..config.stored import from_dict
 from ..engine.checkpoint import open_checkpoint
 from ..engine.stored import check_numbers, load_generators, read_tensors, using
 from ..networks.published import load_weights, save_published

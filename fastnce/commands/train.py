@@ -6,10 +6,14 @@ import os
 from pathlib import Path
 
 from ..common.streams import discard_stdout, flush_stdout, write_out
-from ..config import check, plan, resolve
+from ..config import resolve
+from ..config.build import plan
+from ..config.check import check
 from ..engine.launch import launched, processes, start, watch_launcher, without
 from ..methods.presets import PRESETS
-from ..training import check_code, check_place, check_same_run, hold_run, train_run
+from ..training import train_run
+from ..training.checks import check_code, check_place, check_same_run
+from ..training.run import hold_run
 from .parsing import command_parser
 
 DATA_HELP = (

@@ -120,7 +120,7 @@ def check_room(
     which reports that its memory is full, only the networks count, because they are built here first.
 
     Args:
-        method: as `fastnce.config.plan` returns, with the blocks that will be recomputed.
+        method: as `fastnce.config.build.plan` returns, with the blocks that will be recomputed.
         images: images of each domain in one part of a batch.
         sides: height and width of the crops; None if images keep their own size.
         sixteen_bits: feature maps have 16 bits.

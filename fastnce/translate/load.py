@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..common.imports import CodeError, is_import_path
-from ..config import Config, build_method, from_dict
+from ..config import Config
+from ..config.build import build_method
+from ..config.stored import from_dict
 from ..engine.checkpoint import open_checkpoint
 from ..engine.stored import follow, load_generators, using
 from ..methods.base import Method

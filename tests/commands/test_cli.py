@@ -15,7 +15,8 @@ from PIL import Image
 from fastnce import __version__
 from fastnce.commands.demo import write_folders
 from fastnce.commands.main import main
-from fastnce.config import from_dict, resolve
+from fastnce.config import resolve
+from fastnce.config.stored import from_dict
 from fastnce.methods.presets import PRESETS
 from fastnce.networks import PatchGAN, ResnetGenerator
 from fastnce.networks.published import save_published

@@ -11,7 +11,11 @@ import pytest
 
 from fastnce.common import options
 from fastnce.common.options import Accepts, describe, kinds, option, range_of
-from fastnce.config import Config, check, from_dict, from_preset, plan, resolve
+from fastnce.config import Config, resolve
+from fastnce.config.build import plan
+from fastnce.config.check import check
+from fastnce.config.config import from_preset
+from fastnce.config.stored import from_dict
 from fastnce.engine.options import OptimOptions, RunOptions
 from fastnce.methods import CUT, CUTOptions, CycleGAN, CycleGANOptions, NetworkOptions
 from fastnce.methods.presets import PRESETS

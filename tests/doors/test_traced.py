@@ -8,7 +8,8 @@ from PIL import Image, ImageStat
 from safetensors.torch import load_file
 
 from fastnce.commands.main import main
-from fastnce.config import plan, resolve
+from fastnce.config import resolve
+from fastnce.config.build import plan
 from fastnce.engine import memory
 from fastnce.methods.contract import COLUMNS
 from fastnce.methods.weighting import find_weighting

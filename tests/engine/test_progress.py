@@ -18,7 +18,8 @@ from fastnce.engine.loop import train
 from fastnce.engine.options import OptimOptions, RunOptions
 from fastnce.engine.state_file import sealed
 from fastnce.methods import Group, Method, Phase
-from fastnce.training import check_same_run, train_run
+from fastnce.training import train_run
+from fastnce.training.checks import check_same_run
 from tests.engine.test_engine import SMALL, small_config, training_tensors
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from random import Random
 
 from fastnce.common.options import describe, kinds
-from fastnce.config import Config, from_preset
+from fastnce.config import Config
+from fastnce.config.config import from_preset
 from fastnce.methods.presets import PRESETS
 
 from .common import TINY, Campaign, Outcome, survey, tree, warm

@@ -26,7 +26,8 @@ from PIL import Image
 
 import fastnce.commands.main  # noqa: F401  (imported once, not in each fork)
 from fastnce.__main__ import entry
-from fastnce.config import plan, resolve
+from fastnce.config import resolve
+from fastnce.config.build import plan
 
 TINY = [
     "network.generator=resnet_4blocks",

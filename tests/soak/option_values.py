@@ -6,7 +6,8 @@ from dataclasses import fields
 from pathlib import Path
 from random import Random
 
-from fastnce.config import Config, from_preset
+from fastnce.config import Config
+from fastnce.config.config import from_preset
 from fastnce.methods.presets import PRESETS
 
 from .command_lines import tiny

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
-from fastnce.config import from_preset, resolve
+from fastnce.config import resolve
+from fastnce.config.config import from_preset
 from fastnce.methods.presets import PRESETS
 
 from .command_lines import LARGE, tiny

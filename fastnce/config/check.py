@@ -1,0 +1,57 @@
+"""Refuse configurations whose values contradict each other."""
+
+from __future__ import annotations
+
+from ..common.options import check as check_options
+from ..data.rain import RainOptions, parse_ranges
+from ..methods.presets import find_preset
+from .config import Config, from_preset
+from .options import DataOptions, sides
+
+
+def check(config: Config) -> None:
+    """Refuse a configuration with a value outside its range, or with values that contradict each other.
+
+    Only the configuration is checked, not whether networks, images and this machine fit it.
+
+    Raises:
+        ValueError: names the first wrong key, its value, and what is accepted.
+    """
+    preset = from_preset(config.method, find_preset(config.method))
+    for section in Config.SECTIONS:
+        options, wanted = getattr(config, section), type(getattr(preset, section))
+        if not isinstance(options, wanted):
+            raise ValueError(f"{section} must be {wanted.__name__} for {config.method}, not {type(options).__name__}")
+        check_options(options, section)
+    data, optim = config.data, config.optim
+    if optim.n_epochs + optim.n_epochs_decay < 1:
+        raise ValueError("optim.n_epochs=0 and optim.n_epochs_decay=0 leave nothing to train: one must be at least 1")
+    if data.batch % optim.accumulate:
+        raise ValueError(
+            f"data.batch={data.batch} cannot be computed in optim.accumulate={optim.accumulate} equal parts"
+        )
+    for name, text in (
+        ("data.rain_like", data.rain_like),
+        ("loss.rendered_rain", getattr(config.loss, "rendered_rain", "")),
+    ):
+        try:
+            RainOptions(**parse_ranges(name, text))
+        except ValueError as error:
+            raise ValueError(f"{name}: {str(error).removeprefix(f'{name}: ')}") from None
+    _check_sides(data)
+
+
+def _check_sides(data: DataOptions) -> None:
+    """Check the sizes of crops. `fastnce.data` checks whole images and the crops of SinCUT."""
+    if data.preprocess in ("none", "zoom_and_patch"):
+        return
+    (load_height, load_width), (height, width) = (sides(size) for size in (data.load_size, data.crop_size))
+    if height % 4 or width % 4:
+        raise ValueError(f"data.crop_size={data.crop_size} must have sides that are multiples of 4")
+    if data.preprocess == "crop":  # load_size is not used
+        return
+    if load_width < width or (load_height < height and data.preprocess != "scale_width_and_crop"):
+        raise ValueError(
+            f"data.load_size={data.load_size} is too small for data.crop_size={data.crop_size}: it must be at least as "
+            f"large"
+        )

@@ -1,0 +1,50 @@
+"""The section `data` of a configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..common.options import option
+from ..data.target import PREPROCESS
+from ..evaluate.pairs import RAIN_SIDES
+
+MOST_SIDE = 16_384
+"""Largest side of an image, in pixels: a square image of this side takes 3 GiB as float32."""
+
+
+@dataclass
+class DataOptions:
+    """Where images come from, and how they are resized and cropped (see `fastnce.data.UnpairedData`)."""
+
+    dir: str = option("", "folder with trainA and trainB (testA, testB for samples)", anything=True)
+    load_size: int | list[int] = option(
+        286, "size to resize to before cropping: one side, or [height, width]", low=1, high=MOST_SIDE
+    )
+    crop_size: int | list[int] = option(
+        256, "side of the crops, or [height, width]; multiples of 4", low=1, high=MOST_SIDE
+    )
+    preprocess: str = option(
+        "resize_and_crop",
+        "resize_and_crop, crop, scale_width_and_crop, scale_shortside_and_crop, none (whole images), zoom_and_patch",
+        choices=(*PREPROCESS, "zoom_and_patch"),
+    )
+    flip: bool = option(True, "mirror half of the images")
+    rain: float = option(0.0, "share of A's images that are B's with rendered rain; 1 needs no trainA", low=0, high=1)
+    rain_like: str = option(
+        "", "rain for data.rain, e.g. density=0.1:0.3,angle=-40:40; empty: the defaults of fastnce rain", anything=True
+    )
+    validate: str = option(
+        "", "folder of held-out pairs for run.validate_every; empty: test in the data folder, if paired", anything=True
+    )
+    rain_side: str = option("right", "the rainy half of held-out strips: right or left", choices=RAIN_SIDES)
+    dataset: str = option(
+        "", "your own data set instead of folders (mydata.py:MyData); empty: trainA and trainB", anything=True
+    )
+    batch: int = option(1, "images of each domain per step", low=1, high=65_536)
+    skip_bad: bool = option(False, "skip images that cannot be read; false: stop")
+    cache_dir: str = option("", "folder for decoded images; empty: .fastnce-cache in the data folder", anything=True)
+
+
+def sides(size: int | list[int]) -> tuple[int, int]:
+    """Return (height, width) of an option that holds one side or two."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])

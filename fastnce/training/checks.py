@@ -1,0 +1,85 @@
+"""Refuse what cannot be trained, before memory is allocated or anything is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..config.build import plan
+from ..config.config import Config
+from ..config.options import sides
+from ..data.own import check_class
+from ..engine.accumulate import check_parts
+from ..engine.checkpoint import Checkpoints
+from ..engine.progress import check_batch
+from ..evaluate.metrics import Metric, find_metric
+from ..methods import Method
+
+
+def check_plan(config: Config) -> Method:
+    """Refuse a configuration that cannot be trained with any images or device, before allocating memory.
+
+    Returns:
+        the method as `plan` builds it.
+
+    Raises:
+        ValueError: options are out of range or contradict each other, or crops do not fit the networks.
+    """
+    planned = plan(config)
+    check_parts(planned, config.optim.accumulate)
+    planned.check_options(config.data.batch)
+    if config.data.preprocess != "none" and not config.data.dataset:
+        planned.check(config.data.batch, *sides(config.data.crop_size))
+    return planned
+
+
+def check_code(config: Config) -> Metric:
+    """Import a user's own data set and metric, and check them without images.
+
+    Returns:
+        the metric.
+
+    Raises:
+        ValueError: they cannot be used, or an option has no effect with them.
+    """
+    if config.data.dataset:
+        check_class(config.data.dataset)
+        if config.data.rain:
+            raise ValueError(
+                f"data.rain={config.data.rain:g} has no effect with data.dataset={config.data.dataset}: leave it at 0, "
+                f"and let the data set render rain (fastnce.data.rain.render_rain)"
+            )
+    return find_metric(config.run.metric, config.network.in_channels)
+
+
+def check_place(config: Config, out: Path) -> None:
+    """ValueError if no run can be in the folder `out`."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out}: a file is in the way, a folder is needed")
+    if config.data.dir and out.exists() and out.resolve() == Path(config.data.dir).resolve():
+        raise ValueError(f"--out {out} is the folder of the pictures: take another one, or a folder in it")
+
+
+def check_same_run(config: Config, out: Path, processes: int = 1) -> dict[str, Any] | None:
+    """Check that `out` is empty or holds a run with this configuration and this batch size of all processes.
+
+    Returns:
+        the state of the newest checkpoint; None if there is none.
+
+    Raises:
+        ValueError: it holds another run, or all of its checkpoints are damaged.
+    """
+    found = Checkpoints(out / "checkpoints", log=lambda sentence: None).state()
+    if found is None:
+        return None
+    state, _ = found
+    stored = state.get("progress")
+    different = config.differences(state.get("config", {}), any_batch=stored is not None)
+    if different:
+        raise ValueError(
+            f"{out} holds a run with another configuration ({'; '.join(different)}): use the same to continue it, or "
+            f"another --out"
+        )
+    if not config.run.change_batch:
+        check_batch(stored, config.data.batch * processes, processes, str(out), lambda: plan(config))
+    return state

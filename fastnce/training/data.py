@@ -1,0 +1,138 @@
+"""Open the images that a configuration names: for training, for validation, and to cache them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ..common.streams import print_line
+from ..config.config import Config
+from ..config.options import sides
+from ..data.own import OwnData, open_own
+from ..data.rain import RainOptions, parse_ranges
+from ..data.rained import RainedData
+from ..data.single import SinglePictureData
+from ..data.unpaired import UnpairedData
+from ..engine.distributed import Ranks
+from ..engine.validate import Validation, find_validation
+from ..evaluate.metrics import Metric
+from ..methods import Method
+from ..translate.translator import Translator
+from .checks import check_plan
+
+
+def open_validation(
+    config: Config, metric: Metric, device: torch.device, ranks: Ranks, quiet: bool
+) -> Validation | None:
+    """Find the held-out pairs in `data.validate` or DIR/test, also if `data.dataset` gives the training images."""
+    if not config.run.validate_every:
+        return None
+    options = config.data
+    pairs = (
+        []
+        if not (options.dir or options.validate)
+        else find_validation(options.dir, options.validate, config.run.validate_pictures, options.rain_side)
+    )
+    if pairs:
+        return Validation(pairs, config.network.in_channels, device, Translator, ranks, options.skip_bad, metric)
+    if not quiet:
+        where = f"{options.dir}/test holds no pairs" if options.dir else "there is no data.dir"
+        print_line(f"nothing is validated: {where}, and data.validate names none")
+    return None
+
+
+def open_checked(
+    config: Config, method: Method, device: torch.device, ranks: Ranks, quiet: bool = False
+) -> UnpairedData | SinglePictureData | OwnData:
+    """`open_data`, and refuse images that would end the run later.
+
+    Args:
+        method: as `check_plan` returns.
+
+    Raises:
+        ValueError: an image cannot be read, or its size does not fit.
+    """
+    options = config.data
+    data = open_data(config, device, ranks, quiet)
+    if isinstance(data, OwnData):
+        a, b = ({(h, w): f"images of {w}x{h} from data.dataset"} for h, w in data.first_sizes)
+        method.check_sizes(options.batch, a, b, "let the data set return another size")
+    elif options.preprocess == "none" and isinstance(data, UnpairedData):
+        a, b = (
+            {size: f"pictures of {size[1]}x{size[0]}, such as {file}," for size, file in sizes.items()}
+            for sizes in data.sizes()
+        )
+        method.check_sizes(options.batch, a, b, "resize the pictures or set data.preprocess=resize_and_crop")
+    if config.run.sample_every or config.run.monitor_every:
+        data.samples(max(config.run.samples, 2))  # so that an unreadable file is named now, not at step 500
+    return data
+
+
+def cache_run(config: Config) -> Iterator[str]:
+    """Build the caches that training with this configuration reads; yields one line per file."""
+    if config.data.dataset:
+        yield f"nothing is cached: data.dataset={config.data.dataset} reads its images itself"
+        return
+    data = open_checked(config, check_plan(config), torch.device("cpu"), Ranks())
+    before = data.cached()
+    after = data.cached(decaying=True) if config.optim.n_epochs_decay else {}
+    for path, size in {**before, **after}.items():
+        halves = [name for name, files in (("before", before), ("while", after)) if path in files]
+        yield f"{path}  {size / 2**20:.1f} MiB, read {' and '.join(halves)} the learning rate falls"
+    if not before:
+        yield "nothing is cached: data.preprocess=zoom_and_patch reads its two pictures when training starts"
+    for path, reason in data.skipped:
+        yield f"skipped {path}: {reason}"
+
+
+def open_data(
+    config: Config, device: torch.device, ranks: Ranks, quiet: bool = False
+) -> UnpairedData | SinglePictureData | OwnData:
+    """Open the data set that a configuration names."""
+    options, network = config.data, config.network
+    if network.in_channels != network.out_channels:
+        raise ValueError(
+            f"network.in_channels={network.in_channels} and out_channels={network.out_channels} must be equal: both "
+            f"domains are read with one number of channels"
+        )
+    if options.dataset:
+        return open_own(
+            options.dataset,
+            options,
+            channels=network.in_channels,
+            batch=options.batch,
+            seed=config.run.seed,
+            rank=ranks.rank,
+            world=ranks.world,
+            device=device,
+        )
+    common: dict[str, Any] = {
+        "channels": network.in_channels,
+        "flip": options.flip,
+        "batch": options.batch,
+        "seed": config.run.seed,
+        "rank": ranks.rank,
+        "world": ranks.world,
+        "device": device,
+    }
+    if options.preprocess == "zoom_and_patch":
+        if options.rain:
+            raise ValueError("data.preprocess=zoom_and_patch trains on one picture a domain: leave data.rain at 0")
+        if not isinstance(options.crop_size, int):
+            raise ValueError("data.preprocess=zoom_and_patch takes square crops: data.crop_size must be one number")
+        return SinglePictureData(options.dir, crop_size=options.crop_size, **common)
+    if options.rain:
+        rain = RainOptions(**parse_ranges("data.rain_like", options.rain_like))
+        common |= {"share": options.rain, "rain": rain}
+    return (RainedData if options.rain else UnpairedData)(
+        options.dir,
+        load_size=sides(options.load_size),
+        crop_size=sides(options.crop_size),
+        preprocess=options.preprocess,
+        cache_dir=options.cache_dir or None,
+        skip_bad=options.skip_bad,
+        progress=None if quiet else print_line,
+        **common,
+    )

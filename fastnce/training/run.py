@@ -1,0 +1,134 @@
+"""Train as a configuration says: what `fastnce train` runs.
+
+from fastnce.config import resolve
+from fastnce.training import train_run
+train_run(resolve("fastcut", overrides=["data.dir=DIR"]), Path("runs/mine"))
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..common.imports import CodeError, place_in_own_code
+from ..common.locking import hold
+from ..common.streams import print_line
+from ..common.writing import sweep, write_whole
+from ..config.build import build_method, plan
+from ..config.check import check
+from ..config.config import Config
+from ..config.options import sides
+from ..engine.checkpoint import Checkpoints
+from ..engine.checks import check_run
+from ..engine.choices import pick_device, pick_precision
+from ..engine.distributed import Ranks, ranks_of_launcher, read_ranks
+from ..engine.loop import TrainingFailed, train
+from ..engine.memory import check_room, keep_freed_memory, out_of_memory, too_large
+from ..engine.progress import check_pictures
+from ..engine.recompute import recompute_blocks
+from .checks import check_code, check_place, check_plan, check_same_run
+from .data import open_checked, open_validation
+
+
+def train_run(config: Config, out: str | os.PathLike[str], *, quiet: bool = False) -> int:
+    """Build everything that a configuration names, and train; returns the steps done.
+
+    Args:
+        out: the folder of the run. If it holds a run of the same configuration, that run continues.
+        quiet: print nothing.
+
+    Raises:
+        ValueError: the configuration or its images cannot be trained, or (`InUse`) another process trains in `out`.
+        TrainingFailed: as `fastnce.engine.loop.train`.
+    """
+    out = Path(out)
+    check(config)
+    check_place(config, out)
+    with hold_run(out) if read_ranks().first else nullcontext():
+        state = check_same_run(config, out, read_ranks().world)
+        with ranks_of_launcher(config.run.device) as ranks:
+            try:
+                return _train_rank(config, out, ranks, quiet or not ranks.first, state)
+            except (RuntimeError, MemoryError) as error:
+                if isinstance(error, TrainingFailed) or not out_of_memory(error):  # it may quote the allocator
+                    raise
+                raise TrainingFailed(too_large(error)) from None
+            except SystemExit as error:
+                raise CodeError(
+                    f"own code ended the run by sys.exit({error.code!r}){place_in_own_code(error)}"
+                ) from error
+
+
+@contextmanager
+def hold_run(out: Path) -> Iterator[None]:
+    """Within: no other process trains in this folder. Partial files of killed processes are removed first.
+
+    Raises:
+        InUse: another process trains in it.
+    """
+    with hold(out, "fastnce train", "take another --out"):
+        for folder in (out, out / "samples"):
+            sweep(folder, held=True)
+        Checkpoints(out / "checkpoints").clean()
+        yield
+
+
+def _train_rank(config: Config, out: Path, ranks: Ranks, quiet: bool, state: dict[str, Any] | None) -> int:
+    device = pick_device(ranks.device(config.run.device))
+    if device.type == "cpu":
+        keep_freed_memory()
+    planned = check_plan(config)
+    metric = check_code(config)
+    check_run(planned, config.optim, config.run, device)
+    _check_memory(config, device)
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    with ranks.together(device):
+        data = open_checked(config, planned, device, ranks, quiet)
+        if state is not None:
+            check_pictures(state, data.digest(), str(out))
+        validation = open_validation(config, metric, device, ranks, quiet)
+    del planned  # a user's own has weights in memory
+    torch.manual_seed(config.run.seed)
+    method = build_method(config).to(device)
+    with ranks.together(device):
+        if ranks.first:
+            out.mkdir(parents=True, exist_ok=True)
+            write_whole(out / "config.toml", config.as_toml().encode("utf-8"))
+    if not quiet:
+        parameters = sum(p.numel() for p in method.parameters())
+        sizes = [getattr(data, name, None) for name in ("size_a", "size_b")]
+        pictures = "" if None in sizes else f"{sizes[0]:,} + {sizes[1]:,} pictures, "
+        print_line(
+            f"{config.method} on {device}: {parameters / 1e6:.1f} M parameters, {pictures}"
+            f"{data.steps_per_epoch:,} steps an epoch; run in {out}"
+        )
+        for path, reason in getattr(data, "skipped", []):
+            print_line(f"skipped {path}: {reason}")
+    return train(
+        method,
+        data,
+        config.optim,
+        config.run,
+        out,
+        config=config.as_dict(),
+        batch_size=config.data.batch,
+        quiet=quiet,
+        ranks=ranks,
+        validation=validation,
+    )
+
+
+def _check_memory(config: Config, device: torch.device) -> None:
+    planned = plan(config)
+    if config.run.checkpoint_activations:
+        recompute_blocks(planned)
+    size = None if config.data.preprocess == "none" else sides(config.data.crop_size)
+    sixteen_bits = pick_precision(config.run.precision, device) != "fp32"
+    part = config.data.batch // config.optim.accumulate
+    check_room(planned, part, size, device=device, sixteen_bits=sixteen_bits)
