@@ -18,7 +18,8 @@ from ..config import resolve
 from ..data import load_image
 from ..data.encoding import encoded
 from ..engine.choices import pick_device
-from ..engine.log import clock, save_grid
+from ..engine.grid import save_grid
+from ..engine.log import clock
 from ..training import train_run
 from ..translate.load import load_translator
 from .parsing import command_parser

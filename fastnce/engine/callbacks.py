@@ -45,8 +45,8 @@ class RunInfo:
 class Callback:
     """Watches a run. Override what you need; every method does nothing by default.
 
-    All methods are called between two steps, on the first rank only. They may raise `StopTraining`. Any other error ends
-    the run after the state of the finished steps is saved, unless `optional` is true.
+    All methods are called between two steps, on the first rank only. They may raise `StopTraining`. Any other error
+    ends the run after the state of the finished steps is saved, unless `optional` is true.
     """
 
     optional: bool = False
@@ -109,12 +109,12 @@ class Callbacks:
         ValueError: one is neither.
     """
 
-    def __init__(
-        self, callbacks: Sequence[Callback | Callable[..., Any]] = (), say: Callable[[str], None] = lambda sentence: None
-    ):
+    def __init__(self, callbacks: Sequence[Callback | Callable[..., Any]] = (), say: Callable[[str], None] = print):
         self.say = say
         self.step = 0
         """Steps done, for `warn`, which may come from anywhere."""
+        self.stop = ""
+        """Why a callback asked to stop; empty as long as none did."""
         self._left: list[Callback] = []
         for one in callbacks:
             if isinstance(one, type) or not (isinstance(one, Callback) or callable(one)):
@@ -129,7 +129,7 @@ class Callbacks:
 
     def log(self, step: int, values: dict[str, float]) -> None:
         for one in list(self._left):
-            self._one(one, "log", step, dict(values))  # a callback may change its copy
+            self._one(one, "log", step, dict(values))  # a callback may change its own
 
     def samples(self, step: int, pictures: dict[str, Tensor]) -> None:
         if self._left:
@@ -152,6 +152,8 @@ class Callbacks:
     def _one(self, callback: Callback, name: str, *arguments: Any) -> None:
         try:
             getattr(callback, name)(*arguments)
+        except StopTraining as reason:
+            self.stop = self.stop or str(reason) or "a callback asked to stop"
         except Exception as error:
             if not callback.optional:
                 raise

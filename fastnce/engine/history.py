@@ -31,7 +31,7 @@ def now() -> str:
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:
-    """The events of a run, oldest first; lines that are not complete are left out, and none is there without the file."""
+    """The events of a run, oldest first. Lines that are not complete are left out."""
     return read_lines(folder / NAME)
 
 

@@ -1,22 +1,19 @@
-"""The output of a run: progress lines, `log.txt`, `metrics.jsonl`, TensorBoard events and sample grids."""
+"""The output of a run: the terminal, `log.txt`, `metrics.jsonl`, `history.jsonl`, and what the callbacks are told."""
 
 from __future__ import annotations
 
-import io
 import json
 import math
-import sys
 import time
-from contextlib import suppress
+from contextlib import nullcontext
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image, ImageDraw
-from torch import Tensor
-
 from ..common.streams import report_error
-from ..common.writing import write_whole
+from . import history
+from .bar import Bar, on_terminal
+from .callbacks import Callbacks, RunInfo
 from .lines import Lines
 
 
@@ -28,43 +25,83 @@ class RunLog:
 
     Args:
         folder: of the run; created if needed.
-        tensorboard: also write TensorBoard events (needs the extra `tensorboard`).
         quiet: print nothing on the terminal.
+        callbacks: are told of metrics and warnings.
 
     Raises:
         OSError: a file cannot be opened; the error names it.
     """
 
-    def __init__(self, folder: Path, tensorboard: bool = False, quiet: bool = False):
+    def __init__(self, folder: Path, quiet: bool = False, callbacks: Callbacks | None = None):
         folder.mkdir(parents=True, exist_ok=True)
         self._text = Lines(folder / "log.txt")
         self._metrics = Lines(folder / "metrics.jsonl", json_only=True)
+        self._history = Lines(folder / history.NAME, json_only=True)
         self._quiet = quiet
-        self._live = sys.stdout.isatty() and not quiet
-        self._open_line = False
-        self._board: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # optional; `check_run` has checked that it is installed
+        self._bar: Bar | None = None
+        self._done, self._begun = 0, False
+        self.callbacks = callbacks or Callbacks()
+        for lines in (self._metrics, self._history):
+            if lines.cut:
+                self.say(f"{lines.path}: its last line was not finished, its {lines.cut} bytes are cut off")
 
-            self._board = SummaryWriter(str(folder / "tensorboard"))
-        if self._metrics.cut:
-            self.say(f"{self._metrics.path}: its last line was not finished, its {self._metrics.cut} bytes are cut off")
+    def begin(self, run: RunInfo, batch: int, save_every: int, **values: Any) -> None:
+        """Note the start of a run, and show a progress bar if stdout is a terminal.
+
+        Args:
+            batch: images of each domain per step.
+            save_every: steps between checkpoints; 0 for one at the end.
+            values: for the event "start", such as `command`.
+        """
+        self._done, self._begun = run.step, True
+        machine = "; ".join(f"{name} {value}" for name, value in {**run.versions, **run.machine}.items())
+        self.note(f"start after step {run.step:,} of {run.total:,}: {' '.join(values.get('command', []))} ({machine})")
+        self.event("start", total=run.total, device=run.device, machine=run.machine, versions=run.versions, **values)
+        if on_terminal() and not self._quiet:
+            self._bar = Bar(run.step, run.total, batch, save_every, self._lose)
+
+    def step(self, done: int) -> None:
+        """Note that `done` steps are done."""
+        self._done = self.callbacks.step = done
+        if self._bar is not None:
+            self._bar.step(done)
+
+    def end(self, state: str, reason: str) -> None:
+        """Note the end of a run that has begun; see `Callback.end`."""
+        if not self._begun:
+            return
+        self.event("end", state=state, reason=reason)
+        self.callbacks.end(self._done, state, reason)
 
     def say(self, sentence: str) -> None:
         """Write one line to the terminal and to log.txt."""
         self._show(sentence)
         self.note(sentence)
 
-    def note(self, sentence: str) -> None:
-        """Write one line to log.txt alone."""
-        self._add(self._text, sentence)
+    def warn(self, sentence: str) -> None:
+        """`say` a warning, and add it to the run's history."""
+        self.say(sentence)
+        self.event("warning", text=sentence)
+        self.callbacks.warn(sentence)
 
-    def progress(self, line: str) -> None:
-        """Show a progress line: on a terminal it replaces the one before, elsewhere it is a line of its own."""
+    def note(self, sentence: str) -> None:
+        """Write one line to log.txt alone, with the time."""
+        self._add(self._text, f"{datetime.now():%Y-%m-%d %H:%M:%S}  {sentence}")
+
+    def event(self, name: str, **values: Any) -> None:
+        """Append an event to history.jsonl."""
+        self._add(self._history, history.event(name, self._done, **values))
+
+    def progress(self, line: str, epoch: str = "", values: str = "") -> None:
+        """Show a progress line.
+
+        Args:
+            line: for log.txt, and for a stdout that is not a terminal.
+            epoch, values: for the progress bar.
+        """
         self.note(line)
-        if self._live:
-            self._print(f"\r{line}\x1b[K")
-            self._open_line = True
+        if self._bar is not None:
+            self._bar.show(epoch, values)
         elif not self._quiet:
             self._print(f"{line}\n")
 
@@ -72,15 +109,7 @@ class RunLog:
         """Append one JSON object. Numbers that are not finite become strings, so that every line parses."""
         clean = {k: v if math.isfinite(v) else str(v) for k, v in values.items()}
         self._add(self._metrics, json.dumps({"step": step, **clean}))
-        if self._board is None:
-            return
-        try:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
-        except Exception as error:  # raised late by a writing thread, and again at each call
-            self._close_board()
-            reason = getattr(error, "strerror", None) or error
-            self.say(f"TensorBoard: {reason}; training goes on without it, metrics.jsonl has the same numbers")
+        self.callbacks.log(step, values)
 
     def _add(self, file: Lines, line: str) -> None:
         lost = file.lost
@@ -97,14 +126,10 @@ class RunLog:
         else:
             self._show(sentence)
 
-    def _end_line(self) -> None:
-        if self._open_line:
-            self._print("\n")
-            self._open_line = False
-
     def _show(self, sentence: str) -> None:
-        self._end_line()
-        if not self._quiet:
+        if self._quiet:
+            return
+        with nullcontext() if self._bar is None else self._bar.hidden():
             self._print(f"{sentence}\n")
 
     def _print(self, text: str) -> None:
@@ -112,31 +137,49 @@ class RunLog:
         try:
             print(text, end="", flush=True)
         except (OSError, ValueError):
-            self._quiet, self._live = True, False
+            self._lose()
 
-    def _close_board(self) -> None:
-        board, self._board = self._board, None
-        with suppress(Exception):  # closing writes what is left
-            if board is not None:
-                board.close()
+    def _lose(self) -> None:
+        """Print nothing more."""
+        self._quiet, self._bar = True, None
+
+    def end_bar(self) -> None:
+        """Leave the progress bar as it is; later lines are printed below it."""
+        if self._bar is not None:
+            bar, self._bar = self._bar, None
+            bar.close()
 
     def close(self) -> None:
-        self._end_line()
-        self._text.close()
-        self._metrics.close()
-        self._close_board()
+        self.end_bar()
+        for file in (self._text, self._metrics, self._history):
+            file.close()
 
 
 class SilentLog:
     """Replaces a `RunLog` on ranks that do not write."""
 
+    def __init__(self) -> None:
+        self.callbacks = Callbacks()
+
+    def begin(self, run: RunInfo, batch: int, save_every: int, **values: Any) -> None: ...
+
+    def step(self, done: int) -> None: ...
+
+    def end(self, state: str, reason: str) -> None: ...
+
     def say(self, sentence: str) -> None: ...
+
+    def warn(self, sentence: str) -> None: ...
 
     def note(self, sentence: str) -> None: ...
 
-    def progress(self, line: str) -> None: ...
+    def event(self, name: str, **values: Any) -> None: ...
+
+    def progress(self, line: str, epoch: str = "", values: str = "") -> None: ...
 
     def metrics(self, step: int, values: dict[str, float]) -> None: ...
+
+    def end_bar(self) -> None: ...
 
     def close(self) -> None: ...
 
@@ -174,36 +217,3 @@ def clock(seconds: float) -> str:
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
-
-
-def save_grid(pictures: dict[str, Tensor], path: Path, margin: int = 4) -> None:
-    """Write a PNG with one column per name and one row per image.
-
-    Args:
-        pictures: by name, (images, channels, height, width) in [-1, 1]. With 3 or more channels, the first three are
-            shown as RGB; else the first one.
-    """
-    columns = list(pictures.values())
-    header = 14
-    widths = [column.shape[3] for column in columns]
-    rows = max(column.shape[0] for column in columns)
-    height = max(column.shape[2] for column in columns)
-    size = (sum(widths) + margin * (len(columns) + 1), header + rows * (height + margin) + margin)
-    canvas = Image.new("RGB", size, (255, 255, 255))
-    draw = ImageDraw.Draw(canvas)
-    x = margin
-    for name, column, width in zip(pictures, columns, widths, strict=True):
-        draw.text((x, 1), name, fill=(0, 0, 0))
-        for row, picture in enumerate(column):
-            canvas.paste(_to_image(picture), (x, header + row * (height + margin)))
-        x += width + margin
-    path.parent.mkdir(parents=True, exist_ok=True)
-    packed = io.BytesIO()
-    canvas.save(packed, format="PNG")
-    write_whole(path, packed.getvalue())
-
-
-def _to_image(picture: Tensor) -> Image.Image:
-    channels = picture[:3] if picture.shape[0] >= 3 else picture[:1].expand(3, -1, -1)
-    values = channels.detach().float().cpu().clamp(-1, 1).add(1).mul(127.5).round()
-    return Image.fromarray(values.permute(1, 2, 0).numpy().astype(np.uint8))

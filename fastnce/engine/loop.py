@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..common.imports import CodeError
 from ..methods.base import Batch, Draws, Method
 from ..networks.tracing import KEPT, was_traced
 from .bad_steps import BadStepCount
+from .callbacks import Callbacks
 from .checkpoint import Checkpoints
 from .checks import check_run
 from .choices import pick_compile, pick_precision, set_tf32
@@ -56,6 +57,7 @@ def train(
     quiet: bool = False,
     ranks: Ranks | None = None,
     validation: Validation | None = None,
+    callbacks: Callbacks | None = None,
 ) -> int:
     """Train until the schedule ends, `run.steps` is reached or a signal asks to stop; returns the steps done.
 
@@ -69,6 +71,7 @@ def train(
         quiet: print nothing.
         ranks: the processes that share the run; the first one writes.
         validation: measured every `run.validate_every` steps; it decides which checkpoint `best` names.
+        callbacks: watch the run on the first rank.
 
     Raises:
         TrainingFailed: too many steps in a row were not finite, memory is too small, or the last state could not be
@@ -88,7 +91,8 @@ def train(
     if data.steps_per_epoch < 1 or optim.n_epochs + optim.n_epochs_decay < 1:
         raise ValueError("there is nothing to train: data.steps_per_epoch and the epochs must be at least 1")
     with ranks.together(next(method.parameters()).device):
-        log = RunLog(folder, run.tensorboard, quiet) if ranks.first else SilentLog()
+        log = RunLog(folder, quiet, callbacks) if ranks.first else SilentLog()
+    log.callbacks.say = log.warn
     try:
         with StopRequest(verbose=ranks.first) as stop, first_use.checks(run.check_kernels):
             training = _Run(method, data, optim, run, folder, config or {}, batch_size, log, ranks, validation)
@@ -102,7 +106,11 @@ def train(
                 training.step.close()
     except (Exception, Stopped) as error:  # the caller prints it; log.txt needs it too
         user = isinstance(error, ValueError | OSError | TrainingFailed | RankLost | Stopped)
-        log.note(str(error) if user else f"{type(error).__name__}: {error}")
+        reason = str(error) if user else f"{type(error).__name__}: {error}"
+        log.end_bar()
+        log.note(reason)
+        with suppress(Exception):  # the first error counts
+            log.end("stopped" if isinstance(error, Stopped) else "failed", reason)
         raise
     finally:
         log.close()
@@ -169,8 +177,11 @@ class _Run:
             self.saving.after(error)
             raise
         self.saving.end()
+        self.observer.announce(self.saving.saved_at, self.best_at)
+        self.log.end_bar()
         if self.why and 0 < done < self.total:
             self.log.say(f"{self.why}: stopped after step {done:,} and saved; the same command continues")
+        self.log.end("finished" if done >= self.total else "stopped", self.why)
         return done
 
     def _go(self, stop: StopRequest) -> int:
@@ -188,6 +199,7 @@ class _Run:
         if reason := nothing_to_compare(self.device) if self.run.check_every else "":
             self.log.say(f"run.check_every compares nothing: {reason}")
         compares = self.run.check_every and not reason
+        self.observer.begin(self.config, done, self.total, self.progress.batch)
         started, pace, epoch, decaying = done, Pace(), -1, None
         self.began = time.monotonic()
         self.checked, self.checked_at, self.check_at = self.began, done, done
@@ -211,6 +223,7 @@ class _Run:
             losses = self.step.run(batch, draws)
             done += 1
             self.saving.step_ends(done)
+            self.log.step(done)
             stop.wait_for_steps()
             if done == started + 1 and any(was_traced(loss) for loss in losses.values()):
                 raise CodeError(f"the first step {KEPT}")
@@ -230,12 +243,13 @@ class _Run:
                 self.observer.save_samples(done)
             if due(self.run.save_every, done) and done < self.total:
                 self.saving.save()
+            self.observer.announce(self.saving.saved_at, self.best_at)
         return done
 
     def _has_to_stop(self, stop: StopRequest, done: int) -> bool:
         """Whether to stop before the next step. Several ranks exchange it about once a second, and stop together."""
         over = self.run.minutes and time.monotonic() - self.began > 60 * self.run.minutes
-        self.why = stop.name or (f"{self.run.minutes:g} minutes are over" if over else "")
+        self.why = stop.name or self.log.callbacks.stop or (f"{self.run.minutes:g} minutes are over" if over else "")
         if self.ranks.world == 1:
             return bool(self.why)
         if done < self.check_at:

@@ -5,15 +5,20 @@ Nothing here changes training.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..methods.base import Batch
+from .callbacks import RunInfo
 from .contracts import DataSet
 from .distributed import Ranks
-from .log import Pace, RunLog, SilentLog, clock, save_grid
+from .grid import save_grid
+from .log import Pace, RunLog, SilentLog, clock
+from .machine import machine, versions
 from .monitor import Monitor
 from .options import RunOptions
 from .progress import Progress
@@ -51,6 +56,33 @@ class Observer:
         self.validated_at = -1
         """The step after which the held-out pairs were last measured."""
         self._samples: Batch | None = None
+        self._announced = 0
+
+    def begin(self, config: dict[str, Any], done: int, total: int, batch: int) -> None:
+        """Tell the log and the callbacks that the run begins, or continues after `done` steps.
+
+        Args:
+            total: steps after which the run ends.
+            batch: images of each domain per step.
+        """
+        self._announced = done
+        device = next(self.method.parameters()).device
+        numbers = sum(p.numel() for p in self.method.parameters())
+        info = RunInfo(self.folder, config, done, total, str(device), numbers, machine(device), versions())
+        known = {"command": sys.argv, "ranks": self.ranks.world, "parameters": numbers}
+        self.log.begin(info, batch, self.run.save_every, **known)
+        self.log.callbacks.begin(info)
+
+    def announce(self, saved_at: int, best_at: int) -> None:
+        """Tell the callbacks of a checkpoint, once it is on the disk.
+
+        Args:
+            saved_at, best_at: the steps of the newest checkpoint and of the best one.
+        """
+        if saved_at > self._announced:
+            self._announced = saved_at
+            folder = self.folder / "checkpoints" / f"step-{saved_at:08d}"
+            self.log.callbacks.saved(saved_at, folder, best_at == saved_at)
 
     def samples(self) -> Batch:
         """The images of sample grids and of the monitor, padded to sides that the generators take."""
@@ -82,15 +114,15 @@ class Observer:
         )
         logged = dict(zip(names, values, strict=True))
         for sentence in self.monitor.judge(logged):
-            self.log.say(sentence)
+            self.log.warn(sentence)
         for words in (self.validation.short() if self.validation else "", self.monitor.short()):
             line += f" | {words}" if words else ""
-        self.log.progress(line)
+        self.log.progress(line, f"epoch {epoch + 1}/{progress.epochs} ", line.split(" | ", 2)[2])
         self.log.metrics(
             done,
             logged
             | self.monitor.metrics()
-            | {"epoch": epoch, "pictures": progress.seen(done), "lr": learning_rate, "skipped_steps": bad}
+            | {"epoch": epoch + 1, "pictures": progress.seen(done), "lr": learning_rate, "skipped_steps": bad}
             | {key: found[key] for key in ("images_per_second", "data_share")},
         )
         return bad
@@ -100,7 +132,7 @@ class Observer:
         if self.monitor.pictures is None:
             self.monitor.pictures = self.samples()
         for sentence in self.monitor.look(self.method):
-            self.log.say(sentence)
+            self.log.warn(sentence)
         self.method.train()
 
     def save_samples(self, done: int) -> None:
@@ -111,10 +143,11 @@ class Observer:
             pictures = translated(self.method, samples)
         self.method.train()
         path = self.folder / "samples" / f"step-{done:08d}.png"
+        self.log.callbacks.samples(done, pictures)
         try:
             save_grid(pictures, path)
         except OSError as error:
-            self.log.say(f"{path}: no sample grid ({error.strerror or error}); training goes on")
+            self.log.warn(f"{path}: no sample grid ({error.strerror or error}); training goes on")
 
     def measure_inputs(self, validation: Validation) -> None:
         """Measure the inputs of the held-out pairs, for comparison."""

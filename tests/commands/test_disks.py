@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from fastnce.commands.main import main
-from fastnce.engine.log import save_grid
+from fastnce.engine.grid import save_grid
 from fastnce.networks import ResnetGenerator
 from fastnce.networks.published import save_published
 from fastnce.translate.files import translate_files

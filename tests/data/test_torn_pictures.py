@@ -17,7 +17,7 @@ from PIL import Image
 
 from fastnce.commands.main import main
 from fastnce.data import save_image
-from fastnce.engine.log import save_grid
+from fastnce.engine.grid import save_grid
 from fastnce.networks import ResnetGenerator
 from fastnce.networks.published import save_published
 from fastnce.translate.photographs import Photograph, write_photograph

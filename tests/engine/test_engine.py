@@ -24,7 +24,8 @@ from fastnce.engine.choices import pick_compile, pick_device, pick_layout, pick_
 from fastnce.engine.compiled import Compiled
 from fastnce.engine.cudagraph import library_settings
 from fastnce.engine.distributed import Ranks
-from fastnce.engine.log import Pace, clock, save_grid
+from fastnce.engine.grid import save_grid
+from fastnce.engine.log import Pace, clock
 from fastnce.engine.loop import TrainingFailed, train
 from fastnce.engine.optim import LossScale, ParameterGroup, WeightAverage, schedule
 from fastnce.engine.options import OptimOptions, RunOptions

@@ -5,14 +5,13 @@ from __future__ import annotations
 import errno
 import json
 import os
-import sys
-import types
 
 import pytest
 
 from fastnce.engine.lines import Lines
 from fastnce.engine.log import RunLog
 from tests.ends import FULL, NO_ROOM, largest_file
+from tests.logs import log_lines
 
 ERRORS = [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS, errno.EACCES]
 
@@ -96,7 +95,7 @@ def test_the_log_begins_a_new_line(tmp_path):
     log.metrics(2, {"G": 1.0})
     log.close()
     cut = f"{tmp_path / 'metrics.jsonl'}: its last line was not finished, its 4 bytes are cut off"
-    assert (tmp_path / "log.txt").read_text() == f"whole\ntor\n{cut}\nmore\n"
+    assert log_lines(tmp_path) == ["whole", "tor", cut, "more"]
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2, "G": 1.0}\n'
 
 
@@ -145,32 +144,4 @@ def test_a_log_that_cannot_be_opened_is_named(tmp_path):
 def test_names_that_are_no_unicode_are_logged(tmp_path):
     log = RunLog(tmp_path, quiet=True)
     log.say(os.fsdecode(b"\xff.png"))
-    assert (tmp_path / "log.txt").read_text() == "\\udcff.png\n"
-
-
-def test_tensorboard_that_fails_is_left_out(tmp_path, monkeypatch, capsys):
-    """TensorBoard writes in a thread, so an error is raised late and by every call."""
-
-    class Writer:
-        def __init__(self, folder):
-            self.calls = 0
-
-        def add_scalar(self, name, value, step):
-            self.calls += 1
-            if self.calls > 1:
-                raise OSError(errno.ENOSPC, NO_ROOM)
-
-        def close(self):
-            raise OSError(errno.ENOSPC, NO_ROOM)
-
-    module = types.ModuleType("tensorboard")
-    module.SummaryWriter = Writer
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    log = RunLog(tmp_path, tensorboard=True)
-    for step in (1, 2, 3):
-        log.metrics(step, {"G": 1.0})
-    log.close()
-    assert capsys.readouterr().out.splitlines() == [
-        f"TensorBoard: {NO_ROOM}; training goes on without it, metrics.jsonl has the same numbers"
-    ]
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+    assert log_lines(tmp_path) == ["\\udcff.png"]

@@ -21,6 +21,7 @@ from fastnce.methods import Group, Method, Phase
 from fastnce.training import train_run
 from fastnce.training.checks import check_same_run
 from tests.engine.test_engine import SMALL, small_config, training_tensors
+from tests.logs import log_lines
 
 
 class Dot(Method):
@@ -140,7 +141,7 @@ def test_the_schedule_goes_on_where_it_was(name, tmp_path, together):
     assert asked == [(place, epoch >= 2) for place, epoch in zip(places, epochs, strict=True)]
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, len(epochs) + 1))
-    assert [row["epoch"] for row in rows] == epochs
+    assert [row["epoch"] for row in rows] == [epoch + 1 for epoch in epochs]
     assert [row["pictures"] for row in rows] == pictures
     assert [row["lr"] for row in rows] == pytest.approx([RATES[epoch] for epoch in epochs])
     lines = re.findall(r"epoch (\d)/4 step (\d+)/(\d+)", (tmp_path / "log.txt").read_text())
@@ -198,7 +199,7 @@ def test_a_finished_run_says_so(tmp_path, together):
     assert "steps of 2 pictures a domain from here on, of 1 before: epoch 1 goes on where it was" in log
     data, done = go(tmp_path, 2, 1)
     assert (done, data.asked) == (10, [])
-    last = (tmp_path / "log.txt").read_text().splitlines()[-1]
+    last = log_lines(tmp_path)[-1]
     assert last.startswith("nothing is left to do: 4 epochs are done")
     assert last.endswith("is at step 10")
     for batch in (1, 4):  # a finished run stays finished with any batch size

@@ -25,6 +25,7 @@ from tests.ends import FULL, NO_ROOM, largest_file, one_sentence, tiny
 from tests.engine.test_distributed import as_rank, finish, free_port
 from tests.engine.test_lines import ERRORS
 from tests.engine.test_validate import Scripted, go
+from tests.logs import log_lines
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,7 +54,7 @@ def steps(run: Path) -> list[int]:
 
 
 def log_of(run: Path) -> list[str]:
-    return (run / "log.txt").read_text().splitlines()
+    return log_lines(run)
 
 
 FAULTS = [OSError(code, os.strerror(code)) for code in ERRORS]
