@@ -1,10 +1,10 @@
 """fastnce: fast, exact training of contrastive unpaired image translation.
 
-Three ways to use it::
+from fastnce import PatchNCELoss, PatchSampleF     # drop-in losses
 
-    from fastnce import PatchNCELoss, PatchSampleF     # drop-in losses
-    fastnce train cut --data DIR --out RUN             # the training engine
-    make bench                                         # every speed that we report
+run = fastnce.train("cut", data="DIR", out="RUN")  # the training engine; on the command line: fastnce train
+picture = fastnce.load("RUN").translate(picture)
+fastnce.evaluate("RUN", "TEST")
 """
 
 import sys as _sys
@@ -25,6 +25,7 @@ if not (_here / "kernels").exists() and (_beside / "common.py").exists():
     _sys.modules[_spec.name] = _module_from_spec(_spec)
 
 if _TYPE_CHECKING:
+    from .api import Callback, Run, RunInfo, StopTraining, TrainingFailed, evaluate, load, train
     from .evaluate import DerainingMetrics
     from .nce import (
         NegativeBank,
@@ -37,25 +38,36 @@ if _TYPE_CHECKING:
     )
 
 __all__ = [
+    "Callback",
     "DerainingMetrics",
     "NegativeBank",
     "PatchNCEHead",
     "PatchNCELoss",
     "PatchSampleF",
+    "Run",
+    "RunInfo",
+    "StopTraining",
+    "TrainingFailed",
     "__version__",
+    "evaluate",
+    "load",
     "patch_nce",
     "project_patches",
     "sample_patch_ids",
+    "train",
 ]
+
+_PLACES = {"DerainingMetrics": "evaluate"} | dict.fromkeys(
+    ("Callback", "Run", "RunInfo", "StopTraining", "TrainingFailed", "load", "train"), "api"
+)
 
 
 def __getattr__(name: str) -> object:
     """Import a public name at its first use: importing PyTorch takes seconds, during which Ctrl-C must work."""
-    if name in __all__:
-        place = "evaluate" if name == "DerainingMetrics" else "nce"
-        found: object = getattr(_import_module(f"{__name__}.{place}"), name)
-    elif name in ("data", "evaluate", "kernels", "nce", "networks"):
-        found = _import_module(f"{__name__}.{name}")
+    if name in ("data", "evaluate", "kernels", "nce", "networks"):
+        found: object = _import_module(f"{__name__}.{name}")
+    elif name in __all__:
+        found = getattr(_import_module(f"{__name__}.{_PLACES.get(name, 'nce')}"), name)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = found

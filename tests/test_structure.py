@@ -23,6 +23,7 @@ FLOORS = [
     {"config"},
     {"translate", "accelerate"},
     {"training"},
+    {"api"},
     {"commands"},
     {"__main__"},
 ]
@@ -30,7 +31,9 @@ FLOORS = [
 
 PUBLIC = {
     "fastnce": {"DerainingMetrics", "NegativeBank", "PatchNCEHead", "PatchNCELoss", "PatchSampleF", "__version__"}
-    | {"patch_nce", "project_patches", "sample_patch_ids"},
+    | {"patch_nce", "project_patches", "sample_patch_ids", "train", "load", "evaluate", "Run", "RunInfo", "Callback"}
+    | {"StopTraining", "TrainingFailed"},
+    "fastnce.api": {"train", "load", "evaluate", "Run", "RunInfo", "Callback", "StopTraining", "TrainingFailed"},
     "fastnce.nce": {"NegativeBank", "PatchNCEHead", "PatchNCELoss", "PatchSampleF", "patch_nce", "patch_nce_layers"}
     | {"project_patches", "sample_patch_ids", "products", "which", "Choice", "Weights", "Weighting", "WEIGHTINGS"}
     | {"monce", "hdce"},
@@ -147,6 +150,8 @@ def test_no_import_is_inside_a_function(name):
     assert [one.split()[0] for one in hidden] == ([ON_PURPOSE[name]] if name in ON_PURPOSE else []), hidden
 
 
+CALLED = ("import sys", "sys.modules[__name__].__class__ = EvaluatePackage")
+"""`fastnce.evaluate` is a package and a function."""
 PACKAGES = [name for name, path in MODULES.items() if path.name == "__init__.py" and name]
 
 
@@ -155,7 +160,8 @@ def test_packages_only_re_export(name):
     for node in ast.parse(MODULES[name].read_text()).body:
         text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         names = isinstance(node, ast.Assign) and [t.id for t in node.targets if isinstance(t, ast.Name)] == ["__all__"]
-        assert text or names or isinstance(node, ast.ImportFrom), f"{MODULES[name]}:{node.lineno} defines something"
+        called = name == "evaluate" and ast.unparse(node) in CALLED
+        assert text or names or called or isinstance(node, ast.ImportFrom), f"{MODULES[name]}:{node.lineno} defines"
 
 
 def test_files_are_short_and_the_package_has_few_of_them():

@@ -16,7 +16,13 @@ from .check import check
 from .config import Config, from_preset, keys_of
 
 
-def resolve(method: str, file: Path | None = None, overrides: list[str] | None = None) -> Config:
+def resolve(
+    method: str,
+    file: Path | None = None,
+    overrides: list[str] | None = None,
+    *,
+    values: dict[str, Any] | None = None,
+) -> Config:
     """Build the configuration of a method from its preset, then a file, then overrides.
 
     Raises:
@@ -52,6 +58,8 @@ def resolve(method: str, file: Path | None = None, overrides: list[str] | None =
         if not equals:
             raise ValueError(f"{brief(text)}: write section.key=value{_nearest_key(config, name)}")
         _set(config, name.strip(), value.strip(), "", parse=True)
+    for key, value in (values or {}).items():
+        _set(config, key, value, "")
     check(config)
     return config
 

@@ -8,7 +8,8 @@ train_run(resolve("fastcut", overrides=["data.dir=DIR"]), Path("runs/mine"))
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ from ..config.build import build_method, plan
 from ..config.check import check
 from ..config.config import Config
 from ..config.options import sides
+from ..engine.callbacks import Callback, Callbacks
 from ..engine.checkpoint import Checkpoints
 from ..engine.checks import check_run
-from ..engine.choices import pick_device, pick_precision
+from ..engine.choices import pick_device, pick_precision, tf32_allowed
 from ..engine.distributed import Ranks, ranks_of_launcher, read_ranks
 from ..engine.loop import TrainingFailed, train
 from ..engine.memory import check_room, keep_freed_memory, out_of_memory, too_large
@@ -34,26 +36,48 @@ from ..engine.recompute import recompute_blocks
 from .checks import check_code, check_place, check_plan, check_same_run
 from .data import open_checked, open_validation
 
+ONE = threading.Lock()
+"""Held by the training of this process: all of them would draw from one random number generator."""
 
-def train_run(config: Config, out: str | os.PathLike[str], *, quiet: bool = False) -> int:
+
+def train_run(
+    config: Config,
+    out: str | os.PathLike[str],
+    *,
+    quiet: bool = False,
+    callbacks: Sequence[Callback | Callable[..., Any]] = (),
+) -> int:
     """Build everything that a configuration names, and train; returns the steps done.
 
     Args:
         out: the folder of the run. If it holds a run of the same configuration, that run continues.
         quiet: print nothing.
+        callbacks: watch the run on the first rank: instances of `fastnce.Callback`, or functions (step, values).
+
+    The number of threads, PyTorch's random numbers and its TF32 settings are restored at the end.
 
     Raises:
-        ValueError: the configuration or its images cannot be trained, or (`InUse`) another process trains in `out`.
+        ValueError: the configuration or its images cannot be trained, or (`InUse`) another process trains in `out`, or
+            another thread of this process trains.
         TrainingFailed: as `fastnce.engine.loop.train`.
     """
-    out = Path(out)
+    if not ONE.acquire(blocking=False):
+        raise ValueError("a training runs in this process already: wait for its end, or start another process")
+    try:
+        return _train(config, Path(out), quiet, Callbacks(callbacks))
+    finally:
+        ONE.release()
+
+
+def _train(config: Config, out: Path, quiet: bool, callbacks: Callbacks) -> int:
     check(config)
     check_place(config, out)
     with hold_run(out) if read_ranks().first else nullcontext():
         state = check_same_run(config, out, read_ranks().world)
         with ranks_of_launcher(config.run.device) as ranks:
             try:
-                return _train_rank(config, out, ranks, quiet or not ranks.first, state)
+                with _restored(pick_device(ranks.device(config.run.device)), config.run.tf32):
+                    return _train_rank(config, out, ranks, quiet or not ranks.first, state, callbacks)
             except (RuntimeError, MemoryError) as error:
                 if isinstance(error, TrainingFailed) or not out_of_memory(error):  # it may quote the allocator
                     raise
@@ -62,6 +86,22 @@ def train_run(config: Config, out: str | os.PathLike[str], *, quiet: bool = Fals
                 raise CodeError(
                     f"own code ended the run by sys.exit({error.code!r}){place_in_own_code(error)}"
                 ) from error
+
+
+@contextmanager
+def _restored(device: torch.device, tf32: str) -> Iterator[None]:
+    """Restore afterwards what a training changes in this process."""
+    threads = torch.get_num_threads()
+    before = tf32_allowed() if device.type == "cuda" and tf32 != "auto" else None
+    kind = device.type if device.type != "cpu" else "cuda"
+    try:
+        with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=kind):
+            yield
+    finally:
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        if before is not None:
+            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 @contextmanager
@@ -78,7 +118,9 @@ def hold_run(out: Path) -> Iterator[None]:
         yield
 
 
-def _train_rank(config: Config, out: Path, ranks: Ranks, quiet: bool, state: dict[str, Any] | None) -> int:
+def _train_rank(
+    config: Config, out: Path, ranks: Ranks, quiet: bool, state: dict[str, Any] | None, callbacks: Callbacks
+) -> int:
     device = pick_device(ranks.device(config.run.device))
     if device.type == "cpu":
         keep_freed_memory()
@@ -121,6 +163,7 @@ def _train_rank(config: Config, out: Path, ranks: Ranks, quiet: bool, state: dic
         quiet=quiet,
         ranks=ranks,
         validation=validation,
+        callbacks=callbacks,
     )
 
 

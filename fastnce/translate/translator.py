@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from ..evaluate.quality import FLOATS, check_range
 from ..methods.checks import channels_of
 from ..networks import channels_last
 from ..networks.contracts import fitting_side
+from .kinds import translate_picture
 from .tiles import translate_exact, translate_fast
 from .windows import operations_of
 
@@ -87,6 +88,25 @@ class Translator:
         """
         self._check(pictures)
         return self._translate(pictures.to(self.dtype)).clamp(-1, 1)
+
+    def translate(self, picture: Any) -> Any:
+        """Translate a picture of any size, and return the same kind.
+
+        Args:
+            picture: one of these.
+                A PIL image: EXIF orientation is applied; alpha and a fitting colour profile are kept.
+                A NumPy array (height, width, channels), with (height, width) for grey, or (images, height, width,
+                channels): uint8, uint16, or floats in [-1, 1].
+                A tensor (channels, height, width) or (images, channels, height, width): uint8, uint16, or floats in
+                [-1, 1]. The result is on the tensor's device.
+
+        Returns:
+            the same kind, dtype and number of dimensions; the channels are those of the model's output.
+
+        Raises:
+            ValueError: the kind, dtype, shape or range does not fit, or the picture does not fit into memory.
+        """
+        return translate_picture(self, picture, self.channels, self.out_channels)
 
     def _check(self, pictures: Tensor) -> None:
         wanted = f"pictures must be (images, {self.channels}, height, width)"

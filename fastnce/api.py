@@ -1,0 +1,177 @@
+"""The command line in Python: train, load and evaluate in three lines.
+
+run = fastnce.train("fastcut", data="DIR", out="runs/mine", **{"data.batch": 4})
+model = fastnce.load("runs/mine")
+dusk = model.translate(PIL.Image.open("day.jpg"))
+print(fastnce.evaluate(model, "TEST").summary())
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .config.check import check
+from .config.resolve import resolve
+from .engine.callbacks import Callback, RunInfo, StopTraining
+from .engine.choices import pick_device
+from .engine.history import read_history, read_lines
+from .engine.loop import TrainingFailed
+from .evaluate.report import Report
+from .evaluate.report import evaluate as measure
+from .training.run import train_run
+from .translate.load import load_translator
+from .translate.translator import Tiles, Translator
+
+__all__ = ["Callback", "Run", "RunInfo", "StopTraining", "TrainingFailed", "evaluate", "load", "train"]
+
+
+class Run:
+    """A run's folder, after training or later.
+
+    Args:
+        folder: the run.
+        steps: steps done.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], steps: int):
+        self.folder, self.steps = Path(folder), steps
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl as dicts: "step", each loss by its name, "lr", "held_out_psnr_y" and so on."""
+        return read_lines(self.folder / "metrics.jsonl")
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """What happened, as `fastnce.engine.history` describes: starts, warnings, changes and ends."""
+        return read_history(self.folder)
+
+    @property
+    def samples(self) -> list[Path]:
+        """The sample grids, oldest first."""
+        return sorted((self.folder / "samples").glob("step-*.png"))
+
+    @property
+    def report(self) -> Path:
+        """The report that a browser shows; it is there unless `run.report` is off."""
+        return self.folder / "report.html"
+
+    def load(self, checkpoint: str = "latest", **options: Any) -> Translator:
+        """The model of the newest checkpoint, or of the best one with `checkpoint="best"`; `options` as for `load`."""
+        return load(self.folder / "checkpoints" / checkpoint, **options)
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.folder)!r}, {self.steps:,} steps)"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the folder, the steps and the newest sample grid."""
+        shown = f"<p>{html.escape(str(self.folder))}: {self.steps:,} steps</p>"
+        if self.samples:
+            content = base64.b64encode(self.samples[-1].read_bytes()).decode()
+            shown += f'<img alt="samples" style="max-width:100%" src="data:image/png;base64,{content}">'
+        return shown
+
+
+def train(
+    method: str,
+    data: str | os.PathLike[str] | None = None,
+    out: str | os.PathLike[str] | None = None,
+    *,
+    config: str | os.PathLike[str] | None = None,
+    callbacks: Sequence[Callback | Callable[..., Any]] = (),
+    quiet: bool = False,
+    **options: Any,
+) -> Run:
+    """Train a method, as `fastnce train` does; the same call continues the run.
+
+    One training runs at a time in a process; it may run in a thread. Under `torchrun`, every process makes this call.
+
+    Args:
+        method: "cut", "fastcut", "sincut", "cyclegan", "dclgan", "simdcl", "dcdgan", ... or "mypaper.py:MyMethod".
+        data: the folder with trainA and trainB.
+        out: the folder of the run.
+        config: a TOML file, as for `fastnce train --config`.
+        callbacks: watch the run: instances of `Callback`, or functions (step, values). One that raises `StopTraining`
+            ends the run cleanly.
+        quiet: print nothing.
+        options: values by key, such as **{"data.batch": 4, "run.steps": 10_000}. `fastnce train METHOD --dry-run`
+            lists them all.
+
+    Returns:
+        the run.
+
+    Raises:
+        ValueError: an option, the images or the folder cannot be used; the message says what would be right.
+        TrainingFailed: training cannot go on.
+    """
+    if out is None:
+        raise ValueError('fastnce.train needs out="RUN", the folder of the run')
+    resolved = resolve(method, None if config is None else Path(config), values=options)
+    if data is not None:
+        if options.get("data.dir", os.fspath(data)) != os.fspath(data):
+            raise ValueError(f"data={os.fspath(data)} and data.dir={options['data.dir']} differ: give one of them")
+        resolved.data.dir = os.fspath(data)
+        check(resolved)
+    if not (resolved.data.dir or resolved.data.dataset):
+        raise ValueError('fastnce.train needs data="DIR", the folder with trainA and trainB')
+    return Run(out, train_run(resolved, out, quiet=quiet, callbacks=callbacks))
+
+
+def load(
+    source: str | os.PathLike[str] | Run,
+    device: str | torch.device = "auto",
+    *,
+    generator: str = "",
+    tiles: Tiles = "auto",
+    tile_size: int = 1024,
+    trust_code: bool = False,
+) -> Translator:
+    """Load a trained model; its method `translate` takes a PIL image, a NumPy array or a tensor.
+
+    Args:
+        source: a run (its folder, or what `train` returned), a checkpoint's folder, or a published `.pth` file.
+        device: "auto" is the first accelerator, else the CPU.
+        generator, tiles, tile_size, trust_code: see `fastnce.translate.load_translator`.
+
+    Raises:
+        ValueError: there is no such run or file, or it does not contain a usable generator.
+    """
+    return load_translator(
+        source.folder if isinstance(source, Run) else source,
+        pick_device(str(device)),
+        generator,
+        tiles=tiles,
+        tile_size=tile_size,
+        trust_code=trust_code,
+    )
+
+
+def evaluate(
+    model: Translator | str | os.PathLike[str] | Run | None,
+    data: str | os.PathLike[str],
+    **options: Any,
+) -> Report:
+    """Measure a model on a test set, as `fastnce evaluate` does.
+
+    Args:
+        model: what `load` returns, or what it takes; None measures the inputs themselves.
+        data: a paired test set, or a folder with testA and testB (see `fastnce.evaluate.pairs.find_pairs`).
+        options: see `fastnce.evaluate.report.evaluate`, such as fid=True or sheet="sheet.png".
+
+    Returns:
+        the report: `mean`, `inputs`, `pictures`, `summary()`.
+
+    Raises:
+        ValueError: the model, the set or a picture cannot be used.
+    """
+    translator = model if isinstance(model, Translator) or model is None else load(model)
+    if translator is not None:
+        options = {"channels": translator.channels, "device": translator.device, **options}
+    return measure(data, translator, **options)
