@@ -81,7 +81,9 @@ def test_evaluate_is_a_function_and_a_package(folder, tmp_path):
     model = fastnce.load(train(folder, tmp_path / "run", run__steps=1))
     report = fastnce.evaluate(model, pairs)
     rain, clean = (fastnce.data.load_image(pairs / side / "a.png")[None] for side in ("rain", "norain"))
-    assert report.pictures[0]["psnr_rgb"] == pytest.approx(float(psnr(to_levels(model(rain)), to_levels(clean))), abs=1e-4)
+    assert report.pictures[0]["psnr_rgb"] == pytest.approx(
+        float(psnr(to_levels(model(rain)), to_levels(clean))), abs=1e-4
+    )
     assert fastnce.evaluate(None, pairs).mean["psnr_rgb"] == report.inputs["psnr_rgb"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -40,9 +41,7 @@ class Bar:
             file=self._stream,
             mininterval=0.2,
             miniters=1,
-            dynamic_ncols=True,
             bar_format=LAYOUT,
-            disable=False,
         )
         self._bar.batch, self._bar.save_every = batch, save_every
 
@@ -92,7 +91,8 @@ class _Line(tqdm):
             left = min(self.save_every - done % self.save_every, total - done)
             checkpoint = f", checkpoint in {self.format_interval(left / rate)}" if left else ""
         steps = f"{done:,}/{total:,}"
-        return known | {"steps": steps, "speed": speed, "checkpoint": checkpoint, "values": self.values}
+        width = shutil.get_terminal_size().columns  # tqdm's own takes a terminal of unknown size for one without room
+        return known | {"ncols": width, "steps": steps, "speed": speed, "checkpoint": checkpoint, "values": self.values}
 
 
 class _Stream:
