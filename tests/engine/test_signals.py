@@ -13,13 +13,13 @@ import pytest
 import torch
 
 import fastnce
-from fastnce import training
 from fastnce.commands.main import main
 from fastnce.common import writing
 from fastnce.engine import launch, stop
 from fastnce.engine.checkpoint import Checkpoints
 from fastnce.engine.loop import _Run
 from fastnce.engine.step import Step
+from fastnce.training import run as training
 from tests.ends import left, write
 from tests.engine.test_engine import SMALL
 from tests.forked import Forked
