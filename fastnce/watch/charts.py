@@ -32,6 +32,8 @@ TITLES = {
 }
 AXES = ("step", "epoch", "pictures")
 SPEED = ("images_per_second", "lr", "data_share", "response", "identity_psnr", "skipped_steps", "warnings")
+SMOOTHED = ("images_per_second", "data_share", "response", "identity_psnr")
+"""Of `SPEED`; losses are smoothed too."""
 QUIET = ("skipped_steps", "warnings")
 """Not shown as long as they are 0."""
 NO_MEASURE = ("held_out_seconds", "held_out_pairs")
@@ -83,8 +85,8 @@ def _packed(curve: Curve) -> dict[str, Any]:
 
 
 def _short(values: np.ndarray) -> list[float | None]:
-    """The numbers with five digits. Sums of finite numbers can be infinite: those become None."""
-    return [float(f"{value:.5g}") if math.isfinite(value) else None for value in values.tolist()]
+    """The numbers with six digits. Sums of finite numbers can be infinite: those become None."""
+    return [float(f"{value:.6g}") if math.isfinite(value) else None for value in values.tolist()]
 
 
 def pictures(run: Metrics) -> list[list[float]] | None:

@@ -13,7 +13,8 @@ function short(value) {
   if (size >= 1e9) return value.toExponential(1);
   if (size >= 1e6) return `${+(value / 1e6).toPrecision(3)}M`;
   if (size >= 1e4) return `${+(value / 1e3).toPrecision(3)}k`;
-  return size >= 1e-3 || size === 0 ? String(+value.toPrecision(4)) : String(+value.toPrecision(2)).replace("e-", "e−");
+  if (size >= 1e-3 || size === 0) return String(+value.toPrecision(4));
+  return value.toExponential(1).replace(".0e", "e").replace("e-", "e−");
 }
 
 const whole = (value) => Math.round(value).toLocaleString("en");
@@ -48,7 +49,8 @@ function smoothed(values) {  // an exponential mean without the pull of its star
 
 function ticks(low, high, count) {
   const rough = (high - low) / count, power = 10 ** Math.floor(Math.log10(rough));
-  const step = power * [1, 2, 5, 10].find((factor) => factor * power >= rough * 0.999);
+  const far = (factor) => Math.abs(Math.log(factor * power / rough));
+  const step = power * [1, 2, 5, 10].reduce((best, factor) => (far(factor) < far(best) ? factor : best));
   const found = [];
   for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) found.push(i * step);
   return found;
@@ -71,7 +73,7 @@ const left = 46, right = 10, top_ = 8, bottom = 22, height = 190;
 class Chart {
   constructor(name, group) {
     this.name = name;
-    this.smooth = group !== "validation" && name !== "lr";
+    this.smooth = group === "losses" || data.smooth.includes(name);
     this.group = group;
     this.box = document.createElement("figure");
     this.box.className = "chart";
@@ -114,7 +116,8 @@ class Chart {
     for (const line of this.drawn) { begin = Math.min(begin, line.x[0]); end = Math.max(end, line.x.at(-1)); }
     this.log = view.log && low > 0;
     if (this.log) { low = Math.log10(low); high = Math.log10(high); }
-    const pad = (high - low) * 0.05 || Math.abs(high) * 0.1 || 1;
+    const flat = high - low < 1e-4 * Math.abs(high);  // differences that the numbers at the axis would not show
+    const pad = flat ? Math.abs(high) * 0.05 || 1 : (high - low) * 0.05 || 1;
     low -= low === 0 && !this.log ? 0 : pad;
     high += pad;
     if (end <= begin) { begin -= 1; end += 1; }
@@ -123,7 +126,7 @@ class Chart {
     this.px = (x) => left + (x - begin) / (end - begin) * wide;
     this.py = (y) => top_ + (1 - ((this.log ? Math.log10(Math.max(y, 1e-300)) : y) - low) / (high - low)) * tall;
     const marks = this.log ? logTicks(low, high) : ticks(low, high, 4);
-    let shapes = `<clipPath id="clip-${charts.indexOf(this)}"><rect x="${left}" y="0" width="${wide}" height="${height - bottom}"/></clipPath>`;
+    let shapes = `<clipPath id="clip-${charts.indexOf(this)}"><rect x="${left - 4}" y="0" width="${wide + 8}" height="${height - bottom + 4}"/></clipPath>`;
     for (const mark of marks) {
       const y = top_ + (1 - (mark - low) / (high - low)) * tall;
       shapes += `<path class="grid" d="M${left} ${y.toFixed(1)}H${this.width - right}"/>`;
@@ -269,6 +272,8 @@ class Samples {
         const names = Object.keys(sample.rows[0]), name = names.includes("fake_B") ? "fake_B" : names.at(-1);
         return `<button type="button" data-step="${sample.step}" aria-label="step ${sample.step}"><img alt="" src="${data.images[sample.rows[0][name]]}">${short(sample.step)}</button>`;
       }).join("");
+      const decoded = [...film.querySelectorAll("img")].map((image) => image.decode().catch(() => null));
+      Promise.all(decoded).then(() => this.fill());  // the strip scrolls once its pictures have their sizes
       film.addEventListener("click", (event) => {
         const chosen = event.target.closest("button");
         if (chosen) { this.stop(); this.go(this.steps.indexOf(+chosen.dataset.step)); }
@@ -307,7 +312,7 @@ class Samples {
     const names = Object.keys(sample.rows[0]);
     const pairs = data.pairs.filter((pair) => pair.every((name) => names.includes(name)));
     const ways = pairs.length ? pairs : [names];
-    return ways.map((way) => `<div class="way">${pairs.length ? `<h3>${way[0]} to ${way[0] === "A" ? "B" : "A"}</h3>` : ""}<div class="rows">${
+    return ways.map((way) => `<div class="way">${pairs.length ? `<h3>${way[0]} to ${way[0] === "A" ? "B" : "A"}</h3>` : ""}<div class="rows${names[0] === "" ? " whole" : ""}">${
       sample.rows.map((row) => `<div class="row" style="grid-template-columns:repeat(${way.length},1fr)">${
         way.map((name) => this.picture(name, row[name], sample.step)).join("")}</div>`).join("")}</div></div>`).join("");
   }

@@ -10,7 +10,7 @@ from typing import Any
 
 from .. import __version__
 from . import tables
-from .charts import AXES, groups, numbers, title_of
+from .charts import AXES, SMOOTHED, groups, numbers, title_of
 from .strips import SHOWN, distinct
 from .tables import Run, text
 
@@ -51,7 +51,11 @@ def head(runs: Sequence[Run], title: str) -> str:
     done, total = tables.steps_done(run), run.facts.total
     bar = f'<progress max="{total}" value="{min(done, total)}" aria-label="steps done"></progress>' if total else ""
     start = run.facts.events[0] if run.facts.events else {}
-    about = [run.facts.method, run.facts.start.get("device", ""), f"begun {begun}" if (begun := tables.when(start)) else ""]
+    about = [
+        run.facts.method,
+        run.facts.start.get("device", ""),
+        f"begun {begun}" if (begun := tables.when(start)) else "",
+    ]
     reason = f'<p class="reason">{text(run.facts.reason)}</p>' if run.facts.reason else ""
     return (
         f"<header><h1>{text(title, 100)} {tables.badge(run)}</h1>"
@@ -88,7 +92,7 @@ def sections(runs: Sequence[Run]) -> list[tuple[str, str]]:
         ("Warnings", tables.warnings(first) if alone else ""),
         ("Samples", samples),
         ("", controls(runs) if any(charts.values()) else ""),
-        ("Validation on held-out pictures", measured + charts["validation"]),
+        ("Validation on held-out pictures", measured + charts["validation"] + (lines(runs) if measured else "")),
         ("Losses", charts["losses"]),
         ("Speed and health", charts["speed"]),
     ]
@@ -104,6 +108,16 @@ def sections(runs: Sequence[Run]) -> list[tuple[str, str]]:
         )
         body += [("Keys that differ", tables.differing(runs)), ("Warnings", listed)]
     return body
+
+
+def lines(runs: Sequence[Run]) -> str:
+    """What the straight lines of the charts stand for."""
+    found = ["dashed: the untranslated inputs"] if any(run.metrics.inputs for run in runs) else []
+    if len(runs) == 1 and runs[0].facts.best:
+        found.append("dotted green: the best checkpoint")
+    if any(event.get("event") == "change" for run in runs for event in run.facts.events):
+        found.append("dotted orange, in all charts: the configuration changes")
+    return f'<p class="lines">{"; ".join(found).capitalize()}.</p>' if found else ""
 
 
 def controls(runs: Sequence[Run]) -> str:
@@ -140,6 +154,7 @@ def numbers_of(runs: Sequence[Run]) -> dict[str, Any]:
         "runs": shown,
         "groups": found,
         "titles": {name: title_of(name) for name in names},
+        "smooth": SMOOTHED,
         "images": images,
         "roles": ROLES,
         "pairs": PAIRS,

@@ -90,7 +90,7 @@ def tiles(run: Run) -> str:
         shown = title_of(f"{HELD_OUT}{measure}")
         found.append((f"Best {shown}", figure(value), f"at step {facts.best.step:,}"))
     if facts.latest is not None:
-        found.append(("Last checkpoint", f"{facts.latest.step:,}", "step"))
+        found.append(("Last checkpoint", f"{facts.latest.step:,}", "steps"))
     return '<dl class="tiles">{}</dl>'.format(
         "".join(
             f"<div><dt>{text(name)}</dt><dd>{text(value)} <small>{text(note)}</small></dd></div>"
@@ -174,9 +174,7 @@ def warnings(run: Run) -> str:
 
 def events(run: Run) -> str:
     """The starts, changes and ends of a run, newest first."""
-    rows = [
-        [when(one), step_cell(one), told(one)] for one in run.facts.events[: -EVENTS - 1 : -1]
-    ]
+    rows = [[when(one), step_cell(one), told(one)] for one in run.facts.events[: -EVENTS - 1 : -1]]
     return table(["Time", "Step", "What happened"], rows, "events") if rows else ""
 
 
