@@ -38,7 +38,8 @@ def page(runs: Sequence[Run]) -> str:
             '<main>\n<noscript><p class="note">The curves and the pictures need JavaScript.</p></noscript>\n',
             *(section(name, body) for name, body in sections(runs) if body),
             f"</main>\n<footer>Written {datetime.now():%Y-%m-%d %H:%M} by fastnce {text(__version__)}</footer>\n",
-            f'<script type="application/json" id="data">{data}</script>\n<script>\n{script}</script>\n</body>\n</html>\n',
+            f'<script type="application/json" id="data">{data}</script>\n',
+            f"<script>\n{script}</script>\n</body>\n</html>\n",
         ]
     )
 
@@ -59,15 +60,17 @@ def head(runs: Sequence[Run], title: str) -> str:
     reason = f'<p class="reason">{text(run.facts.reason)}</p>' if run.facts.reason else ""
     return (
         f"<header><h1>{text(title, 100)} {tables.badge(run)}</h1>"
-        f'<p class="about">{" · ".join(text(one) for one in about if one)}</p>{reason}{bar}{tables.tiles(run)}</header>\n'
+        f'<p class="about">{" · ".join(text(one) for one in about if one)}</p>{reason}{bar}'
+        f"{tables.tiles(run)}</header>\n"
     )
 
 
 def legend(runs: Sequence[Run]) -> str:
     """The runs with their colours; a run can be hidden."""
     items = "".join(
-        f'<li><label><input type="checkbox" checked data-run="{i}"><i class="c{i % 10}"></i> <b>{text(run.name, 100)}</b>'
-        f"</label> {tables.badge(run)} <small>{text(run.facts.method)}, {tables.progress(run)}</small></li>"
+        f'<li><label><input type="checkbox" checked data-run="{i}"><i class="c{i % 10}"></i> '
+        f"<b>{text(run.name, 100)}</b></label> {tables.badge(run)} "
+        f"<small>{text(run.facts.method)}, {tables.progress(run)}</small></li>"
         for i, run in enumerate(runs)
     )
     return f'<ul class="legend">{items}</ul>'
@@ -103,9 +106,8 @@ def sections(runs: Sequence[Run]) -> list[tuple[str, str]]:
             ("Machine and versions", tables.machine(first)),
         ]
     else:
-        listed = "".join(
-            f"<h3>{text(run.name)}</h3>{found}" for run in (first, *others) if (found := tables.warnings(run))
-        )
+        warned = [(run.name, tables.warnings(run)) for run in (first, *others)]
+        listed = "".join(f"<h3>{text(name)}</h3>{warnings}" for name, warnings in warned if warnings)
         body += [("Keys that differ", tables.differing(runs)), ("Warnings", listed)]
     return body
 

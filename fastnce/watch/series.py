@@ -1,6 +1,6 @@
 """Reads `metrics.jsonl` into curves of bounded size: only what is new, however long the run.
 
-A curve is a row of spans of steps. Each span has the least, the largest and the mean value of its steps, so that thinning
+A curve is a row of spans of steps. Each span has the least, the largest and the mean value of its steps, so thinning
 hides no spike.
 """
 
@@ -65,10 +65,12 @@ class Curve:
         self._set(*(column[kept] for column in self._columns()))
 
     def thinned(self, limit: int) -> Curve:
-        """A copy of at most `limit` spans."""
+        """A copy of at most `limit` spans, all of one width."""
         made = Curve()
         made._set(*self._columns())
         made.width, made.not_finite = self.width, self.not_finite
+        if made.width > 1:
+            made._merge()  # the newest lines are not merged yet
         made._thin(limit)
         return made
 

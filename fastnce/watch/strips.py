@@ -147,7 +147,7 @@ def layout(text: Any, size: tuple[int, int]) -> list[Box]:
             for row, line in enumerate(found["rows"])
             for column in found["columns"]
         ]
-    except (TypeError, ValueError, KeyError, RecursionError):
+    except (TypeError, ValueError, KeyError, OverflowError, RecursionError):
         return []
     width, height = size
     inside = all(0 <= left < right <= width and 0 <= top < low <= height for left, top, right, low in _areas(boxes))
@@ -181,11 +181,11 @@ def small(picture: Image.Image, side: int, most: int) -> str:
         for quality in QUALITIES:
             packed = io.BytesIO()
             picture.save(packed, format=kind, quality=quality)
-            if packed.tell() <= most:
+            if packed.tell() <= most or (quality == QUALITIES[-1] and max(picture.size) <= LEAST):
                 return _uri(kind, packed)
-        side = max(picture.size) * 3 // 4
-        if side < LEAST:
-            return _uri(kind, packed)
+            if packed.tell() > 4 * most and max(picture.size) > LEAST:
+                break  # the quality alone will not do
+        side = max(LEAST, int(max(picture.size) * min(0.75, (most / packed.tell()) ** 0.5)))
 
 
 def _uri(kind: str, packed: io.BytesIO) -> str:

@@ -17,6 +17,7 @@ from .strips import Sample
 
 LONGEST = 400
 """Characters of one text from a file."""
+NONE = "\N{EN DASH}"
 EVENTS = 100
 """The newest so many events, and warnings, are shown."""
 STATES = ("running", "finished", "stopped", "failed", "killed")
@@ -41,7 +42,7 @@ def text(value: Any, most: int = LONGEST) -> str:
 def figure(value: float | None) -> str:
     """A number with about four digits; a dash if there is none."""
     if value is None:
-        return "–"
+        return NONE
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
 
 
@@ -212,16 +213,16 @@ def configuration(run: Run) -> str:
         mark = "changed" if key.changed else "same"
         default = f"<code>{_value(key.default)}</code>" if key.changed else ""
         rows.append(
-            f'<tr class="{mark}"><th scope="row"><code>{_name(key)}</code></th><td><code>{_value(key.value)}</code></td>'
-            f"<td>{default}</td><td>{text(key.help)}</td></tr>"
+            f'<tr class="{mark}"><th scope="row"><code>{_name(key)}</code></th>'
+            f"<td><code>{_value(key.value)}</code></td><td>{default}</td><td>{text(key.help)}</td></tr>"
         )
     if not rows:
         return "<p>The run has no configuration that can be read.</p>"
     head = "".join(f'<th scope="col">{name}</th>' for name in ("Key", "Value", "Preset", "What it does"))
     return (
         '<label class="only"><input type="checkbox" id="only" checked> Only what differs from the preset</label>'
-        f'<div class="scroll"><table class="config"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
-        "</div>"
+        f'<div class="scroll"><table class="config"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 
@@ -230,7 +231,7 @@ def differing(runs: Sequence[Run]) -> str:
     tables = [{_name(key): _value(key.value) for key in run.facts.config} for run in runs]
     names = list(dict.fromkeys(name for one in tables for name in one))
     rows = [
-        [f"<code>{name}</code>", *(f"<code>{one.get(name, '–')}</code>" for one in tables)]
+        [f"<code>{name}</code>", *(f"<code>{one.get(name, NONE)}</code>" for one in tables)]
         for name in names[:1000]
         if len({one.get(name) for one in tables}) > 1
     ]
