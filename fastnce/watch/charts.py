@@ -105,11 +105,10 @@ def epochs(run: Metrics) -> list[list[float]] | None:
         return None
     curve = curve.thinned(200)
     numbers = curve.low - curve.low.min() if curve.low.min() < 1 else curve.low - 1
-    new = np.flatnonzero(np.diff(numbers, prepend=-1.0))
-    steps, done = curve.first[new].astype(float).tolist(), numbers[new].tolist()
-    steps, done = ([0.0, *steps], [0.0, *done]) if done[0] > 0 else ([0.0, *steps[1:]], done)
+    new = np.flatnonzero(np.diff(numbers)) + 1  # an epoch begins after the last line of the one before
+    steps, done = [0.0, *curve.last[new - 1].astype(float).tolist()], [0.0, *numbers[new].tolist()]
     end = float(curve.last[-1])
     if end > steps[-1]:  # within the last epoch: as fast as the epochs before
-        pace = done[-1] / steps[-1] if steps[-1] > 0 else 1 / end
+        pace = done[-1] / steps[-1] if done[-1] > 0 else 1 / end
         steps, done = [*steps, end], [*done, min(done[-1] + 1, done[-1] + pace * (end - steps[-1]))]
     return [steps, done]

@@ -38,7 +38,9 @@ def training(steps: range, epoch_steps: int = 10, first_epoch: int = 1) -> list[
     ]
 
 
-def grid(path: Path, seed: int, side: int = 16, rows: int = 2, names: tuple[str, ...] = COLUMNS, text: Any = True) -> None:
+def grid(
+    path: Path, seed: int, side: int = 16, rows: int = 2, names: tuple[str, ...] = COLUMNS, text: Any = True
+) -> None:
     """A sample grid of noise whose inputs A and B are the same for every seed. text: of the PNG; True: the layout."""
     width, height = 4 + len(names) * (side + 4), 18 + rows * (side + 4)
     pixels = np.full((height, width, 3), 255, np.uint8)
@@ -89,10 +91,26 @@ def run(folder: Path, *overrides: str, method: str = "cyclegan", state: str = "f
     start |= {"machine": {"GPU": "Imaginary 9000"}, "versions": {"torch": "9.9.9"}}
     events = [
         {"time": "2026-11-27T18:00:00+00:00", "event": "start", "step": 0, **start},
-        {"time": "2026-11-27T18:00:30+00:00", "event": "warning", "step": 9, "text": "warning: the outputs hardly differ"},
-        {"time": "2026-11-27T18:01:00+00:00", "event": "end", "step": 20, "state": "stopped", "reason": "1 minute is over"},
+        {
+            "time": "2026-11-27T18:00:30+00:00",
+            "event": "warning",
+            "step": 9,
+            "text": "warning: the outputs hardly differ",
+        },
+        {
+            "time": "2026-11-27T18:01:00+00:00",
+            "event": "end",
+            "step": 20,
+            "state": "stopped",
+            "reason": "1 minute is over",
+        },
         {"time": "2026-11-27T19:00:00+00:00", "event": "start", "step": 20, **start},
-        {"time": "2026-11-27T19:00:00+00:00", "event": "change", "step": 20, "changes": ["optim.lr: 0.0002, now 0.0001"]},
+        {
+            "time": "2026-11-27T19:00:00+00:00",
+            "event": "change",
+            "step": 20,
+            "changes": ["optim.lr: 0.0002, now 0.0001"],
+        },
     ]
     end = {"time": "2026-11-27T19:02:00+00:00", "event": "end", "step": steps, "state": state, "reason": ""}
     lines(folder / "history.jsonl", events if state == "killed" else [*events, end])
@@ -127,7 +145,7 @@ class Page(HTMLParser):
         if self._in == "script":
             self.scripts[-1] += text
         elif self._in != "style":
-            self.texts[self._section] = f"{self.texts.get(self._section, '')} {text}".strip()
+            self.texts[self._section] = " ".join(f"{self.texts.get(self._section, '')} {text}".split())
 
     @property
     def data(self) -> dict[str, Any]:

@@ -156,16 +156,16 @@ def test_a_time_limit_goes_on_at_the_next_call(tmp_path):
     assert counts == sorted(counts)
 
 
-@pytest.mark.parametrize("runs", [1, 4, 20])
+@pytest.mark.parametrize("runs", [1, 20])
 def test_the_budget_is_kept_with_noise(tmp_path, runs):
     """Noise is the worst case of every codec."""
-    for step in range(1, 31):
+    for step in range(1, 26):
         grid(tmp_path / "samples" / f"step-{step:08d}.png", step, side=96, rows=4, names=("A", "fake_B", "B", "fake_A"))
     budget = 400_000
     samples = Strips(budget, runs=runs).read(tmp_path)
     images, _ = distinct(samples)
     assert sum(map(len, images)) <= budget / runs
-    assert {samples[0].step, samples[-1].step} == {1, 30}
+    assert {samples[0].step, samples[-1].step} == {1, 25}
     assert len(samples) >= 5
 
 
