@@ -110,5 +110,6 @@ def epochs(run: Metrics) -> list[list[float]] | None:
     end = float(curve.last[-1])
     if end > steps[-1]:  # within the last epoch: as fast as the epochs before
         pace = done[-1] / steps[-1] if done[-1] > 0 else 1 / end
-        steps, done = [*steps, end], [*done, min(done[-1] + 1, done[-1] + pace * (end - steps[-1]))]
+        now = min(done[-1] + 1, done[-1] + pace * (end - steps[-1]))
+        steps, done = [*steps, end], [*done, max(now, float(numbers[-1]))]
     return [steps, done]
