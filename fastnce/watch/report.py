@@ -25,7 +25,7 @@ EVERY = 60.0
 """Seconds between two reports of a run that trains, at least."""
 SHARE = 100
 """A report that took so long is followed by a pause at least this many times as long: less than 1 % of the time."""
-PICTURE_SECONDS = 2.0
+PICTURE_SECONDS = 1.0
 """Seconds that one report of a run that trains spends on new pictures; the next one makes those that are missing."""
 
 

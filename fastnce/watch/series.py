@@ -21,7 +21,7 @@ CURVES = 200
 """The most names that are read: a damaged file could have any number."""
 CHUNK = 2 * 2**20
 """Bytes that are read at once."""
-READ_ALL = 32 * 2**20
+READ_ALL = 8 * 2**20
 """Bytes. Of a longer unread part, evenly spread lines of about this size are parsed, and all held-out measures."""
 HELD_OUT = "held_out_"
 
@@ -174,20 +174,25 @@ class Metrics:
     def _append(self, lines: list[Line]) -> None:
         columns: dict[str, tuple[list[int], list[float]]] = {}
         for line in lines:
-            held_out = {name: value for name, value in line.values.items() if name.startswith(HELD_OUT)}
-            if held_out and line.step == 0:
+            if line.step == 0 and (held_out := _held_out(line)):
                 self.inputs = held_out
                 continue
-            if held_out:
-                self.validated = Line(line.step, held_out)
-            self.newest |= line.values
             for name, value in line.values.items():
-                steps, values = columns.setdefault(name, ([], []))
+                if name not in columns:
+                    columns[name] = ([], [])
+                steps, values = columns[name]
                 steps.append(line.step)
                 values.append(value)
+        if any(name.startswith(HELD_OUT) for name in columns):
+            self.validated = next(Line(line.step, found) for line in reversed(lines) if (found := _held_out(line)))
         for name, (steps, values) in columns.items():
+            self.newest[name] = values[-1]
             if name in self.curves or len(self.curves) < CURVES:
                 self.curves.setdefault(name, Curve()).add(steps, values)
+
+
+def _held_out(line: Line) -> dict[str, float]:
+    return {name: value for name, value in line.values.items() if name.startswith(HELD_OUT)}
 
 
 def chosen(lines: bytes, share: float) -> list[bytes]:
@@ -227,8 +232,13 @@ def _line(value: Any) -> Line | None:
     step = value.get("step") if isinstance(value, dict) else None
     if type(step) is not int or not 0 <= step < 2**53:
         return None
-    numbers = {name: _number(one) for name, one in value.items() if name != "step"}
-    return Line(step, {name: number for name, number in numbers.items() if number is not None})
+    numbers: dict[str, float] = {}
+    for name, one in value.items():
+        if type(one) is float:
+            numbers[name] = one
+        elif name != "step" and (number := _number(one)) is not None:
+            numbers[name] = number
+    return Line(step, numbers)
 
 
 def _number(value: Any) -> float | None:

@@ -19,7 +19,8 @@ SIDE, GRID_SIDE = 320, 900
 """The longest side of a picture, and of a grid that is shown whole, in pixels."""
 LEAST = 48
 """A picture that needs more bytes than it may have is not made smaller than this."""
-QUALITIES = (82, 70, 55, 40, 25)
+QUALITIES = {82: 1.0, 70: 0.75, 55: 0.62, 40: 0.5, 25: 0.38}
+"""Qualities of pictures, with their rough sizes in comparison."""
 SHOWN = ("A", "fake_B", "B", "fake_A")
 """The columns of a grid to show if it has the first two; the others are for debugging."""
 PLANS = ((24, 4), (16, 3), (12, 2), (8, 1))
@@ -175,17 +176,19 @@ def shown(boxes: list[Box]) -> list[Box]:
 def small(picture: Image.Image, side: int, most: int) -> str:
     """A picture as a data URI of about `most` bytes before base64, or less: smaller or coarser if it must be."""
     kind = "webp" if features.check("webp") else "jpeg"
-    picture = picture.copy()
+    picture, quality, least = picture.copy(), max(QUALITIES), min(QUALITIES)
     while True:
-        picture.thumbnail((side, side), Image.Resampling.LANCZOS)
-        for quality in QUALITIES:
-            packed = io.BytesIO()
-            picture.save(packed, format=kind, quality=quality)
-            if packed.tell() <= most or (quality == QUALITIES[-1] and max(picture.size) <= LEAST):
-                return _uri(kind, packed)
-            if packed.tell() > 4 * most and max(picture.size) > LEAST:
-                break  # the quality alone will not do
-        side = max(LEAST, int(max(picture.size) * min(0.75, (most / packed.tell()) ** 0.5)))
+        picture.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=2.0)
+        packed = io.BytesIO()
+        picture.save(packed, format=kind, quality=quality)
+        share, smallest = most / packed.tell(), max(picture.size) <= LEAST
+        if share >= 1 or (smallest and quality == least):
+            return _uri(kind, packed)
+        coarser = [q for q, size in QUALITIES.items() if q < quality and size <= share * QUALITIES[quality]]
+        if coarser or smallest:
+            quality = max(coarser, default=least)
+        else:
+            side = max(LEAST, int(max(picture.size) * min(0.8, share**0.5)))
 
 
 def _uri(kind: str, packed: io.BytesIO) -> str:
