@@ -80,7 +80,7 @@ def tiles(run: Run) -> str:
     newest, facts = run.metrics.newest, run.facts
     found = [("Steps", f"{steps_done(run):,}", f"of {facts.total:,}" if facts.total else "")]
     if "pictures" in newest:
-        found.append(("Pictures seen", figure(newest["pictures"]), "of each domain"))
+        found.append(("Pictures seen", figure(newest["pictures"]), "per domain"))
     if facts.seconds is not None:
         found.append(("Trained for", clock(facts.seconds), "" if facts.seconds >= 3600 else "minutes"))
     if "images_per_second" in newest:

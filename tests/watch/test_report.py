@@ -179,11 +179,14 @@ def test_odd_events_and_configurations(tmp_path):
     folder = run(tmp_path / "run")
     lines(folder / "history.jsonl", [{"event": "start", "time": 5, "total": "many", "machine": [1], "command": "x"}])
     lines(folder / "history.jsonl", [{"event": 3, "step": "x"}, {"event": "change", "changes": 7}, {}])
+    with (folder / "history.jsonl").open("a") as file:
+        file.write("[" * 100_000 + "\n" + json.dumps({"event": "odd\u2028name"}, ensure_ascii=False) + "\n")
     (folder / "config.toml").write_text(
         'method = "no-such-method"\ndata = 3\n[loss]\nx = 2026-11-27\n[optim]\nlr = 1\n'
     )
     page = Page(write_report([folder]))
     assert "no-such-method" in page.texts["header"]
+    assert "odd name" in page.texts["history"]
     assert "optim.lr" in page.texts["configuration"]
     (folder / "config.toml").write_text("no TOML")
     assert stored_config(folder) == {}
