@@ -127,10 +127,14 @@ def controls(runs: Sequence[Run]) -> str:
     axes = numbers([run.metrics for run in runs], [])
     known = [axis for axis in AXES if axis == "step" or all(one["axes"][axis] for one in axes)]
     options = "".join(f"<option>{axis}</option>" for axis in known)
+    keys = "".join(
+        f'<span class="key"><i class="c{i % 10}"></i>{text(run.name, 24)}</span>' for i, run in enumerate(runs)
+    )
     return (
         '<div class="controls"><label>Smoothing <input type="range" id="smooth" min="0" max="0.98" step="0.01" '
         f'value="0.7"> <output for="smooth">0.70</output></label><label>Against <select id="axis">{options}</select>'
-        '</label><label><input type="checkbox" id="log"> Logarithmic</label></div>'
+        '</label><label><input type="checkbox" id="log"> Logarithmic</label>'
+        f"{keys if len(runs) > 1 else ''}</div>"
     )
 
 
