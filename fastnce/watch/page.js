@@ -166,7 +166,8 @@ class Chart {
       text += `<path class="band ${colour}" fill="currentColor" d="${path(curve.high)}${back.map((k) => `L${px[k]} ${this.py(curve.low[k]).toFixed(1)}`).join("")}Z"/>`;
     }
     if (y !== curve.y) text += `<path class="raw ${colour}" stroke="currentColor" d="${path(curve.y)}"/>`;
-    text += `<path class="curve ${colour}" stroke="currentColor" d="${path(y)}"/>`;
+    const dashes = i < 10 ? "" : ' stroke-dasharray="6 4"';  // the colours repeat
+    text += `<path class="curve ${colour}" stroke="currentColor"${dashes} d="${path(y)}"/>`;
     if (x.length <= 30) {
       y.forEach((value, k) => {
         if (value !== null) text += `<circle class="${colour}" fill="currentColor" r="3" cx="${px[k]}" cy="${this.py(value).toFixed(1)}"/>`;
