@@ -56,7 +56,7 @@ def test_every_module_is_inside(built):
         in_wheel = f"fastnce/{relative}" if relative.startswith("kernels/") else relative
         assert in_wheel in inside["wheel"], in_wheel
     for names in inside.values():
-        assert "fastnce/py.typed" in names
+        assert {"fastnce/py.typed", "fastnce/watch/page.css", "fastnce/watch/page.js"} <= names
     assert not any(name.startswith("kernels/") for name in inside["wheel"])
 
 

@@ -18,12 +18,13 @@ from ..engine.distributed import RankLost
 from ..engine.loop import TrainingFailed
 from ..engine.memory import out_of_memory
 from ..engine.stop import Stopped, raising
-from . import bench, cache, demo, doctor, evaluate, export, methods, rain, train, translate, unpair
+from . import bench, cache, demo, doctor, evaluate, export, methods, rain, report, train, translate, unpair
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train.main,
     "translate": translate.main,
     "evaluate": evaluate.main,
+    "report": report.main,
     "rain": rain.main,
     "unpair": unpair.main,
     "cache": cache.main,

@@ -75,3 +75,4 @@ class RunOptions:
     )
     threads: int = option(0, "CPU threads; 0 leaves the library's choice", low=0, high=1_024)
     tensorboard: bool = option(False, "also write TensorBoard events")
+    report: bool = option(True, "write RUN/report.html while training and at the end: curves, samples, configuration")

@@ -1,0 +1,5 @@
+"""Watches runs: the report."""
+
+from .report import ReportCallback, write_report
+
+__all__ = ["ReportCallback", "write_report"]
