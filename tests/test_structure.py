@@ -21,7 +21,7 @@ FLOORS = [
     {"methods"},
     {"engine"},
     {"config"},
-    {"translate", "accelerate"},
+    {"translate", "accelerate", "watch"},
     {"training"},
     {"api"},
     {"commands"},

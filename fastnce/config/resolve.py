@@ -47,6 +47,8 @@ def resolve(
             if section not in Config.SECTIONS and not values:
                 raise ValueError(f"--config {file}: unknown section {named}; known: {', '.join(Config.SECTIONS)}")
             for key, value in values.items():
+                if (section, key, value) == ("run", "tensorboard", False):
+                    continue  # config.toml of an earlier version
                 _set(config, f"{section}.{key}", value, f"--config {file}")
     for text in overrides or []:
         name, equals, value = text.partition("=")
@@ -77,6 +79,8 @@ def _nearest_key(config: Config, name: str) -> str:
 
 def _set(config: Config, name: str, value: Any, where: str, parse: bool = False) -> None:
     where = f"{where}: " if where else ""
+    if name == "run.tensorboard":
+        raise ValueError(f"{where}run.tensorboard is replaced: write run.track=tensorboard, or leave it out")
     section, _, key = name.partition(".")
     target = getattr(config, section) if section in Config.SECTIONS else None
     if target is None or key not in {f.name for f in fields(target)}:
