@@ -55,12 +55,17 @@ class TrackioTracker(Tracker):
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Within: trackio prints nothing. Its lines would break into the progress bar; its warnings are still shown."""
-    modules: list[Any] = [importlib.import_module(name) for name in ("trackio", "trackio.run")]
+    """Within: trackio prints only its warnings. Its other lines would break into the progress bar."""
+    modules: list[Any] = [importlib.import_module(name) for name in ("trackio", "trackio.run", "trackio.utils")]
     for module in modules:
-        module.print = lambda *words, **options: None
+        module.print = _print_warning
     try:
         yield
     finally:
         for module in modules:
             vars(module).pop("print", None)
+
+
+def _print_warning(*words: Any, **options: Any) -> None:
+    if words and "warning" in str(words[0]).lower():
+        print(*words, **options)
