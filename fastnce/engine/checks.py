@@ -19,14 +19,18 @@ def check_run(method: Method, optim: OptimOptions, run: RunOptions, device: torc
     """Refuse options that are out of range, or that this method or device cannot follow; ValueError names one."""
     check(optim, "optim")
     check(run, "run")
-    for name in track_names(run.track):
-        found = importlib.util.find_spec(name)
-        if found is None or found.origin is None:  # a folder of that name here, such as one that wandb made, has none
-            raise ValueError(f"run.track={run.track} needs {name}, which is not installed: pip install {name}")
     check_parts(method, optim.accumulate)
     pick_graph(run.graph, device)
     if run.checkpoint_activations:
         blocks_of(method)
+
+
+def check_trackers(track: str) -> None:
+    """ValueError if a tracker that `run.track` names is unknown or not installed."""
+    for name in track_names(track):
+        found = importlib.util.find_spec(name)
+        if found is None or found.origin is None:  # a folder of that name here, such as one that wandb made, has none
+            raise ValueError(f"run.track={track} needs {name}, which is not installed: pip install {name}")
 
 
 def track_names(track: str) -> list[str]:

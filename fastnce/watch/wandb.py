@@ -21,14 +21,13 @@ class WandbTracker(Tracker):
     def open(self, run: RunInfo) -> None:
         import wandb
 
-        mode: Any = None
-        if not os.environ.get("WANDB_MODE") and not wandb.login(prompt=False, verify=False):
+        mode: Any = os.environ.get("WANDB_MODE") or "online"
+        if mode == "online" and not wandb.login(prompt=False, verify=False):
             mode = "offline"
             self.hint = (
                 f"Weights & Biases: not logged in, so the run is written to {run.folder / 'wandb'} alone; "
                 f"`wandb login`, then `wandb sync` on its folders there, sends it"
             )
-        online = mode is None and os.environ.get("WANDB_MODE", "online") == "online"
         settings = wandb.Settings(
             silent=True,
             console="off",  # log.txt has the lines
@@ -42,7 +41,7 @@ class WandbTracker(Tracker):
             name=run.folder.resolve().name,
             dir=str(run.folder),
             id=self.stored.get("id"),
-            resume="allow" if online and self.stored else None,  # offline, the same id is enough
+            resume="allow" if mode == "online" and self.stored else None,  # offline, the same id is enough
             config=flat(run.config),
             allow_val_change=True,
             mode=mode,
