@@ -41,7 +41,7 @@ class Tracker(Callback):
     optional = True
     name: ClassVar[str]
     """As in `run.track`; also the package to install."""
-    opening = 20.0
+    opening = 15.0
     """Seconds that the run waits for `open`. A slower one goes on beside the training."""
     closing = 60.0
     """Seconds that the end of the run waits for what is left to send."""

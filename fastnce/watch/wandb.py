@@ -22,7 +22,8 @@ class WandbTracker(Tracker):
         import wandb
 
         mode: Any = os.environ.get("WANDB_MODE") or "online"
-        if mode == "online" and not wandb.login(prompt=False, verify=False):
+        key = os.environ.get("WANDB_API_KEY")  # login would print that it is there
+        if mode == "online" and not (key or wandb.login(prompt=False, verify=False)):
             mode = "offline"
             self.hint = (
                 f"Weights & Biases: not logged in, so the run is written to {run.folder / 'wandb'} alone; "
