@@ -78,5 +78,7 @@ class RunOptions:
     )
     threads: int = option(0, "CPU threads; 0 leaves the library's choice", low=0, high=1_024)
     track: str = option(
-        "", f"log to trackers too: any of {', '.join(TRACKERS)}, separated by commas; each is a package to install"
+        "",
+        f"log to trackers too: any of {', '.join(TRACKERS)}, separated by commas; each is a package to install",
+        anything=True,
     )
