@@ -242,7 +242,7 @@ def test_trackio(tmp_path, trackio_folder, capsys):
     images = {step: values["samples/A"] for _, step, values in metrics if "samples/A" in values}
     assert list(images) == [2, 4, 6]
     (file,) = trackio_folder.rglob(Path(images[6]["file_path"]).name)
-    assert np.array_equal(np.asarray(Image.open(file)), shown(6))
+    assert np.array_equal(np.asarray(Image.open(file).convert("RGB")), shown(6))  # it is stored with alpha
     assert rows(database, "select step, text, level from alerts") == [(4, WARNING, "warn"), (6, WARNING, "warn")]
     config = json.loads(rows(database, "select config from configs")[0][0])
     assert (config["method"], config["data.batch"]) == ("cut", 1)
