@@ -165,19 +165,19 @@ class Tracker(Callback):
                 self.close("failed")
 
 
-def strip(pictures: Tensor) -> np.ndarray:
-    """Put the images of one name side by side.
+def strip(pictures: Tensor, axis: int = 1) -> np.ndarray:
+    """Put the images of one name side by side, or above each other with `axis` 0.
 
     Args:
         pictures: (images, channels, height, width) in [-1, 1]. With 3 or more channels, the first three are RGB; else
             the first one is grey.
 
     Returns:
-        (height, images * width, 3), uint8.
+        (height, images * width, 3) or (images * height, width, 3), uint8.
     """
     colours = pictures[:, :3] if pictures.shape[1] >= 3 else pictures[:, :1].expand(-1, 3, -1, -1)
     values = colours.detach().float().cpu().clamp(-1, 1).add(1).mul(127.5).round()
-    return np.concatenate(list(values.permute(0, 2, 3, 1).numpy().astype(np.uint8)), axis=1)
+    return np.concatenate(list(values.permute(0, 2, 3, 1).numpy().astype(np.uint8)), axis=axis)
 
 
 def flat(config: dict[str, Any]) -> dict[str, Any]:
