@@ -1,1 +1,1 @@
-"""Watching a run: trackers, and the display in notebooks."""
+"""What shows a run to its user: trackers, and the display in notebooks."""
