@@ -94,8 +94,6 @@ class Tracker(Callback):
         self._thread.start()
         self._opened.wait(self.opening)
         self._check()
-        if self.hint:
-            self.say(self.hint)
 
     def last_step(self, run: RunInfo) -> int:
         """The last step that the continued run has already sent.
@@ -138,7 +136,10 @@ class Tracker(Callback):
         self._calls.put(partial(call, *arguments))
 
     def _check(self) -> None:
-        """Raise the error of the thread, if there is one."""
+        """Say the hint of the thread, once, and raise its error, if there is one."""
+        hint, self.hint = self.hint, ""
+        if hint:
+            self.say(hint)
         if self._error is None:
             return
         self._over = True

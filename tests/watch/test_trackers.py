@@ -184,15 +184,30 @@ def test_calls_do_not_pile_up(tmp_path):
     ]
 
 
-def test_a_hint_is_said(tmp_path):
-    said: list[str] = []
+@pytest.mark.parametrize("late", [False, True])
+def test_a_hint_is_said_once(tmp_path, late):
+    """Also by a tracker that opens late, and where the hint is a warning that comes back to the tracker."""
 
     class Hinting(Recorder):
         def open(self, run):
+            super().open(run)
             self.hint = "log in first"
 
-    watched(Hinting(say=said.append))[0].begin(info(tmp_path / "mine"))
+    said: list[str] = []
+    tracker = Hinting(say=lambda sentence: (said.append(sentence), callbacks.warn(sentence)))
+    callbacks, _ = watched(tracker)
+    if late:
+        tracker.opening = 0.05
+        tracker.gate.clear()
+    callbacks.begin(info(tmp_path / "mine"))
+    assert said == ([] if late else ["log in first"])
+    tracker.gate.set()
+    assert tracker._opened.wait(60)
+    for step in (1, 2):
+        callbacks.log(step, {"G": 1.0})
+    callbacks.end(2, "finished", "")
     assert said == ["log in first"]
+    assert [name for name, *_ in tracker.told].count("text") == 1
 
 
 class Second(Recorder):
