@@ -40,13 +40,15 @@ def resolve(
             raise ValueError(f"--config {file} is empty: leave it out, or write a section such as [data]")
         if stored.pop("method", method) != method:
             raise ValueError(f"--config {file} is for another method than {method}")
-        for section, values in stored.items():
+        for section, entries in stored.items():
             named = brief(section)
-            if not isinstance(values, dict):
+            if not isinstance(entries, dict):
                 raise ValueError(f"--config {file}: {named} must be in a section{_nearest_key(config, section)}")
-            if section not in Config.SECTIONS and not values:
+            if section not in Config.SECTIONS and not entries:
                 raise ValueError(f"--config {file}: unknown section {named}; known: {', '.join(Config.SECTIONS)}")
-            for key, value in values.items():
+            for key, value in entries.items():
+                if (section, key, value) == ("run", "tensorboard", False):
+                    continue  # config.toml of an earlier version
                 _set(config, f"{section}.{key}", value, f"--config {file}")
     for text in overrides or []:
         name, equals, value = text.partition("=")
@@ -77,6 +79,8 @@ def _nearest_key(config: Config, name: str) -> str:
 
 def _set(config: Config, name: str, value: Any, where: str, parse: bool = False) -> None:
     where = f"{where}: " if where else ""
+    if name == "run.tensorboard":
+        raise ValueError(f"{where}run.tensorboard is replaced: write run.track=tensorboard, or leave it out")
     section, _, key = name.partition(".")
     target = getattr(config, section) if section in Config.SECTIONS else None
     if target is None or key not in {f.name for f in fields(target)}:

@@ -6,11 +6,12 @@ import importlib.util
 
 import torch
 
+from ..common.messages import brief
 from ..common.options import check
 from ..methods.base import Method
 from .accumulate import check_parts
 from .cudagraph import pick_graph
-from .options import OptimOptions, RunOptions
+from .options import TRACKERS, OptimOptions, RunOptions
 from .recompute import blocks_of
 
 
@@ -18,9 +19,31 @@ def check_run(method: Method, optim: OptimOptions, run: RunOptions, device: torc
     """Refuse options that are out of range, or that this method or device cannot follow; ValueError names one."""
     check(optim, "optim")
     check(run, "run")
-    if run.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise ValueError("run.tensorboard needs TensorBoard: pip install 'fastnce[tensorboard]'")
     check_parts(method, optim.accumulate)
     pick_graph(run.graph, device)
     if run.checkpoint_activations:
         blocks_of(method)
+
+
+def check_trackers(track: str) -> None:
+    """ValueError if a tracker that `run.track` names is unknown or not installed."""
+    for name in track_names(track):
+        found = importlib.util.find_spec(name)
+        if found is None or found.origin is None:  # a folder of that name here, such as one that wandb made, has none
+            raise ValueError(f"run.track={track} needs {name}, which is not installed: pip install {name}")
+
+
+def track_names(track: str) -> list[str]:
+    """The trackers that `run.track` names, each once.
+
+    Raises:
+        ValueError: one is unknown.
+    """
+    names = [name.strip() for name in track.split(",")] if track.strip() else []
+    for name in names:
+        if name not in TRACKERS:
+            raise ValueError(
+                f"run.track={brief(track)}: unknown tracker {brief(name)}; write some of {', '.join(TRACKERS)}, "
+                f"separated by commas"
+            )
+    return list(dict.fromkeys(names))

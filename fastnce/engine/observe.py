@@ -143,11 +143,11 @@ class Observer:
             pictures = translated(self.method, samples)
         self.method.train()
         path = self.folder / "samples" / f"step-{done:08d}.png"
-        self.log.callbacks.samples(done, pictures)
         try:
             save_grid(pictures, path)
         except OSError as error:
             self.log.warn(f"{path}: no sample grid ({error.strerror or error}); training goes on")
+        self.log.callbacks.samples(done, pictures)
 
     def measure_inputs(self, validation: Validation) -> None:
         """Measure the inputs of the held-out pairs, for comparison."""

@@ -8,6 +8,9 @@ from ..common.options import option
 from ..evaluate.metrics import METRIC_HELP, METRIC_NAMES
 from .choices import PRECISIONS
 
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
+"""The names that `run.track` takes, which are also those of the packages."""
+
 
 @dataclass
 class OptimOptions:
@@ -74,5 +77,9 @@ class RunOptions:
         0, "steps between comparisons of the kernels with plain PyTorch on the step's data; 0 never", low=0
     )
     threads: int = option(0, "CPU threads; 0 leaves the library's choice", low=0, high=1_024)
-    tensorboard: bool = option(False, "also write TensorBoard events")
     report: bool = option(True, "write RUN/report.html while training and at the end: curves, samples, configuration")
+    track: str = option(
+        "",
+        f"log to trackers too: any of {', '.join(TRACKERS)}, separated by commas; each is a package to install",
+        anything=True,
+    )

@@ -11,6 +11,7 @@ from ..config.options import sides
 from ..data.own import check_class
 from ..engine.accumulate import check_parts
 from ..engine.checkpoint import Checkpoints
+from ..engine.checks import check_trackers
 from ..engine.progress import check_batch
 from ..evaluate.metrics import Metric, find_metric
 from ..methods import Method
@@ -34,14 +35,15 @@ def check_plan(config: Config) -> Method:
 
 
 def check_code(config: Config) -> Metric:
-    """Import a user's own data set and metric, and check them without images.
+    """Import a user's own data set and metric, and check them without images; check that trackers are installed.
 
     Returns:
         the metric.
 
     Raises:
-        ValueError: they cannot be used, or an option has no effect with them.
+        ValueError: they cannot be used, an option has no effect with them, or a tracker is not installed.
     """
+    check_trackers(config.run.track)
     if config.data.dataset:
         check_class(config.data.dataset)
         if config.data.rain:

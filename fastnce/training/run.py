@@ -33,6 +33,8 @@ from ..engine.loop import TrainingFailed, train
 from ..engine.memory import check_room, keep_freed_memory, out_of_memory, too_large
 from ..engine.progress import check_pictures
 from ..engine.recompute import recompute_blocks
+from ..watch import ReportCallback
+from ..watch.trackers import make_trackers
 from .checks import check_code, check_place, check_plan, check_same_run
 from .data import open_checked, open_validation
 
@@ -64,7 +66,10 @@ def train_run(
     if not ONE.acquire(blocking=False):
         raise ValueError("a training runs in this process already: wait for its end, or start another process")
     try:
-        return _train(config, Path(out), quiet, Callbacks(callbacks))
+        trackers = make_trackers(config.run.track, lambda sentence: watching.say(sentence))
+        report = [ReportCallback()] if config.run.report else []
+        watching = Callbacks([*callbacks, *trackers, *report])
+        return _train(config, Path(out), quiet, watching)
     finally:
         ONE.release()
 

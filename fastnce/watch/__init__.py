@@ -1,5 +1,6 @@
-"""Watches runs: the report."""
+"""What shows a run to its user: the report, trackers, and the display of a notebook."""
 
+from .notebook import NotebookCallback
 from .report import ReportCallback, write_report
 
-__all__ = ["ReportCallback", "write_report"]
+__all__ = ["NotebookCallback", "ReportCallback", "write_report"]

@@ -238,7 +238,7 @@ def test_messages_and_lists_state_the_same_range():
     refused("optim.ema must be a number from 0 to below 1, not 1", resolve, "cut", None, ["optim.ema=1"])
     refused("run.keep must be a whole number of at least 2, not 1", resolve, "cut", None, ["run.keep=1"])
     listed = {key: range_of(holder, key) for holder in (OptimOptions(), RunOptions()) for key in kinds(holder)}
-    assert (listed["ema"], listed["keep"], listed["tf32"], listed["tensorboard"]) == (
+    assert (listed["ema"], listed["keep"], listed["tf32"], listed["track"]) == (
         "0 to below 1",
         "at least 2",
         "",

@@ -1,0 +1,144 @@
+"""The display of a run in a notebook."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+import sys
+import types
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastnce.engine.callbacks import Callbacks, RunInfo
+from fastnce.watch import notebook
+from fastnce.watch.notebook import NotebookCallback, in_notebook
+from tests.engine.test_engine import SMALL
+
+
+class Handle:
+    """In place of IPython's: keeps every page that is shown."""
+
+    def __init__(self) -> None:
+        self.pages: list[str] = []
+        self.displays = 0
+
+    def display(self, page: str, display_id: bool) -> Handle:
+        assert display_id
+        self.displays += 1
+        self.update(page)
+        return self
+
+    def update(self, page: str) -> None:
+        self.pages.append(page)
+
+
+@pytest.fixture
+def handle(monkeypatch) -> Handle:
+    made = Handle()
+    module = types.ModuleType("IPython.display")
+    vars(module).update(HTML=str, display=made.display)
+    monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
+    monkeypatch.setitem(sys.modules, "IPython.display", module)
+    monkeypatch.setattr(notebook, "EVERY", 0.0)
+    return made
+
+
+def begun(folder: Path) -> NotebookCallback:
+    callback = NotebookCallback()
+    callback.begin(RunInfo(folder, {}, 0, 2000, "cpu", 1))
+    return callback
+
+
+def test_one_output_shows_the_newest_values(tmp_path, handle):
+    callback = begun(tmp_path / "a<b")
+    assert "step 0 of 2,000" in handle.pages[-1]
+    callback.log(1000, {"G": 1.23456, "NCE": 2.0, "epoch": 3, "lr": 2e-4, "images_per_second": 12.34})
+    page = handle.pages[-1]
+    assert "epoch 3, step 1,000 of 2,000, 12.3 images/s" in page
+    assert "G 1.235  NCE 2.000" in page
+    assert '<progress value="1000" max="2000"' in page
+    assert "lr" not in re.sub("<[^>]*>", "", page)
+    assert "a&lt;b" in page
+    callback.log(1000, {"held_out_psnr_y": 21.5, "held_out_seconds": 3.0})
+    assert "held out: psnr_y 21.500<" in handle.pages[-1]
+    assert "G 1.235" in handle.pages[-1]  # both are shown
+    callback.warn(1000, "D <has> won")
+    assert "warning: step 1,000: D &lt;has&gt; won" in handle.pages[-1]
+    callback.end(1500, "stopped", "Ctrl-C")
+    assert "step 1,500 of 2,000, 12.3 images/s, stopped: Ctrl-C" in handle.pages[-1]
+    assert handle.displays == 1
+
+
+def test_the_newest_samples_are_columns(tmp_path, handle):
+    callback = begun(tmp_path)
+    for value in (0.0, 1.0):
+        callback.samples(5, {"A": torch.full((2, 3, 8, 16), value), "fake_B": torch.full((2, 1, 8, 16), -value)})
+    found = re.findall(
+        r'<figcaption>(\w+)</figcaption><img alt="\w+" src="data:image/jpeg;base64,([^"]+)"', handle.pages[-1]
+    )
+    assert [name for name, _ in found] == ["A", "fake_B"]
+    pictures = [np.asarray(Image.open(io.BytesIO(base64.b64decode(content)))) for _, content in found]
+    assert [picture.shape for picture in pictures] == [(16, 16, 3)] * 2
+    assert [int(picture.mean()) for picture in pictures] == [255, 0]
+
+
+def test_the_display_changes_seldom(tmp_path, handle, monkeypatch):
+    monkeypatch.setattr(notebook, "EVERY", 1e9)
+    callback = begun(tmp_path)
+    callback._changed = notebook.time.monotonic()
+    for step in range(1, 50):
+        callback.log(step, {"G": 1.0})
+    assert len(handle.pages) == 1
+    callback.end(50, "finished", "")
+    assert "step 50 of 2,000" in handle.pages[-1]
+
+
+def test_a_display_that_fails_is_one_warning(tmp_path, handle, monkeypatch):
+    said: list[str] = []
+    callbacks = Callbacks([NotebookCallback()], say=said.append)
+    monkeypatch.setattr(handle, "update", lambda page: 1 / 0)
+    callbacks.begin(RunInfo(tmp_path, {}, 0, 10, "cpu", 1))
+    callbacks.end(1, "finished", "")
+    assert said == ["NotebookCallback fails (ZeroDivisionError: division by zero): training goes on without it"]
+
+
+def test_this_is_no_notebook(monkeypatch):
+    assert not in_notebook()
+    shell = types.ModuleType("IPython")
+    monkeypatch.setitem(sys.modules, "IPython", shell)
+    vars(shell)["get_ipython"] = lambda: types.SimpleNamespace()  # on a terminal
+    assert not in_notebook()
+    vars(shell)["get_ipython"] = lambda: types.SimpleNamespace(kernel=object())
+    assert in_notebook()
+
+
+@pytest.mark.skipif(not (find_spec("nbclient") and find_spec("ipykernel")), reason="nbclient or ipykernel is missing")
+def test_a_real_notebook(folder, tmp_path, monkeypatch):
+    """A kernel trains four steps in one cell: one output has its end and its newest samples."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")
+    overrides = [text for text in SMALL if not text.startswith("run.sample_every")]
+    overrides += ["run.sample_every=2", "run.steps=4", f"data.dir={folder}"]
+    code = (
+        "from fastnce.config import resolve\n"
+        "from fastnce.training import train_run\n"
+        "from fastnce.watch.notebook import NotebookCallback, in_notebook\n"
+        "assert in_notebook()\n"
+        f"config = resolve('fastcut', None, {overrides!r})\n"
+        f"train_run(config, {str(tmp_path / 'run')!r}, quiet=True, callbacks=[NotebookCallback()])"
+    )
+    made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    NotebookClient(made, timeout=300, kernel_name="python3").execute()
+    outputs = made.cells[0].outputs
+    (page,) = [one.data["text/html"] for one in outputs if one.output_type == "display_data"]
+    assert "step 4 of 4" in page
+    assert "finished" in page
+    assert "<figcaption>fake_B</figcaption>" in page
