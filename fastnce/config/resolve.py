@@ -13,7 +13,7 @@ from ..common.options import check_value, converted
 from ..common.toml import format_value, parse_value
 from ..methods.presets import find_preset
 from .check import check
-from .config import Config, from_preset, keys_of
+from .config import Config, from_preset, keys_of, renamed
 
 
 def resolve(
@@ -46,7 +46,7 @@ def resolve(
                 raise ValueError(f"--config {file}: {named} must be in a section{_nearest_key(config, section)}")
             if section not in Config.SECTIONS and not values:
                 raise ValueError(f"--config {file}: unknown section {named}; known: {', '.join(Config.SECTIONS)}")
-            for key, value in values.items():
+            for key, value in renamed(section, values).items():
                 _set(config, f"{section}.{key}", value, f"--config {file}")
     for text in overrides or []:
         name, equals, value = text.partition("=")
@@ -79,6 +79,8 @@ def _set(config: Config, name: str, value: Any, where: str, parse: bool = False)
     where = f"{where}: " if where else ""
     section, _, key = name.partition(".")
     target = getattr(config, section) if section in Config.SECTIONS else None
+    if name == "run.metric":
+        raise ValueError(f"{where}run.metric is called run.best now: write run.best={brief(value).strip(chr(39))}")
     if target is None or key not in {f.name for f in fields(target)}:
         raise ValueError(f"{where}unknown key {brief(name)}{_nearest_key(config, name)}")
     text = value if parse else ""

@@ -171,5 +171,5 @@ class Observer:
         for sentence in validation.take_messages():
             self.log.say(sentence)
         self.log.metrics(done, {"pictures": images} | validation.metrics())
-        self.log.say(f"step {done:,}: {validation.short()} on Y{', the best so far' if better else ''}")
+        self.log.say(f"step {done:,}: {validation.short()}{', the best so far' if better else ''}")
         return better

@@ -61,7 +61,9 @@ class Inception:
             )
         except (OSError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
             if file:
-                raise ValueError(f"{file} does not fit torch-fidelity's Inception network: {first_line(error)}") from None
+                raise ValueError(
+                    f"{file} does not fit torch-fidelity's Inception network: {first_line(error)}"
+                ) from None
             raise ValueError(_missing(error)) from None
         self.device = torch.device(device)
         self.network = network.to(self.device)

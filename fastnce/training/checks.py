@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..config.build import plan
 from ..config.config import Config
 from ..config.options import sides
@@ -12,7 +14,7 @@ from ..data.own import check_class
 from ..engine.accumulate import check_parts
 from ..engine.checkpoint import Checkpoints
 from ..engine.progress import check_batch
-from ..evaluate.metrics import Metric, find_metric
+from ..evaluate.metrics import AUTO, Measures, find_measures
 from ..methods import Method
 
 
@@ -33,11 +35,14 @@ def check_plan(config: Config) -> Method:
     return planned
 
 
-def check_code(config: Config) -> Metric:
-    """Import a user's own data set and metric, and check them without images.
+def check_code(config: Config, device: torch.device | str = "cpu") -> Measures:
+    """Import a user's own data set and measures, load the weights of measures, and check them without images.
+
+    Args:
+        device: where the networks of measures will compute.
 
     Returns:
-        the metric.
+        the measures.
 
     Raises:
         ValueError: they cannot be used, or an option has no effect with them.
@@ -49,7 +54,12 @@ def check_code(config: Config) -> Metric:
                 f"data.rain={config.data.rain:g} has no effect with data.dataset={config.data.dataset}: leave it at 0, "
                 f"and let the data set render rain (fastnce.data.rain.render_rain)"
             )
-    return find_metric(config.run.metric, config.network.in_channels)
+    run = config.run
+    measures = find_measures(run.best, run.metrics, config.network.in_channels, device, run.feature_weights)
+    if not run.validate_every and (run.metrics or run.best != AUTO):
+        key = f"run.metrics={run.metrics}" if run.metrics else f"run.best={run.best}"
+        raise ValueError(f"{key} measures nothing, because run.validate_every=0: set it to 1000, for example")
+    return measures
 
 
 def check_place(config: Config, out: Path) -> None:
