@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from ..common.streams import ProgressLine
 from ..engine.choices import pick_device
+from ..engine.stored import step_of
+from ..evaluate.distribution import INSTALL, WEIGHTS_FLAG
 from ..evaluate.pairs import RAIN_SIDE_HELP, RAIN_SIDES
 from ..evaluate.report import evaluate as measure
 from ..translate.load import load_translator
+from ..translate.translator import Translator
 from .parsing import GENERATOR_HELP, MODEL_HELP, TILES_HELP, TRUST_HELP, command_parser
 
 
@@ -22,7 +27,15 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--rain-side", default="right", choices=RAIN_SIDES, help=RAIN_SIDE_HELP)
     parser.add_argument("--inputs-only", action="store_true", help="measure the inputs, without a model")
     parser.add_argument("--generator", default="", help=GENERATOR_HELP)
-    parser.add_argument("--fid", action="store_true", help="also compute FID and KID (needs the extra eval)")
+    parser.add_argument(
+        "--checkpoint",
+        choices=("best", "last", "both"),
+        help="of a run; default: both where they differ, which takes twice the time",
+    )
+    parser.add_argument("--fid", action="store_true", help=f"also compute FID and KID ({INSTALL})")
+    parser.add_argument(
+        WEIGHTS_FLAG, type=Path, default="", metavar="FILE", help="torch-fidelity's Inception weights, for --fid"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results to FILE")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write one line per picture to FILE")
     parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="draw input, output, truth and difference")
@@ -32,19 +45,29 @@ def main(arguments: list[str]) -> int:
     args = parser.parse_args(arguments)
     if (args.model is None) != args.inputs_only:
         raise ValueError("fastnce evaluate takes either a model or --inputs-only")
+    if args.feature_extractor_weights_path and not args.fid:
+        raise ValueError(f"{WEIGHTS_FLAG} has no effect without --fid")
+    if args.checkpoint and args.model is None:
+        raise ValueError(f"--checkpoint {args.checkpoint} has no effect with --inputs-only")
     with ProgressLine() as line:
         device = pick_device(args.device)
-        translator = None
+        translator = best = None
+        name = ""
         if args.model is not None:
             how = {"tiles": args.tiles, "say": line.say, "trust_code": args.trust_code}
-            translator = load_translator(args.model, device, args.generator, **how)
+            load = partial(load_translator, device=device, generator=args.generator, **how)
+            translator, best, name = _checkpoints(args.model, args.checkpoint, load, line.say)
         report = measure(
             args.data,
             translator,
+            best=best,
+            checkpoint=name,
+            steps=(_step(translator) if name else None, _step(best)),
             rain_side=args.rain_side,
             channels=translator.channels if translator is not None else 3,
             device=device,
             fid=args.fid,
+            feature_weights=args.feature_extractor_weights_path,
             json_file=args.json,
             csv_file=args.csv,
             sheet=args.sheet,
@@ -52,3 +75,47 @@ def main(arguments: list[str]) -> int:
         )
     print(report.summary())
     return 0
+
+
+def _checkpoints(
+    model: Path, which: str | None, load: Callable[[Path], Translator], say: Callable[[str], None]
+) -> tuple[Translator, Translator | None, str]:
+    """Load what is to be measured.
+
+    Args:
+        which: the value of --checkpoint, if given.
+
+    Returns:
+        (the model, the run's best checkpoint if it is measured too, the name of the model's checkpoint). The name is
+        empty for anything but a run that has a best checkpoint.
+
+    Raises:
+        ValueError: the model cannot be loaded, or has no such checkpoint.
+    """
+    pointer = model / "checkpoints" / "best"
+    if not (model / "checkpoints").is_dir():
+        if which is not None:
+            raise ValueError(f"--checkpoint {which} chooses between the checkpoints of a run, and {model} is none")
+        return load(model), None, ""
+    if not pointer.is_file() and which in ("best", "both"):
+        raise ValueError(f"--checkpoint {which}: {model} has no best checkpoint, because nothing was validated")
+    if which == "best":
+        return load(pointer), None, "best"
+    last = load(model)
+    if not pointer.is_file():
+        return last, None, ""
+    if which == "last":
+        return last, None, "last"
+    try:
+        best = load(pointer)
+    except ValueError as error:
+        if which == "both":
+            raise
+        say(f"only the last checkpoint is measured: {error}")
+        return last, None, "last"
+    return (last, None, "best and last") if _step(best) == _step(last) else (last, best, "last")
+
+
+def _step(translator: Translator | None) -> int | None:
+    """The step of the checkpoint that a translator was loaded from."""
+    return None if translator is None else step_of(translator.sources[0].parent)

@@ -1,7 +1,7 @@
 """FID and KID between two sets of images, computed by torch-fidelity (extra ``eval``) with its Inception network.
 
-FID: Heusel et al., "GANs trained by a two time-scale update rule", NeurIPS 2017. KID: Binkowski et al., "Demystifying MMD
-GANs", ICLR 2018. FID of few images is far too high: compare it only between sets of equal sizes.
+FID: Heusel et al., "GANs trained by a two time-scale update rule", NeurIPS 2017. KID: Binkowski et al., "Demystifying
+MMD GANs", ICLR 2018. FID of few images is far too high: compare it only between sets of equal sizes.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Inception:
 
     Args:
         device: where it computes.
-        weights: a file of weights as torch-fidelity publishes it. Empty: torch-fidelity takes its own from the folder of
-            `torch.hub`, or fetches them once.
+        weights: a file of weights as torch-fidelity publishes it. Empty: torch-fidelity takes its own from the folder
+            of `torch.hub`, or fetches them once.
 
     Raises:
         ValueError: torch-fidelity is not installed, or the weights are not there or not usable.

@@ -1,7 +1,7 @@
-"""Measures of image quality through pyiqa (extra ``iqa``): LPIPS, DISTS, NIQE, BRISQUE, MUSIQ, FSIM, VIF and many others.
+"""Measures of image quality through pyiqa (extra ``iqa``): LPIPS, DISTS, NIQE, BRISQUE, MUSIQ, FSIM, VIF and others.
 
-LPIPS: Zhang et al., CVPR 2018. NIQE: Mittal et al., "Making a completely blind image quality analyzer", SPL 2013. pyiqa's
-model cards name the paper of each measure.
+LPIPS: Zhang et al., "The unreasonable effectiveness of deep features as a perceptual metric", CVPR 2018. NIQE: Mittal
+et al., "Making a completely blind image quality analyzer", SPL 2013. pyiqa's model cards name the papers of the others.
 """
 
 from __future__ import annotations
@@ -108,6 +108,6 @@ def _missing(name: str, said: str, error: Exception) -> str:
     source, place = found[-1]
     file = Path(place.strip())
     return (
-        f"{name} needs the file {file.name}, which pyiqa could not fetch ({first_line(error)}): fetch {source} and put it "
-        f"into {file.parent}"
+        f"{name} needs the file {file.name}, which pyiqa could not fetch ({first_line(error)}): fetch {source} and put "
+        f"it into {file.parent}"
     )

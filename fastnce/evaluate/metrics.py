@@ -54,7 +54,8 @@ TAKEN = (*NAMED, "seconds", "pairs")
 AUTO = "auto"
 BEST_HELP = (
     "the measure that decides which checkpoint is the best: psnr_y, ssim_y, psnr_rgb, ssim_rgb, l1, fid, kid, one of "
-    "pyiqa's (lpips, niqe, ...), or your own (mymetrics.py:distance); auto: psnr_y of pairs, else the first of run.metrics"
+    "pyiqa's (lpips, niqe, ...), or your own (mymetrics.py:distance); auto: psnr_y of pairs, else the first of "
+    "run.metrics"
 )
 METRICS_HELP = "further measures at each validation, with commas between them: fid,kid,lpips,niqe,mymetrics.py:distance"
 FEATURE_WEIGHTS_HELP = "file with torch-fidelity's Inception weights, for fid and kid; empty: its own place"
@@ -87,8 +88,8 @@ class Measures:
             for key, metric in [("run.best", self.best), *(("run.metrics", each) for each in self.more)]:
                 if metric is not None and metric.needs == "truth":
                     raise ValueError(
-                        f"{key}={metric.path or metric.name} compares pairs, and testA and testB are none: take fid, kid "
-                        f"or a measure of single pictures such as niqe, or name pairs by data.validate"
+                        f"{key}={metric.path or metric.name} compares pairs, and testA and testB are none: take fid, "
+                        f"kid or a measure of single pictures such as niqe, or name pairs by data.validate"
                     )
         if self.best is not None:
             return self.best

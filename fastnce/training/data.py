@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,9 +44,11 @@ def open_validation(
     folder = options.validate or options.dir
     if folder and not (options.validate and unpaired(folder)):
         pairs += find_validation(options.dir, options.validate, run.validate_pictures, options.rain_side)
-    paired, reference = bool(pairs), []
+    paired = bool(pairs)
+    reference: list[Path] = []
     if not paired and unpaired(folder):
-        pairs, reference = find_unpaired(folder, run.validate_pictures)  # type: ignore[assignment]
+        lone, reference = find_unpaired(folder, run.validate_pictures)
+        pairs += lone
     metric = measures.deciding(paired) if pairs else None
     if metric is not None:
         return Validation(
