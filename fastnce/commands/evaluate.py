@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--fid", action="store_true", help=f"also compute FID and KID ({INSTALL})")
     parser.add_argument(
-        WEIGHTS_FLAG, type=Path, default="", metavar="FILE", help="torch-fidelity's Inception weights, for --fid"
+        WEIGHTS_FLAG, type=Path, metavar="FILE", help="torch-fidelity's Inception weights, for --fid"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results to FILE")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write one line per picture to FILE")
@@ -67,7 +67,7 @@ def main(arguments: list[str]) -> int:
             channels=translator.channels if translator is not None else 3,
             device=device,
             fid=args.fid,
-            feature_weights=args.feature_extractor_weights_path,
+            feature_weights=args.feature_extractor_weights_path or "",
             json_file=args.json,
             csv_file=args.csv,
             sheet=args.sheet,
@@ -102,10 +102,10 @@ def _checkpoints(
     if which == "best":
         return load(pointer), None, "best"
     last = load(model)
-    if not pointer.is_file():
-        return last, None, ""
     if which == "last":
         return last, None, "last"
+    if not pointer.is_file():
+        return last, None, ""
     try:
         best = load(pointer)
     except ValueError as error:

@@ -57,7 +57,11 @@ class Inception:
             _check_weights(Path(file))
         try:
             network = create_feature_extractor(
-                "inception-v3-compat", [str(FEATURES)], cuda=False, feature_extractor_weights_path=file or None
+                "inception-v3-compat",
+                [str(FEATURES)],
+                cuda=False,
+                verbose=False,
+                feature_extractor_weights_path=file or None,
             )
         except (OSError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
             if file:
@@ -163,7 +167,8 @@ def kid(features: Tensor, reference: Tensor) -> tuple[float, float]:
     if not (features.isfinite().all() and reference.isfinite().all()):
         return float("nan"), float("nan")
     size = min(1000, len(features), len(reference))
-    found = kid_features_to_metric(features, reference, kid_subset_size=size, verbose=False)
+    # float32, as torch-fidelity extracts features itself: the difference of kernels keeps few digits of it
+    found = kid_features_to_metric(features.float(), reference.float(), kid_subset_size=size, verbose=False)
     return float(found[KEY_METRIC_KID_MEAN]), float(found[KEY_METRIC_KID_STD])
 
 

@@ -3,8 +3,8 @@
 fastnce evaluate RUN --data TEST --json scores.json --sheet sheet.png
 fastnce evaluate --inputs-only --data TEST --json inputs.json
 
-Of a run, the last and the best checkpoint are measured if they differ: `fastnce translate RUN` uses the last, papers report
-the best.
+Of a run, the last and the best checkpoint are measured if they differ: `fastnce translate RUN` uses the last, papers
+report the best.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class Report:
     def as_json(self) -> str:
         """Format all results as JSON. Infinity (equal pictures) becomes the text "inf".
 
-        The keys are `data`, `mean`, `inputs` and `pictures`; for a checkpoint of a run also `checkpoint` and `step`; and
-        `best`, with `step`, `mean` and `pictures`, if there is one.
+        The keys are `data`, `mean`, `inputs` and `pictures`; for a checkpoint of a run also `checkpoint` and `step`;
+        and `best`, with `step`, `mean` and `pictures`, if there is one.
         """
         found: dict[str, Any] = {"data": self.data}
         if self.checkpoint:
@@ -151,8 +151,8 @@ def evaluate(
         progress: called with a sentence after each picture.
 
     Raises:
-        ValueError: the set or a picture cannot be used (`DataError`), a file cannot be written, or torch-fidelity or its
-            weights are missing.
+        ValueError: the set or a picture cannot be used (`DataError`), a file cannot be written, or torch-fidelity or
+            its weights are missing.
     """
     data = Path(data)
     json_file, csv_file, sheet = (None if file is None else Path(file) for file in (json_file, csv_file, sheet))
