@@ -36,6 +36,17 @@ def draw(root: Path, counts: dict[str, int]) -> Path:
     return root
 
 
+OWN = """
+calls = []
+
+def level(output, truth):
+    calls.append(0)
+    if len(calls) > {count}:
+        raise OSError("a file is gone")
+    return output.mean()
+"""
+
+
 @pytest.fixture
 def two_sets(tmp_path: Path) -> Path:
     """Training images, and test images of other numbers in testA and testB."""
@@ -111,29 +122,39 @@ def test_the_lower_value_is_the_best_and_continues(two_sets, tmp_path, monkeypat
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_two_ranks_measure_as_one(two_sets, tmp_path, inception):
-    found = {}
     command = [
         "train",
         "fastcut",
         "--data",
         str(two_sets),
         *SMALL,
-        *sets(inception, "run.metrics=fid,kid,mine.py:level"),
+        *sets(inception, "run.metrics=fid,kid", "run.steps=2"),
     ]
-    (tmp_path / "mine.py").write_text("def level(output, truth):\n    return output.mean()\n")
-    command[-1] = "run.metrics=fid,kid"
-    assert main([*command, "--out", str(tmp_path / "one"), "data.batch=2", "run.steps=2", "--quiet"]) == 0
+    assert main([*command, "--out", str(tmp_path / "one"), "data.batch=2", "--quiet"]) == 0
     port = free_port()
-    two = [*command, "--out", str(tmp_path / "two"), "run.steps=2"]
-    for code, _, err in finish([start(rank, 2, port, *two) for rank in range(2)]):
+    for code, _, err in finish([start(rank, 2, port, *command, "--out", str(tmp_path / "two")) for rank in range(2)]):
         assert code == 0, err
-    for name in ("one", "two"):
-        found[name] = lines(tmp_path / name, "held_out_fid"), lines(tmp_path / name, "held_out_kid")
-    for one, other in zip(*found.values(), strict=True):
+    for name in ("held_out_fid", "held_out_kid"):
+        one, other = (lines(tmp_path / run, name) for run in ("one", "two"))
         assert list(one) == list(other) == [0, 2]
         assert one[0] == pytest.approx(other[0], rel=1e-6)
         assert one[2] == pytest.approx(other[2], rel=1e-3)  # gradients are summed in another order
     assert Checkpoints(tmp_path / "two/checkpoints").best() is not None
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_measure_that_fails_on_another_rank(with_pairs, tmp_path, monkeypatch):
+    """Each rank measures one of two pairs, after the check of the function."""
+    monkeypatch.chdir(tmp_path)
+    code = OWN.format(count=2).replace("if len", 'if os.environ["RANK"] == "1" and len')
+    Path("own.py").write_text(f"import os\n{code}")
+    settings = ["run.validate_every=1", "run.best=own.py:level", "run.steps=2"]
+    command = ["train", "fastcut", "--data", str(with_pairs), *SMALL, *settings, "--out", "run"]
+    port = free_port()
+    for code, _, err in finish([start(rank, 2, port, *command) for rank in range(2)]):
+        assert code == 0, err
+    assert list(lines(Path("run"), "held_out_level")) == [0]
+    assert Path("run/log.txt").read_text().count("run.best: level fails on another rank: ") == 1
 
 
 def test_a_failing_network_does_not_end_the_training(two_sets, tmp_path, inception, monkeypatch, capsys):
@@ -156,17 +177,6 @@ def test_a_failing_network_does_not_end_the_training(two_sets, tmp_path, incepti
     assert Checkpoints(run / "checkpoints").best()[1]["step"] == 1
     assert Checkpoints(run / "checkpoints").state()[0]["step"] == 4
     assert len(calls) == 9
-
-
-OWN = """
-calls = []
-
-def level(output, truth):
-    calls.append(0)
-    if len(calls) > {count}:
-        raise OSError("a file is gone")
-    return output.mean()
-"""
 
 
 @pytest.mark.parametrize("key", ["run.best", "run.metrics"])
