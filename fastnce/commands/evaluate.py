@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from ..common.streams import ProgressLine
 from ..engine.choices import pick_device
-from ..engine.stored import step_of
 from ..evaluate.distribution import INSTALL, WEIGHTS_FLAG
 from ..evaluate.pairs import RAIN_SIDE_HELP, RAIN_SIDES
 from ..evaluate.report import evaluate as measure
+from ..translate.chosen import CHECKPOINTS, last_and_best, step_loaded
 from ..translate.load import load_translator
-from ..translate.translator import Translator
 from .parsing import GENERATOR_HELP, MODEL_HELP, TILES_HELP, TRUST_HELP, command_parser
 
 
@@ -29,13 +27,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--generator", default="", help=GENERATOR_HELP)
     parser.add_argument(
         "--checkpoint",
-        choices=("best", "last", "both"),
+        choices=CHECKPOINTS,
         help="of a run; default: both where they differ, which takes twice the time",
     )
     parser.add_argument("--fid", action="store_true", help=f"also compute FID and KID ({INSTALL})")
-    parser.add_argument(
-        WEIGHTS_FLAG, type=Path, metavar="FILE", help="torch-fidelity's Inception weights, for --fid"
-    )
+    parser.add_argument(WEIGHTS_FLAG, type=Path, metavar="FILE", help="torch-fidelity's Inception weights, for --fid")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results to FILE")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write one line per picture to FILE")
     parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="draw input, output, truth and difference")
@@ -56,13 +52,13 @@ def main(arguments: list[str]) -> int:
         if args.model is not None:
             how = {"tiles": args.tiles, "say": line.say, "trust_code": args.trust_code}
             load = partial(load_translator, device=device, generator=args.generator, **how)
-            translator, best, name = _checkpoints(args.model, args.checkpoint, load, line.say)
+            translator, best, name = last_and_best(args.model, load, args.checkpoint, line.say)
         report = measure(
             args.data,
             translator,
             best=best,
             checkpoint=name,
-            steps=(_step(translator) if name else None, _step(best)),
+            steps=(step_loaded(translator) if name else None, step_loaded(best)),
             rain_side=args.rain_side,
             channels=translator.channels if translator is not None else 3,
             device=device,
@@ -75,47 +71,3 @@ def main(arguments: list[str]) -> int:
         )
     print(report.summary())
     return 0
-
-
-def _checkpoints(
-    model: Path, which: str | None, load: Callable[[Path], Translator], say: Callable[[str], None]
-) -> tuple[Translator, Translator | None, str]:
-    """Load what is to be measured.
-
-    Args:
-        which: the value of --checkpoint, if given.
-
-    Returns:
-        (the model, the run's best checkpoint if it is measured too, the name of the model's checkpoint). The name is
-        empty for anything but a run that has a best checkpoint.
-
-    Raises:
-        ValueError: the model cannot be loaded, or has no such checkpoint.
-    """
-    pointer = model / "checkpoints" / "best"
-    if not (model / "checkpoints").is_dir():
-        if which is not None:
-            raise ValueError(f"--checkpoint {which} chooses between the checkpoints of a run, and {model} is none")
-        return load(model), None, ""
-    if not pointer.is_file() and which in ("best", "both"):
-        raise ValueError(f"--checkpoint {which}: {model} has no best checkpoint, because nothing was validated")
-    if which == "best":
-        return load(pointer), None, "best"
-    last = load(model)
-    if which == "last":
-        return last, None, "last"
-    if not pointer.is_file():
-        return last, None, ""
-    try:
-        best = load(pointer)
-    except ValueError as error:
-        if which == "both":
-            raise
-        say(f"only the last checkpoint is measured: {error}")
-        return last, None, "last"
-    return (last, None, "best and last") if _step(best) == _step(last) else (last, best, "last")
-
-
-def _step(translator: Translator | None) -> int | None:
-    """The step of the checkpoint that a translator was loaded from."""
-    return None if translator is None else step_of(translator.sources[0].parent)

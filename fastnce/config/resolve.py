@@ -40,13 +40,13 @@ def resolve(
             raise ValueError(f"--config {file} is empty: leave it out, or write a section such as [data]")
         if stored.pop("method", method) != method:
             raise ValueError(f"--config {file} is for another method than {method}")
-        for section, values in stored.items():
+        for section, held in stored.items():
             named = brief(section)
-            if not isinstance(values, dict):
+            if not isinstance(held, dict):
                 raise ValueError(f"--config {file}: {named} must be in a section{_nearest_key(config, section)}")
-            if section not in Config.SECTIONS and not values:
+            if section not in Config.SECTIONS and not held:
                 raise ValueError(f"--config {file}: unknown section {named}; known: {', '.join(Config.SECTIONS)}")
-            for key, value in renamed(section, values).items():
+            for key, value in renamed(section, held).items():
                 _set(config, f"{section}.{key}", value, f"--config {file}")
     for text in overrides or []:
         name, equals, value = text.partition("=")
