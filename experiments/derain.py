@@ -29,8 +29,9 @@ if __name__ == "__main__":
 
 from benchmarks import machine
 from fastnce.config import Config, resolve
+from fastnce.engine.held_out import find_validation
 from fastnce.engine.loop import train
-from fastnce.engine.validate import Validation, find_validation
+from fastnce.engine.validate import Validation
 from fastnce.evaluate.pairs import Pair, find_pairs
 from fastnce.evaluate.quality import KEYS, DerainingMetrics
 from fastnce.methods import Batch, Draws, Group, Method, NetworkOptions, Phase

@@ -34,9 +34,10 @@ from fastnce.commands.demo import write_folders
 from fastnce.data.unpaired import UnpairedData
 from fastnce.engine.choices import pick_compile, pick_device, set_tf32
 from fastnce.engine.cudagraph import pick_graph
+from fastnce.engine.held_out import find_validation
 from fastnce.engine.options import OptimOptions
 from fastnce.engine.step import Step
-from fastnce.engine.validate import Validation, find_validation
+from fastnce.engine.validate import Validation
 from fastnce.methods import Batch, NetworkOptions
 from fastnce.methods.presets import PRESETS
 from fastnce.translate.translator import Translator

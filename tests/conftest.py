@@ -91,6 +91,16 @@ def shared() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def inception(tmp_path_factory) -> Path:
+    """A file of random weights for torch-fidelity's Inception network."""
+    from tests.inception import prepare_torchvision, save_random_weights
+
+    prepare_torchvision()
+    pytest.importorskip("torch_fidelity")
+    return save_random_weights(tmp_path_factory.mktemp("inception") / "weights.pth")
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

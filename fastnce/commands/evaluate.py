@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from ..common.streams import ProgressLine
 from ..engine.choices import pick_device
+from ..evaluate.distribution import INSTALL, WEIGHTS_FLAG
 from ..evaluate.pairs import RAIN_SIDE_HELP, RAIN_SIDES
 from ..evaluate.report import evaluate as measure
+from ..translate.chosen import CHECKPOINTS, last_and_best, step_loaded
 from ..translate.load import load_translator
 from .parsing import GENERATOR_HELP, MODEL_HELP, TILES_HELP, TRUST_HELP, command_parser
 
@@ -22,7 +25,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--rain-side", default="right", choices=RAIN_SIDES, help=RAIN_SIDE_HELP)
     parser.add_argument("--inputs-only", action="store_true", help="measure the inputs, without a model")
     parser.add_argument("--generator", default="", help=GENERATOR_HELP)
-    parser.add_argument("--fid", action="store_true", help="also compute FID and KID (needs the extra eval)")
+    parser.add_argument(
+        "--checkpoint",
+        choices=CHECKPOINTS,
+        help="of a run; default: both where they differ, which takes twice the time",
+    )
+    parser.add_argument("--fid", action="store_true", help=f"also compute FID and KID ({INSTALL})")
+    parser.add_argument(WEIGHTS_FLAG, type=Path, metavar="FILE", help="torch-fidelity's Inception weights, for --fid")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results to FILE")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write one line per picture to FILE")
     parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="draw input, output, truth and difference")
@@ -32,19 +41,29 @@ def main(arguments: list[str]) -> int:
     args = parser.parse_args(arguments)
     if (args.model is None) != args.inputs_only:
         raise ValueError("fastnce evaluate takes either a model or --inputs-only")
+    if args.feature_extractor_weights_path and not args.fid:
+        raise ValueError(f"{WEIGHTS_FLAG} has no effect without --fid")
+    if args.checkpoint and args.model is None:
+        raise ValueError(f"--checkpoint {args.checkpoint} has no effect with --inputs-only")
     with ProgressLine() as line:
         device = pick_device(args.device)
-        translator = None
+        translator = best = None
+        name = ""
         if args.model is not None:
             how = {"tiles": args.tiles, "say": line.say, "trust_code": args.trust_code}
-            translator = load_translator(args.model, device, args.generator, **how)
+            load = partial(load_translator, device=device, generator=args.generator, **how)
+            translator, best, name = last_and_best(args.model, load, args.checkpoint, line.say)
         report = measure(
             args.data,
             translator,
+            best=best,
+            checkpoint=name,
+            steps=(step_loaded(translator) if name else None, step_loaded(best)),
             rain_side=args.rain_side,
             channels=translator.channels if translator is not None else 3,
             device=device,
             fid=args.fid,
+            feature_weights=args.feature_extractor_weights_path or "",
             json_file=args.json,
             csv_file=args.csv,
             sheet=args.sheet,

@@ -95,5 +95,20 @@ def _absent(method: str, section: str, key: str, other: dict[str, Any]) -> Any:
     return getattr(getattr(from_preset(method, find_preset(method)), section), key)
 
 
+def renamed(section: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of a stored section, with the present names of keys that had another one.
+
+    `run.metric` is `run.best` now. Its default was psnr_y, which "auto" means for pairs. `run.tensorboard` was off by
+    default, which an empty `run.track` means.
+    """
+    if section != "run":
+        return values
+    kept = {key: value for key, value in values.items() if (key, value) != ("tensorboard", False)}
+    if "metric" not in kept:
+        return kept
+    del kept["metric"]
+    return {"best": "auto" if values["metric"] == "psnr_y" else values["metric"]} | kept
+
+
 def keys_of(config: Config) -> list[str]:
     return [f"{section}.{f.name}" for section in Config.SECTIONS for f in fields(getattr(config, section))]

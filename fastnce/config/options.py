@@ -34,7 +34,10 @@ class DataOptions:
         "", "rain for data.rain, e.g. density=0.1:0.3,angle=-40:40; empty: the defaults of fastnce rain", anything=True
     )
     validate: str = option(
-        "", "folder of held-out pairs for run.validate_every; empty: test in the data folder, if paired", anything=True
+        "",
+        "folder of held-out pairs for run.validate_every, or with testA and testB for FID; empty: test in the data "
+        "folder if paired, else the data folder itself",
+        anything=True,
     )
     rain_side: str = option("right", "the rainy half of held-out strips: right or left", choices=RAIN_SIDES)
     dataset: str = option(

@@ -13,7 +13,7 @@ from ..common.options import check_value, converted
 from ..common.toml import format_value, parse_value
 from ..methods.presets import find_preset
 from .check import check
-from .config import Config, from_preset, keys_of
+from .config import Config, from_preset, keys_of, renamed
 
 
 def resolve(
@@ -40,15 +40,13 @@ def resolve(
             raise ValueError(f"--config {file} is empty: leave it out, or write a section such as [data]")
         if stored.pop("method", method) != method:
             raise ValueError(f"--config {file} is for another method than {method}")
-        for section, entries in stored.items():
+        for section, held in stored.items():
             named = brief(section)
-            if not isinstance(entries, dict):
+            if not isinstance(held, dict):
                 raise ValueError(f"--config {file}: {named} must be in a section{_nearest_key(config, section)}")
-            if section not in Config.SECTIONS and not entries:
+            if section not in Config.SECTIONS and not held:
                 raise ValueError(f"--config {file}: unknown section {named}; known: {', '.join(Config.SECTIONS)}")
-            for key, value in entries.items():
-                if (section, key, value) == ("run", "tensorboard", False):
-                    continue  # config.toml of an earlier version
+            for key, value in renamed(section, held).items():
                 _set(config, f"{section}.{key}", value, f"--config {file}")
     for text in overrides or []:
         name, equals, value = text.partition("=")
@@ -83,6 +81,8 @@ def _set(config: Config, name: str, value: Any, where: str, parse: bool = False)
         raise ValueError(f"{where}run.tensorboard is replaced: write run.track=tensorboard, or leave it out")
     section, _, key = name.partition(".")
     target = getattr(config, section) if section in Config.SECTIONS else None
+    if name == "run.metric":
+        raise ValueError(f"{where}run.metric is called run.best now: write run.best={brief(value).strip(chr(39))}")
     if target is None or key not in {f.name for f in fields(target)}:
         raise ValueError(f"{where}unknown key {brief(name)}{_nearest_key(config, name)}")
     text = value if parse else ""

@@ -10,7 +10,7 @@ from ..common.imports import CodeError, is_import_path
 from ..common.messages import brief
 from ..common.options import check as check_options
 from ..methods.presets import find_preset
-from .config import Config, from_preset
+from .config import Config, from_preset, renamed
 
 
 def _named_code(stored: dict[str, Any], generators_only: bool) -> Iterator[Any]:
@@ -53,6 +53,7 @@ def from_dict(stored: dict[str, Any], *, trust_code: bool = False, generators_on
         target, values = getattr(config, section), stored.get(section, {})
         if not isinstance(values, dict):
             raise ValueError(f"a stored configuration's {section} must be a table of keys, not {brief(values)}")
+        values = renamed(section, values)
         for key in {f.name for f in fields(target)} & values.keys():
             setattr(target, key, values[key])
     check_options(config.network, "network")

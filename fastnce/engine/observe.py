@@ -152,8 +152,9 @@ class Observer:
     def measure_inputs(self, validation: Validation) -> None:
         """Measure the inputs of the held-out pairs, for comparison."""
         inputs = validation.measure_inputs()
-        for sentence in [*validation.take_messages(), inputs]:
-            self.log.say(sentence)
+        for sentence in validation.take_messages():
+            self.log.warn(sentence)
+        self.log.say(inputs)
 
     def validate(self, validation: Validation, done: int, images: int) -> bool:
         """Measure the held-out pairs; returns whether the method is better than ever before.
@@ -169,7 +170,7 @@ class Observer:
         self.method.train()
         self.validated_at = done
         for sentence in validation.take_messages():
-            self.log.say(sentence)
+            self.log.warn(sentence)
         self.log.metrics(done, {"pictures": images} | validation.metrics())
-        self.log.say(f"step {done:,}: {validation.short()} on Y{', the best so far' if better else ''}")
+        self.log.say(f"step {done:,}: {validation.short()}{', the best so far' if better else ''}")
         return better

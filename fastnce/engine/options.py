@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..common.options import option
-from ..evaluate.metrics import METRIC_HELP, METRIC_NAMES
+from ..evaluate.metrics import AUTO, BEST_HELP, FEATURE_WEIGHTS_HELP, METRICS_HELP
 from .choices import PRECISIONS
 
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
@@ -67,9 +67,11 @@ class RunOptions:
     sample_every: int = option(1000, "steps between sample grids; 0 makes none", low=0)
     samples: int = option(4, "images in a sample grid; 0 makes none", low=0, high=1_000)
     monitor_every: int = option(500, "steps between checks of the translated samples; 0 never", low=0)
-    validate_every: int = option(0, "steps between measures of held-out pairs (see data.validate); 0 never", low=0)
-    validate_pictures: int = option(25, "so many pairs at most, spread over the set; 0 takes all", low=0)
-    metric: str = option("psnr_y", METRIC_HELP, choices=METRIC_NAMES, imports=True)
+    validate_every: int = option(0, "steps between measures of held-out images (see data.validate); 0 never", low=0)
+    validate_pictures: int = option(25, "so many held-out images at most, spread over the set; 0 takes all", low=0)
+    best: str = option(AUTO, BEST_HELP, anything=True)
+    metrics: str = option("", METRICS_HELP, anything=True)
+    feature_weights: str = option("", FEATURE_WEIGHTS_HELP, anything=True)
     save_every: int = option(1000, "steps between checkpoints; 0: one at the end, or where it is stopped", low=0)
     keep: int = option(2, "checkpoints to keep", low=2)
     check_kernels: bool = option(True, "compare each kernel with plain PyTorch at its first use on a device")

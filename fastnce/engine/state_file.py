@@ -44,13 +44,14 @@ def _progress(value: Any) -> bool:
 
 
 def _validation(value: Any) -> bool:
-    texts = ("pairs", "run.metric")
+    texts = ("pairs", "run.best", "run.metric")  # run.metric: the name of run.best in older versions
+    if not isinstance(value, dict) or not isinstance(value.get("pairs"), str):
+        return False
+    numbers = [number for key, number in value.items() if key not in texts]
     return (
-        isinstance(value, dict)
-        and isinstance(value.get("pairs"), str)
-        and isinstance(value.get("run.metric", ""), str)
-        and all(isinstance(number, float | int) for key, number in value.items() if key not in texts)
-        and "psnr_y" in value
+        all(isinstance(value.get(key, ""), str) for key in texts)
+        and all(isinstance(number, float | int) for number in numbers)
+        and len(numbers) > 0
     )
 
 

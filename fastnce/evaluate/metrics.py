@@ -1,34 +1,39 @@
-"""The metric that decides which checkpoint of a run is the best: by name, or a user's own function.
+"""The measures of held-out images: by name, through torch-fidelity and pyiqa, or a user's own function.
 
 To add one, write its function here and add it to `METRICS`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..common.imports import CodeError, is_import_path, load_object
+from ..common.imports import CodeError, first_line, is_import_path, load_object
+from . import iqa
+from .distribution import Inception
 from .quality import KEYS
 
 
 class Metric(NamedTuple):
-    """A measure of an output compared with its truth.
+    """A measure of translated images.
 
     name: name of the column in metrics.jsonl.
-    measure: (output, truth) -> number, both float32 (1, channels, height, width) in [-1, 1] on the CPU. None for the
-        keys of `DerainingMetrics`, which are always measured.
+    measure: (output, truth) -> number, or (output) -> number, float32 (1, channels, height, width) in [-1, 1]. None for
+        the keys of `DerainingMetrics`, which are always measured on pairs, and for FID and KID.
     higher_is_better: the direction. A user's function sets it to False by the attribute `lower_is_better = True`.
-    path: as `run.metric` names it, such as mymetrics.py:distance.
+    path: as `run.best` names a user's own function, such as mymetrics.py:distance.
+    needs: "truth" for a measure of pairs, "nothing" for one of single images, "sets" for FID and KID.
     """
 
     name: str
-    measure: Callable[[Tensor, Tensor], Any] | None = None
+    measure: Callable[..., Any] | None = None
     higher_is_better: bool = True
     path: str = ""
+    needs: Literal["truth", "nothing", "sets"] = "truth"
 
 
 PSNR_Y = Metric("psnr_y")
@@ -42,57 +47,146 @@ def l1(output: Tensor, truth: Tensor) -> float:
 l1.lower_is_better = True  # type: ignore[attr-defined]
 
 METRICS: dict[str, Callable[[Tensor, Tensor], Any]] = {"l1": l1}
-
-METRIC_NAMES = (*KEYS, *METRICS)
-TAKEN = (*KEYS, "seconds", "pairs")
+SETS = ("fid", "kid")
+NAMED = (*KEYS, *METRICS, *SETS)
+TAKEN = (*NAMED, "seconds", "pairs")
 """Names that held-out measures already have in metrics.jsonl (as held_out_NAME) or in a checkpoint."""
-METRIC_HELP = (
-    "metric on held-out pairs that decides which checkpoint is the best: psnr_y, ssim_y, psnr_rgb, ssim_rgb, l1, or "
-    "your own (mymetrics.py:distance)"
+AUTO = "auto"
+BEST_HELP = (
+    "the measure that decides which checkpoint is the best: psnr_y, ssim_y, psnr_rgb, ssim_rgb, l1, fid, kid, one of "
+    "pyiqa's (lpips, niqe, ...), or your own (mymetrics.py:distance); auto: psnr_y of pairs, else the first of "
+    "run.metrics"
 )
+METRICS_HELP = "further measures at each validation, with commas between them: fid,kid,lpips,niqe,mymetrics.py:distance"
+FEATURE_WEIGHTS_HELP = "file with torch-fidelity's Inception weights, for fid and kid; empty: its own place"
 
 
-def find_metric(name: str, channels: int = 3) -> Metric:
-    """Return the metric of this name.
+@dataclass
+class Measures:
+    """What a run measures on held-out images.
 
     Args:
-        name: one of `METRIC_NAMES`, or the import path of a function (output, truth) -> number. An instance of
-            `nn.Module` is set to evaluation mode.
-        channels: of the images that it will measure.
+        best: the measure that `run.best` names; None for "auto".
+        more: those of `run.metrics`.
+        inception: the network for FID and KID, if one of them is named.
+    """
+
+    best: Metric | None = None
+    more: tuple[Metric, ...] = ()
+    inception: Inception | None = None
+
+    def deciding(self, paired: bool) -> Metric | None:
+        """Return the measure that decides which checkpoint is best; None if nothing can be measured.
+
+        Args:
+            paired: whether the held-out images have truths.
+
+        Raises:
+            ValueError: a measure needs a truth, and there is none.
+        """
+        if not paired:
+            for key, metric in [("run.best", self.best), *(("run.metrics", each) for each in self.more)]:
+                if metric is not None and metric.needs == "truth":
+                    raise ValueError(
+                        f"{key}={metric.path or metric.name} compares pairs, and testA and testB are none: take fid, "
+                        f"kid or a measure of single pictures such as niqe, or name pairs by data.validate"
+                    )
+        if self.best is not None:
+            return self.best
+        return PSNR_Y if paired else (self.more[0] if self.more else None)
+
+
+def find_measures(
+    best: str, metrics: str, channels: int = 3, device: torch.device | str = "cpu", weights: str = ""
+) -> Measures:
+    """Return the measures that `run.best` and `run.metrics` name, with their weights loaded.
+
+    Args:
+        best: one name, or "auto".
+        metrics: names with commas between them, or "".
+        channels: of the images that they will measure.
+        device: where networks compute.
+        weights: of `Inception`.
 
     Raises:
-        CodeError: the function cannot be imported, has the name of another measure, or fails on two equal images.
+        ValueError: as `find_metric` and `Inception` do; or two measures have the same name.
+    """
+    names = [name.strip() for name in metrics.split(",") if name.strip()]
+    first = None if best == AUTO else find_metric(best, channels, "run.best", device)
+    more: list[Metric] = []
+    for name in names:
+        if first is not None and name == best:
+            continue
+        metric = find_metric(name, channels, "run.metrics", device)
+        if metric.name in {each.name for each in [*more, *([first] if first else [])]}:
+            raise ValueError(f"run.metrics={metrics}: two measures have the name {metric.name}: name each one once")
+        more.append(metric)
+    sets = any(metric.needs == "sets" for metric in [*more, *([first] if first else [])])
+    return Measures(first, tuple(more), Inception(device, weights) if sets else None)
+
+
+def find_metric(name: str, channels: int = 3, key: str = "run.best", device: torch.device | str = "cpu") -> Metric:
+    """Return the measure of this name.
+
+    Args:
+        name: one of `NAMED`, one of pyiqa's, or the import path of a function (output, truth) -> number. An instance of
+            `nn.Module` is set to evaluation mode.
+        channels: of the images that it will measure.
+        key: the option that holds the name, for messages.
+        device: where pyiqa's networks compute. A user's own function gets its images on the CPU.
+
+    Raises:
+        ValueError: there is no such measure, or its weights are not available. CodeError: a user's function cannot be
+            imported, has the name of another measure, or fails on two equal images.
     """
     if name in KEYS:
         return Metric(name)
-    function = load_object(name, "run.metric") if is_import_path(name) else METRICS[name]
+    if name in SETS:
+        return Metric(name, higher_is_better=False, needs="sets")
+    if name not in METRICS and not is_import_path(name):
+        measure, paired, higher = iqa.load(name, key, device)
+        metric = Metric(name, measure, higher, needs="truth" if paired else "nothing")
+        # noise, because measures of natural images are undefined on a constant one
+        noise = torch.rand(1, channels, 256, 256, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        _try(metric, key, noise, noise)
+        return metric
+    function = load_object(name, key) if is_import_path(name) else METRICS[name]
     if not callable(function):
-        raise CodeError(f"run.metric={name} must be a function (output, truth) -> number")
+        raise CodeError(f"{key}={name} must be a function (output, truth) -> number")
     if isinstance(function, type):
-        raise CodeError(f"run.metric={name} must be a function (output, truth) -> number, or an instance of this class")
+        raise CodeError(f"{key}={name} must be a function (output, truth) -> number, or an instance of this class")
     column = name.rpartition(":")[2]
-    if column in TAKEN:
+    if column in TAKEN and column != name:
         raise CodeError(
-            f"run.metric={name}: the name {column} is taken by another column of metrics.jsonl: rename the function"
+            f"{key}={name}: the name {column} is taken by another column of metrics.jsonl: rename the function"
         )
     if isinstance(function, nn.Module):
         function.eval()
-    metric = Metric(column, function, not getattr(function, "lower_is_better", False), name)
-    measured(metric, *torch.zeros(2, 1, channels, 64, 64))
+    path = name if is_import_path(name) else ""
+    metric = Metric(column, function, not getattr(function, "lower_is_better", False), path)
+    _try(metric, key, *torch.zeros(2, 1, channels, 64, 64))
     return metric
 
 
-def measured(metric: Metric, output: Tensor, truth: Tensor) -> float:
-    """Apply the function of a metric to copies of two images, without gradients, and return the result as a float.
+def _try(metric: Metric, key: str, output: Tensor, truth: Tensor) -> None:
+    try:
+        measured(metric, output, truth)
+    except CodeError as error:
+        raise CodeError(f"{key}: {error}") from error
+
+
+def measured(metric: Metric, output: Tensor, truth: Tensor | None) -> float:
+    """Apply the function of a measure to copies of the images, without gradients, and return the result as a float.
 
     Raises:
         CodeError: the function fails, or does not return a number.
     """
     assert metric.measure is not None
+    pictures: Sequence[Tensor] = (output,) if metric.needs == "nothing" or truth is None else (output, truth)
     try:
         with torch.no_grad():
             # the copies are no inference tensors, and the function may change them
-            return float(metric.measure(output.clone(), truth.clone()))
+            return float(metric.measure(*(picture.clone() for picture in pictures)))
     except (Exception, SystemExit) as error:
-        sizes = f"images {tuple(output.shape)}"
-        raise CodeError(f"run.metric: {metric.name} fails on two {sizes}: {type(error).__name__}: {error}") from error
+        what = "two images" if len(pictures) == 2 else "an image"
+        raise CodeError(f"{metric.name} fails on {what} {tuple(output.shape)}: {first_line(error)}") from error

@@ -2,6 +2,9 @@
 
 fastnce evaluate RUN --data TEST --json scores.json --sheet sheet.png
 fastnce evaluate --inputs-only --data TEST --json inputs.json
+
+Of a run, the last and the best checkpoint are measured if they differ: `fastnce translate RUN` uses the last, papers
+report the best.
 """
 
 from __future__ import annotations
@@ -12,23 +15,19 @@ import json
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ..common.writing import check_not_replaced, sweep, write_whole
 from ..data import DataError, find_images, load_image
-from .distribution import fid_kid, require_fidelity
+from .distribution import Inception, check_counts, fid_kid
 from .pairs import Pair, find_pairs
-from .quality import KEYS, DerainingMetrics, to_levels
-
-Translate = Callable[[Tensor], Tensor]
-"""(1, channels, height, width) in [-1, 1] to the same size."""
-SHEET_ROWS, SHEET_SIDE, DIFFERENCE_GAIN = 12, 320, 4
+from .quality import KEYS, DerainingMetrics
+from .sheet import Translate, draw_sheet
 
 
 @dataclass
@@ -40,16 +39,31 @@ class Report:
         mean: of psnr_y, ssim_y, psnr_rgb, ssim_rgb over the pictures; fid, kid, kid_std if requested.
         inputs: the same means for the untranslated pictures; empty for an unpaired set.
         pictures: "name" and the four measures of each picture; empty for an unpaired set.
+        checkpoint: which one of a run was measured, "last", "best" or "best and last"; empty if nothing else is known.
+        step: of that checkpoint.
+        best: the results of the run's best checkpoint, if it was measured too and is not this one.
     """
 
     data: str
     mean: dict[str, float]
     inputs: dict[str, float]
     pictures: list[dict[str, Any]]
+    checkpoint: str = ""
+    step: int | None = None
+    best: Report | None = None
 
     def as_json(self) -> str:
-        """Format `data`, `mean`, `inputs` and `pictures` as JSON. Infinity (equal pictures) becomes the text "inf"."""
-        found = {"data": self.data, "mean": self.mean, "inputs": self.inputs, "pictures": self.pictures}
+        """Format all results as JSON. Infinity (equal pictures) becomes the text "inf".
+
+        The keys are `data`, `mean`, `inputs` and `pictures`; for a checkpoint of a run also `checkpoint` and `step`;
+        and `best`, with `step`, `mean` and `pictures`, if there is one.
+        """
+        found: dict[str, Any] = {"data": self.data}
+        if self.checkpoint:
+            found |= {"checkpoint": self.checkpoint, "step": self.step}
+        found |= {"mean": self.mean, "inputs": self.inputs, "pictures": self.pictures}
+        if self.best is not None:
+            found["best"] = {"step": self.best.step, "mean": self.best.mean, "pictures": self.best.pictures}
         return json.dumps(_finite(found), indent=1, ensure_ascii=False) + "\n"
 
     def as_csv(self) -> str:
@@ -62,8 +76,10 @@ class Report:
         return text.getvalue()
 
     def summary(self) -> str:
-        """Format the results as one line for the terminal."""
-        parts = []
+        """Format the results as one line for the terminal, or two with a best checkpoint."""
+        if self.best is not None:
+            return f"{replace(self, best=None).summary()}\n{self.best.summary()}"
+        parts = [] if self.step is None else [f"{self.checkpoint} (step {self.step:,}):"]
         if self.pictures:
             m = self.mean
             parts.append(f"{len(self.pictures)} pictures: {_line(m)}")
@@ -86,14 +102,32 @@ def _finite(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
+class _Sets:
+    """FID and KID of several models against the same reference, whose features are computed once."""
+
+    def __init__(self, inception: Inception):
+        self.inception = inception
+        self.reference: list[Tensor] = []
+
+    def measure(self, features: list[Tensor]) -> dict[str, float]:
+        check_counts(len(features), len(self.reference))
+        if not all(row.isfinite().all() for row in features):
+            raise ValueError("the generator's output is not finite, so it has no FID")
+        return fid_kid(torch.stack(features), torch.stack(self.reference))
+
+
 def evaluate(
     data: str | os.PathLike[str],
     translate: Translate | None = None,
     *,
+    best: Translate | None = None,
     rain_side: str = "right",
     channels: int = 3,
     device: torch.device | str = "cpu",
     fid: bool = False,
+    feature_weights: str | os.PathLike[str] = "",
+    checkpoint: str = "",
+    steps: tuple[int | None, int | None] = (None, None),
     json_file: str | os.PathLike[str] | None = None,
     csv_file: str | os.PathLike[str] | None = None,
     sheet: str | os.PathLike[str] | None = None,
@@ -104,16 +138,21 @@ def evaluate(
     Args:
         data: a paired set (see `find_pairs`), or a folder with testA and testB for FID alone.
         translate: the model; None measures the inputs themselves.
+        best: the best checkpoint of the same run, to be measured too. `Report.best` has its results.
         rain_side: the half of strips that is rainy, "right" or "left".
         channels: of the model's input.
         device: where the measures are computed.
         fid: also compute FID and KID between outputs and truths (or testB); needs torch-fidelity.
-        json_file, csv_file, sheet: files to write: all results, one line per picture, and a contact sheet (PNG).
+        feature_weights: the file of Inception weights for `fid`; empty: torch-fidelity's own place.
+        checkpoint: `Report.checkpoint` of `translate`.
+        steps: of the checkpoints `translate` and `best`.
+        json_file, csv_file, sheet: files to write: all results, one line per picture, and a contact sheet (PNG); the
+            last two of `translate` only.
         progress: called with a sentence after each picture.
 
     Raises:
-        ValueError: the set or a picture cannot be used (`DataError`), a file cannot be written, or torch-fidelity is
-            missing.
+        ValueError: the set or a picture cannot be used (`DataError`), a file cannot be written, or torch-fidelity or
+            its weights are missing.
     """
     data = Path(data)
     json_file, csv_file, sheet = (None if file is None else Path(file) for file in (json_file, csv_file, sheet))
@@ -121,23 +160,37 @@ def evaluate(
     _check_writable(files)
     if sheet is not None and sheet.suffix.lower() != ".png":
         raise ValueError(f"--sheet {sheet}: the contact sheet is a PNG, name it {sheet.stem}.png")
-    if fid:
-        require_fidelity()
+    unpaired = (data / "testA").is_dir() and (data / "testB").is_dir()
+    if unpaired and (not fid or csv_file or sheet):
+        raise DataError(
+            f"{data} holds testA and testB, which are not paired: measure them with --fid and --json only (PSNR, "
+            f"SSIM, --csv and --sheet need pairs, such as rain/ and norain/)"
+        )
+    sets = _Sets(Inception(device, feature_weights)) if fid else None
     drawn = b""
-    if (data / "testA").is_dir() and (data / "testB").is_dir():
-        if not fid or csv_file or sheet:
-            raise DataError(
-                f"{data} holds testA and testB, which are not paired: measure them with --fid and --json only (PSNR, "
-                f"SSIM, --csv and --sheet need pairs, such as rain/ and norain/)"
-            )
-        _check_kept(files, [*find_images(data / "testA"), *find_images(data / "testB")], translate)
-        report = _unpaired(data, translate, channels, device, progress)
+    pairs: list[Pair] = []
+    if sets is not None and unpaired:
+        taken = [*find_images(data / "testA"), *find_images(data / "testB")]
     else:
         pairs = find_pairs(data, rain_side)
-        _check_kept(files, [file for pair in pairs for file in (pair.rainy, pair.clean)], translate)
-        report = _paired(data, pairs, translate, channels, device, fid, progress)
-        if sheet is not None:
-            drawn = _sheet(pairs, report.pictures, translate, channels)
+        taken = [file for pair in pairs for file in (pair.rainy, pair.clean)]
+    for model in (translate, best):
+        _check_kept(files, taken, model)
+
+    def measure(model: Translate | None, name: str) -> Report:
+        def told(sentence: str) -> None:
+            if progress is not None:
+                progress(f"{name}: {sentence}" if best is not None else sentence)
+
+        if sets is not None and unpaired:
+            return _unpaired(data, model, channels, sets, told)
+        return _paired(data, pairs, model, channels, device, sets, told)
+
+    report = replace(measure(translate, checkpoint), checkpoint=checkpoint, step=steps[0])
+    if best is not None:
+        report.best = replace(measure(best, "best"), checkpoint="best", step=steps[1])
+    if sheet is not None:
+        drawn = draw_sheet(pairs, report.pictures, translate, channels)
     try:
         for file, text in ((json_file, report.as_json), (csv_file, report.as_csv)):
             if file is not None:  # bytes of a file name that are not Unicode become \\udcXX, which JSON can read back
@@ -145,7 +198,8 @@ def evaluate(
         if sheet is not None:
             write_whole(sheet, drawn)
     except OSError as error:  # the message includes the results, so that a full disk does not lose an hour's work
-        raise OSError(error.errno, f"{error.strerror}; measured: {report.summary()}", error.filename) from error
+        measured = report.summary().replace("\n", "; ")
+        raise OSError(error.errno, f"{error.strerror}; measured: {measured}", error.filename) from error
     return report
 
 
@@ -176,93 +230,42 @@ def _paired(
     translate: Translate | None,
     channels: int,
     device: torch.device | str,
-    fid: bool,
-    progress: Callable[[str], None] | None,
+    sets: _Sets | None,
+    progress: Callable[[str], None],
 ) -> Report:
     metrics, inputs = DerainingMetrics(), DerainingMetrics()
     pictures: list[dict[str, Any]] = []
     made: list[Tensor] = []
-    real: list[Tensor] = []
     for pair in pairs:
         rainy, clean = (picture[None] for picture in pair.load(channels))
         output = rainy if translate is None else translate(rainy)
         (row,) = metrics.update(output.to(device), clean.to(device))
         if translate is not None:
             inputs.update(rainy.to(device), clean.to(device))
+        if sets is not None:
+            made.append(sets.inception.features(output))
+            if len(sets.reference) < len(pairs):
+                sets.reference.append(sets.inception.features(clean))
         pictures.append({"name": pair.name, **row})
-        if fid:
-            made.append(_for_inception(output))
-            real.append(_for_inception(clean))
-        if progress is not None:
-            progress(f"{len(pictures)}/{len(pairs)} {pair.name}: {_line(row)}")
+        progress(f"{len(pictures)}/{len(pairs)} {pair.name}: {_line(row)}")
     mean = metrics.compute()
     before = mean if translate is None else inputs.compute()
-    if fid:
-        mean = {**mean, **fid_kid(made, real, device)}
+    if sets is not None:
+        mean = {**mean, **sets.measure(made)}
     return Report(str(data), mean, before, pictures)
 
 
 def _unpaired(
-    data: Path,
-    translate: Translate | None,
-    channels: int,
-    device: torch.device | str,
-    progress: Callable[[str], None] | None,
+    data: Path, translate: Translate | None, channels: int, sets: _Sets, progress: Callable[[str], None]
 ) -> Report:
     made: list[Tensor] = []
     sources = find_images(data / "testA")
     for count, file in enumerate(sources, 1):
         picture = load_image(file, channels)[None]
-        made.append(_for_inception(picture if translate is None else translate(picture)))
-        if progress is not None:
-            progress(f"{count}/{len(sources)} {file.name}")
-    real = [_for_inception(load_image(file, channels)[None]) for file in find_images(data / "testB")]
-    return Report(str(data), fid_kid(made, real, device), {}, [])
-
-
-def _for_inception(picture: Tensor) -> Tensor:
-    if not torch.isfinite(picture).all():
-        raise ValueError("the generator's output is not finite, so it has no FID")
-    return to_levels(picture[0]).to(torch.uint8).expand(3, -1, -1).cpu()
-
-
-def _sheet(pairs: list[Pair], pictures: list[dict[str, Any]], translate: Translate | None, channels: int) -> bytes:
-    """Draw a PNG of input, output, truth and difference of up to 12 pictures, from the lowest PSNR on Y up."""
-    order = sorted(range(len(pairs)), key=lambda i: pictures[i]["psnr_y"])
-    count = min(SHEET_ROWS, len(order))
-    chosen = [order[round(i * (len(order) - 1) / max(count - 1, 1))] for i in range(count)]
-    rows: list[tuple[str, list[Image.Image]]] = []
-    for index in chosen:
-        rainy, clean = (picture[None] for picture in pairs[index].load(channels))
-        output = rainy if translate is None else translate(rainy)
-        apart = (to_levels(output) - to_levels(clean)).abs() * DIFFERENCE_GAIN
-        levels = [to_levels(rainy), to_levels(output), to_levels(clean), apart.clamp(max=255)]
-        row = pictures[index]
-        name = row["name"].encode("utf-8", "backslashreplace").decode()
-        title = f"{name}: {row['psnr_y']:.2f} dB / {row['ssim_y']:.4f} on Y"
-        rows.append((title, [_thumbnail(picture) for picture in levels]))
-    margin, line = 6, 14
-    names = ("input", "output", "truth", f"|output - truth| x {DIFFERENCE_GAIN}")
-    widths = [max(row[1][column].width for row in rows) for column in range(4)]
-    height = line + sum(line + row[1][0].height + margin for row in rows)
-    canvas = Image.new("RGB", (sum(widths) + 5 * margin, height + margin), "white")
-    draw = ImageDraw.Draw(canvas)
-    lefts = [margin + sum(widths[:column]) + column * margin for column in range(4)]
-    for left, name in zip(lefts, names, strict=True):
-        draw.text((left, 1), name, fill="black")
-    top = line
-    for title, thumbnails in rows:
-        draw.text((margin, top), title, fill="black")
-        for left, thumbnail in zip(lefts, thumbnails, strict=True):
-            canvas.paste(thumbnail, (left, top + line))
-        top += line + thumbnails[0].height + margin
-    packed = io.BytesIO()
-    canvas.save(packed, format="PNG")
-    return packed.getvalue()
-
-
-def _thumbnail(levels: Tensor) -> Image.Image:
-    pixels = levels[0].expand(3, -1, -1).to(torch.uint8).permute(1, 2, 0).cpu().contiguous().numpy()
-    image = Image.fromarray(pixels)
-    image.thumbnail((SHEET_SIDE, SHEET_SIDE), Image.Resampling.LANCZOS)
-    return image
+        made.append(sets.inception.features(picture if translate is None else translate(picture)))
+        progress(f"{count}/{len(sources)} {file.name}")
+    if not sets.reference:
+        sets.reference = [
+            sets.inception.features(load_image(file, channels)[None]) for file in find_images(data / "testB")
+        ]
+    return Report(str(data), sets.measure(made), {}, [])

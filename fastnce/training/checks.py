@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..config.build import plan
 from ..config.config import Config
 from ..config.options import sides
@@ -13,7 +15,7 @@ from ..engine.accumulate import check_parts
 from ..engine.checkpoint import Checkpoints
 from ..engine.checks import check_trackers
 from ..engine.progress import check_batch
-from ..evaluate.metrics import Metric, find_metric
+from ..evaluate.metrics import AUTO, Measures, find_measures
 from ..methods import Method
 
 
@@ -34,11 +36,14 @@ def check_plan(config: Config) -> Method:
     return planned
 
 
-def check_code(config: Config) -> Metric:
-    """Import a user's own data set and metric, and check them without images; check that trackers are installed.
+def check_code(config: Config, device: torch.device | str = "cpu") -> Measures:
+    """Check own code, the weights of measures, and that trackers are installed, without images.
+
+    Args:
+        device: where the networks of measures will compute.
 
     Returns:
-        the metric.
+        the measures.
 
     Raises:
         ValueError: they cannot be used, an option has no effect with them, or a tracker is not installed.
@@ -51,7 +56,12 @@ def check_code(config: Config) -> Metric:
                 f"data.rain={config.data.rain:g} has no effect with data.dataset={config.data.dataset}: leave it at 0, "
                 f"and let the data set render rain (fastnce.data.rain.render_rain)"
             )
-    return find_metric(config.run.metric, config.network.in_channels)
+    run = config.run
+    measures = find_measures(run.best, run.metrics, config.network.in_channels, device, run.feature_weights)
+    if not run.validate_every and (run.metrics or run.best != AUTO):
+        key = f"run.metrics={run.metrics}" if run.metrics else f"run.best={run.best}"
+        raise ValueError(f"{key} measures nothing, because run.validate_every=0: set it to 1000, for example")
+    return measures
 
 
 def check_place(config: Config, out: Path) -> None:

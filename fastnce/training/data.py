@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,30 +17,62 @@ from ..data.rained import RainedData
 from ..data.single import SinglePictureData
 from ..data.unpaired import UnpairedData
 from ..engine.distributed import Ranks
-from ..engine.validate import Validation, find_validation
-from ..evaluate.metrics import Metric
+from ..engine.held_out import Lone, find_unpaired, find_validation, unpaired
+from ..engine.validate import Validation
+from ..evaluate.metrics import Measures
+from ..evaluate.pairs import Pair
 from ..methods import Method
 from ..translate.translator import Translator
 from .checks import check_plan
 
 
 def open_validation(
-    config: Config, metric: Metric, device: torch.device, ranks: Ranks, quiet: bool
+    config: Config, measures: Measures, device: torch.device, ranks: Ranks, quiet: bool
 ) -> Validation | None:
-    """Find the held-out pairs in `data.validate` or DIR/test, also if `data.dataset` gives the training images."""
-    if not config.run.validate_every:
+    """Find the held-out images in `data.validate`, DIR/test or DIR, also if `data.dataset` gives the training images.
+
+    Returns:
+        None if validation is off, or nothing is there to be measured (a line says so).
+
+    Raises:
+        ValueError: `run.best` or `run.metrics` names a measure, and there are no images for it.
+    """
+    run, options = config.run, config.data
+    if not run.validate_every:
         return None
-    options = config.data
-    pairs = (
-        []
-        if not (options.dir or options.validate)
-        else find_validation(options.dir, options.validate, config.run.validate_pictures, options.rain_side)
-    )
+    pairs: list[Pair | Lone] = []
+    folder = options.validate or options.dir
+    if folder and not (options.validate and unpaired(folder)):
+        pairs += find_validation(options.dir, options.validate, run.validate_pictures, options.rain_side)
+    paired = bool(pairs)
+    reference: list[Path] = []
+    if not paired and unpaired(folder):
+        lone, reference = find_unpaired(folder, run.validate_pictures)
+        pairs += lone
+    metric = measures.deciding(paired) if pairs else None
+    if metric is not None:
+        return Validation(
+            pairs,
+            config.network.in_channels,
+            device,
+            Translator,
+            ranks,
+            options.skip_bad,
+            metric,
+            measures.more,
+            measures.inception,
+            reference,
+        )
     if pairs:
-        return Validation(pairs, config.network.in_channels, device, Translator, ranks, options.skip_bad, metric)
-    if not quiet:
+        why = f"{folder}/testA and testB are not paired; run.metrics=fid measures them"
+    else:
         where = f"{options.dir}/test holds no pairs" if options.dir else "there is no data.dir"
-        print_line(f"nothing is validated: {where}, and data.validate names none")
+        why = f"{where}, and data.validate names none"
+    if measures.best is not None or measures.more:
+        named = run.metrics or run.best
+        raise ValueError(f"{named} has nothing to measure: {why}")
+    if not quiet:
+        print_line(f"nothing is validated: {why}")
     return None
 
 

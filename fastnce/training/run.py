@@ -130,7 +130,7 @@ def _train_rank(
     if device.type == "cpu":
         keep_freed_memory()
     planned = check_plan(config)
-    metric = check_code(config)
+    measures = check_code(config, device)
     check_run(planned, config.optim, config.run, device)
     _check_memory(config, device)
     if config.run.threads:
@@ -139,7 +139,7 @@ def _train_rank(
         data = open_checked(config, planned, device, ranks, quiet)
         if state is not None:
             check_pictures(state, data.digest(), str(out))
-        validation = open_validation(config, metric, device, ranks, quiet)
+        validation = open_validation(config, measures, device, ranks, quiet)
     del planned  # a user's own has weights in memory
     torch.manual_seed(config.run.seed)
     method = build_method(config).to(device)

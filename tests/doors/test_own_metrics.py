@@ -87,7 +87,7 @@ def own(here):
 
 def validated(pairs, metric, *settings):
     every = ["run.validate_every=1", "run.keep=9", "loss.nce_layers=0,4", "run.steps=4"]
-    return [f"data.validate={pairs}", *every, f"run.metric={metric}", *settings]
+    return [f"data.validate={pairs}", *every, f"run.best={metric}", *settings]
 
 
 def stored(here, step):
@@ -116,14 +116,14 @@ def test_l1_is_in_levels():
 @pytest.mark.parametrize(
     ("metric", "sentence"),
     [
-        ("lpips", 'run.metric must be one of "psnr_y"'),
-        ("mine.py:numberless", "run.metric: numberless fails on two images (1, 3, 64, 64): "),
+        ("sharpness", "run.best: "),
+        ("mine.py:numberless", "run.best: numberless fails on two images (1, 3, 64, 64): "),
         ("mine.py:NOT_CALLABLE", "must be a function (output, truth) -> number"),
         ("mine.py:Distance", "must be a function (output, truth) -> number, or an instance of this class"),
         ("mine.py:missing", "mine.py has no missing; it defines"),
         ("nowhere.py:distance", "there is no file nowhere.py"),
         *(
-            (f"mine.py:{name}", f"run.metric=mine.py:{name}: the name {name} is taken by another column")
+            (f"mine.py:{name}", f"run.best=mine.py:{name}: the name {name} is taken by another column")
             for name in ("psnr_y", "ssim_y", "psnr_rgb", "ssim_rgb", "seconds", "pairs")
         ),
     ],
@@ -131,7 +131,7 @@ def test_l1_is_in_levels():
 def test_wrong_metrics_are_refused(folder, own, pairs, capsys, metric, sentence, dry):
     """A dry run refuses them without held-out pairs."""
     checked = ["--dry-run"] if dry else [f"data.validate={pairs}", "run.validate_every=1"]
-    options = [*SMALL, "loss.nce_layers=0,4", f"run.metric={metric}", *checked]
+    options = [*SMALL, "loss.nce_layers=0,4", f"run.best={metric}", *checked]
     assert sentence in refused(capsys, "train", "fastcut", "--data", str(folder), "--out", str(own / "run"), *options)
     assert not (own / "run").exists()
 
@@ -143,15 +143,15 @@ def test_wrong_metrics_are_refused(folder, own, pairs, capsys, metric, sentence,
 def test_a_value_that_is_not_finite_is_never_best(folder, own, pairs, name, what, image):
     assert train(folder, own, "fastcut", *validated(pairs, f"mine.py:{name}")) == 0
     assert Checkpoints(own / "run/checkpoints").best() is None
-    said = [line for line in (own / "run/log.txt").read_text().splitlines() if "run.metric: " in line]
+    said = [line for line in (own / "run/log.txt").read_text().splitlines() if "run.best: " in line]
     assert len(said) == 1
-    assert f"run.metric: {name} is {what} on {image}: a mean that is not finite is never the best" in said[0]
+    assert f"run.best: {name} is {what} on {image}: a mean that is not finite is never the best" in said[0]
 
 
 def test_another_function_of_the_same_name_looks_for_a_new_best(folder, own, pairs):
     (own / "other.py").write_text((own / "other.py").read_text().replace("return output.mean()", "return -9"))
     assert train(folder, own, "fastcut", *validated(pairs, "mine.py:darkness", "run.steps=1")) == 0
-    assert stored(own, 1)["run.metric"] == "mine.py:darkness"
+    assert stored(own, 1)["run.best"] == "mine.py:darkness"
     sentence = "the best checkpoint was measured by mine.py:darkness, not other.py:darkness: a new best is looked for"
     for metric, steps, best, sentences in (("mine.py", 2, None, 0), ("other.py", 3, 3, 1)):
         settings = validated(pairs, f"{metric}:darkness", f"run.steps={steps}")
@@ -159,7 +159,7 @@ def test_another_function_of_the_same_name_looks_for_a_new_best(folder, own, pai
         assert (own / "run/log.txt").read_text().count(sentence) == sentences
         if best:
             assert (own / "run/checkpoints/best").read_text().strip() == f"step-{best:08d}"
-            assert stored(own, best)["run.metric"] == "other.py:darkness"
+            assert stored(own, best)["run.best"] == "other.py:darkness"
 
 
 @pytest.mark.parametrize("name", ["distance", "learnt"])
@@ -178,8 +178,8 @@ def test_a_metric_may_have_parameters_and_change_its_arguments(folder, own, pair
 def test_a_metric_is_tried_on_the_channels_of_the_run(folder, own, pairs, capsys):
     one = ["network.in_channels=1", "network.out_channels=1"]
     assert train(folder, own, "fastcut", *validated(pairs, "mine.py:gray", *one)) == 0
-    sentence = "run.metric: gray fails on two images (1, 3, 64, 64): AssertionError"
-    assert sentence in refused(capsys, "train", "fastcut", "--dry-run", "run.metric=mine.py:gray")
+    sentence = "run.best: gray fails on two images (1, 3, 64, 64): AssertionError"
+    assert sentence in refused(capsys, "train", "fastcut", "--dry-run", "run.best=mine.py:gray")
 
 
 def test_a_folder_beside_an_own_data_set_has_the_held_out_pairs(own, pairs, tmp_path):

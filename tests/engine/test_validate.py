@@ -16,9 +16,10 @@ from fastnce.commands.main import main
 from fastnce.config import resolve
 from fastnce.engine.checkpoint import Checkpoints
 from fastnce.engine.distributed import Ranks
+from fastnce.engine.held_out import find_validation
 from fastnce.engine.loop import train
 from fastnce.engine.stored import follow, load_generators
-from fastnce.engine.validate import Validation, find_validation
+from fastnce.engine.validate import Validation
 from fastnce.evaluate.metrics import Metric
 from fastnce.evaluate.pairs import find_pairs
 from fastnce.methods import CUT, CUTOptions, NetworkOptions
@@ -268,11 +269,12 @@ def distance(output, truth):
 @pytest.mark.parametrize(
     ("path", "values", "best", "sentence"),
     [
-        ("mine.py:distance", {"run.metric": "mine.py:distance", "distance": 2.0}, -2.0, ""),
+        ("mine.py:distance", {"run.best": "mine.py:distance", "distance": 2.0}, -2.0, ""),
+        ("mine.py:distance", {"run.metric": "mine.py:distance", "distance": 2.0}, -2.0, ""),  # before its new name
         ("mine.py:distance", {"distance": 2.0}, -2.0, ""),  # a checkpoint of an older version
         (
             "mine.py:distance",
-            {"run.metric": "other.py:distance", "distance": 2.0},
+            {"run.best": "other.py:distance", "distance": 2.0},
             None,
             "measured by other.py:distance",
         ),
@@ -305,6 +307,9 @@ def test_another_ranks_value_that_is_not_a_number_is_said(rainy_set):
             values[1, :], values[1, -2] = 1.0, float("nan")  # of the other rank
             return values / 2
 
+        def most(self, values, device):
+            return list(values)
+
     pairs = find_pairs(rainy_set)
     metric = Metric("distance", distance, False, "mine.py:distance")
     validation = Validation(pairs, 3, torch.device("cpu"), Translator, Rank(0, 2), metric=metric)
@@ -312,4 +317,4 @@ def test_another_ranks_value_that_is_not_a_number_is_said(rainy_set):
         validation.measure_inputs()
         messages = validation.take_messages()
         assert len(messages) == sentences
-        assert all(text.startswith(f"run.metric: distance is not a number on {pairs[1].name}: ") for text in messages)
+        assert all(text.startswith(f"run.best: distance is not a number on {pairs[1].name}: ") for text in messages)

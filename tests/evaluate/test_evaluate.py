@@ -5,10 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-import sys
-import types
 from pathlib import Path
-from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -20,7 +17,6 @@ from fastnce import DerainingMetrics
 from fastnce.commands.main import main
 from fastnce.data import DataError
 from fastnce.evaluate import luma, psnr, ssim
-from fastnce.evaluate.distribution import fid_kid
 from fastnce.evaluate.pairs import find_pairs
 from fastnce.evaluate.report import evaluate
 from fastnce.networks import ResnetGenerator
@@ -275,49 +271,6 @@ def test_mistakes(small_set, tmp_path, capsys):
     out = tmp_path / "m.json"
     assert "a.png is not a picture" in error_of(capsys, "--inputs-only", *data, "--json", str(out))
     assert not out.exists()
-
-
-# ---- FID ----
-
-
-def install_fidelity(monkeypatch, calculate) -> None:
-    module = types.ModuleType("torch_fidelity")
-    module.calculate_metrics = calculate
-    monkeypatch.setitem(sys.modules, "torch_fidelity", module)
-
-
-def test_arguments_and_results_of_torch_fidelity(monkeypatch, tmp_path, capsys):
-    seen = {}
-
-    def calculate(**settings):
-        seen.update(settings)
-        return {
-            "frechet_inception_distance": 45.5,
-            "kernel_inception_distance_mean": 0.0125,
-            "kernel_inception_distance_std": 0.001,
-        }
-
-    install_fidelity(monkeypatch, calculate)
-    write(tmp_path, {"testA/a.png": 0, "testA/b.png": 1, "testA/c.png": 2, "testB/x.png": 3, "testB/y.png": 4})
-    out = tmp_path / "m.json"
-    assert main(["evaluate", "--inputs-only", "--data", str(tmp_path), "--fid", "--json", str(out)]) == 0
-    assert "FID 45.50, KID 0.01250" in capsys.readouterr().out
-    assert json.loads(out.read_text())["mean"] == {"fid": 45.5, "kid": 0.0125, "kid_std": 0.001}
-    assert (len(seen["input1"]), len(seen["input2"]), seen["kid_subset_size"]) == (3, 2, 2)
-    assert (seen["input1"][1].permute(1, 2, 0).numpy() == picture(1)).all()
-    with pytest.raises(ValueError, match="at least two pictures"):
-        fid_kid([seen["input1"][0]], [seen["input1"][0]])
-
-
-def test_errors_of_torch_fidelity(monkeypatch, small_set, capsys):
-    def calculate(**settings):
-        raise URLError("no network")
-
-    install_fidelity(monkeypatch, calculate)
-    arguments = ["--inputs-only", "--data", str(small_set), "--fid"]
-    assert "could not get its Inception weights" in error_of(capsys, *arguments)
-    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
-    assert "pip install 'fastnce[eval]'" in error_of(capsys, *arguments)
 
 
 # ---- the published figure ----

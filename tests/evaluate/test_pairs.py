@@ -14,7 +14,7 @@ from PIL import Image
 from fastnce.commands.main import main
 from fastnce.data import DataError, find_images, load_image
 from fastnce.data.rain import render_rain
-from fastnce.engine.validate import find_validation
+from fastnce.engine.held_out import find_validation
 from fastnce.evaluate.pairs import find_pairs, streaks
 from fastnce.evaluate.report import evaluate
 from fastnce.evaluate.unpair import write_unpaired

@@ -1,0 +1,61 @@
+"""The checkpoints of a run that an evaluation measures: the last, which `translate` uses, and the best."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ..engine.stored import step_of
+from .translator import Translator
+
+CHECKPOINTS = ("best", "last", "both")
+
+
+def last_and_best(
+    model: Path,
+    load: Callable[[Path], Translator],
+    which: str | None = None,
+    say: Callable[[str], None] = lambda sentence: None,
+) -> tuple[Translator, Translator | None, str]:
+    """Load the checkpoints of a run that are to be measured.
+
+    Args:
+        model: a run, or anything else that `load` takes.
+        load: makes a translator of a path, such as `load_translator`.
+        which: one of `CHECKPOINTS`; None: both where they differ.
+        say: receives a sentence if the best checkpoint cannot be read and `which` is None.
+
+    Returns:
+        (the model, the run's best checkpoint if it is measured too, the name of the model's checkpoint). The name is
+        empty for anything but a run that has a best checkpoint.
+
+    Raises:
+        ValueError: the model cannot be loaded, or has no such checkpoint.
+    """
+    pointer = model / "checkpoints" / "best"
+    if not (model / "checkpoints").is_dir():
+        if which is not None:
+            raise ValueError(f"--checkpoint {which} chooses between the checkpoints of a run, and {model} is none")
+        return load(model), None, ""
+    if not pointer.is_file() and which in ("best", "both"):
+        raise ValueError(f"--checkpoint {which}: {model} has no best checkpoint, because nothing was validated")
+    if which == "best":
+        return load(pointer), None, "best"
+    last = load(model)
+    if which == "last":
+        return last, None, "last"
+    if not pointer.is_file():
+        return last, None, ""
+    try:
+        best = load(pointer)
+    except ValueError as error:
+        if which == "both":
+            raise
+        say(f"only the last checkpoint is measured: {error}")
+        return last, None, "last"
+    return (last, None, "best and last") if step_loaded(best) == step_loaded(last) else (last, best, "last")
+
+
+def step_loaded(translator: Translator | None) -> int | None:
+    """The step of the checkpoint that a translator was loaded from."""
+    return None if translator is None else step_of(translator.sources[0].parent)
