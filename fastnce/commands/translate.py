@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..common.streams import ProgressLine
+from ..data.limit import accepting
 from ..engine.choices import pick_device
 from ..translate.files import translate_files
 from ..translate.load import load_translator
-from .parsing import GENERATOR_HELP, MODEL_HELP, TILES_HELP, TRUST_HELP, command_parser
+from .parsing import GENERATOR_HELP, MAX_PIXELS, MODEL_HELP, TILES_HELP, TRUST_HELP, add_max_pixels, command_parser
 
 
 def main(arguments: list[str]) -> int:
@@ -25,12 +26,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--tile-size", type=int, default=1024, metavar="N", help="side of a tile in pixels")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     parser.add_argument("--trust-code", action="store_true", help=TRUST_HELP)
+    add_max_pixels(parser)
     args = parser.parse_args(arguments)
     if not args.source.exists():
         raise ValueError(f"{args.source}: no such picture or folder")
     if args.format.lower() not in ("png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "npy"):
         raise ValueError(f"--format must be png, jpg, webp, bmp, tiff or npy, not {args.format!r}")
-    with ProgressLine() as line:
+    with ProgressLine() as line, accepting(args.max_pixels, MAX_PIXELS):
         how = {"tiles": args.tiles, "tile_size": args.tile_size, "say": line.say, "trust_code": args.trust_code}
         translator = load_translator(args.model, pick_device(args.device), args.generator, **how)
         suffix = f".{args.format.lower()}"

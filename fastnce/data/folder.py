@@ -25,7 +25,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .opening import DataError, Head, decoded, decoding, opened, pixel_limit, too_large
+from .limit import DataError, pixel_limit, too_large
+from .opening import Head, decoded, decoding, opened
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".npy")
 LONGEST_HEAD = 10_000  # bytes of a .npy header; NumPy refuses longer ones too, but allocates memory for them first

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..common.gathered import gathering
 from ..common.locking import hold
 from ..common.writing import check_free, distinct_names, move_together, partial_name, sweep
 from .encoding import save_image
@@ -137,6 +138,7 @@ def render_rain(
     return x.mul(2).sub(1).clamp(-1, 1).to(clean.dtype)
 
 
+@gathering()
 def write_rain(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],

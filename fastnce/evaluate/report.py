@@ -20,6 +20,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from ..common.gathered import gathering
 from ..common.writing import check_not_replaced, sweep, write_whole
 from ..data import DataError, find_images, load_image
 from .distribution import fid_kid, require_fidelity
@@ -86,6 +87,7 @@ def _finite(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
+@gathering()
 def evaluate(
     data: str | os.PathLike[str],
     translate: Translate | None = None,

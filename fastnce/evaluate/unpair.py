@@ -10,12 +10,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from ..common.gathered import gathering
 from ..common.locking import hold
 from ..common.writing import check_free, move_together, partial_name, sweep
 from ..data import DataError, save_image
 from .pairs import Pair, find_pairs
 
 
+@gathering()
 def write_unpaired(
     pairs: str | os.PathLike[str],
     out: str | os.PathLike[str],

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from ..common.gathered import gathering
 from ..common.writing import check_not_replaced, distinct_names, sweep
 from ..data import DataError, find_images
 from .photographs import Photograph, check_format, read_photograph, write_photograph
@@ -18,6 +19,7 @@ MOST_AT_ONCE = 1_024
 """Largest batch, in pictures. Up to four batches may wait in memory."""
 
 
+@gathering()
 def translate_files(
     translator: Translator,
     source: str | os.PathLike[str],
