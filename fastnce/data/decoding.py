@@ -54,7 +54,7 @@ def decode_all(
                 rows, bad, done = _agreeing(out, lines, len(folder), target.channels, dtype)
                 free = shutil.disk_usage(place).free + out.tell()
                 if free < needed:
-                    raise DataError(f"the cache {base}.bin needs {needed:,} bytes, but the disk has {free:,}")
+                    raise DataError(f"the cache {base}.bin needs {needed} bytes, but the disk has {free}")
                 if progress:
                     before = f"; {done} of them were decoded before" if done else ""
                     what = f"{len(folder):,} pictures of {folder.path}, {target.words()},"
