@@ -18,6 +18,8 @@ class _Files:
 
 _open: list[dict[str, _Files]] = []
 """What was noted, by sentence, of each `gathering` that has begun. Threads of a pool note to it too."""
+_said: set[int] = set()
+"""What `gathering` has said: a file that is read again is not warned of again."""
 _lock = threading.Lock()
 
 
@@ -28,10 +30,13 @@ def warn_of_file(sentence: str, path: str | os.PathLike[str]) -> None:
         sentence: the same for all these files, so that Python shows it once.
         path: of the file.
     """
+    name = os.fspath(path)
+    key = hash((sentence, name))
     with _lock:
+        if key in _said:
+            return
         if _open:
-            name = os.fspath(path)
-            _open[-1].setdefault(sentence, _Files(name)).seen.add(hash(name))
+            _open[-1].setdefault(sentence, _Files(name)).seen.add(key)
             return
     warnings.warn(sentence, stacklevel=3)
 
@@ -52,6 +57,7 @@ def gathering() -> Iterator[None]:
         if outermost:
             with _lock:
                 gathered = _open.pop()
+                _said.update(*(files.seen for files in gathered.values()))
             for sentence, files in gathered.items():
                 more = f" and {len(files.seen) - 1:,} more" if len(files.seen) > 1 else ""
                 warnings.warn(f"{sentence}: {files.first}{more}", stacklevel=3)
