@@ -63,18 +63,18 @@ def advice(usage: Usage, *, on_cpu: bool = True) -> str:
     threads, quota = usage.threads, usage.quota
     if quota is not None and threads > quota + 0.5 and usage.throttled > 0.1 * usage.wall:
         return (
-            f"this container may use {quota:g} cores, and {threads} threads exceed that, so that the system stops them: "
+            f"this container may use {quota:g} cores, and {threads} threads exceed that, so the system stops them: "
             f"run.threads={max(1, int(quota))} is faster (the same command with it continues the run)"
         )
-    computing = usage.cpu / max(usage.wall * (1 - usage.data), 1e-9) / threads
-    if usage.load is None or computing > LITTLE or usage.load < threads + 0.5 * usage.cores:
+    share = usage.cpu / max(usage.wall * (1 - usage.data), 1e-9) / threads
+    if usage.load is None or share > LITTLE or usage.load < threads + 0.5 * usage.cores:
         return ""
     busy = f"the machine is busy (load {usage.load:.1f} on {usage.cores} cores)"
     free = max(1, int(usage.cores + threads - usage.load))
     if threads == 1 or free >= threads:
-        return f"{busy}: this run computes {computing:.0%} of the time, and waits for a core otherwise"
+        return f"{busy}: this run computes {share:.0%} of the time, and waits for a core otherwise"
     return (
-        f"{busy}, and the {threads} threads of this run wait for each other (they compute {computing:.0%} of the time): "
+        f"{busy}, and the {threads} threads of this run wait for each other (they compute {share:.0%} of the time): "
         f"run.threads={free} is often several times faster (the same command with it continues the run)"
     )
 
