@@ -104,7 +104,7 @@ class PictureCache:
             reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
             raise DataError(
                 f"the cache {self.path} is damaged where it holds {file}, and this cannot be repaired: {reason}; "
-                f"remove the cache and start again"
+                f"remove the cache (fastnce cache --remove --data DIR) and start again"
             ) from error
         warnings.warn(f"the cache {self.path} was damaged where it holds {file}, which was decoded again", stacklevel=4)
 

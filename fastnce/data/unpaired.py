@@ -82,8 +82,8 @@ class UnpairedData:
         self.root = Path(root)
         self.target = Target.checked(preprocess, load_size, crop_size, channels)
         if batch < 1 or (preprocess == "none" and batch != 1):
-            wanted = "1 with preprocess='none', which keeps the size of each picture" if batch > 1 else "at least 1"
-            raise DataError(f"batch={batch} should be {wanted}")
+            wanted = "1 with data.preprocess=none, which keeps the size of each picture" if batch > 1 else "at least 1"
+            raise DataError(f"data.batch={batch} should be {wanted}")
         if not 0 <= rank < world:
             raise DataError(f"rank={rank} should be between 0 and world-1, and world is {world}")
         if not 0 <= seed < 2**64:
