@@ -89,6 +89,8 @@ class BusyWatch:
     def __init__(self, on_cpu: bool):
         self.on_cpu = on_cpu
         self._said = False
+        self._wall = self._cpu = self._throttled = 0.0
+        self._looked = self._data = 0.0
         self._start()
 
     def look(self, data_share: float) -> str:
