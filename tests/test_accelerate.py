@@ -191,7 +191,7 @@ def run_forked(folder: Path, *arguments: str, accelerated: bool = True) -> subpr
                 return accelerate.main(arguments)
             runpy.run_path(str(folder / arguments[0]), run_name="__main__")
         except SystemExit as end:
-            return end.code
+            return end.code if isinstance(end.code, int) else int(end.code is not None)
         except Exception:
             traceback.print_exc()
             return 1
@@ -247,12 +247,150 @@ def test_errors_of_the_script_are_passed_on(tmp_path):
     assert "RuntimeError: from the script" in finished.stderr
 
 
-@pytest.mark.parametrize("arguments", [[], ["missing.py"]])
-def test_a_missing_script_is_one_sentence(capsys, arguments):
+ENDS = {
+    "raise RuntimeError('x')": "before the script ended with RuntimeError",
+    "def f(": "before the script ended with SyntaxError",
+    "import missing_module_of_mine": "before the script ended with ModuleNotFoundError",
+    "import argparse; argparse.ArgumentParser().parse_args(['--help'])": "before the script ended with exit code 0",
+    "import argparse; argparse.ArgumentParser().parse_args(['--no'])": "before the script ended with exit code 2",
+    "raise SystemExit('a text')": "before the script ended with exit code 1",
+    "print(1)": "the script has no class PatchNCELoss or PatchSampleF",
+}
+
+
+@pytest.mark.parametrize(("text", "sentence"), ENDS.items())
+def test_the_last_line_says_how_the_script_ended(tmp_path, text, sentence):
+    (tmp_path / "script.py").write_text(f"{text}\n")
+    (line,) = [x for x in run_forked(tmp_path, "script.py").stderr.splitlines() if x.startswith("fastnce: ")]
+    assert sentence in line
+    assert ("imports none" in line) == (text == "print(1)")
+
+
+def test_an_error_after_a_replacement_blames_nothing(tmp_path):
+    folder = write_checkout(tmp_path / "checkout", "cut")
+    (folder / "script.py").write_text("import models.patchnce\nraise RuntimeError('later')\n")
+    finished = run_forked(folder, "script.py")
+    assert [x[:26] for x in finished.stderr.splitlines() if "fastnce:" in x] == ["fastnce: replaced models.p"]
+    assert "RuntimeError: later" in finished.stderr
+
+
+WRONG = [
+    ([], "no script was given"),
+    (["missing.py"], "there is no script 'missing.py'"),
+    (["-m"], "no module was given"),
+    (["-m", "missing_package"], "there is no module 'missing_package' that can be run"),
+    (["-m", "missing_package.train"], "there is no module 'missing_package.train' that can be run"),
+    (["-m", ".train"], "there is no module '.train' that can be run"),
+    (["-m", "json"], "there is no module 'json' that can be run"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), WRONG)
+def test_a_missing_script_is_one_sentence(capsys, arguments, sentence):
     assert accelerate.main(arguments) == 2
     message = capsys.readouterr().err
     assert len(message.splitlines()) == 1
-    assert "script" in message
+    assert message.startswith(sentence)
+
+
+FACTS = """
+import json, os, sys
+from . import models
+from .models.patchnce import PatchNCELoss
+facts = dict(argv=sys.argv, path=sys.path[0], file=__file__, package=__package__, spec=__spec__.name, doc=__doc__)
+if __name__ == "__main__":
+    print(json.dumps(dict(facts, bases=[b.__module__ for b in PatchNCELoss.__mro__])))
+"""
+
+
+@pytest.mark.parametrize("module", ["work.train", "work"])
+def test_a_module_runs_as_python_m_does(tmp_path, module):
+    folder = write_checkout(tmp_path / "work", "cut")
+    (folder / "__init__.py").write_text("")
+    (folder / ("train.py" if module == "work.train" else "__main__.py")).write_text(f'"""Text."""{FACTS}')
+    finished = run(tmp_path, "-m", module, "a", "--b")
+    fast, slow = printed(finished), printed(run(tmp_path, "-m", module, "a", "--b", accelerated=False))
+    bases = {"fast": fast.pop("bases"), "slow": slow.pop("bases")}
+    assert fast == slow
+    assert fast["argv"][1:] == ["a", "--b"]
+    assert "replaced work.models.patchnce.PatchNCELoss" in finished.stderr
+    assert [any(base.startswith("fastnce.") for base in bases[name]) for name in ("fast", "slow")] == [True, False]
+
+
+def test_a_package_that_imports_a_missing_one_raises_its_own_error(tmp_path):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "__init__.py").write_text("import missing_module_of_mine\n")
+    finished = run_forked(tmp_path, "-m", "broken")
+    assert finished.returncode == 1
+    assert "No module named 'missing_module_of_mine'" in finished.stderr
+    assert "nothing was replaced" not in finished.stderr
+
+
+OWN_CLASSES = """
+from __future__ import annotations
+import pickle
+import sys
+import torch
+from torch import nn
+import numpy as np
+if len(sys.argv) < 99:
+    {loss}
+{sampler}
+class Other:
+    "A class of another name stays."
+{helper}
+model = PatchNCELoss
+class Mine(PatchNCELoss):
+    pass
+def later():
+    class PatchNCELoss9(nn.Module):
+        pass
+    return PatchNCELoss9
+if __name__ == "__main__":
+    assert pickle.loads(pickle.dumps(PatchNCELoss)) is PatchNCELoss
+    assert __doc__ is None, __doc__
+    kinds = [PatchNCELoss, PatchSampleF, model, Mine, later(), Other]
+    print([any(base.__module__.startswith("fastnce.") for base in kind.__mro__[1:]) for kind in kinds])
+"""
+
+
+def own_script(path: Path, loss: str = DOT_LOSS.format(name="PatchNCELoss", extra="")) -> Path:
+    """Write a script with both classes: the loss in an `if`, and the sampler before the function that it uses."""
+    helper, sampler = NETWORKS[NETWORKS.index("def init_net") :].split("class PatchSampleF")
+    loss = loss.strip().replace("\n", "\n    ")
+    path.write_text(OWN_CLASSES.format(loss=loss, sampler=f"class PatchSampleF{sampler}", helper=helper))
+    return path
+
+
+def test_classes_of_the_script_itself_are_replaced(tmp_path):
+    own_script(tmp_path / "script.py")
+    finished = run_forked(tmp_path, "script.py")
+    assert finished.stdout.strip() == "[True, True, True, True, False, False]", finished.stderr
+    assert "replaced __main__.PatchNCELoss: one pass, CUT" in finished.stderr
+    assert "replaced __main__.PatchSampleF" in finished.stderr
+    assert "left as it is" not in finished.stderr
+
+
+def test_other_classes_of_the_script_are_kept_and_named_once(tmp_path):
+    own_script(tmp_path / "script.py", DOT_LOSS.format(name="PatchNCELoss", extra=" * 1.5"))
+    finished = run_forked(tmp_path, "script.py")
+    assert finished.stdout.strip() == "[False, True, False, False, False, False]", finished.stderr
+    assert finished.stderr.count("__main__.PatchNCELoss is left as it is") == 1
+
+
+def test_a_class_that_stays_incomplete_is_named_at_the_end(tmp_path):
+    loss = DOT_LOSS.format(name="PatchNCELoss", extra="").replace("torch.arange", "missing_function")
+    (tmp_path / "script.py").write_text(f"import torch\nfrom torch import nn\n{loss}\nprint(1)\n")
+    (line,) = run_forked(tmp_path, "script.py").stderr.splitlines()
+    assert "__main__.PatchNCELoss is left as it is" in line
+    assert "'missing_function' is not defined" in line
+
+
+def test_line_numbers_of_errors_are_those_of_the_script(tmp_path):
+    path = own_script(tmp_path / "script.py")
+    path.write_text(f"{path.read_text()}\n\nraise RuntimeError('here')\n")
+    number = len(path.read_text().splitlines())
+    assert f'script.py", line {number}, in <module>' in run_forked(tmp_path, "script.py").stderr
 
 
 @pytest.fixture

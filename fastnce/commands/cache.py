@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..config import resolve
-from ..training.data import cache_run
+from ..training.data import cache_run, remove_caches_of
 from .parsing import command_parser
 
 
@@ -21,6 +21,7 @@ def main(arguments: list[str]) -> int:
         metavar="[METHOD] section.key=value",
         help="as for fastnce train; METHOD defaults to cut",
     )
+    parser.add_argument("--remove", action="store_true", help="remove the caches of DIR, and nothing else")
     args = parser.parse_intermixed_args(arguments)
     named = args.overrides.pop(0) if args.overrides and "=" not in args.overrides[0] else args.method or "cut"
     if args.method not in (None, named):
@@ -30,6 +31,6 @@ def main(arguments: list[str]) -> int:
         config.data.dir = str(args.data)
     if not (config.data.dir or config.data.dataset):
         raise ValueError("fastnce cache needs --data DIR")
-    for line in cache_run(config):
+    for line in remove_caches_of(config) if args.remove else cache_run(config):
         print(line)
     return 0

@@ -46,7 +46,7 @@ def photographs() -> dict[str, np.ndarray]:
     try:
         from skimage import data
     except ImportError:
-        raise ValueError("the demo needs scikit-image's photographs: pip install 'fastnce[demo]'") from None
+        raise ValueError("the demo needs scikit-image's photographs: pip install scikit-image") from None
     found = {name: getattr(data, name)() for name in ("astronaut", "chelsea", "coffee", "rocket")}
     found["motorcycle"] = data.stereo_motorcycle()[0]
     return found

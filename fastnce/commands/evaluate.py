@@ -6,13 +6,14 @@ from functools import partial
 from pathlib import Path
 
 from ..common.streams import ProgressLine
+from ..data.limit import accepting
 from ..engine.choices import pick_device
 from ..evaluate.distribution import INSTALL, WEIGHTS_FLAG
 from ..evaluate.pairs import RAIN_SIDE_HELP, RAIN_SIDES
 from ..evaluate.report import evaluate as measure
 from ..translate.chosen import CHECKPOINTS, last_and_best, step_loaded
 from ..translate.load import load_translator
-from .parsing import GENERATOR_HELP, MODEL_HELP, TILES_HELP, TRUST_HELP, command_parser
+from .parsing import GENERATOR_HELP, MAX_PIXELS, MODEL_HELP, TILES_HELP, TRUST_HELP, add_max_pixels, command_parser
 
 
 def main(arguments: list[str]) -> int:
@@ -38,6 +39,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--tiles", default="auto", choices=("auto", "exact", "fast"), help=TILES_HELP)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     parser.add_argument("--trust-code", action="store_true", help=TRUST_HELP)
+    add_max_pixels(parser)
     args = parser.parse_args(arguments)
     if (args.model is None) != args.inputs_only:
         raise ValueError("fastnce evaluate takes either a model or --inputs-only")
@@ -45,7 +47,7 @@ def main(arguments: list[str]) -> int:
         raise ValueError(f"{WEIGHTS_FLAG} has no effect without --fid")
     if args.checkpoint and args.model is None:
         raise ValueError(f"--checkpoint {args.checkpoint} has no effect with --inputs-only")
-    with ProgressLine() as line:
+    with ProgressLine() as line, accepting(args.max_pixels, MAX_PIXELS):
         device = pick_device(args.device)
         translator = best = None
         name = ""

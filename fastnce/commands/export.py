@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..common.writing import check_folder
 from ..config.build import build_method
 from ..config.stored import from_dict
 from ..engine.checkpoint import open_checkpoint
@@ -20,6 +21,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--label", default="latest", help="first part of the file names (default %(default)s)")
     parser.add_argument("--trust-code", action="store_true", help=TRUST_HELP)
     args = parser.parse_args(arguments)
+    check_folder(args.out, f"one file per network, such as {args.label}_net_G.pth")
     folder, state = open_checkpoint(args.run)
     with using(folder):
         config = from_dict(state["config"], trust_code=args.trust_code)

@@ -14,3 +14,24 @@ TRUST_HELP = "import the user's own classes and functions that the run names; im
 def command_parser(command: str, function: Callable[[list[str]], int]) -> argparse.ArgumentParser:
     """Make a parser whose description is the docstring of the command's function."""
     return argparse.ArgumentParser(prog=f"fastnce {command}", description=function.__doc__)
+
+
+MAX_PIXELS = "--max-pixels {}"
+"""How a user of a command accepts larger pictures (see `fastnce.data.limit.accepting`)."""
+
+
+def add_max_pixels(parser: argparse.ArgumentParser) -> None:
+    """Add --max-pixels, whose value is 0 if it is not given."""
+    parser.add_argument(
+        "--max-pixels",
+        type=_pixels,
+        default=0,
+        metavar="N",
+        help="largest picture to read, in pixels (default 178,956,970); decoding takes about 15 bytes per pixel",
+    )
+
+
+def _pixels(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and 0 < int(text[:20]) < 2**62):
+        raise argparse.ArgumentTypeError(f"must be a whole number of pixels above 0, not {text!r}")
+    return int(text)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..common.streams import ProgressLine
+from ..data.limit import accepting
 from ..data.rain import RANGES, RainOptions, join_negative, parse_range, write_rain
-from .parsing import command_parser
+from .parsing import MAX_PIXELS, add_max_pixels, command_parser
 
 RANGE_HELP = {
     "density": "fraction of the picture that streaks cover",
@@ -37,11 +38,12 @@ def main(arguments: list[str]) -> int:
             metavar="LOW:HIGH",
             help=f"{RANGE_HELP[name]} (default %(default)s)",
         )
+    add_max_pixels(parser)
     args = parser.parse_args(join_negative(arguments))
     if not args.source.exists():
         raise ValueError(f"{args.source}: no such picture or folder")
     options = RainOptions(**{name: parse_range(name, getattr(args, name)) for name in RANGES}, layers=args.layers)
-    with ProgressLine() as line:
+    with ProgressLine() as line, accepting(args.max_pixels, MAX_PIXELS):
         counts = write_rain(
             args.source, args.out, options, seed=args.seed, unpaired=args.unpaired, test=args.test, progress=line
         )

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from .writing import is_dead, named, owner, partial_name
 
@@ -114,6 +114,30 @@ def holder(folder: Path) -> str:
         if found and not is_dead(str(found.get("machine")), int(found["pid"]), str(found.get("born"))):
             return f"{found.get('what')}, process {found['pid']} on {found.get('host')}, since {found.get('since')}"
     return ""
+
+
+def share(file: IO[bytes]) -> None:
+    """Mark an open file as used, until its descriptor and all duplicates of it are closed. See `is_shared`.
+
+    Nothing happens where the system or the disk has no `flock`.
+    """
+    with suppress(ImportError, OSError):
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
+def is_shared(path: Path) -> bool:
+    """Whether a process has marked this file with `share`; False if the system cannot tell.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+    with path.open("rb") as file:
+        try:
+            return not _lock(file.fileno())
+        except (_NoLocks, OSError):
+            return False
 
 
 def _take(path: Path, what: str) -> _Held | None:

@@ -6,7 +6,10 @@ import os
 import re
 import sys
 import time
-from contextlib import suppress
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
 
 from .writing import PARTIAL
 
@@ -90,10 +93,28 @@ def flush(code: int) -> int:
     return code
 
 
+@contextmanager
+def warnings_through(say: Callable[[str], None]) -> Iterator[None]:
+    """Within: a warning is one line, which `say` receives, and each text comes once."""
+    before, said = warnings.showwarning, set[str]()
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        text = " ".join(str(message).split())
+        if text not in said:
+            said.add(text)
+            say(f"warning: {text}")
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
+
+
 class ProgressLine:
     """A progress line on stderr, rewritten in place. If stderr is not a terminal, one line every ten seconds.
 
-    Errors of the stream, such as a closed pipe, are ignored, so that the work goes on.
+    Errors of the stream, such as a closed pipe, are ignored, so that the work goes on. Warnings get their own lines.
     """
 
     EVERY = 10.0
@@ -123,7 +144,14 @@ class ProgressLine:
             print(text, end="", file=sys.stderr, flush=True)
 
     def __enter__(self) -> ProgressLine:
+        self._before = warnings.showwarning
+        warnings.showwarning = self._show_warning
         return self
 
     def __exit__(self, *_: object) -> None:
+        warnings.showwarning = self._before
         self.clear()
+
+    def _show_warning(self, *warning: Any, **more: Any) -> None:
+        self.clear()
+        self._before(*warning, **more)

@@ -96,6 +96,21 @@ def check_free(folder: Path, names: Iterable[str]) -> None:
             raise ValueError(f"{folder / name} exists already: take another folder for --out")
 
 
+FILES = (
+    *(".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".npy", ".gif", ".avif", ".heic"),
+    *(".pth", ".pt", ".ckpt", ".safetensors", ".onnx", ".bin", ".zip"),
+)
+"""Suffixes of pictures and weights. A new folder of such a name would be a mistake."""
+
+
+def check_folder(out: Path, holds: str) -> None:
+    """Raise ValueError if `out` is a file, or does not exist and is named like a file. `holds`: what it will hold."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: a file is in the way, a folder is needed")
+    if not out.exists() and out.suffix.lower() in FILES:
+        raise ValueError(f"{out} is the name of a file, and a folder is needed: it will hold {holds}")
+
+
 def check_not_replaced(targets: Iterable[Path], sources: Iterable[Path]) -> None:
     """Raise ValueError if writing a target would replace a source or another target. Links are followed."""
     originals = {os.path.realpath(source) for source in sources}

@@ -65,7 +65,7 @@ class Config:
 
 
 _MAY_CHANGE = {
-    *(("data", key) for key in ("dir", "cache_dir", "skip_bad", "validate", "rain_side")),
+    *(("data", key) for key in ("dir", "cache_dir", "skip_bad", "max_pixels", "validate", "rain_side")),
     *(("optim", key) for key in ("max_bad_steps", "accumulate")),
 }
 """Keys that a resumed run may change, besides those of `run`: results stay the same, except for rounding."""

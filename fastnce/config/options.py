@@ -8,6 +8,9 @@ from ..common.options import option
 from ..data.target import PREPROCESS
 from ..evaluate.pairs import RAIN_SIDES
 
+MAX_PIXELS = "data.max_pixels={}"
+"""How a configuration accepts larger images (see `fastnce.data.limit.accepting`)."""
+
 MOST_SIDE = 16_384
 """Largest side of an image, in pixels: a square image of this side takes 3 GiB as float32."""
 
@@ -45,6 +48,9 @@ class DataOptions:
     )
     batch: int = option(1, "images of each domain per step", low=1, high=65_536)
     skip_bad: bool = option(False, "skip images that cannot be read; false: stop")
+    max_pixels: int = option(
+        0, "largest image to read, in pixels; 0: 178,956,970. Decoding takes about 15 bytes per pixel and thread", low=0
+    )
     cache_dir: str = option("", "folder for decoded images; empty: .fastnce-cache in the data folder", anything=True)
 
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from .decoding import Progress, decode_all, forget
 from .folder import DataError, Folder, domain_folders
 from .target import Target
 
+BESIDE = ".fastnce-cache"
+"""Name of the folder for caches, in the folder of the data."""
 FORMAT = 3  # version of the files and of decoding: increase it whenever the same source would give other pixels
 
 
@@ -31,11 +34,9 @@ def cache_place(root: Path, cache_dir: str | os.PathLike[str] | None) -> Path:
     Raises:
         DataError: none of them can be written.
     """
-    if cache_dir is not None:
-        places = [Path(cache_dir)]
-    else:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastnce"
-        places = [root / ".fastnce-cache", home] if root.stat().st_mode & 0o222 else [home]
+    places = cache_places(root, cache_dir)
+    if len(places) > 1 and not root.stat().st_mode & 0o222:
+        places = places[1:]
     reason = ""
     for place in places:
         try:
@@ -44,7 +45,15 @@ def cache_place(root: Path, cache_dir: str | os.PathLike[str] | None) -> Path:
                 return place
         except OSError as error:
             reason = error.strerror or str(error)
-    raise DataError(f"no cache can be written in {places[-1]} ({reason}); name another folder with cache_dir")
+    raise DataError(f"no cache can be written in {places[-1]} ({reason}); name another folder with data.cache_dir=DIR")
+
+
+def cache_places(root: Path, cache_dir: str | os.PathLike[str] | None) -> list[Path]:
+    """Return the folders where the caches of `root` may be, the preferred one first."""
+    if cache_dir is not None:
+        return [Path(cache_dir)]
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastnce"
+    return [root / BESIDE, home]
 
 
 def open_cache(
@@ -80,7 +89,7 @@ def open_cache(
     cache = _usable(base, digest, folder, target, skip_bad)
     if cache is None:
         raise DataError(f"{base}.bin does not read back as it was written; the disk may be failing")
-    return cache
+    return replace(cache, built=True)
 
 
 def _usable(base: Path, digest: str, folder: Folder, target: Target, skip_bad: bool) -> PictureCache | None:

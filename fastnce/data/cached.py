@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..common.locking import share
 from ..common.writing import write_whole
 from .folder import DataError, Folder, read_picture, resize_picture
 from .opening import regular_file
@@ -24,6 +25,7 @@ from .target import Target
 
 DTYPES: dict[str, np.dtype] = {"uint8": np.dtype(np.uint8), "uint16": np.dtype(np.uint16)}
 ROWS = np.dtype("<u4")
+MOST_HEAD = 1 << 24  # bytes of an index's line of JSON that `source_of` reads at most
 LONGEST_REASON = 2000  # characters that are stored of the reason why a picture was skipped
 
 
@@ -41,6 +43,7 @@ class PictureCache:
         index: (pictures, 3) int64 of first element, height, width.
         checksums: (pictures,) uint32.
         skipped: files that could not be used, with the reasons.
+        built: just now, by `open_cache`.
     """
 
     path: Path
@@ -50,6 +53,7 @@ class PictureCache:
     index: np.ndarray
     checksums: np.ndarray
     skipped: list[tuple[Path, str]] = field(default_factory=list)
+    built: bool = False
     _checked: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
@@ -100,7 +104,7 @@ class PictureCache:
             reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
             raise DataError(
                 f"the cache {self.path} is damaged where it holds {file}, and this cannot be repaired: {reason}; "
-                f"remove the cache and start again"
+                f"remove the cache (fastnce cache --remove --data DIR) and start again"
             ) from error
         warnings.warn(f"the cache {self.path} was damaged where it holds {file}, which was decoded again", stacklevel=4)
 
@@ -128,16 +132,34 @@ def pixel_file(base: Path) -> Path:
     return base.with_name(f"{base.name}.bin")
 
 
-def write_index(base: Path, digest: str, dtype: np.dtype, rows: np.ndarray, skipped: Sequence[tuple[int, str]]) -> None:
+def write_index(
+    base: Path, digest: str, source: Path, dtype: np.dtype, rows: np.ndarray, skipped: Sequence[tuple[int, str]]
+) -> None:
     """Write ``NAME.index``.
 
     Args:
+        source: the folder of the pictures; `source_of` reads it.
         rows: (pictures, 3) of height, width, checksum.
         skipped: for each file that could not be used, its position in the folder's listing and the reason.
     """
-    head = {"digest": digest, "dtype": dtype.name, "skipped": [(place, why[:LONGEST_REASON]) for place, why in skipped]}
+    head = {
+        "digest": digest,
+        "dtype": dtype.name,
+        "skipped": [(place, why[:LONGEST_REASON]) for place, why in skipped],
+        "source": os.fspath(source.resolve()),
+    }
     content = json.dumps(head).encode() + b"\n" + rows.astype(ROWS).tobytes()
     write_whole(index_file(base), hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+
+
+def source_of(index: Path) -> Path | None:
+    """Return the folder of the pictures of a cache, from its index; None if it does not tell."""
+    try:
+        with regular_file(index) as file:
+            file.readline(65)
+            return Path(json.loads(file.readline(MOST_HEAD))["source"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def read_cache(base: Path, digest: str, folder: Folder, target: Target) -> PictureCache | None:
@@ -148,7 +170,7 @@ def read_cache(base: Path, digest: str, folder: Folder, target: Target) -> Pictu
     """
     try:
         with regular_file(index_file(base)) as file:
-            if os.fstat(file.fileno()).st_size > 4096 + len(folder) * 12 * (LONGEST_REASON + 10):
+            if os.fstat(file.fileno()).st_size > 65_536 + len(folder) * 12 * (LONGEST_REASON + 10):
                 return None
             stated = file.readline(65)
             if hashlib.file_digest(file, "sha256").hexdigest().encode() + b"\n" != stated:
@@ -170,6 +192,7 @@ def read_cache(base: Path, digest: str, folder: Folder, target: Target) -> Pictu
             size = sides.prod(axis=1, dtype=float).sum() * target.channels * dtype.itemsize  # floats do not overflow
             if os.fstat(file.fileno()).st_size != size:
                 return None
+            share(file)  # as long as the file is mapped, which keeps a duplicate of its descriptor open
             pixels = np.memmap(file, dtype, mode="r")
     except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError):
         return None

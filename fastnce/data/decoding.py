@@ -19,6 +19,7 @@ from typing import BinaryIO, TypeVar
 
 import numpy as np
 
+from ..common.gathered import gathering
 from ..common.writing import PARTIAL, is_dead, partial_name, sweep
 from .cached import pixel_file, prepared, threads, write_index
 from .folder import DataError, Folder, probe_picture
@@ -47,7 +48,7 @@ def decode_all(
     sweep(place)
     unfinished = [pixels, journal]
     try:
-        with ThreadPoolExecutor(threads()) as pool:
+        with gathering(), ThreadPoolExecutor(threads()) as pool:
             dtype, needed = _survey(pool, folder, target)
             with _updating(pixels) as out, _updating(journal) as lines:
                 rows, bad, done = _agreeing(out, lines, len(folder), target.channels, dtype)
@@ -56,7 +57,8 @@ def decode_all(
                     raise DataError(f"the cache {base}.bin needs {needed} bytes, but the disk has {free}")
                 if progress:
                     before = f"; {done} of them were decoded before" if done else ""
-                    progress(f"decoding {len(folder)} pictures of {folder.path} into {place}{before}")
+                    what = f"{len(folder):,} pictures of {folder.path}, {target.words()},"
+                    progress(f"decoding {what} into {place}{before}")
 
                 def decode(number: int) -> np.ndarray | str:
                     try:
@@ -88,7 +90,7 @@ def decode_all(
             raise DataError(bad_files([reason for _, reason in bad], len(folder), folder.path))
         os.replace(pixels, pixel_file(base))
         unfinished = [pixel_file(base), journal]
-        write_index(base, digest, dtype, rows[rows[:, 0] > 0], bad)
+        write_index(base, digest, folder.path, dtype, rows[rows[:, 0] > 0], bad)
         unfinished = [journal]
     except OSError as error:
         reason = error.strerror or str(error)
@@ -106,8 +108,8 @@ def decode_all(
 
 def bad_files(reasons: list[str], of: int, folder: Path) -> str:
     """Format the error: one line with the count, then one line per file."""
-    how = "data.skip_bad=true, in Python skip_bad=True, skips them"
-    return "\n  ".join([f"{len(reasons)} of {of} pictures in {folder} cannot be used ({how}):", *reasons])
+    first = f"{len(reasons)} of {of} pictures in {folder} cannot be used (data.skip_bad=true skips them):"
+    return "\n  ".join([first, *reasons])
 
 
 def _survey(pool: ThreadPoolExecutor, folder: Folder, target: Target) -> tuple[np.dtype, int]:

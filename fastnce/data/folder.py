@@ -25,7 +25,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .opening import DataError, Head, decoded, decoding, opened, pixel_limit, too_large
+from .limit import DataError, pixel_limit, too_large
+from .opening import Head, decoded, decoding, opened
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".npy")
 LONGEST_HEAD = 10_000  # bytes of a .npy header; NumPy refuses longer ones too, but allocates memory for them first
@@ -210,7 +211,8 @@ def match_channels(image: Image.Image, head: Head, channels: int, path: Path) ->
     bands = len(image.getbands())
     if bands != channels:
         raise DataError(
-            f"{path} has {bands} channels ({image.mode}), which cannot be made to match channels={channels}"
+            f"{path} has {bands} channels ({image.mode}), which cannot be made to match the {channels} of "
+            f"network.in_channels"
         )
     return np.array(image).reshape(image.height, image.width, channels)
 
@@ -245,7 +247,7 @@ def _match_array(array: np.ndarray, channels: int, path: Path) -> np.ndarray:
     if bands == 3 and channels == 1:  # PIL's fixed-point luma, so that 8 bits agree with mode L
         luma = (array.astype(np.uint64) * np.array([19595, 38470, 7471], np.uint64)).sum(2, keepdims=True)
         return ((luma + 0x8000) >> 16).astype(array.dtype)
-    raise DataError(f"{path} has {bands} channels, which cannot be made to match channels={channels}")
+    raise DataError(f"{path} has {bands} channels, which cannot be made to match the {channels} of network.in_channels")
 
 
 def resize_picture(picture: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -4,7 +4,6 @@ import io
 import os
 import re
 import stat
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,11 +12,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from ..common.gathered import warn_of_file
 from . import tiff
+from .limit import DataError, pixel_limit, too_large
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM")  # only these: for EPS, for example, PIL runs a program
 EXIF_ORIENTATION = 0x0112
-LIMIT = "FASTNCE_MAX_PIXELS"
+LOST = "16-bit colour is read at 8 bits (PIL keeps the high byte; .npy files keep 16)"
 KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a pipe"),
@@ -25,10 +26,6 @@ KINDS = (
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
 )
-
-
-class DataError(ValueError):
-    """A picture, a folder or a setting cannot be used. The message says which, why, and what would be right."""
 
 
 @dataclass(frozen=True)
@@ -92,29 +89,6 @@ def _check_regular(path: Path, mode: int) -> None:
         raise DataError(f"{path} is {kind}, not a file that holds a picture")
 
 
-def pixel_limit() -> int | None:
-    """Return the largest accepted number of pixels: FASTNCE_MAX_PIXELS, or twice PIL's own limit; None for no limit.
-
-    FASTNCE_MAX_PIXELS also sets PIL's limit for the rest of the process.
-    """
-    text = os.environ.get(LIMIT, "")
-    if text:
-        if not text.isdecimal() or int(text) == 0:
-            raise DataError(f"{LIMIT}={text!r} should be a whole number of pixels above 0")
-        Image.MAX_IMAGE_PIXELS = (int(text) + 1) // 2  # PIL refuses more than twice this number
-    if not any(entry[2] is Image.DecompressionBombWarning for entry in warnings.filters):
-        # PIL warns above half of the limit. A filter that the user has set takes precedence.
-        warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning, append=True)
-    return None if Image.MAX_IMAGE_PIXELS is None else 2 * Image.MAX_IMAGE_PIXELS
-
-
-def too_large(path: Path, pixels: int) -> str:
-    return (
-        f"{path} is too large: {pixels} pixels exceed the limit of {pixel_limit()}; make it smaller, or set the "
-        f"environment variable {LIMIT}={pixels} to accept such pictures"
-    )
-
-
 @contextmanager
 def opened(path: Path) -> Iterator[tuple[Image.Image, Head]]:
     """Open a picture without decoding it; yield it with its `Head`.
@@ -151,10 +125,7 @@ def decoded(path: Path) -> tuple[Image.Image, Head]:
     """
     with opened(path) as (image, head):
         if head.lost:
-            warnings.warn(
-                "16-bit colour pictures are read at 8 bits (PIL keeps the high byte); store them as .npy to keep 16",
-                stacklevel=2,
-            )
+            warn_of_file(LOST, path)
         _mend_transparency(image, head, path)
         image.load()
         upright = ImageOps.exif_transpose(image)
@@ -237,4 +208,4 @@ def _mend_transparency(image: Image.Image, head: Head, path: Path) -> None:
         image.info["transparency"] = key * {"L;2": 85, "L;4": 17}[head.raw]
     elif image.mode == "RGB" and head.lost:
         del image.info["transparency"]
-        warnings.warn(f"{path}: its transparent colour has 16 bits and is ignored (PIL reads 8 of them)", stacklevel=3)
+        warn_of_file("a transparent colour has 16 bits and is ignored (PIL reads 8 of them)", path)

@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..common.gathered import gathering
 from ..common.locking import hold
-from ..common.writing import check_free, distinct_names, move_together, partial_name, sweep
+from ..common.writing import check_folder, check_free, distinct_names, move_together, partial_name, sweep
 from .encoding import save_image
 from .folder import DataError, find_images, load_image
 
@@ -137,6 +138,7 @@ def render_rain(
     return x.mul(2).sub(1).clamp(-1, 1).to(clean.dtype)
 
 
+@gathering()
 def write_rain(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -186,9 +188,8 @@ def write_rain(
     kinds = ["test"] * test + (["rainy"] * half + ["clean"] * len(files) if unpaired else ["pair"] * len(files))
     kind_of = dict(zip(order, kinds, strict=False))
 
-    if out.exists() and not out.is_dir():
-        raise DataError(f"{out}: a file is in the way, a folder is needed")
     tops = sorted({f.split("/")[0] for kind in set(kind_of.values()) for f in parts[kind] if f})
+    check_folder(out, " and ".join(tops))
     top, own = (os.path.join(os.path.realpath(folder), "") for folder in (source, out))
     if source.is_dir() and own.startswith(top):
         raise DataError(f"{out} is in {source}, which would then hold rainy pictures: take another folder for --out")

@@ -28,16 +28,19 @@ class Target:
     ) -> "Target":
         """Check the settings; raise DataError if they contradict each other."""
         if preprocess not in PREPROCESS:
-            raise DataError(f"preprocess={preprocess!r} is none of {', '.join(PREPROCESS)}")
+            raise DataError(f"data.preprocess={preprocess} is none of {', '.join(PREPROCESS)}")
         if channels < 1:
             raise DataError(f"channels should be at least 1, not {channels}")
         load, crop = pair("load_size", load), pair("crop_size", crop)
         if preprocess in ("crop", "none"):
             load = crop  # these modes ignore load_size: nothing changes when the learning rate decays
         if preprocess != "none" and (crop[0] % 4 or crop[1] % 4):
-            raise DataError(f"the sides of crop_size should be multiples of 4, not {crop}")
+            raise DataError(f"the sides of data.crop_size should be multiples of 4, not {_sides(crop)}")
         if load[1] < crop[1] or (load[0] < crop[0] and preprocess != "scale_width_and_crop"):
-            raise DataError(f"load_size={load} is too small for crop_size={crop}: it should be at least as large")
+            raise DataError(
+                f"data.load_size={_sides(load)} is too small for data.crop_size={_sides(crop)}: it should be at least "
+                f"as large"
+            )
         return cls(preprocess, load, crop, channels)
 
     def decaying(self) -> "Target":
@@ -57,6 +60,17 @@ class Target:
         scale = max(self.load[0] / height, self.load[1] / width)
         return (height, width) if scale <= 1 else (round(height * scale), round(width * scale))
 
+    def words(self) -> str:
+        """Say what `size` does, for messages."""
+        height, width = self.load
+        if self.preprocess == "resize_and_crop":
+            return f"resized to {width}x{height}"
+        if self.preprocess == "scale_width_and_crop":
+            return f"resized to a width of {width}"
+        if self.preprocess == "none":
+            return "sides rounded to multiples of 4"
+        return f"enlarged to {width}x{height} where smaller"
+
     def key(self) -> dict[str, Any]:
         """Return the settings that change the cached pixels, and only those."""
         key = {"filter": "bicubic", "preprocess": self.preprocess, "channels": self.channels}
@@ -65,3 +79,7 @@ class Target:
         if self.preprocess == "scale_width_and_crop":
             key["crop"] = self.crop
         return key
+
+
+def _sides(size: tuple[int, int]) -> str:
+    return str(size[0]) if size[0] == size[1] else str(list(size))

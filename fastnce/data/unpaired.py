@@ -49,6 +49,11 @@ class UnpairedData:
         skip_bad: skip files that cannot be used and list them in `skipped` as (path, reason).
         progress: called with a sentence every few seconds while pictures are decoded.
 
+    Attributes:
+        place: the folder of the caches.
+        cached_pictures: number of pictures of both domains that they hold.
+        built: path and bytes of the cache files that opening has built.
+
     Raises:
         DataError: folders, files or settings cannot be used. The message names all bad files.
     """
@@ -77,8 +82,8 @@ class UnpairedData:
         self.root = Path(root)
         self.target = Target.checked(preprocess, load_size, crop_size, channels)
         if batch < 1 or (preprocess == "none" and batch != 1):
-            wanted = "1 with preprocess='none', which keeps the size of each picture" if batch > 1 else "at least 1"
-            raise DataError(f"batch={batch} should be {wanted}")
+            wanted = "1 with data.preprocess=none, which keeps the size of each picture" if batch > 1 else "at least 1"
+            raise DataError(f"data.batch={batch} should be {wanted}")
         if not 0 <= rank < world:
             raise DataError(f"rank={rank} should be between 0 and world-1, and world is {world}")
         if not 0 <= seed < 2**64:
@@ -86,16 +91,18 @@ class UnpairedData:
         self.flip, self.skip_bad, self.progress = flip, skip_bad, progress
         self.device, self.cache_budget = torch.device(device), cache_budget
         folders = self._find_folders(root, phase)
-        self._place = cache_place(self.root, cache_dir)
+        self.place = cache_place(self.root, cache_dir)
         caches, complaints = [], []
         for folder in folders:
             try:
-                caches.append(open_cache(folder, self.target, self._place, skip_bad=skip_bad, progress=progress))
+                caches.append(open_cache(folder, self.target, self.place, skip_bad=skip_bad, progress=progress))
             except DataError as error:
                 complaints.append(str(error))
         if complaints:
             raise DataError("\n".join(complaints))
         self.skipped: list[tuple[Path, str]] = [file for cache in caches for file in cache.skipped]
+        self.cached_pictures = sum({cache.path: len(cache.folder) for cache in caches}.values())
+        self.built = {cache.path: cache.path.stat().st_size for cache in caches if cache.built}
         self._folders: list[Folder] = [cache.folder for cache in caches]
         self._stores: dict[Target, list[PictureStore]] = {self.target: self._stored(caches)}
         self.size_a, self.size_b = (len(folder) for folder in self._folders)
@@ -143,7 +150,7 @@ class UnpairedData:
         target = self.target.decaying() if decaying else self.target
         if target in self._stores:
             return
-        caches = [open_cache(folder, target, self._place, progress=self.progress) for folder in self._folders]
+        caches = [open_cache(folder, target, self.place, progress=self.progress) for folder in self._folders]
         if self.device.type != "cpu":
             self._stores.clear()  # both variants together would exceed the budget
         self._stores[target] = self._stored(caches)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..methods.base import Batch
+from .busy import BusyWatch
 from .callbacks import RunInfo
 from .contracts import DataSet
 from .distributed import Ranks
@@ -57,6 +58,7 @@ class Observer:
         """The step after which the held-out pairs were last measured."""
         self._samples: Batch | None = None
         self._announced = 0
+        self._busy = BusyWatch(step.bad_steps.device.type == "cpu")
 
     def begin(self, config: dict[str, Any], done: int, total: int, batch: int) -> None:
         """Tell the log and the callbacks that the run begins, or continues after `done` steps.
@@ -105,6 +107,8 @@ class Observer:
         stacked = torch.stack([losses[name].float() for name in names] + [self.step.bad_steps.float()])
         *values, bad = self.ranks.mean(stacked).tolist()
         found = pace.read(progress.batch, total - done)
+        if self.ranks.first and (advice := self._busy.look(found["data_share"])):
+            self.log.warn(advice)
         epoch = progress.epoch(done - 1)
         line = (
             f"epoch {epoch + 1}/{progress.epochs} step {done:,}/{total:,} | {found['images_per_second']:.2f} images/s, "

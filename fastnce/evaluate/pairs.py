@@ -268,7 +268,7 @@ def _warn_of_rain_side(pairs: list[Pair], root: Path) -> None:
         other = next(side for side in RAIN_SIDES if side != taken)
         warnings.warn(
             f"{root}: {against} of {len(checked)} strips look as if it rained on their {other} half, which is taken as "
-            f"clean; if so, set rain_side={other!r} (--rain-side {other}, data.rain_side={other})",
+            f"clean; if so, take --rain-side {other} (in training data.rain_side={other})",
             stacklevel=3,
         )
 

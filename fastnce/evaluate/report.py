@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.gathered import gathering
 from ..common.writing import check_not_replaced, sweep, write_whole
 from ..data import DataError, find_images, load_image
 from .distribution import Inception, check_counts, fid_kid
@@ -116,6 +117,7 @@ class _Sets:
         return fid_kid(torch.stack(features), torch.stack(self.reference))
 
 
+@gathering()
 def evaluate(
     data: str | os.PathLike[str],
     translate: Translate | None = None,

@@ -10,12 +10,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from ..common.gathered import gathering
 from ..common.locking import hold
-from ..common.writing import check_free, move_together, partial_name, sweep
+from ..common.writing import check_folder, check_free, move_together, partial_name, sweep
 from ..data import DataError, save_image
 from .pairs import Pair, find_pairs
 
 
+@gathering()
 def write_unpaired(
     pairs: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -42,8 +44,7 @@ def write_unpaired(
         InUse: another process writes to `out`.
     """
     out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise DataError(f"{out}: a file is in the way, a folder is needed")
+    check_folder(out, "trainA and trainB")
     found = find_pairs(pairs, rain_side, split="train")
     scenes = {clean: place for place, clean in enumerate(sorted({pair.clean for pair in found}))}
     if len(scenes) < 2:

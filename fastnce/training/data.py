@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..common.gathered import gathering
 from ..common.streams import print_line
 from ..config.config import Config
-from ..config.options import sides
+from ..config.options import MAX_PIXELS, sides
+from ..data.cache import cache_places
+from ..data.limit import accepting
 from ..data.own import OwnData, open_own
 from ..data.rain import RainOptions, parse_ranges
 from ..data.rained import RainedData
+from ..data.removal import remove_caches
 from ..data.single import SinglePictureData
 from ..data.unpaired import UnpairedData
 from ..engine.distributed import Ranks
@@ -76,19 +81,29 @@ def open_validation(
     return None
 
 
+@gathering()
 def open_checked(
-    config: Config, method: Method, device: torch.device, ranks: Ranks, quiet: bool = False
+    config: Config,
+    method: Method,
+    device: torch.device,
+    ranks: Ranks,
+    quiet: bool = False,
+    *,
+    about_caches: bool = True,
 ) -> UnpairedData | SinglePictureData | OwnData:
     """`open_data`, and refuse images that would end the run later.
 
     Args:
         method: as `check_plan` returns.
+        about_caches: if a cache was built, say where it is and how to remove it.
 
     Raises:
         ValueError: an image cannot be read, or its size does not fit.
     """
     options = config.data
     data = open_data(config, device, ranks, quiet)
+    if isinstance(data, UnpairedData) and data.built and not quiet:
+        print_line(_about_caches(config, data, sum(data.built.values())))
     if isinstance(data, OwnData):
         a, b = ({(h, w): f"images of {w}x{h} from data.dataset"} for h, w in data.first_sizes)
         method.check_sizes(options.batch, a, b, "let the data set return another size")
@@ -108,16 +123,48 @@ def cache_run(config: Config) -> Iterator[str]:
     if config.data.dataset:
         yield f"nothing is cached: data.dataset={config.data.dataset} reads its images itself"
         return
-    data = open_checked(config, check_plan(config), torch.device("cpu"), Ranks())
-    before = data.cached()
-    after = data.cached(decaying=True) if config.optim.n_epochs_decay else {}
+    with accepting(config.data.max_pixels, MAX_PIXELS), gathering():
+        data = open_checked(config, check_plan(config), torch.device("cpu"), Ranks(), about_caches=False)
+        if not isinstance(data, UnpairedData):
+            yield "nothing is cached: data.preprocess=zoom_and_patch reads its two pictures when training starts"
+            return
+        before = data.cached()
+        after = data.cached(decaying=True) if config.optim.n_epochs_decay else {}
     for path, size in {**before, **after}.items():
         halves = [name for name, files in (("before", before), ("while", after)) if path in files]
-        yield f"{path}  {size / 2**20:.1f} MiB, read {' and '.join(halves)} the learning rate falls"
-    if not before:
-        yield "nothing is cached: data.preprocess=zoom_and_patch reads its two pictures when training starts"
+        target = data.target if path in before else data.target.decaying()
+        yield f"{path}  {_mib(size)}, {target.words()}, read {' and '.join(halves)} the learning rate falls"
     for path, reason in data.skipped:
         yield f"skipped {path}: {reason}"
+    yield _about_caches(config, data, sum({**before, **after}.values()))
+
+
+def remove_caches_of(config: Config) -> Iterator[str]:
+    """Remove the caches of the images that a configuration names; yields lines that say what was removed.
+
+    Raises:
+        ValueError: as `fastnce.data.removal.remove_caches`.
+    """
+    if config.data.dataset:
+        raise ValueError(f"data.dataset={config.data.dataset} reads its images itself and has no cache to remove")
+    removed = remove_caches(config.data.dir, config.data.cache_dir or None)
+    if not removed:
+        places = " or ".join(map(str, cache_places(Path(config.data.dir), config.data.cache_dir or None)))
+        yield f"there is no cache of {config.data.dir} in {places}"
+    for place in dict.fromkeys(path.parent for path in removed):
+        sizes = [size for path, size in removed.items() if path.parent == place]
+        yield f"removed {len(sizes)} cache files ({_mib(sum(sizes))}) from {place}"
+
+
+def _about_caches(config: Config, data: UnpairedData, size: int) -> str:
+    options = config.data
+    words = ["fastnce", "cache", "--remove", "--data", options.dir]
+    words += [f"data.cache_dir={options.cache_dir}"] if options.cache_dir else []
+    return f"cached {data.cached_pictures:,} pictures in {data.place} ({_mib(size)}); `{shlex.join(words)}` deletes it"
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
 
 
 def open_data(

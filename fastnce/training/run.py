@@ -23,7 +23,8 @@ from ..common.writing import sweep, write_whole
 from ..config.build import build_method, plan
 from ..config.check import check
 from ..config.config import Config
-from ..config.options import sides
+from ..config.options import MAX_PIXELS, sides
+from ..data.limit import accepting
 from ..engine.callbacks import Callback, Callbacks
 from ..engine.checkpoint import Checkpoints
 from ..engine.checks import check_run
@@ -77,7 +78,7 @@ def train_run(
 def _train(config: Config, out: Path, quiet: bool, callbacks: Callbacks) -> int:
     check(config)
     check_place(config, out)
-    with hold_run(out) if read_ranks().first else nullcontext():
+    with accepting(config.data.max_pixels, MAX_PIXELS), hold_run(out) if read_ranks().first else nullcontext():
         state = check_same_run(config, out, read_ranks().world)
         with ranks_of_launcher(config.run.device) as ranks:
             try:

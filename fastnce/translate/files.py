@@ -9,20 +9,24 @@ from pathlib import Path
 
 import torch
 
-from ..common.writing import check_not_replaced, distinct_names, sweep
+from ..common.gathered import gathering
+from ..common.writing import FILES, check_folder, check_not_replaced, distinct_names, sweep
 from ..data import DataError, find_images
 from .photographs import Photograph, check_format, read_photograph, write_photograph
 from .translator import Translator
 
+FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".npy")
+"""Suffixes of the files that a translation can be written to."""
 MOST_AT_ONCE = 1_024
 """Largest batch, in pictures. Up to four batches may wait in memory."""
 
 
+@gathering()
 def translate_files(
     translator: Translator,
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    suffix: str = ".png",
+    suffix: str | None = None,
     *,
     batch: int = 1,
     bits: int | None = None,
@@ -35,24 +39,24 @@ def translate_files(
     Args:
         translator: the model.
         source: a picture or a folder. If `out` is inside it, the pictures in `out` are not translated.
-        out: a folder, created if necessary. Files in it may be replaced, but never a picture of `source` or the model.
-        suffix: the format of the written files.
+        out: a folder, created if necessary. For one picture, a name such as x.png is that of the written file, unless
+            there is a folder of this name. Files may be replaced, but never a picture of `source` or the model.
+        suffix: the format of the written files; None: that of `out` if it names a file, else ".png".
         batch: number of pictures of the same size to translate at once.
         bits: 8, 16, or None for the source's depth if the format supports it (see `check_format`).
         progress: called with "done/total, images/s" after each picture.
 
     Raises:
-        ValueError: there are no pictures, the format does not support `bits`, or a translation would replace its
-            source; nothing is written. Or some pictures cannot be used: the others are written first, and the message
-            names all bad ones. Or the disk refuses a file: the translation stops, and the message names the file and
-            the number of written pictures.
+        ValueError: there are no pictures, the format does not support `bits`, `out` does not fit `source` or
+            `suffix`, or a translation would replace its source; nothing is written. Or some pictures cannot be used:
+            the others are written first, and the message names all bad ones. Or the disk refuses a file: the
+            translation stops, and the message names the file and the number of written pictures.
     """
     if not 1 <= batch <= MOST_AT_ONCE:
         raise ValueError(f"batch must be from 1 to {MOST_AT_ONCE:,} pictures, not {batch}")
-    check_format(suffix, bits, translator.out_channels)
     source, out = Path(source), Path(out)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out}: a file is in the way, a folder is needed")
+    file, suffix = _named(source, out, suffix)
+    check_format(suffix, bits, translator.out_channels)
     pictures = find_images(source) if source.is_dir() else [source]
     top, own = os.path.realpath(source), os.path.realpath(out)
     if own.startswith(f"{top}{os.sep}"):
@@ -60,7 +64,7 @@ def translate_files(
     if not pictures:
         raise ValueError(f"{source}: no pictures here")
     names = distinct_names(pictures, source if source.is_dir() else source.parent, suffix)
-    targets = {path: out / name for path, name in names.items()}
+    targets = {path: file or out / name for path, name in names.items()}
     check_not_replaced(targets.values(), [*pictures, *translator.sources])
     for folder in {target.parent for target in targets.values()}:
         sweep(folder)
@@ -113,3 +117,20 @@ def translate_files(
     if bad:
         raise DataError("\n".join(bad))
     return written
+
+
+KINDS = {".jpeg": ".jpg", ".tif": ".tiff"}
+"""Second names of formats."""
+
+
+def _named(source: Path, out: Path, suffix: str | None) -> tuple[Path | None, str]:
+    """Return the one file to write, None if `out` is a folder, and the suffix of what is written."""
+    own = out.suffix.lower()
+    if source.is_dir() or out.is_dir() or own not in FILES:
+        check_folder(out, "the translated pictures")
+        return None, suffix or ".png"
+    if own not in FORMATS:
+        raise ValueError(f"{out} ends with {own}; a translation is written as {', '.join(FORMATS)}")
+    if suffix is not None and KINDS.get(suffix, suffix) != KINDS.get(own, own):
+        raise ValueError(f"{out} ends with {own}, but --format asks for {suffix.lstrip('.')}: leave --format out")
+    return out, own

@@ -8,7 +8,6 @@ or grey). Other metadata is dropped.
 from __future__ import annotations
 
 import os
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..common.gathered import warn_of_file
 from ..common.writing import write_whole
 from ..data import load_image, save_image
 from ..data.encoding import encoded
@@ -92,10 +92,10 @@ def write_photograph(result: Tensor, path: str | os.PathLike[str], source: Photo
     alpha = source.alpha if suffix in ALPHA and channels in (1, 3) else None
     if deep and alpha is not None:
         alpha = None
-        warnings.warn("16 bits are written without alpha, which PIL does not support; 8 bits keep it", stacklevel=2)
+        warn_of_file("16 bits are written without alpha, which PIL does not support (--bits 8 keeps it)", path)
     profile = source.profile if suffix in PROFILE and _fits(source.profile, channels) else None
     if profile is not None and len(profile) >= LARGEST_PROFILE:
-        warnings.warn(f"{path}: its colour profile of {len(profile):,} bytes is too large and is dropped", stacklevel=2)
+        warn_of_file("a colour profile of 1 MiB or more is dropped", path)
         profile = None
     if not deep and alpha is None and profile is None:
         save_image(result, path)

@@ -31,7 +31,7 @@ SCHEDULE = ["optim.n_epochs=1", "optim.n_epochs_decay=1"]
 
 def listed(printed: str) -> dict[str, tuple[str, str]]:
     """Parse the printed lines: domain and time of use -> (megabytes, time of use)."""
-    lines = re.findall(r"/(train[AB])-\S+\.bin  ([\d.]+) MiB, read (.*) the learning rate falls", printed)
+    lines = re.findall(r"/(train[AB])-\S+\.bin  ([\d.]+) MiB, [^,]+, read (.*) the learning rate falls", printed)
     return {f"{domain} {when}": (size, when) for domain, size, when in lines}
 
 

@@ -30,7 +30,7 @@ NAMES = ["\u00e9\u4e2d.png", os.fsdecode(b"\xff\xfe.png")]
 @pytest.mark.parametrize("name", NAMES, ids=["not ASCII", "not Unicode"])
 def test_names_that_the_terminal_cannot_print(name, tmp_path, monkeypatch, capsys):
     pairs = write(tmp_path / "p", f"rain/{name}", f"norain/{name}", "rain/2.png", "norain/2.png")
-    out = tmp_path / f"out-{name}"
+    out = tmp_path / f"{name}-out"
     report = tmp_path / f"{name}.json"
     (model,) = save_published({"G": ResnetGenerator(width=2, blocks=1)}, tmp_path / name)
     measure = ["evaluate", str(model), "--data", str(pairs), "--json", str(report), "--device", "cpu"]

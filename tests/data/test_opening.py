@@ -8,6 +8,7 @@ import struct
 import sys
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from PIL import Image
 
 from fastnce.data import DataError, cache, find_images, load_image, save_image
 from fastnce.data.folder import Folder, probe_picture, read_picture
+from fastnce.data.limit import accepting, too_large
 from fastnce.data.unpaired import UnpairedData
 from fastnce.evaluate.report import evaluate
 from fastnce.translate.photographs import Photograph, read_photograph, write_photograph
@@ -182,7 +184,7 @@ def test_the_limit_of_pixels(tmp_path, monkeypatch):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
         monkeypatch.delenv("FASTNCE_MAX_PIXELS", raising=False)
         for function in (read_picture, probe_picture, lambda path: read_photograph(path, 3)):
-            with pytest.raises(DataError, match=r"1000 pixels exceed the limit of 800;.*FASTNCE_MAX_PIXELS=1000"):
+            with pytest.raises(DataError, match=r"1,000 pixels exceed the limit of 800;.*FASTNCE_MAX_PIXELS=1000 "):
                 function(file)
         monkeypatch.setenv("FASTNCE_MAX_PIXELS", "1000")
         assert read_picture(file).shape == (20, 50, 3)
@@ -275,3 +277,29 @@ def test_arrays_of_either_byte_order(tmp_path):
         assert found.dtype == np.dtype("=u2")
         assert np.array_equal(found[..., 0], picture)
         assert probe_picture(tmp_path / f"{name}.npy") == (6, 5, 16)
+
+
+def test_a_limit_that_holds_for_a_while(tmp_path, monkeypatch):
+    """It replaces the environment variable and PIL's limit, for all threads, and PIL's is put back."""
+    save_image(torch.zeros(3, 20, 50), tmp_path / "x.png")
+    save_image(torch.zeros(3, 20, 50), tmp_path / "x.npy")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
+    monkeypatch.setenv("FASTNCE_MAX_PIXELS", "500")
+    for file in (tmp_path / "x.png", tmp_path / "x.npy"):
+        with accepting(998, "--max-pixels {}"):
+            with pytest.raises(DataError, match=r"limit of 998;.* accept it with --max-pixels 1000 \(as RGB it takes"):
+                read_picture(file)
+            with accepting(0, "data.max_pixels={}"), pytest.raises(DataError, match=r"of 998;.*data\.max_pixels=1000 "):
+                probe_picture(file)
+            with accepting(1000, "data.max_pixels={}"), ThreadPoolExecutor(1) as pool:
+                assert pool.submit(read_picture, file).result().shape == (20, 50, 3)
+            with pytest.raises(DataError, match="limit of 998"):
+                read_picture(file)
+        assert Image.MAX_IMAGE_PIXELS == 400
+        with accepting(0, "--max-pixels {}"), pytest.raises(DataError, match=r"limit of 500;.* --max-pixels 1000 "):
+            read_picture(file)
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
+
+
+def test_the_memory_of_a_large_picture_is_said():
+    assert "(as RGB it takes 2.8 GiB, and decoding it about 14.0 GiB of memory)" in too_large(Path("x.png"), 10**9)

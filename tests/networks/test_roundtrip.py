@@ -174,7 +174,7 @@ def test_a_run_and_its_export_translate_alike(folder, tmp_path, capsys):
         (["export", str(run), "--out", str(tmp_path / "x"), "--label", "a/b"], "label must be"),
         (["translate", str(out / "latest_net_G.pth"), str(picture), "--out", str(run), "--generator", "G_B"], "'G_B'"),
         (["translate", str(out), str(picture), "--out", str(tmp_path / "x")], "no checkpoint here"),
-        (["translate", str(run), str(picture), "--out", str(picture)], "a file is in the way"),
+        (["translate", str(run), str(picture), "--out", str(picture)], "is read by this command and would be replaced"),
     ):
         assert main(arguments) == 2
         message = capsys.readouterr().err

@@ -1,29 +1,13 @@
-"""Run an existing CUT, DCLGAN or DCD-GAN checkout, unedited, with this library's loss and patch sampler.
-
-python -m fastnce.accelerate train.py --dataroot ./datasets/horse2zebra --name h2z    # inside the checkout
-
-Each module that the script imports is inspected right after it has been executed, before anything imports from it. A
-class named `PatchNCELoss...` or `PatchSampleF` is first run on small random data. It is replaced only if its values and
-gradients equal those of the replacement. A class with other mathematics, as in a fork, is kept. Both outcomes are
-printed on stderr. Checkpoints have the same keys with and without the replacement.
-
-In a notebook: `import models.patchnce; fastnce.accelerate.patch(models.patchnce)`.
-
-Processes that the script starts with `spawn` are not inspected. Data loaders do not need it, but training that is
-started by `torch.multiprocessing.spawn` runs the published classes.
-"""
+"""Replace the published loss and sampler classes of a module, where they compute the same."""
 
 from __future__ import annotations
 
-import builtins
 import contextlib
-import importlib.machinery
 import io
-import os
 import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -31,10 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastnce
-
-__all__ = ["main", "patch"]
-
-USAGE = "usage: python -m fastnce.accelerate SCRIPT [arguments of the script]"
 
 
 def patch(module: types.ModuleType) -> list[str]:
@@ -47,34 +27,50 @@ def patch(module: types.ModuleType) -> list[str]:
         the replaced names, such as `["models.patchnce.PatchNCELoss", "models.cut_model.PatchNCELoss"]`. The list is
         empty if there is nothing to replace; a second call does nothing.
     """
-    replaced, _ = _patch(module)
-    return [name for names in replaced.values() for name in names]
+    return [name for published in candidates(module) for name in replace(published).names]
 
 
-def _patch(module: types.ModuleType) -> tuple[dict[str, list[str]], list[str]]:
-    """Patch a module; return ({description of a replacement: replaced names}, [why a class was kept])."""
-    replaced: dict[str, list[str]] = {}
-    left: list[str] = []
-    for published in _candidates(module):
-        where = f"{published.__module__}.{published.__qualname__}"
-        try:
-            with _undisturbed():
-                replacement, what = _replacement(published)
-        except Exception as error:  # a user's class may raise anything: then it is not the published one
-            left.append(f"{where} is left as it is: {str(error) or type(error).__name__}")
-            continue
-        for attribute in ("__module__", "__qualname__", "__name__"):
-            setattr(replacement, attribute, getattr(published, attribute))
-        replaced.setdefault(f"{where}: {what}", []).extend(_rebind(published, replacement))
-    return replaced, left
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a published class.
+
+    Args:
+        what: a sentence: the replacement, or why the class is kept.
+        names: the names that now refer to the replacement; empty if the class is kept.
+        unready: its trial used a name that its module has not defined yet. A later trial may succeed.
+    """
+
+    what: str
+    names: list[str]
+    unready: bool = False
 
 
-def _candidates(module: types.ModuleType) -> list[type[nn.Module]]:
+def replace(published: type[nn.Module]) -> Outcome:
+    """Run a class on small random data. If it computes what a class of this library computes, replace it everywhere."""
+    where = f"{published.__module__}.{published.__qualname__}"
+    try:
+        with _undisturbed():
+            replacement, what = _replacement(published)
+    except Exception as error:  # a user's class may raise anything: then it is not the published one
+        why = str(error) or type(error).__name__
+        return Outcome(f"{where} is left as it is: {why}", [], isinstance(error, NameError))
+    for attribute in ("__module__", "__qualname__", "__name__"):
+        setattr(replacement, attribute, getattr(published, attribute))
+    return Outcome(f"replaced {where}: {what}", _rebind(published, replacement))
+
+
+def is_candidate(name: str) -> bool:
+    """Whether a class of this name may be a published loss or sampler."""
+    return name.startswith("PatchNCELoss") or name == "PatchSampleF"
+
+
+def candidates(module: types.ModuleType) -> list[type[nn.Module]]:
+    """Return the classes of a module, defined or imported there, whose names are those of published ones."""
     found: list[type[nn.Module]] = []
     for value in list(vars(module).values()):
         if (
             isinstance(value, type)
-            and (value.__name__.startswith("PatchNCELoss") or value.__name__ == "PatchSampleF")
+            and is_candidate(value.__name__)
             and issubclass(value, nn.Module)
             and not issubclass(value, (fastnce.PatchNCELoss, fastnce.PatchSampleF))
             and value not in found
@@ -207,99 +203,3 @@ def _undisturbed() -> Iterator[None]:
             yield
     finally:
         np.random.set_state(numpy_state)
-
-
-class _Hook:
-    """Meta path finder that finds modules as usual and calls `executed` with each module after its execution."""
-
-    def __init__(self, executed: Callable[[types.ModuleType], None]):
-        self.executed = executed
-
-    def find_spec(self, name: str, path=None, target=None) -> importlib.machinery.ModuleSpec | None:
-        for finder in sys.meta_path:
-            find = getattr(finder, "find_spec", None)
-            spec = None if finder is self or find is None else find(name, path, target)
-            if spec is not None:
-                break
-        else:
-            return None
-        loader = spec.loader
-        if isinstance(loader, (importlib.machinery.SourceFileLoader, importlib.machinery.SourcelessFileLoader)):
-            execute = loader.exec_module
-
-            def exec_module(module: types.ModuleType) -> None:
-                execute(module)
-                self.executed(module)
-
-            # Patch the instance, which serves only this module: the loader's type and other methods stay unchanged.
-            loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
-
-
-def _report(sentence: str) -> None:
-    print(f"fastnce: {sentence}", file=sys.stderr, flush=True)
-
-
-def _run_as_main(script: Path, arguments: list[str]) -> None:
-    """Run a script as `python SCRIPT arguments` does: set argv, path and a new `__main__`."""
-    path = str(script.absolute())
-    sys.argv = arguments
-    if not sys.flags.safe_path:
-        sys.path[0] = os.path.dirname(os.path.realpath(path))
-    main_module = types.ModuleType("__main__")
-    main_module.__dict__.update(
-        __file__=path,
-        __builtins__=builtins,
-        __loader__=importlib.machinery.SourceFileLoader("__main__", path),
-        __cached__=None,
-    )
-    sys.modules["__main__"] = main_module
-    exec(compile(script.read_bytes(), path, "exec", dont_inherit=True), main_module.__dict__)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the script that `argv` names first; return 2 if there is none, else 0. The script may end the process."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments and arguments[0] in ("-h", "--help"):
-        print(USAGE)
-        return 0
-    if not arguments:
-        print(f"no script was given; {USAGE}", file=sys.stderr)
-        return 2
-    script = Path(arguments[0])
-    if not script.is_file():
-        print(f"there is no script {str(script)!r} in {Path.cwd()}; {USAGE}", file=sys.stderr)
-        return 2
-
-    count = 0
-    reported: set[str] = set()
-
-    def executed(module: types.ModuleType) -> None:
-        nonlocal count
-        replaced, left = _patch(module)
-        for what in replaced:
-            count += 1
-            _report(f"replaced {what}")
-        for sentence in left:
-            if sentence not in reported:  # every module that imports the class gives it again
-                reported.add(sentence)
-                _report(sentence)
-
-    hook = _Hook(executed)
-    sys.meta_path.insert(0, hook)
-    try:
-        _run_as_main(script, arguments)
-    finally:
-        sys.meta_path.remove(hook)
-        if count == 0:
-            _report(
-                "nothing was replaced: the script imported no class PatchNCELoss or PatchSampleF of CUT's or DCLGAN's"
-            )
-    return 0
-
-
-if __name__ == "__main__":
-    # Use the imported module, so that there is one copy of it, not a second one named __main__.
-    from fastnce.accelerate import main as _main
-
-    sys.exit(_main())
