@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..common.messages import nearest
 from ..common.streams import ProgressLine
 from ..engine.choices import pick_device
 from ..translate.files import translate_files
 from ..translate.load import load_translator
 from .parsing import GENERATOR_HELP, MODEL_HELP, TILES_HELP, TRUST_HELP, command_parser
+
+FORMATS = ("png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "npy")
 
 
 def main(arguments: list[str]) -> int:
@@ -28,8 +31,9 @@ def main(arguments: list[str]) -> int:
     args = parser.parse_args(arguments)
     if not args.source.exists():
         raise ValueError(f"{args.source}: no such picture or folder")
-    if args.format.lower() not in ("png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "npy"):
-        raise ValueError(f"--format must be png, jpg, webp, bmp, tiff or npy, not {args.format!r}")
+    if args.format.lower() not in FORMATS:
+        meant = nearest(args.format, FORMATS)
+        raise ValueError(f"--format must be png, jpg, webp, bmp, tiff or npy, not {args.format!r}{meant}")
     with ProgressLine() as line:
         how = {"tiles": args.tiles, "tile_size": args.tile_size, "say": line.say, "trust_code": args.trust_code}
         translator = load_translator(args.model, pick_device(args.device), args.generator, **how)

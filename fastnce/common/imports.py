@@ -25,6 +25,25 @@ def is_import_path(name: Any) -> bool:
     return isinstance(name, str) and ":" in name
 
 
+def same_object(one: Any, other: Any) -> bool:
+    """Whether two values are equal, or import paths of the same object of the same file.
+
+    A relative file is looked for in the working directory. It also equals an absolute file that ends with it: a run may
+    be continued from another folder than it began in.
+    """
+    if one == other or not (is_import_path(one) and is_import_path(other)):
+        return bool(one == other)
+    (one, _, name), (other, _, name_there) = (value.rpartition(":") for value in (one, other))
+    if name != name_there or not (one.endswith(".py") and other.endswith(".py")):
+        return False
+    if Path(one).resolve() == Path(other).resolve():
+        return True
+    relative, absolute = sorted((Path(one), Path(other)), key=Path.is_absolute)
+    parts = relative.parts
+    tail = absolute.parts[-len(parts) :]
+    return absolute.is_absolute() and not relative.is_absolute() and ".." not in parts and parts == tail
+
+
 def load_object(path: str, key: str) -> Any:
     """Import the object that a path names. This runs the code of its module.
 
