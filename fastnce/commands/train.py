@@ -10,8 +10,7 @@ from ..common.imports import is_import_path
 from ..common.streams import discard_stdout, flush_stdout, write_out
 from ..config import Config, resolve
 from ..config.check import check
-from ..engine.launch import launched, processes, watch_launcher, without
-from ..engine.launch import start as start_processes
+from ..engine.launch import launched, processes, start, watch_launcher, without
 from ..methods.presets import PRESETS
 from ..training import train_run
 from ..training.checks import check_code, check_place, check_plan, check_same_run
@@ -50,10 +49,10 @@ def main(arguments: list[str]) -> int:
     if args.dry_run:
         if args.out is not None and args.change:
             check_same_run(config, args.out, 1, changes)
-        start = plan_start(config, check_plan(config))
+        begun = plan_start(config, check_plan(config))
         check_code(config)
         write_out(config.as_toml())
-        write_out("".join(f"# {line}\n" for line in start.lines) if start is not None else "")
+        write_out("".join(f"# {line}\n" for line in begun.lines) if begun is not None else "")
         return 0
     without_data = not (config.data.dir or config.data.dataset)
     if without_data or args.out is None:
@@ -72,7 +71,7 @@ def main(arguments: list[str]) -> int:
         with hold_run(args.out):
             if check_same_run(config, args.out, number, changes) is None:
                 plan_start(config, planned)
-        return start_processes(number, ["train", *without(arguments, "--nproc")])
+        return start(number, ["train", *without(arguments, "--nproc")])
     watch_launcher()
     try:
         train_run(config, args.out, quiet=args.quiet, changes=changes)

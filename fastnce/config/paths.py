@@ -1,10 +1,9 @@
-"""Paths in a configuration: made absolute for the file that a run writes, and compared by what they name."""
+"""Paths in a configuration, made absolute for the file that a run writes."""
 
 from __future__ import annotations
 
 import os
 from copy import deepcopy
-from dataclasses import fields
 from typing import Any
 
 from ..common.imports import is_import_path
@@ -30,19 +29,6 @@ def absolute(config: Config) -> Config:
             elif accepts.imports or f"{section}.{key}" in CODE:
                 setattr(options, key, _absolute_code(value))
     return config
-
-
-def locations(config: Config) -> dict[str, Any]:
-    """Return the values that `absolute` may change, by key; "method" is one of them."""
-    found: dict[str, Any] = {"method": config.method}
-    for section in Config.SECTIONS:
-        options = getattr(config, section)
-        accepted = kinds(options)
-        for f in fields(options):
-            name = f"{section}.{f.name}"
-            if name in (*PATHS, *CODE) or accepted[f.name][1].imports:
-                found[name] = getattr(options, f.name)
-    return found
 
 
 def _absolute_code(value: Any) -> Any:

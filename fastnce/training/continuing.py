@@ -10,6 +10,7 @@ process ends before its first checkpoint, the run is as it was before, and the s
 from __future__ import annotations
 
 import shlex
+import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
 from copy import deepcopy
@@ -18,15 +19,15 @@ from typing import Any
 
 from torch import Tensor
 
-from ..common.imports import same_object
+from ..common.imports import is_import_path, same_object
 from ..common.messages import brief
 from ..common.toml import format_value
 from ..config.build import plan
 from ..config.check import check
 from ..config.config import Change, Config
 from ..config.options import sides
-from ..config.paths import PATHS, locations
-from ..config.resolve import apply, resolve
+from ..config.paths import PATHS
+from ..config.resolve import apply
 from ..config.stored import from_dict
 from ..engine.checkpoint import Checkpoints
 from ..engine.log import RunLog
@@ -57,8 +58,7 @@ def continue_config(
         ValueError: there is no run, or a key cannot change. CodeError: it names code that is not trusted.
     """
     stored = stored_config(out)
-    config = from_dict(stored, trust_code=trust_code, all_code=True)
-    _take_locations(config, out)
+    config = from_dict(_located(stored, out), trust_code=trust_code, all_code=True)
     keys = apply_changes(config, out, changes)
     apply(config, overrides)
     refused = [change for change in config.changes(stored) if not change.free and change.key not in keys]
@@ -213,16 +213,29 @@ def _other_pool(config: Config, planned: Method, found: dict[str, Tensor]) -> st
     return ""
 
 
-def _take_locations(config: Config, out: Path) -> None:
-    """Take paths from RUN/config.toml, which holds them absolute, where they name the same as the stored ones."""
+def _located(stored: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Return a stored configuration with the paths of RUN/config.toml, which are absolute.
+
+    A path of own code is only taken if it may be the stored one. Without a file that can be read, the stored values
+    stand.
+    """
     try:
-        written = locations(resolve(config.method, out / "config.toml"))
-    except ValueError:  # it is absent, damaged or of another version: the stored values stand
-        return
-    own = locations(config)
-    config.method = str(written.pop("method"))
-    taken = {key: value for key, value in written.items() if key in PATHS or same_object(value, own.get(key))}
-    apply(config, taken)
+        written = tomllib.loads((out / "config.toml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return stored
+    stored = deepcopy(stored)
+
+    def take(target: dict[str, Any], key: str, value: Any, name: str) -> None:
+        own_code = is_import_path(value) and same_object(value, target.get(key))
+        if own_code or (name in PATHS and isinstance(value, str)):
+            target[key] = value
+
+    take(stored, "method", written.get("method"), "method")
+    for section in Config.SECTIONS:
+        values = written.get(section, {})
+        for key, value in values.items() if isinstance(values, dict) else ():
+            take(stored.setdefault(section, {}), key, value, f"{section}.{key}")
+    return stored
 
 
 def _anew(out: Path) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastnce.commands import train
 from fastnce.commands.main import main
 from fastnce.config import resolve
 from fastnce.engine.checkpoint import Checkpoints
@@ -257,3 +258,21 @@ def test_continue_config_takes_python_values(run):
     assert keys == ["optim.lr", "loss.nce_layers"]
     assert train_run(config, run, quiet=True, changes=keys) == 6
     assert changes(run) == [(5, ["optim.lr: 0.0002, now 0.001"])]
+
+
+def test_several_processes_get_the_change_and_errors_are_said_once(folder, run, capsys, monkeypatch):
+    """The launcher checks first; what it starts gets the same words."""
+    started = []
+    monkeypatch.setattr(train, "start", lambda number, words: started.append((number, words)) or 0)
+    words = ["train", "--out", str(run), "run.steps=7", "--change", "data.batch=1"]
+    assert main([*words, "--nproc", "2"]) == 0
+    assert started == [(2, words)]
+    for more, sentence in (
+        (["--out", str(run), "--change", "loss.projection=9", "data.batch=1"], "--change loss.projection: "),
+        (["--out", str(run)], "was trained in steps of 1 picture a domain"),
+        ([*plain(folder, run.with_name("new"), "run.start_from=nowhere")[1:]], "nowhere: no such file or run"),
+    ):
+        assert main(["train", *more, "--nproc", "2"]) == 2
+        assert sentence in capsys.readouterr().err
+    assert len(started) == 1
+    assert not run.with_name("new").exists()

@@ -39,14 +39,13 @@ def test_config_of_a_run_works_from_another_folder(here, tmp_path, monkeypatch, 
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
+    assert main(["train", "--out", str(here / "run"), "run.steps=2"]) == 2
+    assert "this run uses code of its own" in capsys.readouterr().err
+    assert main(["train", "--out", str(here / "run"), "--trust-code", "--quiet", "run.steps=2"]) == 0
     config = str(here / "run" / "config.toml")
     assert main(["train", "--config", config, "--out", "second", "--quiet"]) == 0
-    assert (
-        main(["train", "--config", config, "--out", str(here / "run"), "--quiet", "run.steps=2"]) == 0
-    )  # the same run
-    assert main(["train", "--out", str(here / "run"), "run.steps=3"]) == 2
-    assert "this run uses code of its own" in capsys.readouterr().err
-    assert main(["train", "--out", str(here / "run"), "--trust-code", "--quiet", "run.steps=3"]) == 0
+    again = ["train", "--config", config, "--out", str(here / "run"), "--quiet"]
+    assert main([*again, "run.steps=3"]) == 0  # the same run
     monkeypatch.chdir(here)
     assert main(["train", "mine.py:Mine", *words, "--out", "run", "loss.nce_idt=false", "run.steps=4"]) == 0
     assert main(["train", "mine.py:Mine", *words, "--out", "run", "loss.nce_idt=true", "run.steps=5"]) == 2
