@@ -26,16 +26,20 @@ def is_import_path(name: Any) -> bool:
 
 
 def same_object(one: Any, other: Any) -> bool:
-    """Whether two values are equal, or import paths of the same object of the same file.
-
-    A relative file is looked for in the working directory. It also equals an absolute file that ends with it: a run may
-    be continued from another folder than it began in.
-    """
+    """Whether two values are equal, or import paths of the same object of the same file (`may_be_same_path`)."""
     if one == other or not (is_import_path(one) and is_import_path(other)):
         return bool(one == other)
     (one, _, name), (other, _, name_there) = (value.rpartition(":") for value in (one, other))
-    if name != name_there or not (one.endswith(".py") and other.endswith(".py")):
-        return False
+    files = one.endswith(".py") and other.endswith(".py")
+    return bool(files and name == name_there and may_be_same_path(one, other))
+
+
+def may_be_same_path(one: str, other: str) -> bool:
+    """Whether two paths name the same place, as far as can be known.
+
+    A relative path is one in the working directory. It may also have been written in another one, so it equals every
+    absolute path that ends with it.
+    """
     if Path(one).resolve() == Path(other).resolve():
         return True
     relative, absolute = sorted((Path(one), Path(other)), key=Path.is_absolute)

@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..common.imports import may_be_same_path
 from ..config.build import plan
 from ..config.config import Change, Config
 from ..config.options import sides
@@ -91,6 +92,12 @@ def check_same_run(
     ]
     if different:
         raise ValueError(f"{out} holds a run with another configuration ({_listed(different)}): {_ways(different)}")
+    source, before = config.run.start_from, state.get("config", {}).get("run", {}).get("start_from", "")
+    if source and not (before and may_be_same_path(source, before)):
+        raise ValueError(
+            f"run.start_from={source} begins a new run, and {out} holds one of {state['step']:,} steps: leave it out "
+            f"to continue that one, or take another --out"
+        )
     if not (config.run.change_batch or "data.batch" in changes):
         check_batch(stored, config.data.batch * processes, processes, str(out), lambda: plan(config))
     check_fit(config, state, folder, out, changes)

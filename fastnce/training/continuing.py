@@ -14,6 +14,7 @@ import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,13 @@ def check_fit(config: Config, state: dict[str, Any], folder: Path, out: Path, ch
             )
     keys = ", ".join(change.key for change in made)
     raise ValueError(f"--change {keys}: the state of {out} does not fit ({problem}): {_anew(out)}")
+
+
+def with_origin(config: Config, state: dict[str, Any]) -> Config:
+    """Return the configuration with the weights that the run began with, which a later command need not name."""
+    stored = state.get("config", {}).get("run", {})
+    origin = {key: stored[key] for key in ("start_from", "start_networks") if key in stored}
+    return replace(config, run=replace(config.run, **origin))
 
 
 def note_changes(

@@ -38,7 +38,7 @@ from ..engine.recompute import recompute_blocks
 from ..watch import ReportCallback
 from ..watch.trackers import make_trackers
 from .checks import check_code, check_place, check_plan, check_same_run
-from .continuing import note, note_changes
+from .continuing import note, note_changes, with_origin
 from .data import open_checked, open_validation
 from .starting import plan_start
 
@@ -85,6 +85,8 @@ def _train(config: Config, out: Path, quiet: bool, callbacks: Callbacks, changes
     check_place(config, out)
     with hold_run(out) if read_ranks().first else nullcontext():
         state = check_same_run(config, out, read_ranks().world, changes)
+        if state is not None:
+            config = with_origin(config, state)
         with ranks_of_launcher(config.run.device) as ranks:
             try:
                 with _restored(pick_device(ranks.device(config.run.device)), config.run.tf32):

@@ -149,6 +149,20 @@ def test_a_run_is_taken_and_recorded(folder, tmp_path, capsys):
     assert len([event for event in read_history(tmp_path / "second") if event["event"] == "from"]) == 1
 
 
+def test_a_run_that_is_there_does_not_begin_anew(folder, published, tmp_path, monkeypatch):
+    """The same source in other words is the same command; another one would have no effect."""
+    monkeypatch.chdir(tmp_path)
+    one = small_config(folder, "run.steps=1", "run.start_from=published")
+    train_run(one, "run", quiet=True)
+    for step, source in enumerate(("", published, "./published"), 2):
+        train_run(small_config(folder, f"run.steps={step}", f"run.start_from={source}"), "run", quiet=True)
+    train_run(small_config(folder, "run.steps=1"), "plain", quiet=True)
+    for out, steps, source in (("run", 4, "published/latest_net_G.pth"), ("plain", 1, "published")):
+        refused = f"begins a new run, and {out} holds one of {steps} steps: leave it out to continue that one"
+        with pytest.raises(ValueError, match=refused):
+            train_run(small_config(folder, "run.steps=9", f"run.start_from={source}"), out, quiet=True)
+
+
 def test_a_checkpoint_and_a_pointer(folder, tmp_path):
     config = small_config(folder, "run.steps=2", "run.save_every=1", "run.seed=7")
     train_run(config, tmp_path / "first", quiet=True)
