@@ -13,12 +13,13 @@ from collections.abc import Callable
 
 from .. import __version__
 from ..common.imports import place_in_own_code
+from ..common.messages import nearest
 from ..common.streams import flush, flush_stdout, open_streams, report_error, sentence_of
 from ..engine.distributed import RankLost
 from ..engine.loop import TrainingFailed
 from ..engine.memory import out_of_memory
 from ..engine.stop import Stopped, raising
-from . import bench, cache, demo, doctor, evaluate, export, methods, rain, report, train, translate, unpair
+from . import bench, cache, demo, doctor, evaluate, export, methods, rain, report, runs, train, translate, unpair
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train.main,
@@ -33,6 +34,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "doctor": doctor.main,
     "bench": bench.main,
     "methods": methods.main,
+    "runs": runs.main,
 }
 
 
@@ -68,9 +70,9 @@ def _main(arguments: list[str]) -> int:
     except OSError as error:
         code = 2
         if error.filename is None and isinstance(error, BrokenPipeError):
-            # The reader of stdout, such as head, has stopped. Except for `methods`, which only prints, the command may
-            # not have finished its work: give the exit code of a program that SIGPIPE ends.
-            code = 0 if arguments[:1] == ["methods"] else 141
+            # The reader of stdout, such as head, has stopped. Except for `methods` and `runs`, which only print, the
+            # command may not have finished its work: give the exit code of a program that SIGPIPE ends.
+            code = 0 if arguments[:1] in (["methods"], ["runs"]) else 141
         elif error.filename is not None:
             report_error(sentence_of(error), code)
         elif getattr(sys.stdout, "write_through", False):  # unbuffered: flushing cannot reveal the error again
@@ -104,7 +106,7 @@ def run(arguments: list[str]) -> int:
         print(__version__)
         return 0
     if command not in COMMANDS:
-        return report_error(f"unknown command {command!r}; one of {', '.join(COMMANDS)}", 2)
+        return report_error(f"unknown command {command!r}{nearest(command, COMMANDS)}; one of {', '.join(COMMANDS)}", 2)
     for argument in arguments[1:]:  # some versions of argparse read the value -- as an empty list
         if argument.startswith("--") and argument.endswith("=--"):
             return report_error(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..common.messages import nearest
 from ..common.streams import ProgressLine
 from ..data.limit import accepting
 from ..engine.choices import pick_device
@@ -34,7 +35,8 @@ def main(arguments: list[str]) -> int:
         raise ValueError(f"{args.source}: no such picture or folder")
     suffix = None if args.format is None else f".{args.format.lower()}"
     if suffix not in (None, *FORMATS):
-        raise ValueError(f"--format must be png, jpg, webp, bmp, tiff or npy, not {args.format!r}")
+        meant = nearest(args.format, [name.lstrip(".") for name in FORMATS])
+        raise ValueError(f"--format must be png, jpg, webp, bmp, tiff or npy, not {args.format!r}{meant}")
     with ProgressLine() as line, accepting(args.max_pixels, MAX_PIXELS):
         how = {"tiles": args.tiles, "tile_size": args.tile_size, "say": line.say, "trust_code": args.trust_code}
         translator = load_translator(args.model, pick_device(args.device), args.generator, **how)

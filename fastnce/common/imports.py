@@ -25,6 +25,29 @@ def is_import_path(name: Any) -> bool:
     return isinstance(name, str) and ":" in name
 
 
+def same_object(one: Any, other: Any) -> bool:
+    """Whether two values are equal, or import paths of the same object of the same file (`may_be_same_path`)."""
+    if one == other or not (is_import_path(one) and is_import_path(other)):
+        return bool(one == other)
+    (one, _, name), (other, _, name_there) = (value.rpartition(":") for value in (one, other))
+    files = one.endswith(".py") and other.endswith(".py")
+    return bool(files and name == name_there and may_be_same_path(one, other))
+
+
+def may_be_same_path(one: str, other: str) -> bool:
+    """Whether two paths name the same place, as far as can be known.
+
+    A relative path is one in the working directory. It may also have been written in another one, so it equals every
+    absolute path that ends with it.
+    """
+    if Path(one).resolve() == Path(other).resolve():
+        return True
+    relative, absolute = sorted((Path(one), Path(other)), key=Path.is_absolute)
+    parts = relative.parts
+    tail = absolute.parts[-len(parts) :]
+    return absolute.is_absolute() and not relative.is_absolute() and ".." not in parts and parts == tail
+
+
 def load_object(path: str, key: str) -> Any:
     """Import the object that a path names. This runs the code of its module.
 

@@ -248,3 +248,16 @@ def _holder(path: Path) -> str:
             end = f", or is no longer there: then remove {file}" if file != path else ""
             return f"{found.get('what')} ({who}{end})"
     return f"another process (its lock is {path})"
+
+
+def in_use(folder: Path, *, name: str = NAME) -> dict[str, Any] | None:
+    """The facts of the process that holds a folder's lock: `pid`, `host`, `since`; None if no living process does.
+
+    A process on another machine counts as living. Nothing is locked, so this disturbs nobody.
+    """
+    path = folder / name
+    for file in (path, _owner_file(path)):
+        found = _read(file)
+        if found and not is_dead(str(found.get("machine")), int(found["pid"]), str(found.get("born"))):
+            return found
+    return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -26,3 +28,20 @@ def shown(value: Any) -> str:
         kind = type(value).__name__
         return f"a {kind} of {len(value)}" if value else f"an empty {kind}"
     return f"a {type(value).__module__.split('.')[0]}.{type(value).__name__}".replace(" builtins.", " ")
+
+
+def nearest(name: Any, known: Iterable[str]) -> str:
+    """Suggest the known name that is most like a wrong one, to end a sentence: "; did you mean 'cut'?".
+
+    Case, hyphens and underscores do not count: FastCUT is like fastcut, and unet256 like unet_256. Empty if no known
+    name is like it.
+    """
+    plain: dict[str, str] = {}
+    for one in known:
+        plain.setdefault(_plain(one), one)
+    close = difflib.get_close_matches(_plain(str(name)), plain, n=1, cutoff=0.5)
+    return f"; did you mean {plain[close[0]]!r}?" if close else ""
+
+
+def _plain(name: str) -> str:
+    return name[:200].lower().replace("_", "").replace("-", "")

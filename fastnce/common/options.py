@@ -9,7 +9,7 @@ from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .imports import is_import_path
-from .messages import brief
+from .messages import brief, nearest
 
 BITS_64 = 2**63 - 1
 """The largest whole number that an option takes by default: tensors and TOML hold no larger ones."""
@@ -101,7 +101,8 @@ def check_value(options: Any, key: str, value: Any, name: str, shown: str = "") 
     """Check one key's value; `name` and `shown` stand for the key and the value in the message."""
     hint, accepts = kinds(options)[key]
     if not _fits(hint, accepts, value):
-        raise ValueError(f"{name} must be {wanted(options, key)}, not {shown or brief(value)}")
+        meant = nearest(value, accepts.choices) if isinstance(value, str) else ""
+        raise ValueError(f"{name} must be {wanted(options, key)}, not {shown or brief(value)}{meant}")
 
 
 def converted(options: Any, key: str, value: Any) -> Any:

@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
-from ..common.imports import CodeError
+from ..common.imports import CodeError, same_object
 from ..common.options import check_value, describe, range_of
 from ..common.toml import format_value
 from ..engine.options import OptimOptions, RunOptions
 from ..methods import NetworkOptions
 from ..methods.presets import Preset, find_preset
 from .options import DataOptions
+
+
+class Change(NamedTuple):
+    """A key whose value differs from a stored configuration's.
+
+    key: such as "optim.lr"; "method" for the method itself.
+    stored, now: both values.
+    free: a run may be continued with another value, because its results stay the same, except for rounding.
+    """
+
+    key: str
+    stored: Any
+    now: Any
+    free: bool
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.stored}, now {self.now}"
 
 
 @dataclass
@@ -44,24 +61,34 @@ class Config:
                 lines.append(f"{key} = {format_value(value)}".ljust(36) + f"  # {comment}")
         return "\n".join(lines) + "\n"
 
-    def differences(self, other: dict[str, Any], *, any_batch: bool = False) -> list[str]:
-        """Return the keys, except those of `run`, that differ from a stored configuration, as "key: stored, now".
+    def changes(self, other: dict[str, Any]) -> list[Change]:
+        """Return every key whose value differs from a stored configuration's. Another method is the only change.
 
-        Args:
-            any_batch: ignore `data.batch`: only the batch of all ranks counts (`fastnce.engine.progress.check_batch`).
+        Paths of own code are equal if they name the same file (`fastnce.common.imports.same_object`).
         """
         mine = self.as_dict()
-        if mine["method"] != other.get("method"):
-            return [f"method: {other.get('method')}, now {mine['method']}"]
+        if not same_object(mine["method"], other.get("method")):
+            return [Change("method", other.get("method"), mine["method"], free=False)]
         found = []
         for section in self.SECTIONS:
             for key, value in mine[section].items():
                 stored = other.get(section, {}).get(key, _absent(self.method, section, key, other))
-                free = (section == "run" and key != "seed") or (section, key) in _MAY_CHANGE
-                free = free or (any_batch and (section, key) == ("data", "batch"))
-                if stored != value and not free:
-                    found.append(f"{section}.{key}: {stored}, now {value}")
+                if not same_object(stored, value):
+                    free = (section == "run" and key != "seed") or (section, key) in _MAY_CHANGE
+                    found.append(Change(f"{section}.{key}", stored, value, free))
         return found
+
+    def differences(self, other: dict[str, Any], *, any_batch: bool = False) -> list[str]:
+        """Return the changes that are not free, as "key: stored, now".
+
+        Args:
+            any_batch: ignore `data.batch`: only the batch of all ranks counts (`fastnce.engine.progress.check_batch`).
+        """
+        return [
+            str(change)
+            for change in self.changes(other)
+            if not change.free and not (any_batch and change.key == "data.batch")
+        ]
 
 
 _MAY_CHANGE = {

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
+import os
 import tomllib
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ..common.messages import brief
+from ..common.imports import same_object
+from ..common.messages import brief, nearest
 from ..common.options import check_value, converted
 from ..common.toml import format_value, parse_value
 from ..methods.presets import find_preset
@@ -23,32 +25,59 @@ def resolve(
     *,
     values: dict[str, Any] | None = None,
 ) -> Config:
-    """Build the configuration of a method from its preset, then a file, then overrides.
+    """Build the configuration of a method from its preset, then a file, then overrides, then values.
+
+    Args:
+        method: a preset or the import path of your own; empty: the method that `file` names.
+        file: a TOML file with sections.
+        overrides: texts such as "data.batch=4", as on the command line.
+        values: Python values by key, such as {"data.batch": 4}. A path may be a `pathlib.Path`, a list may be a tuple.
 
     Raises:
         ValueError: an unknown method or key (the message names the nearest known one), or what `check` refuses.
     """
+    stored = _read(file) if file is not None else {}
+    named = stored.pop("method", None)
+    if not method and named is None:
+        where = f"--config {file} names no method: " if file is not None else "there is no method: "
+        raise ValueError(f"{where}name one, such as fastcut")
+    method = method or str(named)
     config = from_preset(method, find_preset(method))
-    if file is not None:
-        try:
-            stored = tomllib.loads(file.read_text(encoding="utf-8-sig"))
-        except OSError as error:
-            raise ValueError(f"--config {file}: {error.strerror}") from None
-        except (ValueError, RecursionError) as error:  # also for too long numbers and too deep lists
-            raise ValueError(f"--config {file}: not TOML: {error}") from None
-        if not stored:  # a full disk can leave an empty file
-            raise ValueError(f"--config {file} is empty: leave it out, or write a section such as [data]")
-        if stored.pop("method", method) != method:
-            raise ValueError(f"--config {file} is for another method than {method}")
-        for section, held in stored.items():
-            named = brief(section)
-            if not isinstance(held, dict):
-                raise ValueError(f"--config {file}: {named} must be in a section{_nearest_key(config, section)}")
-            if section not in Config.SECTIONS and not held:
-                raise ValueError(f"--config {file}: unknown section {named}; known: {', '.join(Config.SECTIONS)}")
-            for key, value in renamed(section, held).items():
-                _set(config, f"{section}.{key}", value, f"--config {file}")
-    for text in overrides or []:
+    if named is not None and not same_object(named, method):
+        raise ValueError(f"--config {file} is for another method than {method}")
+    for section, keys in stored.items():
+        shown = brief(section)
+        if not isinstance(keys, dict):
+            raise ValueError(f"--config {file}: {shown} must be in a section{_nearest_key(config, section)}")
+        if section not in Config.SECTIONS and not keys:
+            known = ", ".join(Config.SECTIONS)
+            raise ValueError(
+                f"--config {file}: unknown section {shown}{nearest(section, Config.SECTIONS)}; known: {known}"
+            )
+        for key, value in renamed(section, keys).items():
+            _set(config, f"{section}.{key}", value, f"--config {file}")
+    apply(config, overrides or [])
+    apply(config, values or {})
+    check(config)
+    return config
+
+
+def apply(config: Config, changes: Sequence[str] | Mapping[str, Any]) -> list[str]:
+    """Set values of a configuration, without comparing them with each other; returns their keys.
+
+    Args:
+        changes: texts such as "data.batch=4", or Python values by key.
+
+    Raises:
+        ValueError: an unknown key, or a value that the key does not accept.
+    """
+    if isinstance(changes, Mapping):
+        for name, value in changes.items():
+            value = os.fspath(value) if isinstance(value, os.PathLike) else value
+            _set(config, name, list(value) if isinstance(value, tuple) else value, "")
+        return list(changes)
+    keys = []
+    for text in changes:
         name, equals, value = text.partition("=")
         if not equals and name in keys_of(config):
             section, key = name.split(".")
@@ -58,25 +87,32 @@ def resolve(
         if not equals:
             raise ValueError(f"{brief(text)}: write section.key=value{_nearest_key(config, name)}")
         _set(config, name.strip(), value.strip(), "", parse=True)
-    for key, value in (values or {}).items():
-        _set(config, key, value, "")
-    check(config)
-    return config
+        keys.append(name.strip())
+    return keys
 
 
-def _nearest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
+def _read(file: Path) -> dict[str, Any]:
+    """Read a TOML file; ValueError if it is none, or empty."""
+    try:
+        stored = tomllib.loads(file.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise ValueError(f"--config {file}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # also for too long numbers and too deep lists
+        raise ValueError(f"--config {file}: not TOML: {error}") from None
+    if not stored:  # a full disk can leave an empty file
+        raise ValueError(f"--config {file} is empty: leave it out, or write a section such as [data]")
+    return stored
 
 
 def _nearest_key(config: Config, name: str) -> str:
     keys = keys_of(config)
     bare = [key for key in keys if key.split(".")[1] == name.split(".")[-1]]
-    return f"; did you mean {bare[0]!r}?" if bare else _nearest(name, keys)
+    return f"; did you mean {bare[0]!r}?" if bare else nearest(name, keys)
 
 
-def _set(config: Config, name: str, value: Any, where: str, parse: bool = False) -> None:
+def _set(config: Config, name: Any, value: Any, where: str, parse: bool = False) -> None:
     where = f"{where}: " if where else ""
+    name = name if isinstance(name, str) else brief(name)
     if name == "run.tensorboard":
         raise ValueError(f"{where}run.tensorboard is replaced: write run.track=tensorboard, or leave it out")
     section, _, key = name.partition(".")

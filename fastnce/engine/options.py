@@ -57,6 +57,12 @@ class RunOptions:
     checkpoint_activations: bool = option(
         False, "recompute the generators' residual blocks in the backward pass: less memory, more time"
     )
+    start_from: str = option(
+        "", "begin with the weights of a run, a checkpoint, a published .pth file or a folder of them", anything=True
+    )
+    start_networks: str = option(
+        "", "networks that take them, such as G,D; empty: all that are found there", anything=True
+    )
     steps: int = option(0, "stop after this many steps in total; 0 runs the whole schedule", low=0)
     change_batch: bool = option(
         False,

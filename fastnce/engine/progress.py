@@ -7,7 +7,7 @@ With another batch, it is the same image of the same epoch, rounded down to a wh
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,18 +94,28 @@ class Progress:
         if stored is not None and stored["batch"] != self.batch:
             messages.append(
                 f"{_steps(self.batch)} from here on, of {stored['batch']} before: epoch {self.epoch(done) + 1} "
-                f"goes on where it was, optim.lr stays as it was"
+                f"goes on where it was, optim.lr does not follow the batch"
             )
         return messages
 
 
-def check_pictures(state: dict[str, Any], digest: str, where: str) -> None:
-    """ValueError if a checkpoint belongs to images with another digest."""
-    if state.get("data") != digest:
+def check_pictures(state: dict[str, Any], digest: str, where: str, changes: Collection[str] = ()) -> None:
+    """ValueError if a checkpoint belongs to images with another digest.
+
+    Args:
+        changes: keys that the user changes, which may be the reason.
+    """
+    if state.get("data") == digest:
+        return
+    if keys := ", ".join(key for key in changes if key.startswith("data.")):
         raise ValueError(
-            f"{where} was trained on other pictures (files were added, removed or changed since): restore them, or "
-            f"train into another --out"
+            f"{where} was trained on other pictures than {keys} gives now, or files were added, removed or changed "
+            f"since: leave out this change, or begin another --out with run.start_from={where}"
         )
+    raise ValueError(
+        f"{where} was trained on other pictures (files were added, removed or changed since): restore them, or "
+        f"train into another --out"
+    )
 
 
 def check_batch(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 from ..methods.base import Method
@@ -104,8 +105,39 @@ class TrainingState:
         self.bad_steps.copy_(tensors["bad_steps"])
 
 
+def planned_state(method: Method, ema: float) -> dict[str, Tensor]:
+    """Return the tensors that `TrainingState.state` has for a method that may be on the meta device.
+
+    Args:
+        method: as `fastnce.config.build.plan` returns.
+        ema: `optim.ema`; above 0 there are averaged weights.
+    """
+    tensors = {f"network/{n}/{k}": t for n, net in method.networks().items() for k, t in net.state_dict().items()}
+    for name, group in method.groups().items():
+        for place, module in enumerate(group.modules):
+            for key, parameter in module.named_parameters():
+                if parameter.requires_grad:
+                    moments = dict.fromkeys(("exp_avg", "exp_avg_sq"), parameter.detach())
+                    tensors |= {f"adam/{name}/{place}.{key}/{moment}": t for moment, t in moments.items()}
+                    tensors[f"adam/{name}/{place}.{key}/step"] = torch.zeros(())
+    if ema:
+        tensors |= {
+            f"average/{n}/{k}": t for n, net in method.generators().items() for k, t in net.state_dict().items()
+        }
+    for name, module in method.extra_state_modules().items():
+        tensors |= {f"extra/{name}/{key}": tensor for key, tensor in module.state_dict().items()}
+    return {**tensors, "bad_steps": torch.zeros(())}
+
+
 def check_state(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    """ValueError unless the tensors of a checkpoint fit those of a run: none is missing, unknown, cast or broadcast.
+    """ValueError unless the tensors of a checkpoint fit those of a run: none is missing, unknown, cast or broadcast."""
+    if problems := misfits(wanted, found):
+        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise ValueError(f"training.safetensors does not fit: {'; '.join(problems[:4])}{more}")
+
+
+def misfits(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> list[str]:
+    """Return how the tensors of a checkpoint differ from those of a run in name, shape or dtype, one clause each.
 
     The loss scale is optional, because `run.precision` may change. Pools of images may have another size. Earlier
     versions stored no moments of biases without a gradient, so all moments of a bias may be missing.
@@ -127,6 +159,4 @@ def check_state(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
         for key, tensor in wanted.items()
         if key in found and kind(key, found[key]) != kind(key, tensor)
     ]
-    if problems:
-        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise ValueError(f"training.safetensors does not fit: {'; '.join(problems[:4])}{more}")
+    return problems

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..common.messages import shown
+from ..common.messages import nearest, shown
 from ..nce import checks
 
 GANMode = Literal["lsgan", "vanilla", "wgangp", "nonsaturating", "hinge"]
@@ -53,7 +53,7 @@ def gan_loss(
         if for_generator:
             return -prediction.mean()
         return F.relu(1.0 - prediction if target_is_real else 1.0 + prediction).mean()
-    raise ValueError(f"gan_mode must be one of {', '.join(GAN_MODES)}, not {mode!r}")
+    raise ValueError(f"gan_mode must be one of {', '.join(GAN_MODES)}, not {mode!r}{nearest(mode, GAN_MODES)}")
 
 
 def r1_penalty(judged: Tensor, pictures: Tensor) -> Tensor:

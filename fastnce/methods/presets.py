@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
 from ..common.imports import CodeError, is_import_path, load_object
-from ..common.messages import brief
+from ..common.messages import brief, nearest
 from ..common.options import check_kinds
 from .base import Method, NetworkOptions
 from .cut import CUT, CUTOptions
@@ -142,10 +141,8 @@ def find_preset(name: str) -> Preset:
     if isinstance(name, str) and name in PRESETS:
         return PRESETS[name]
     if not is_import_path(name):
-        close = difflib.get_close_matches(str(name), PRESETS, n=1, cutoff=0.5)
-        meant = f"; did you mean {close[0]!r}?" if close else ""
-        known = ", ".join(PRESETS)
-        raise ValueError(f"unknown method {brief(name)}{meant}; known: {known}, or your own (mypaper.py:MyMethod)")
+        known = f"known: {', '.join(PRESETS)}, or your own (mypaper.py:MyMethod)"
+        raise ValueError(f"unknown method {brief(name)}{nearest(name, PRESETS)}; {known}")
     method = load_object(name, "method")
     if not (isinstance(method, type) and issubclass(method, Method)):
         raise CodeError(f"method={name} must be a subclass of fastnce.methods.Method")

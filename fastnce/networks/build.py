@@ -13,6 +13,7 @@ from torch import nn
 
 from ..common.imports import is_import_path, load_object
 from ..common.initialise import init_weights
+from ..common.messages import nearest
 from .contracts import build_own, check_discriminator, check_generator
 from .layers import Norm
 from .patchgan import PatchGAN, PixelGAN
@@ -106,7 +107,8 @@ def build_generator(
     """
     own = is_import_path(name)
     if name not in GENERATORS and not own:
-        raise ValueError(f"generator must be one of {', '.join(GENERATORS)}, or an import path, not {name!r}")
+        known = f"{', '.join(GENERATORS)}, or an import path"
+        raise ValueError(f"generator must be one of {known}, not {name!r}{nearest(name, GENERATORS)}")
     found = load_object(name, "network.generator") if own else GENERATORS[name]
     options = {
         "norm": norm,
@@ -150,7 +152,8 @@ def build_discriminator(
     """
     own = is_import_path(name)
     if name not in DISCRIMINATORS and not own:
-        raise ValueError(f"discriminator must be one of {', '.join(DISCRIMINATORS)}, or an import path, not {name!r}")
+        known = f"{', '.join(DISCRIMINATORS)}, or an import path"
+        raise ValueError(f"discriminator must be one of {known}, not {name!r}{nearest(name, DISCRIMINATORS)}")
     found = load_object(name, "network.discriminator") if own else DISCRIMINATORS[name]
     options = {"layers": layers, "norm": norm, "antialias": antialias, "resolution": resolution}
     build = partial(build_own, found, name, "network.discriminator" if own else "", in_channels, width, **options)

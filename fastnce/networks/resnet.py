@@ -156,7 +156,9 @@ class ResnetGenerator(nn.Module):
 def check_layers(layers: Sequence[int], count: int) -> None:
     """Raise ValueError for layers that do not exist or are not in ascending order."""
     if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= count:
+        gaps = max(1, min(len(layers), count) - 1)  # spread over the first half, as CUT's are
+        example = ",".join(str(place) for place in sorted({i * (count // 2) // gaps for i in range(gaps + 1)}))
         raise ValueError(
             f"loss.nce_layers={list(layers)} does not fit network.generator: its layers are ascending positions from 0 "
-            f"to {count - 1}"
+            f"to {count - 1}, for example loss.nce_layers={example}"
         )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..common.imports import may_be_same_path
 from ..config.build import plan
-from ..config.config import Config
+from ..config.config import Change, Config
 from ..config.options import sides
 from ..data.own import check_class
 from ..engine.accumulate import check_parts
@@ -17,6 +19,7 @@ from ..engine.checks import check_trackers
 from ..engine.progress import check_batch
 from ..evaluate.metrics import AUTO, Measures, find_measures
 from ..methods import Method
+from .continuing import as_overrides, check_fit, is_fixed
 
 
 def check_plan(config: Config) -> Method:
@@ -72,26 +75,54 @@ def check_place(config: Config, out: Path) -> None:
         raise ValueError(f"--out {out} is the folder of the pictures: take another one, or a folder in it")
 
 
-def check_same_run(config: Config, out: Path, processes: int = 1) -> dict[str, Any] | None:
+def check_same_run(
+    config: Config, out: Path, processes: int = 1, changes: Collection[str] = ()
+) -> dict[str, Any] | None:
     """Check that `out` is empty or holds a run with this configuration and this batch size of all processes.
+
+    Args:
+        changes: keys that may differ. With "data.batch", the number of processes may differ too.
 
     Returns:
         the state of the newest checkpoint; None if there is none.
 
     Raises:
-        ValueError: it holds another run, or all of its checkpoints are damaged.
+        ValueError: it holds another run, the run cannot continue with these changes, or all of its checkpoints are
+            damaged.
     """
     found = Checkpoints(out / "checkpoints", log=lambda sentence: None).state()
     if found is None:
         return None
-    state, _ = found
+    state, folder = found
     stored = state.get("progress")
-    different = config.differences(state.get("config", {}), any_batch=stored is not None)
+    different = [
+        change
+        for change in config.changes(state.get("config", {}))
+        if not (change.free or change.key in changes or (change.key == "data.batch" and stored is not None))
+    ]
     if different:
+        raise ValueError(f"{out} holds a run with another configuration ({_listed(different)}): {_ways(different)}")
+    source, before = config.run.start_from, state.get("config", {}).get("run", {}).get("start_from", "")
+    if source and not (before and may_be_same_path(source, before)):
         raise ValueError(
-            f"{out} holds a run with another configuration ({'; '.join(different)}): use the same to continue it, or "
-            f"another --out"
+            f"run.start_from={source} begins a new run, and {out} holds one of {state['step']:,} steps: leave it out "
+            f"to continue that one, or take another --out"
         )
-    if not config.run.change_batch:
+    if not (config.run.change_batch or "data.batch" in changes):
         check_batch(stored, config.data.batch * processes, processes, str(out), lambda: plan(config))
+    check_fit(config, state, folder, out, changes)
     return state
+
+
+def _listed(changes: Sequence[Change]) -> str:
+    return "; ".join(map(str, changes))
+
+
+def _ways(different: Sequence[Change]) -> str:
+    """Return what continues a run whose configuration differs, or what to do instead."""
+    if any(is_fixed(change.key) for change in different):
+        return "use the same to continue it, or another --out"
+    return (
+        f"add {as_overrides(different, stored=True)} to continue it as it was, or --change {as_overrides(different)} "
+        f"to change it from here on, or take another --out"
+    )

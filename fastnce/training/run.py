@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from ..config.build import build_method, plan
 from ..config.check import check
 from ..config.config import Config
 from ..config.options import MAX_PIXELS, sides
+from ..config.paths import absolute
 from ..data.limit import accepting
 from ..engine.callbacks import Callback, Callbacks
 from ..engine.checkpoint import Checkpoints
@@ -37,7 +39,9 @@ from ..engine.recompute import recompute_blocks
 from ..watch import ReportCallback
 from ..watch.trackers import make_trackers
 from .checks import check_code, check_place, check_plan, check_same_run
+from .continuing import note, note_changes, with_origin
 from .data import open_checked, open_validation
+from .starting import plan_start
 
 ONE = threading.Lock()
 """Held by the training of this process: all of them would draw from one random number generator."""
@@ -49,6 +53,7 @@ def train_run(
     *,
     quiet: bool = False,
     callbacks: Sequence[Callback | Callable[..., Any]] = (),
+    changes: Collection[str] = (),
 ) -> int:
     """Build everything that a configuration names, and train; returns the steps done.
 
@@ -56,6 +61,7 @@ def train_run(
         out: the folder of the run. If it holds a run of the same configuration, that run continues.
         quiet: print nothing.
         callbacks: watch the run on the first rank: instances of `fastnce.Callback`, or functions (step, values).
+        changes: keys in which the configuration may differ from the run's, as `continue_config` returns them.
 
     The number of threads, PyTorch's random numbers and its TF32 settings are restored at the end.
 
@@ -70,20 +76,22 @@ def train_run(
         trackers = make_trackers(config.run.track, lambda sentence: watching.say(sentence))
         report = [ReportCallback()] if config.run.report else []
         watching = Callbacks([*callbacks, *trackers, *report])
-        return _train(config, Path(out), quiet, watching)
+        return _train(config, Path(out), quiet, watching, changes)
     finally:
         ONE.release()
 
 
-def _train(config: Config, out: Path, quiet: bool, callbacks: Callbacks) -> int:
+def _train(config: Config, out: Path, quiet: bool, callbacks: Callbacks, changes: Collection[str]) -> int:
     check(config)
     check_place(config, out)
     with accepting(config.data.max_pixels, MAX_PIXELS), hold_run(out) if read_ranks().first else nullcontext():
-        state = check_same_run(config, out, read_ranks().world)
+        state = check_same_run(config, out, read_ranks().world, changes)
+        if state is not None:
+            config = with_origin(config, state)
         with ranks_of_launcher(config.run.device) as ranks:
             try:
                 with _restored(pick_device(ranks.device(config.run.device)), config.run.tf32):
-                    return _train_rank(config, out, ranks, quiet or not ranks.first, state, callbacks)
+                    return _train_rank(config, out, ranks, quiet or not ranks.first, state, callbacks, changes)
             except (RuntimeError, MemoryError) as error:
                 if isinstance(error, TrainingFailed) or not out_of_memory(error):  # it may quote the allocator
                     raise
@@ -125,7 +133,13 @@ def hold_run(out: Path) -> Iterator[None]:
 
 
 def _train_rank(
-    config: Config, out: Path, ranks: Ranks, quiet: bool, state: dict[str, Any] | None, callbacks: Callbacks
+    config: Config,
+    out: Path,
+    ranks: Ranks,
+    quiet: bool,
+    state: dict[str, Any] | None,
+    callbacks: Callbacks,
+    changes: Collection[str],
 ) -> int:
     device = pick_device(ranks.device(config.run.device))
     if device.type == "cpu":
@@ -139,15 +153,18 @@ def _train_rank(
     with ranks.together(device):
         data = open_checked(config, planned, device, ranks, quiet)
         if state is not None:
-            check_pictures(state, data.digest(), str(out))
+            check_pictures(state, data.digest(), str(out), changes)
+        start = plan_start(config, planned) if state is None else None
         validation = open_validation(config, measures, device, ranks, quiet)
     del planned  # a user's own has weights in memory
     torch.manual_seed(config.run.seed)
     method = build_method(config).to(device)
+    if start is not None:
+        start.load(method)
     with ranks.together(device):
         if ranks.first:
             out.mkdir(parents=True, exist_ok=True)
-            write_whole(out / "config.toml", config.as_toml().encode("utf-8"))
+            write_whole(out / "config.toml", absolute(config).as_toml().encode("utf-8"))
     if not quiet:
         parameters = sum(p.numel() for p in method.parameters())
         sizes = [getattr(data, name, None) for name in ("size_a", "size_b")]
@@ -158,11 +175,17 @@ def _train_rank(
         )
         for path, reason in getattr(data, "skipped", []):
             print_line(f"skipped {path}: {reason}")
+    if ranks.first and start is not None:
+        sentences = [f"begins with the weights of {start.source}", *start.lines]
+        note(out, "from", 0, sentences, quiet, source=start.source, lines=start.lines)
+    if ranks.first and state is not None:
+        steps = data.steps_per_epoch
+        note_changes(config, state, changes, out, processes=ranks.world, steps_per_epoch=steps, quiet=quiet)
     return train(
         method,
         data,
         config.optim,
-        config.run,
+        replace(config.run, change_batch=config.run.change_batch or "data.batch" in changes),
         out,
         config=config.as_dict(),
         batch_size=config.data.batch,

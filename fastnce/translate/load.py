@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.imports import CodeError, is_import_path
+from ..common.messages import nearest
 from ..config import Config
 from ..config.build import build_method
 from ..config.stored import from_dict
@@ -53,7 +54,7 @@ def load_translator(
         first = next(iter(weights))
         name = generator or first
         if name not in weights:
-            raise ValueError(f"{folder}: no generator {name!r}, it holds {', '.join(weights)}")
+            raise ValueError(f"{folder}: no generator {name!r}, it holds {', '.join(weights)}{nearest(name, weights)}")
         if is_import_path(config.method):
             network = _own_network(config, folder, weights, name)
         else:

@@ -263,9 +263,9 @@ def train(it: Try) -> None:
         run = it.place / out
         it.refusable = False
         stored = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))
-        it.says(
-            os.fsencode(stored["data"]["dir"]) == os.fsencode(str(Path(data))), "config.toml has another folder", ended
-        )
+        written, place = stored["data"]["dir"], it.place / Path(data)
+        same = os.path.isabs(written) and os.path.isdir(written) and os.path.samefile(written, place)
+        it.says(same, "config.toml has another folder", ended)
         exported = it.run("export", str(run), "--out", str(it.place / "plain-out"))
         files = list((it.place / "plain-out").iterdir()) if exported.code == 0 else []
         it.says(bool(files) and all(str(file) in exported.out for file in files), "not exported", exported)

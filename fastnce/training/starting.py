@@ -1,0 +1,217 @@
+"""Begin a run with weights that are there already: `run.start_from`.
+
+The source is a published file such as latest_net_G.pth, a folder of such files, a run, or one of its checkpoints. A
+tensor is taken if it has the name and the shape of one here; all others keep their initial values. Of a run that keeps
+averaged generators, those are taken. The optimisers and the schedule start at their beginning.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..common.messages import nearest
+from ..config.config import Config
+from ..engine.checkpoint import open_checkpoint
+from ..engine.stored import all_finite, check_numbers, follow, load_generators, read_tensors, step_of, using
+from ..methods import Method
+from ..networks.published import STALE, load_weights, read_weights
+
+MOST_PROBLEMS = 3
+"""So many tensors of a network are named in the report; the others are counted."""
+
+
+@dataclass
+class Source:
+    """Networks whose weights can be read, by name.
+
+    path: for messages.
+    read: returns the state dict of each network.
+    notes: sentences for the report, which reading adds to.
+    """
+
+    path: Path
+    read: dict[str, Callable[[], dict[str, Tensor]]]
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Start:
+    """Weights that a run begins with.
+
+    source: where they are from, for the history.
+    weights: the tensors that fit, by network.
+    lines: the report, one sentence per network.
+    """
+
+    source: str
+    weights: dict[str, dict[str, Tensor]]
+    lines: list[str]
+
+    def load(self, method: Method) -> None:
+        """Copy the weights into the networks of a method."""
+        networks = method.networks()
+        for name, weights in self.weights.items():
+            _load(networks[name], weights, f"{self.source}: {name}")
+
+
+def plan_start(config: Config, planned: Method) -> Start | None:
+    """Read the weights that a new run begins with, and compare them with its networks.
+
+    Args:
+        planned: as `fastnce.config.build.plan` returns; its networks may be on the meta device.
+
+    Returns:
+        the weights and the report; None without `run.start_from`.
+
+    Raises:
+        ValueError: there are no such weights, a named network is not among them or not in the method, they are damaged
+            or not finite, or nothing fits.
+    """
+    path, names = config.run.start_from, [name.strip() for name in config.run.start_networks.split(",") if name.strip()]
+    if not path:
+        if names:
+            raise ValueError(f"run.start_networks={config.run.start_networks} has no effect without run.start_from")
+        return None
+    networks = planned.networks()
+    for name in names:
+        if name not in networks:
+            here = ", ".join(networks)
+            raise ValueError(
+                f"run.start_networks={config.run.start_networks}: {config.method} has no network {name}"
+                f"{nearest(name, networks)}; it has {here}"
+            )
+    source = _find(Path(path), config.method, networks, names)
+    there = ", ".join(source.read) or "no networks"
+    for name in names:
+        if name not in source.read:
+            raise ValueError(f"run.start_networks names {name}, and {source.path} holds {there}")
+    chosen = [name for name in networks if name in source.read and (not names or name in names)]
+    weights, lines = {}, []
+    for name in chosen:
+        state = source.read[name]()
+        weights[name], line = _compare(name, networks[name], state, f"{source.path}: {name}")
+        lines.append(line)
+        if not weights[name] and names:
+            raise ValueError(f"run.start_from={path}: nothing fits: {line}")
+    if not any(weights.values()):
+        reason = "; ".join(lines) or f"it holds {there}, and {config.method} has {', '.join(networks)}"
+        raise ValueError(f"run.start_from={path}: nothing fits: {reason}")
+    lines += source.notes
+    for group, verb in (
+        ([name for name in source.read if name not in networks], "is not part of this method, and is left"),
+        ([name for name in networks if name not in weights], "begins with its own initial weights"),
+    ):
+        lines += [f"{name} {verb}" for name in group]
+    return Start(str(source.path), {name: state for name, state in weights.items() if state}, lines)
+
+
+def _find(path: Path, method: str, networks: Iterable[str], names: list[str]) -> Source:
+    path = follow(path)
+    if path.is_file():
+        return _file(path, method, list(networks), names)
+    if path.is_dir():
+        if (path / "state.json").exists() or step_of(path) is not None or (path / "checkpoints").is_dir():
+            return _checkpoint(path)
+        if labels := _labels(path):
+            if "latest" not in labels and len(labels) > 1:
+                raise ValueError(
+                    f"run.start_from={path} holds files of {', '.join(sorted(labels))} and none of latest: name one, "
+                    f"such as run.start_from={path / sorted(labels)[-1]}"
+                )
+            return _published(path, "latest" if "latest" in labels else labels.pop())
+        raise ValueError(
+            f"run.start_from={path} holds neither a run (checkpoints/step-*) nor published files (latest_net_G.pth)"
+        )
+    if path.parent.is_dir() and path.name in _labels(path.parent):
+        return _published(path.parent, path.name)
+    raise ValueError(f"run.start_from={path}: {'not a regular file' if path.exists() else 'no such file or run'}")
+
+
+def _labels(folder: Path) -> set[str]:
+    """The labels of the published files in a folder, such as "latest" or "400"."""
+    return {
+        match[1] for file in folder.glob("*_net_*.pth") if (match := re.fullmatch(r"(.+?)_net_(.+)\.pth", file.name))
+    }
+
+
+def _published(folder: Path, label: str) -> Source:
+    files = sorted(folder.glob(f"{label}_net_*.pth"))
+    found = {file.name.removeprefix(f"{label}_net_").removesuffix(".pth"): file for file in files}
+    return Source(folder, {name: lambda file=file: read_weights(file) for name, file in found.items()})  # type: ignore[misc]
+
+
+def _file(path: Path, method: str, networks: list[str], names: list[str]) -> Source:
+    """One published file: its name says which network it is, unless one is chosen."""
+    match = re.fullmatch(r".+?_net_(.+?)\.\w+", path.name)
+    if len(names) > 1:
+        raise ValueError(f"run.start_networks={','.join(names)} names several, and {path} holds one network")
+    name = names[0] if names else match[1] if match else ""
+    if name not in networks:
+        what = f"is a network {name}" if name else "does not say in its name which network it is"
+        raise ValueError(
+            f"run.start_from={path} {what}, and {method} has {', '.join(networks)}: say which one takes it, such as "
+            f"run.start_networks={networks[0]}"
+        )
+    return Source(path, {name: lambda: read_weights(path)})
+
+
+def _checkpoint(path: Path) -> Source:
+    """The networks of a checkpoint; of the generators, the averaged weights if it has any."""
+    folder, state = open_checkpoint(path)
+    with using(folder):
+        tensors = read_tensors(folder / "training.safetensors")
+        check_numbers(state, tensors)
+        found: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            kind, _, rest = key.partition("/")
+            name, _, parameter = rest.partition("/")
+            if kind == "network":
+                found.setdefault(name, {})[parameter] = tensor
+        found |= load_generators(folder, state)
+    averaged = sorted({key.split("/")[1] for key in tensors if key.startswith("average/")})
+    notes = [f"the averaged weights of {', '.join(averaged)} are taken, as translation does"] if averaged else []
+    return Source(folder, {name: lambda weights=weights: weights for name, weights in found.items()}, notes)  # type: ignore[misc]
+
+
+def _compare(name: str, network: nn.Module, state: dict[str, Tensor], where: str) -> tuple[dict[str, Tensor], str]:
+    """The tensors that fit a network, and a sentence about them.
+
+    Raises:
+        ValueError: tensors are not finite, or no projector can be built from them.
+    """
+    if not all_finite(state):
+        raise ValueError(f"{where} holds numbers that are not finite (NaN or infinity)")
+    if _to_be_built(network):
+        load_weights(network, state, where)
+    own = network.state_dict()
+    state = {key: tensor for key, tensor in state.items() if key in own or key.rpartition(".")[2] not in STALE}
+    fit = {key: tensor for key, tensor in state.items() if key in own and tensor.shape == own[key].shape}
+    problems = [
+        f"{key} is {tuple(state[key].shape)} there and {tuple(own[key].shape)} here"
+        for key in own
+        if key in state and key not in fit
+    ]
+    problems += [f"{key} is not there" for key in own if key not in state]
+    problems += [f"{key} is not here" for key in state if key not in own]
+    more = [f"and {len(problems) - MOST_PROBLEMS} more"] if len(problems) > MOST_PROBLEMS else []
+    count = f"{len(fit)} of {len(own)} tensors"
+    return fit, f"{name}: {'; '.join([count, *problems[:MOST_PROBLEMS], *more])}"
+
+
+def _load(network: nn.Module, weights: dict[str, Tensor], where: str) -> None:
+    if _to_be_built(network):
+        load_weights(network, weights, where)
+        return
+    with torch.no_grad():
+        network.load_state_dict({**network.state_dict(), **weights})
+
+
+def _to_be_built(network: nn.Module) -> bool:
+    """Whether this is a projector that is built for the first features, or the first weights, that it gets."""
+    return getattr(network, "mlp_init", True) is False
