@@ -11,13 +11,12 @@ from __future__ import annotations
 import base64
 import html
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .config.check import check
 from .config.resolve import resolve
 from .engine.callbacks import Callback, RunInfo, StopTraining
 from .engine.choices import pick_device
@@ -25,9 +24,11 @@ from .engine.history import read_history, read_lines
 from .engine.loop import TrainingFailed
 from .evaluate.report import Report
 from .evaluate.report import evaluate as measure
+from .training.continuing import apply_changes, continue_config
 from .training.run import train_run
 from .translate.load import load_translator
 from .translate.translator import Tiles, Translator
+from .watch.notebook import NotebookCallback, in_notebook
 
 __all__ = ["Callback", "Run", "RunInfo", "StopTraining", "TrainingFailed", "evaluate", "load", "train"]
 
@@ -80,27 +81,33 @@ class Run:
 
 
 def train(
-    method: str,
+    method: str = "",
     data: str | os.PathLike[str] | None = None,
     out: str | os.PathLike[str] | None = None,
     *,
     config: str | os.PathLike[str] | None = None,
     callbacks: Sequence[Callback | Callable[..., Any]] = (),
+    change: Mapping[str, Any] | None = None,
     quiet: bool = False,
+    trust_code: bool = False,
     **options: Any,
 ) -> Run:
     """Train a method, as `fastnce train` does; the same call continues the run.
 
     One training runs at a time in a process; it may run in a thread. Under `torchrun`, every process makes this call.
+    In a notebook, the cell shows the progress and the newest samples.
 
     Args:
         method: "cut", "fastcut", "sincut", "cyclegan", "dclgan", "simdcl", "dcdgan", ... or "mypaper.py:MyMethod".
+            Without it and `config`, the run in `out` continues with the configuration that is stored in it.
         data: the folder with trainA and trainB.
         out: the folder of the run.
         config: a TOML file, as for `fastnce train --config`.
         callbacks: watch the run: instances of `Callback`, or functions (step, values). One that raises `StopTraining`
             ends the run cleanly.
-        quiet: print nothing.
+        change: values with which a run continues from now on, such as {"optim.lr": 1e-4}; its history records them.
+        quiet: print nothing, and show nothing in a notebook.
+        trust_code: without `method`, import the user's own code that the stored configuration names.
         options: values by key, such as **{"data.batch": 4, "run.steps": 10_000}. `fastnce train METHOD --dry-run`
             lists them all.
 
@@ -113,15 +120,21 @@ def train(
     """
     if out is None:
         raise ValueError('fastnce.train needs out="RUN", the folder of the run')
-    resolved = resolve(method, None if config is None else Path(config), values=options)
     if data is not None:
-        if options.get("data.dir", os.fspath(data)) != os.fspath(data):
+        if os.fspath(options.get("data.dir", data)) != os.fspath(data):
             raise ValueError(f"data={os.fspath(data)} and data.dir={options['data.dir']} differ: give one of them")
-        resolved.data.dir = os.fspath(data)
-        check(resolved)
+        options["data.dir"] = os.fspath(data)
+    change = change or {}
+    if method or config is not None:
+        resolved = resolve(method, None if config is None else Path(config), values=options)
+        changes = apply_changes(resolved, Path(out), change)
+    else:
+        resolved, changes = continue_config(Path(out), change, options, trust_code=trust_code)
     if not (resolved.data.dir or resolved.data.dataset):
         raise ValueError('fastnce.train needs data="DIR", the folder with trainA and trainB')
-    return Run(out, train_run(resolved, out, quiet=quiet, callbacks=callbacks))
+    shown = [NotebookCallback()] if in_notebook() and not quiet else []
+    watching = [*callbacks, *shown]
+    return Run(out, train_run(resolved, out, quiet=quiet or bool(shown), callbacks=watching, changes=changes))
 
 
 def load(

@@ -226,6 +226,18 @@ def test_mistakes_are_one_sentence(change, sentence, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_continues_from_its_folder_alone_and_with_changes(folder, tmp_path):
+    train(folder, tmp_path / "run", run__steps=1)
+    assert fastnce.train(out=tmp_path / "run", quiet=True, **{"run.steps": 2}).steps == 2
+    run = fastnce.train(out=tmp_path / "run", quiet=True, change={"optim.lr": 1e-4}, **{"run.steps": 3})
+    assert run.steps == 3
+    (change,) = [event for event in run.history if event["event"] == "change"]
+    assert change["changes"] == ["optim.lr: 0.0002, now 0.0001"]
+    assert run.metrics[-1]["lr"] == 1e-4
+    with pytest.raises(ValueError, match="holds no run to continue"):
+        fastnce.train(out=tmp_path / "none")
+
+
 def test_folders_are_needed(tmp_path):
     with pytest.raises(ValueError, match='needs data="DIR"'):
         fastnce.train("fastcut", out=tmp_path / "run")
