@@ -26,6 +26,7 @@ from .evaluate.report import Report
 from .evaluate.report import evaluate as measure
 from .training.continuing import apply_changes, continue_config
 from .training.run import train_run
+from .translate.chosen import CHECKPOINTS, last_and_best, step_loaded
 from .translate.load import load_translator
 from .translate.translator import Tiles, Translator
 from .watch.notebook import NotebookCallback, in_notebook
@@ -169,6 +170,8 @@ def load(
 def evaluate(
     model: Translator | str | os.PathLike[str] | Run | None,
     data: str | os.PathLike[str],
+    *,
+    checkpoint: str | None = None,
     **options: Any,
 ) -> Report:
     """Measure a model on a test set, as `fastnce evaluate` does.
@@ -176,15 +179,25 @@ def evaluate(
     Args:
         model: what `load` returns, or what it takes; None measures the inputs themselves.
         data: a paired test set, or a folder with testA and testB (see `fastnce.evaluate.pairs.find_pairs`).
+        checkpoint: of a run: "best", "last" or "both"; None: both where they differ.
         options: see `fastnce.evaluate.report.evaluate`, such as fid=True or sheet="sheet.png".
 
     Returns:
-        the report: `mean`, `inputs`, `pictures`, `summary()`.
+        the report: `mean`, `inputs`, `pictures`, `summary()`; `best` has the best checkpoint if it is measured too.
 
     Raises:
         ValueError: the model, the set or a picture cannot be used.
     """
-    translator = model if isinstance(model, Translator) or model is None else load(model)
-    if translator is not None:
-        options = {"channels": translator.channels, "device": translator.device, **options}
-    return measure(data, translator, **options)
+    if model is None or isinstance(model, Translator):
+        if checkpoint is not None:
+            raise ValueError(f'checkpoint="{checkpoint}" chooses between the checkpoints of a run: give the run')
+        if model is not None:
+            options = {"channels": model.channels, "device": model.device, **options}
+        return measure(data, model, **options)
+    if checkpoint not in (None, *CHECKPOINTS):
+        raise ValueError(f"checkpoint must be one of {', '.join(CHECKPOINTS)}, not {checkpoint!r}")
+    place = model.folder if isinstance(model, Run) else Path(model)
+    last, best, name = last_and_best(place, load, checkpoint)
+    steps = (step_loaded(last) if name else None, step_loaded(best))
+    known = {"channels": last.channels, "device": last.device, "best": best, "checkpoint": name, "steps": steps}
+    return measure(data, last, **{**known, **options})

@@ -85,6 +85,13 @@ def test_evaluate_is_a_function_and_a_package(folder, tmp_path):
         float(psnr(to_levels(model(rain)), to_levels(clean))), abs=1e-4
     )
     assert fastnce.evaluate(None, pairs).mean["psnr_rgb"] == report.inputs["psnr_rgb"]
+    run = train(folder, tmp_path / "other", run__steps=3, run__validate_every=1, data__validate=str(pairs))
+    both = fastnce.evaluate(run, pairs, checkpoint="both")
+    alone = [fastnce.evaluate(run, pairs, checkpoint=one).mean for one in ("last", "best")]
+    assert both.mean == alone[0]
+    assert (both.best or both).mean == alone[1]
+    with pytest.raises(ValueError, match="checkpoint must be one of best, last, both"):
+        fastnce.evaluate(run, pairs, checkpoint="newest")
 
 
 def test_callbacks_are_told_of_everything(folder, tmp_path):
