@@ -103,19 +103,6 @@ def hold(
             raise
 
 
-def holder(folder: Path) -> str:
-    """Say which process holds a folder's lock; an empty text if none does. The lock itself is not touched.
-
-    A file of another machine counts as a lock, since its process cannot be seen from here.
-    """
-    path = folder / NAME
-    for file in (path, _owner_file(path)):
-        found = _read(file)
-        if found and not is_dead(str(found.get("machine")), int(found["pid"]), str(found.get("born"))):
-            return f"{found.get('what')}, process {found['pid']} on {found.get('host')}, since {found.get('since')}"
-    return ""
-
-
 def share(file: IO[bytes]) -> None:
     """Mark an open file as used, until its descriptor and all duplicates of it are closed. See `is_shared`.
 

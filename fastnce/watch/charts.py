@@ -29,6 +29,8 @@ TITLES = {
     "held_out_ssim_y": "SSIM on Y",
     "held_out_psnr_rgb": "PSNR on RGB (dB)",
     "held_out_ssim_rgb": "SSIM on RGB",
+    "held_out_fid": "FID",
+    "held_out_kid": "KID",
 }
 AXES = ("step", "epoch", "pictures")
 SPEED = ("images_per_second", "lr", "data_share", "response", "identity_psnr", "skipped_steps", "warnings")

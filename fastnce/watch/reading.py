@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.imports import is_import_path
-from ..common.locking import holder
+from ..common.locking import in_use
 from ..common.options import describe
 from ..config.config import Config, from_preset
 from ..config.options import DataOptions
@@ -117,9 +117,8 @@ def read_facts(folder: Path) -> Facts:
 
 def state_of(folder: Path, events: list[dict[str, Any]]) -> tuple[str, str]:
     """The state of a run, and the reason."""
-    held = holder(folder)
-    if held:
-        return "running", held
+    if held := in_use(folder):
+        return "running", f"process {held['pid']} on {held.get('host')}, since {held.get('since')}"
     last = next((event for event in reversed(events) if event.get("event") in ("start", "end")), None)
     if last is None:
         return UNKNOWN, "the run has no history.jsonl"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastnce.commands.main import main
-from fastnce.common.locking import hold, holder
+from fastnce.common.locking import hold, in_use
 from fastnce.engine.callbacks import Callbacks, RunInfo
 from fastnce.watch import ReportCallback, charts, write_report
 from fastnce.watch import report as module
@@ -129,7 +129,7 @@ def test_states(tmp_path, state):
 
 
 def test_a_run_in_progress(finished):
-    assert holder(finished) == ""
+    assert in_use(finished) is None
     with hold(finished, "fastnce train"):
         assert read_facts(finished).state == "running"
         assert f"process {os.getpid()}" in read_facts(finished).reason
@@ -141,7 +141,7 @@ def test_a_lock_that_a_killed_process_left(finished):
         left = json.loads((finished / ".fastnce-lock").read_text())
     left |= {"pid": 2**22 + 1}  # above the largest process number
     (finished / ".fastnce-lock").write_text(json.dumps(left))
-    assert holder(finished) == ""
+    assert in_use(finished) is None
     assert read_facts(finished).state == "finished"
 
 
