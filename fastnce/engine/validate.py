@@ -325,7 +325,8 @@ class Validation:
     def state(self) -> dict[str, Any]:
         """What is written beside a checkpoint that was just measured."""
         path = {"run.best": self.metric.path} if self.metric.path else {}
-        return {"pairs": self.digest(), **path, **self.latest}
+        values = {key: value for key, value in self.latest.items() if key != "seconds"}
+        return {"pairs": self.digest(), **path, **(values or self.latest)}  # a state needs a number
 
     def resume(self, stored: dict[str, Any] | None) -> str:
         """Take over the value of the best checkpoint's `state`; returns a message if it is not comparable."""

@@ -77,14 +77,14 @@ class Inception:
         """Compute the features of one image.
 
         Args:
-            picture: (1, 1 or 3, height, width) in [-1, 1]. It is rounded to 8 bits, as in a file.
+            picture: (1, 1 or 3, height, width) in [-1, 1]. It is clipped and rounded to 8 bits, as in a file.
 
         Returns:
             (2048,) float64 on the CPU; NaN if the image is not finite.
         """
         if not torch.isfinite(picture).all():
             return torch.full((FEATURES,), float("nan"), dtype=torch.float64)
-        levels = to_levels(picture.cpu()).to(torch.uint8).expand(-1, 3, -1, -1)
+        levels = to_levels(picture.cpu().clamp(-1, 1)).to(torch.uint8).expand(-1, 3, -1, -1)
         (found,) = self.network(levels.to(self.device))
         return found[0].double().cpu()
 

@@ -48,7 +48,8 @@ def load(name: str, key: str, device: torch.device | str) -> tuple[Callable[...,
 
     Returns:
         (measure, whether it needs the truth, whether a higher value is better). The measure takes one or two images,
-        float32 (1, channels, height, width) in [-1, 1], which it rounds to 8 bits as in a file.
+        float32 (1, channels, height, width) in [-1, 1], which it clips and rounds to 8 bits as in a file. If one is not
+        finite, neither is the result.
 
     Raises:
         ValueError: pyiqa is not installed, has no such measure, or its weights are not available.
@@ -83,21 +84,25 @@ def load(name: str, key: str, device: torch.device | str) -> tuple[Callable[...,
         raise ValueError(f"{key}: {_missing(name, said.getvalue(), error)}") from None
 
     def measure(*pictures: Tensor) -> Any:
-        return made(*((to_levels(picture).float() / 255).expand(-1, 3, -1, -1) for picture in pictures))
+        if not all(picture.isfinite().all() for picture in pictures):
+            return float("nan")
+        return made(*((to_levels(picture.clamp(-1, 1)).float() / 255).expand(-1, 3, -1, -1) for picture in pictures))
 
     return measure, made.metric_mode == "FR", not made.lower_better
 
 
 class _Tee(io.StringIO):
-    """Keeps what is written, and shows it: large weights take minutes to arrive."""
+    """Keeps what is written, and shows it from the first download on: large weights take minutes to arrive."""
 
     def __init__(self, shown: TextIO):
         super().__init__()
         self.shown = shown
 
     def write(self, text: str) -> int:
-        self.shown.write(text)
-        return super().write(text)
+        written = super().write(text)
+        if "Downloading" in self.getvalue():
+            self.shown.write(text)
+        return written
 
 
 def _missing(name: str, said: str, error: Exception) -> str:

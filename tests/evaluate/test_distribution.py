@@ -56,6 +56,8 @@ def test_features_and_kid_are_those_of_torch_fidelity(inception):
     grey = network.features(torch.zeros(1, 1, 20, 20))
     assert torch.equal(grey, network.features(torch.zeros(1, 3, 20, 20)))
     assert network.features(torch.full((1, 3, 20, 20), float("nan"))).isnan().all()
+    outside = torch.rand(1, 3, 20, 20) * 6 - 3  # clipped, as in a file
+    assert torch.equal(network.features(outside), network.features(outside.clamp(-1, 1)))
 
 
 @pytest.mark.parametrize("counts", [(6, 9), (30, 25)], ids=["fewer images than features", "more"])

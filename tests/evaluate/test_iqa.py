@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import types
 from pathlib import Path
@@ -67,9 +68,10 @@ def test_direction_range_and_channels(stand_in):
     lpips, niqe = find_metric("lpips"), find_metric("niqe")
     assert (lpips.needs, lpips.higher_is_better) == ("truth", False)
     assert (niqe.needs, niqe.higher_is_better) == ("nothing", False)
-    output, truth = torch.full((1, 1, 8, 8), 0.6), torch.full((1, 1, 8, 8), -1.2)  # slightly outside, and grey
+    output, truth = torch.full((1, 1, 8, 8), 0.6), torch.full((1, 1, 8, 8), -3.0)  # outside, and grey
     assert measured(lpips, output, truth) == pytest.approx(204 / 255)  # rounded to 8 bits
     assert measured(niqe, output, None) == measured(niqe, output, truth) == pytest.approx(204 / 255)
+    assert math.isnan(measured(niqe, output / 0, None))
 
 
 def test_what_pyiqa_cannot_measure_is_refused(stand_in, monkeypatch):
