@@ -12,8 +12,8 @@ from .config import Config
 
 PATHS = ("data.dir", "data.validate", "data.cache_dir", "run.start_from", "run.feature_weights")
 """Options that hold a path."""
-CODE = ("data.dataset",)
-"""Options that hold an import path, besides those whose choices allow one."""
+CODE = ("data.dataset", "run.best", "run.metrics")
+"""Options that may hold import paths, separated by commas, besides those whose choices allow one."""
 
 
 def absolute(config: Config) -> Config:
@@ -32,8 +32,12 @@ def absolute(config: Config) -> Config:
 
 
 def _absolute_code(value: Any) -> Any:
-    """The import path with an absolute file; other values, and those of modules, are returned unchanged."""
+    """The import paths with absolute files; names and the paths of modules are returned unchanged."""
     if not is_import_path(value):
         return value
-    where, _, name = value.rpartition(":")
-    return f"{os.path.abspath(where)}:{name}" if where.endswith(".py") else value
+    parts = [part.strip() for part in value.split(",")]
+    return ",".join(
+        f"{os.path.abspath(where)}:{name}" if (where := part.rpartition(":")[0]).endswith(".py") else part
+        for part in parts
+        for name in [part.rpartition(":")[2]]
+    )

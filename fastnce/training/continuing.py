@@ -234,7 +234,7 @@ def _located(stored: dict[str, Any], out: Path) -> dict[str, Any]:
     stored = deepcopy(stored)
 
     def take(target: dict[str, Any], key: str, value: Any, name: str) -> None:
-        own_code = is_import_path(value) and same_object(value, target.get(key))
+        own_code = is_import_path(value) and _same_code(value, target.get(key))
         if own_code or (name in PATHS and isinstance(value, str)):
             target[key] = value
 
@@ -244,6 +244,12 @@ def _located(stored: dict[str, Any], out: Path) -> dict[str, Any]:
         for key, value in values.items() if isinstance(values, dict) else ():
             take(stored.setdefault(section, {}), key, value, f"{section}.{key}")
     return stored
+
+
+def _same_code(one: str, other: Any) -> bool:
+    """Whether two lists of import paths and names, separated by commas, name the same."""
+    parts, there = one.split(","), str(other).split(",")
+    return len(parts) == len(there) and all(map(same_object, parts, there))
 
 
 def _anew(out: Path) -> str:

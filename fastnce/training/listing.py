@@ -188,9 +188,10 @@ def _take_best(found: Listed, pointer: Path) -> None:
     state = state_file.read(folder / "state.json", step_of(folder))
     values = {key: value for key, value in state.get("validation", {}).items() if not isinstance(value, str)}
     run = state.get("config", {}).get("run", {})
-    wanted = str(run.get("best") or run.get("metric") or "").rpartition(":")[2]
+    named = [run.get("best", run.get("metric", "")), "psnr_y", *str(run.get("metrics", "")).split(","), *values]
+    names = [str(name).rpartition(":")[2].strip() for name in named]  # "auto" is psnr_y, or the first of run.metrics
     if values:
-        found.measure = wanted if wanted in values else next(iter(values))
+        found.measure = next(name for name in names if name in values)
         found.best, found.best_step = float(values[found.measure]), state["step"]
 
 

@@ -132,10 +132,18 @@ def test_the_best_value_is_that_of_the_measure_that_decides(root, capsys):
     state = json.loads(next(run.glob("checkpoints/step-*/state.json")).read_text())
     config = state["config"]
     values = {"pairs": "digest", "psnr_y": 21.5, "ssim_y": 0.75}
-    config["run"].pop("best", None)
-    for measure, name, value in (("ssim_y", "ssim_y", 0.75), ("psnr_y", "psnr_y", 21.5), ("my.py:own", "psnr_y", 21.5)):
-        config["run"]["metric"] = measure
-        change_state(run, config=config, validation=values)
+    del config["run"]["best"], config["run"]["metrics"]
+    sets = {"pairs": "digest", "kid": 0.5, "seconds": 3.0, "fid": 90.0}
+    for changed, measured, name, value in (
+        ({"best": "ssim_y"}, values, "ssim_y", 0.75),
+        ({"best": "my.py:ssim_y"}, values, "ssim_y", 0.75),
+        ({"best": "auto", "metrics": "fid,kid"}, sets, "fid", 90.0),
+        ({"best": "kid", "metrics": "fid"}, sets, "kid", 0.5),
+        ({"metric": "ssim_y"}, values, "ssim_y", 0.75),  # of an earlier version
+        ({}, values, "psnr_y", 21.5),
+        ({"best": "auto", "metrics": "fid"}, values, "psnr_y", 21.5),
+    ):
+        change_state(run, config={**config, "run": {**config["run"], **changed}}, validation=measured)
         found = describe(run)
         assert (found.measure, found.best, found.best_step) == (name, value, 2)
     main(["runs", str(root)])

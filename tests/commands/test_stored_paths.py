@@ -20,6 +20,8 @@ def here(folder, tmp_path, monkeypatch) -> Path:
     place = tmp_path / "here"
     place.mkdir()
     shutil.copytree(folder, place / "pictures")
+    for side in ("rain", "norain"):
+        shutil.copytree(folder / "testA", place / "pairs" / side)
     (place / "mine.py").write_text(
         "import fastnce.methods as m\n\nclass Mine(m.CUT):\n    Options = m.CUTOptions\n\n"
         "def measure(a, b):\n    return float((a - b).abs().mean())\n"
@@ -29,13 +31,15 @@ def here(folder, tmp_path, monkeypatch) -> Path:
 
 
 def test_config_of_a_run_works_from_another_folder(here, tmp_path, monkeypatch, capsys):
-    words = ["--data", "pictures", "--quiet", *SMALL, "run.steps=1", "data.cache_dir=cache", "run.sample_every=1"]
+    words = ["--data", "pictures", "--quiet", *SMALL, "run.steps=1", "data.cache_dir=cache", "run.best=mine.py:measure"]
+    words += ["run.validate_every=1", "data.validate=pairs"]
     assert main(["train", "mine.py:Mine", *words, "--out", "run", "loss.nce_idt=false"]) == 0
     written = resolve("", here / "run" / "config.toml")
     assert written.method == f"{here}/mine.py:Mine"
     assert written.data.dir == str(here / "pictures")
     assert written.data.cache_dir == str(here / "cache")
-    assert written.data.validate == ""
+    assert written.data.validate == str(here / "pairs")
+    assert written.run.best == f"{here}/mine.py:measure"
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
@@ -60,10 +64,12 @@ def test_what_the_user_wrote_stays_relative(here, capsys):
 
 def test_absolute_leaves_names_and_modules(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = resolve("cut", overrides=["data.dataset=sub/../my.py:Data", "run.metric=pack.age:f", "data.dir=x"])
+    words = ["data.dataset=sub/../my.py:Data", "run.best=pack.age:f", "run.metrics=fid, b.py:g,niqe", "data.dir=x"]
+    config = resolve("cut", overrides=words)
     found = absolute(config)
-    assert (found.method, found.network.generator, found.run.metric) == ("cut", "resnet_9blocks", "pack.age:f")
+    assert (found.method, found.network.generator, found.run.best) == ("cut", "resnet_9blocks", "pack.age:f")
     assert (found.data.dataset, found.data.dir) == (f"{tmp_path}/my.py:Data", f"{tmp_path}/x")
+    assert found.run.metrics == f"fid,{tmp_path}/b.py:g,niqe"
     assert (config.data.dataset, config.data.dir) == ("sub/../my.py:Data", "x")
     assert found.data.validate == found.run.start_from == ""
 
