@@ -282,6 +282,9 @@ WRONG = [
     (["-m", "missing_package.train"], "there is no module 'missing_package.train' that can be run"),
     (["-m", ".train"], "there is no module '.train' that can be run"),
     (["-m", "json"], "there is no module 'json' that can be run"),
+    (["-m", "json.decoder.more"], "there is no module 'json.decoder.more' that can be run"),
+    (["-m", "__main__"], "there is no module '__main__' that can be run"),
+    (["-m", ""], "there is no module '' that can be run"),
 ]
 
 
@@ -317,13 +320,24 @@ def test_a_module_runs_as_python_m_does(tmp_path, module):
     assert [any(base.startswith("fastnce.") for base in bases[name]) for name in ("fast", "slow")] == [True, False]
 
 
-def test_a_package_that_imports_a_missing_one_raises_its_own_error(tmp_path):
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("import missing_module_of_mine", "ModuleNotFoundError: No module named 'missing_module_of_mine'"),
+        ("from json import missing", "ImportError: cannot import name 'missing' from 'json'"),
+        ("raise ValueError('own error')", "ValueError: own error"),
+    ],
+)
+@pytest.mark.parametrize("module", ["broken", "broken.train"])
+def test_errors_of_a_package_are_passed_on(line, sentence, module, tmp_path):
     (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "__init__.py").write_text("import missing_module_of_mine\n")
-    finished = run_forked(tmp_path, "-m", "broken")
+    (tmp_path / "broken" / "__init__.py").write_text(f"{line}\n")
+    for name in ("__main__", "train"):
+        (tmp_path / "broken" / f"{name}.py").write_text("print(1)\n")
+    finished = run_forked(tmp_path, "-m", module)
     assert finished.returncode == 1
-    assert "No module named 'missing_module_of_mine'" in finished.stderr
-    assert "nothing was replaced" not in finished.stderr
+    assert sentence in finished.stderr
+    assert "fastnce: " not in finished.stderr
 
 
 OWN_CLASSES = """

@@ -146,16 +146,22 @@ class _Hook:
 
 
 def _find(name: str) -> importlib.machinery.ModuleSpec | None:
-    """Find a module, or the `__main__` of a package; None if there is none with code. Parent packages are imported."""
+    """Find a module, or the `__main__` of a package; None if there is none with code.
+
+    Parent packages are imported. Their errors are raised.
+    """
+    if not name or name.startswith(".") or name == "__main__":
+        return None
     try:
+        if parent := name.rpartition(".")[0]:
+            importlib.import_module(parent)
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.submodule_search_locations is not None:
-            spec = importlib.util.find_spec(f"{name}.__main__")
+            name = f"{name}.__main__"
+            spec = importlib.util.find_spec(name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):  # a package imports what is not there
             raise
-        return None
-    except (ImportError, ValueError):  # a relative name, or an empty one
         return None
     return spec if spec is not None and hasattr(spec.loader, "get_code") else None
 
