@@ -74,7 +74,7 @@ def main(arguments: list[str]) -> int:
         return start(number, ["train", *without(arguments, "--nproc")])
     watch_launcher()
     try:
-        train_run(config, args.out, quiet=args.quiet, changes=changes)
+        train_run(config, args.out, quiet=args.quiet, changes=changes, warnings_to_log=True)
     finally:
         if not flush_stdout():  # log.txt has all lines, and the exit code describes the run
             discard_stdout()

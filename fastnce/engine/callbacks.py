@@ -103,14 +103,18 @@ class Callbacks:
 
     Args:
         callbacks: instances of `Callback`, or functions (step, values) that are called like `Callback.log`.
-        say: receives a sentence if an optional callback fails.
+        say: receives a sentence, for example if an optional callback fails; None: keep sentences for `speak`.
 
     Raises:
         ValueError: one is neither.
     """
 
-    def __init__(self, callbacks: Sequence[Callback | Callable[..., Any]] = (), say: Callable[[str], None] = print):
-        self.say = say
+    def __init__(
+        self, callbacks: Sequence[Callback | Callable[..., Any]] = (), say: Callable[[str], None] | None = None
+    ):
+        self.early: list[str] = []
+        """Sentences from before the run's log is open."""
+        self.say = say or self.early.append
         self.step = 0
         """Steps done, for `warn`, which may come from anywhere."""
         self.stop = ""
@@ -122,6 +126,12 @@ class Callbacks:
                     f"callbacks must be instances of fastnce.Callback or functions (step, values), not {one!r}"
                 )
             self._left.append(one if isinstance(one, Callback) else _Function(one))
+
+    def speak(self, say: Callable[[str], None]) -> None:
+        """Let `say` receive the early sentences, and all that follow."""
+        self.say = say
+        while self.early:
+            say(self.early.pop(0))
 
     def begin(self, run: RunInfo) -> None:
         self.step = run.step

@@ -92,7 +92,7 @@ def train(
         raise ValueError("there is nothing to train: data.steps_per_epoch and the epochs must be at least 1")
     with ranks.together(next(method.parameters()).device):
         log = RunLog(folder, quiet, callbacks) if ranks.first else SilentLog()
-    log.callbacks.say = log.warn
+    log.callbacks.speak(log.warn)
     try:
         with StopRequest(verbose=ranks.first) as stop, first_use.checks(run.check_kernels):
             training = _Run(method, data, optim, run, folder, config or {}, batch_size, log, ranks, validation)

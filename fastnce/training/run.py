@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -19,7 +20,7 @@ import torch
 
 from ..common.imports import CodeError, place_in_own_code
 from ..common.locking import hold
-from ..common.streams import print_line
+from ..common.streams import print_line, warnings_through
 from ..common.writing import sweep, write_whole
 from ..config.build import build_method, plan
 from ..config.check import check
@@ -54,6 +55,7 @@ def train_run(
     quiet: bool = False,
     callbacks: Sequence[Callback | Callable[..., Any]] = (),
     changes: Collection[str] = (),
+    warnings_to_log: bool = False,
 ) -> int:
     """Build everything that a configuration names, and train; returns the steps done.
 
@@ -62,6 +64,7 @@ def train_run(
         quiet: print nothing.
         callbacks: watch the run on the first rank: instances of `fastnce.Callback`, or functions (step, values).
         changes: keys in which the configuration may differ from the run's, as `continue_config` returns them.
+        warnings_to_log: Python's warnings become lines of the run's log.
 
     The number of threads, PyTorch's random numbers and its TF32 settings are restored at the end.
 
@@ -72,13 +75,17 @@ def train_run(
     """
     if not ONE.acquire(blocking=False):
         raise ValueError("a training runs in this process already: wait for its end, or start another process")
+    watching = Callbacks()
     try:
         trackers = make_trackers(config.run.track, lambda sentence: watching.say(sentence))
         report = [ReportCallback()] if config.run.report else []
         watching = Callbacks([*callbacks, *trackers, *report])
-        return _train(config, Path(out), quiet, watching, changes)
+        with warnings_through(lambda sentence: watching.say(sentence)) if warnings_to_log else nullcontext():
+            return _train(config, Path(out), quiet, watching, changes)
     finally:
         ONE.release()
+        for sentence in watching.early if read_ranks().first else ():  # the run has ended before it had a log
+            warnings.warn(sentence.removeprefix("warning: "), stacklevel=2)
 
 
 def _train(config: Config, out: Path, quiet: bool, callbacks: Callbacks, changes: Collection[str]) -> int:

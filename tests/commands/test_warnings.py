@@ -13,8 +13,10 @@ from fastnce.commands.main import main
 from fastnce.common.gathered import gathering, warn_of_file
 from fastnce.common.streams import ProgressLine, warnings_through
 from fastnce.data.opening import LOST
+from fastnce.engine.history import read_history
 from tests.data.test_opening import RNG, png
 from tests.ends import tiny
+from tests.logs import log_lines
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +50,13 @@ def test_deep_colour_is_one_line_of_a_command(command, model, tmp_path, capsys):
         "train": (tiny(data, tmp_path / "run", "run.steps=2", "run.sample_every=1"), 5),
     }[command]
     assert main([str(argument) for argument in line]) == 0
-    found = [text for text in capsys.readouterr().err.splitlines() if "16-bit" in text]
+    told = capsys.readouterr()
+    lines = (told.out if command == "train" else told.err).splitlines()
+    if command == "train":  # the log of the run has it, and its history
+        lines = [f"fastnce: {text}" for text in log_lines(tmp_path / "run") if text in lines]
+        (event,) = (event for event in read_history(tmp_path / "run") if event["event"] == "warning")
+        assert event["text"].startswith(f"warning: {LOST}")
+    found = [text for text in lines if "16-bit" in text]
     first = r"/p/rain/1\.png" if number != 5 else r"/d/trainA/[12]\.png"
     assert len(found) == 1
     assert re.fullmatch(rf"fastnce: warning: {re.escape(LOST)}: {tmp_path}{first} and {number - 1} more", found[0])
