@@ -298,7 +298,7 @@ class Validation:
         return messages
 
     def metrics(self) -> dict[str, float]:
-        """The latest values for metrics.jsonl and TensorBoard, as held_out_psnr_y and so on."""
+        """The latest values for metrics.jsonl and the trackers, as held_out_psnr_y and so on."""
         return {f"held_out_{key}": value for key, value in self.latest.items()}
 
     def _shown(self, values: dict[str, float]) -> list[Metric]:

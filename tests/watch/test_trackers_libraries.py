@@ -8,6 +8,7 @@ import socket
 import sqlite3
 import struct
 import sys
+import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -148,6 +149,16 @@ def wandb_records(file: Path) -> Iterator[Any]:
             record = b""
 
 
+def finished_files(folder: Path) -> list[Path]:
+    """The .wandb files, oldest first. wandb's own process writes their end a little after `finish` has returned."""
+    for _ in range(600):
+        files = sorted((folder / "wandb").glob("offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime)
+        if all(any(record.HasField("exit") for record in wandb_records(file)) for file in files):
+            return files
+        time.sleep(0.1)
+    raise AssertionError("a file of wandb has no end")
+
+
 def history(file: Path) -> dict[int, dict[str, Any]]:
     """The values of a .wandb file by step."""
     found = {}
@@ -172,7 +183,7 @@ def test_wandb_without_a_login(tmp_path, without_login):
     (hint,) = part(folder, "wandb", 0, 4)
     assert hint.startswith(f"Weights & Biases: not logged in, so the run is written to {folder / 'wandb'} alone")
     assert part(folder, "wandb", 2, 6, lr=1e-4, state="finished") == [hint]
-    first, second = sorted((folder / "wandb").glob("offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime)
+    first, second = finished_files(folder)
     assert first.name == second.name  # of the same run
     (run,) = [record.run for record in wandb_records(first) if record.HasField("run")]
     assert (run.project, run.display_name) == ("fastnce", "mine")
