@@ -64,7 +64,7 @@ _PLACES = {"DerainingMetrics": "evaluate"} | dict.fromkeys(
 
 def __getattr__(name: str) -> object:
     """Import a public name at its first use: importing PyTorch takes seconds, during which Ctrl-C must work."""
-    if name in ("data", "evaluate", "kernels", "nce", "networks"):
+    if name in ("data", "evaluate", "kernels", "nce", "networks", "watch"):
         found: object = _import_module(f"{__name__}.{name}")
     elif name in __all__:
         found = getattr(_import_module(f"{__name__}.{_PLACES.get(name, 'nce')}"), name)

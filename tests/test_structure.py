@@ -52,6 +52,7 @@ PUBLIC = {
     "fastnce.config": {"Config", "resolve"},
     "fastnce.training": {"train_run"},
     "fastnce.accelerate": {"main", "patch"},
+    "fastnce.watch": {"NotebookCallback", "ReportCallback", "write_report"},
 }
 """Names that users import: removing one needs a line in CHANGELOG.md and a deprecation first."""
 
