@@ -142,6 +142,8 @@ def wandb_records(file: Path) -> Iterator[Any]:
             at += left
             continue
         _, length, kind = struct.unpack("<IHB", raw[at : at + 7])
+        if at + 7 + length > len(raw):  # still being written
+            return
         record += raw[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # whole, or its last chunk
@@ -152,7 +154,7 @@ def wandb_records(file: Path) -> Iterator[Any]:
 def finished_files(folder: Path) -> list[Path]:
     """The .wandb files, oldest first. wandb's own process writes their end a little after `finish` has returned."""
     for _ in range(600):
-        files = sorted((folder / "wandb").glob("offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime)
+        files = sorted((folder / "wandb").glob("offline-run-*/*.wandb"))  # by their times
         if all(any(record.HasField("exit") for record in wandb_records(file)) for file in files):
             return files
         time.sleep(0.1)
