@@ -194,12 +194,12 @@ class _Run:
         with self.ranks.together(self.device):
             if self.ranks.first and (self.run.monitor_every or (self.run.sample_every and self.run.samples)):
                 self.observer.samples()  # now, because files may be gone later
+        self.observer.begin(self.config, done, self.total, self.progress.batch)
         if self.validation is not None:
             self._begin_validation(done, self.validation)
         if reason := nothing_to_compare(self.device) if self.run.check_every else "":
             self.log.say(f"run.check_every compares nothing: {reason}")
         compares = self.run.check_every and not reason
-        self.observer.begin(self.config, done, self.total, self.progress.batch)
         started, pace, epoch, decaying = done, Pace(), -1, None
         self.began = time.monotonic()
         self.checked, self.checked_at, self.check_at = self.began, done, done
