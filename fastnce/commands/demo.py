@@ -36,7 +36,7 @@ SETTINGS = [
     "loss.patches=128",
     "loss.projection=64",
     "optim.ema=0.99",
-    "run.log_every=100",
+    "run.log_every=50",
     "run.sample_every=0",
 ]
 
@@ -92,10 +92,15 @@ def main(arguments: list[str]) -> int:
     grid = args.out / "demo.png"
     day_pictures, dusk_pictures = (torch.stack(column) for column in zip(*rows, strict=True))
     save_grid({"day": day_pictures, "dusk (by the model)": dusk_pictures}, grid)
+    if steps < args.steps:
+        print(
+            f"\nonly {steps:,} of {args.steps:,} steps were done in time, so the dusk is unfinished: the same command "
+            f"goes on from here"
+        )
     print(
         f"\n{steps:,} steps in {clock(time.perf_counter() - began)}. {grid} shows the photographs on the left and the "
         f"same ones at dusk on the right.\nNext: put your own pictures into DIR/trainA and DIR/trainB, then run\n"
         f"  fastnce train fastcut --data DIR --out runs/mine\n"
-        f"  fastnce translate runs/mine PICTURES --out OUT"
+        f"  fastnce translate runs/mine FOLDER --out OUT"
     )
     return 0

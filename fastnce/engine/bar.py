@@ -12,7 +12,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-LAYOUT = "{desc}{percentage:3.0f}%|{bar:16}| {steps} [{elapsed}<{remaining}, {speed}{checkpoint}] {values}"
+LAYOUTS = (
+    "{desc}{percentage:3.0f}%|{bar:16}| {steps} [{elapsed}<{remaining}, {speed}{checkpoint}] {values}",
+    "{desc}{percentage:3.0f}%|{bar:8}| {steps} [{elapsed}<{remaining}, {speed}] {values}",
+    "{desc}{percentage:3.0f}% {steps} [<{remaining}, {speed}] {values}",
+    "{percentage:3.0f}% {steps} <{remaining} {values}",
+)
+"""From wide to narrow. The first one in which all values have room is drawn."""
 
 
 def on_terminal() -> bool:
@@ -41,7 +47,7 @@ class Bar:
             file=self._stream,
             mininterval=0.2,
             miniters=1,
-            bar_format=LAYOUT,
+            bar_format=LAYOUTS[0],
         )
         self._bar.batch, self._bar.save_every = batch, save_every
 
@@ -92,7 +98,17 @@ class _Line(tqdm):
             checkpoint = f", checkpoint in {self.format_interval(left / rate)}" if left else ""
         steps = f"{done:,}/{total:,}"
         width = shutil.get_terminal_size().columns  # tqdm's own takes a terminal of unknown size for one without room
-        return known | {"ncols": width, "steps": steps, "speed": speed, "checkpoint": checkpoint, "values": self.values}
+        known |= {"ncols": width, "steps": steps, "speed": speed, "checkpoint": checkpoint, "values": self.values}
+        for layout in LAYOUTS:
+            known["bar_format"] = layout
+            if len(self.format_meter(**(known | {"ncols": None}))) < width:
+                return known
+        # drop whole values, the discriminators' first: the generator's total is the last one
+        words = self.values.split(" ")
+        while words and len(self.format_meter(**(known | {"ncols": None}))) >= width:
+            words = words[2:]
+            known["values"] = " ".join(words)
+        return known
 
 
 class _Stream:

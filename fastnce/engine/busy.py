@@ -71,8 +71,8 @@ def advice(usage: Usage, *, on_cpu: bool = True) -> str:
         return ""
     busy = f"the machine is busy (load {usage.load:.1f} on {usage.cores} cores)"
     free = max(1, int(usage.cores + threads - usage.load))
-    if threads == 1 or free >= threads:
-        return f"{busy}: this run computes {share:.0%} of the time, and waits for a core otherwise"
+    if threads == 1 or free >= threads:  # nothing to do about it
+        return ""
     return (
         f"{busy}, and the {threads} threads of this run wait for each other (they compute {share:.0%} of the time): "
         f"run.threads={free} is often several times faster (the same command with it continues the run)"

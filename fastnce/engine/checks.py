@@ -6,7 +6,7 @@ import importlib.util
 
 import torch
 
-from ..common.messages import brief
+from ..common.messages import brief, nearest
 from ..common.options import check
 from ..methods.base import Method
 from .accumulate import check_parts
@@ -43,7 +43,7 @@ def track_names(track: str) -> list[str]:
     for name in names:
         if name not in TRACKERS:
             raise ValueError(
-                f"run.track={brief(track)}: unknown tracker {brief(name)}; write some of {', '.join(TRACKERS)}, "
-                f"separated by commas"
+                f"run.track={brief(track)}: unknown tracker {brief(name)}{nearest(name, TRACKERS)}; write some of "
+                f"{', '.join(TRACKERS)}, separated by commas"
             )
     return list(dict.fromkeys(names))

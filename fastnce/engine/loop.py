@@ -6,6 +6,7 @@ The random choices of a step follow from (seed, rank, step) alone, so a run that
 from __future__ import annotations
 
 import random
+import sys
 import time
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -27,7 +28,7 @@ from .contracts import DataSet
 from .cudagraph import pick_graph
 from .distributed import RankLost, Ranks
 from .live_check import nothing_to_compare
-from .log import Pace, RunLog, SilentLog
+from .log import Pace, RunLog, SilentLog, clock
 from .memory import out_of_memory, too_large
 from .observe import Observer
 from .optim import schedule
@@ -164,6 +165,8 @@ class _Run:
         networks = list(method.networks().values())
         self.saving = Saving(self._save, self.checkpoints, networks, ranks, self.device, log.say)
         self.best_at = -1
+        self.started = sys.maxsize
+        """The steps done before the first one of this call; none has been done yet."""
         self.agreed = 0
         """The steps after which kernels and plain PyTorch were last compared, and agreed."""
         self.validation: Validation | None = validation if run.validate_every and validation else None
@@ -181,12 +184,16 @@ class _Run:
         self.log.end_bar()
         if self.why and 0 < done < self.total:
             self.log.say(f"{self.why}: stopped after step {done:,} and saved; the same command continues")
+        elif done > self.started:
+            self.log.say(f"finished: step {done:,}, {clock(time.monotonic() - self.began)} since the start")
         self.log.end("finished" if done >= self.total else "stopped", self.why)
         return done
 
     def _go(self, stop: StopRequest) -> int:
         done = self._resume()
         self.total = self.progress.end(self.run.steps)
+        if beyond := self.progress.beyond(self.run.steps):
+            self.log.say(beyond)
         if done >= self.total:
             return done
         stateful = [*self.method.networks().values(), *self.method.extra_state_modules().values()]
@@ -200,7 +207,8 @@ class _Run:
         if reason := nothing_to_compare(self.device) if self.run.check_every else "":
             self.log.say(f"run.check_every compares nothing: {reason}")
         compares = self.run.check_every and not reason
-        started, pace, epoch, decaying = done, Pace(), -1, None
+        self.started = started = done
+        pace, epoch, decaying = Pace(), -1, None
         self.began = time.monotonic()
         self.checked, self.checked_at, self.check_at = self.began, done, done
         self.method.train()

@@ -61,6 +61,15 @@ class Progress:
         """The step after which the run ends; `steps` is `run.steps`, 0 for no limit."""
         return min(steps or self.total, self.total)
 
+    def beyond(self, steps: int) -> str:
+        """Say that the schedule ends before `run.steps`; an empty text if it does not."""
+        if steps <= self.total:
+            return ""
+        return (
+            f"run.steps={steps} is beyond the schedule, which ends at step {self.total:,} ({self.epochs:,} epochs of "
+            f"{self.steps_per_epoch:,} steps): a larger optim.n_epochs trains longer"
+        )
+
     def resumed(self, done: int, stored: dict[str, int] | None) -> Progress:
         """This schedule continued from a checkpoint.
 

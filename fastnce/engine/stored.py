@@ -112,6 +112,13 @@ def follow(path: Path) -> Path:
     return target
 
 
+def missing(path: Path) -> str:
+    """Say why there is no such file or run; for RUN/checkpoints/best, that the run has no best checkpoint."""
+    if path.name == "best" and path.parent.name == "checkpoints" and path.parent.is_dir():
+        return f"{path.parent.parent} has no best checkpoint, because nothing was validated"
+    return f"{path}: no such file or run"
+
+
 @contextmanager
 def using(folder: Path) -> Iterator[None]:
     """Within: an error about a checkpoint names its folder and a remedy."""

@@ -7,7 +7,6 @@ et al., "Making a completely blind image quality analyzer", SPL 2013. pyiqa's mo
 from __future__ import annotations
 
 import contextlib
-import difflib
 import io
 import logging
 import re
@@ -20,8 +19,11 @@ import torch
 from torch import Tensor
 
 from ..common.imports import first_line
+from ..common.messages import nearest
 from .quality import to_levels
 
+OWN = ("psnr_y", "ssim_y", "psnr_rgb", "ssim_rgb", "l1", "fid", "kid")
+"""Measures that need no pyiqa."""
 INSTALL = "pip install 'pyiqa>=0.1.14'"
 NOT_OF_ONE_IMAGE = ("fid", "fid_dinov2", "sfid", "inception_score", "clipscore")
 """pyiqa's measures of folders, or of images and texts."""
@@ -58,8 +60,8 @@ def load(name: str, key: str, device: torch.device | str) -> tuple[Callable[...,
         known = names()
     except ImportError as error:
         raise ValueError(
-            f"{key}: {name} is none of psnr_y, ssim_y, psnr_rgb, ssim_rgb, l1, fid, kid; lpips, niqe and others need "
-            f"pyiqa: {INSTALL} ({error})"
+            f"{key}: {name} is none of {', '.join(OWN)}{nearest(name, [*OWN, 'lpips', 'niqe'])}; lpips, niqe and "
+            f"others need pyiqa: {INSTALL} ({error})"
         ) from None
     except RuntimeError as error:
         raise ValueError(
@@ -67,11 +69,9 @@ def load(name: str, key: str, device: torch.device | str) -> tuple[Callable[...,
             f"({first_line(error)})"
         ) from None
     if name not in known:
-        close = difflib.get_close_matches(name, ["psnr_y", "ssim_y", "psnr_rgb", "ssim_rgb", "l1", "kid", *known], n=1)
-        meant = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(
-            f"{key}: there is no measure {name}: take psnr_y, ssim_y, psnr_rgb, ssim_rgb, l1, fid, kid, one of pyiqa's "
-            f"for single pictures (lpips, niqe, ...), or your own (mymetrics.py:distance){meant}"
+            f"{key}: there is no measure {name}: take {', '.join(OWN)}, one of pyiqa's for single pictures (lpips, "
+            f"niqe, ...), or your own (mymetrics.py:distance){nearest(name, [*OWN, *known])}"
         )
     import pyiqa
 

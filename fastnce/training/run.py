@@ -38,6 +38,7 @@ from ..engine.memory import check_room, keep_freed_memory, out_of_memory, too_la
 from ..engine.progress import check_pictures
 from ..engine.recompute import recompute_blocks
 from ..watch import ReportCallback
+from ..watch.report import NAME as REPORT
 from ..watch.trackers import make_trackers
 from .checks import check_code, check_place, check_plan, check_same_run
 from .continuing import note, note_changes, with_origin
@@ -81,7 +82,10 @@ def train_run(
         report = [ReportCallback()] if config.run.report else []
         watching = Callbacks([*callbacks, *trackers, *report])
         with warnings_through(lambda sentence: watching.say(sentence)) if warnings_to_log else nullcontext():
-            return _train(config, Path(out), quiet, watching, changes)
+            done = _train(config, Path(out), quiet, watching, changes)
+        if report and not quiet and read_ranks().first and (page := Path(out) / REPORT).is_file():
+            print_line(f"{page} shows the run")
+        return done
     finally:
         ONE.release()
         for sentence in watching.early if read_ranks().first else ():  # the run has ended before it had a log

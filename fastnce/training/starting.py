@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..common.messages import nearest
 from ..config.config import Config
 from ..engine.checkpoint import open_checkpoint
-from ..engine.stored import all_finite, check_numbers, follow, load_generators, read_tensors, step_of, using
+from ..engine.stored import all_finite, check_numbers, follow, load_generators, missing, read_tensors, step_of, using
 from ..methods import Method
 from ..networks.published import STALE, load_weights, read_weights
 
@@ -113,6 +113,8 @@ def plan_start(config: Config, planned: Method) -> Start | None:
 
 def _find(path: Path, method: str, networks: Iterable[str], names: list[str]) -> Source:
     path = follow(path)
+    if path.name == "checkpoints" and any(step_of(entry) is not None for entry in path.glob("step-*")):
+        path = path.parent
     if path.is_file():
         return _file(path, method, list(networks), names)
     if path.is_dir():
@@ -130,7 +132,9 @@ def _find(path: Path, method: str, networks: Iterable[str], names: list[str]) ->
         )
     if path.parent.is_dir() and path.name in _labels(path.parent):
         return _published(path.parent, path.name)
-    raise ValueError(f"run.start_from={path}: {'not a regular file' if path.exists() else 'no such file or run'}")
+    if path.exists():
+        raise ValueError(f"run.start_from={path}: not a regular file")
+    raise ValueError(f"run.start_from: {missing(path)}")
 
 
 def _labels(folder: Path) -> set[str]:
@@ -200,7 +204,8 @@ def _compare(name: str, network: nn.Module, state: dict[str, Tensor], where: str
     problems += [f"{key} is not there" for key in own if key not in state]
     problems += [f"{key} is not here" for key in state if key not in own]
     more = [f"and {len(problems) - MOST_PROBLEMS} more"] if len(problems) > MOST_PROBLEMS else []
-    count = f"{len(fit)} of {len(own)} tensors"
+    most = ", so most of it begins with its own initial weights" if 2 * len(fit) < len(own) else ""
+    count = f"{len(fit)} of {len(own)} tensors{most}"
     return fit, f"{name}: {'; '.join([count, *problems[:MOST_PROBLEMS], *more])}"
 
 

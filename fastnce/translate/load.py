@@ -15,7 +15,7 @@ from ..config import Config
 from ..config.build import build_method
 from ..config.stored import from_dict
 from ..engine.checkpoint import open_checkpoint
-from ..engine.stored import follow, load_generators, using
+from ..engine.stored import follow, load_generators, missing, using
 from ..methods.base import Method
 from ..methods.checks import channels_of
 from ..methods.translation import translation_of
@@ -65,7 +65,7 @@ def load_translator(
         translator.sources = (folder / "state.json", folder / "generator.safetensors")
         return translator
     if not source.exists():
-        raise ValueError(f"{source}: no such run or file")
+        raise ValueError(missing(source))
     if generator:
         raise ValueError(f"{source} holds one generator, so there is no {generator!r} to choose: name the file itself")
     network = network_from_weights(read_weights(source), str(source))

@@ -34,6 +34,7 @@ from fastnce.engine.stored import load_generators, read_state
 from fastnce.methods import CUT, Batch, CUTOptions, Draws, NetworkOptions
 from fastnce.training import train_run
 from tests.forked import Forked
+from tests.logs import log_lines
 from tests.methods.test_methods_more import build
 
 SMALL = [
@@ -329,7 +330,8 @@ def test_the_run_folder_holds_what_is_promised(folder, tmp_path):
     assert {"step", "G_GAN", "D_real", "D_fake", "NCE", "G", "lr", "epoch", "images_per_second", "data_share"} <= set(
         row
     )
-    line = (run / "log.txt").read_text().splitlines()[-1]
+    line, finished = log_lines(run)[-2:]
+    assert finished.startswith("finished: step ")
     for part in ("epoch 1/200 step 2/2", "images/s", "data ", "ETA 0:00", "G_GAN"):
         assert part in line
 

@@ -26,6 +26,7 @@ from fastnce.methods import CUT, CUTOptions, NetworkOptions
 from fastnce.training import train_run
 from fastnce.translate.load import load_translator
 from fastnce.translate.translator import Translator
+from tests.logs import log_lines
 
 SMALL = [
     "network.generator=restorer",
@@ -94,7 +95,7 @@ def test_values_are_those_of_evaluate(rainy_set, tmp_path, capsys):
     assert found[4] == pytest.approx(scores["mean"]["psnr_y"], abs=1e-4)  # the averaged weights
     assert lines(run, "held_out_ssim_y")[4] == pytest.approx(scores["mean"]["ssim_y"], abs=1e-6)
     assert abs(found[4] - found[0]) > 1e-3  # the model was measured, not the inputs
-    assert "dB (" in (run / "log.txt").read_text().splitlines()[-1]  # the progress line
+    assert "dB (" in log_lines(run)[-2]  # the last progress line
 
 
 def test_training_does_not_notice(rainy_set, tmp_path):
