@@ -11,12 +11,13 @@ from __future__ import annotations
 import base64
 import html
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .common.messages import shown
 from .config.resolve import resolve
 from .engine.callbacks import Callback, RunInfo, StopTraining
 from .engine.choices import pick_device
@@ -105,7 +106,7 @@ def train(
         out: the folder of the run.
         config: a TOML file, as for `fastnce train --config`.
         callbacks: watch the run: instances of `Callback`, or functions (step, values). One that raises `StopTraining`
-            ends the run cleanly.
+            ends the run cleanly. A single one needs no list.
         change: values with which a run continues from now on, such as {"optim.lr": 1e-4}; its history records them.
         quiet: print nothing, and show nothing in a notebook.
         trust_code: without `method`, import the user's own code that the stored configuration names.
@@ -119,8 +120,17 @@ def train(
         ValueError: an option, the images or the folder cannot be used; the message says what would be right.
         TrainingFailed: training cannot go on.
     """
-    if out is None:
+    if not out:
         raise ValueError('fastnce.train needs out="RUN", the folder of the run')
+    for name, place in (("data", data), ("out", out), ("config", config), ("data.dir", options.get("data.dir"))):
+        if place is not None and not isinstance(place, str | os.PathLike):
+            raise ValueError(f"{name} must be a path, not {shown(place)}")
+    if isinstance(callbacks, Callback) or callable(callbacks):
+        callbacks = [callbacks]
+    if not isinstance(callbacks, Iterable):
+        raise ValueError(f"callbacks must be a list of callbacks, not {shown(callbacks)}")
+    if change is not None and not isinstance(change, Mapping):
+        raise ValueError(f'change must be a dict such as {{"optim.lr": 1e-4}}, not {shown(change)}')
     if data is not None:
         if os.fspath(options.get("data.dir", data)) != os.fspath(data):
             raise ValueError(f"data={os.fspath(data)} and data.dir={options['data.dir']} differ: give one of them")
@@ -133,9 +143,9 @@ def train(
         resolved, changes = continue_config(Path(out), change, options, trust_code=trust_code)
     if not (resolved.data.dir or resolved.data.dataset):
         raise ValueError('fastnce.train needs data="DIR", the folder with trainA and trainB')
-    shown = [NotebookCallback()] if in_notebook() and not quiet else []
-    watching = [*callbacks, *shown]
-    return Run(out, train_run(resolved, out, quiet=quiet or bool(shown), callbacks=watching, changes=changes))
+    display = [NotebookCallback()] if in_notebook() and not quiet else []
+    watching = [*callbacks, *display]
+    return Run(out, train_run(resolved, out, quiet=quiet or bool(display), callbacks=watching, changes=changes))
 
 
 def load(

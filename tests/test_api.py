@@ -175,6 +175,101 @@ def test_an_optional_callback_that_fails_is_one_warning(folder, tmp_path):
     assert [call for call in seen.calls if call[0] == "log"] == [("log", 1), ("log", 2), ("log", 3)]
 
 
+class Meddler(fastnce.Callback):
+    """Changes everything that it gets, and what a process has only once."""
+
+    def begin(self, run):
+        run.config["method"] = "another"
+        run.config["data"].clear()
+        self.meddle()
+
+    def log(self, step, values):
+        values.clear()
+        self.meddle()
+
+    def samples(self, step, pictures):
+        for picture in pictures.values():
+            picture.fill_(7)
+        pictures.clear()
+        self.meddle()
+
+    def meddle(self):
+        torch.manual_seed(1)
+        torch.set_num_threads(2)
+        torch.set_default_dtype(torch.float64)
+        torch.set_float32_matmul_precision("medium")
+        torch.set_grad_enabled(False)
+
+
+def test_a_callback_changes_nothing(folder, tmp_path):
+    more = {"run__steps": 3, "run__sample_every": 1}
+    before = torch.get_default_dtype(), torch.get_float32_matmul_precision(), torch.is_grad_enabled()
+    seen, plain = Recorder(), train(folder, tmp_path / "plain", **more)
+    run = train(folder, tmp_path / "run", callbacks=[Meddler(), seen], **more)
+    assert (torch.get_default_dtype(), torch.get_float32_matmul_precision(), torch.is_grad_enabled()) == before
+    assert seen.run.config["method"] == "fastcut"
+    assert seen.run.config["data"]["batch"] == 1
+    assert "G" in seen.values
+    assert all(picture.abs().max() <= 1 for picture in seen.pictures.values())
+    first, second = (one.load().generator.state_dict() for one in (plain, run))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert run.samples[-1].read_bytes() == plain.samples[-1].read_bytes()
+
+
+@pytest.mark.parametrize("optional", [False, True])
+def test_sys_exit_in_a_callback_is_an_error_like_others(optional, folder, tmp_path):
+    def leave(self, step, values):
+        raise SystemExit("mine")
+
+    callback = type("Leaver", (fastnce.Callback,), {"log": leave, "optional": optional})()
+    if optional:
+        assert train(folder, tmp_path / "run", callbacks=[callback], run__steps=2).steps == 2
+        return
+    with pytest.raises(ValueError, match=r"Leaver.log ended the run by sys.exit\('mine'\)"):
+        train(folder, tmp_path / "run", callbacks=[callback], run__steps=2)
+    assert (tmp_path / "run" / "checkpoints" / "step-00000001" / "state.json").exists()
+    assert fastnce.Run(tmp_path / "run", 1).history[-1]["state"] == "failed"
+
+
+def test_an_interrupt_in_a_callback_stops_the_run(folder, tmp_path):
+    def interrupt(step, values):
+        raise KeyboardInterrupt
+
+    run = train(folder, tmp_path / "run", callbacks=[interrupt], run__steps=3)
+    assert run.steps == 1
+    assert run.history[-1]["reason"] == "KeyboardInterrupt in _Function"
+
+
+def test_an_error_at_the_end_leaves_a_finished_run(folder, tmp_path):
+    def fail(self, *arguments):
+        raise KeyError("late")
+
+    with pytest.raises(KeyError, match="late"):
+        train(folder, tmp_path / "run", callbacks=[type("Late", (fastnce.Callback,), {"end": fail})()], run__steps=1)
+    ends = [event["state"] for event in fastnce.Run(tmp_path / "run", 1).history if event["event"] == "end"]
+    assert ends == ["finished"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"data": 5}, "data must be a path, not 5"),
+        ({"out": 5}, "out must be a path, not 5"),
+        ({"out": ""}, 'fastnce.train needs out="RUN", the folder of the run'),
+        ({"config": 5}, "config must be a path, not 5"),
+        ({"data.dir": 5}, "data.dir must be a path, not 5"),
+        ({"change": 5}, 'change must be a dict such as {"optim.lr": 1e-4}, not 5'),
+        ({"callbacks": 5}, "callbacks must be a list of callbacks, not 5"),
+        ({"callbacks": [5]}, "callbacks must be instances of fastnce.Callback or functions (step, values), not 5"),
+    ],
+)
+def test_arguments_of_another_type_are_one_sentence(arguments, sentence, tmp_path):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        fastnce.train(**{"method": "fastcut", "data": "DATA", "out": tmp_path / "run", **arguments})
+    assert str(caught.value) == sentence
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_is_no_callback_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="callbacks must be instances of fastnce.Callback or functions"):
         train(folder, tmp_path / "run", callbacks=[fastnce.Callback], run__steps=1)

@@ -43,7 +43,8 @@ def row(run: Listed) -> tuple[str, ...]:
     best = "" if run.best is None else f"{run.measure} {run.best:.4g} at {run.best_step:,}"
     state = f"{run.state}: {run.reason}" if run.reason and run.state in ("failed", "damaged") else run.state
     change = "" if run.changed_at is None else f"{'; '.join(run.changes)} (step {run.changed_at:,})"
-    return run.name, run.method or "?", f"{run.step:,}/{total}", best, state, run.used[:16].replace("T", " "), change
+    cells = run.name, run.method or "?", f"{run.step:,}/{total}", best, state, run.used[:16].replace("T", " "), change
+    return tuple("".join(c if c.isprintable() else repr(c)[1:-1] for c in cell) for cell in cells)
 
 
 def table(rows: list[tuple[str, ...]]) -> str:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ..common.imports import first_line
+from ..common.imports import CodeError, first_line
+from .stop import Stopped
 
 
 class StopTraining(Exception):
@@ -135,16 +139,17 @@ class Callbacks:
 
     def begin(self, run: RunInfo) -> None:
         self.step = run.step
-        self._call("begin", run)
+        for one in list(self._left):
+            self._one(one, "begin", deepcopy(run))  # a callback may change its own
 
     def log(self, step: int, values: dict[str, float]) -> None:
         for one in list(self._left):
             self._one(one, "log", step, dict(values))  # a callback may change its own
 
     def samples(self, step: int, pictures: dict[str, Tensor]) -> None:
-        if self._left:
-            on_cpu = {name: picture.detach().float().cpu() for name, picture in pictures.items()}
-            self._call("samples", step, on_cpu)
+        for one in list(self._left):
+            own = {name: picture.detach().to("cpu", torch.float32, copy=True) for name, picture in pictures.items()}
+            self._one(one, "samples", step, own)
 
     def warn(self, sentence: str) -> None:
         self._call("warn", self.step, sentence)
@@ -160,12 +165,37 @@ class Callbacks:
             self._one(one, name, *arguments)
 
     def _one(self, callback: Callback, name: str, *arguments: Any) -> None:
+        kind = type(callback).__name__
         try:
-            getattr(callback, name)(*arguments)
+            with _kept():
+                getattr(callback, name)(*arguments)
         except StopTraining as reason:
             self.stop = self.stop or str(reason) or "a callback asked to stop"
-        except Exception as error:
+        except KeyboardInterrupt as error:
+            if isinstance(error, Stopped):  # a signal before the first step
+                raise
+            self.stop = self.stop or f"KeyboardInterrupt in {kind}"
+        except (Exception, SystemExit) as error:
             if not callback.optional:
+                if isinstance(error, SystemExit):  # an ordinary error, before which the state is saved
+                    raise CodeError(f"{kind}.{name} ended the run by sys.exit({error.code!r})") from error
                 raise
             self._left.remove(callback)
-            self.say(f"{type(callback).__name__} fails ({first_line(error)}): training goes on without it")
+            self.say(f"{kind} fails ({first_line(error)}): training goes on without it")
+
+
+@contextmanager
+def _kept() -> Iterator[None]:
+    """Restore afterwards what a callback may change in this process and the next step depends on."""
+    threads, dtype, precision = torch.get_num_threads(), torch.get_default_dtype(), torch.get_float32_matmul_precision()
+    gradients = torch.is_grad_enabled()
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(gradients)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        if torch.get_default_dtype() != dtype:
+            torch.set_default_dtype(dtype)
+        if torch.get_float32_matmul_precision() != precision:
+            torch.set_float32_matmul_precision(precision)

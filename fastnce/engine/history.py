@@ -37,7 +37,9 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
     """The JSON objects of a file, one per line; other lines are left out. Empty if there is no such file."""
-    found = []
+    found: list[dict[str, Any]] = []
+    if file.exists() and not file.is_file():  # a device may be endless
+        return found
     try:
         text = file.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:

@@ -70,6 +70,7 @@ class RunLog:
         """Note the end of a run that has begun; see `Callback.end`."""
         if not self._begun:
             return
+        self._begun = False  # an error of a callback here does not end the run a second time
         self.event("end", state=state, reason=reason)
         self.callbacks.end(self._done, state, reason)
 

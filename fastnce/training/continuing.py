@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..common.imports import is_import_path, same_object
 from ..common.messages import brief
+from ..common.streams import print_line
 from ..common.toml import format_value
 from ..config.build import plan
 from ..config.check import check
@@ -179,11 +180,22 @@ def note_changes(
     found = [str(change) for change in config.changes(state.get("config", {})) if change.key in changes]
     before = (state.get("progress") or {}).get("ranks", processes)
     found += [f"processes: {before}, now {processes}"] if before != processes else []
-    done, epochs = state["step"], config.optim.n_epochs + config.optim.n_epochs_decay
-    progress = Progress(epochs, steps_per_epoch, config.data.batch * processes, processes)
-    if found and done < progress.resumed(done, state.get("progress")).end(config.run.steps):
+    if not found:
+        return
+    done = state["step"]
+    if not steps_left(config, state, processes=processes, steps_per_epoch=steps_per_epoch):
+        if not quiet:
+            print_line(f"nothing changes, because no step is left to do: {'; '.join(found)}")
+    else:
         sentences = [f"changed from step {done:,} on: {change}" for change in found]
         note(out, "change", done, sentences, quiet, changes=found)
+
+
+def steps_left(config: Config, state: dict[str, Any], *, processes: int, steps_per_epoch: int) -> bool:
+    """Whether a run that continues from this state has steps to do."""
+    done, epochs = state["step"], config.optim.n_epochs + config.optim.n_epochs_decay
+    progress = Progress(epochs, steps_per_epoch, config.data.batch * processes, processes)
+    return done < progress.resumed(done, state.get("progress")).end(config.run.steps)
 
 
 def note(out: Path, name: str, step: int, sentences: Sequence[str], quiet: bool, **values: Any) -> None:

@@ -158,7 +158,8 @@ def _take_history(found: Listed, history: list[dict[str, Any]]) -> bool:
         elif event.get("event") == "end":
             ended = event
         elif event.get("event") == "change":
-            found.changes = [str(change) for change in event.get("changes", [])]
+            changes = event.get("changes")
+            found.changes = [str(change) for change in changes] if isinstance(changes, list) else []
             found.changed_at = _count(event.get("step"))
     if ended is not None:
         found.state, found.reason = str(ended.get("state", "stopped")), str(ended.get("reason", ""))

@@ -41,7 +41,7 @@ from ..watch import ReportCallback
 from ..watch.report import NAME as REPORT
 from ..watch.trackers import make_trackers
 from .checks import check_code, check_place, check_plan, check_same_run
-from .continuing import note, note_changes, with_origin
+from .continuing import note, note_changes, steps_left, with_origin
 from .data import open_checked, open_validation
 from .starting import plan_start
 
@@ -172,8 +172,10 @@ def _train_rank(
     method = build_method(config).to(device)
     if start is not None:
         start.load(method)
+    steps = data.steps_per_epoch
+    left = state is None or steps_left(config, state, processes=ranks.world, steps_per_epoch=steps)
     with ranks.together(device):
-        if ranks.first:
+        if ranks.first and left:
             out.mkdir(parents=True, exist_ok=True)
             write_whole(out / "config.toml", absolute(config).as_toml().encode("utf-8"))
     if not quiet:
@@ -190,7 +192,6 @@ def _train_rank(
         sentences = [f"begins with the weights of {start.source}", *start.lines]
         note(out, "from", 0, sentences, quiet, source=start.source, lines=start.lines)
     if ranks.first and state is not None:
-        steps = data.steps_per_epoch
         note_changes(config, state, changes, out, processes=ranks.world, steps_per_epoch=steps, quiet=quiet)
     return train(
         method,

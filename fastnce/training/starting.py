@@ -32,12 +32,12 @@ class Source:
 
     path: for messages.
     read: returns the state dict of each network.
-    notes: sentences for the report, which reading adds to.
+    averaged: the networks of which the averaged weights are taken.
     """
 
     path: Path
     read: dict[str, Callable[[], dict[str, Tensor]]]
-    notes: list[str] = field(default_factory=list)
+    averaged: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -102,7 +102,8 @@ def plan_start(config: Config, planned: Method) -> Start | None:
     if not any(weights.values()):
         reason = "; ".join(lines) or f"it holds {there}, and {config.method} has {', '.join(networks)}"
         raise ValueError(f"run.start_from={path}: nothing fits: {reason}")
-    lines += source.notes
+    if averaged := [name for name in source.averaged if weights.get(name)]:
+        lines.append(f"the averaged weights of {', '.join(averaged)} are taken, as translation does")
     for group, verb in (
         ([name for name in source.read if name not in networks], "is not part of this method, and is left"),
         ([name for name in networks if name not in weights], "begins with its own initial weights"),
@@ -147,7 +148,8 @@ def _labels(folder: Path) -> set[str]:
 def _published(folder: Path, label: str) -> Source:
     files = sorted(folder.glob(f"{label}_net_*.pth"))
     found = {file.name.removeprefix(f"{label}_net_").removesuffix(".pth"): file for file in files}
-    return Source(folder, {name: lambda file=file: read_weights(file) for name, file in found.items()})  # type: ignore[misc]
+    path = folder / f"{label}_net_*.pth"
+    return Source(path, {name: lambda file=file: read_weights(file) for name, file in found.items()})  # type: ignore[misc]
 
 
 def _file(path: Path, method: str, networks: list[str], names: list[str]) -> Source:
@@ -179,8 +181,7 @@ def _checkpoint(path: Path) -> Source:
                 found.setdefault(name, {})[parameter] = tensor
         found |= load_generators(folder, state)
     averaged = sorted({key.split("/")[1] for key in tensors if key.startswith("average/")})
-    notes = [f"the averaged weights of {', '.join(averaged)} are taken, as translation does"] if averaged else []
-    return Source(folder, {name: lambda weights=weights: weights for name, weights in found.items()}, notes)  # type: ignore[misc]
+    return Source(folder, {name: lambda weights=weights: weights for name, weights in found.items()}, averaged)  # type: ignore[misc]
 
 
 def _compare(name: str, network: nn.Module, state: dict[str, Tensor], where: str) -> tuple[dict[str, Tensor], str]:

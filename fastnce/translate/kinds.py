@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ..common.imports import first_line
 from ..common.messages import shown
 from ..data.opening import alpha_of
 
@@ -31,7 +32,12 @@ def translate_picture(translate: Translate, picture: Any, channels: int, out_cha
         ValueError: the kind, dtype, shape or range does not fit.
     """
     if isinstance(picture, Image.Image):
-        return _pil(translate, picture, channels, out_channels)
+        try:
+            picture.load()
+            upright = ImageOps.exif_transpose(picture)
+        except Exception as error:  # decoders raise almost any error on damaged content
+            raise ValueError(f"the picture cannot be decoded: {first_line(error)}") from error
+        return _pil(translate, upright, channels, out_channels)
     if isinstance(picture, np.ndarray):
         return _array(translate, picture, channels, out_channels)
     if isinstance(picture, Tensor):
@@ -39,10 +45,11 @@ def translate_picture(translate: Translate, picture: Any, channels: int, out_cha
     raise ValueError(f"a picture must be a PIL image, a NumPy array or a tensor, not {shown(picture)}")
 
 
-def _pil(translate: Translate, picture: Image.Image, channels: int, out_channels: int) -> Image.Image:
+def _pil(translate: Translate, upright: Image.Image, channels: int, out_channels: int) -> Image.Image:
     if channels not in (1, 3) or out_channels not in (1, 3):
         raise ValueError(f"this model takes {channels} channels and makes {out_channels}: use an array or a tensor")
-    upright = ImageOps.exif_transpose(picture)
+    if upright.mode == "La":  # no other function converts this mode
+        upright = upright.convert("LA")
     alpha = alpha_of(upright)
     if upright.mode == "F":
         raise ValueError("a PIL image of floats has no known range: use a NumPy array of floats in [-1, 1]")
@@ -61,8 +68,8 @@ def _pil(translate: Translate, picture: Image.Image, channels: int, out_channels
     image = Image.fromarray(made[:, :, 0] if out_channels == 1 else made)
     if alpha is not None:
         image.putalpha(Image.fromarray(alpha))
-    if "icc_profile" in picture.info and colour.mode == upright.mode.removesuffix("A") == image.mode.removesuffix("A"):
-        image.info["icc_profile"] = picture.info["icc_profile"]
+    if "icc_profile" in upright.info and colour.mode == upright.mode.removesuffix("A") == image.mode.removesuffix("A"):
+        image.info["icc_profile"] = upright.info["icc_profile"]
     return image
 
 
@@ -98,11 +105,15 @@ def _tensor(translate: Translate, picture: Tensor, channels: int) -> Tensor:
             f"a tensor must be ({channels}, height, width) or (images, {channels}, height, width), not "
             f"{tuple(picture.shape)}"
         )
+    if picture.is_meta or picture.layout != torch.strided:
+        raise ValueError("a tensor must be an ordinary one with values, not sparse or on the meta device")
     single = picture.dim() == 3
     pictures = picture.detach()[None] if single else picture.detach()
     if pictures.dtype in PEAKS:
         made = _whole(translate, pictures)
     elif pictures.is_floating_point():
+        if not torch.isfinite(pictures).all():
+            raise ValueError("float pictures must lie in [-1, 1], and these hold NaN or infinity")
         made = translate(pictures).to(pictures.dtype)
     else:
         raise ValueError(f"a tensor must be uint8, uint16 or floats in [-1, 1], not {pictures.dtype}")

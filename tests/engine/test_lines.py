@@ -99,6 +99,12 @@ def test_the_log_begins_a_new_line(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2, "G": 1.0}\n'
 
 
+def test_a_last_line_that_is_nested_too_deeply_is_cut_off(tmp_path):
+    (tmp_path / "history.jsonl").write_bytes(b'{"a":' * 50_000)
+    RunLog(tmp_path, quiet=True).close()
+    assert (tmp_path / "history.jsonl").read_bytes() == b""
+
+
 def test_a_fault_is_told_once_and_its_end_too(tmp_path, monkeypatch, capsys):
     log = RunLog(tmp_path)
     with monkeypatch.context() as patch:
