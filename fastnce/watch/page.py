@@ -37,7 +37,7 @@ def page(runs: Sequence[Run]) -> str:
             head(runs, title),
             '<main>\n<noscript><p class="note">The curves and the pictures need JavaScript.</p></noscript>\n',
             *(section(name, body) for name, body in sections(runs) if body),
-            f"</main>\n<footer>Written {datetime.now():%Y-%m-%d %H:%M} by fastnce {text(__version__)}</footer>\n",
+            f"</main>\n<footer>Written {tables.minute(datetime.now().astimezone())} by fastnce {text(__version__)}</footer>\n",
             f'<script type="application/json" id="data">{data}</script>\n',
             f"<script>\n{script}</script>\n</body>\n</html>\n",
         ]
