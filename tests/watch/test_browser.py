@@ -75,7 +75,9 @@ def test_the_script_draws(tmp_path):
     assert all(re.fullmatch(r"M[\d.]+ [\d.]+(L[\d.]+ [\d.]+)+", str(path)) for path in curves)
     assert len(str(curves[2]).split("L")) == 40  # a loss
     assert "G_GAN 0.025" in page.texts["losses"]  # the newest value, not the smoothed one
-    assert "Learning rate 2e−4 2e−4 " in page.texts["speed"]  # one tick of a constant rate
+    assert "Learning rate 2e-4 2e-4 " in page.texts["speed"].replace(
+        "\N{MINUS SIGN}", "-"
+    )  # one tick of a constant rate
     labels = [attributes["aria-label"] for tag, attributes in page.tags if tag == "svg"]
     assert labels[2] == "G_GAN from 1 to 0.025 at step 40, lowest 0.025, highest 1"
     kinds = [attributes.get("class") for tag, attributes in page.tags if tag == "path"]
@@ -181,11 +183,11 @@ def test_ticks_that_are_close_have_enough_digits(tmp_path):
     """
     found = root(shown(write_report([folder]), script))
     assert found["data-cut"] == "0"
-    ticks = json.loads(str(found["data-ticks"]))
-    assert ticks[0] == ["1.9e−4", "1.95e−4", "2e−4", "2.05e−4", "2.1e−4"]
+    ticks = json.loads(str(found["data-ticks"]).replace("\N{MINUS SIGN}", "-"))
+    assert ticks[0] == ["1.9e-4", "1.95e-4", "2e-4", "2.05e-4", "2.1e-4"]
     assert ticks[1] == ["0.12345", "0.12346", "0.12347", "0.12348", "0.12349", "0.1235"]
     assert "12.342M" in ticks[2]
-    assert ticks[3] == ["-5", "0", "5"]
+    assert ticks[3] == ["-4", "-2", "0", "2", "4"]
     assert all(len(set(one)) == len(one) for one in ticks)
 
 

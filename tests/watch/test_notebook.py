@@ -100,12 +100,12 @@ def test_the_time_left(tmp_path, handle, monkeypatch):
     callback = begun(tmp_path)
     monkeypatch.setattr(notebook.time, "monotonic", lambda: 0.0)
     callback.log(500, {"G": 1.0})
-    assert "left" not in handle.pages[-1]  # no pace yet
+    assert " left<" not in handle.pages[-1]  # no pace yet
     monkeypatch.setattr(notebook.time, "monotonic", lambda: 100.0)
     callback.log(1000, {"G": 1.0})
-    assert "step 1,000 of 2,000, 3:20 left" in handle.pages[-1]  # 500 steps took 100 seconds
+    assert "step 1,000 of 2,000, 3:20 left<" in handle.pages[-1]  # 500 steps took 100 seconds
     callback.end(2000, "finished", "")
-    assert "left" not in handle.pages[-1]
+    assert " left<" not in handle.pages[-1]
 
 
 def test_the_link_to_the_report(tmp_path, handle, monkeypatch):
@@ -134,7 +134,7 @@ def test_a_run_shows_its_samples_only_without_a_report(tmp_path):
 
 
 def test_short_texts_of_a_model_and_of_measures(tmp_path):
-    network = NetworkOptions(width=8, blocks=1).build_generator()
+    network = NetworkOptions(width=8).build_generator()
     translator = Translator(network)
     assert repr(translator) == "Translator(ResnetGenerator, 3 to 3 channels, cpu)"
     folder = tmp_path / "checkpoints" / "step-00000012"
