@@ -30,7 +30,7 @@ from .training.run import train_run
 from .translate.chosen import CHECKPOINTS, last_and_best, step_loaded
 from .translate.load import load_translator
 from .translate.translator import Tiles, Translator
-from .watch.notebook import NotebookCallback, in_notebook
+from .watch.notebook import NotebookCallback, in_notebook, report_link
 
 __all__ = ["Callback", "Run", "RunInfo", "StopTraining", "TrainingFailed", "evaluate", "load", "train"]
 
@@ -74,9 +74,10 @@ class Run:
         return f"Run({str(self.folder)!r}, {self.steps:,} steps)"
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: the folder, the steps and the newest sample grid."""
-        shown = f"<p>{html.escape(str(self.folder))}: {self.steps:,} steps</p>"
-        if self.samples:
+        """What a notebook shows: the folder, the steps, and a link to the report, or else the newest sample grid."""
+        link = report_link(self.folder)
+        shown = f"<p>{html.escape(str(self.folder))}: {self.steps:,} steps{', ' if link else ''}{link}</p>"
+        if self.samples and not link:
             content = base64.b64encode(self.samples[-1].read_bytes()).decode()
             shown += f'<img alt="samples" style="max-width:100%" src="data:image/png;base64,{content}">'
         return shown

@@ -65,7 +65,7 @@ def test_three_lines(folder, tmp_path):
     assert np.array_equal(np.asarray(fastnce.load(run).translate(picture)), np.asarray(made))
     assert [row["step"] for row in run.metrics if "G" in row] == [1, 2]
     assert [event["event"] for event in run.history] == ["start", "end"]
-    assert "data:image/png;base64," in run._repr_html_()
+    assert "report.html</a>" in run._repr_html_()
 
 
 def test_evaluate_is_a_function_and_a_package(folder, tmp_path):

@@ -31,7 +31,7 @@ from .quality import KEYS, DerainingMetrics
 from .sheet import Translate, draw_sheet
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """The results of `evaluate`.
 
@@ -52,6 +52,10 @@ class Report:
     checkpoint: str = ""
     step: int | None = None
     best: Report | None = None
+
+    def __repr__(self) -> str:
+        """The data and the summary: all numbers of many pictures are too long for a screen."""
+        return f"Report({self.data}: {self.summary()})".replace("\n", "; ")
 
     def as_json(self) -> str:
         """Format all results as JSON. Infinity (equal pictures) becomes the text "inf".

@@ -76,6 +76,14 @@ class Translator:
         self._bytes_per_pixel = 0.0
         self._tiles_checked = False
 
+    def __repr__(self) -> str:
+        place = self.sources[0] if self.sources else None
+        if place is not None and place.name == "state.json":  # of a checkpoint, which is a folder
+            place = place.parent
+        known = f", from {place}" if place else ""
+        name = type(self.generator).__name__
+        return f"Translator({name}, {self.channels} to {self.out_channels} channels, {self.device}{known})"
+
     @torch.inference_mode()
     def __call__(self, pictures: Tensor) -> Tensor:
         """Translate floats (images, channels, height, width) in [-1, 1].

@@ -65,13 +65,18 @@ def numbers(runs: Sequence[Metrics], names: Sequence[str]) -> list[dict[str, Any
     """The curves of these names for the page, per run.
 
     Returns:
-        per run {"curves": {name: {"x": steps, "y": means, "low": ..., "high": ..., "bad": count}}, "axes":
-        {"epoch": [steps, values], "pictures": [steps, values]}}. "low" and "high" are left out where they equal "y".
+        per run {"curves": {name: {"x": steps, "y": means, "low": ..., "high": ..., "bad": count, "newest": value}},
+        "axes": {"epoch": [steps, values], "pictures": [steps, values]}}. "low" and "high" are left out where they equal
+        "y"; "newest" is the value of the last line, None if it is not finite.
     """
     limit = max(FEWEST, min(SPANS, ALL_SPANS // max(1, len(names) * len(runs))))
     found = []
     for run in runs:
-        curves = {name: _packed(run.curves[name].thinned(limit)) for name in names if name in run.curves}
+        curves = {
+            name: _packed(run.curves[name].thinned(limit)) | {"newest": _short(np.array([run.newest[name]]))[0]}
+            for name in names
+            if name in run.curves
+        }
         found.append({"curves": curves, "axes": {"epoch": epochs(run), "pictures": pictures(run)}})
     return found
 

@@ -7,14 +7,21 @@ const view = { smooth: 0.7, axis: "step", log: false, hidden: new Set(), at: nul
 
 // ---- numbers ----
 
-function short(value) {
+function short(value, digits = 4) {
   if (value === null || !isFinite(value)) return "–";
   const size = Math.abs(value);
-  if (size >= 1e9) return value.toExponential(1);
-  if (size >= 1e6) return `${+(value / 1e6).toPrecision(3)}M`;
-  if (size >= 1e4) return `${+(value / 1e3).toPrecision(3)}k`;
-  if (size >= 1e-3 || size === 0) return String(+value.toPrecision(4));
-  return value.toExponential(1).replace(".0e", "e").replace("e-", "e−");
+  if (size < 1e9 && size >= 1e6) return `${+(value / 1e6).toPrecision(digits)}M`;
+  if (size < 1e9 && size >= 1e4) return `${+(value / 1e3).toPrecision(digits)}k`;
+  if (size < 1e9 && size >= 1e-3 || size === 0) return String(+value.toPrecision(digits));
+  return value.toExponential(digits - 1).replace(/\.?0+e/, "e").replace("e+", "e").replace("e-", "e−");
+}
+
+function labels(values) {  // with as many digits as it takes to tell neighbours apart
+  const sizes = values.map(Math.abs), largest = Math.max(...sizes);
+  const steps = values.slice(1).map((value, k) => Math.abs(value - values[k]));
+  const power = (value) => Math.floor(Math.log10(value * (1 + 1e-6)));
+  const digits = steps.length ? power(largest) - power(Math.min(...steps)) + 1 : 4;
+  return values.map((value) => short(value, Math.min(Math.max(digits, 1), 12)));
 }
 
 const whole = (value) => Math.round(value).toLocaleString("en");
@@ -68,7 +75,7 @@ function logTicks(low, high) {  // in powers of ten, with 2 and 5 where there is
 // ---- charts ----
 
 const charts = [];
-const left = 46, right = 10, top_ = 8, bottom = 22, height = 190;
+const right = 10, top_ = 8, bottom = 22, height = 190;
 
 class Chart {
   constructor(name, group) {
@@ -104,8 +111,8 @@ class Chart {
     this.drawn = this.lines();
     const all = this.drawn.flatMap((line) => [...line.curve.y, ...line.y]).filter((value) => value !== null);
     if (this.group === "validation") for (const { run } of this.drawn) if (this.name in run.inputs) all.push(run.inputs[this.name]);
-    const last = this.drawn.length === 1 ? this.drawn[0].y.at(-1) : null;
-    one("span", this.box).textContent = last === null || last === undefined ? "" : short(last);
+    const alone = this.drawn.length === 1 ? this.drawn[0].curve : null;
+    one("span", this.box).textContent = alone ? short(alone.newest) : "";
     this.svg.setAttribute("viewBox", `0 0 ${this.width} ${height}`);
     if (!all.length) {
       this.svg.innerHTML = `<text x="50%" y="50%" text-anchor="middle">nothing to show</text>`;
@@ -117,26 +124,29 @@ class Chart {
     this.log = view.log && low > 0;
     if (this.log) { low = Math.log10(low); high = Math.log10(high); }
     const flat = high - low < 1e-4 * Math.abs(high);  // differences that the numbers at the axis would not show
+    const middle = (low + high) / 2;
     const pad = flat ? Math.abs(high) * 0.05 || 1 : (high - low) * 0.05 || 1;
     low -= low === 0 && !this.log ? 0 : pad;
     high += pad;
     if (end <= begin) { begin -= 1; end += 1; }
     this.range = { begin, end };
+    const marks = flat ? [middle] : this.log ? logTicks(low, high) : ticks(low, high, 4);
+    const names = labels(this.log ? marks.map((mark) => 10 ** mark) : marks);
+    const left = this.left = Math.max(46, 12 + 6.5 * Math.max(...names.map((name) => name.length)));
     const wide = this.width - left - right, tall = height - top_ - bottom;
     this.px = (x) => left + (x - begin) / (end - begin) * wide;
     this.py = (y) => top_ + (1 - ((this.log ? Math.log10(Math.max(y, 1e-300)) : y) - low) / (high - low)) * tall;
-    const marks = this.log ? logTicks(low, high) : ticks(low, high, 4);
     let shapes = `<clipPath id="clip-${charts.indexOf(this)}"><rect x="${left - 4}" y="0" width="${wide + 8}" height="${height - bottom + 4}"/></clipPath>`;
-    for (const mark of marks) {
+    marks.forEach((mark, k) => {
       const y = top_ + (1 - (mark - low) / (high - low)) * tall;
       shapes += `<path class="grid" d="M${left} ${y.toFixed(1)}H${this.width - right}"/>`;
-      shapes += `<text x="${left - 6}" y="${(y + 4).toFixed(1)}" text-anchor="end">${short(this.log ? 10 ** mark : mark)}</text>`;
-    }
-    const across = ticks(begin, end, Math.max(2, Math.floor(wide / 90)));
-    for (const mark of across) {
+      shapes += `<text x="${left - 6}" y="${(y + 4).toFixed(1)}" text-anchor="end">${names[k]}</text>`;
+    });
+    const across = ticks(begin, end, Math.max(2, Math.floor(wide / 90))), steps = labels(across);
+    across.forEach((mark, k) => {
       const x = this.px(mark), anchor = x > this.width - 24 ? "end" : "middle";
-      shapes += `<text x="${x.toFixed(1)}" y="${height - 5}" text-anchor="${anchor}">${short(mark)}</text>`;
-    }
+      shapes += `<text x="${x.toFixed(1)}" y="${height - 5}" text-anchor="${anchor}">${steps[k]}</text>`;
+    });
     shapes += `<g clip-path="url(#clip-${charts.indexOf(this)})">${this.drawn.map((line) => this.shape(line)).join("")}</g>`;
     this.svg.innerHTML = `${shapes}<path class="cursor"/>`;
     this.svg.setAttribute("aria-label", this.summary());
@@ -157,7 +167,7 @@ class Chart {
     let text = "";
     for (const step of run.changes) text += line("change", step);
     if (this.group === "validation") {
-      if (this.name in run.inputs) text += `<path class="base" d="M${left} ${this.py(run.inputs[this.name]).toFixed(1)}H${this.width}"/>`;
+      if (this.name in run.inputs) text += `<path class="base" d="M${this.left} ${this.py(run.inputs[this.name]).toFixed(1)}H${this.width}"/>`;
       if (run.best !== null && !many) text += line("best", run.best);
     }
     if (view.sample !== null && !many) text += line("sampled", view.sample);
@@ -187,7 +197,7 @@ class Chart {
 
   point(event) {
     if (!this.range) return;
-    const box = this.svg.getBoundingClientRect(), share = (event.clientX - box.left - left) / (box.width - left - right);
+    const box = this.svg.getBoundingClientRect(), share = (event.clientX - box.left - this.left) / (box.width - this.left - right);
     hover(this.range.begin + Math.min(Math.max(share, 0), 1) * (this.range.end - this.range.begin), this);
   }
 
@@ -209,8 +219,8 @@ class Chart {
     const rows = this.drawn.map(({ run, i, curve, x, y }) => {
       let k = place(x, at);
       if (k + 1 < x.length && x[k + 1] - at < at - x[k]) k++;
-      const raw = y === curve.y ? "" : ` <span>(${short(curve.y[k])})</span>`;
-      return `<div>${many ? `<i class="c${i % 10}"></i>${safe(run.name)} ` : ""}<span>step ${whole(curve.x[k])}:</span> <b>${short(y[k])}</b>${raw}</div>`;
+      const mean = y === curve.y ? "" : ` <span>(smoothed ${short(y[k])})</span>`;
+      return `<div>${many ? `<i class="c${i % 10}"></i>${safe(run.name)} ` : ""}<span>step ${whole(curve.x[k])}:</span> <b>${short(curve.y[k])}</b>${mean}</div>`;
     });
     this.tip.innerHTML = rows.join("");
     const x = this.px(at);

@@ -24,6 +24,7 @@ PAIRS = (("A", "fake_B"), ("B", "fake_A"))
 def page(runs: Sequence[Run]) -> str:
     """The page of one run, or the comparison of several."""
     alone = len(runs) == 1
+    now = tables.minute(datetime.now().astimezone())
     title = runs[0].name if alone else f"{len(runs)} runs"
     script, style = (files(__package__).joinpath(name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
     data = json.dumps(numbers_of(runs), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
@@ -37,7 +38,7 @@ def page(runs: Sequence[Run]) -> str:
             head(runs, title),
             '<main>\n<noscript><p class="note">The curves and the pictures need JavaScript.</p></noscript>\n',
             *(section(name, body) for name, body in sections(runs) if body),
-            f"</main>\n<footer>Written {datetime.now():%Y-%m-%d %H:%M} by fastnce {text(__version__)}</footer>\n",
+            f"</main>\n<footer>Written {now} by fastnce {text(__version__)}</footer>\n",
             f'<script type="application/json" id="data">{data}</script>\n',
             f"<script>\n{script}</script>\n</body>\n</html>\n",
         ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
 from html import escape
 from typing import Any
 
@@ -91,7 +92,7 @@ def tiles(run: Run) -> str:
         shown = title_of(f"{HELD_OUT}{measure}")
         found.append((f"Best {shown}", figure(value), f"at step {facts.best.step:,}"))
     if facts.latest is not None:
-        found.append(("Last checkpoint", f"{facts.latest.step:,}", "steps"))
+        found.append(("Last checkpoint", f"step {facts.latest.step:,}", ""))
     return '<dl class="tiles">{}</dl>'.format(
         "".join(
             f"<div><dt>{text(name)}</dt><dd>{text(value)} <small>{text(note)}</small></dd></div>"
@@ -149,9 +150,14 @@ def validation(runs: Sequence[Run]) -> str:
 
 
 def when(event: dict[str, Any]) -> str:
-    """The time of an event, to the minute."""
+    """The time of an event, to the minute, such as 2026-11-27 18:00 UTC+01:00."""
     at = time_of(event)
-    return f"{at:%Y-%m-%d %H:%M}" if at else ""
+    return minute(at) if at else ""
+
+
+def minute(at: datetime) -> str:
+    """A time with its zone, to the minute."""
+    return f"{at:%Y-%m-%d %H:%M} {timezone(at.utcoffset() or timedelta())}"
 
 
 def step_cell(event: dict[str, Any]) -> str:

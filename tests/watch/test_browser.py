@@ -5,6 +5,7 @@ Skipped where no Chromium is installed.
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -73,6 +74,10 @@ def test_the_script_draws(tmp_path):
     assert len(curves) == 6
     assert all(re.fullmatch(r"M[\d.]+ [\d.]+(L[\d.]+ [\d.]+)+", str(path)) for path in curves)
     assert len(str(curves[2]).split("L")) == 40  # a loss
+    assert "G_GAN 0.025" in page.texts["losses"]  # the newest value, not the smoothed one
+    assert "Learning rate 2e-4 2e-4 " in page.texts["speed"].replace(
+        "\N{MINUS SIGN}", "-"
+    )  # one tick of a constant rate
     labels = [attributes["aria-label"] for tag, attributes in page.tags if tag == "svg"]
     assert labels[2] == "G_GAN from 1 to 0.025 at step 40, lowest 0.025, highest 1"
     kinds = [attributes.get("class") for tag, attributes in page.tags if tag == "path"]
@@ -158,6 +163,48 @@ def test_odd_runs(tmp_path):
     empty.mkdir()
     (empty / "config.toml").write_text('method = "cut"\n')
     assert "data-error" not in root(shown(write_report([empty])))
+
+
+@browser
+def test_ticks_that_are_close_have_enough_digits(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.toml").write_text('method = "cut"\n')
+    values = ((1.9e-4, 2.1e-4), (0.123451, 0.123499), (12_340_000.0, 12_350_000.0), (-5.0, 5.0))
+    for step in (1, 2):
+        lines(
+            folder / "metrics.jsonl", [{"step": step, **{f"loss_{i}": pair[step - 1] for i, pair in enumerate(values)}}]
+        )
+    script = """
+      const root = document.documentElement;
+      const upright = (svg) => [...svg.querySelectorAll('text')].filter((t) => t.getAttribute('y') < 180);
+      const all = [...document.querySelectorAll('.chart svg')].map(upright);
+      root.dataset.ticks = JSON.stringify(all.map((texts) => texts.map((t) => t.textContent)));
+      root.dataset.cut = all.flat().filter((t) => t.getBBox().x < 0).length;
+    """
+    found = root(shown(write_report([folder]), script))
+    assert found["data-cut"] == "0"
+    ticks = json.loads(str(found["data-ticks"]).replace("\N{MINUS SIGN}", "-"))
+    assert ticks[0] == ["1.9e-4", "1.95e-4", "2e-4", "2.05e-4", "2.1e-4"]
+    assert ticks[1] == ["0.12345", "0.12346", "0.12347", "0.12348", "0.12349", "0.1235"]
+    assert "12.342M" in ticks[2]
+    assert ticks[3] == ["-4", "-2", "0", "2", "4"]
+    assert all(len(set(one)) == len(one) for one in ticks)
+
+
+@browser
+def test_a_configuration_on_a_phone(tmp_path):
+    """Keys stand on one line; nothing of the table is cut off."""
+    script = """
+      const root = document.documentElement, table = document.querySelector('.config').parentElement;
+      document.getElementById('only').click();
+      root.dataset.high = Math.max(...[...document.querySelectorAll('.config th code')].map((one) => one.offsetHeight));
+      root.dataset.cut = table.scrollWidth - table.clientWidth;
+    """
+    for size in ("500,900", "1440,900"):  # a headless window is at least 500 wide
+        found = root(shown(write_report([run(tmp_path / size)]), script, size))
+        assert 10 < int(str(found["data-high"])) < 30
+        assert int(str(found["data-cut"])) <= 0
 
 
 @browser

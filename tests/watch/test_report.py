@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,7 @@ def test_a_finished_run(finished):
     assert re.search(r"Steps 40 +of 40", head)
     assert "3:00" in head  # one minute, then two
     assert re.search(r"Best PSNR on Y \(dB\) 30 +at step 20", head)
+    assert "Last checkpoint step 40" in head
     assert "Step 9 the outputs hardly differ" in page.texts["warnings"]
     history = page.texts["history"]
     assert "The run stops: 1 minute is over" in history
@@ -43,6 +45,31 @@ def test_a_finished_run(finished):
     assert "Imaginary 9000" in page.texts["machine"]
     assert "9.9.9" in page.texts["machine"]
     assert "fastnce train cyclegan" in page.texts["machine"]
+
+
+def test_times_have_their_zone(finished, monkeypatch):
+    for zone, text in (("UTC0", "2026-11-27 18:00 UTC"), ("XST-5:30", "2026-11-27 23:30 UTC+05:30")):
+        monkeypatch.setenv("TZ", zone)
+        time.tzset()
+        try:
+            page = Page(write_report([finished]))
+        finally:
+            monkeypatch.undo()
+            time.tzset()
+        assert f"begun {text} Steps" in page.texts["header"]
+        assert f"differ {text} " in f"{page.texts['warnings']} "
+        assert f"{text} 0 The run starts" in page.texts["history"]
+        assert re.search(rf"Written \S+ \S+ {re.escape(text.split()[-1])} by", page.texts["footer"])
+
+
+def test_the_newest_value_is_not_the_mean_of_a_span(tmp_path):
+    folder = run(tmp_path / "long")
+    lines(folder / "metrics.jsonl", [{"step": step, "G_GAN": step / 3, "NCE": 1.0} for step in range(41, 5_001)])
+    lines(folder / "metrics.jsonl", [{"step": 5_001, "NCE": "nan"}])
+    (found,) = Page(write_report([folder])).data["runs"]
+    assert found["curves"]["G_GAN"]["newest"] == 1666.67
+    assert found["curves"]["G_GAN"]["y"][-1] < 1666
+    assert found["curves"]["NCE"]["newest"] is None
 
 
 def test_what_differs_from_the_preset_is_marked(finished):
