@@ -66,14 +66,16 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
 def check_replaceable(out: Path) -> None:
     """ValueError if `out` is there and is no report, or if its folder is missing."""
     if out.is_dir():
-        raise ValueError(f"{out} is a folder: name a file for --out, such as {out / NAME}")
+        raise ValueError(f"{out} is a folder, and the report is a file: name another place")
     if not out.parent.is_dir():
         raise ValueError(f"{out}: the folder {out.parent} does not exist")
-    if not out.is_file():
+    if not out.exists():
         return
+    if not out.is_file():  # opening a pipe could wait forever
+        raise ValueError(f"{out} is no regular file: name another place for the report")
     with out.open("rb") as file:
         if MARK.encode() not in file.read(1000):
-            raise ValueError(f"{out} exists and is no report of fastnce: take another file for --out")
+            raise ValueError(f"{out} exists and is no report of fastnce: name another place for the report")
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:

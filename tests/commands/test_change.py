@@ -225,9 +225,12 @@ def test_a_change_that_reaches_no_checkpoint_changes_nothing(folder, run, monkey
     assert stored(run)["optim"]["lr"] == 2e-4
 
 
-def test_a_change_of_a_finished_run_is_not_recorded(run):
-    assert main(["train", "--out", str(run), "--quiet", "--change", "optim.lr=1e-4"]) == 0
+def test_a_change_of_a_finished_run_is_not_recorded(run, capsys):
+    before = (run / "config.toml").read_bytes()
+    assert main(["train", "--out", str(run), "--change", "optim.lr=1e-4"]) == 0
+    assert "nothing changes, because no step is left to do: optim.lr: 0.0002, now 0.0001" in capsys.readouterr().out
     assert changes(run) == []
+    assert (run / "config.toml").read_bytes() == before
 
 
 def test_a_dry_run_shows_the_changed_configuration(run, capsys):

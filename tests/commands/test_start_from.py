@@ -227,7 +227,7 @@ def test_what_cannot_be_taken_is_refused_before_anything_is_written(folder, publ
         assert not (tmp_path / "run").exists()
     assert not (tmp_path / "tricked").exists()
     (published / "latest_net_D.pth").unlink()
-    with pytest.raises(ValueError, match=r"run.start_networks names D, and .*published holds F, G$"):
+    with pytest.raises(ValueError, match=r"run.start_networks names D, and .*latest_net_\*\.pth holds F, G$"):
         started(folder, f"run.start_from={published}", "run.start_networks=G,D")
 
 

@@ -270,7 +270,7 @@ def test_the_command(finished, tmp_path, monkeypatch, capsys):
         (["{tmp}/notes.html"], "notes.html is a file: name the folder of a run"),
         (["{tmp}/empty"], "empty is no run: it has none of metrics.jsonl"),
         (["{tmp}/mine", "--out", "{tmp}/notes.html"], "notes.html exists and is no report of fastnce"),
-        (["{tmp}/mine", "--out", "{tmp}/empty"], "empty is a folder: name a file for --out"),
+        (["{tmp}/mine", "--out", "{tmp}/empty"], "empty is a folder, and the report is a file: name another place"),
         (["{tmp}/mine", "--out", "{tmp}/no/x.html"], "does not exist"),
         (["{tmp}/mine"] * 21, "a report shows 1 to 20 runs, not 21"),
     ],
@@ -284,6 +284,13 @@ def test_refused(finished, tmp_path, capsys, arguments, sentence):
     assert error.count("\n") == 1
     assert (tmp_path / "notes.html").read_text() == "<!doctype html>my own notes"
     assert not (finished / "report.html").exists()
+
+
+def test_a_pipe_in_place_of_the_report_is_refused(finished, tmp_path):
+    """Opening it would wait forever, also during a training."""
+    os.mkfifo(tmp_path / "pipe.html")
+    with pytest.raises(ValueError, match="pipe.html is no regular file"):
+        write_report([finished], tmp_path / "pipe.html")
 
 
 def test_a_report_is_replaced(finished):
