@@ -12,13 +12,14 @@ removed; it is reimplemented with `torch.fft`. Their mathematics is unchanged.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -49,9 +50,30 @@ class _Missing(types.ModuleType):
         raise ModuleNotFoundError(f"{self.__name__} was called, but its package is not installed")
 
 
+@functools.cache
+def _broken() -> frozenset[str]:
+    """The optional packages that are installed and cannot be imported, such as a torchvision for another PyTorch."""
+    found = set()
+    for name in OPTIONAL:
+        before = set(sys.modules)
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError:
+            pass
+        except Exception:  # a package may raise anything
+            found.add(name)
+            for part in set(sys.modules) - before:
+                if part.split(".")[0] == name:
+                    del sys.modules[part]
+    return frozenset(found)
+
+
 class _StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def __init__(self, names: Collection[str]):
+        self.names = names
+
     def find_spec(self, name, path=None, target=None):
-        missing = name.split(".")[0] in OPTIONAL
+        missing = name.split(".")[0] in self.names
         return importlib.machinery.ModuleSpec(name, self, is_package=True) if missing else None
 
     def create_module(self, spec):
@@ -101,16 +123,19 @@ class Checkout:
         def remove() -> dict[str, types.ModuleType]:
             return {n: sys.modules.pop(n) for n in list(sys.modules) if n.split(".")[0] in PACKAGES}
 
+        broken = _StandIns(_broken())
         others, path = remove(), list(sys.path)
         known = set(sys.modules)
-        stand_ins = _StandIns()
+        stand_ins = _StandIns(OPTIONAL)
         sys.modules.update(self._modules)
         sys.path.insert(0, str(self.folder))
+        sys.meta_path.insert(0, broken)
         sys.meta_path.append(stand_ins)  # last, so that installed packages are found first
         importlib.invalidate_caches()
         try:
             yield
         finally:
+            sys.meta_path.remove(broken)
             sys.meta_path.remove(stand_ins)
             sys.path[:] = path
             self._modules = remove()

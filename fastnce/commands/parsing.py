@@ -15,7 +15,7 @@ TILES_HELP = "auto (default): whole pictures, or exact tiles if memory is too sm
 TRUST_HELP = "import the user's own classes and functions that the run names; importing runs their code"
 
 
-class Parser(argparse.ArgumentParser):
+class SuggestingParser(argparse.ArgumentParser):
     """A parser that names the nearest option or choice when it refuses one."""
 
     def error(self, message: str) -> NoReturn:
@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
 
 def command_parser(command: str, function: Callable[[list[str]], int]) -> argparse.ArgumentParser:
     """Make a parser whose description is the docstring of the command's function."""
-    return Parser(prog=f"fastnce {command}", description=function.__doc__)
+    return SuggestingParser(prog=f"fastnce {command}", description=function.__doc__)
 
 
 MAX_PIXELS = "--max-pixels {}"

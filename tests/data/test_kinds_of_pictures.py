@@ -15,7 +15,6 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from fastnce import DerainingMetrics
 from fastnce.data import load_image
 from fastnce.evaluate import luma, psnr, ssim
-from fastnce.evaluate.distribution import fid_kid
 from fastnce.evaluate.quality import to_levels
 from fastnce.evaluate.report import evaluate
 from fastnce.networks import ResnetGenerator, Restorer, StyleGAN2Generator
@@ -107,15 +106,6 @@ def test_other_values_than_levels_are_refused():
             function(a, a[:, :1])
         with pytest.raises(ValueError, match=r"levels must be numbers from 0 to 255, not torch\.bool"):
             function(a > 0, a > 1)
-
-
-def test_fid_takes_eight_bits_alone(monkeypatch):
-    monkeypatch.setattr("fastnce.evaluate.distribution.require_fidelity", lambda: None)
-    monkeypatch.setitem(__import__("sys").modules, "torch_fidelity", type("T", (), {"calculate_metrics": None}))
-    good = [torch.zeros(3, 8, 8, dtype=torch.uint8)] * 2
-    for bad in (torch.zeros(3, 8, 8), torch.zeros(1, 8, 8, dtype=torch.uint8), torch.zeros(1, 3, 8, 8).byte()):
-        with pytest.raises(ValueError, match=r"FID takes uint8 \(3, height, width\), not torch\."):
-            fid_kid(good, [good[0], bad])
 
 
 def test_levels_of_sixteen_bits_one_by_one():

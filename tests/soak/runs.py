@@ -26,7 +26,7 @@ OPTIONS = [
 ]
 FILES = ("generator.safetensors", "training.safetensors")
 NAMES = re.compile(
-    r"config\.toml|log\.txt|metrics\.jsonl|samples(/step-\d{8}\.png)?"
+    r"config\.toml|log\.txt|metrics\.jsonl|history\.jsonl|report\.html|samples(/step-\d{8}\.png)?"
     r"|checkpoints(/(latest|best|good)|/step-\d{8}(/(generator\.safetensors|training\.safetensors|state\.json))?)?"
 )
 """The files of a run that is not in progress."""
