@@ -27,7 +27,7 @@ from fastnce.networks import build_discriminator, build_generator
         (["train", "cut", "loss.weighting=MoNCE"], "monce"),
         (["train", "cut", "data.preprocess=resize"], "resize_and_crop"),
         (["train", "cut", "run.precision=bfloat16"], "bf16"),
-        (["train", "cut", "run.best=PSNR"], "psnr_y"),
+        (["train", "cut", "run.best=PSNR", "--dry-run"], "psnr_y"),
         (["train", "cut", "Optim.lr=1"], "optim.lr"),
         (["train", "cut", "--dry-runs"], "--dry-run"),
         (["translate", "x", "y", "--out", "z", "--tiles", "exat"], "exact"),
