@@ -81,6 +81,8 @@ def hold(
     def leave() -> None:
         if held is not None:
             held.release()
+        else:
+            _clear(path)
         for place in made:
             with suppress(OSError):  # not empty
                 place.rmdir()
@@ -101,6 +103,17 @@ def hold(
         except BaseException:  # a signal: its handler raises only once, so the second call completes
             leave()
             raise
+
+
+def _clear(path: Path) -> None:
+    """Remove a lock file that a signal has left between its creation and its lock: it is empty, and nobody locks it."""
+    with suppress(OSError, _NoLocks):
+        number = os.open(path, os.O_RDWR)
+        try:
+            if os.fstat(number).st_size == 0 and _lock(number) and _is_named(number, path):
+                path.unlink()
+        finally:
+            os.close(number)
 
 
 def share(file: IO[bytes]) -> None:

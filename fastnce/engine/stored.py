@@ -113,10 +113,10 @@ def follow(path: Path) -> Path:
 
 
 def missing(path: Path) -> str:
-    """Say why there is no such file or run; for RUN/checkpoints/best, that the run has no best checkpoint."""
+    """Say why there is no such run or file; for RUN/checkpoints/best, that the run has no best checkpoint."""
     if path.name == "best" and path.parent.name == "checkpoints" and path.parent.is_dir():
         return f"{path.parent.parent} has no best checkpoint, because nothing was validated"
-    return f"{path}: no such file or run"
+    return f"{path}: no such run or file"
 
 
 @contextmanager

@@ -273,7 +273,7 @@ def test_several_processes_get_the_change_and_errors_are_said_once(folder, run, 
     for more, sentence in (
         (["--out", str(run), "--change", "loss.projection=9", "data.batch=1"], "--change loss.projection: "),
         (["--out", str(run)], "was trained in steps of 1 picture a domain"),
-        ([*plain(folder, run.with_name("new"), "run.start_from=nowhere")[1:]], "nowhere: no such file or run"),
+        ([*plain(folder, run.with_name("new"), "run.start_from=nowhere")[1:]], "nowhere: no such run or file"),
     ):
         assert main(["train", *more, "--nproc", "2"]) == 2
         assert sentence in capsys.readouterr().err

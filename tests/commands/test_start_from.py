@@ -210,7 +210,7 @@ def test_what_cannot_be_taken_is_refused_before_anything_is_written(folder, publ
     (tmp_path / "empty").mkdir()
     g = published / "latest_net_G.pth"
     for words, sentence in (
-        (["run.start_from=nowhere.pth"], "nowhere.pth: no such file or run"),
+        (["run.start_from=nowhere.pth"], "nowhere.pth: no such run or file"),
         (["run.start_from=empty"], "holds neither a run"),
         (["run.start_from=nan_net_G.pth"], "not finite"),
         (["run.start_from=odd_net_G.pth"], "nothing fits: G: 0 of"),
