@@ -97,7 +97,7 @@ def inception(tmp_path_factory) -> Path:
     from tests.inception import prepare_torchvision, save_random_weights
 
     prepare_torchvision()
-    pytest.importorskip("torch_fidelity")
+    pytest.importorskip("torch_fidelity", reason="torch-fidelity (extra eval) is not installed")
     return save_random_weights(tmp_path_factory.mktemp("inception") / "weights.pth")
 
 

@@ -7,7 +7,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
@@ -138,5 +138,4 @@ class _Stream:
             act()
         except (OSError, ValueError):
             lost, self._lost = self._lost, None
-            with suppress(Exception):
-                lost()
+            lost()
