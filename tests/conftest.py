@@ -18,33 +18,10 @@ else:
     os.environ["TRITON_INTERPRET"] = "1"
 
 
-def patch_once_a_launch() -> None:
-    """The interpreter patches the whole language again at every call of a device function: a third of its time.
-
-    Within a launch, once for each module with such functions is enough. The names are private: a Triton without them
-    is left as it is.
-    """
-    from triton.runtime import interpreter
-
-    patch, run = getattr(interpreter, "_patch_lang", None), interpreter.GridExecutor.__call__
-    patched: set[int] = set()
-
-    def patch_once(function):
-        if id(function.__globals__) not in patched:
-            patched.add(id(function.__globals__))
-            return patch(function)
-        return None  # what a device function is given back it does not use
-
-    def run_anew(self, *args, **options):
-        patched.clear()
-        return run(self, *args, **options)
-
-    if patch is not None:
-        interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, run_anew
-
-
 if "TRITON_INTERPRET" in os.environ:
-    patch_once_a_launch()
+    from tests.interpreter import speed_up
+
+    speed_up()
 
 
 # The tests' tensors are small: a second thread costs more in waiting than it computes.

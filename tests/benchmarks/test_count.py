@@ -2,10 +2,7 @@
 
 import os
 import random
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +13,7 @@ from benchmarks.count import Count
 from benchmarks.step import build
 from benchmarks.step_costs import count_step
 from fastnce.methods import Batch
+from tests.programs import run_program
 
 SMALL = {"generator": "resnet_4blocks", "width": 8, "discriminator_width": 8}
 
@@ -123,8 +121,5 @@ def test_bfloat16_moves_less_and_computes_as_much():
 def test_importing_the_prediction_does_not_set_the_interpreter():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     program = "import os, benchmarks.predict; assert 'TRITON_INTERPRET' not in os.environ"
-    root = Path(__file__).resolve().parents[2]
-    finished = subprocess.run(
-        [sys.executable, "-c", program], cwd=root, env=environment, capture_output=True, text=True
-    )
+    finished = run_program(["-c", program], environment=environment, anew=["benchmarks"])
     assert finished.returncode == 0, finished.stderr

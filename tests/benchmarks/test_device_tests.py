@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 
 from benchmarks import device_tests, outcomes
 from tests.conftest import plain_environment
+from tests.programs import run_program
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -53,12 +53,12 @@ def test_every_file_with_gpu_tests_of_kernels_and_engine_is_run():
 
 
 def test_each_test_of_the_engine_is_in_one_half():
-    collect = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu and not slow"]
+    collect = ["-m", "pytest", "--collect-only", "-q", "-m", "gpu and not slow", "-p", "no:cacheprovider"]
     found = []
     for selected in ([], ["-k", device_tests.ENGINE_FIRST]):
         command = [*collect, *selected, "tests/engine/test_engine_gpu.py"]
-        plain = os.environ | {"PYTEST_ADDOPTS": ""}  # an additional -v would change the format of the names
-        listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=plain).stdout
+        # (an additional -v would change the format of the names)
+        listed = run_program(command, environment=plain_environment() | {"PYTEST_ADDOPTS": ""}).stdout
         found.append({line for line in listed.splitlines() if "::" in line})
     every, first = found
     assert first < every

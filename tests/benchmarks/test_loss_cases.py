@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -13,8 +9,8 @@ from benchmarks import baselines, cases, chain, loss
 from fastnce import patch_nce
 from fastnce.nce.impl import reference
 from tests.conftest import plain_environment
+from tests.programs import run_program
 
-ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 
 
@@ -76,8 +72,8 @@ def test_every_provider_of_the_chain_does_the_same_work():
 
 
 def test_pytest_benchmark_finds_the_same_cases():
-    command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "-q", "--collect-only"]
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=plain_environment())
+    command = ["-m", "pytest", "benchmarks", "--benchmark-only", "-q", "--collect-only", "-p", "no:cacheprovider"]
+    finished = run_program(command, environment=plain_environment())
     assert finished.returncode == 0, finished.stdout + finished.stderr
     for wanted in ("test_chain[chain-1x16-fastnce]", "test_patchnce[patchnce-1x64-CUT]", "test_infonce[infonce-1x128"):
         assert wanted in finished.stdout

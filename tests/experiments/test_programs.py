@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.programs import run_program
 
 
 @pytest.mark.parametrize(
@@ -17,7 +14,6 @@ ROOT = Path(__file__).resolve().parents[2]
 )
 def test_experiment_starts(arguments):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [sys.executable, *arguments, "--help"]
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment)
+    finished = run_program([*arguments, "--help"], environment=environment, anew=("experiments", "benchmarks"))
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.startswith("usage: ")
