@@ -169,7 +169,7 @@ class Context:
     @property
     def seconds(self) -> float:
         """Seconds for the interleaved rounds of one case."""
-        return 0.2 if self.quick else max(0.3, min(5.0, self.left() / self.cases))
+        return 0.05 if self.quick else max(0.3, min(5.0, self.left() / self.cases))
 
     @property
     def limits(self) -> dict[str, float]:

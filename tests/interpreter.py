@@ -1,15 +1,18 @@
-"""A faster interpreter for Triton's kernels: the same checks and results, with less bookkeeping.
+"""A faster interpreter for Triton's kernels: the same results, with less bookkeeping.
 
-The interpreter spends most of its time on the types of values, not on the values. What depends on a type alone is
-computed once here. The names are private: where a version of Triton lacks one, the interpreter is left as it is.
+The interpreter spends most of its time on the types of values, not on the values. The names used here are private:
+where a version of Triton lacks one, its interpreter is left as it is.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import numpy as np
 import triton.language.core as tl
+from triton.language import random
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 
@@ -18,9 +21,10 @@ def speed_up() -> None:
     if getattr(interpreter, "_fastnce_is_faster", False):
         return
     interpreter._fastnce_is_faster = True  # type: ignore[attr-defined]
-    patch_once_a_launch()
-    remember_types()
-    skip_unread_overflow()
+    changes = (patch_once_a_launch, skip_unread_overflow, operate_on_equal_types_at_once, draw_at_once, remember_types)
+    for change in changes:
+        with contextlib.suppress(AttributeError):
+            change()
 
 
 def patch_once_a_launch() -> None:
@@ -28,7 +32,7 @@ def patch_once_a_launch() -> None:
 
     Within a launch, once for each module with such functions is enough.
     """
-    patch, run = getattr(interpreter, "_patch_lang", None), interpreter.GridExecutor.__call__
+    patch, run = interpreter._patch_lang, interpreter.GridExecutor.__call__
     patched: set[int] = set()
 
     def patch_once(function):
@@ -41,22 +45,63 @@ def patch_once_a_launch() -> None:
         patched.clear()
         return run(self, *args, **options)
 
-    if patch is not None:
-        interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, run_anew
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, run_anew
 
 
 def skip_unread_overflow() -> None:
     """Every integer operation is also done in 64 bits for a check of its overflow, which only `debug` reads."""
-    options = getattr(getattr(interpreter, "interpreter_builder", None), "options", None)
-    if options is not None and not options.debug:
+    options = interpreter.interpreter_builder.options
+    if not options.debug:
         interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
 
 
+def operate_on_equal_types_at_once() -> None:
+    """Operands of one type and shape need no promotion and no broadcast."""
+    plain = TritonSemantic.binary_op_type_checking_impl
+
+    def check(self, lhs, rhs, allow_lhs_ptr=False, allow_rhs_ptr=False, arithmetic_check=True, div_or_mod=False):
+        alike = (
+            isinstance(lhs, tl.tensor)
+            and isinstance(rhs, tl.tensor)
+            and lhs.dtype is rhs.dtype
+            and lhs.shape is rhs.shape
+            and not div_or_mod
+            and not isinstance(lhs.dtype, tl.pointer_type)
+        )
+        return (
+            (lhs, rhs) if alike else plain(self, lhs, rhs, allow_lhs_ptr, allow_rhs_ptr, arithmetic_check, div_or_mod)
+        )
+
+    TritonSemantic.binary_op_type_checking_impl = check
+
+
+def draw_at_once() -> None:
+    """Philox (Salmon et al., 2011) in NumPy: in Triton, each of its 120 operations passes through the interpreter."""
+    plain = random.philox_impl
+    low, half = np.uint64(0xFFFFFFFF), np.uint64(32)
+    key_a, key_b, round_a, round_b = (np.uint64(x) for x in (0x9E3779B9, 0xBB67AE85, 0xD2511F53, 0xCD9E8D57))
+
+    def philox(c0, c1, c2, c3, k0, k1, n_rounds=random.N_ROUNDS_DEFAULT):
+        given = (c0, c1, c2, c3, k0, k1)
+        if c0.dtype != tl.uint32:
+            return plain(*given, n_rounds)
+        s0, s1, s2, s3, key0, key1 = np.broadcast_arrays(*(x.handle.data.astype(np.uint64) for x in given))
+        for _ in range(getattr(n_rounds, "value", n_rounds)):
+            a, b = round_a * s0, round_b * s2
+            s0, s1, s2, s3 = (b >> half) ^ s1 ^ key0, b & low, (a >> half) ^ s3 ^ key1, a & low
+            key0, key1 = (key0 + key_a) & low, (key1 + key_b) & low
+        kind = next((x.type for x in given if x.type.is_block()), c0.type)
+        kind = tl.block_type(tl.uint32, kind.shape) if kind.is_block() else tl.uint32
+        return tuple(
+            tl.tensor(interpreter.TensorHandle(s.astype(np.uint32), tl.uint32), kind) for s in (s0, s1, s2, s3)
+        )
+
+    random.philox_impl = philox
+
+
 def remember_types() -> None:
-    """Types and shapes are built anew for every value, and each shape is a tuple of constants with a type of its own."""
-    plain = getattr(interpreter, "_get_np_dtype", None)
-    if plain is not None:
-        interpreter._get_np_dtype = _by_type(plain)
+    """Types and shapes are built anew for every value, and each shape is a tuple of constants with types of its own."""
+    interpreter._get_np_dtype = _by_type(interpreter._get_np_dtype)
     tl.block_type.__init__ = _block_type(tl.block_type.__init__)  # type: ignore[method-assign]
     tl.tensor.__init__ = _tensor(tl.tensor.__init__)  # type: ignore[method-assign]
 
