@@ -105,7 +105,7 @@ def open_checked(
     """
     options = config.data
     data = open_data(config, device, ranks, quiet)
-    if isinstance(data, UnpairedData) and data.built and not quiet:
+    if about_caches and isinstance(data, UnpairedData) and data.built and not quiet:
         print_line(_about_caches(config, data, sum(data.built.values())))
     if isinstance(data, OwnData):
         a, b = ({(h, w): f"images of {w}x{h} from data.dataset"} for h, w in data.first_sizes)
