@@ -25,6 +25,7 @@ from torch import Tensor
 from ..common.gathered import gathering
 from ..common.writing import check_not_replaced, sweep, write_whole
 from ..data import DataError, find_images, load_image
+from ..data.folder import order_of
 from .distribution import Inception, check_counts, fid_kid
 from .pairs import Pair, find_pairs
 from .quality import KEYS, DerainingMetrics
@@ -128,6 +129,7 @@ def evaluate(
     *,
     best: Translate | None = None,
     rain_side: str = "right",
+    direction: str = "",
     channels: int = 3,
     device: torch.device | str = "cpu",
     fid: bool = False,
@@ -146,6 +148,8 @@ def evaluate(
         translate: the model; None measures the inputs themselves.
         best: the best checkpoint of the same run, to be measured too. `Report.best` has its results.
         rain_side: the half of strips that is rainy, "right" or "left".
+        direction: "AtoB"; or "BtoA" to translate testB, or the truths of pairs, and to compare with the others. Empty:
+            that of the model's run.
         channels: of the model's input.
         device: where the measures are computed.
         fid: also compute FID and KID between outputs and truths (or testB); needs torch-fidelity.
@@ -166,6 +170,9 @@ def evaluate(
     _check_writable(files)
     if sheet is not None and sheet.suffix.lower() != ".png":
         raise ValueError(f"--sheet {sheet}: the contact sheet is a PNG, name it {sheet.stem}.png")
+    exchanged = [
+        order_of(direction or getattr(translate, kind, "AtoB")) == "BA" for kind in ("direction", "paired_direction")
+    ]
     unpaired = (data / "testA").is_dir() and (data / "testB").is_dir()
     if unpaired and (not fid or csv_file or sheet):
         raise DataError(
@@ -179,6 +186,7 @@ def evaluate(
         taken = [*find_images(data / "testA"), *find_images(data / "testB")]
     else:
         pairs = find_pairs(data, rain_side)
+        pairs = [pair.exchanged() for pair in pairs] if exchanged[1] else pairs
         taken = [file for pair in pairs for file in (pair.rainy, pair.clean)]
     for model in (translate, best):
         _check_kept(files, taken, model)
@@ -189,7 +197,7 @@ def evaluate(
                 progress(f"{name}: {sentence}" if best is not None else sentence)
 
         if sets is not None and unpaired:
-            return _unpaired(data, model, channels, sets, told)
+            return _unpaired(data, exchanged[0], model, channels, sets, told)
         return _paired(data, pairs, model, channels, device, sets, told)
 
     report = replace(measure(translate, checkpoint), checkpoint=checkpoint, step=steps[0])
@@ -262,16 +270,19 @@ def _paired(
 
 
 def _unpaired(
-    data: Path, translate: Translate | None, channels: int, sets: _Sets, progress: Callable[[str], None]
+    data: Path,
+    exchanged: bool,
+    translate: Translate | None,
+    channels: int,
+    sets: _Sets,
+    progress: Callable[[str], None],
 ) -> Report:
     made: list[Tensor] = []
-    sources = find_images(data / "testA")
+    sources, truths = (find_images(data / f"test{domain}") for domain in ("BA" if exchanged else "AB"))
     for count, file in enumerate(sources, 1):
         picture = load_image(file, channels)[None]
         made.append(sets.inception.features(picture if translate is None else translate(picture)))
         progress(f"{count}/{len(sources)} {file.name}")
     if not sets.reference:
-        sets.reference = [
-            sets.inception.features(load_image(file, channels)[None]) for file in find_images(data / "testB")
-        ]
+        sets.reference = [sets.inception.features(load_image(file, channels)[None]) for file in truths]
     return Report(str(data), sets.measure(made), {}, [])
