@@ -253,4 +253,3 @@ def _owner(value: Any) -> str:
 
 def _is_error(value: Any) -> bool:
     return isinstance(value, type) and issubclass(value, Exception)
-

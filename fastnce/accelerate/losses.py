@@ -185,7 +185,9 @@ def _agreeing(cases: list[_Case]) -> Formula:
                 return replace(formula, what=what)
             wrong.append(found)
     dclgan = wrong[len(reductions)]
-    raise ValueError(f"it computes neither CUT's loss ({wrong[0]}) nor DCLGAN's ({dclgan}), nor another of this library")
+    raise ValueError(
+        f"it computes neither CUT's loss ({wrong[0]}) nor DCLGAN's ({dclgan}), nor another of this library"
+    )
 
 
 def _difference(formula: Formula, case: _Case) -> str | None:
@@ -283,3 +285,10 @@ def _read(options: Any, formula: Formula) -> Settings | None:
     if None in values.values() or type(temperature) not in (int, float) or type(images) is not int:
         return None
     return Settings(float(temperature), images, bool(values.get(OPTIONS[2])))
+
+
+def own_calls(cls: type[nn.Module], agreed: Agreed) -> str:
+    """Say which calls run the class's own forward."""
+    names = list(inspect.signature(cls.forward).parameters)[3:]
+    names = [name for name in names if not (name == "weight" and agreed.formula.weighted)]
+    return f"; calls with {' or '.join(names)} run as before" if names else ""

@@ -113,7 +113,7 @@ def try_sampler(cls: type[nn.Module]) -> None:
     for use_mlp in (False, True):
         sampler = cls(use_mlp=use_mlp, init_type="normal", init_gain=0.5, nc=16, gpu_ids=[])
         for number in range(3):
-            torch.manual_seed(number)
+            torch.default_generator.manual_seed(number)  # of the CPU alone
             result = sampler([m.float() for m in maps], 6)
             if not isinstance(result, tuple | list) or len(result) != 2:
                 count = len(result) if isinstance(result, tuple | list) else 1
@@ -160,7 +160,7 @@ def _check_draws(sampler: nn.Module) -> None:
     for number in range(150):
         seen = []
         for feat in both[: 2 if number < 10 else 1]:
-            torch.manual_seed(number)
+            torch.default_generator.manual_seed(number)  # of the CPU alone
             np.random.seed(number)
             rows, (ids,) = sampler([feat], 4)
             ids = torch.as_tensor(ids)
@@ -178,3 +178,13 @@ def _check_draws(sampler: nn.Module) -> None:
         raise ValueError("it does not draw locations uniformly")
     if sorted(torch.as_tensor(sampler([low], 64)[1][0]).tolist()) != list(range(12)):
         raise ValueError("it does not take every location where there are fewer than num_patches")
+
+
+def own_calls(cls: type[nn.Module]) -> str:
+    """Say which calls run the class's own forward."""
+    names = list(inspect.signature(cls.forward).parameters)[1:]
+    return _said([name for name in names[1:] if name not in CALL])
+
+
+def _said(names: list[str]) -> str:
+    return f"; calls with {' or '.join(names)} run as before" if names else ""

@@ -119,29 +119,33 @@ def _limited(seconds: float) -> Iterator[None]:
 
     A signal would do in the main thread only, and would take the user's alarm.
     """
-    thread, over, done = ctypes.c_ulong(threading.get_ident()), threading.Event(), threading.Lock()
+    thread, over, sending = ctypes.c_ulong(threading.get_ident()), threading.Event(), threading.Lock()
+    sent = False
 
     def watch() -> None:
+        nonlocal sent
         wait = seconds
         while not over.wait(wait):
-            with done:
+            with sending:
                 if not over.is_set():
+                    sent = True
                     ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(Late))
             wait = 0.1  # again, if the code catches even this
 
     def close() -> None:
-        with done:
+        with sending:
             over.set()
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, None)
+        if sent:
+            for _ in range(1000):  # what is on its way arrives here
+                pass
 
-    watcher = threading.Thread(target=watch, name="fastnce-trial", daemon=True)
-    watcher.start()
+    threading.Thread(target=watch, name="fastnce-trial", daemon=True).start()
     try:
         yield
     finally:
         try:
             close()
-        except Late:  # it came just now
+        except Late:
             close()
             raise
 
