@@ -18,6 +18,7 @@ from .sampler import CALL, CONSTRUCTOR
 TEMPERATURE = "nce_T"
 _NCE = re.compile(r"(?<![a-z])nce(?![a-z])|NCE|Nce(?![a-z])")
 """NCE as a word of a name, as in PatchNCELoss and patch_nce_loss; not in `once`."""
+_PRODUCTS = {"matmul", "bmm", "mm", "einsum", "cross_entropy", "logsumexp"}
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
@@ -88,9 +89,7 @@ def _class(cls: type[nn.Module]) -> Candidate | None:
 def _function(function: types.FunctionType) -> Candidate | None:
     if not _NCE.search(function.__name__) or not _takes(function, 2, bound=False):
         return None
-    if not {"matmul", "bmm", "mm", "einsum", "cross_entropy", "logsumexp"} & {
-        *harmless.attributes_of(function.__code__)
-    }:
+    if not _PRODUCTS & {*harmless.attributes_of(function.__code__)}:
         return None
     return Candidate(function, "", "a function: its arguments have no agreed meaning, so it is not tried")
 

@@ -1,7 +1,7 @@
 """Read what the code of a class uses, before any of it is run.
 
-A trial makes an instance of a user's class and calls it. That is harmless if the code can only compute: it uses PyTorch,
-NumPy and the user's own functions that only compute, too. Code that reads or writes files, trains, talks to other
+A trial makes an instance of a user's class and calls it. That is harmless if the code can only compute: it
+uses PyTorch, NumPy and the user's own functions that only compute, too. Code that reads or writes files, trains, talks to other
 processes, or changes global settings is not tried. Only names are read here, in the bytecode; nothing is executed.
 """
 
@@ -28,7 +28,7 @@ ROOMS = {"torch", "numpy", "math", "packaging", "typing", "functools", "collecti
 BUILTINS = frozenset(
     "abs all any bool complex dict divmod enumerate filter float frozenset getattr hasattr int isinstance issubclass "
     "iter len list map max min next object pow print property range repr reversed round set setattr slice sorted "
-    "staticmethod classmethod str sum super tuple type zip NotImplemented".split()
+    "staticmethod classmethod str sum super tuple type zip NotImplemented".split()  # noqa: SIM905: a text is shorter
 )
 
 DENIED = frozenset(
@@ -37,7 +37,7 @@ DENIED = frozenset(
     "backends open write mkdir system popen manual_seed manual_seed_all seed set_rng_state set_state set_default_dtype "
     "set_default_device set_default_tensor_type set_num_threads use_deterministic_algorithms share_memory_ "
     "set_float32_matmul_precision set_printoptions seterr set_detect_anomaly register_hook load_library sleep "
-    "fork cpp_extension DataLoader FloatTensor LongTensor BoolTensor ByteTensor set_device current_device".split()
+    "fork cpp_extension DataLoader FloatTensor LongTensor BoolTensor ByteTensor set_device current_device".split()  # noqa: SIM905
 )
 """Attributes that the code must not use: files, training, processes, random states, global settings, fixed devices."""
 

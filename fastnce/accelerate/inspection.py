@@ -11,13 +11,13 @@ from .replace import Outcome, replace
 
 COLUMNS = ("class", "module", "what was done")
 NOTHING = (
-    "nothing was replaced: no class of the script, and none of a module that it imports, computes CUT's or DCLGAN's loss "
-    "or is a patch sampler"
+    "nothing was replaced: the script has no class that may be a loss or a patch sampler of CUT's or DCLGAN's, and "
+    "imports none"
 )
 
 
 class Inspection:
-    """Replaces the classes of each module that it looks at. Says a line per class that it tries, and a table at the end."""
+    """Replaces the classes of each module that it looks at. Prints a line per class that it tries, and a table."""
 
     def __init__(self) -> None:
         self.begun = False

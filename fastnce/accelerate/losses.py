@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -282,7 +282,9 @@ def _read(options: Any, formula: Formula) -> Settings | None:
     needed = {"option": OPTIONS, "image": OPTIONS[:2], "batch": OPTIONS[:1]}[formula.negatives]
     values = {name: getattr(options, name, None) for name in needed}
     temperature, images = values["nce_T"], values.get("batch_size", 1)
-    if None in values.values() or type(temperature) not in (int, float) or type(images) is not int:
+    if None in values.values() or type(images) is not int:
+        return None
+    if not isinstance(temperature, int | float):
         return None
     return Settings(float(temperature), images, bool(values.get(OPTIONS[2])))
 

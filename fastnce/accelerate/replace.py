@@ -1,7 +1,7 @@
 """Give the published loss and sampler classes of a module this library's forward, where they compute the same.
 
-The class itself stays, and only its `forward` changes. So every name for the class, its subclasses and the instances made
-before see the replacement, and checkpoints stay as they are.
+The class itself stays, and only its `forward` changes. So the replacement holds for every name of the class and for the
+instances made before, and checkpoints stay as they are.
 """
 
 from __future__ import annotations

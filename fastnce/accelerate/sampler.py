@@ -174,7 +174,7 @@ def _check_draws(sampler: nn.Module) -> None:
         together[seen[0][:, None], seen[0]] += 1
     # of 150 draws, 50 are expected to hold a location (deviation 6) and 14 to hold a pair (deviation 3.5)
     alone, pairs = together.diagonal(), together[~torch.eye(12, dtype=torch.bool)]
-    if not (20 < alone.min() and alone.max() < 80 and pairs.min() > 0 and pairs.max() < 40):
+    if not (alone.min() > 20 and alone.max() < 80 and pairs.min() > 0 and pairs.max() < 40):
         raise ValueError("it does not draw locations uniformly")
     if sorted(torch.as_tensor(sampler([low], 64)[1][0]).tolist()) != list(range(12)):
         raise ValueError("it does not take every location where there are fewer than num_patches")

@@ -2,8 +2,8 @@
 
 Each module that the script imports, at any time, is inspected right after it has been executed, also when it is loaded
 again. A class that may be a published loss or sampler is run on small random data. Its forward is replaced only if
-values and gradients are equal. The names of the class and of its module do not matter. Each class that was run has its
-line on stderr, and a table at the end lists all of them. Checkpoints have the same keys with and without the replacement.
+values and gradients are equal. The names of the class and of its module do not matter. Each class that was run has a
+line on stderr, and a table at the end lists them all. Checkpoints have the same keys with and without the replacement.
 
 Classes that the script itself defines, outside of functions, are inspected right after their definition. If a class
 uses a function that is defined farther down, it is inspected again after each statement until then. Classes that a

@@ -1,4 +1,4 @@
-"""What a trial of a user's class is surrounded with, so that it leaves nothing behind, and the options that it is given."""
+"""Run a user's class so that nothing is left behind, with options that know what they were asked for."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Options:
     when a user sets that option.
     """
 
-    def __init__(self, nce_T: float, batch_size: int, every: bool, **more: Any):  # noqa: N803
+    def __init__(self, nce_T: float, batch_size: int, every: bool, **more: Any):
         given = dict(zip(OPTIONS, (nce_T, batch_size, every), strict=True)) | {"gpu_ids": [], **more}
         object.__setattr__(self, "_given", given)
         object.__setattr__(self, "_asked", set())
