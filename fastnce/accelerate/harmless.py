@@ -1,8 +1,8 @@
 """Read what the code of a class uses, before any of it is run.
 
-A trial makes an instance of a user's class and calls it. That is harmless if the code can only compute: it
-uses PyTorch, NumPy and the user's own functions that only compute, too. Code that reads or writes files, trains, talks to other
-processes, or changes global settings is not tried. Only names are read here, in the bytecode; nothing is executed.
+A trial makes an instance of a user's class and calls it. That is harmless if the code can only compute: it uses
+PyTorch, NumPy, and functions of the user that only compute, too. Code that reads or writes files, trains, talks to other
+processes or changes global settings is not tried. Only names are read here, in the bytecode; nothing is executed.
 """
 
 from __future__ import annotations
@@ -26,18 +26,22 @@ ROOMS = {"torch", "numpy", "math", "packaging", "typing", "functools", "collecti
 """Libraries that the code may use, by the first part of their modules' names."""
 
 BUILTINS = frozenset(
-    "abs all any bool complex dict divmod enumerate filter float frozenset getattr hasattr int isinstance issubclass "
-    "iter len list map max min next object pow print property range repr reversed round set setattr slice sorted "
-    "staticmethod classmethod str sum super tuple type zip NotImplemented".split()  # noqa: SIM905: a text is shorter
+    """
+    abs all any bool complex dict divmod enumerate filter float frozenset getattr hasattr int isinstance issubclass iter
+    len list map max min next object pow print property range repr reversed round set setattr slice sorted staticmethod
+    classmethod str sum super tuple type zip NotImplemented
+    """.split()  # noqa: SIM905
 )
 
 DENIED = frozenset(
-    "save load savez savez_compressed savetxt loadtxt genfromtxt fromfile tofile memmap dump hub backward step "
-    "zero_grad optim distributed all_gather all_reduce barrier init_process_group multiprocessing compile jit onnx "
-    "backends open write mkdir system popen manual_seed manual_seed_all seed set_rng_state set_state set_default_dtype "
-    "set_default_device set_default_tensor_type set_num_threads use_deterministic_algorithms share_memory_ "
-    "set_float32_matmul_precision set_printoptions seterr set_detect_anomaly register_hook load_library sleep "
-    "fork cpp_extension DataLoader FloatTensor LongTensor BoolTensor ByteTensor set_device current_device".split()  # noqa: SIM905
+    """
+    save load savez savez_compressed savetxt loadtxt genfromtxt fromfile tofile memmap dump open write mkdir hub
+    backward step zero_grad optim register_hook DataLoader distributed all_gather all_reduce barrier init_process_group
+    multiprocessing share_memory_ system popen fork sleep compile jit onnx load_library cpp_extension
+    backends manual_seed manual_seed_all seed set_rng_state set_state set_default_dtype set_default_device
+    set_default_tensor_type set_num_threads use_deterministic_algorithms set_float32_matmul_precision set_printoptions
+    seterr set_detect_anomaly set_device current_device FloatTensor LongTensor BoolTensor ByteTensor
+    """.split()  # noqa: SIM905
 )
 """Attributes that the code must not use: files, training, processes, random states, global settings, fixed devices."""
 

@@ -184,10 +184,8 @@ def _agreeing(cases: list[_Case]) -> Formula:
                 what = plain.what if reduction == "none" else f"{plain.what}, {reduction} of the rows"
                 return replace(formula, what=what)
             wrong.append(found)
-    dclgan = wrong[len(reductions)]
-    raise ValueError(
-        f"it computes neither CUT's loss ({wrong[0]}) nor DCLGAN's ({dclgan}), nor another of this library"
-    )
+    cut, dclgan = wrong[0], wrong[len(reductions)]
+    raise ValueError(f"it computes neither CUT's loss ({cut}) nor DCLGAN's ({dclgan}), nor another of this library's")
 
 
 def _difference(formula: Formula, case: _Case) -> str | None:
