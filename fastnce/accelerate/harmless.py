@@ -1,8 +1,8 @@
 """Read what the code of a class uses, before any of it is run.
 
 A trial makes an instance of a user's class and calls it. That is harmless if the code can only compute: it uses
-PyTorch, NumPy, and functions of the user that only compute, too. Code that reads or writes files, trains, talks to other
-processes or changes global settings is not tried. Only names are read here, in the bytecode; nothing is executed.
+PyTorch, NumPy, and functions of the user that only compute, too. Code that reads or writes files, trains, talks to
+other processes or changes global settings is not tried. Only names are read here, in the bytecode; nothing is executed.
 """
 
 from __future__ import annotations
