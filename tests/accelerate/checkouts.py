@@ -171,6 +171,7 @@ def write_checkout(folder: Path, flavour: str) -> Path:
 
 
 def run(folder: Path, *arguments: str, accelerated: bool = True) -> subprocess.CompletedProcess:
+    """Run a script in a process of its own."""
     command = [sys.executable, *(["-m", "fastnce.accelerate"] if accelerated else []), *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
@@ -185,7 +186,11 @@ def run_forked(folder: Path, *arguments: str, accelerated: bool = True) -> subpr
         try:
             if accelerated:
                 return accelerate.main(arguments)
-            runpy.run_path(str(folder / arguments[0]), run_name="__main__")
+            if arguments[0] == "-m":
+                sys.argv = list(arguments[1:])
+                runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(str(folder / arguments[0]), run_name="__main__")
         except SystemExit as end:
             return end.code if isinstance(end.code, int) else int(end.code is not None)
         except Exception:
@@ -208,5 +213,6 @@ _NUMBERS = itertools.count()
 def module_of(source: str) -> types.ModuleType:
     """Return a module with this source, as an import makes it."""
     module = types.ModuleType(f"fork_{next(_NUMBERS)}")
+    sys.modules[module.__name__] = module
     exec(compile(f"import torch\nfrom torch import nn\n{source}", f"{module.__name__}.py", "exec"), vars(module))
     return module

@@ -13,9 +13,8 @@ from tests.accelerate.checkouts import DOT_LOSS, NETWORKS, printed, run, run_for
 @pytest.mark.parametrize("flavour", ["cut", "dclgan"])
 def test_same_losses_and_checkpoints_with_and_without(tmp_path, flavour, imported):
     folder = write_checkout(tmp_path / "checkout", flavour)
-    begin = run if flavour == "cut" else run_forked
-    plain = printed(begin(folder, "train.py", "plain.pth", accelerated=False))
-    finished = begin(folder, "train.py", "fast.pth", "plain.pth")  # saves fast.pth and loads plain.pth
+    plain = printed(run_forked(folder, "train.py", "plain.pth", accelerated=False))
+    finished = (run if flavour == "cut" else run_forked)(folder, "train.py", "fast.pth", "plain.pth")  # saves fast.pth and loads plain.pth
     fast = printed(finished)
 
     assert "replaced models.patchnce.PatchNCELoss" in finished.stderr
@@ -117,8 +116,8 @@ def test_a_module_runs_as_python_m_does(tmp_path, module):
     folder = write_checkout(tmp_path / "work", "cut")
     (folder / "__init__.py").write_text("")
     (folder / ("train.py" if module == "work.train" else "__main__.py")).write_text(f'"""Text."""{FACTS}')
-    finished = run(tmp_path, "-m", module, "a", "--b")
-    fast, slow = printed(finished), printed(run(tmp_path, "-m", module, "a", "--b", accelerated=False))
+    finished = run_forked(tmp_path, "-m", module, "a", "--b")
+    fast, slow = printed(finished), printed(run_forked(tmp_path, "-m", module, "a", "--b", accelerated=False))
     assert (fast.pop("fast"), slow.pop("fast")) == (True, False)
     assert fast == slow
     assert fast["argv"][1:] == ["a", "--b"]
