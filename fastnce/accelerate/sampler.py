@@ -49,9 +49,12 @@ def install(cls: type[nn.Module]) -> None:
             return original(self, *arguments, **named)
         fast = _FAST.get(self)
         if fast is None or fast._modules is not self._modules:
-            result = original(self, *arguments, **named)
-            _FAST[self] = _Fast(self)
-            return result
+            fast = _Fast(self)
+            if not fast.use_mlp:  # it may make its MLPs now
+                result = original(self, *arguments, **named)
+                _FAST[self] = _Fast(self)
+                return result
+            _FAST[self] = fast
         given = _call(signature, first, self, arguments, named)
         if given is None or not _usable(fast, given[0]):
             return original(self, *arguments, **named)
@@ -66,6 +69,9 @@ def _call(
     """Return (feats, num_patches, patch_ids) of a call, or None if it is not covered."""
     if torch.compiler.is_compiling():
         return None
+    if len(arguments) == 3 and not named and list(signature.parameters)[2:4] == list(CALL):
+        feats, patches, ids = arguments
+        return arguments if type(patches) is int and patches > 0 else None
     try:
         bound = signature.bind(sampler, *arguments, **named)
     except TypeError:
@@ -96,7 +102,7 @@ def _plain(mlp: Any) -> bool:
     layers = list(mlp._modules.values())
     if [type(layer) for layer in layers] != [nn.Linear, nn.ReLU, nn.Linear]:
         return False
-    both = all(layer._parameters.get("bias") is not None for layer in (layers[0], layers[2]))
+    both = all(getattr(layer, "bias", None) is not None for layer in (layers[0], layers[2]))
     hooked = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in (mlp, *layers) if m is not None)
     return both and not hooked
 

@@ -59,7 +59,10 @@ BEFORE = {
     "from functools import partial\nwrite = partial(open, 'seen', 'w')": ("write()", "its code uses write"),
     "from torch import save": ("save(1, 'seen')", "its code uses save of torch.serialization"),
     "from torch.utils.data import DataLoader": ("DataLoader([1])", "its code uses DataLoader of torch.utils.data"),
-    "class Meta(type): pass\nclass Made(metaclass=Meta): pass": ("Made()", "Made is made by Meta, not by Python's type"),
+    "class Meta(type): pass\nclass Made(metaclass=Meta): pass": (
+        "Made()",
+        "Made is made by Meta, not by Python's type",
+    ),
 }
 
 
@@ -111,9 +114,10 @@ def test_a_trial_leaves_nothing_behind(capfd, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("where", ["main", "thread"])
-@pytest.mark.parametrize("body", ["while True: self.opt", "while True:\n            try: 1 / 0\n            except Exception: pass"])
+@pytest.mark.parametrize(
+    "body", ["while True: self.opt", "while True:\n            try: 1 / 0\n            except Exception: pass"]
+)
 def test_a_trial_that_hangs_is_ended(where, body, monkeypatch):
-    monkeypatch.setattr(trial.isolated, "__wrapped__", trial.isolated.__wrapped__)
     monkeypatch.setattr(trial.isolated.__wrapped__, "__defaults__", (0.2,))
     found = []
 

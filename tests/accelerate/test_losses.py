@@ -174,7 +174,7 @@ def test_options_may_change_after_construction(calls):
 
 def test_instances_made_before_are_reached_and_keep_their_options(calls):
     module = module_of(LOSS.format(**USUAL))
-    Alias = module.Contrast  # noqa: N806
+    Alias = module.Contrast
     before = Alias(options(nce_T=0.2))
     accelerate.patch(module)
     calls.clear()

@@ -15,31 +15,31 @@ from tests.accelerate.checkouts import NETWORKS, module_of
 
 MAPS = [torch.randn(2, 3, 6, 5), torch.randn(2, 4, 3, 3)]
 CHANGES = {
-    "another name": ("PatchSampleF", "Rows"),
-    "more in its call": ("num_patches=64, patch_ids=None):", "num_patches=64, patch_ids=None, whole=False):"),
-    "more in its constructor": ("nc=256, gpu_ids=[]):", "nc=256, gpu_ids=[], verbose=False):"),
-    "a first argument of another name": ("feats", "maps"),
-    "weights on a device": ("self.mlp_init = True", "self.cuda(); self.mlp_init = True"),
-    "other names inside": ("create_mlp", "make_layers"),
+    "another name": (("PatchSampleF", "Rows"), ("gpu_ids=[]):", "gpu_ids=[], verbose=False):")),
+    "other names inside": (("create_mlp", "make_layers"), ("feats", "maps")),
+    "weights on a device": (("self.mlp_init = True", "self.cuda(); self.mlp_init = True"),),
 }
 
 
-def sampler_class(old: str = "", new: str = "") -> type[torch.nn.Module]:
-    assert old in NETWORKS
-    module = module_of(NETWORKS.replace(old, new) if old else NETWORKS)
+def sampler_class(*changes: tuple[str, str]) -> type[torch.nn.Module]:
+    source = NETWORKS
+    for old, new in changes:
+        assert old in source
+        source = source.replace(old, new)
+    module = module_of(source)
     return next(c.value for c in candidates(module))
 
 
-@pytest.mark.parametrize(("old", "new"), CHANGES.values(), ids=CHANGES)
-def test_a_sampler_is_found_by_what_it_computes(old, new):
-    cls = sampler_class(old, new)
+@pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
+def test_a_sampler_is_found_by_what_it_computes(changes):
+    cls = sampler_class(*changes)
     (candidate,) = candidates(__import__(cls.__module__))
     assert replace(candidate).replaced
 
 
 @pytest.fixture(scope="module")
 def patched() -> type[torch.nn.Module]:
-    cls = sampler_class("num_patches=64, patch_ids=None):", "num_patches=64, patch_ids=None, whole=False):")
+    cls = sampler_class(("num_patches=64, patch_ids=None):", "num_patches=64, patch_ids=None, whole=False):"))
     accelerate.patch(__import__(cls.__module__))
     return cls
 
@@ -151,7 +151,7 @@ KEPT = {
 
 @pytest.mark.parametrize(("old", "new", "sentence"), KEPT.values(), ids=KEPT)
 def test_a_sampler_that_may_differ_is_kept(old, new, sentence):
-    cls = sampler_class(old, new)
+    cls = sampler_class((old, new))
     (candidate,) = candidates(__import__(cls.__module__))
     outcome = replace(candidate)
     assert not outcome.replaced

@@ -14,7 +14,9 @@ from tests.accelerate.checkouts import DOT_LOSS, NETWORKS, printed, run, run_for
 def test_same_losses_and_checkpoints_with_and_without(tmp_path, flavour, imported):
     folder = write_checkout(tmp_path / "checkout", flavour)
     plain = printed(run_forked(folder, "train.py", "plain.pth", accelerated=False))
-    finished = (run if flavour == "cut" else run_forked)(folder, "train.py", "fast.pth", "plain.pth")  # saves fast.pth and loads plain.pth
+    finished = (run if flavour == "cut" else run_forked)(
+        folder, "train.py", "fast.pth", "plain.pth"
+    )  # saves fast.pth and loads plain.pth
     fast = printed(finished)
 
     assert "replaced models.patchnce.PatchNCELoss" in finished.stderr
