@@ -116,7 +116,6 @@ class ParameterGroup:
             # values that are not finite must not reach the moments, not even times 0
             slopes = [torch.where(bad, torch.zeros_like(g), g) for g in slopes]
             if decay and self.decoupled:
-                # the product is subtracted, because 1 - rate * decay would be rounded
                 torch._foreach_sub_(weights, torch._foreach_mul(weights, (self.lr * keep) * decay))
             elif decay:
                 slopes = list(torch._foreach_add(slopes, weights, alpha=decay))

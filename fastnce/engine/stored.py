@@ -133,13 +133,13 @@ def follow(path: Path) -> Path:
 
 
 def missing(path: Path) -> str:
-    """Say why there is no such run or file; of RUN/checkpoints/best and epoch-20, that the run has none such."""
+    """Say why there is no such run or file; for RUN/checkpoints/best and epoch-20, what the run has instead."""
     if path.name == "best" and path.parent.name == "checkpoints" and path.parent.is_dir():
         return f"{path.parent.parent} has no best checkpoint, because nothing was validated"
-    if kept_epoch(path) and path.parent.name == "checkpoints" and path.parent.is_dir():
+    if path.name.startswith("epoch-") and path.parent.name == "checkpoints" and path.parent.is_dir():
         found = ", ".join(map(str, kept_epochs(path.parent.parent)))
         have = f"it has {found}" if found else "it keeps none (run.keep_epochs=20 keeps every 20th)"
-        return f"{path.parent.parent} has no checkpoint of epoch {kept_epoch(path)}: {have}"
+        return f"{path.parent.parent} has no checkpoint of {path.name.replace('-', ' ', 1)}: {have}"
     return f"{path}: no such run or file"
 
 
