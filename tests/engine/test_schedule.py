@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 
+from fastnce.commands.main import main
 from fastnce.config import resolve
 from fastnce.engine.distributed import Ranks, ranks_of_launcher
 from fastnce.engine.loop import train
@@ -19,6 +20,7 @@ from fastnce.engine.options import SCHEDULES, OptimOptions, RunOptions
 from fastnce.engine.schedule import Plateau, factor_of
 from fastnce.engine.step import Step
 from fastnce.methods import Batch, Draws, Group, Phase
+from tests.ends import one_sentence, tiny
 from tests.engine.test_cudagraph import WARM_UP, Tape, assert_same_state
 from tests.engine.test_distributed import as_rank, finish, free_port
 from tests.engine.test_engine import training_tensors
@@ -219,6 +221,20 @@ def test_a_schedule_can_change(tmp_path):
         assert bool(stored) == (schedule == "plateau")
     expected = [0.1] * 12 + [0.1 * 0.1**3] * 4
     assert [row["lr"] for row in rows(tmp_path)] == pytest.approx(expected)
+
+
+def test_a_change_by_name(folder, tmp_path, capsys):
+    """Refused without --change. With it, the optimiser and the schedule are others from then on."""
+    run = tmp_path / "run"
+    assert main([*tiny(folder, run, "run.steps=1"), "--quiet"]) == 0
+    words = ["optim.schedule=plateau", "optim.optimizer=adamw", "optim.weight_decay=0.1", "optim.warmup=1"]
+    assert main([*tiny(folder, run, "run.steps=2", *words), "--quiet"]) == 2
+    assert "optim.schedule: linear, now plateau" in one_sentence(capsys)
+    assert main(["train", "--out", str(run), "--quiet", "run.steps=2", "--change", *words]) == 0
+    assert training_tensors(run)["schedule/count"].item() == 1
+    assert [row["lr"] for row in rows(run)] == pytest.approx([2e-4, 1e-4])  # the second of four steps of the warm-up
+    assert main(["train", "--out", str(run), "--quiet", "run.steps=3", "--change", "optim.schedule=cosine"]) == 0
+    assert "schedule/count" not in training_tensors(run)
 
 
 def batch_of(seed: int) -> Batch:
