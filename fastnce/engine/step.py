@@ -99,9 +99,8 @@ class Step:
         )
         self._trained = trained_by(self.phases, self.groups, self._generators, follow=self.plateau is not None)
         self._objectives = [trained.objective for trained in self._trained.values() if trained.objective]
-        self._tensors = TrainingState(
-            method, self.groups, self.averages, self.loss_scale, self.bad_steps, self.plateau and self.plateau.tensors
-        )
+        schedule = None if self.plateau is None else self.plateau.tensors
+        self._tensors = TrainingState(method, self.groups, self.averages, self.loss_scale, self.bad_steps, schedule)
         self.whole = self._compile_whole(backend) if compile == "whole" else None
         if compile:
             self.generate = Compiled(method.generate, backend)
