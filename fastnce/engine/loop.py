@@ -209,8 +209,8 @@ class _Run:
         compares = self.run.check_every and not reason
         self.started = started = done
         pace, decaying = Pace(), None
-        self.ending.begin(done)
         self.method.train()
+        self.ending.begin(done)
         while done < self.total and not self.ending.now(stop, done):
             place, epoch = self.progress.place(done), self.progress.epoch(done)
             self.rate.before_step(place, self.data.steps_per_epoch)
