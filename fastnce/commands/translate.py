@@ -8,6 +8,7 @@ from ..common.messages import nearest
 from ..common.streams import ProgressLine
 from ..data.limit import accepting
 from ..engine.choices import pick_device
+from ..translate.chosen import of_epoch
 from ..translate.files import FORMATS, translate_files
 from ..translate.load import load_translator
 from .parsing import GENERATOR_HELP, MAX_PIXELS, MODEL_HELP, TILES_HELP, TRUST_HELP, add_max_pixels, command_parser
@@ -21,6 +22,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("model", type=Path, metavar="RUN|FILE.pth", help=MODEL_HELP)
     parser.add_argument("source", type=Path, metavar="IMAGE|DIR", help="a picture, or a folder of them")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR|FILE", help=OUT_HELP)
+    parser.add_argument("--epoch", type=int, metavar="N", help="of a run: the checkpoint of epoch N (run.keep_epochs)")
     parser.add_argument("--generator", default="", help=GENERATOR_HELP)
     parser.add_argument("--format", help="png (default), jpg, webp, bmp, tiff or npy")
     parser.add_argument("--bits", type=int, choices=(8, 16), help="depth of the written files; default as the source")
@@ -39,7 +41,8 @@ def main(arguments: list[str]) -> int:
         raise ValueError(f"--format must be png, jpg, webp, bmp, tiff or npy, not {args.format!r}{meant}")
     with ProgressLine() as line, accepting(args.max_pixels, MAX_PIXELS):
         how = {"tiles": args.tiles, "tile_size": args.tile_size, "say": line.say, "trust_code": args.trust_code}
-        translator = load_translator(args.model, pick_device(args.device), args.generator, **how)
+        model = args.model if args.epoch is None else of_epoch(args.model, args.epoch)
+        translator = load_translator(model, pick_device(args.device), args.generator, **how)
         written = translate_files(
             translator, args.source, args.out, suffix, batch=args.batch, bits=args.bits, progress=line
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 from ..common.options import check as check_options
 from ..data.rain import RainOptions, parse_ranges
 from ..data.target import SINGLE
-from ..engine.checks import track_names
+from ..engine.checks import check_schedule, track_names
 from ..methods.presets import find_preset
 from .config import Config, from_preset
 from .options import DataOptions, sides
@@ -29,8 +29,7 @@ def check(config: Config) -> None:
         check_options(options, section)
     track_names(config.run.track)
     data, optim = config.data, config.optim
-    if optim.n_epochs + optim.n_epochs_decay < 1:
-        raise ValueError("optim.n_epochs=0 and optim.n_epochs_decay=0 leave nothing to train: one must be at least 1")
+    check_schedule(optim)
     if data.batch % optim.accumulate:
         raise ValueError(
             f"data.batch={data.batch} cannot be computed in optim.accumulate={optim.accumulate} equal parts"

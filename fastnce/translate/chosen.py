@@ -1,11 +1,11 @@
-"""The checkpoints of a run that an evaluation measures: the last, which `translate` uses, and the best."""
+"""Chosen checkpoints of a run: the last, which `translate` uses, the best, and that of an epoch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
 
-from ..engine.stored import step_of
+from ..engine.stored import missing, step_of
 from .translator import Translator
 
 CHECKPOINTS = ("best", "last", "both")
@@ -54,6 +54,24 @@ def last_and_best(
         say(f"only the last checkpoint is measured: {error}")
         return last, None, "last"
     return (last, None, "best and last") if step_loaded(best) == step_loaded(last) else (last, best, "last")
+
+
+def of_epoch(model: Path, epoch: int) -> Path:
+    """Return the path of the checkpoint that a run keeps of an epoch (`run.keep_epochs`), for `load_translator`.
+
+    Args:
+        model: a run.
+        epoch: its number, counted from 1, as in the published `--epoch`.
+
+    Raises:
+        ValueError: `model` is no run, or has no checkpoint of this epoch; the message names those that it has.
+    """
+    if not (model / "checkpoints").is_dir():
+        raise ValueError(f"--epoch {epoch} chooses a checkpoint of a run, and {model} is none")
+    pointer = model / "checkpoints" / f"epoch-{epoch}"
+    if not pointer.is_file():
+        raise ValueError(missing(pointer))
+    return pointer
 
 
 def step_loaded(translator: Translator | None) -> int | None:
