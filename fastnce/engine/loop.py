@@ -216,9 +216,9 @@ class _Run:
             if self.progress.epoch(done) != epoch:
                 epoch = self.progress.epoch(done)
                 self.step.set_learning_rate(schedule(epoch, self.optim.n_epochs, self.optim.n_epochs_decay))
+                self.method.begin_epoch(epoch + 1, self.progress.epochs)
             began = time.perf_counter()
-            before, decaying = decaying, epoch >= self.optim.n_epochs
-            # a falling learning rate takes other versions of the images, which may have to be decoded first
+            before, decaying = decaying, epoch >= self.optim.n_epochs  # then other versions of the images are decoded
             with self.ranks.together(self.device) if decaying != before else nullcontext():
                 batch = Batch(*self.data.batch(self.progress.place(done), decaying=decaying))
             pace.step(time.perf_counter() - began)

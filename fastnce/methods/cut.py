@@ -257,6 +257,12 @@ class CUT(Method):
 
     def _contrast(self, outputs: Outputs, draws: Draws) -> Tensor:
         """Compute PatchNCE of (x, G(x)) and, with the identity term, of (y, G(y)): (directions,)."""
+        queries, keys, directions = self.maps(outputs, draws)
+        ids = self._patch_ids(keys, directions, draws)
+        return self.head(queries, keys, directions=directions, patch_ids=ids).reshape(directions)
+
+    def maps(self, outputs: Outputs, draws: Draws) -> tuple[list[Tensor], list[Tensor], int]:
+        """Return the features of the fakes, those of the real images without gradient, and the number of directions."""
         queries = self.generator(outputs["fake"], self.layers, encode_only=True)
         if draws.flip:
             queries = [query.flip(3) for query in queries]
@@ -264,9 +270,7 @@ class CUT(Method):
         if keys is None:
             with torch.no_grad():
                 keys = self.generator(outputs["real"], self.layers, encode_only=True)
-        directions = 2 if "idt_B" in outputs else 1
-        ids = self._patch_ids(keys, directions, draws)
-        return self.head(queries, keys, directions=directions, patch_ids=ids).reshape(directions)
+        return queries, keys, 2 if "idt_B" in outputs else 1
 
     def _patch_ids(self, keys: list[Tensor], directions: int, draws: Draws):
         """Return the locations for the head, or None if the head shall draw them."""

@@ -14,6 +14,7 @@ from .cut import CUT, CUTOptions
 from .cyclegan import CycleGAN, CycleGANOptions
 from .dcdgan import DCDGAN, DCDGANOptions
 from .dclgan import DCLGAN, DCLGANOptions
+from .hneg_src import HnegSRC, HnegSRCOptions
 from .simdcl import SimDCL, SimDCLOptions
 from .sincut import SinCUT, SinCUTOptions
 
@@ -40,6 +41,12 @@ PRESETS = {
         CUTOptions.fastcut,
         "Park et al., Contrastive Learning for Unpaired Image-to-Image Translation, ECCV 2020",
         {"optim": {"n_epochs": 150, "n_epochs_decay": 50}},
+    ),
+    "hneg-src": Preset(
+        HnegSRC,
+        HnegSRCOptions,
+        "Jung et al., Exploring Patch-wise Semantic Relation for Contrastive Learning, CVPR 2022 (released code)",
+        {"optim": {"n_epochs": 200, "n_epochs_decay": 200}},
     ),
     "sincut": Preset(
         SinCUT,
