@@ -15,6 +15,7 @@ from .cyclegan import CycleGAN, CycleGANOptions
 from .dcdgan import DCDGAN, DCDGANOptions
 from .dclgan import DCLGAN, DCLGANOptions
 from .hneg_src import HnegSRC, HnegSRCOptions
+from .negcut import NEGCUT, NEGCUTOptions
 from .simdcl import SimDCL, SimDCLOptions
 from .sincut import SinCUT, SinCUTOptions
 
@@ -46,6 +47,12 @@ PRESETS = {
         HnegSRC,
         HnegSRCOptions,
         "Jung et al., Exploring Patch-wise Semantic Relation for Contrastive Learning, CVPR 2022 (released code)",
+        {"optim": {"n_epochs": 200, "n_epochs_decay": 200}},
+    ),
+    "negcut": Preset(
+        NEGCUT,
+        NEGCUTOptions,
+        "Wang et al., Instance-wise Hard Negative Example Generation for Contrastive Learning, ICCV 2021 (released code)",
         {"optim": {"n_epochs": 200, "n_epochs_decay": 200}},
     ),
     "sincut": Preset(

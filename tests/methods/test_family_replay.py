@@ -24,7 +24,7 @@ NAMES = LOSS_NAMES | {
     "HDCE_gamma": "gamma",
     "HDCE_gamma_min": "gamma_min",
 }
-PRESET = {"cut": "hneg-src"}
+PRESET = {"cut": "hneg-src", "negcut": "negcut"}
 
 
 def build(r: Recording):
@@ -83,3 +83,15 @@ def test_hneg_src(case):
     r = Recording(FOLDER / f"{case}.npz")
     method, step, epochs = build(r)
     compare(r, method, step, epochs, drawn_layers=5)
+
+
+def test_negcut():
+    r = Recording(FOLDER / "negcut.npz")
+    method, step, epochs = build(r)
+    noise = [r.tensor(f"step{i}/noise16/{n}").double() / 16 for i in range(2) for n in range(20)]
+    # recorded for x, then for y, layer by layer; the method draws both at once
+    order = [torch.cat([noise[first + layer], noise[first + 5 + layer]]) for first in range(0, 40, 10) for layer in range(5)]
+    drawn = iter(order)
+    method.negative.draw = lambda images, count, like: next(drawn)
+    compare(r, method, step, epochs, drawn_layers=5)
+    assert next(drawn, None) is None
