@@ -16,6 +16,7 @@ from .dcdgan import DCDGAN, DCDGANOptions
 from .dclgan import DCLGAN, DCLGANOptions
 from .hneg_src import HnegSRC, HnegSRCOptions
 from .negcut import NEGCUT, NEGCUTOptions
+from .qsattn import QSAttn, QSAttnOptions
 from .simdcl import SimDCL, SimDCLOptions
 from .sincut import SinCUT, SinCUTOptions
 
@@ -53,6 +54,12 @@ PRESETS = {
         NEGCUT,
         NEGCUTOptions,
         "Wang et al., Instance-wise Hard Negative Example Generation for Contrastive Learning, ICCV 2021 (released code)",
+        {"optim": {"n_epochs": 200, "n_epochs_decay": 200}},
+    ),
+    "qsattn": Preset(
+        QSAttn,
+        QSAttnOptions,
+        "Hu et al., QS-Attn: Query-Selected Attention for Contrastive Learning in I2I Translation, CVPR 2022",
         {"optim": {"n_epochs": 200, "n_epochs_decay": 200}},
     ),
     "sincut": Preset(

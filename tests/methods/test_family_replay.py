@@ -20,11 +20,12 @@ NAMES = LOSS_NAMES | {
     "dce_idt": "nce_idt",
     "lambda_HDCE": "lambda_nce",
     "lambda_SRC": "lambda_src",
+    "QS_mode": "attention",
     "use_curriculum": "curriculum",
     "HDCE_gamma": "gamma",
     "HDCE_gamma_min": "gamma_min",
 }
-PRESET = {"cut": "hneg-src", "negcut": "negcut"}
+PRESET = {"cut": "hneg-src", "negcut": "negcut", "qs": "qsattn"}
 
 
 def build(r: Recording):
@@ -95,3 +96,11 @@ def test_negcut():
     method.negative.draw = lambda images, count, like: next(drawn)
     compare(r, method, step, epochs, drawn_layers=5)
     assert next(drawn, None) is None
+
+
+@pytest.mark.parametrize("mode", ["global", "local", "local_global"])
+def test_qsattn(mode):
+    r = Recording(FOLDER / f"qsattn_{mode}.npz")
+    method, step, epochs = build(r)
+    assert method.options.attention == mode
+    compare(r, method, step, epochs, drawn_layers=3)
