@@ -68,7 +68,7 @@ class Features(nn.Module):
         for i, width in enumerate(WIDTHS):
             if i in (2, 4, 7, 10):
                 layers.append(nn.MaxPool2d(2, 2))
-            layers += [nn.Conv2d(before, width, 3, padding=1), nn.ReLU()]  # not in place: the slices share it
+            layers += [nn.Conv2d(before, width, 3, padding=1), nn.ReLU(inplace=True)]  # in place: it completes what the released code names relu4_1
             before = width
         self.features = nn.Sequential(*layers, nn.MaxPool2d(2, 2))
 
@@ -196,8 +196,8 @@ def record(case: str) -> tuple[dict[str, np.ndarray], dict]:
         arrays |= {f"step{i}/{key}": given[key].numpy().astype(np.float32) for key in kept}
         arrays |= {f"step{i}/ids/{n}": ids.numpy().astype(np.int16) for n, ids in enumerate(drawn.ids)}
         arrays |= {f"step{i}/noise16/{n}": (noise * 16).numpy().astype(np.int8) for n, noise in enumerate(drawn.noise)}
-        shown = [name for name in model.loss_names if hasattr(model, f"loss_{name}")]
-        losses.append({name: float(torch.as_tensor(getattr(model, f"loss_{name}")).detach()) for name in shown})
+        shown = {name: getattr(model, f"loss_{name}", None) for name in model.loss_names}  # numbers are terms left out
+        losses.append({name: float(loss.detach()) for name, loss in shown.items() if isinstance(loss, Tensor)})
     for name, network in names.items():
         for key, tensor in network.named_parameters():
             change = (tensor.detach() - start[f"init/net{name}/{key}"]) / options.lr / RESOLUTION

@@ -15,6 +15,7 @@ from .cyclegan import CycleGAN, CycleGANOptions
 from .dcdgan import DCDGAN, DCDGANOptions
 from .dclgan import DCLGAN, DCLGANOptions
 from .hneg_src import HnegSRC, HnegSRCOptions
+from .lsesim import LSeSim, LSeSimOptions
 from .negcut import NEGCUT, NEGCUTOptions
 from .qsattn import QSAttn, QSAttnOptions
 from .simdcl import SimDCL, SimDCLOptions
@@ -55,6 +56,18 @@ PRESETS = {
         NEGCUTOptions,
         "Wang et al., Instance-wise Hard Negative Example Generation for Contrastive Learning, ICCV 2021 (released code)",
         {"optim": {"n_epochs": 200, "n_epochs_decay": 200}},
+    ),
+    "fsesim": Preset(
+        LSeSim,
+        LSeSimOptions,
+        "Zheng et al., The Spatially-Correlative Loss for Various Image Translation Tasks, CVPR 2021 (fixed)",
+        {"optim": {"lr": 1e-4, "n_epochs": 200, "n_epochs_decay": 200}},
+    ),
+    "lsesim": Preset(
+        LSeSim,
+        LSeSimOptions.lsesim,
+        "Zheng et al., The Spatially-Correlative Loss for Various Image Translation Tasks, CVPR 2021 (learned)",
+        {"optim": {"lr": 1e-4, "n_epochs": 200, "n_epochs_decay": 200}},
     ),
     "qsattn": Preset(
         QSAttn,

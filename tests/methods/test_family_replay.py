@@ -20,15 +20,19 @@ NAMES = LOSS_NAMES | {
     "dce_idt": "nce_idt",
     "lambda_HDCE": "lambda_nce",
     "lambda_SRC": "lambda_src",
+    "patch_nums": "patches",
+    "patch_size": "patch_size",
+    "learned_attn": "learned",
+    "augment": "augment",
     "QS_mode": "attention",
     "use_curriculum": "curriculum",
     "HDCE_gamma": "gamma",
     "HDCE_gamma_min": "gamma_min",
 }
-PRESET = {"cut": "hneg-src", "negcut": "negcut", "qs": "qsattn"}
+PRESET = {"cut": "hneg-src", "negcut": "negcut", "qs": "qsattn", "sc": "fsesim"}
 
 
-def build(r: Recording):
+def build(r: Recording, **changes):
     """The method with the recorded options and weights, in float64, and its step."""
     argv = parse_argv(r.meta["argv"])
     epochs = int(argv.pop("n_epochs")), int(argv.pop("n_epochs_decay"))
@@ -36,6 +40,8 @@ def build(r: Recording):
     preset = PRESET[argv.pop("model")]
     sections = PRESETS[preset].sections
     options = take(argv, PRESETS[preset].options(), NAMES)
+    for name, value in changes.items():
+        setattr(options, name, value)
     network = take(argv, NetworkOptions(**sections.get("network", {})), NETWORK_NAMES)
     assert not argv
     optim = OptimOptions(**sections.get("optim", {}))
@@ -59,6 +65,7 @@ def compare(r: Recording, method, step: Step, epochs: int, drawn_layers: int) ->
         (group.base_lr, list(group.adam.defaults["betas"]), sum(p.numel() for p in group.parameters))
         for group in step.groups.values()
     ]
+    recorded = [group for group in recorded if group[0]]  # LSeSim gives VGG16 a learning rate of 0
     assert ours == recorded
     for i, losses in enumerate(r.meta["losses"]):
         method.begin_epoch(i + 1, epochs)
@@ -104,3 +111,15 @@ def test_qsattn(mode):
     method, step, epochs = build(r)
     assert method.options.attention == mode
     compare(r, method, step, epochs, drawn_layers=3)
+
+
+@pytest.mark.parametrize("case", ["fsesim", "lsesim"])
+def test_lsesim(case, tmp_path):
+    r = Recording(FOLDER / f"{case}.npz")
+    torch.save(r.under("init/netPre/"), tmp_path / "vgg.pth")
+    method, step, epochs = build(r, vgg_weights=str(tmp_path / "vgg.pth"))
+    assert method.options.learned is (case == "lsesim")
+    augmented = iter([r.tensor(f"step{i}/{domain}_aug") for i in range(2) for domain in "AB"] if case == "lsesim" else [])
+    method.jitter = lambda pictures: next(augmented)
+    compare(r, method, step, epochs, drawn_layers=3)
+    assert next(augmented, None) is None
