@@ -1,4 +1,4 @@
-"""Record what the released code of a method of the contrastive family computes, for tests/methods/test_family_replay.py.
+"""Record what the released code of four methods computes, for tests/methods/test_family_replay.py.
 
     python experiments/record_family.py CHECKOUT --case negcut --out tests/methods/recordings
 
@@ -68,7 +68,10 @@ class Features(nn.Module):
         for i, width in enumerate(WIDTHS):
             if i in (2, 4, 7, 10):
                 layers.append(nn.MaxPool2d(2, 2))
-            layers += [nn.Conv2d(before, width, 3, padding=1), nn.ReLU(inplace=True)]  # in place: it completes what the released code names relu4_1
+            layers += [
+                nn.Conv2d(before, width, 3, padding=1),
+                nn.ReLU(inplace=True),
+            ]  # in place: it completes what the released code names relu4_1
             before = width
         self.features = nn.Sequential(*layers, nn.MaxPool2d(2, 2))
 
@@ -76,7 +79,9 @@ class Features(nn.Module):
 class Stub(ModuleType):
     """A module that has every name."""
 
-    __path__: list[str] = []
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.__path__: list[str] = []
 
     def __getattr__(self, name: str):
         if name.startswith("__"):

@@ -50,7 +50,9 @@ class HnegSRC(CUT):
 
     def __init__(self, options: HnegSRCOptions, network: NetworkOptions):
         super().__init__(options, network)
-        refuse_changed(options, HnegSRCOptions(), ("weighting", "symmetric", "selection", "gather_negatives"), "hneg-src")
+        refuse_changed(
+            options, HnegSRCOptions(), ("weighting", "symmetric", "selection", "gather_negatives"), "hneg-src"
+        )
         if options.lambda_src > 0 and options.lambda_nce == 0:
             raise ValueError(
                 f"loss.lambda_src={options.lambda_src} compares codes that only hDCE trains: set loss.lambda_nce above "
@@ -89,9 +91,7 @@ class HnegSRC(CUT):
         for q, k, temperature in zip(queries, keys, self.head.temperatures, strict=True):
             unit = unit_rows(k)
             weights = Weights(pair_weight=hdce_pair_weight(unit, groups, gamma=self.gamma), decoupled=True)
-            loss = patch_nce(
-                q, k, images=groups, temperature=temperature, weights=weights, reduction="none"
-            )
+            loss = patch_nce(q, k, images=groups, temperature=temperature, weights=weights, reduction="none")
             # The released code shows the cross-entropy and differentiates the decoupled loss.
             shown = loss + (softplus(loss) - loss).detach()
             losses.append(shown.unflatten(0, (directions, -1)).mean(1))

@@ -41,7 +41,9 @@ LEAST_CHANNELS = 32
 class LSeSimOptions:
     """The terms of the spatially-correlative loss; the defaults are those of the released option files: FSeSim."""
 
-    lambda_spatial: float = option(10.0, "weight of the spatial loss: higher keeps more of the input's shapes", **WEIGHT)
+    lambda_spatial: float = option(
+        10.0, "weight of the spatial loss: higher keeps more of the input's shapes", **WEIGHT
+    )
     lambda_spatial_idt: float = option(0.0, "weight of the spatial loss between y and G(y)", **WEIGHT)
     lambda_identity: float = option(0.0, "weight of the L1 distance between y and G(y)", **WEIGHT)
     vgg_weights: str = option(
@@ -109,7 +111,9 @@ class LSeSim(Method):
             )
         for key in ("in_channels", "out_channels"):
             if (channels := getattr(network, key)) not in (1, 3):
-                raise ValueError(f"VGG16 takes images of 1 or 3 channels, so network.{key} must be 1 or 3, not {channels}")
+                raise ValueError(
+                    f"VGG16 takes images of 1 or 3 channels, so network.{key} must be 1 or 3, not {channels}"
+                )
         if options.augment and not options.learned:
             raise ValueError("loss.augment=true needs loss.learned=true: only F contrasts copies in other colours")
         self.gp = options.lambda_gradient
@@ -170,8 +174,8 @@ class LSeSim(Method):
             for (height, width), what in sizes.items():
                 if min(height, width) < factor:
                     raise ValueError(
-                        f"{what} leave fewer than 2x2 locations at ReLU {max(self.layers)} of loss.vgg_layers: {remedy}, "
-                        f"or leave the layer out"
+                        f"{what} leave fewer than 2x2 locations at ReLU {max(self.layers)} of loss.vgg_layers: "
+                        f"{remedy}, or leave the layer out"
                     )
         both = list({**a, **b}.values())
         if self.options.learned and len(both) > 1:
@@ -197,9 +201,10 @@ class LSeSim(Method):
         with torch.no_grad():
             maps = [self.vgg(pictures, self.layers) for pictures in (source, target, other.flip(2, 3))]
         ids = self._ids(maps[0], draws, 0)
+        sources, targets, others = (self._similarities(found, ids) for found in maps)
         losses = [
-            contrast_similarity(*similarities, self.options.temperature)
-            for similarities in zip(*(self._similarities(found, ids) for found in maps), strict=True)
+            contrast_similarity(s, t, o, self.options.temperature)
+            for s, t, o in zip(sources, targets, others, strict=True)
         ]
         loss = torch.stack(losses).mean()
         return loss, {"spatial": loss}

@@ -113,9 +113,7 @@ class NEGCUT(CUT):
             keys = project_patches(key_maps, ids, mlps, distinct_ids=drawn)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not of_negatives):
             queries = project_patches(query_maps, ids, mlps, distinct_ids=drawn)
-            every = project_patches(
-                key_maps, dense_patch_ids(key_maps), self.average.mlps(layers), distinct_ids=True
-            )
+            every = project_patches(key_maps, dense_patch_ids(key_maps), self.average.mlps(layers), distinct_ids=True)
             means = [rows.unflatten(0, (images, -1)).mean(1) for rows in every]
         negatives = self.negative(means, self.options.patches)
         groups = images if self.options.negatives == "image" else directions

@@ -54,7 +54,7 @@ PRESETS = {
     "negcut": Preset(
         NEGCUT,
         NEGCUTOptions,
-        "Wang et al., Instance-wise Hard Negative Example Generation for Contrastive Learning, ICCV 2021 (released code)",
+        "Wang et al., Instance-wise Hard Negative Example Generation for Contrastive Learning, ICCV 2021",
         {"optim": {"n_epochs": 200, "n_epochs_decay": 200}},
     ),
     "fsesim": Preset(

@@ -86,8 +86,8 @@ def query_attention(
     """Select queries as QS-Attn does, and return the attention that routes the features of both sides.
 
     Hu et al., QS-Attn (CVPR 2022), and its code. Attention is the softmax of f_i.f_j over all locations j ("global"), or
-    over the 7x7 window around i ("local"). The locations of least entropy are selected; "local_global" selects by local
-    entropy and routes by global attention. The entropies of "global" take locations^2 values per image.
+    over the 7x7 window around i ("local"). The locations of least entropy are selected. "local_global" selects by
+    local entropy and routes by global attention. The entropies of "global" take locations^2 values per image.
 
     Args:
         source: (images, channels, height, width), any floating dtype, of the source image.
@@ -97,8 +97,8 @@ def query_attention(
             mixes channels with places; "paper" takes the features of the places.
 
     Returns:
-        ids (images, patches), least entropy first, and attention (images, patches, locations or 49), float32 or float64,
-        which passes a gradient to `source`.
+        ids (images, patches), least entropy first, and attention (images, patches, locations or 49), float32 or
+        float64, which passes a gradient to `source`.
     """
     checks.maps("source", [source])
     patches = checks.count("patches", patches)

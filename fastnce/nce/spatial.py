@@ -43,7 +43,9 @@ def self_similarity(feature_map: Tensor, ids: Tensor, window: int, normalised: b
         top = (ids // width - window // 2).clamp(0, height - window)
         left = (ids % width - window // 2).clamp(0, width - window)
         steps = torch.arange(window, device=ids.device)
-        places = (top[:, None, None] + steps[:, None]) * width + left[:, None, None] + steps  # (patches, window, window)
+        places = (
+            (top[:, None, None] + steps[:, None]) * width + left[:, None, None] + steps
+        )  # (patches, window, window)
         found = found.gather(2, places.flatten(1).expand(len(found), -1, -1))
     return found if normalised else torch.tanh(found / 10)
 

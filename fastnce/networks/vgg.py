@@ -41,7 +41,10 @@ class VGG16(nn.Module):
         found = {match.groups(): tensor for key, tensor in (weights or {}).items() if (match := KEY.fullmatch(key))}
         layers, before = [], 3
         for layer, place in enumerate(PLACES[:depth]):
-            shape, given = (CHANNELS[layer], before, 3, 3), [found.get((str(place), name)) for name in ("weight", "bias")]
+            shape, given = (
+                (CHANNELS[layer], before, 3, 3),
+                [found.get((str(place), name)) for name in ("weight", "bias")],
+            )
             if weights is not None:
                 kernel, bias = given
                 if kernel is None or bias is None:

@@ -1,10 +1,9 @@
-"""Recordings that experiments/record_family.py made from the released code of hDCE with SRC, NEGCUT, QS-Attn, F-LSeSim."""
+"""Recordings that experiments/record_family.py made from the released code of four papers."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -98,7 +97,9 @@ def test_negcut():
     method, step, epochs = build(r)
     noise = [r.tensor(f"step{i}/noise16/{n}").double() / 16 for i in range(2) for n in range(20)]
     # recorded for x, then for y, layer by layer; the method draws both at once
-    order = [torch.cat([noise[first + layer], noise[first + 5 + layer]]) for first in range(0, 40, 10) for layer in range(5)]
+    order = [
+        torch.cat([noise[first + layer], noise[first + 5 + layer]]) for first in range(0, 40, 10) for layer in range(5)
+    ]
     drawn = iter(order)
     method.negative.draw = lambda images, count, like: next(drawn)
     compare(r, method, step, epochs, drawn_layers=5)
@@ -119,7 +120,9 @@ def test_lsesim(case, tmp_path):
     torch.save(r.under("init/netPre/"), tmp_path / "vgg.pth")
     method, step, epochs = build(r, vgg_weights=str(tmp_path / "vgg.pth"))
     assert method.options.learned is (case == "lsesim")
-    augmented = iter([r.tensor(f"step{i}/{domain}_aug") for i in range(2) for domain in "AB"] if case == "lsesim" else [])
+    augmented = iter(
+        [r.tensor(f"step{i}/{domain}_aug") for i in range(2) for domain in "AB"] if case == "lsesim" else []
+    )
     method.jitter = lambda pictures: next(augmented)
     compare(r, method, step, epochs, drawn_layers=3)
     assert next(augmented, None) is None

@@ -1,4 +1,4 @@
-"""The terms of hDCE with SRC, NEGCUT, QS-Attn and F-LSeSim against plain writings of their formulas, and their options."""
+"""Terms of hDCE with SRC, NEGCUT, QS-Attn and F-LSeSim against plain writings of their formulas; their options."""
 
 from __future__ import annotations
 
