@@ -85,7 +85,7 @@ def query_attention(
 ) -> tuple[Tensor, Tensor]:
     """Select queries as QS-Attn does, and return the attention that routes the features of both sides.
 
-    Hu et al., QS-Attn (CVPR 2022), and its code. Attention is the softmax of f_i.f_j over all locations j ("global"), or
+    Hu et al., QS-Attn (CVPR 2022), and its code. Attention is the softmax of f_i.f_j over all j ("global"), or
     over the 7x7 window around i ("local"). The locations of least entropy are selected. "local_global" selects by
     local entropy and routes by global attention. The entropies of "global" take locations^2 values per image.
 

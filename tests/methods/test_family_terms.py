@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastnce.engine.loop import train
+from fastnce.engine.options import OptimOptions, RunOptions
 from fastnce.methods import Batch, Draws
 from fastnce.methods.hneg_src import HnegSRCOptions, gamma_at
 from fastnce.methods.jitter import color_jitter
@@ -18,6 +20,7 @@ from fastnce.nce.relations import relation_loss
 from fastnce.nce.selection import query_attention, route
 from fastnce.nce.spatial import contrast_similarity, self_similarity, spatial_loss
 from fastnce.networks.vgg import KEY, VGG16
+from tests.engine.test_engine import Toy, small_method
 from tests.methods.test_methods_more import build, pictures
 from tests.vgg import narrow_weights
 
@@ -59,6 +62,17 @@ def test_gamma_changes_the_loss_of_the_next_step():
         torch.manual_seed(0)
         losses.append(method.g_loss(batch, method.generate(batch, Draws()), Draws())[1]["HDCE"])
     assert losses[0] > losses[1] + 0.01
+
+
+def test_the_loop_tells_each_epoch_also_after_a_stop(tmp_path):
+    method = small_method()
+    seen = []
+    method.begin_epoch = lambda *epoch: seen.append(epoch)
+    optim = OptimOptions(n_epochs=2, n_epochs_decay=1)
+    train(method, Toy(), optim, RunOptions(steps=3, log_every=1), tmp_path, quiet=True)
+    assert seen == [(1, 3), (2, 3)]
+    train(method, Toy(), optim, RunOptions(log_every=1), tmp_path, quiet=True)
+    assert seen[2:] == [(2, 3), (3, 3)]
 
 
 def test_negatives_that_are_given():
