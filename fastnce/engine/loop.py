@@ -211,9 +211,13 @@ class _Run:
         pace, decaying = Pace(), None
         self.method.train()
         self.ending.begin(done)
+        known = -1  # the epoch that the method knows of
         while done < self.total and not self.ending.now(stop, done):
             place, epoch = self.progress.place(done), self.progress.epoch(done)
             self.rate.before_step(place, self.data.steps_per_epoch)
+            if epoch != known:
+                known = epoch
+                self.method.begin_epoch(epoch + 1, self.progress.epochs)
             began = time.perf_counter()
             before, decaying = decaying, epoch >= self.optim.n_epochs
             # the epochs after n_epochs take other versions of the images, which may have to be decoded first

@@ -199,6 +199,7 @@ class Step:
         else:
             losses, bad = self._at_once(batch, draws)
         before.restore(bad)
+        self.method.finish(bad)
         self.bad_steps.add_(1).mul_(bad)
         if self.loss_scale is not None:
             self.loss_scale.update(bad)

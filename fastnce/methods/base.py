@@ -158,6 +158,15 @@ class Method(nn.Module):
         It is called before every step, so that a compiled step never makes state itself.
         """
 
+    def begin_epoch(self, epoch: int, epochs: int) -> None:
+        """Follow a schedule: called before the first step of each epoch, from 1 to `epochs`, and of a continued run.
+
+        What a step reads of it must be a tensor on the device, changed in place, because steps may be recorded.
+        """
+
+    def finish(self, bad: Tensor) -> None:
+        """Change what follows the updates of a step, such as an averaged projector; nothing if `bad`, () bool."""
+
     def check(self, batch_size: int, height: int, width: int) -> None:
         """Refuse crops that cannot be trained on: `check_options`, then `check_sizes` of this one size."""
         self.check_options(batch_size)

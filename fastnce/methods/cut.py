@@ -91,6 +91,9 @@ class CUT(Method):
 
     Options = CUTOptions
 
+    keys_learn = False
+    """Whether a loss differentiates the features of the real images too."""
+
     def __init__(self, options: CUTOptions, network: NetworkOptions):
         super().__init__()
         check_ranges(options, network)
@@ -214,7 +217,7 @@ class CUT(Method):
         # The features of a mirrored image are not the mirrored features, so x is then encoded separately.
         if options.reuse_key_features and options.lambda_nce > 0 and not draws.flip and generator.features_repeat:
             fake, features = generator(real, self.layers)
-            keys = [feature.detach() for feature in features]
+            keys = features if self.keys_learn else [feature.detach() for feature in features]
         else:
             fake = generator(real.flip(3) if draws.flip else real)
         n = batch.a.shape[0]
@@ -257,16 +260,20 @@ class CUT(Method):
 
     def _contrast(self, outputs: Outputs, draws: Draws) -> Tensor:
         """Compute PatchNCE of (x, G(x)) and, with the identity term, of (y, G(y)): (directions,)."""
+        queries, keys, directions = self.maps(outputs, draws)
+        ids = self._patch_ids(keys, directions, draws)
+        return self.head(queries, keys, directions=directions, patch_ids=ids).reshape(directions)
+
+    def maps(self, outputs: Outputs, draws: Draws) -> tuple[list[Tensor], list[Tensor], int]:
+        """Return the features of the fakes, those of the real images, and the number of directions."""
         queries = self.generator(outputs["fake"], self.layers, encode_only=True)
         if draws.flip:
             queries = [query.flip(3) for query in queries]
         keys = outputs["keys"]
         if keys is None:
-            with torch.no_grad():
+            with torch.set_grad_enabled(self.keys_learn and torch.is_grad_enabled()):
                 keys = self.generator(outputs["real"], self.layers, encode_only=True)
-        directions = 2 if "idt_B" in outputs else 1
-        ids = self._patch_ids(keys, directions, draws)
-        return self.head(queries, keys, directions=directions, patch_ids=ids).reshape(directions)
+        return queries, keys, 2 if "idt_B" in outputs else 1
 
     def _patch_ids(self, keys: list[Tensor], directions: int, draws: Draws):
         """Return the locations for the head, or None if the head shall draw them."""

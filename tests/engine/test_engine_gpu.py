@@ -22,6 +22,7 @@ from fastnce.engine.options import OptimOptions
 from fastnce.engine.step import Step
 from fastnce.methods import CUT, Batch, CUTOptions, Draws, NetworkOptions
 from fastnce.methods.presets import PRESETS
+from tests.vgg import with_vgg
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,7 +41,7 @@ def exact_products():
 
 
 def method_of(preset: str, **changes):
-    options = PRESETS[preset].options()
+    options = with_vgg(PRESETS[preset].options())
     for name, value in {"patches": 16, "projection": 16, "pool_size": 3, **changes}.items():
         if hasattr(options, name):
             setattr(options, name, value)
