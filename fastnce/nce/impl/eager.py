@@ -205,7 +205,7 @@ def nce_losses(
     pair_log_weight_GSS: Tensor | None = None,
     pair_weight_GSS: Tensor | None = None,
     groups: int = 1,
-    temperature: float = 0.07,
+    temperature: float | Tensor = 0.07,
     decoupled: bool = False,
     unit: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -213,8 +213,11 @@ def nce_losses(
 
     The results are float32, or float64 for float64; 16-bit inputs are widened to float32 first. They can be
     differentiated once, with respect to queries, keys and extra keys, which may be (1, count, dim) for all groups.
-    `unit`, whether rows have unit length, is not used here.
+    `unit`, whether rows have unit length, is not used here. A temperature may be a tensor (), which gets a gradient.
     """
+    if isinstance(temperature, Tensor):
+        wide = torch.float64 if queries.dtype == torch.float64 else torch.float32
+        queries, temperature = queries.to(wide) / temperature.to(wide), 1.0
     if extra_keys_GED is not None:
         extra_keys_GED = extra_keys_GED.expand(groups, -1, -1)
     weights = pair_log_weight_GSS, pair_weight_GSS
