@@ -9,8 +9,15 @@ import torch
 from torch import Tensor
 
 
+def no_forward_mode(ctx: Any, *tangents: Any) -> Any:
+    """The `jvp` of functions without a forward-mode derivative."""
+    raise ValueError("patch_nce has no forward-mode derivative (jvp, jacfwd, hessian): use grad, vjp or jacrev")
+
+
 class FirstOrderOnly(torch.autograd.Function):
     """Connect a gradient to `inputs`, so that differentiating it again raises an error instead of returning zeros."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(gradient, *inputs):
@@ -19,6 +26,8 @@ class FirstOrderOnly(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         pass
+
+    jvp = staticmethod(no_forward_mode)
 
     @staticmethod
     def backward(ctx, *_):
@@ -40,6 +49,8 @@ def with_fast_path(cls: Any) -> Any:
             return output
 
         backward = staticmethod(cls.backward)
+        if "jvp" in vars(cls):
+            jvp = staticmethod(cls.jvp)
 
     cls.direct = fast_apply(Direct)
     return cls

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...common.autograd import FirstOrderOnly, apply, with_fast_path
+from ...common.autograd import FirstOrderOnly, apply, no_forward_mode, with_fast_path
+from .transforms import split_examples, with_examples
 
 BLOCK_ELEMENTS = 1 << 20
 """Logits per block on a CPU: 4 MiB in float32, small enough for its caches."""
@@ -128,6 +129,17 @@ class _NCERows(torch.autograd.Function):
         if len(results) == 1:  # nothing to concatenate
             return results[0]
         return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
+
+    jvp = staticmethod(no_forward_mode)
+
+    @staticmethod
+    def vmap(info, in_dims, *inputs):
+        *tensors, groups, scale, decoupled, with_gradient = inputs
+        many = info.batch_size
+        tensors = [with_examples(x, dim, many) for x, dim in zip(tensors, in_dims, strict=False)]
+        # an outer `grad` is seen here, below the examples
+        with_gradient = with_gradient or (torch.is_grad_enabled() and tensors[0].requires_grad)
+        return split_examples(apply(_NCERows, *tensors, groups * many, scale, decoupled, with_gradient), many)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
