@@ -19,7 +19,7 @@ from . import checks
 from .impl import eager
 from .impl.dispatch import choose_maps, choose_rows, planned_calls, triton_maps, triton_rows
 from .impl.rows import gather_patches, mlp, normalize_rows
-from .impl.transforms import check_vmap
+from .impl.transforms import check_vmap, transforms_active
 from .impl.uses import RowsUse, maps_use
 from .temperature import given_temperature, lowest_of
 from .weights import Weights
@@ -137,7 +137,7 @@ def patch_nce(
         queries, keys = queries.to(dtype), keys.to(dtype)
     if extra_keys is not None:
         extra_keys = (extra_keys if extra_keys.dim() == 3 else extra_keys[None]).to(dtype)
-    if torch._C._are_functorch_transforms_active():
+    if transforms_active():
         check_vmap((queries, keys, extra_keys), (keys, extra_keys, queries if symmetric else None))
     choice = choose_rows(implementation, device, dtype, queries.shape[1], size)
     if choice is KERNELS:

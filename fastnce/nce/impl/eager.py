@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...common.autograd import FirstOrderOnly, apply, no_forward_mode, with_fast_path
+from ...common.autograd import FirstOrderOnly, apply, with_fast_path
 from .transforms import split_examples, with_examples
 
 BLOCK_ELEMENTS = 1 << 20
@@ -130,10 +130,8 @@ class _NCERows(torch.autograd.Function):
             return results[0]
         return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
 
-    jvp = staticmethod(no_forward_mode)
-
     @staticmethod
-    def vmap(info, in_dims, *inputs):
+    def batched(info, in_dims, *inputs):
         *tensors, groups, scale, decoupled, with_gradient = inputs
         many = info.batch_size
         tensors = [with_examples(x, dim, many) for x, dim in zip(tensors, in_dims, strict=False)]

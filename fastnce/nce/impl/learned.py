@@ -7,13 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...common.autograd import apply, no_forward_mode, with_fast_path
+from ...common.autograd import apply, with_fast_path
 
 
 @with_fast_path
 class _WithTemperature(torch.autograd.Function):
     generate_vmap_rule = True
-    jvp = staticmethod(no_forward_mode)
 
     @staticmethod
     def forward(queries, temperature):

@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 
 
+def transforms_active() -> bool:
+    """Whether a transform of `torch.func` is active, outside of a compiler, which cannot trace the question."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
 def with_examples(x: Tensor | None, dim: int | None, examples: int) -> Tensor | None:
     """Move the examples of `vmap`, at `dim`, to the front and join them with the first dimension, the rows or groups.
 

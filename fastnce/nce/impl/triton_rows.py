@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...common.autograd import FirstOrderOnly, apply, fast_apply, no_forward_mode, with_fast_path
+from ...common.autograd import FirstOrderOnly, apply, fast_apply, with_fast_path
 from ...common.first_use import epoch
 from ...common.operators import PLAIN, operator, plain, untraced
 from ...kernels import nce, nce_keys
@@ -21,7 +21,7 @@ from ...kernels.common import fp32_precision
 from ...kernels.plan import INTERPRETED
 from ...kernels.planned import PlanCache, plan_of, planned
 from .learned import scales_of, with_temperature
-from .transforms import split_examples, with_examples
+from .transforms import split_examples, transforms_active, with_examples
 
 # InfoNCE of grouped rows
 
@@ -85,10 +85,8 @@ class _NCERows(torch.autograd.Function):
         ready = gradient[0] if with_gradient else queries.new_empty(0)
         return loss.view(shape), negative.view(shape), positive.view(shape), ready
 
-    jvp = staticmethod(no_forward_mode)
-
     @staticmethod
-    def vmap(info, in_dims, *inputs):
+    def batched(info, in_dims, *inputs):
         *tensors, scale, temperature, decoupled, unit, with_gradient = inputs
         if in_dims[5] is not None:
             raise ValueError("the kernels take one temperature for all examples of vmap: use implementation='eager'")
@@ -260,7 +258,7 @@ def nce_losses(
     if isinstance(temperature, Tensor):
         queries, (scale,) = with_temperature(queries, temperature), scales_of([temperature])
         temperature = 1.0  # not used beside the scale
-    if extra_keys_GED is not None and torch._C._are_functorch_transforms_active():
+    if extra_keys_GED is not None and transforms_active():
         extra_keys_GED = extra_keys_GED.expand(groups, -1, -1)  # `vmap` joins examples and groups
     enabled = torch.is_grad_enabled()
     with_gradient = enabled and queries.requires_grad
