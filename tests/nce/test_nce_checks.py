@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from fastnce import PatchNCEHead, PatchNCELoss, PatchSampleF, patch_nce, project_patches, sample_patch_ids
 from fastnce.nce import Weights, patch_nce_layers
