@@ -11,7 +11,7 @@ from fastnce.methods import CUT, CUTOptions
 from fastnce.methods.base import Batch, Draws, NetworkOptions
 from fastnce.methods.dclgan import DCLGAN, DCLGANOptions
 from fastnce.methods.simdcl import SimDCL, SimDCLOptions
-from tests.ends import one_sentence, tiny
+from tests.ends import one_sentence, tiny, write
 
 NETWORK = NetworkOptions("resnet_4blocks", width=4, discriminator_width=4)
 SETS = {"negatives": ("image", "batch"), "projector": ("sample", "reshape")}
@@ -103,12 +103,7 @@ def test_what_is_refused():
 @pytest.mark.parametrize("preset", ["fastcut", "dclgan"])
 def test_a_run(preset, tmp_path, capsys):
     """Two steps, then two more from the checkpoint; another projector is refused on resuming."""
-    data = tmp_path / "set"
-    from tests.ends import write
-
-    for name in ("trainA", "trainB"):
-        write(data / name / "1.png")
-        write(data / name / "2.png")
+    data = write(tmp_path / "set", "trainA/1.png", "trainA/2.png", "trainB/1.png", "trainB/2.png")
     more = ["loss.projector=sample", "loss.learn_temperature=true", "--quiet"]
     line = [x if x != "fastcut" else preset for x in tiny(data, tmp_path / "run", "run.steps=2", *more)]
     assert main(line) == 0

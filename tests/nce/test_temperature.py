@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from fastnce.kernels import nce
 
 from fastnce import PatchNCEHead, patch_nce
-from fastnce.kernels import nce
 from fastnce.methods import CUT, CUTOptions
 from fastnce.methods.base import NetworkOptions
 from fastnce.methods.dclgan import DCLGAN, DCLGANOptions
@@ -19,7 +19,6 @@ from fastnce.nce.temperature import LearnedTemperature
 from tests.oracle import DEVICE, error
 
 GATES = {torch.float64: 1e-10, torch.float32: 2e-6, torch.bfloat16: 2e-3}
-"""The gradient of T sums products with gradients of queries, which bfloat16 rounds."""
 FORMS = ["plain", "symmetric", "extra", "weights", "decoupled", "keys"]
 BOTH = [("eager", torch.float64), ("eager", torch.float32), ("eager", torch.bfloat16)]
 BOTH += [("triton", torch.float32), ("triton", torch.bfloat16)]
@@ -70,7 +69,11 @@ def test_gradient_of_the_temperature(implementation, dtype, form):
     assert error(loss, truth) <= 1e-6
     found, expected = (torch.autograd.grad(x, y) for x, y in ((loss, leaves), (truth, exact)))
     assert found[0].dtype == torch.float32
-    assert error(found[0], expected[0]) <= max(GATES[dtype], 3e-7)
+    if dtype == torch.bfloat16:  # each product q . dq contains dq, which is rounded twice, by at most 2^-9 each
+        most = 2.0**-8 * (exact[1] * expected[1]).abs().sum() / t.item()
+        assert (found[0] - expected[0]).abs() <= most
+    else:
+        assert error(found[0], expected[0]) <= max(GATES[dtype], 3e-7)
     for ours, theirs in zip(found[1:], expected[1:], strict=True):
         assert error(ours, theirs) <= {torch.bfloat16: 4e-3}.get(dtype, 5e-6)
 
@@ -136,9 +139,8 @@ def test_the_host_does_not_read_it():
     for t, ours in zip((0.1, 0.5), both, strict=True):
         truth = reference.nce_rows(q.double(), k.double(), temperature=torch.full((), 1 / (1 / t)))[0]
         assert error(ours, truth.flatten()) <= 1e-6
-    assert patch_nce(
-        torch.ones(4, 2, device="meta"), torch.ones(4, 2, device="meta"), temperature=both[0].to("meta")[:1]
-    )
+    rows, t = torch.ones(4, 2, device="meta"), torch.ones(1, device="meta")
+    assert patch_nce(rows, rows, temperature=t).shape == ()  # reading a tensor without memory fails
 
 
 def test_a_second_derivative_is_refused():
@@ -175,6 +177,7 @@ def test_head(implementation, variant):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     step = 1e-2
     (slope,) = torch.autograd.grad(ours(queries, keys, patch_ids=ids), ours.learned_temperature.log_scale)
+    plain.implementation = "eager"
     for layer in range(2):
         values = []
         for sign in (1, -1):

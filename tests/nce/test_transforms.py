@@ -18,7 +18,7 @@ HOW = pytest.mark.parametrize("how", ["eager", "triton"])
 
 
 def examples():
-    rows = torch.randn(2, 3, 8, 6, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(3))
+    rows = torch.randn(2, 2, 8, 6, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(3))
     return F.normalize(rows, dim=-1).unbind()
 
 
@@ -32,7 +32,8 @@ def test_vmap(how):
     f = partial(patch_nce, images=2, implementation=how)
     close(vmap(f)(q, k), map(f, q, k))
     close(vmap(f, in_dims=(2, 2))(q.movedim(0, 2), k.movedim(0, 2)), map(f, q, k))
-    close(vmap(vmap(f, in_dims=(0, None)), in_dims=(None, 0))(q, k), (vmap(f, in_dims=(0, None))(q, b) for b in k))
+    if how == "eager":  # the same rule twice
+        close(vmap(vmap(f, in_dims=(0, None)), in_dims=(None, 0))(q, k), (vmap(f, in_dims=(0, None))(q, b) for b in k))
     weights = Weights(torch.randn(2, 4, 4, device=DEVICE), None, torch.rand(8, device=DEVICE))
     for more in ({"extra_keys": k[1]}, {"weights": weights}, {"reduction": "none"}, {"symmetric": True}):
         g = partial(f, **more)
