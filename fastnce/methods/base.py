@@ -24,6 +24,10 @@ TEMPERATURE = {"low": 1e-4, "high": 1e4}
 """Range of the temperature of a softmax over similarities between -1 and 1."""
 MOST_PATCHES = 2**24
 """The locations of a 4096x4096 map."""
+PROJECTOR_HELP = (
+    'codes (published netF): "mlp_sample": of an MLP; "sample": the features; "reshape": their means over a 4x4 grid'
+)
+LEARN_HELP = "train the temperature with F, from the given one on, between 0.01 and 1 (as CLIP)"
 GP_HELP = "weight of WGAN-GP's penalty on the slope of each discriminator; with gan_mode=wgangp only"
 
 

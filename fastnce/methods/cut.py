@@ -13,11 +13,13 @@ from torch import Tensor
 from ..common.options import option
 from ..nce import PatchNCEHead
 from ..nce.api import Negatives
-from ..nce.selection import attention_patch_ids, dense_patch_ids
+from ..nce.selection import attention_patch_ids, dense_patch_ids, pooled_maps
 from .base import (
     GP_HELP,
+    LEARN_HELP,
     MOST_CHANNELS,
     MOST_PATCHES,
+    PROJECTOR_HELP,
     TEMPERATURE,
     WEIGHT,
     Batch,
@@ -58,6 +60,8 @@ class CUTOptions:
         low=0,
         high=MOST_PATCHES,
     )
+    learn_temperature: bool = option(False, LEARN_HELP)
+    projector: Literal["mlp_sample", "sample", "reshape"] = option("mlp_sample", PROJECTOR_HELP)
     projection: int = option(256, "width of the projector F (published netF_nc)", low=1, high=MOST_CHANNELS)
     negatives: Negatives = option("image", '"image": other patches of the same image; "batch": patches of all images')
     selection: Literal["uniform", "attention"] = option(
@@ -136,6 +140,8 @@ class CUT(Method):
             negatives=options.negatives,
             weighting=find_weighting(options.weighting, options.weighting_options),
             symmetric=options.symmetric,
+            use_mlp=options.projector == "mlp_sample",
+            learn_temperature=options.learn_temperature,
             init_type=network.init_type,
             init_gain=network.init_gain,
         )
@@ -160,12 +166,17 @@ class CUT(Method):
 
     def groups(self):
         groups = {"G": Group((self.generator,)), "D": Group((self.discriminator,)), "F": Group((self.head,))}
-        if self.options.lambda_nce == 0:
+        if not self.trains_projector:
             del groups["F"]
         return groups
 
+    @property
+    def trains_projector(self) -> bool:
+        """Whether F has parameters that PatchNCE trains."""
+        return self.options.lambda_nce > 0 and any(True for _ in self.head.parameters())
+
     def phases(self):
-        return Phase(self.d_loss, ("D",)), Phase(self.g_loss, ("G", "F") if self.options.lambda_nce > 0 else ("G",))
+        return Phase(self.d_loss, ("D",)), Phase(self.g_loss, ("G", "F") if self.trains_projector else ("G",))
 
     def share_keys(self, others: Callable[[Tensor], Tensor]) -> None:
         if self.options.gather_negatives:
@@ -174,7 +185,10 @@ class CUT(Method):
     def check_options(self, batch_size: int) -> None:
         super().check_options(batch_size)
         options = self.options
-        if options.lambda_nce > 0 and options.patches == 1 and (options.negatives == "image" or batch_size == 1):
+        if options.lambda_nce > 0 and options.projector == "reshape" and options.selection != "uniform":
+            raise ValueError("loss.projector=reshape contrasts a whole grid: it needs loss.selection=uniform")
+        alone = options.patches == 1 and options.projector != "reshape"
+        if options.lambda_nce > 0 and alone and (options.negatives == "image" or batch_size == 1):
             raise ValueError(
                 f"there is nothing to contrast with loss.patches=1, loss.negatives={options.negatives} and "
                 f"data.batch={batch_size}: draw more patches, or contrast within a batch of several crops"
@@ -189,8 +203,10 @@ class CUT(Method):
             )
         super().check_sizes(batch_size, a, b, remedy)
         if options.lambda_nce > 0:
-            rows = drawn_rows(self.generator, self.layers, options.patches, self.sizes_of("G", a, b))
-            alike = "loss.gather_negatives=true exchanges as many with every rank" if options.gather_negatives else ""
+            pooled = options.projector == "reshape"  # to 16 locations, whatever the size
+            rows = drawn_rows(self.generator, self.layers, 0 if pooled else options.patches, self.sizes_of("G", a, b))
+            exchanged = options.gather_negatives and not pooled
+            alike = "loss.gather_negatives=true exchanges as many with every rank" if exchanged else ""
             check_contrast(rows, self.layers, options.negatives == "image" or batch_size == 1, alike, remedy)
 
     def sizes_of(self, name: str, a: Sizes, b: Sizes) -> Sizes:
@@ -273,6 +289,8 @@ class CUT(Method):
         if keys is None:
             with torch.set_grad_enabled(self.keys_learn and torch.is_grad_enabled()):
                 keys = self.generator(outputs["real"], self.layers, encode_only=True)
+        if self.options.projector == "reshape":
+            queries, keys = pooled_maps(queries), pooled_maps(keys)
         return queries, keys, 2 if "idt_B" in outputs else 1
 
     def _patch_ids(self, keys: list[Tensor], directions: int, draws: Draws):
@@ -280,7 +298,7 @@ class CUT(Method):
         options = self.options
         if draws.patch_ids is not None:
             return draws.patch_ids if directions > 1 else draws.patch_ids[0]
-        if options.patches == 0:
+        if options.patches == 0 or options.projector == "reshape":
             return dense_patch_ids(keys)
         if options.selection == "uniform":
             return None

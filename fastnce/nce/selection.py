@@ -43,6 +43,17 @@ def attention_patch_ids(feature_map: Tensor, patches: int) -> tuple[Tensor, Tens
     return ids, attention.gather(1, ids[:, :, None].expand(-1, -1, attention.shape[2]))
 
 
+def pooled_maps(maps: Sequence[Tensor], side: int = 4) -> list[Tensor]:
+    """Return the means over a grid of `side` x `side` cells of each map: (images, channels, side, side).
+
+    With all 16 locations of the result and no MLP, `project_patches` returns the rows of the published projector
+    "reshape" (CUT's `ReshapeF`).
+    """
+    checks.maps("maps", maps)
+    side = checks.count("side", side)
+    return [torch.nn.functional.adaptive_avg_pool2d(m, side) for m in maps]
+
+
 def dense_patch_ids(maps: Sequence[Tensor]) -> list[Tensor]:
     """Return every location of each map, (locations,) per layer: dense PatchNCE. Cost grows as locations squared."""
     checks.maps("maps", maps)
