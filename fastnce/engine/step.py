@@ -14,6 +14,7 @@ from ..common import first_use
 from ..methods.base import Batch, Draws, Losses, Method, Outputs, Phase
 from ..methods.contract import check_loss
 from ..networks import channels_last
+from ..networks.spectral import once_per_step
 from . import accumulate
 from .bad_steps import Gradients, Updates, early_groups, run_phases
 from .choices import PRECISIONS, pick_layout
@@ -103,6 +104,7 @@ class Step:
         generators = method.generators()
         self._generators = list(generators.values())
         self._discriminators = list(method.discriminators().values())
+        self._spectral = once_per_step(self._discriminators)
         self.averages = (
             {name: WeightAverage(net, options.ema) for name, net in generators.items()} if options.ema else {}
         )
@@ -196,6 +198,7 @@ class Step:
         batch = Batch(*(pictures.contiguous(memory_format=self.layout) for pictures in batch))
         self.method.prepare(batch)
         before = Snapshot(self._changed_early())
+        self._spectral.run()
         if self.whole is not None and self.whole.usable:
             losses, bad = self.whole(batch, draws)
         elif self.options.accumulate > 1:

@@ -225,8 +225,10 @@ class Method(nn.Module):
         Args:
             ranks: the parts are the shares of several ranks, which may exchange their keys.
         """
-        if any(isinstance(module, nn.BatchNorm2d) for module in self.modules()):
-            return "batch norm takes its statistics over the whole batch (network.norm=instance does not)"
+        if norms := {module for module in self.modules() if isinstance(module, nn.BatchNorm2d)}:
+            judging = {module for network in self.discriminators().values() for module in network.modules()}
+            key = "network.discriminator_norm" if norms <= judging else "network.norm"
+            return f"batch norm takes its statistics over the whole batch ({key}=instance does not)"
         exchanged = ranks and getattr(self.options, "gather_negatives", False)
         if getattr(self.options, "negatives", "image") == "batch" and not exchanged:
             return "loss.negatives=batch contrasts pictures of the whole batch (loss.negatives=image does not)"

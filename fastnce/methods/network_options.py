@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from ..common.initialise import INIT_TYPES
 from ..common.options import option
@@ -18,14 +19,15 @@ class NetworkOptions:
 
     generator: str = option(
         "resnet_9blocks",
-        "resnet_9blocks, resnet_6blocks, resnet_4blocks, unet_256, unet_128, stylegan2, restorer, or your own "
-        "(mynets.py:Net)",
+        "resnet_9blocks, resnet_6blocks, resnet_4blocks, resnet_cat, unet_256, unet_128, stylegan2, smallstylegan2, "
+        "restorer, or your own (mynets.py:Net)",
         choices=tuple(GENERATORS),
         imports=True,
     )
     discriminator: str = option(
         "basic",
-        "basic (70x70 PatchGAN), n_layers, pixel, stylegan2, or your own (mynets.py:Net)",
+        "basic (70x70 PatchGAN), n_layers, pixel, patch (tiles of 16x16), stylegan2, tilestylegan2, or your own "
+        "(mynets.py:Net)",
         choices=tuple(DISCRIMINATORS),
         imports=True,
     )
@@ -42,9 +44,21 @@ class NetworkOptions:
     resolution: int = option(
         64, "side of the crops that stylegan2 networks are made for; a power of two", low=8, high=4_096
     )
+    stylegan2_downsampling: int = option(
+        1,
+        "halvings of the generators stylegan2 and smallstylegan2 (published stylegan2_G_num_downsampling)",
+        low=0,
+        high=10,
+    )
     in_channels: int = option(3, "channels of domain A", low=1, high=MOST_CHANNELS)
     out_channels: int = option(3, "channels of domain B", low=1, high=MOST_CHANNELS)
     norm: Norm = option("instance", "instance, batch or none")
+    discriminator_norm: Literal["", "instance", "batch", "none"] = option(
+        "", "instance, batch or none, for the discriminator (published normD); empty: as `norm`"
+    )
+    spectral_norm: bool = option(
+        False, "limit each convolution of the discriminator to gain 1 (spectral norm); steadier, and it learns slower"
+    )
     dropout: bool = option(False, "dropout in the generator's blocks")
     antialias: bool = option(True, "blur before halving, in both networks; false halves by strided convolutions")
     antialias_up: bool = option(True, "blur after doubling; false doubles by transposed convolutions")
@@ -65,6 +79,7 @@ class NetworkOptions:
             init_type=self.init_type,
             init_gain=self.init_gain,
             resolution=self.resolution,
+            stylegan2_downsampling=self.stylegan2_downsampling,
         )
 
     def build_discriminator(self, channels: int):
@@ -74,9 +89,10 @@ class NetworkOptions:
             channels,
             self.discriminator_width,
             layers=self.discriminator_layers,
-            norm=self.norm,
+            norm=self.discriminator_norm or self.norm,
             antialias=self.antialias,
             init_type=self.init_type,
             init_gain=self.init_gain,
             resolution=self.resolution,
+            spectral_norm=self.spectral_norm,
         )
