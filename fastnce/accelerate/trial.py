@@ -89,8 +89,9 @@ def isolated(seconds: float = SECONDS) -> Iterator[None]:
     Raises:
         ValueError: the trial was too long, or it ended the process.
     """
-    states = random.getstate(), np.random.get_state()
+    states, dtype = (random.getstate(), np.random.get_state()), torch.get_default_dtype()
     try:
+        torch.set_default_dtype(torch.float32)
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng(devices=[]))
             stack.enter_context(torch.inference_mode(False))
@@ -109,6 +110,7 @@ def isolated(seconds: float = SECONDS) -> Iterator[None]:
     except SystemExit:
         raise ValueError("its trial ended the process") from None
     finally:
+        torch.set_default_dtype(dtype)
         random.setstate(states[0])
         np.random.set_state(states[1])
 

@@ -37,6 +37,16 @@ def test_a_sampler_is_found_by_what_it_computes(changes):
     assert replace(candidate).replaced
 
 
+def test_the_default_dtype_does_not_matter():
+    torch.set_default_dtype(torch.float64)
+    try:
+        cls = sampler_class()
+        assert accelerate.patch(__import__(cls.__module__))
+        assert torch.get_default_dtype() is torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.fixture(scope="module")
 def patched() -> type[torch.nn.Module]:
     cls = sampler_class(("num_patches=64, patch_ids=None):", "num_patches=64, patch_ids=None, whole=False):"))
