@@ -33,7 +33,7 @@ def split_examples(outputs: Sequence[Tensor], examples: int) -> tuple[tuple[Tens
 
 def is_batched(x: Any) -> bool:
     """Whether `vmap` hides a dimension of a tensor."""
-    functorch = torch._C._functorch  # type: ignore[attr-defined]
+    functorch = torch._C._functorch
     while isinstance(x, Tensor) and functorch.is_functorch_wrapped_tensor(x):
         if functorch.is_batchedtensor(x):
             return True
