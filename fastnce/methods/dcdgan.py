@@ -82,6 +82,11 @@ class DCDGAN(DCLGAN):
     options: DCDGANOptions
 
     def __init__(self, options: DCDGANOptions, network: NetworkOptions):
+        if options.lambda_rendered > 0 and network.in_channels != network.out_channels:
+            raise ValueError(
+                f"rendered rain feeds B to G_A: network.in_channels={network.in_channels} and "
+                f"out_channels={network.out_channels} must be equal, or loss.lambda_rendered=0"
+            )
         super().__init__(options, network)
         self.rain = RainOptions(**parse_ranges("loss.rendered_rain", options.rendered_rain))
 
@@ -92,10 +97,12 @@ class DCDGAN(DCLGAN):
         outputs = super().generate(batch, draws)
         for domain, generator, fake in (("A", self.generator_b, "B"), ("B", self.generator_a, "A")):
             image = outputs[f"fake_{fake}"]
-            if f"keys_{domain}" in outputs:  # the pass that closes the cycle also returns the queries
+            if self.shares_passes:  # the pass that closes the cycle also returns the queries
                 outputs[f"rec_{domain}"], outputs[f"queries_{fake}"] = generator(image, self.layers)
             else:
                 outputs[f"rec_{domain}"] = generator(image)
+            if draws.flip:  # the cycle ends at the mirrored image
+                outputs[f"rec_{domain}"] = outputs[f"rec_{domain}"].flip(3)
         return outputs
 
     def g_loss(self, batch: Batch, outputs: Outputs, draws: Draws) -> tuple[Tensor, Losses]:

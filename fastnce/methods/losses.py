@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..common.messages import nearest, shown
 from ..nce import checks
@@ -88,7 +89,9 @@ def leave_uncompiled() -> None:
         torch._dynamo.graph_break(msg="a penalty differentiates the discriminator twice")
 
 
-def gradient_penalty(discriminator: nn.Module, real: Tensor, fake: Tensor, mix: Tensor | None = None) -> Tensor:
+def gradient_penalty(
+    discriminator: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, mix: Tensor | None = None
+) -> Tensor:
     """WGAN-GP's penalty: (gradient norm - 1)^2 between real and fake (Gulrajani et al., NeurIPS 2017), unweighted.
 
     Args:
