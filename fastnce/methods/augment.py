@@ -83,6 +83,7 @@ def colored(pictures: Tensor, uniform: Tensor) -> Tensor:
     Args:
         uniform: (images, 3) in [0, 1): brightness, saturation, contrast.
     """
+    uniform = uniform.to(torch.promote_types(uniform.dtype, pictures.dtype))
     brightness, saturation, contrast = (column.view(-1, 1, 1, 1) for column in uniform.unbind(1))
     pictures = pictures + (brightness - 0.5)
     grey = pictures.mean(dim=1, keepdim=True)
