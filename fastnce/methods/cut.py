@@ -35,7 +35,7 @@ from .base import (
     check_ranges,
 )
 from .checks import check_contrast, drawn_rows
-from .losses import GANMode, gan_loss, gradient_penalty
+from .losses import SATURATING_HELP, GANMode, gan_loss, gradient_penalty
 from .pool import MOST_POOLED, POOL_HELP, ImagePool, check_pool_sizes
 from .weighting import OPTIONS_HELP, WEIGHTING_HELP, WEIGHTING_NAMES, find_weighting
 
@@ -79,6 +79,7 @@ class CUTOptions:
     flip_equivariance: bool = option(False, "FastCUT: mirror the images in half of the steps, and their features back")
     gan_mode: GANMode = option("lsgan", "lsgan, vanilla, wgangp, nonsaturating or hinge")
     lambda_gp: float = option(10.0, GP_HELP, **WEIGHT)
+    saturating: bool = option(False, SATURATING_HELP)
     pool_size: int = option(0, POOL_HELP, low=0, high=MOST_POOLED)
     augment: str = option("", AUGMENT_HELP, anything=True)
     reuse_key_features: bool = option(
@@ -281,7 +282,9 @@ class CUT(Method):
         total = outputs["fake"].new_zeros(())
         if options.lambda_gan > 0:
             judged = self.discriminator(self.augment(outputs["fake_B"]))
-            losses["G_GAN"] = options.lambda_gan * gan_loss(judged, True, options.gan_mode, for_generator=True)
+            losses["G_GAN"] = options.lambda_gan * gan_loss(
+                judged, True, options.gan_mode, for_generator=not options.saturating
+            )
             total = total + losses["G_GAN"]
         if options.lambda_nce > 0:
             nce = options.lambda_nce * self._contrast(outputs, draws)

@@ -26,7 +26,7 @@ from .base import (
     check_ranges,
     together,
 )
-from .losses import GANMode, gan_loss, gradient_penalty
+from .losses import SATURATING_HELP, GANMode, gan_loss, gradient_penalty
 from .pool import MOST_POOLED, ImagePool, check_pool_sizes
 
 
@@ -47,6 +47,7 @@ class CycleGANOptions:
     )
     gan_mode: GANMode = option("lsgan", "lsgan, vanilla, wgangp, nonsaturating or hinge")
     lambda_gp: float = option(10.0, GP_HELP, **WEIGHT)
+    saturating: bool = option(False, SATURATING_HELP)
     augment: str = option("", AUGMENT_HELP, anything=True)
 
 
@@ -188,7 +189,7 @@ class CycleGAN(TwoWay):
 
     def g_loss(self, batch: Batch, outputs: Outputs, draws: Draws) -> tuple[Tensor, Losses]:
         options = self.options
-        losses = self.adversarial(outputs)
+        losses = self.adversarial(outputs, saturating=options.saturating)
         losses["cycle_A"] = options.lambda_a * F.l1_loss(outputs["rec_A"], batch.a)
         losses["cycle_B"] = options.lambda_b * F.l1_loss(outputs["rec_B"], batch.b)
         if options.lambda_identity > 0:

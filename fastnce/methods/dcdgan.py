@@ -18,7 +18,7 @@ from ..data.rain import RainOptions, parse_ranges, render_rain
 from ..nce.api import Negatives
 from .base import WEIGHT, Batch, Draws, Losses, NetworkOptions, Outputs
 from .dclgan import DCLGAN, DCLGANOptions
-from .losses import channel_cycle_loss, frequency_cycle_loss
+from .losses import SATURATING_HELP, channel_cycle_loss, frequency_cycle_loss
 
 HEAVY_RAIN = "density=0.3:0.7,opacity=0.4:0.9,haze=0,angle=-40:40"
 """Rain about as heavy as in Rain800."""
@@ -33,9 +33,7 @@ class DCDGANOptions(DCLGANOptions):
         "branch",
         'more negatives: "branch": as many again, from the other branch\'s image; "bank": from past images; "none"',
     )
-    saturating: bool = option(
-        False, "hinge loss of the generators as released, flat beyond the margin; false: -mean(D)"
-    )
+    saturating: bool = option(False, SATURATING_HELP)
     projector_adam: Literal["library", "generator"] = option(
         "generator",
         'Adam of F1 and F2: "generator": as G; "library": lr 1e-3, betas 0.9 and 0.999 as the released code',

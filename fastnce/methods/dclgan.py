@@ -37,7 +37,7 @@ from .base import (
 )
 from .checks import check_contrast, drawn_rows
 from .cyclegan import TwoWay
-from .losses import GANMode
+from .losses import SATURATING_HELP, GANMode
 from .pool import MOST_POOLED, POOL_HELP
 from .weighting import OPTIONS_HELP, WEIGHTING_HELP, WEIGHTING_NAMES, find_weighting
 
@@ -79,7 +79,7 @@ class DCLGANOptions:
     )
     gan_mode: GANMode = option("hinge", "lsgan, vanilla, wgangp, nonsaturating or hinge")
     lambda_gp: float = option(10.0, GP_HELP, **WEIGHT)
-    saturating: bool = option(True, "hinge loss of the generators as released, flat beyond the margin; false: -mean(D)")
+    saturating: bool = option(True, SATURATING_HELP)
     pool_size: int = option(0, POOL_HELP, low=0, high=MOST_POOLED)
     augment: str = option("", AUGMENT_HELP, anything=True)
     flip_equivariance: bool = option(

@@ -14,6 +14,7 @@ from ..nce import checks
 
 GANMode = Literal["lsgan", "vanilla", "wgangp", "nonsaturating", "hinge"]
 GAN_MODES: tuple[str, ...] = get_args(GANMode)
+SATURATING_HELP = "hinge loss of the generators as in DCLGAN's code, flat beyond the margin; false: -mean(D)"
 
 
 def gan_loss(

@@ -106,7 +106,7 @@ def test_gathered_negatives_are_those_of_the_whole_batch(folder, tmp_path):
 
 
 def test_gathered_negatives_of_a_dual_method_are_those_of_the_whole_batch(folder, tmp_path):
-    """Of the same domain and of the other branch, and with the augmentation of each image for the discriminators, which the ranks draw as one process does."""
+    """Of the same domain and of the other branch, with augmentation, whose numbers the ranks draw as one process."""
     more = ["loss.negatives=batch", "loss.nce_layers=4,8", "loss.augment=color,translation,cutout", "run.steps=2"]
     more += ["network.discriminator=n_layers", "network.discriminator_layers=1", "--quiet"]
     words = ["train", "dcdgan", "--data", str(folder), *SMALL, *more]

@@ -127,9 +127,24 @@ def test_old_runs_have_no_pool_and_no_augmentation():
     for preset in ("cut", "fastcut", "sincut", "cyclegan", "dclgan", "simdcl", "dcdgan"):
         config = resolve(preset)
         stored = config.as_dict()
-        new = {"augment", "gather_negatives", "flip_equivariance"} | ({"pool_size"} if "cut" in preset else set())
+        new = {"augment", "gather_negatives", "flip_equivariance", "saturating"} | (
+            {"pool_size"} if "cut" in preset else set()
+        )
         stored["loss"] = {key: value for key, value in stored["loss"].items() if key not in new}
         assert config.changes(stored) == []
+
+
+@pytest.mark.parametrize("preset", ["cut", "cyclegan", "dclgan"])
+@pytest.mark.parametrize("saturating", [False, True])
+def test_the_hinge_of_the_generators(preset, saturating):
+    """DCLGAN's code has the discriminator's hinge for the generator too, in every model; else it is -mean(D)."""
+    changes = {"gan_mode": "hinge", "saturating": saturating, "lambda_identity": 0.0, "lambda_idt": 0.0}
+    method, batch = build(preset, **DUAL, **changes), pictures(1)
+    outputs = method.generate(batch, Draws())
+    judge, name = (method.discriminator, "G_GAN") if preset == "cut" else (method.discriminator_a, "G_A")
+    judged = judge(outputs["fake_B"])
+    wanted = (1 - judged).clamp_min(0).mean() if saturating else -judged.mean()
+    torch.testing.assert_close(method.g_loss(batch, outputs, Draws())[1][name], wanted)
 
 
 class Half:
