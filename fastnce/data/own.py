@@ -32,7 +32,7 @@ class OwnData:
         data: the user's object.
         key: the option with its value, for messages.
         batch: images of each domain in a batch.
-        channels: of an image of A and of B.
+        channels: of an image of the user's A and B.
         device: of the run.
         exchanged: the user's B is the run's A (`data.direction=BtoA`). Messages name the user's domains.
 
@@ -183,7 +183,7 @@ def open_own(
     Args:
         name: import path of the class, such as mydata.py:MyData.
         options: the section `data` of the configuration.
-        channels: of A and of B. The class is given one number if they are equal.
+        channels: of the run's A and B. The class is given those of its own A and B, one number if they are equal.
         batch: images of each domain in a batch.
         exchanged: its B is the run's A.
 
@@ -193,8 +193,8 @@ def open_own(
     key = f"data.dataset={name}"
     found = _find(name)
     call = f"{name.rpartition(':')[2]}(options, channels=, seed=, rank=, world=, device=)"
-    told = channels[::-1] if exchanged else channels
-    told = told if channels[0] != channels[1] else channels[0]
+    channels = channels[::-1] if exchanged else channels  # of the user's A and B
+    told = channels if channels[0] != channels[1] else channels[0]
     data = _tried(key, call, lambda: found(options, channels=told, seed=seed, rank=rank, world=world, device=device))
     return OwnData(data, key, batch=batch, channels=channels, device=device, exchanged=exchanged)
 

@@ -315,9 +315,9 @@ class DCLGAN(TwoWay):
         branch = self.options.external == "branch"
         sides = [*keys, *queries[::-1]] if branch else keys  # direction 0 takes the queries of direction 1
         codes = [cosine_rows(rows) if self.options.cosine else rows.detach() for side in sides for rows in side]
-        sizes = [len(rows) for rows in codes]
-        every = self.others(torch.cat(codes)).split(sizes, dim=1)  # (ranks - 1, rows, dim) each
-        theirs = [rows.flatten(0, 1) for rows in every]
+        flat = torch.cat([rows.flatten() for rows in codes])  # layers may differ in width
+        every = self.others(flat).split([rows.numel() for rows in codes], dim=1)  # (ranks - 1, rows * dim) each
+        theirs = [found.reshape(-1, rows.shape[1]) for found, rows in zip(every, codes, strict=True)]
         count = len(self.layers)
         extra = [theirs[:count], theirs[count : 2 * count]]
         if branch:
