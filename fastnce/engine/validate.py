@@ -95,8 +95,8 @@ class Validation:
         if self.reference:
             files = [file.name for file in self.reference]
             listing.append(list(zip(files, self.reference_sizes, strict=True)))
-        channels = list(dict.fromkeys((self.channels, self.truth_channels)))
-        return hashlib.sha256(json.dumps([*channels, listing]).encode()).hexdigest()
+        known = [*dict.fromkeys((self.channels, self.truth_channels)), listing]
+        return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
     def measure_inputs(self) -> str:
         """Measure the inputs themselves; returns a message."""
@@ -138,8 +138,8 @@ class Validation:
         """The means over the images, then FID and KID. If an image cannot be read and `skip_bad` is off, DataError on
         every rank.
         """
-        quality = DerainingMetrics()
-        columns = list(self.columns)
+        quality, columns = DerainingMetrics(), list(self.columns)
+        channels = self.truth_channels if translate is None else self.channels
         width = FEATURES if self.sets else 0
         # the columns, the features, and 1 where an image was read
         table = torch.zeros(len(self.pairs), len(columns) + width + 1, dtype=torch.float64)
@@ -148,7 +148,6 @@ class Validation:
         with self.ranks.together(self.device):
             for place in range(self.ranks.rank, len(self.pairs), self.ranks.world):
                 try:
-                    channels = self.truth_channels if translate is None else self.channels
                     picture, truth = self.pairs[place].load(channels, self.truth_channels)
                 except DataError as error:
                     if not self.skip_bad:
