@@ -32,7 +32,7 @@ class OwnData:
         data: the user's object.
         key: the option with its value, for messages.
         batch: images of each domain in a batch.
-        channels: of an image.
+        channels: of an image of the user's A and B.
         device: of the run.
         exchanged: the user's B is the run's A (`data.direction=BtoA`). Messages name the user's domains.
 
@@ -41,7 +41,14 @@ class OwnData:
     """
 
     def __init__(
-        self, data: Any, key: str, *, batch: int, channels: int, device: torch.device, exchanged: bool = False
+        self,
+        data: Any,
+        key: str,
+        *,
+        batch: int,
+        channels: tuple[int, int],
+        device: torch.device,
+        exchanged: bool = False,
     ) -> None:
         self._data, self._key, self._count, self._channels = data, key, batch, channels
         self._exchanged = exchanged
@@ -126,13 +133,13 @@ class OwnData:
             count: the number of images per domain; None accepts at least one.
         """
         if isinstance(images, tuple | list) and len(images) == 2:
-            for one in images:
+            for one, channels in zip(images, self._channels, strict=True):
                 if not (
                     isinstance(one, Tensor)
                     and one.dtype == torch.float32
                     and one.device == self._device
                     and one.dim() == 4
-                    and one.shape[1] == self._channels
+                    and one.shape[1] == channels
                     and (len(one) > 0 if count is None else len(one) == count)
                     and one.numel() > 0
                 ):
@@ -141,7 +148,8 @@ class OwnData:
                 return
         call = call if isinstance(call, str) else f"batch({call})"
         number = "images" if count is None else count
-        wanted = f"two float32 tensors ({number}, {self._channels}, height, width) on {self._device}"
+        counts = " and ".join(map(str, dict.fromkeys(self._channels)))
+        wanted = f"two float32 tensors ({number}, {counts}, height, width) on {self._device}"
         if not isinstance(images, tuple | list) or len(images) != 2:
             raise CodeError(f"{self._key}: {call} must return A and B, {wanted}, not {shown(images)}")
         found = ", ".join(f"{domain} is {shown(one)}" for domain, one in zip("AB", images, strict=True))
@@ -162,7 +170,7 @@ def open_own(
     name: str,
     options: Any,
     *,
-    channels: int,
+    channels: tuple[int, int],
     batch: int,
     seed: int,
     rank: int,
@@ -175,6 +183,7 @@ def open_own(
     Args:
         name: import path of the class, such as mydata.py:MyData.
         options: the section `data` of the configuration.
+        channels: of the run's A and B. The class is given those of its own A and B, one number if they are equal.
         batch: images of each domain in a batch.
         exchanged: its B is the run's A.
 
@@ -184,9 +193,9 @@ def open_own(
     key = f"data.dataset={name}"
     found = _find(name)
     call = f"{name.rpartition(':')[2]}(options, channels=, seed=, rank=, world=, device=)"
-    data = _tried(
-        key, call, lambda: found(options, channels=channels, seed=seed, rank=rank, world=world, device=device)
-    )
+    channels = channels[::-1] if exchanged else channels  # of the user's A and B
+    told = channels if channels[0] != channels[1] else channels[0]
+    data = _tried(key, call, lambda: found(options, channels=told, seed=seed, rank=rank, world=world, device=device))
     return OwnData(data, key, batch=batch, channels=channels, device=device, exchanged=exchanged)
 
 

@@ -32,7 +32,7 @@ class RainedData(UnpairedData):
             trainA, and trainB is not needed.)
         share: probability that a picture of A is a rained one, above 0 and at most 1.
         rain: parameters of the rain. Lengths are fractions of the cached picture's shorter side, before cropping.
-        arguments: see `UnpairedData`; 1 or 3 channels.
+        arguments: see `UnpairedData`; 1 or 3 channels, the same for both domains.
 
     Raises:
         DataError: see `UnpairedData`; or the share or the number of channels is out of range.
@@ -43,8 +43,10 @@ class RainedData(UnpairedData):
     ) -> None:
         if not 0 < share <= 1:
             raise DataError(f"share={share} should be above 0 and at most 1")
-        if arguments.get("channels", 3) not in (1, 3):
-            raise DataError(f"rain is rendered on pictures of 1 or 3 channels, not {arguments['channels']}")
+        channels = arguments.get("channels", 3)
+        if channels not in (1, 3, (1, 1), (3, 3)):
+            count = " and ".join(map(str, channels)) if isinstance(channels, tuple) else channels
+            raise DataError(f"rain is rendered on pictures of 1 or 3 channels, the same for A and B, not {count}")
         self.share, self.rain = share, rain or RainOptions()
         if torch.device(arguments.get("device", "cpu")).type != "cpu":
             # Rain is drawn on the CPU and sent in dozens of synchronous copies: run them beside the training step.

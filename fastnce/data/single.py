@@ -35,7 +35,7 @@ class SinglePictureData:
         root: holds trainA and trainB with one picture each.
         crop_size: side of the crops.
         phase, direction, max_images: see `UnpairedData`.
-        channels: 1, 3 or the files' own number.
+        channels: 1, 3 or the files' own number; two numbers are those of A and of B.
         flip: mirror crops left to right with probability 1/2.
         batch: crops per domain, rank and step.
         seed, rank, world: together, `world` ranks of batch b see what one rank of batch world*b sees.
@@ -56,7 +56,7 @@ class SinglePictureData:
         direction: str = "AtoB",
         max_images: int = 0,
         crop_size: int = 64,
-        channels: int = 3,
+        channels: int | tuple[int, int] = 3,
         flip: bool = True,
         batch: int = 16,
         seed: int = 0,
@@ -72,24 +72,25 @@ class SinglePictureData:
                 f"above 0 and at most 1"
             )
         self.root = Path(root)
-        self.crop, self.channels, self.flip, self.zoom = crop_size, channels, flip, zoom
+        self.crop, self.flip, self.zoom = crop_size, flip, zoom
         self.seed, self.rank, self.world = seed, rank, world
         self.global_batch = batch * world
         self.device = torch.device(device)
         self._folders = domain_folders(root, phase, direction, max_images)
-        self._pictures = [self._read(folder) for folder in self._folders]
+        counts = (channels, channels) if isinstance(channels, int) else channels
+        self._pictures = [self._read(folder, count) for folder, count in zip(self._folders, counts, strict=True)]
         self.skipped: list[tuple[Path, str]] = []
         self.size_a = self.size_b = 1
         self.epoch_size = crops_per_epoch
         self.steps_per_epoch = max(1, crops_per_epoch // self.global_batch)
 
-    def _read(self, folder: Folder) -> Tensor:
+    def _read(self, folder: Folder, channels: int) -> Tensor:
         if len(folder) != 1:
             raise DataError(
                 f"{folder.path} holds {len(folder)} pictures; single-picture training takes exactly one per domain"
             )
         path = folder.file(0)
-        picture = load_image(path, self.channels)[None].to(self.device)
+        picture = load_image(path, channels)[None].to(self.device)
         height, width = picture.shape[2:]
         cells = (height // self.crop) * (width // self.crop)
         if cells < self.global_batch:

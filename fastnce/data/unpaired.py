@@ -37,7 +37,7 @@ class UnpairedData:
         direction: "AtoB", or "BtoA" to exchange the domains everywhere: A is what {phase}B holds.
         load_size, crop_size: int or (height, width). Pictures are resized to load_size (bicubic), then a random crop of
             crop_size is taken; once `decaying`, they are resized to crop_size. Sides of crop_size: multiples of 4.
-        channels: 1, 3 or the files' own number.
+        channels: 1, 3 or the files' own number; two numbers are those of A and of B.
         preprocess: one of the published modes, see `Target`. Some keep sizes that depend on the pictures; with batch
             above 1, all pictures of a domain must then get one size.
         flip: mirror left to right with probability 1/2.
@@ -70,7 +70,7 @@ class UnpairedData:
         direction: str = "AtoB",
         load_size: int | tuple[int, int] = 286,
         crop_size: int | tuple[int, int] = 256,
-        channels: int = 3,
+        channels: int | tuple[int, int] = 3,
         preprocess: str = "resize_and_crop",
         flip: bool = True,
         batch: int = 1,
@@ -87,7 +87,8 @@ class UnpairedData:
         progress: Progress | None = None,
     ) -> None:
         self.root = Path(root)
-        self.target = Target.checked(preprocess, load_size, crop_size, channels)
+        channels = (channels, channels) if isinstance(channels, int) else channels
+        self.target, self.target_b = (Target.checked(preprocess, load_size, crop_size, count) for count in channels)
         if batch < 1:
             raise DataError(f"data.batch={batch} should be at least 1")
         if not 0 <= rank < world:
@@ -100,9 +101,9 @@ class UnpairedData:
         folders = self._find_folders(root, phase)
         self.place = cache_place(self.root, cache_dir)
         caches, complaints = [], []
-        for folder in folders:
+        for folder, target in zip(folders, (self.target, self.target_b), strict=True):
             try:
-                caches.append(open_cache(folder, self.target, self.place, skip_bad=skip_bad, progress=progress))
+                caches.append(open_cache(folder, target, self.place, skip_bad=skip_bad, progress=progress))
             except DataError as error:
                 complaints.append(str(error))
         if complaints:
@@ -111,7 +112,7 @@ class UnpairedData:
         self.cached_pictures = sum({cache.path: len(cache.folder) for cache in caches}.values())
         self.built = {cache.path: cache.path.stat().st_size for cache in caches if cache.built}
         self._folders: list[Folder] = [cache.folder for cache in caches]
-        self._stores: dict[Target, list[PictureStore]] = {self.target: self._stored(caches)}
+        self._stores: dict[Target, list[PictureStore]] = {self.target: self._stored(caches)}  # by A's target
         self.size_a, self.size_b = (len(folder) for folder in self._folders)
         self.order = Order(self.size_a, self.size_b, batch, seed, rank, world, shuffle)
         self.epoch_size, self.steps_per_epoch = self.order.epoch_size, self.order.steps_per_epoch
@@ -170,7 +171,11 @@ class UnpairedData:
         target = self.target.decaying() if decaying else self.target
         if target in self._stores:
             return
-        caches = [open_cache(folder, target, self.place, progress=self.progress) for folder in self._folders]
+        both = target, self.target_b.decaying() if decaying else self.target_b
+        caches = [
+            open_cache(folder, one, self.place, progress=self.progress)
+            for folder, one in zip(self._folders, both, strict=True)
+        ]
         if self.device.type != "cpu":
             self._stores.clear()  # both variants together would exceed the budget
         self._stores[target] = self._stored(caches)
@@ -225,13 +230,13 @@ class UnpairedData:
         except DataError:
             folders = self._folders
         columns: list[list[torch.Tensor]] = []
-        for folder in folders:
+        for folder, target in zip(folders, (self.target, self.target_b), strict=True):
             pictures: list[torch.Tensor] = []
             for place in range(len(folder)):
                 if len(pictures) == count:
                     break
                 try:
-                    pictures.append(load_image(folder.file(place), self.target.channels, self.target.crop))
+                    pictures.append(load_image(folder.file(place), target.channels, target.crop))
                 except DataError:
                     if not self.skip_bad:
                         raise

@@ -28,7 +28,7 @@ class Lone:
     name: str
     file: Path
 
-    def load(self, channels: int = 3) -> tuple[Tensor, None]:
+    def load(self, channels: int = 3, truth_channels: int | None = None) -> tuple[Tensor, None]:
         """Load (image, None), float32 (channels, height, width) in [-1, 1]; raise DataError as `load_image` does."""
         return load_image(self.file, channels), None
 

@@ -92,13 +92,15 @@ class Monitor:
                 [
                     translate(method, picture.clone()).float() for picture in column.split(1)
                 ]  # no more memory than a step
+                if column.shape[1] == self.pictures.a.shape[1]
+                else []  # images of B that the generator cannot take
                 for column in self.pictures
             )
         messages = []
         if len(made) > 1:  # one image has no other to compare with
             self.response = response(made, self.pictures.a.split(1))
             messages.append(self._ignores.read(not self.response >= RESPONSE_LEAST))
-        if kept[0].shape == self.pictures.b[:1].shape:
+        if kept and kept[0].shape == self.pictures.b[:1].shape:
             errors = [(k - b).square().mean() for k, b in zip(kept, self.pictures.b.split(1), strict=True)]
             self.identity = min(10 * math.log10(4 / max(float(torch.stack(errors).mean()), 1e-10)), 99.0)
             self._identity_best = max(self._identity_best, min(self.identity, IDENTITY_ENOUGH))

@@ -79,6 +79,7 @@ class Step:
         self.ranks = ranks or Ranks()
         if self.ranks.world > 1:
             method.share_keys(self.ranks.others)
+            method.share_draws(self.ranks.rank, self.ranks.world)
         self.options = options
         self.groups = make_groups(method, options)
         self.plateau = Plateau(options.lr, device) if options.schedule == "plateau" else None

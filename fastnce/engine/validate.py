@@ -63,10 +63,12 @@ class Validation:
         more: Sequence[Metric] = (),
         inception: Inception | None = None,
         reference: Sequence[Path] = (),
+        truth_channels: int | None = None,
     ):
-        if pairs and channels not in (1, 3):
-            raise ValueError(f"run.validate_every measures pictures of 1 or 3 channels, not {channels}: set it to 0")
         self.pairs, self.channels, self.device = list(pairs), channels, device
+        self.truth_channels = truth_channels or channels
+        if pairs and (wrong := {channels, self.truth_channels} - {1, 3}):
+            raise ValueError(f"run.validate_every measures pictures of 1 or 3 channels, not {wrong.pop()}: set it to 0")
         self.translator, self.ranks, self.skip_bad = translator, ranks or Ranks(), skip_bad
         self.metric, self.inception, self.reference = metric, inception, list(reference)
         self.paired = not any(isinstance(item, Lone) for item in self.pairs)
@@ -93,7 +95,8 @@ class Validation:
         if self.reference:
             files = [file.name for file in self.reference]
             listing.append(list(zip(files, self.reference_sizes, strict=True)))
-        return hashlib.sha256(json.dumps([self.channels, listing]).encode()).hexdigest()
+        known = [*dict.fromkeys((self.channels, self.truth_channels)), listing]
+        return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
     def measure_inputs(self) -> str:
         """Measure the inputs themselves; returns a message."""
@@ -135,8 +138,8 @@ class Validation:
         """The means over the images, then FID and KID. If an image cannot be read and `skip_bad` is off, DataError on
         every rank.
         """
-        quality = DerainingMetrics()
-        columns = list(self.columns)
+        quality, columns = DerainingMetrics(), list(self.columns)
+        channels = self.truth_channels if translate is None else self.channels
         width = FEATURES if self.sets else 0
         # the columns, the features, and 1 where an image was read
         table = torch.zeros(len(self.pairs), len(columns) + width + 1, dtype=torch.float64)
@@ -145,7 +148,7 @@ class Validation:
         with self.ranks.together(self.device):
             for place in range(self.ranks.rank, len(self.pairs), self.ranks.world):
                 try:
-                    picture, truth = self.pairs[place].load(self.channels)
+                    picture, truth = self.pairs[place].load(channels, self.truth_channels)
                 except DataError as error:
                     if not self.skip_bad:
                         raise
@@ -244,8 +247,8 @@ class Validation:
         with self.ranks.together(self.device):
             for place in range(self.ranks.rank, count, self.ranks.world):
                 try:
-                    truth = pairs[place].load(self.channels)[1] if pairs else None
-                    picture = load_image(self.reference[place], self.channels) if truth is None else truth
+                    truth = pairs[place].load(self.truth_channels)[1] if pairs else None
+                    picture = load_image(self.reference[place], self.truth_channels) if truth is None else truth
                 except DataError as error:
                     if not self.skip_bad:
                         raise

@@ -69,14 +69,21 @@ class Pair:
         side = RAIN_SIDES[1 - RAIN_SIDES.index(self.rain_side)] if self.strip else self.rain_side
         return replace(self, rainy=self.clean, clean=self.rainy, rain_side=side)
 
-    def load(self, channels: int = 3) -> tuple[Tensor, Tensor]:
-        """Load (rainy, clean), float32 (channels, height, width) in [-1, 1]; raise DataError as `load_image` does."""
+    def load(self, channels: int = 3, truth_channels: int | None = None) -> tuple[Tensor, Tensor]:
+        """Load (rainy, clean), float32 (channels, height, width) in [-1, 1]; raise DataError as `load_image` does.
+
+        Args:
+            channels: of the rainy picture, and of the truth unless `truth_channels` is given.
+        """
         rainy = load_image(self.rainy, channels)
+        same = self.strip and truth_channels in (None, channels)
+        clean = rainy if same else load_image(self.clean, truth_channels or channels)
         if not self.strip:
-            return rainy, load_image(self.clean, channels)
+            return rainy, clean
         half = rainy.shape[2] // 2
-        left, right = rainy[:, :, :half], rainy[:, :, rainy.shape[2] - half :]
-        return (left, right) if self.rain_side == "left" else (right, left)
+        left, right = slice(half), slice(rainy.shape[2] - half, None)
+        wet, dry = (left, right) if self.rain_side == "left" else (right, left)
+        return rainy[:, :, wet], clean[:, :, dry]
 
 
 def find_pairs(root: str | os.PathLike[str], rain_side: str = "right", split: str = "test") -> list[Pair]:

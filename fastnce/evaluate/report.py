@@ -248,13 +248,16 @@ def _paired(
     progress: Callable[[str], None],
 ) -> Report:
     metrics, inputs = DerainingMetrics(), DerainingMetrics()
+    made_channels = getattr(translate, "out_channels", channels)
     pictures: list[dict[str, Any]] = []
     made: list[Tensor] = []
     for pair in pairs:
-        rainy, clean = (picture[None] for picture in pair.load(channels))
+        rainy, clean = (picture[None] for picture in pair.load(channels, made_channels))
         output = rainy if translate is None else translate(rainy)
         (row,) = metrics.update(output.to(device), clean.to(device))
         if translate is not None:
+            if made_channels != channels:  # the inputs are measured as pictures of the truth's kind
+                rainy = pair.load(made_channels)[0][None]
             inputs.update(rainy.to(device), clean.to(device))
         if sets is not None:
             made.append(sets.inception.features(output))
@@ -284,5 +287,6 @@ def _unpaired(
         made.append(sets.inception.features(picture if translate is None else translate(picture)))
         progress(f"{count}/{len(sources)} {file.name}")
     if not sets.reference:
-        sets.reference = [sets.inception.features(load_image(file, channels)[None]) for file in truths]
+        made_channels = getattr(translate, "out_channels", channels)
+        sets.reference = [sets.inception.features(load_image(file, made_channels)[None]) for file in truths]
     return Report(str(data), sets.measure(made), {}, [])

@@ -31,8 +31,9 @@ def draw_sheet(pairs: list[Pair], pictures: list[dict[str, Any]], translate: Tra
     count = min(SHEET_ROWS, len(order))
     chosen = [order[round(i * (len(order) - 1) / max(count - 1, 1))] for i in range(count)]
     rows: list[tuple[str, list[Image.Image]]] = []
+    made_channels = getattr(translate, "out_channels", channels)
     for index in chosen:
-        rainy, clean = (picture[None] for picture in pairs[index].load(channels))
+        rainy, clean = (picture[None] for picture in pairs[index].load(channels, made_channels))
         output = rainy if translate is None else translate(rainy)
         apart = (to_levels(output) - to_levels(clean)).abs() * DIFFERENCE_GAIN
         levels = [to_levels(rainy), to_levels(output), to_levels(clean), apart.clamp(max=255)]

@@ -256,6 +256,12 @@ class Method(nn.Module):
             others: returns the tensors of the other ranks for a constant one, (...) -> (ranks - 1, ...).
         """
 
+    def share_draws(self, rank: int, world: int) -> None:
+        """With several ranks: draw the random numbers of single images for the images of all ranks.
+
+        All ranks draw the same numbers. Image i of this rank is image i * world + rank of the whole batch.
+        """
+
 
 def check_ranges(options: Any, network: NetworkOptions) -> None:
     """Refuse options that are out of range; ValueError names the first one."""

@@ -30,6 +30,7 @@ CALLS = {
     "sizes_of": "name, a, b",
     "whole_batch": "",
     "share_keys": "others",
+    "share_draws": "rank, world",
 }
 """The members of a method that are called, with their arguments."""
 COLUMNS = (

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..common.options import option
 from ..nce import PatchNCEHead
 from ..nce.api import Negatives
 from ..nce.selection import attention_patch_ids, dense_patch_ids, pooled_maps
+from .augment import AUGMENT_HELP, Augment
 from .base import (
     GP_HELP,
     LEARN_HELP,
@@ -34,7 +35,8 @@ from .base import (
     check_ranges,
 )
 from .checks import check_contrast, drawn_rows
-from .losses import GANMode, gan_loss, gradient_penalty
+from .losses import SATURATING_HELP, GANMode, gan_loss, gradient_penalty
+from .pool import MOST_POOLED, POOL_HELP, ImagePool, check_pool_sizes
 from .weighting import OPTIONS_HELP, WEIGHTING_HELP, WEIGHTING_NAMES, find_weighting
 
 
@@ -77,6 +79,9 @@ class CUTOptions:
     flip_equivariance: bool = option(False, "FastCUT: mirror the images in half of the steps, and their features back")
     gan_mode: GANMode = option("lsgan", "lsgan, vanilla, wgangp, nonsaturating or hinge")
     lambda_gp: float = option(10.0, GP_HELP, **WEIGHT)
+    saturating: bool = option(False, SATURATING_HELP)
+    pool_size: int = option(0, POOL_HELP, low=0, high=MOST_POOLED)
+    augment: str = option("", AUGMENT_HELP, anything=True)
     reuse_key_features: bool = option(
         True, "use the features of the pass that computes G(x) as keys; false encodes x again"
     )
@@ -129,6 +134,8 @@ class CUT(Method):
             )
         self.options = options
         self.gp = options.lambda_gp if options.gan_mode == "wgangp" else 0.0
+        self.augment = Augment(options.augment)
+        self.pool = ImagePool(options.pool_size)
         self.layers = list(options.nce_layers)
         self.generator = network.build_generator()
         self.discriminator = network.build_discriminator(network.out_channels)
@@ -178,9 +185,18 @@ class CUT(Method):
     def phases(self):
         return Phase(self.d_loss, ("D",)), Phase(self.g_loss, ("G", "F") if self.trains_projector else ("G",))
 
+    def extra_state_modules(self) -> dict[str, nn.Module]:
+        return {"pool": self.pool} if self.pool.size else {}
+
+    def prepare(self, batch: Batch) -> None:
+        self.pool.prepare(batch.a, batch.b.shape[1])
+
     def share_keys(self, others: Callable[[Tensor], Tensor]) -> None:
         if self.options.gather_negatives:
             self.head.others = others
+
+    def share_draws(self, rank: int, world: int) -> None:
+        self.augment.rank, self.augment.world = rank, world
 
     def check_options(self, batch_size: int) -> None:
         super().check_options(batch_size)
@@ -201,6 +217,7 @@ class CUT(Method):
                 f"{both[0]} and {both[1]} cannot go through G in one batch, as loss.nce_idt=true needs: {remedy}, or "
                 f"set loss.nce_idt=false"
             )
+        check_pool_sizes(options.pool_size, a, remedy)
         super().check_sizes(batch_size, a, b, remedy)
         if options.lambda_nce > 0:
             pooled = options.projector == "reshape"  # to 16 locations, whatever the size
@@ -243,7 +260,8 @@ class CUT(Method):
         return outputs
 
     def d_loss(self, batch: Batch, outputs: Outputs, draws: Draws) -> tuple[Tensor, Losses]:
-        fake, real = outputs["fake_B"].detach(), batch.b
+        fakes, reals = self.pool(outputs["fake_B"]), batch.b
+        fake, real = self.augment(fakes), self.augment(reals)
         if self.discriminator.pictures_independent and fake.shape[1:] == real.shape[1:]:
             judged_fake, judged_real = self.discriminator(torch.cat([fake, real])).split([len(fake), len(real)])
         else:
@@ -253,7 +271,8 @@ class CUT(Method):
         losses = {"D_real": loss_real, "D_fake": loss_fake}
         total = 0.5 * (loss_fake + loss_real)
         if self.gp > 0:
-            losses["D_GP"] = 0.5 * self.gp * gradient_penalty(self.discriminator, real, fake)
+            judge = self.augment.before(self.discriminator)
+            losses["D_GP"] = 0.5 * self.gp * gradient_penalty(judge, reals, fakes)
             total = total + losses["D_GP"]
         return total, losses
 
@@ -262,8 +281,10 @@ class CUT(Method):
         losses: Losses = {}
         total = outputs["fake"].new_zeros(())
         if options.lambda_gan > 0:
-            judged = self.discriminator(outputs["fake_B"])
-            losses["G_GAN"] = options.lambda_gan * gan_loss(judged, True, options.gan_mode, for_generator=True)
+            judged = self.discriminator(self.augment(outputs["fake_B"]))
+            losses["G_GAN"] = options.lambda_gan * gan_loss(
+                judged, True, options.gan_mode, for_generator=not options.saturating
+            )
             total = total + losses["G_GAN"]
         if options.lambda_nce > 0:
             nce = options.lambda_nce * self._contrast(outputs, draws)

@@ -18,7 +18,7 @@ from ..data.rain import RainOptions, parse_ranges, render_rain
 from ..nce.api import Negatives
 from .base import WEIGHT, Batch, Draws, Losses, NetworkOptions, Outputs
 from .dclgan import DCLGAN, DCLGANOptions
-from .losses import channel_cycle_loss, frequency_cycle_loss
+from .losses import SATURATING_HELP, channel_cycle_loss, frequency_cycle_loss
 
 HEAVY_RAIN = "density=0.3:0.7,opacity=0.4:0.9,haze=0,angle=-40:40"
 """Rain about as heavy as in Rain800."""
@@ -33,9 +33,7 @@ class DCDGANOptions(DCLGANOptions):
         "branch",
         'more negatives: "branch": as many again, from the other branch\'s image; "bank": from past images; "none"',
     )
-    saturating: bool = option(
-        False, "hinge loss of the generators as released, flat beyond the margin; false: -mean(D)"
-    )
+    saturating: bool = option(False, SATURATING_HELP)
     projector_adam: Literal["library", "generator"] = option(
         "generator",
         'Adam of F1 and F2: "generator": as G; "library": lr 1e-3, betas 0.9 and 0.999 as the released code',
@@ -82,6 +80,11 @@ class DCDGAN(DCLGAN):
     options: DCDGANOptions
 
     def __init__(self, options: DCDGANOptions, network: NetworkOptions):
+        if options.lambda_rendered > 0 and network.in_channels != network.out_channels:
+            raise ValueError(
+                f"rendered rain feeds B to G_A: network.in_channels={network.in_channels} and "
+                f"out_channels={network.out_channels} must be equal, or loss.lambda_rendered=0"
+            )
         super().__init__(options, network)
         self.rain = RainOptions(**parse_ranges("loss.rendered_rain", options.rendered_rain))
 
@@ -92,10 +95,12 @@ class DCDGAN(DCLGAN):
         outputs = super().generate(batch, draws)
         for domain, generator, fake in (("A", self.generator_b, "B"), ("B", self.generator_a, "A")):
             image = outputs[f"fake_{fake}"]
-            if f"keys_{domain}" in outputs:  # the pass that closes the cycle also returns the queries
+            if self.shares_passes:  # the pass that closes the cycle also returns the queries
                 outputs[f"rec_{domain}"], outputs[f"queries_{fake}"] = generator(image, self.layers)
             else:
                 outputs[f"rec_{domain}"] = generator(image)
+            if draws.flip:  # the cycle ends at the mirrored image
+                outputs[f"rec_{domain}"] = outputs[f"rec_{domain}"].flip(3)
         return outputs
 
     def g_loss(self, batch: Batch, outputs: Outputs, draws: Draws) -> tuple[Tensor, Losses]:

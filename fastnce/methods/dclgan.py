@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,7 +14,9 @@ from torch import Tensor, nn
 from ..common.options import option
 from ..nce import NegativeBank, PatchNCEHead, patch_nce_layers, project_patches
 from ..nce.api import Negatives
+from ..nce.multilayer import cosine_rows
 from ..nce.selection import dense_patch_ids, pooled_maps
+from .augment import AUGMENT_HELP
 from .base import (
     GP_HELP,
     LEARN_HELP,
@@ -32,8 +36,9 @@ from .base import (
     check_ranges,
 )
 from .checks import check_contrast, drawn_rows
-from .cyclegan import MOST_POOLED, TwoWay
-from .losses import GANMode
+from .cyclegan import TwoWay
+from .losses import SATURATING_HELP, GANMode
+from .pool import MOST_POOLED, POOL_HELP
 from .weighting import OPTIONS_HELP, WEIGHTING_HELP, WEIGHTING_NAMES, find_weighting
 
 
@@ -64,6 +69,9 @@ class DCLGANOptions:
     bank_size: int = option(
         256, "codes of past images kept per domain and layer, for external=bank", low=1, high=MOST_PATCHES
     )
+    gather_negatives: bool = option(
+        False, "with several ranks, negatives=batch uses the images of all ranks, as one process would"
+    )
     weighting: str = option("none", WEIGHTING_HELP, choices=WEIGHTING_NAMES, imports=True)
     weighting_options: str = option("", OPTIONS_HELP, anything=True)
     cosine: bool = option(
@@ -71,9 +79,11 @@ class DCLGANOptions:
     )
     gan_mode: GANMode = option("hinge", "lsgan, vanilla, wgangp, nonsaturating or hinge")
     lambda_gp: float = option(10.0, GP_HELP, **WEIGHT)
-    saturating: bool = option(True, "hinge loss of the generators as released, flat beyond the margin; false: -mean(D)")
-    pool_size: int = option(
-        0, "past fakes kept per domain for the discriminators; 0: they judge only the latest", low=0, high=MOST_POOLED
+    saturating: bool = option(True, SATURATING_HELP)
+    pool_size: int = option(0, POOL_HELP, low=0, high=MOST_POOLED)
+    augment: str = option("", AUGMENT_HELP, anything=True)
+    flip_equivariance: bool = option(
+        False, "mirror the images that are translated in half of the steps, and the features of the fakes back"
     )
     projector_adam: Literal["library", "generator"] = option(
         "library", 'Adam of F1 and F2: "library": lr 1e-3, betas 0.9 and 0.999 as the released code; "generator": as G'
@@ -104,9 +114,21 @@ class DCLGAN(TwoWay):
             )
         if not (options.lambda_gan > 0 or options.lambda_nce > 0 or options.lambda_idt > 0):
             raise ValueError("every term has weight 0: set loss.lambda_gan, loss.lambda_nce or loss.lambda_idt above 0")
-        super().__init__(network, options.gan_mode, options.lambda_gp, options.pool_size)
+        if options.gather_negatives and (options.negatives, options.weighting) != ("batch", "none"):
+            raise ValueError(
+                "loss.gather_negatives=true makes one batch of all ranks' pictures: it needs loss.negatives=batch and "
+                "loss.weighting=none"
+            )
+        if options.gather_negatives and options.external == "bank":
+            raise ValueError(
+                "loss.gather_negatives=true cannot be combined with loss.external=bank, which each rank fills with its "
+                "own images: leave one of them out"
+            )
+        super().__init__(network, options.gan_mode, options.lambda_gp, options.pool_size, options.augment)
         self.options = options
         self.layers = list(options.nce_layers)
+        self.others: Callable[[Tensor], Tensor] | None = None
+        """Gathers a constant of the other ranks, (...) -> (ranks - 1, ...), for more negatives."""
         self.weighting = find_weighting(options.weighting, options.weighting_options)
         self.projector_a, self.projector_b = (
             PatchNCEHead(
@@ -140,6 +162,10 @@ class DCLGAN(TwoWay):
     def extra_state_modules(self) -> dict[str, nn.Module]:
         banks = {"bank_A": self.bank_a, "bank_B": self.bank_b}
         return super().extra_state_modules() | {name: bank for name, bank in banks.items() if bank is not None}
+
+    def share_keys(self, others: Callable[[Tensor], Tensor]) -> None:
+        if self.options.gather_negatives:
+            self.others = others
 
     def check_options(self, batch_size: int) -> None:
         super().check_options(batch_size)
@@ -181,10 +207,18 @@ class DCLGAN(TwoWay):
     def phases(self):
         return Phase(self.d_loss, ("D",)), Phase(self.g_loss, ("G", "F") if self.trains_projector else ("G",))
 
+    def draw(self, rng: random.Random) -> Draws:
+        return Draws(flip=self.options.flip_equivariance and rng.random() < 0.5)
+
+    @property
+    def shares_passes(self) -> bool:
+        """Whether a pass that makes an image also returns the features that the contrast needs."""
+        return self.options.reuse_key_features and self.options.lambda_nce > 0 and self.generator_a.features_repeat
+
     def generate(self, batch: Batch, draws: Draws) -> Outputs:
-        options = self.options
-        reuse = options.reuse_key_features and options.lambda_nce > 0 and self.generator_a.features_repeat
-        return self.translate_both(batch, options.lambda_idt > 0, self.layers if reuse else ())
+        # the features of a mirrored image are not the mirrored features, so the keys are then encoded separately
+        layers = self.layers if self.shares_passes and not draws.flip else ()
+        return self.translate_both(batch, self.options.lambda_idt > 0, layers, draws.flip)
 
     def g_loss(self, batch: Batch, outputs: Outputs, draws: Draws) -> tuple[Tensor, Losses]:
         options = self.options
@@ -202,7 +236,7 @@ class DCLGAN(TwoWay):
 
     def contrast(self, batch: Batch, outputs: Outputs, draws: Draws) -> Losses:
         """NCE1: fake_B against A. NCE2: fake_A against B."""
-        keys_a, keys_b, queries_b, queries_a = self.features(batch, outputs)
+        keys_a, keys_b, queries_b, queries_a = self.features(batch, outputs, draws)
         if self.options.projector == "reshape":
             keys_a, keys_b, queries_b, queries_a = map(pooled_maps, (keys_a, keys_b, queries_b, queries_a))
             ids1, ids2 = dense_patch_ids(keys_a), dense_patch_ids(keys_b)
@@ -215,18 +249,21 @@ class DCLGAN(TwoWay):
         nce = self.options.lambda_nce * self.nce(q1, k1, q2, k2, len(batch.a))
         return {"NCE1": nce[0], "NCE2": nce[1]}
 
-    def features(self, batch: Batch, outputs: Outputs) -> tuple[list[Tensor], ...]:
-        """Return the maps at `layers` of (A, B, fake_B, fake_A): G_A encodes A and fake_A, G_B encodes B and fake_B."""
+    def features(self, batch: Batch, outputs: Outputs, draws: Draws) -> tuple[list[Tensor], ...]:
+        """Return the maps at `layers` of (A, B, fake_B, fake_A): G_A encodes A and fake_A, G_B encodes B and fake_B.
+
+        The maps of fakes of mirrored images are mirrored back.
+        """
 
         def kept(name: str, generator: nn.Module, images: Tensor) -> list[Tensor]:
             return outputs[name] if name in outputs else generator(images, self.layers, encode_only=True)
 
-        return (
-            kept("keys_A", self.generator_a, batch.a),
-            kept("keys_B", self.generator_b, batch.b),
-            kept("queries_B", self.generator_b, outputs["fake_B"]),
-            kept("queries_A", self.generator_a, outputs["fake_A"]),
-        )
+        keys_a, keys_b = kept("keys_A", self.generator_a, batch.a), kept("keys_B", self.generator_b, batch.b)
+        queries_b = kept("queries_B", self.generator_b, outputs["fake_B"])
+        queries_a = kept("queries_A", self.generator_a, outputs["fake_A"])
+        if draws.flip:
+            queries_b, queries_a = ([feature.flip(3) for feature in queries] for queries in (queries_b, queries_a))
+        return keys_a, keys_b, queries_b, queries_a
 
     def rows(self, *sides: tuple[PatchNCEHead, list[Tensor], list[Tensor]], distinct: bool) -> list[list[Tensor]]:
         """Return the codes (images * patches, dim) per layer of each (projector, maps, ids): few launches.
@@ -249,7 +286,7 @@ class DCLGAN(TwoWay):
             images=images,
             negatives=options.negatives,
             temperature=self.projector_a.current_temperatures(),
-            extra_keys=self.external(),
+            extra_keys=self.external() if self.others is None else self._others_rows([q1, q2], [k1, k2]),
             cosine=options.cosine,
             weighting=self.weighting,
             unit_rows=True,
@@ -267,6 +304,29 @@ class DCLGAN(TwoWay):
         if self.bank_a is not None and self.bank_b is not None:
             return [self.bank_a.keys(), self.bank_b.keys()]
         return None
+
+    @torch.no_grad()
+    def _others_rows(self, queries: list[list[Tensor]], keys: list[list[Tensor]]) -> list[list[Tensor]]:
+        """Return the negatives from other ranks, and with external=branch all of that branch, per direction and layer.
+
+        The codes are exchanged in one call.
+        """
+        assert self.others is not None
+        branch = self.options.external == "branch"
+        sides = [*keys, *queries[::-1]] if branch else keys  # direction 0 takes the queries of direction 1
+        codes = [cosine_rows(rows) if self.options.cosine else rows.detach() for side in sides for rows in side]
+        flat = torch.cat([rows.flatten() for rows in codes])  # layers may differ in width
+        every = self.others(flat).split([rows.numel() for rows in codes], dim=1)  # (ranks - 1, rows * dim) each
+        theirs = [found.reshape(-1, rows.shape[1]) for found, rows in zip(every, codes, strict=True)]
+        count = len(self.layers)
+        extra = [theirs[:count], theirs[count : 2 * count]]
+        if branch:
+            mine, more = codes[2 * count :], theirs[2 * count :]
+            extra = [
+                [torch.cat([extra[d][i], mine[d * count + i], more[d * count + i]]) for i in range(count)]
+                for d in range(2)
+            ]
+        return extra
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         pictures = {"A": batch.a, "fake_B": self.generator_a(batch.a)}

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..common.messages import nearest, shown
 from ..nce import checks
 
 GANMode = Literal["lsgan", "vanilla", "wgangp", "nonsaturating", "hinge"]
 GAN_MODES: tuple[str, ...] = get_args(GANMode)
+SATURATING_HELP = "hinge loss of the generators as in DCLGAN's code, flat beyond the margin; false: -mean(D)"
 
 
 def gan_loss(
@@ -88,7 +90,9 @@ def leave_uncompiled() -> None:
         torch._dynamo.graph_break(msg="a penalty differentiates the discriminator twice")
 
 
-def gradient_penalty(discriminator: nn.Module, real: Tensor, fake: Tensor, mix: Tensor | None = None) -> Tensor:
+def gradient_penalty(
+    discriminator: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, mix: Tensor | None = None
+) -> Tensor:
     """WGAN-GP's penalty: (gradient norm - 1)^2 between real and fake (Gulrajani et al., NeurIPS 2017), unweighted.
 
     Args:

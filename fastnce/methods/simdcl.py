@@ -105,7 +105,7 @@ class SimDCL(DCLGAN):
 
     def contrast(self, batch: Batch, outputs: Outputs, draws: Draws) -> Losses:
         options = self.options
-        keys_a, keys_b, queries_b, queries_a = self.features(batch, outputs)
+        keys_a, keys_b, queries_b, queries_a = self.features(batch, outputs, draws)
         draw_a, draw_b = self.projector_a.draw_ids, self.projector_b.draw_ids
         # Drawn in the published order. The stacks of generated images have their own locations.
         ids1, ids_fake_b, ids2, ids_fake_a = draws.patch_ids or (

@@ -60,8 +60,9 @@ class SinCUT(CUT):
         if self.discriminator_has_kernels:
             leave_uncompiled()
         # In two passes: in a joint pass, the two backward passes of the penalty would include the fakes.
-        real, fake = batch.b.detach().requires_grad_(), outputs["fake_B"].detach()
-        judged_fake, judged_real = self.discriminator(fake), self.discriminator(real)
+        real, fake = batch.b.detach().requires_grad_(), self.pool(outputs["fake_B"])
+        judge = self.augment.before(self.discriminator)
+        judged_fake, judged_real = judge(fake), judge(real)
         losses = {
             "D_real": gan_loss(judged_real, True, options.gan_mode),
             "D_fake": gan_loss(judged_fake, False, options.gan_mode),
@@ -69,7 +70,7 @@ class SinCUT(CUT):
         }
         total = 0.5 * (losses["D_real"] + losses["D_fake"]) + losses["D_R1"]
         if self.gp > 0:
-            losses["D_GP"] = 0.5 * self.gp * gradient_penalty(self.discriminator, batch.b, fake)
+            losses["D_GP"] = 0.5 * self.gp * gradient_penalty(judge, batch.b, fake)
             total = total + losses["D_GP"]
         return total, losses
 

@@ -94,7 +94,7 @@ def check_code(config: Config, device: torch.device | str = "cpu") -> Measures:
                 f"and let the data set render rain (fastnce.data.rain.render_rain)"
             )
     run = config.run
-    measures = find_measures(run.best, run.metrics, config.network.in_channels, device, run.feature_weights)
+    measures = find_measures(run.best, run.metrics, config.network.out_channels, device, run.feature_weights)
     if not run.validate_every and (run.metrics or run.best != AUTO):
         key = f"run.metrics={run.metrics}" if run.metrics else f"run.best={run.best}"
         raise ValueError(f"{key} measures nothing, because run.validate_every=0: set it to 1000, for example")

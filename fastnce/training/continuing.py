@@ -37,7 +37,7 @@ from ..engine.progress import Progress
 from ..engine.stored import read_tensors
 from ..engine.training_state import misfits, planned_state
 from ..methods import Method
-from ..methods.cyclegan import ImagePool
+from ..methods.pool import ImagePool
 
 Values = Sequence[str] | Mapping[str, Any]
 """Texts such as "optim.lr=1e-4", or Python values by key."""

@@ -70,6 +70,7 @@ def open_validation(
             measures.more,
             measures.inception,
             reference,
+            truth_channels=config.network.out_channels,
         )
     if pairs:
         why = f"{folder}/testA and testB are not paired; run.metrics=fid measures them"
@@ -179,16 +180,12 @@ def open_data(
 ) -> UnpairedData | SinglePictureData | OwnData:
     """Open the data set that a configuration names."""
     options, network = config.data, config.network
-    if network.in_channels != network.out_channels:
-        raise ValueError(
-            f"network.in_channels={network.in_channels} and out_channels={network.out_channels} must be equal: both "
-            f"domains are read with one number of channels"
-        )
+    channels = network.in_channels, network.out_channels
     if options.dataset:
         return open_own(
             options.dataset,
             options,
-            channels=network.in_channels,
+            channels=channels,
             batch=options.batch,
             seed=config.run.seed,
             rank=ranks.rank,
@@ -200,7 +197,7 @@ def open_data(
         "phase": options.phase,
         "direction": options.direction,
         "max_images": options.max_images,
-        "channels": network.in_channels,
+        "channels": channels,
         "flip": options.flip,
         "batch": options.batch,
         "seed": config.run.seed,

@@ -130,7 +130,7 @@ def test_the_digest_is_that_of_the_opened_data_set(own):
 
 def opened(name):
     options, run = SimpleNamespace(batch=1), {"seed": 0, "rank": 0, "world": 1, "device": torch.device("cpu")}
-    return open_own(f"mine.py:{name}", options, channels=3, batch=1, **run)
+    return open_own(f"mine.py:{name}", options, channels=(3, 3), batch=1, **run)
 
 
 def test_too_little_memory_is_no_mistake_of_the_class(own):

@@ -18,7 +18,7 @@ from fastnce.engine.options import OptimOptions
 from fastnce.engine.snapshot import Snapshot
 from fastnce.engine.step import Step
 from fastnce.methods import Batch, Draws, Group, Method, Phase
-from fastnce.methods.cyclegan import ImagePool
+from fastnce.methods.pool import ImagePool
 from fastnce.nce import NegativeBank
 from tests.engine.test_cudagraph import Tape
 from tests.methods.test_methods_more import build

@@ -105,6 +105,28 @@ def test_gathered_negatives_are_those_of_the_whole_batch(folder, tmp_path):
             torch.testing.assert_close(other[key], tensor, rtol=0, atol=1e-6, msg=key)
 
 
+def test_gathered_negatives_of_a_dual_method_are_those_of_the_whole_batch(folder, tmp_path):
+    """Of the same domain and of the other branch, with augmentation, whose numbers the ranks draw as one process."""
+    more = ["loss.negatives=batch", "loss.nce_layers=4,8", "loss.augment=color,translation,cutout", "run.steps=2"]
+    more += ["network.discriminator=n_layers", "network.discriminator_layers=1", "--quiet"]
+    words = ["train", "dcdgan", "--data", str(folder), *SMALL, *more]
+    assert main([*words, "--out", str(tmp_path / "one"), "data.batch=2"]) == 0
+    port, two = free_port(), [*words, "--out", str(tmp_path / "two"), "loss.gather_negatives=true"]
+    for code, _, err in finish([start(rank, 2, port, *two) for rank in range(2)]):
+        assert code == 0, err
+    rows = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two")]
+    for line, other_line in zip(*rows, strict=True):
+        first, second = json.loads(line), json.loads(other_line)
+        for name in ("NCE1", "NCE2", "D_A", "D_B", "G"):
+            assert second[name] == pytest.approx(first[name], rel=1e-5)
+    one, other = training_tensors(tmp_path / "one"), training_tensors(tmp_path / "two")
+    for group in ("D", "G", "F"):  # mean gradients, because Adam amplifies the rounding of those near 0
+        means = {key: t for key, t in one.items() if key.startswith(f"adam/{group}/") and key.endswith("/exp_avg")}
+        largest = max(float(t.abs().max()) for t in means.values())
+        for key, tensor in means.items():
+            torch.testing.assert_close(other[key], tensor, rtol=0, atol=1e-5 * largest, msg=key)
+
+
 def test_gathering_needs_a_batch_of_negatives():
     for change in ("loss.negatives=image", "loss.weighting=monce", "loss.symmetric=true"):
         config = resolve("cut", None, ["loss.negatives=batch", "loss.gather_negatives=true", change])

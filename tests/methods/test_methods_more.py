@@ -17,8 +17,8 @@ from fastnce.data.single import SinglePictureData
 from fastnce.engine.options import OptimOptions
 from fastnce.engine.step import Step
 from fastnce.methods import Batch, Draws, NetworkOptions
-from fastnce.methods.cyclegan import ImagePool
 from fastnce.methods.losses import channel_cycle_loss, frequency_cycle_loss
+from fastnce.methods.pool import ImagePool
 from fastnce.methods.presets import PRESETS
 from fastnce.nce import PatchSampleF
 from tests.vgg import with_vgg
