@@ -40,6 +40,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     parser.add_argument("--trust-code", action="store_true", help=TRUST_HELP)
     add_max_pixels(parser)
+    parser.check_words(arguments)
     args = parser.parse_args(arguments)
     if (args.model is None) != args.inputs_only:
         raise ValueError("fastnce evaluate takes either a model or --inputs-only")

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from ..common.messages import nearest
+from ..common.streams import report_error
+from ..published.hints import published_words
 
 GENERATOR_HELP = "for a method with two generators: G_A (A to B, default) or G_B"
 MODEL_HELP = "a run, a checkpoint folder or a published file"
@@ -16,17 +18,25 @@ TRUST_HELP = "import the user's own classes and functions that the run names; im
 
 
 class SuggestingParser(argparse.ArgumentParser):
-    """A parser that names the nearest option or choice when it refuses one."""
+    """A parser that refuses with one sentence, which names the nearest option or choice."""
 
     def error(self, message: str) -> NoReturn:
         if found := re.match(r"unrecognized arguments: (--[\w-]+)", message):
             message += nearest(found[1], [name for action in self._actions for name in action.option_strings])
         if found := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)$", message):
             message += nearest(found[1], re.findall(r"[\w.-]+", found[2]))
-        super().error(message)
+        if found := re.match(r"the following arguments are required: (.*)", message):
+            message = f"{self.prog} needs {found[1]}"
+        raise SystemExit(report_error(f"{message} ({self.prog} --help shows its options)", 2))
+
+    def check_words(self, arguments: list[str]) -> None:
+        """Refuse options of the published code with our words for them; ValueError is one sentence."""
+        own = [name for action in self._actions for name in action.option_strings]
+        if sentence := published_words(arguments, own, self.prog.rpartition(" ")[2]):
+            raise ValueError(sentence)
 
 
-def command_parser(command: str, function: Callable[[list[str]], int]) -> argparse.ArgumentParser:
+def command_parser(command: str, function: Callable[[list[str]], int]) -> SuggestingParser:
     """Make a parser whose description is the docstring of the command's function."""
     return SuggestingParser(prog=f"fastnce {command}", description=function.__doc__)
 

@@ -30,6 +30,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     parser.add_argument("--trust-code", action="store_true", help=TRUST_HELP)
     add_max_pixels(parser)
+    parser.check_words(arguments)
     args = parser.parse_args(arguments)
     if not args.source.exists():
         raise ValueError(f"{args.source}: no such picture or folder")
