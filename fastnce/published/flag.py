@@ -63,7 +63,7 @@ class Published:
 
 
 Converter = Callable[[str, Published], dict[str, Any]]
-"""From an option's text to values by our key, such as {"network.width": 32}. A ValueError ends the sentence "must be"."""
+"""From a text to values by our key, such as {"network.width": 32}. A ValueError ends the sentence "must be"."""
 
 
 @dataclass(frozen=True)
@@ -141,11 +141,6 @@ def number(key: str) -> Converter:
 def word(key: str, **renamed: str) -> Converter:
     """A text; `renamed` maps published words to ours."""
     return lambda text, _: {key: renamed.get(text, text)}
-
-
-def yes(key: str) -> Converter:
-    """A switch, unchanged."""
-    return lambda text, _: {key: switch(text)}
 
 
 def no(key: str) -> Converter:

@@ -87,12 +87,26 @@ DEFAULTS = {
     CUT: {"model": "cut"},
     DCLGAN: {"model": "dcl", "save_epoch_freq": "50", "gan_mode": "hinge", "num_test": "5000"},
     DCDGAN: {
-        **{"model": "dcd", "dataroot": "datasets", "name": "experiment_rain800", "easy_label": "experiment_rain800"},
-        **{"load_size": "512", "save_epoch_freq": "10", "gan_mode": "hinge", "num_test": "5000"},
-        **{"n_epochs": "300", "n_epochs_decay": "300", "lr": "0.0001"},
+        "model": "dcd",
+        "dataroot": "datasets",
+        "name": "experiment_rain800",
+        "easy_label": "experiment_rain800",
+        "load_size": "512",
+        "save_epoch_freq": "10",
+        "gan_mode": "hinge",
+        "num_test": "5000",
+        "n_epochs": "300",
+        "n_epochs_decay": "300",
+        "lr": "0.0001",
     },
-    CYCLEGAN: {"model": "cycle_gan", "init_type": "normal", "n_epochs": "100", "n_epochs_decay": "100"}
-    | {"no_dropout": "False", "display_id": "1"},
+    CYCLEGAN: {
+        "model": "cycle_gan",
+        "init_type": "normal",
+        "n_epochs": "100",
+        "n_epochs_decay": "100",
+        "no_dropout": "False",
+        "display_id": "1",
+    },
 }
 """The defaults of a repository's own option files that differ from those in the table of flags."""
 

@@ -49,7 +49,7 @@ def batch(text: str, published: Published) -> dict[str, Any]:
     """The batch of one process: the published one is divided among the GPUs."""
     total, processes = int(whole("batch")(text, published)["batch"]), max(len(published.devices), 1)
     if total % processes:
-        raise ValueError(f"a multiple of {processes}, the number of GPUs in --gpu_ids: each process takes an equal part")
+        raise ValueError(f"a multiple of {processes}, the GPUs in --gpu_ids: each process takes an equal part")
     return {"data.batch": total // processes}
 
 
@@ -75,7 +75,7 @@ def discriminator_norm(text: str, published: Published) -> dict[str, Any]:
 
 
 def antialias(text: str, published: Published) -> dict[str, Any]:
-    """CycleGAN in DCLGAN's and DCD-GAN's code has no say: its call gives the list of GPUs in the place of this switch."""
+    """The code of DCLGAN and DCD-GAN gives CycleGAN's networks the list of GPUs in the place of this switch."""
     if published.model == "cycle_gan" and published.repository != CUT:
         if published.given and "no_antialias" in published.given:
             raise NotSupported("this code's CycleGAN ignores it: it is strided on GPUs and blurred on a CPU")
