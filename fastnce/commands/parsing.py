@@ -14,6 +14,9 @@ from ..published.hints import published_words
 GENERATOR_HELP = "for a method with two generators: G_A (A to B, default) or G_B"
 MODEL_HELP = "a run, a checkpoint folder or a published file"
 TILES_HELP = "auto (default): whole pictures, or exact tiles if memory is too small; exact, fast: always tiles"
+EPOCH_HELP = "of a run: the checkpoint that was kept for an epoch (run.keep_epochs), the best, or the last (default)"
+NUM_HELP = "take so many pictures at most, in the order of their names; default: all (test.py takes 50)"
+TRAIN_MODE_HELP = "dropout and batch norm compute as in training, as test.py without --eval does; default: eval mode"
 TRUST_HELP = "import the user's own classes and functions that the run names; importing runs their code"
 
 
@@ -59,4 +62,11 @@ def add_max_pixels(parser: argparse.ArgumentParser) -> None:
 def _pixels(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and 0 < int(text[:20]) < 2**62):
         raise argparse.ArgumentTypeError(f"must be a whole number of pixels above 0, not {text!r}")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    """Read a whole number above 0, for argparse."""
+    if not (text.isascii() and text.isdecimal() and 0 < int(text[:20]) < 2**31):
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, not {text!r}")
     return int(text)

@@ -26,6 +26,7 @@ from ..common.gathered import gathering
 from ..common.writing import check_not_replaced, sweep, write_whole
 from ..data import DataError, find_images, load_image
 from .distribution import Inception, check_counts, fid_kid
+from .gallery import Gallery
 from .pairs import Pair, find_pairs
 from .quality import KEYS, DerainingMetrics
 from .sheet import Translate, draw_sheet
@@ -137,6 +138,9 @@ def evaluate(
     json_file: str | os.PathLike[str] | None = None,
     csv_file: str | os.PathLike[str] | None = None,
     sheet: str | os.PathLike[str] | None = None,
+    gallery: Gallery | None = None,
+    num: int = 0,
+    phase: str = "test",
     progress: Callable[[str], None] | None = None,
 ) -> Report:
     """Measure a test set. Files are written only after everything has been measured.
@@ -154,6 +158,9 @@ def evaluate(
         steps: of the checkpoints `translate` and `best`.
         json_file, csv_file, sheet: files to write: all results, one line per picture, and a contact sheet (PNG); the
             last two of `translate` only.
+        gallery: also write the inputs, outputs of `translate`, and truths, with a page.
+        num: measure so many pictures at most, the first in the order of their names; 0 takes all. Of testB all count.
+        phase: the folders of an unpaired set are `phase`A and `phase`B.
         progress: called with a sentence after each picture.
 
     Raises:
@@ -166,20 +173,30 @@ def evaluate(
     _check_writable(files)
     if sheet is not None and sheet.suffix.lower() != ".png":
         raise ValueError(f"--sheet {sheet}: the contact sheet is a PNG, name it {sheet.stem}.png")
-    unpaired = (data / "testA").is_dir() and (data / "testB").is_dir()
+    side_a, side_b = data / f"{phase}A", data / f"{phase}B"
+    unpaired = side_a.is_dir() and side_b.is_dir()
+    if phase != "test" and not unpaired:
+        raise DataError(f"{data} has no {phase}A and {phase}B, which --phase {phase} names")
     if unpaired and (not fid or csv_file or sheet):
         raise DataError(
-            f"{data} holds testA and testB, which are not paired: measure them with --fid and --json only (PSNR, "
+            f"{data} holds {phase}A and {phase}B, which are not paired: measure them with --fid and --json only (PSNR, "
             f"SSIM, --csv and --sheet need pairs, such as rain/ and norain/)"
         )
     sets = _Sets(Inception(device, feature_weights)) if fid else None
     drawn = b""
     pairs: list[Pair] = []
+    names: list[str] = []
+    lone: tuple[list[Path], list[Path]] = ([], [])
     if sets is not None and unpaired:
-        taken = [*find_images(data / "testA"), *find_images(data / "testB")]
+        lone = find_images(side_a)[: num or None], find_images(side_b)
+        names = [file.relative_to(side_a).with_suffix("").as_posix() for file in lone[0]]
+        taken = [*lone[0], *lone[1]]
     else:
-        pairs = find_pairs(data, rain_side)
+        pairs = find_pairs(data, rain_side)[: num or None]
+        names = [pair.name for pair in pairs]
         taken = [file for pair in pairs for file in (pair.rainy, pair.clean)]
+    if gallery is not None:
+        files = [*files, gallery.page, *(file for name in names for file in gallery.files(name))]
     for model in (translate, best):
         _check_kept(files, taken, model)
 
@@ -188,9 +205,10 @@ def evaluate(
             if progress is not None:
                 progress(f"{name}: {sentence}" if best is not None else sentence)
 
+        shown = gallery if model is translate else None
         if sets is not None and unpaired:
-            return _unpaired(data, model, channels, sets, told)
-        return _paired(data, pairs, model, channels, device, sets, told)
+            return _unpaired(data, lone, names, model, channels, sets, told, shown)
+        return _paired(data, pairs, model, channels, device, sets, told, shown)
 
     report = replace(measure(translate, checkpoint), checkpoint=checkpoint, step=steps[0])
     if best is not None:
@@ -203,6 +221,8 @@ def evaluate(
                 write_whole(file, text().encode("utf-8", "backslashreplace"))
         if sheet is not None:
             write_whole(sheet, drawn)
+        if gallery is not None:
+            gallery.write(names)
     except OSError as error:  # the message includes the results, so that a full disk does not lose an hour's work
         measured = report.summary().replace("\n", "; ")
         raise OSError(error.errno, f"{error.strerror}; measured: {measured}", error.filename) from error
@@ -238,6 +258,7 @@ def _paired(
     device: torch.device | str,
     sets: _Sets | None,
     progress: Callable[[str], None],
+    gallery: Gallery | None,
 ) -> Report:
     metrics, inputs = DerainingMetrics(), DerainingMetrics()
     pictures: list[dict[str, Any]] = []
@@ -245,6 +266,8 @@ def _paired(
     for pair in pairs:
         rainy, clean = (picture[None] for picture in pair.load(channels))
         output = rainy if translate is None else translate(rainy)
+        if gallery is not None:
+            _show(gallery, pair.name, rainy, output, clean)
         (row,) = metrics.update(output.to(device), clean.to(device))
         if translate is not None:
             inputs.update(rainy.to(device), clean.to(device))
@@ -262,16 +285,31 @@ def _paired(
 
 
 def _unpaired(
-    data: Path, translate: Translate | None, channels: int, sets: _Sets, progress: Callable[[str], None]
+    data: Path,
+    files: tuple[list[Path], list[Path]],
+    names: list[str],
+    translate: Translate | None,
+    channels: int,
+    sets: _Sets,
+    progress: Callable[[str], None],
+    gallery: Gallery | None,
 ) -> Report:
     made: list[Tensor] = []
-    sources = find_images(data / "testA")
+    sources, others = files
     for count, file in enumerate(sources, 1):
         picture = load_image(file, channels)[None]
-        made.append(sets.inception.features(picture if translate is None else translate(picture)))
+        output = picture if translate is None else translate(picture)
+        if gallery is not None:
+            other = load_image(others[(count - 1) % len(others)], output.shape[1])[None]
+            _show(gallery, names[count - 1], picture, output, other)
+        made.append(sets.inception.features(output))
         progress(f"{count}/{len(sources)} {file.name}")
     if not sets.reference:
-        sets.reference = [
-            sets.inception.features(load_image(file, channels)[None]) for file in find_images(data / "testB")
-        ]
+        sets.reference = [sets.inception.features(load_image(file, channels)[None]) for file in others]
     return Report(str(data), sets.measure(made), {}, [])
+
+
+def _show(gallery: Gallery, name: str, *pictures: Tensor) -> None:
+    """Write the input, the output and the truth of one picture."""
+    for which, picture in enumerate(pictures):
+        gallery.save(name, which, picture[0])

@@ -12,6 +12,7 @@ from .flag import (
     DCDGAN,
     DCLGAN,
     REPOSITORIES,
+    Converter,
     Flag,
     images,
     no,
