@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from ..common.messages import nearest
-from .flag import CUT, CYCLEGAN, DCLGAN, Published
+from .flag import CUT, CYCLEGAN, DCDGAN, DCLGAN, Published
 from .models import CUT_DEFAULTS, DEFAULTS, FASTCUT_DEFAULTS, MODELS, NOT_HERE, WORDS
 from .reading import Source
 from .table import flags_of, named
+
+
+MODES = {"CUT_mode": CUT, "DCL_mode": DCLGAN, "DCD_mode": DCDGAN}
+"""Options that say whose command it is."""
 
 
 def identify(source: Source, wanted: str = "") -> Published:
@@ -23,8 +27,6 @@ def identify(source: Source, wanted: str = "") -> Published:
     repository, model = _best(choices, source)
     values = defaults_of(repository, model, source)
     values |= source.printed or source.given
-    if values["model"] == "" or not source.printed:
-        values["model"] = model
     given = [name for name in source.given if name in flags_of(repository, model, source.test)]
     published = Published(repository, model, MODELS[repository][model].method, source.test, values, given)
     if model == "cut" and repository == CUT:
@@ -65,6 +67,8 @@ def _best(choices: list[tuple[str, str]], source: Source) -> tuple[str, str]:
 
     fewest = min(map(lacking, choices))
     choices = [choice for choice in choices if lacking(choice) == fewest]
+    named_by_mode = [repository for mode, repository in MODES.items() if mode in source.given]
+    choices = [choice for choice in choices if choice[0] in named_by_mode] or choices
     if source.printed:
 
         def strange(choice: tuple[str, str]) -> int:
@@ -90,7 +94,7 @@ def _best(choices: list[tuple[str, str]], source: Source) -> tuple[str, str]:
 def defaults_of(repository: str, model: str, source: Source) -> dict[str, str]:
     """The default of every option of a published model, as text."""
     values = {name: flag.default for name, flag in flags_of(repository, model, source.test).items()}
-    values |= {name: text for name, text in DEFAULTS[repository].items() if name in values}
+    values |= {name: text for name, text in DEFAULTS[repository].items() if name in values} | {"model": model}
     found = MODELS[repository][model]
     replaced = dict(found.defaults)
     mode = (source.printed or source.given).get("CUT_mode", "CUT").lower()

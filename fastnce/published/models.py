@@ -67,7 +67,7 @@ MODELS = {
     },
     DCLGAN: {
         "dcl": Model("dclgan", DUAL_DEFAULTS),
-        "simdcl": Model("simdcl", DUAL_DEFAULTS),
+        "simdcl": Model("simdcl", {**DUAL_DEFAULTS, "DCL_mode": "SIM"}),
         "cut": Model("cut", {**CUT_DEFAULTS, "lambda_IDT": "10.0"}),
         "fastcut": Model("fastcut", {**FASTCUT_DEFAULTS, "lambda_IDT": "10.0"}),
         "cycle_gan": Model("cyclegan", {"no_dropout": "True"}),
