@@ -179,8 +179,10 @@ def _sentence(flag: Flag, result: Conversion, found: dict[str, Any], reason: str
     if published.test:
         here = flag.test
         if not here:
-            why = flag.remark if not flag.ours else "a translation takes it from the model"
-            return f"{said}: not supported: {why}"
+            return f"{said}: " + (f"not supported: {flag.remark}" if not flag.ours else "the model has it already")
+        crops = "crop" in published.values["preprocess"] and text != published.values["load_size"]
+        if flag.name == "crop_size" and crops:
+            return f"{said}: not supported: a random crop of a test picture; the whole picture is translated"
         return f"{said}: {'same' if here.lstrip('-') == flag.name else 'renamed'}, {here}"
     if reason:
         return f"{said}: not supported: {reason}"

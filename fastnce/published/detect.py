@@ -8,7 +8,6 @@ from .models import CUT_DEFAULTS, DEFAULTS, FASTCUT_DEFAULTS, MODELS, NOT_HERE, 
 from .reading import Source
 from .table import flags_of, named
 
-
 MODES = {"CUT_mode": CUT, "DCL_mode": DCLGAN, "DCD_mode": DCDGAN}
 """Options that say whose command it is."""
 

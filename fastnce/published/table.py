@@ -54,7 +54,7 @@ _BOTH = (
     _as(word, "netG", ALL, "resnet_9blocks", "network.generator", example="resnet_6blocks"),
     _as(whole, "n_layers_D", ALL, "3", "network.discriminator_layers", example="4"),
     _as(word, "norm", CG, "instance", "network.norm", "syncbatch is not there", example="batch"),
-    _as(word, "normG", C3, "instance", "network.norm", "the discriminator's too", example="batch"),
+    _as(word, "normG", C3, "instance", "network.norm", example="batch"),
     Flag(
         "normD", C3, "instance", "network.discriminator_norm", own.discriminator_norm, "as normG: empty", example="none"
     ),

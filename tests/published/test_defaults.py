@@ -115,7 +115,7 @@ def test_published_defaults_that_differ_from_ours(name):
 
 
 def test_cyclegan_as_its_own_repository_trains_it_is_the_preset():
-    result = convert(read_source("python train.py --dataroot d --model cycle_gan".split()))
+    result = convert(read_source(["python", "train.py", "--dataroot", "d", "--model", "cycle_gan"]))
     assert result.published.repository == "CycleGAN"
     found = {key: value for key, value in result.changed.items() if not key.startswith(("run.", "data.dir"))}
     assert found == {}
