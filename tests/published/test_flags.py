@@ -19,12 +19,12 @@ from fastnce.published.table import as_markdown
 MIGRATION = Path(__file__).resolve().parents[2] / "docs" / "migration.md"
 
 BASE = """dataroot name gpu_ids checkpoints_dir model input_nc output_nc ngf ndf netD netG n_layers_D init_type
-init_gain no_dropout dataset_mode direction serial_batches num_threads batch_size load_size crop_size max_dataset_size preprocess
-no_flip display_winsize epoch verbose suffix"""
+init_gain no_dropout dataset_mode direction serial_batches num_threads batch_size load_size crop_size max_dataset_size
+preprocess no_flip display_winsize epoch verbose suffix"""
 BASE_CUT = "easy_label normG normD no_antialias no_antialias_up random_scale_max stylegan2_G_num_downsampling"
 TRAIN = """display_freq display_ncols display_id display_server display_env display_port update_html_freq print_freq
-no_html save_latest_freq save_epoch_freq save_by_iter continue_train epoch_count phase n_epochs n_epochs_decay beta1 lr gan_mode
-pool_size lr_policy lr_decay_iters"""
+no_html save_latest_freq save_epoch_freq save_by_iter continue_train epoch_count phase n_epochs n_epochs_decay beta1 lr
+gan_mode pool_size lr_policy lr_decay_iters"""
 TRAIN_CUT = "evaluation_freq pretrained_name beta2"
 TEST = "results_dir phase eval num_test"
 NCE = """lambda_GAN lambda_NCE nce_idt nce_layers nce_includes_all_negatives_from_minibatch netF netF_nc nce_T
