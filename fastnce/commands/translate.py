@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--epoch", default="", metavar="N|best|last", help=EPOCH_HELP)
     parser.add_argument("--num", type=positive, default=0, metavar="N", help=NUM_HELP)
     parser.add_argument("--phase", default="", metavar="test", help=PHASE_HELP)
-    parser.add_argument("--direction", choices=("AtoB", "BtoA"), help="BtoA: --phase reads B, as data.direction=BtoA")
+    parser.add_argument("--direction", choices=("AtoB", "BtoA"), help="of --phase; default: as the run trained")
     parser.add_argument("--load-size", type=positive, default=0, metavar="N", help=LOAD_SIZE_HELP)
     parser.add_argument("--index", action="store_true", help="write OUT/index.html, which shows inputs and outputs")
     parser.add_argument("--layout", choices=("published",), help=LAYOUT_HELP)
@@ -69,7 +69,6 @@ def main(arguments: list[str]) -> int:
         raise ValueError(f"--format must be png, jpg, webp, bmp, tiff or npy, not {args.format!r}{meant}")
     _check_together(args)
     path, generator = chosen_model(args.model, args.epoch, args.generator)
-    sources, truths = _sides(args)
     with ProgressLine() as line, accepting(args.max_pixels, MAX_PIXELS):
         translator = load_translator(
             path,
@@ -82,6 +81,7 @@ def main(arguments: list[str]) -> int:
         )
         if args.train_mode:
             translator.train_mode()
+        sources, truths = _sides(args, getattr(translator, "direction", "AtoB"))
         index = None
         if args.index or args.layout:
             title = f"{args.model.name}, {args.phase or sources[0].name}, {args.epoch or 'last'}"
@@ -117,11 +117,15 @@ def _check_together(args: argparse.Namespace) -> None:
         raise ValueError("--train-mode takes each picture whole and alone: leave --tiles and --batch out")
 
 
-def _sides(args: argparse.Namespace) -> tuple[list[Path], list[Path]]:
-    """The pictures to translate, and those of the other domain, in the order of their names."""
+def _sides(args: argparse.Namespace, trained: str) -> tuple[list[Path], list[Path]]:
+    """The pictures to translate, and those of the other domain, in the order of their names.
+
+    Args:
+        trained: the direction of the run, which --direction may replace.
+    """
     if not args.phase:
         return args.source, []
     a, b = domain_folders(args.source[0], args.phase)
-    if (args.generator == "G_B") != (args.direction == "BtoA"):
+    if (args.generator == "G_B") != ((args.direction or trained) == "BtoA"):
         a, b = b, a
     return [a.path], [b.file(place) for place in range(len(b))]

@@ -128,9 +128,9 @@ def convert(source: Source, wanted: str = "") -> Conversion:
     known = keys_of(config)
     for name, flag in own.items():
         found, reason = _ours(flag, published)
-        lacks = [key for key in found if key not in known]
-        if lacks and not reason:
-            reason = f"{config.method} has no {lacks[0]}"
+        first = next(iter(found), "")
+        if first and first not in known:
+            reason = f"{config.method} has no {first}"
         found = {key: value for key, value in found.items() if key in known}
         if not (published.test and flag.phase != "train"):
             try:

@@ -92,9 +92,9 @@ def antialias_up(text: str, published: Published) -> dict[str, Any]:
 
 
 def gan_mode(text: str, published: Published) -> dict[str, Any]:
-    """The published WGAN-GP lacks its penalty: the code defines it and never adds it."""
-    found: dict[str, Any] = {"loss.gan_mode": text}
-    return found | {"loss.lambda_gp": 0.0} if text == "wgangp" else found
+    """The published WGAN-GP lacks its penalty, and the published hinge of the generators is the discriminators'."""
+    more = {"wgangp": {"loss.lambda_gp": 0.0}, "hinge": {"loss.saturating": True}}
+    return {"loss.gan_mode": text, **more.get(text, {})}
 
 
 def start(text: str, published: Published) -> dict[str, Any]:

@@ -86,17 +86,29 @@ PUBLISHED_DEFAULTS = {
     ),
     "dclgan-dcl": ("dclgan", {"run.save_every": 5000, "run.keep_epochs": 50}),
     "dclgan-simdcl": ("simdcl", {"run.save_every": 5000, "run.keep_epochs": 50}),
-    "dclgan-cut": ("cut", {"loss.gan_mode": "hinge", "run.save_every": 5000, "run.keep_epochs": 50}),
-    "dclgan-fastcut": ("fastcut", {"loss.gan_mode": "hinge", "run.save_every": 5000, "run.keep_epochs": 50}),
+    "dclgan-cut": (
+        "cut",
+        {"loss.gan_mode": "hinge", "loss.saturating": True, "run.save_every": 5000, "run.keep_epochs": 50},
+    ),
+    "dclgan-fastcut": (
+        "fastcut",
+        {"loss.gan_mode": "hinge", "loss.saturating": True, "run.save_every": 5000, "run.keep_epochs": 50},
+    ),
     "dclgan-cyclegan": (
         "cyclegan",
-        {"network.antialias_up": True, "network.init_type": "xavier", "loss.gan_mode": "hinge"}
+        {"network.antialias_up": True, "network.init_type": "xavier", "loss.gan_mode": "hinge", "loss.saturating": True}
         | {"optim.n_epochs": 200, "optim.n_epochs_decay": 200, "run.save_every": 5000, "run.keep_epochs": 50},
     ),
     "dcdgan-dcd": ("dcdgan-released", {"run.save_every": 5000, "run.keep_epochs": 10}),
     "dcdgan-cyclegan": (
         "cyclegan",
-        {"network.antialias_up": True, "network.init_type": "xavier", "loss.gan_mode": "hinge", "data.load_size": 512}
+        {
+            "network.antialias_up": True,
+            "network.init_type": "xavier",
+            "loss.gan_mode": "hinge",
+            "loss.saturating": True,
+            "data.load_size": 512,
+        }
         | {"optim.n_epochs": 300, "optim.n_epochs_decay": 300, "optim.lr": 1e-4}
         | {"run.save_every": 5000, "run.keep_epochs": 10},
     ),

@@ -115,6 +115,7 @@ ROWS = [
     (CUT, "lr", "3e-4", {"optim.lr": 3e-4}),
     (CUT, "gan_mode", "vanilla", {"loss.gan_mode": "vanilla", "loss.lambda_gp": 10.0}),
     (CUT, "gan_mode", "wgangp", {"loss.gan_mode": "wgangp", "loss.lambda_gp": 0.0}),
+    (CUT, "gan_mode", "hinge", {"loss.gan_mode": "hinge", "loss.saturating": True}),
     (CYCLEGAN, "pool_size", "10", {"loss.pool_size": 10}),
     (CUT, "pool_size", "10", {"loss.pool_size": 10}),
     (CUT, "lr_policy", "cosine", {"optim.schedule": "cosine"}),
@@ -150,7 +151,7 @@ PENDING = {
     *("data.direction", "data.shuffle", "data.max_images", "data.phase", "data.random_scale_max", "scale_width"),
     *("patch", "tilestylegan2", "smallstylegan2", "resnet_cat", "network.discriminator_norm"),
     *("network.stylegan2_downsampling", "optim.schedule", "optim.decay_every", "optim.first_epoch", "run.keep_epochs"),
-    "loss.projector",
+    *("loss.projector", "loss.saturating"),
     f"{CUT[-10:]} loss.pool_size",
     f"{DCL[-10:]} loss.flip_equivariance",
 }
