@@ -73,7 +73,7 @@ class Problem(NamedTuple):
     rows: int
     dim: int
     extras: int
-    scale: float  # 1 / T
+    scale: float | Tensor  # 1 / T; with LEARNED a float32 tensor, of which the first element is read
     first_block: int
     first_row: int  # of this problem in the outputs
 
@@ -96,12 +96,14 @@ def nce_kernel(
     LOG_WEIGHT: tl.constexpr,
     PAIR_WEIGHT: tl.constexpr,
     DECOUPLED: tl.constexpr,
+    LEARNED: tl.constexpr,
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     block = tl.program_id(0).to(tl.int64)
     one = Problem(*fields_of(problems, block, COUNT))
-    rows, dim, scale = one.rows, one.dim, one.scale
+    rows, dim = one.rows, one.dim
+    scale = tl.load(one.scale) if LEARNED else one.scale
     block -= one.first_block
     blocks = tl.cdiv(rows, BM)
     group = block // blocks
@@ -128,14 +130,14 @@ def nce_kernel(
 
     shift = tl.ceil(c) - SHIFT
     total, offset, acc = stream(
-        one, group, q, o_m, m_m, shift,
+        one, group, q, o_m, m_m, c, shift,
         ONLINE, SHIFT, GRADIENT, EXTRA, LOG_WEIGHT, PAIR_WEIGHT, EVEN, PRECISION, BM, BN, BD,
     )  # fmt: skip
     if CHECKED:
         safe = (total > LOWEST_TOTAL) & (total < HIGHEST_TOTAL)  # false for NaN
         if tl.min(safe.to(tl.int32), 0) == 0:
             total, offset, acc = stream(
-                one, group, q, o_m, m_m, shift,
+                one, group, q, o_m, m_m, c, shift,
                 True, SHIFT, GRADIENT, EXTRA, LOG_WEIGHT, PAIR_WEIGHT, EVEN, PRECISION, BM, BN, BD,
             )  # fmt: skip
 
@@ -179,6 +181,7 @@ def nce_forward(
     log_weight: Sequence[Tensor],
     pair_weight: Sequence[Tensor],
     temperatures: Sequence[float],
+    scales: Sequence[Tensor] = (),
     *,
     decoupled: bool = False,
     unit: bool = False,
@@ -192,6 +195,7 @@ def nce_forward(
         extra: none, or (groups, extras, dim) per problem; stride 0 over groups shares them.
         log_weight, pair_weight: none, or (groups, rows, rows) per problem.
         temperatures: one per problem.
+        scales: none, or float32 1 / T per problem, used in place of the temperatures: the host does not know T.
         unit: the rows have unit length (up to the rounding of their dtype), so sums are not checked for their range.
         gradient: compute dq as well (else the last list is empty).
         statistics: write logsumexp and positive logit as well (else the loss is returned in their place).
@@ -202,14 +206,14 @@ def nce_forward(
     if pair_weight and queries[0].dtype == torch.float16:  # a weight above 2 would exceed its range
         q32, k32, e32 = ([x.float() for x in xs] for xs in (queries, keys, extra))
         loss, negative, positive, gradients = nce_forward(
-            q32, k32, e32, log_weight, pair_weight, temperatures, decoupled=decoupled, unit=unit, gradient=gradient,
-            statistics=statistics,
+            q32, k32, e32, log_weight, pair_weight, temperatures, scales, decoupled=decoupled, unit=unit,
+            gradient=gradient, statistics=statistics,
         )  # fmt: skip
         return loss, negative, positive, [g.half() for g in gradients]
     queries, keys, extra = ([dense_rows(x) for x in xs] for xs in (queries, keys, extra))
     return _nce_forward(
-        queries, keys, extra, log_weight, pair_weight, temperatures, decoupled=decoupled, unit=unit, gradient=gradient,
-        statistics=statistics,
+        queries, keys, extra, log_weight, pair_weight, temperatures, scales, decoupled=decoupled, unit=unit,
+        gradient=gradient, statistics=statistics,
     )  # fmt: skip
 
 
@@ -221,6 +225,7 @@ def _nce_forward(
     log_weight: Sequence[Tensor],
     pair_weight: Sequence[Tensor],
     temperatures: Sequence[float],
+    scales: Sequence[Tensor],
     *,
     decoupled: bool,
     unit: bool,
@@ -235,7 +240,7 @@ def _nce_forward(
     arch = architecture(first.device)
     product = precision(arch, first.dtype)
     # float16 cannot represent a row whose logits are all far below the bound
-    online = weighted or min(temperatures) <= UNIT_TEMPERATURE or first.dtype == torch.float16
+    online = weighted or bool(scales) or min(temperatures) <= UNIT_TEMPERATURE or first.dtype == torch.float16
     # exact products leave no registers for both forms, and take so long that a running maximum costs nothing
     exact = first.dtype == torch.float32 and product == "ieee" and arch != "interpreter"
     online = online or (exact and not unit)
@@ -267,7 +272,7 @@ def _nce_forward(
                 gradients[i] if gradient else q,
                 q.stride(0), q.stride(1), k.stride(0), k.stride(1), e.stride(0), e.stride(1),
                 *weight_strides(log_weight, i), *weight_strides(pair_weight, i),
-                q.shape[1], q.shape[2], e.shape[1], 1.0 / temperatures[i], block, row,
+                q.shape[1], q.shape[2], e.shape[1], scales[i] if scales else 1.0 / temperatures[i], block, row,
             )
         )  # fmt: skip
         block += q.shape[0] * triton.cdiv(q.shape[1], tile.block_m)
@@ -277,8 +282,8 @@ def _nce_forward(
         COUNT=len(problems), BM=tile.block_m, BN=tile.block_n, BD=width,
         SHIFT=15.0 if first.dtype == torch.float16 else 0.0,
         GRADIENT=gradient, ONLINE=online, CHECKED=checked, EXTRA=bool(extra), LOG_WEIGHT=bool(log_weight),
-        PAIR_WEIGHT=bool(pair_weight), DECOUPLED=decoupled, EVEN=even, PRECISION=product, num_warps=tile.warps,
-        num_stages=tile.stages,
+        PAIR_WEIGHT=bool(pair_weight), DECOUPLED=decoupled, LEARNED=bool(scales), EVEN=even, PRECISION=product,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return loss, negative, positive, gradients
 

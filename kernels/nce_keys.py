@@ -42,7 +42,7 @@ class KeyProblem(NamedTuple):
     key_rows: int
     rows: int
     dim: int
-    scale: float
+    scale: float | Tensor  # as in `Problem`
     first_block: int
     first_row: int
 
@@ -60,6 +60,7 @@ def nce_keys_kernel(
     EXTRA: tl.constexpr,
     LOG_WEIGHT: tl.constexpr,
     PAIR_WEIGHT: tl.constexpr,
+    LEARNED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """dk_j = sum_i c_i w_ij q_i minus the positive's contribution: BM keys stay on chip, BN queries stream.
@@ -69,7 +70,8 @@ def nce_keys_kernel(
     """
     block = tl.program_id(0).to(tl.int64)
     one = KeyProblem(*fields_of(problems, block, COUNT))
-    count, rows, dim, scale = one.key_rows, one.rows, one.dim, one.scale
+    count, rows, dim = one.key_rows, one.rows, one.dim
+    scale = tl.load(one.scale) if LEARNED else one.scale
     block -= one.first_block
     blocks = tl.cdiv(count, BM)
     group = block // blocks
@@ -124,6 +126,7 @@ def nce_key_gradients(
     temperatures: Sequence[float],
     negative: Tensor,
     coefficient: Tensor,
+    scales: Sequence[Tensor] = (),
     *,
     extra: bool,
 ) -> list[Tensor]:
@@ -133,18 +136,19 @@ def nce_key_gradients(
         queries, keys: (groups, rows, dim) per problem; the numbers of rows may differ.
         negative: (all rows,), logsumexp of the negatives as `nce_forward` returned it.
         coefficient: float32 (all rows,), upstream gradient times the share of the row's negatives.
+        scales: as `nce_forward`.
         extra: they are extra keys: none is the positive of a row.
     """
     if pair_weight and queries[0].dtype == torch.float16:  # as `nce_forward`
         q32, k32 = ([x.float() for x in xs] for xs in (queries, keys))
         gradients = nce_key_gradients(
-            q32, k32, log_weight, pair_weight, temperatures, negative, coefficient, extra=extra
+            q32, k32, log_weight, pair_weight, temperatures, negative, coefficient, scales, extra=extra
         )
         return [g.half() for g in gradients]
     queries, keys = ([dense_rows(x) for x in xs] for xs in (queries, keys))
     peak = coefficient.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
     return _nce_key_gradients(
-        queries, keys, log_weight, pair_weight, temperatures, negative, coefficient / peak, peak, extra=extra
+        queries, keys, log_weight, pair_weight, temperatures, scales, negative, coefficient / peak, peak, extra=extra
     )
 
 
@@ -155,6 +159,7 @@ def _nce_key_gradients(
     log_weight: Sequence[Tensor],
     pair_weight: Sequence[Tensor],
     temperatures: Sequence[float],
+    scales: Sequence[Tensor],
     negative: Tensor,
     coefficient: Tensor,
     peak: Tensor,
@@ -179,7 +184,7 @@ def _nce_key_gradients(
                 gradients[i],
                 k.stride(0), k.stride(1), q.stride(0), q.stride(1),
                 *weight_strides(log_weight, i), *weight_strides(pair_weight, i),
-                k.shape[1], q.shape[1], q.shape[2], 1.0 / temperatures[i], block, row,
+                k.shape[1], q.shape[1], q.shape[2], scales[i] if scales else 1.0 / temperatures[i], block, row,
             )
         )  # fmt: skip
         block += k.shape[0] * triton.cdiv(k.shape[1], tile.block_m)
@@ -187,7 +192,7 @@ def _nce_key_gradients(
     launch(
         nce_keys_kernel, block, first, tuple(problems), negative, coefficient, peak,
         COUNT=len(problems), BM=tile.block_m, BN=tile.block_n, BD=widest, EXTRA=extra,
-        LOG_WEIGHT=bool(log_weight), PAIR_WEIGHT=bool(pair_weight), PRECISION=product,
-        num_warps=tile.warps, num_stages=tile.stages,
+        LOG_WEIGHT=bool(log_weight), PAIR_WEIGHT=bool(pair_weight), LEARNED=bool(scales),
+        PRECISION=product, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return gradients

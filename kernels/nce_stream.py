@@ -58,10 +58,10 @@ def load_keys(keys, n, count, stride, o_n, o_d, m_d, EVEN: tl.constexpr):
 
 
 @triton.jit
-def stream(one, group, q, o_m, m_m, shift, ONLINE: tl.constexpr, SHIFT: tl.constexpr, GRADIENT: tl.constexpr,
+def stream(one, group, q, o_m, m_m, c, shift, ONLINE: tl.constexpr, SHIFT: tl.constexpr, GRADIENT: tl.constexpr,
            EXTRA: tl.constexpr, LOG_WEIGHT: tl.constexpr, PAIR_WEIGHT: tl.constexpr, EVEN: tl.constexpr,
            PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):  # fmt: skip
-    """Sums over all negatives of the rows `o_m` of a group.
+    """Sums over all negatives of the rows `o_m` of a group; `c` is log2(e) / T.
 
     Returns the sum of the exponentials, the shift of each row's logits, and the sum of the keys times their
     exponentials.
@@ -71,7 +71,6 @@ def stream(one, group, q, o_m, m_m, shift, ONLINE: tl.constexpr, SHIFT: tl.const
     m_d = o_d < one.dim
     # compared with every key: 64 bits would take twice the instructions
     own = o_m.to(tl.int32) if EVEN else o_m
-    c = one.scale * LOG2E
     keys = one.keys + group * one.k_group
     log_weight = one.log_weight + group * one.l_group
     pair_weight = one.pair_weight + group * one.w_group

@@ -1,7 +1,7 @@
-"""Run an existing CUT, DCLGAN or DCD-GAN checkout, unedited, with this library's loss and patch sampler.
+"""Run a checkout of CUT, DCLGAN, DCD-GAN or a fork, unedited, with this library's loss and patch sampler.
 
 python -m fastnce.accelerate train.py --dataroot ./datasets/horse2zebra --name h2z    # inside the checkout
-python -m fastnce.accelerate -m package.train --name h2z                              # instead of python -m
+python -m fastnce.accelerate -m package --name h2z                                    # instead of python -m
 
 In a notebook: `import models.patchnce; fastnce.accelerate.patch(models.patchnce)`.
 """

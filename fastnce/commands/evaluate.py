@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from ..common.streams import ProgressLine
+from ..data.folder import DIRECTIONS
 from ..data.limit import accepting
 from ..engine.choices import pick_device
 from ..evaluate.distribution import INSTALL, WEIGHTS_FLAG
@@ -37,6 +38,12 @@ def main(arguments: list[str]) -> int:
         "--data", type=Path, required=True, metavar="TEST", help="folder with rain/ and norain/, or testA and testB"
     )
     parser.add_argument("--rain-side", default="right", choices=RAIN_SIDES, help=RAIN_SIDE_HELP)
+    parser.add_argument(
+        "--direction",
+        default="",
+        choices=DIRECTIONS,
+        help="what is input and what is truth (default: as the run trained)",
+    )
     parser.add_argument("--inputs-only", action="store_true", help="measure the inputs, without a model")
     parser.add_argument("--generator", default="", help=GENERATOR_HELP)
     parser.add_argument(
@@ -102,6 +109,7 @@ def main(arguments: list[str]) -> int:
             checkpoint=name,
             steps=(step_loaded(translator) if name else None, step_loaded(best)),
             rain_side=args.rain_side,
+            direction=args.direction,
             channels=translator.channels if translator is not None else 3,
             device=device,
             fid=args.fid,

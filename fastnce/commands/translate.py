@@ -81,7 +81,7 @@ def main(arguments: list[str]) -> int:
         )
         if args.train_mode:
             translator.train_mode()
-        sources, truths = _sides(args, getattr(translator, "direction", "AtoB"))
+        sources, truths = _sides(args, translator.direction)
         index = None
         if args.index or args.layout:
             title = f"{args.model.name}, {args.phase or sources[0].name}, {args.epoch or 'last'}"

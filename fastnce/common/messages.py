@@ -33,13 +33,16 @@ def shown(value: Any) -> str:
 def nearest(name: Any, known: Iterable[str]) -> str:
     """Suggest the known name that is most like a wrong one, to end a sentence: "; did you mean 'cut'?".
 
-    Case, hyphens and underscores do not count: FastCUT is like fastcut, and unet256 like unet_256. Empty if no known
-    name is like it.
+    Case, hyphens and underscores do not count: FastCUT is like fastcut, and unet256 like unet_256. A name that begins
+    with the wrong one comes first. Empty if no known name is like it.
     """
     plain: dict[str, str] = {}
     for one in known:
         plain.setdefault(_plain(one), one)
-    close = difflib.get_close_matches(_plain(str(name)), plain, n=1, cutoff=0.5)
+    wanted = _plain(str(name))
+    longer = [one for one in plain if one.startswith(wanted)]
+    close = difflib.get_close_matches(wanted, longer, n=1, cutoff=0.5)
+    close = close or difflib.get_close_matches(wanted, plain, n=1, cutoff=0.5)
     return f"; did you mean {plain[close[0]]!r}?" if close else ""
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from ..common.options import check as check_options
 from ..data.rain import RainOptions, parse_ranges
-from ..engine.checks import track_names
+from ..data.target import SINGLE
+from ..engine.checks import check_schedule, track_names
 from ..methods.presets import find_preset
 from .config import Config, from_preset
 from .options import DataOptions, sides
@@ -26,8 +29,7 @@ def check(config: Config) -> None:
         check_options(options, section)
     track_names(config.run.track)
     data, optim = config.data, config.optim
-    if optim.n_epochs + optim.n_epochs_decay < 1:
-        raise ValueError("optim.n_epochs=0 and optim.n_epochs_decay=0 leave nothing to train: one must be at least 1")
+    check_schedule(optim)
     if data.batch % optim.accumulate:
         raise ValueError(
             f"data.batch={data.batch} cannot be computed in optim.accumulate={optim.accumulate} equal parts"
@@ -40,19 +42,36 @@ def check(config: Config) -> None:
             RainOptions(**parse_ranges(name, text))
         except ValueError as error:
             raise ValueError(f"{name}: {str(error).removeprefix(f'{name}: ')}") from None
+    _check_places(data)
     _check_sides(data)
+
+
+def _check_places(data: DataOptions) -> None:
+    """Check where images come from and in which order, as far as options contradict each other."""
+    phase = Path(data.phase)
+    if phase.is_absolute() or ".." in phase.parts:
+        raise ValueError(f"data.phase={data.phase} must begin the names of folders in data.dir, such as train")
+    single = data.preprocess == SINGLE
+    if not data.shuffle and (single or data.rain):
+        drawn = f"data.preprocess={SINGLE} draws its crops" if single else "data.rain draws the images it renders on"
+        raise ValueError(f"data.shuffle=false has no meaning here, because {drawn}: leave it true")
+    if data.random_scale_max != DataOptions().random_scale_max and not single:
+        raise ValueError(
+            f"data.random_scale_max={data.random_scale_max:g} has no effect with data.preprocess={data.preprocess}: it "
+            f"belongs to {SINGLE}"
+        )
 
 
 def _check_sides(data: DataOptions) -> None:
     """Check the sizes of crops. `fastnce.data` checks whole images and the crops of SinCUT."""
-    if data.preprocess in ("none", "zoom_and_patch"):
+    if data.preprocess == SINGLE or not any(word in data.preprocess for word in ("crop", "trim")):
         return
     (load_height, load_width), (height, width) = (sides(size) for size in (data.load_size, data.crop_size))
     if height % 4 or width % 4:
         raise ValueError(f"data.crop_size={data.crop_size} must have sides that are multiples of 4")
-    if data.preprocess == "crop":  # load_size is not used
+    if data.preprocess in ("crop", "trim"):  # load_size is not used
         return
-    if load_width < width or (load_height < height and data.preprocess != "scale_width_and_crop"):
+    if load_width < width or (load_height < height and "scale_width" not in data.preprocess):
         raise ValueError(
             f"data.load_size={data.load_size} is too small for data.crop_size={data.crop_size}: it must be at least as "
             f"large"

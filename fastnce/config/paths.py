@@ -10,7 +10,7 @@ from ..common.imports import is_import_path
 from ..common.options import kinds
 from .config import Config
 
-PATHS = ("data.dir", "data.validate", "data.cache_dir", "run.start_from", "run.feature_weights")
+PATHS = ("data.dir", "data.validate", "data.cache_dir", "run.start_from", "loss.vgg_weights", "run.feature_weights")
 """Options that hold a path."""
 CODE = ("data.dataset", "run.best", "run.metrics")
 """Options that may hold import paths, separated by commas, besides those whose choices allow one."""

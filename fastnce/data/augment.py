@@ -70,13 +70,15 @@ class PictureStore:
         # None if the device's memory holds everything
         self._mapped = getattr(cache.pixels, "_mmap", None) if self.flat is None or device.type == "cpu" else None
 
-    def crops(self, draw: Draw, size: tuple[int, int] | None, flip: bool) -> torch.Tensor:
+    def crops(self, draw: Draw, size: tuple[int, int] | None, flip: bool, *, trim: bool = False) -> torch.Tensor:
         """Return (B, channels, height, width) float32 in [-1, 1] on the device.
 
         Args:
             draw: which pictures, crops and flips.
             size: (height, width) of the window. None takes whole pictures, which must then all have the same size.
             flip: whether to apply the flips of `draw`.
+            trim: never take the last position of the window, and keep a side that is shorter than the window's. What is
+                kept must have the same size for all pictures.
 
         Raises:
             DataError: the cache file was truncated (the system would kill a process that reads beyond its end), or a
@@ -87,8 +89,11 @@ class PictureStore:
         self.cache.check(draw.index)
         offset, rows, columns = self.cache.index[draw.index].T  # each (B,)
         height, width = size if size is not None else (int(rows[0]), int(columns[0]))
-        top = (draw.top * (rows - height + 1)).astype(np.int64)
-        left = (draw.left * (columns - width + 1)).astype(np.int64)
+        if trim:
+            height, width = min(height, int(rows[0])), min(width, int(columns[0]))
+        positions = 0 if trim else 1  # beside those that the difference of the sides gives
+        top = (draw.top * (rows - height + positions)).astype(np.int64)
+        left = (draw.left * (columns - width + positions)).astype(np.int64)
         mirrored = (draw.flip & flip).astype(np.int64)
         first = offset // self.channels
         if self.flat is not None:

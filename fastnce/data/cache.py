@@ -68,7 +68,7 @@ def open_cache(
     Raises:
         DataError: some files cannot be used (the message names all of them), or none can, or the disk is full.
     """
-    key = {**target.key(), "format": FORMAT}
+    key = {**target.key(), "format": FORMAT, **({"first": folder.first} if folder.first else {})}
     stem = f"{folder.path.name}-{_digest(os.fspath(folder.path.resolve()), key)[:8]}"
     digest = _digest(
         "\0".join(folder.names), key, folder.sizes.astype("<i8").tobytes(), folder.times.astype("<i8").tobytes()
@@ -115,6 +115,7 @@ def build_cache(
     cache_dir: str | os.PathLike[str] | None = None,
     skip_bad: bool = False,
     progress: Progress | None = None,
+    max_images: int = 0,
 ) -> list[tuple[Path, int]]:
     """Build every cache that training with these settings needs, before and after the learning rate decays.
 
@@ -125,7 +126,7 @@ def build_cache(
         DataError: see `domain_folders` and `open_cache`.
     """
     target = Target.checked(preprocess, load_size, crop_size, channels)
-    folders = domain_folders(root, phase)
+    folders = domain_folders(root, phase, limit=max_images)
     place = cache_place(Path(root), cache_dir)
     written: dict[Path, int] = {}
     for folder in folders:

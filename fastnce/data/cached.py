@@ -116,12 +116,14 @@ def prepared(file: Path, target: Target, dtype: np.dtype) -> np.ndarray:
         DataError: see `read_picture`; or the picture is so small that resizing would leave nothing.
     """
     picture = read_picture(file, target.channels)
-    height, width = target.size(*picture.shape[:2])
-    if height < 1 or width < 1:
+    sizes = target.sizes(*picture.shape[:2])
+    if min(map(min, sizes)) < 1:
         raise DataError(f"{file} is {picture.shape[1]}x{picture.shape[0]}; 3x3 is the smallest size that can be used")
     if picture.dtype != dtype:  # 255 * 257 = 65535; 16 to 8 bits happens only if the file changed after its probe
         picture = picture * np.uint16(257) if dtype == np.uint16 else (picture >> 8).astype(np.uint8)
-    return np.ascontiguousarray(resize_picture(picture, height, width))
+    for size in sizes:
+        picture = resize_picture(picture, *size)
+    return np.ascontiguousarray(picture)
 
 
 def index_file(base: Path) -> Path:

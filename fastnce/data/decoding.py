@@ -112,6 +112,29 @@ def bad_files(reasons: list[str], of: int, folder: Path) -> str:
     return "\n  ".join([first, *reasons])
 
 
+def probe_sizes(folder: Folder, target: Target) -> dict[tuple[int, int], Path]:
+    """Return every (height, width) that batches of a folder show, each with the first such file, from file headers."""
+
+    def probe(numbers: range) -> dict[tuple[int, int], int]:
+        found: dict[tuple[int, int], int] = {}
+        for number in numbers:
+            with suppress(DataError):  # decoding the file will report the error
+                height, width, _ = probe_picture(folder.file(number))
+                found.setdefault(target.shown(*target.size(height, width)), number)
+        return found
+
+    sizes: dict[tuple[int, int], Path] = {}
+    with gathering(), ThreadPoolExecutor(threads()) as pool:
+        for _, found in _in_order(pool, probe, _parts(len(folder))):
+            for size, number in found.items():
+                sizes.setdefault(size, folder.file(number))
+    return sizes
+
+
+def _parts(count: int) -> Iterator[range]:
+    return (range(first, min(first + PROBED, count)) for first in range(0, count, PROBED))
+
+
 def _survey(pool: ThreadPoolExecutor, folder: Folder, target: Target) -> tuple[np.dtype, int]:
     """Return the cache's dtype and size in bytes, from the headers of the files."""
 
@@ -124,8 +147,7 @@ def _survey(pool: ThreadPoolExecutor, folder: Folder, target: Target) -> tuple[n
                 elements, deep = elements + height * width, deep or bits == 16
         return elements, deep
 
-    parts = (range(first, min(first + PROBED, len(folder))) for first in range(0, len(folder), PROBED))
-    found = [result for _, result in _in_order(pool, probe, parts)]
+    found = [result for _, result in _in_order(pool, probe, _parts(len(folder)))]
     dtype = np.dtype(np.uint16 if any(deep for _, deep in found) else np.uint8)
     return dtype, sum(elements for elements, _ in found) * target.channels * dtype.itemsize
 

@@ -29,6 +29,7 @@ from .limit import DataError, pixel_limit, too_large
 from .opening import Head, decoded, decoding, opened
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".npy")
+DIRECTIONS = ("AtoB", "BtoA")
 LONGEST_HEAD = 10_000  # bytes of a .npy header; NumPy refuses longer ones too, but allocates memory for them first
 
 
@@ -90,16 +91,23 @@ class Folder:
         path: the folder.
         names: of the files, relative to the folder.
         sizes, times: (pictures,) int64 of bytes and of modification times in nanoseconds; -1 if unknown.
+        first: these are the first so many of the folder's pictures; 0: all of them.
     """
 
     path: Path
     names: list[str]
     sizes: np.ndarray
     times: np.ndarray
+    first: int = 0
 
     @classmethod
-    def listed(cls, path: str | os.PathLike[str]) -> "Folder":
-        """List the pictures of a folder; raise DataError if it holds none."""
+    def listed(cls, path: str | os.PathLike[str], limit: int = 0) -> "Folder":
+        """List the pictures of a folder; raise DataError if it holds none.
+
+        Args:
+            limit: take the first so many; 0 takes all. As published, those of a folder come before those of its
+                subfolders. Within one folder, the order is that of their names (published: the order of the disk).
+        """
         path = Path(path)
         found: list[str] = []
         stats = array("q")
@@ -113,8 +121,10 @@ class Folder:
         if not found:
             raise DataError(f"there is no picture in {path} (looked for {', '.join(SUFFIXES)})")
         order = sorted(range(len(found)), key=found.__getitem__)
+        if 0 < limit < len(found):
+            order = sorted(sorted(order, key=lambda place: os.path.split(found[place]))[:limit], key=found.__getitem__)
         sizes, times = np.array(stats, np.int64).reshape(-1, 2)[order].T
-        return cls(path, [found[place] for place in order], sizes, times)
+        return cls(path, [found[place] for place in order], sizes, times, limit if limit < len(found) else 0)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -133,15 +143,23 @@ class Folder:
         if not gone:
             return self
         kept = [place for place in range(len(self)) if self.file(place) not in gone]
-        return Folder(self.path, [self.names[place] for place in kept], self.sizes[kept], self.times[kept])
+        return Folder(self.path, [self.names[place] for place in kept], self.sizes[kept], self.times[kept], self.first)
 
 
-def domain_folders(root: str | os.PathLike[str], phase: str) -> tuple[Folder, Folder]:
+def domain_folders(
+    root: str | os.PathLike[str], phase: str, direction: str = "AtoB", limit: int = 0
+) -> tuple[Folder, Folder]:
     """List `root`/{phase}A and {phase}B. For "test", list valA and valB if testA does not exist.
 
+    Args:
+        direction: "AtoB", or "BtoA" to return {phase}B as A and {phase}A as B.
+        limit: take the first so many pictures of each; 0 takes all (see `Folder.listed`).
+
     Raises:
-        DataError: a folder is missing (the message names the content of `root`) or holds no picture.
+        DataError: the direction is neither; or a folder is missing (the message names the content of `root`) or holds
+            no picture.
     """
+    domains = order_of(direction)
     root = Path(root)
     if not root.is_dir():
         raise DataError(f"there is no folder {root}; it should hold {phase}A and {phase}B")
@@ -152,15 +170,23 @@ def domain_folders(root: str | os.PathLike[str], phase: str) -> tuple[Folder, Fo
             names = sorted(entry.name for entry in root.iterdir() if not entry.name.startswith("."))
             held = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
             raise DataError(f"there is no folder {phase}{domain} in {root}, which holds {held or 'nothing'}")
-    return Folder.listed(root / f"{phase}A"), Folder.listed(root / f"{phase}B")
+    a, b = (Folder.listed(root / f"{phase}{domain}", limit) for domain in domains)
+    return a, b
 
 
-def clean_folder(root: str | os.PathLike[str], phase: str) -> Folder:
-    """List `root`/{phase}B alone; raise DataError if it is missing or holds no picture."""
-    path = Path(root) / f"{phase}B"
+def order_of(direction: str) -> str:
+    """Return which folders are A and B, as "AB" or "BA"; raise DataError for an unknown direction."""
+    if direction not in DIRECTIONS:
+        raise DataError(f"data.direction={direction} is none of {', '.join(DIRECTIONS)}")
+    return "AB" if direction == "AtoB" else "BA"
+
+
+def clean_folder(root: str | os.PathLike[str], phase: str, direction: str = "AtoB", limit: int = 0) -> Folder:
+    """List the folder of B alone, as `domain_folders` does; raise DataError if it is missing or holds no picture."""
+    path = Path(root) / f"{phase}{order_of(direction)[1]}"
     if not path.is_dir():
         raise DataError(f"there is no folder {path}; it should hold clean pictures to render rain on")
-    return Folder.listed(path)
+    return Folder.listed(path, limit)
 
 
 def read_picture(path: str | os.PathLike[str], channels: int = 3) -> np.ndarray:

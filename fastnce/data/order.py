@@ -3,7 +3,8 @@
 The order is the published one of unpaired training. Each epoch visits A in the order of a new permutation of
 range(max(|A|, |B|)), modulo |A|; pictures of B are uniformly random; A and B have independent crops and flips. All
 draws are made for the *global* batch, and a rank takes every world-th entry, so that the pictures do not depend on the
-number of ranks.
+number of ranks. Without shuffling (published as --serial_batches), place i of an epoch shows picture i of A modulo |A|
+and picture i of B modulo |B|; crops and flips stay drawn.
 
 The numbers are raw Philox words, whose stream never changes. NumPy's ``permutation`` and ``integers`` may change
 between versions.
@@ -47,10 +48,13 @@ class Order:
         batch: pictures per rank and step.
         seed: 0 ... 2**64 - 1.
         rank, world: this rank and the number of ranks.
+        shuffle: False shows the pictures of both domains in their order.
     """
 
-    def __init__(self, size_a: int, size_b: int, batch: int, seed: int, rank: int = 0, world: int = 1) -> None:
-        self.size_a, self.size_b = size_a, size_b
+    def __init__(
+        self, size_a: int, size_b: int, batch: int, seed: int, rank: int = 0, world: int = 1, shuffle: bool = True
+    ) -> None:
+        self.size_a, self.size_b, self.shuffle = size_a, size_b, shuffle
         self.seed, self.rank, self.world = seed, rank, world
         self.global_batch = batch * world
         self.epoch_size = max(size_a, size_b)
@@ -69,10 +73,11 @@ class Order:
         epoch, place = divmod(step, self.steps_per_epoch)
         # An epoch smaller than the global batch is one step that wraps around the permutation.
         places = (place * self.global_batch + np.arange(self.global_batch)) % self.epoch_size
-        index_a = self.permutation(epoch)[places] % self.size_a
+        shown = self.permutation(epoch)[places] if self.shuffle else places
         words = philox_words(self.seed, BATCH, step, 7 * self.global_batch)
         uniform = ((words >> np.uint64(11)) * 2.0**-53).reshape(self.global_batch, 7)  # in [0, 1)
-        index_b = (uniform[:, 0] * self.size_b).astype(np.int64)
+        index_a = shown % self.size_a
+        index_b = (uniform[:, 0] * self.size_b).astype(np.int64) if self.shuffle else shown % self.size_b
         mine = slice(self.rank, None, self.world)
         a = Draw(index_a[mine], uniform[mine, 1], uniform[mine, 2], uniform[mine, 3] < 0.5)
         b = Draw(index_b[mine], uniform[mine, 4], uniform[mine, 5], uniform[mine, 6] < 0.5)

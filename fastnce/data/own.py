@@ -34,13 +34,17 @@ class OwnData:
         batch: images of each domain in a batch.
         channels: of an image.
         device: of the run.
+        exchanged: the user's B is the run's A (`data.direction=BtoA`). Messages name the user's domains.
 
     Raises:
         CodeError: a member is missing, fails or returns a wrong value.
     """
 
-    def __init__(self, data: Any, key: str, *, batch: int, channels: int, device: torch.device) -> None:
+    def __init__(
+        self, data: Any, key: str, *, batch: int, channels: int, device: torch.device, exchanged: bool = False
+    ) -> None:
         self._data, self._key, self._count, self._channels = data, key, batch, channels
+        self._exchanged = exchanged
         self._device = torch.empty(0, device=device).device  # with its index
         missing = [name for name in MEMBERS if not _tried(key, name, partial(hasattr, data, name))]
         if missing:
@@ -57,15 +61,25 @@ class OwnData:
         images = _tried(key, call, lambda: data.batch(0, decaying=False))
         self._check(images, call, batch)
         self._check_values(images, call)
-        self.first_sizes = [one.shape[2:] for one in images]
+        self._first_sizes = [one.shape[2:] for one in images]
+
+    @property
+    def first_sizes(self) -> tuple[torch.Size, torch.Size]:
         """(height, width) of the first batch's A and B."""
+        return self._ordered(self._first_sizes)
+
+    def _ordered(self, both: Any) -> Any:
+        """Return what belongs to the user's A and B as that of the run's."""
+        return (both[1], both[0]) if self._exchanged else both
 
     def __getattr__(self, name: str) -> Any:
+        if name in ("size_a", "size_b") and object.__getattribute__(self, "_exchanged"):
+            name = "size_b" if name == "size_a" else "size_a"
         return getattr(object.__getattribute__(self, "_data"), name)
 
     def digest(self) -> str:
-        """Return the digest that the data set had when it was opened."""
-        return self._digest
+        """Return the digest that the data set had when it was opened, and whether the domains are exchanged."""
+        return f"{self._digest} BtoA" if self._exchanged else self._digest
 
     def batch(self, step: int, *, decaying: bool = False) -> tuple[Tensor, Tensor]:
         """Return the user's batch of one step.
@@ -75,13 +89,13 @@ class OwnData:
         """
         images = self._data.batch(step, decaying=decaying)
         self._check(images, step, self._count)
-        if self._one_size and (sizes := [one.shape[2:] for one in images]) != self.first_sizes:
-            first, now = (" and ".join(f"{width}x{height}" for height, width in s) for s in (self.first_sizes, sizes))
+        if self._one_size and (sizes := [one.shape[2:] for one in images]) != self._first_sizes:
+            first, now = (" and ".join(f"{width}x{height}" for height, width in s) for s in (self._first_sizes, sizes))
             raise CodeError(
                 f"{self._key}: batch({step}) returns A and B of {now}, batch(0) of {first}: return images of one "
                 f"size, or set one_size = False"
             )
-        return images
+        return self._ordered(images)
 
     def samples(self, count: int) -> tuple[Tensor, Tensor]:
         """Return the user's sample images.
@@ -96,7 +110,7 @@ class OwnData:
             number = f"{len(images[0])} of A and {len(images[1])} of B"
             raise CodeError(f"{self._key}: {call} must return as many images of A as of B, not {number}")
         self._check_values(images, call)
-        return images
+        return self._ordered(images)
 
     def _optional(self, name: str, wanted: str, fits: Callable[[Any], bool], default: Any) -> Any:
         value = _tried(self._key, name, lambda: getattr(self._data, name, default))
@@ -154,6 +168,7 @@ def open_own(
     rank: int,
     world: int,
     device: torch.device,
+    exchanged: bool = False,
 ) -> OwnData:
     """Build `Name(options, channels=..., seed=..., rank=..., world=..., device=...)` and check its first batch.
 
@@ -161,6 +176,7 @@ def open_own(
         name: import path of the class, such as mydata.py:MyData.
         options: the section `data` of the configuration.
         batch: images of each domain in a batch.
+        exchanged: its B is the run's A.
 
     Raises:
         CodeError: a member is missing, fails or returns a wrong value.
@@ -171,7 +187,7 @@ def open_own(
     data = _tried(
         key, call, lambda: found(options, channels=channels, seed=seed, rank=rank, world=world, device=device)
     )
-    return OwnData(data, key, batch=batch, channels=channels, device=device)
+    return OwnData(data, key, batch=batch, channels=channels, device=device, exchanged=exchanged)
 
 
 def check_class(name: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from .cached import PictureCache
 from .folder import DataError, Folder, clean_folder, domain_folders
 from .order import Draw, philox_words
 from .rain import RainOptions, render_rain
-from .unpaired import UnpairedData
+from .unpaired import Sizes, UnpairedData
 
 RAIN = 2
 """Stream of the Philox key, different from those of `Order`."""
@@ -29,7 +28,8 @@ class RainedData(UnpairedData):
     B's part of the batch, which shows other crops.
 
     Args:
-        root: holds trainA and trainB. With `share` 1, trainA is not needed and not read.
+        root: holds trainA and trainB. With `share` 1, trainA is not needed and not read. (With direction="BtoA", B is
+            trainA, and trainB is not needed.)
         share: probability that a picture of A is a rained one, above 0 and at most 1.
         rain: parameters of the rain. Lengths are fractions of the cached picture's shorter side, before cropping.
         arguments: see `UnpairedData`; 1 or 3 channels.
@@ -54,8 +54,8 @@ class RainedData(UnpairedData):
 
     def _find_folders(self, root: str | os.PathLike[str], phase: str) -> tuple[Folder, Folder]:
         if self.share < 1:
-            return domain_folders(root, phase)
-        clean = clean_folder(root, phase)
+            return domain_folders(root, phase, self.direction, self.max_images)
+        clean = clean_folder(root, phase, self.direction, self.max_images)
         return clean, clean
 
     def _stored(self, caches: list[PictureCache]) -> list[PictureStore]:
@@ -63,9 +63,9 @@ class RainedData(UnpairedData):
             return super()._stored(caches)
         return super()._stored(caches[1:]) * 2  # one copy on the device
 
-    def sizes(self) -> tuple[dict[tuple[int, int], Path], dict[tuple[int, int], Path]]:
+    def sizes(self, *, decaying: bool = False) -> tuple[Sizes, Sizes]:
         """See `UnpairedData.sizes`. A picture of A may be one of B with rain."""
-        a, b = super().sizes()
+        a, b = super().sizes(decaying=decaying)
         return {**b, **a}, b
 
     def _make(self, step: int, decaying: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,8 +80,7 @@ class RainedData(UnpairedData):
         store = self._stores[target][1]
         index = (uniform[wet, 1] * self.size_b).astype(np.int64)
         draw = Draw(index, uniform[wet, 2], uniform[wet, 3], uniform[wet, 4] < 0.5)
-        size = None if target.preprocess == "none" else target.crop
-        crops = store.crops(draw, size, self.flip)
+        crops = self._take(store, draw, target)
         sides = store.cache.index[index][:, 1:].min(axis=1)
         rained = torch.cat(
             [
@@ -99,7 +98,7 @@ class RainedData(UnpairedData):
         """See `UnpairedData.samples`. If A's samples would be clean training pictures, rain is rendered on them."""
         a, b = super().samples(count, phase)
         try:
-            domain_folders(self.root, phase)
+            domain_folders(self.root, phase, self.direction)
         except DataError:
             if self.share == 1:
                 a = render_rain(a, self.rain, torch.Generator().manual_seed(self.order.seed % 2**63))

@@ -34,12 +34,13 @@ class SinglePictureData:
     Args:
         root: holds trainA and trainB with one picture each.
         crop_size: side of the crops.
+        phase, direction, max_images: see `UnpairedData`.
         channels: 1, 3 or the files' own number.
         flip: mirror crops left to right with probability 1/2.
         batch: crops per domain, rank and step.
         seed, rank, world: together, `world` ranks of batch b see what one rank of batch world*b sees.
         device: of the pictures and the batches.
-        zoom: smallest zoom factor, in (0, 1]; the largest is 1.
+        zoom: smallest zoom factor, in (0, 1]; the largest is 1. Published: 1 / random_scale_max.
         crops_per_epoch: number of crops that count as an epoch.
 
     Raises:
@@ -51,6 +52,9 @@ class SinglePictureData:
         self,
         root: str | os.PathLike[str],
         *,
+        phase: str = "train",
+        direction: str = "AtoB",
+        max_images: int = 0,
         crop_size: int = 64,
         channels: int = 3,
         flip: bool = True,
@@ -72,7 +76,7 @@ class SinglePictureData:
         self.seed, self.rank, self.world = seed, rank, world
         self.global_batch = batch * world
         self.device = torch.device(device)
-        self._folders = domain_folders(root, "train")
+        self._folders = domain_folders(root, phase, direction, max_images)
         self._pictures = [self._read(folder) for folder in self._folders]
         self.skipped: list[tuple[Path, str]] = []
         self.size_a = self.size_b = 1

@@ -17,12 +17,13 @@ import torch
 from .augment import PictureStore
 from .cache import cache_place, open_cache
 from .cached import PictureCache
-from .decoding import Progress
+from .decoding import Progress, probe_sizes
 from .folder import DataError, Folder, domain_folders, load_image
-from .order import Order
+from .order import Draw, Order
 from .staging import Staging
 from .target import Target
 
+Sizes = dict[tuple[int, int], Path]
 CACHE_BUDGET = 2 << 30  # bytes of device memory: horse2zebra at 286x286 takes 0.55 GiB
 
 
@@ -33,13 +34,16 @@ class UnpairedData:
 
     Args:
         root: holds {phase}A and {phase}B. For "test", valA and valB are used if testA does not exist.
+        direction: "AtoB", or "BtoA" to exchange the domains everywhere: A is what {phase}B holds.
         load_size, crop_size: int or (height, width). Pictures are resized to load_size (bicubic), then a random crop of
             crop_size is taken; once `decaying`, they are resized to crop_size. Sides of crop_size: multiples of 4.
         channels: 1, 3 or the files' own number.
-        preprocess: "resize_and_crop", "crop", "scale_width_and_crop", "scale_shortside_and_crop" or "none" (whole
-            pictures, sides rounded to multiples of 4, only for batch=1).
+        preprocess: one of the published modes, see `Target`. Some keep sizes that depend on the pictures; with batch
+            above 1, all pictures of a domain must then get one size.
         flip: mirror left to right with probability 1/2.
         batch: pictures per domain, rank and step.
+        shuffle: False shows the pictures of both domains in their order (see `Order`).
+        max_images: of each domain, take the first so many (see `Folder.listed`); 0 takes all.
         seed, rank, world: at each step, `world` ranks of batch b together see what one rank of batch world*b sees.
         device: of the batches.
         cache_dir: default `root`/.fastnce-cache, or the user's cache folder if root cannot be written.
@@ -63,12 +67,15 @@ class UnpairedData:
         root: str | os.PathLike[str],
         phase: str = "train",
         *,
+        direction: str = "AtoB",
         load_size: int | tuple[int, int] = 286,
         crop_size: int | tuple[int, int] = 256,
         channels: int = 3,
         preprocess: str = "resize_and_crop",
         flip: bool = True,
         batch: int = 1,
+        shuffle: bool = True,
+        max_images: int = 0,
         seed: int = 0,
         rank: int = 0,
         world: int = 1,
@@ -81,13 +88,13 @@ class UnpairedData:
     ) -> None:
         self.root = Path(root)
         self.target = Target.checked(preprocess, load_size, crop_size, channels)
-        if batch < 1 or (preprocess == "none" and batch != 1):
-            wanted = "1 with data.preprocess=none, which keeps the size of each picture" if batch > 1 else "at least 1"
-            raise DataError(f"data.batch={batch} should be {wanted}")
+        if batch < 1:
+            raise DataError(f"data.batch={batch} should be at least 1")
         if not 0 <= rank < world:
             raise DataError(f"rank={rank} should be between 0 and world-1, and world is {world}")
         if not 0 <= seed < 2**64:
             raise DataError(f"seed={seed} should be between 0 and 2**64-1")
+        self.direction, self.max_images = direction, max_images
         self.flip, self.skip_bad, self.progress = flip, skip_bad, progress
         self.device, self.cache_budget = torch.device(device), cache_budget
         folders = self._find_folders(root, phase)
@@ -106,18 +113,28 @@ class UnpairedData:
         self._folders: list[Folder] = [cache.folder for cache in caches]
         self._stores: dict[Target, list[PictureStore]] = {self.target: self._stored(caches)}
         self.size_a, self.size_b = (len(folder) for folder in self._folders)
-        self.order = Order(self.size_a, self.size_b, batch, seed, rank, world)
+        self.order = Order(self.size_a, self.size_b, batch, seed, rank, world, shuffle)
         self.epoch_size, self.steps_per_epoch = self.order.epoch_size, self.order.steps_per_epoch
+        self.one_size = self._has_one_size(batch)
         sent = any(store.flat is None for store in self._stores[self.target])
         self.staging = Staging(self._make, self.device) if (sent if ahead is None else ahead) else None
 
     def _find_folders(self, root: str | os.PathLike[str], phase: str) -> tuple[Folder, Folder]:
-        return domain_folders(root, phase)
+        return domain_folders(root, phase, self.direction, self.max_images)
 
-    @property
-    def one_size(self) -> bool:
-        """Whether the batches of all steps have the same size."""
-        return self.target.preprocess != "none"
+    def _has_one_size(self, batch: int) -> bool:
+        """Whether the batches of all steps have the same size; refuse sizes that cannot be in one batch."""
+        found = [self.sizes()]
+        one = all(len(sizes) == 1 for sizes in found[0])
+        if self.target.decaying() != self.target and (one or batch > 1):
+            found.append(self.sizes(decaying=True))
+        for several in (sizes for both in found for sizes in both if len(sizes) > 1 and batch > 1):
+            (first, file), (second, other) = list(several.items())[:2]
+            raise DataError(
+                f"data.batch={batch} should be 1 with data.preprocess={self.target.preprocess}, which gives pictures "
+                f"of several sizes: {file} {first[1]}x{first[0]}, {other} {second[1]}x{second[0]}"
+            )
+        return one and all([*map(list, both)] == [*map(list, found[0])] for both in found)
 
     def batch(self, step: int, *, decaying: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the batch of one step. It depends only on (seed, rank, step).
@@ -140,10 +157,13 @@ class UnpairedData:
     def _make(self, step: int, decaying: bool) -> tuple[torch.Tensor, torch.Tensor]:
         self.prepare(decaying=decaying)
         target = self.target.decaying() if decaying else self.target
-        size = None if target.preprocess == "none" else target.crop
-        draw_a, draw_b = self.order.draw(step)
-        store_a, store_b = self._stores[target]
-        return store_a.crops(draw_a, size, self.flip), store_b.crops(draw_b, size, self.flip)
+        draws = self.order.draw(step)
+        a, b = (self._take(store, draw, target) for store, draw in zip(self._stores[target], draws, strict=True))
+        return a, b
+
+    def _take(self, store: PictureStore, draw: Draw, target: Target) -> torch.Tensor:
+        size = target.crop if target.window else None
+        return store.crops(draw, size, self.flip, trim=target.window == "trim")
 
     def prepare(self, *, decaying: bool = False) -> None:
         """Build the cache and the stores that `batch(decaying=...)` reads, unless they exist."""
@@ -155,18 +175,24 @@ class UnpairedData:
             self._stores.clear()  # both variants together would exceed the budget
         self._stores[target] = self._stored(caches)
 
-    def sizes(self) -> tuple[dict[tuple[int, int], Path], dict[tuple[int, int], Path]]:
+    def sizes(self, *, decaying: bool = False) -> tuple[Sizes, Sizes]:
         """Return every (height, width) of the batches of A and of B, each with an example file.
 
-        The sizes are the same before and after the learning rate decays.
+        Args:
+            decaying: of the batches while the learning rate decays. If they have no cache yet, headers are read.
         """
-        found: list[dict[tuple[int, int], Path]] = []
-        for folder, store in zip(self._folders, next(iter(self._stores.values())), strict=True):
-            if self.one_size:
-                found.append({self.target.crop: folder.file(0)})
-                continue
-            sizes, first = np.unique(store.cache.index[:, 1:], axis=0, return_index=True)
-            found.append({tuple(sizes[i].tolist()): folder.file(int(first[i])) for i in np.argsort(first)})
+        target = self.target.decaying() if decaying else self.target
+        stores, found = self._stores.get(target, []), list[Sizes]()
+        for place, folder in enumerate(self._folders):
+            if target.fixed:
+                found.append({target.fixed: folder.file(0)})
+            elif stores:
+                shown = stores[place].cache.index[:, 1:]
+                shown = np.minimum(shown, target.crop) if target.window else shown
+                sizes, first = np.unique(shown, axis=0, return_index=True)
+                found.append({tuple(sizes[i].tolist()): folder.file(int(first[i])) for i in np.argsort(first)})
+            else:
+                found.append(probe_sizes(folder, target))
         return found[0], found[1]
 
     def cached(self, *, decaying: bool = False) -> dict[Path, int]:
@@ -195,7 +221,7 @@ class UnpairedData:
             DataError: a picture cannot be used and `skip_bad` is off.
         """
         try:
-            folders = list(domain_folders(self.root, phase))
+            folders = list(domain_folders(self.root, phase, self.direction))
         except DataError:
             folders = self._folders
         columns: list[list[torch.Tensor]] = []

@@ -4,6 +4,7 @@
     checkpoints/latest                names the newest complete one
     checkpoints/good                  names the newest one that is known to be good
     checkpoints/best                  names the best one on held-out pairs, if the run has any
+    checkpoints/epoch-20              names that at the end of epoch 20, if the run keeps it for good
 
 Translation needs `generator.safetensors`; `training.safetensors` is everything that the next step depends on.
 
@@ -28,7 +29,18 @@ from torch import Tensor
 
 from ..common.writing import flush_to_disk, partial_name, sweep, write_whole
 from . import state_file
-from .stored import POINTERS, all_finite, check_numbers, digest_of, follow, read_state, read_tensors, reason_of, step_of
+from .stored import (
+    POINTERS,
+    all_finite,
+    check_numbers,
+    digest_of,
+    follow,
+    kept_epoch,
+    read_state,
+    read_tensors,
+    reason_of,
+    step_of,
+)
 
 Log = Callable[[str], None]
 Found = TypeVar("Found")
@@ -82,6 +94,7 @@ class Checkpoints:
         state: dict[str, Any],
         *,
         best: bool = False,
+        epoch: int = 0,
     ) -> Path:
         """Write one checkpoint.
 
@@ -91,6 +104,7 @@ class Checkpoints:
                 consecutive bad steps up to now.
             state: added to state.json.
             best: let the pointer `best` name it.
+            epoch: the number of the epoch that it ends, if it is to be kept for good; else 0.
 
         Raises:
             NotSaved: an error of the disk; the message has the path, the system's reason and the bytes needed.
@@ -136,12 +150,15 @@ class Checkpoints:
         self._unnamed["latest"] = final
         if best:
             self._unnamed["best"] = final
+        if epoch:
+            self._unnamed[f"epoch-{epoch}"] = final
         if good := self.good(step, bad):
             self._unnamed["good"] = good
         self._point()
         if sound:
             self._unproven.append(final)
-        kept = {self._named(name) for name in POINTERS} | {self._pointed(name) for name in POINTERS}
+        names = {*POINTERS, *self._unnamed, *(path.name for path in self.folder.glob("epoch-*") if kept_epoch(path))}
+        kept = {self._named(name) for name in names} | {self._pointed(name) for name in names}
         self._damaged.discard(final)
         for old in [path for path in self.steps() if path not in self._damaged][: -self.keep]:
             if old not in kept:
@@ -156,6 +173,11 @@ class Checkpoints:
             return self._named("good")
         self._unproven = [path for path in self._unproven if path not in proven]
         return proven[-1]
+
+    def keep_for_good(self, path: Path, epoch: int) -> None:
+        """Keep a checkpoint at the end of an epoch, whose process may have ended before it could write the pointer."""
+        self._unnamed[f"epoch-{epoch}"] = path
+        self._point()
 
     def _remove(self, path: Path) -> None:
         """Rename, then delete: a partly deleted folder must not look like a checkpoint."""

@@ -19,10 +19,25 @@ def check_run(method: Method, optim: OptimOptions, run: RunOptions, device: torc
     """Refuse options that are out of range, or that this method or device cannot follow; ValueError names one."""
     check(optim, "optim")
     check(run, "run")
+    check_schedule(optim)
     check_parts(method, optim.accumulate)
     pick_graph(run.graph, device)
     if run.checkpoint_activations:
         blocks_of(method)
+
+
+def check_schedule(optim: OptimOptions) -> None:
+    """ValueError if the options of the schedule contradict each other."""
+    epochs = optim.n_epochs + optim.n_epochs_decay
+    if epochs < 1:
+        raise ValueError("optim.n_epochs=0 and optim.n_epochs_decay=0 leave nothing to train: one must be at least 1")
+    if optim.first_epoch > epochs:
+        raise ValueError(
+            f"optim.first_epoch={optim.first_epoch} is after the last epoch, {epochs:,} (optim.n_epochs and "
+            f"n_epochs_decay together): it must be at most that"
+        )
+    if optim.schedule == "cosine" and optim.n_epochs < 1:
+        raise ValueError("optim.schedule=cosine falls over optim.n_epochs=0 epochs: it must be at least 1")
 
 
 def check_trackers(track: str) -> None:

@@ -11,7 +11,8 @@ class DataSet(Protocol):
     """Images of two domains, in batches that follow from the step's number alone.
 
     When a run opens the data set, every member is checked and a wrong one is refused with one sentence. Every later
-    batch is checked for its shape, dtype and device.
+    batch is checked for its shape, dtype and device. With `data.direction=BtoA`, the run exchanges A and B of every
+    result.
 
     A run that was interrupted continues bit for bit, so a batch must not depend on earlier calls. Each rank of a run
     has a data set of its own, which returns the rank's share of the batch. `fastnce.data.UnpairedData` is an example.

@@ -10,6 +10,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from ..data import DataError, find_images, load_image
+from ..data.folder import order_of
 from ..evaluate.pairs import Pair, check_rain_side, find_pairs
 
 Item = TypeVar("Item")
@@ -20,7 +21,7 @@ class Lone:
     """A held-out image without a truth.
 
     Args:
-        name: its path below testA.
+        name: its path below testA, or below testB with `data.direction=BtoA`.
         file: the image.
     """
 
@@ -31,6 +32,11 @@ class Lone:
         """Load (image, None), float32 (channels, height, width) in [-1, 1]; raise DataError as `load_image` does."""
         return load_image(self.file, channels), None
 
+    @property
+    def domain(self) -> str:
+        """The name of the domain's folder."""
+        return self.file.parents[len(Path(self.name).parts) - 1].name
+
 
 def sizes_of(item: Pair | Lone) -> tuple[int, ...]:
     """The sizes of an item's files, in bytes."""
@@ -38,7 +44,9 @@ def sizes_of(item: Pair | Lone) -> tuple[int, ...]:
     return tuple(file.stat().st_size for file in files)
 
 
-def find_validation(data: str, validate: str, limit: int = 0, rain_side: str = "right") -> list[Pair]:
+def find_validation(
+    data: str, validate: str, limit: int = 0, rain_side: str = "right", exchanged: bool = False
+) -> list[Pair]:
     """Find the held-out pairs of a run.
 
     Args:
@@ -46,6 +54,7 @@ def find_validation(data: str, validate: str, limit: int = 0, rain_side: str = "
         validate: a folder of pairs in any layout that `fastnce evaluate` accepts.
         limit: take at most this many, spread evenly over the set; 0 takes all.
         rain_side: the rainy half of strips, "right" or "left".
+        exchanged: the truths are the inputs (see `Pair.exchanged`).
 
     Returns:
         the pairs in the order of their names; none if `validate` is empty and DIR/test has no pairs.
@@ -55,11 +64,13 @@ def find_validation(data: str, validate: str, limit: int = 0, rain_side: str = "
     """
     check_rain_side(rain_side)
     if validate:
-        return _spread(find_pairs(validate, rain_side), limit)
-    try:
-        return _spread(find_pairs(Path(data) / "test", rain_side), limit)
-    except DataError:
-        return []
+        pairs = find_pairs(validate, rain_side)
+    else:
+        try:
+            pairs = find_pairs(Path(data) / "test", rain_side)
+        except DataError:
+            return []
+    return _spread([pair.exchanged() for pair in pairs] if exchanged else pairs, limit)
 
 
 def unpaired(folder: str) -> bool:
@@ -67,12 +78,13 @@ def unpaired(folder: str) -> bool:
     return bool(folder) and all((Path(folder) / name).is_dir() for name in ("testA", "testB"))
 
 
-def find_unpaired(folder: str, limit: int = 0) -> tuple[list[Lone], list[Path]]:
+def find_unpaired(folder: str, limit: int = 0, direction: str = "AtoB") -> tuple[list[Lone], list[Path]]:
     """Find held-out images that are not paired.
 
     Args:
         folder: holds testA and testB.
         limit: take at most this many of each, spread evenly; 0 takes all.
+        direction: "AtoB", or "BtoA" to exchange the folders.
 
     Returns:
         the images of testA, and the files of testB, in the order of their names.
@@ -80,7 +92,7 @@ def find_unpaired(folder: str, limit: int = 0) -> tuple[list[Lone], list[Path]]:
     Raises:
         DataError: one of them has no images.
     """
-    sides = [Path(folder) / name for name in ("testA", "testB")]
+    sides = [Path(folder) / f"test{domain}" for domain in order_of(direction)]
     found = []
     for side in sides:
         files = find_images(side)

@@ -53,18 +53,18 @@ def measure_of(name: str, arguments: Sequence[Any]) -> Measure | None:
         x, weight, bias, padding = arguments
         return partial(measure_layer, "few_outputs_convolution", [x, weight, *_listed(bias)], (padding,))
     if name == "nce_forward":
-        queries, keys, extra, log_weight, pair_weight, temperatures, decoupled, unit, gradient = arguments
+        queries, keys, extra, log_weight, pair_weight, temperatures, decoupled, unit, gradient, scales = arguments
         groups = queries[0].shape[0]
         more = [given[0] if given else None for given in (extra, log_weight, pair_weight)]
         return partial(
             nce.measure_rows, queries[0].flatten(0, 1), keys[0].flatten(0, 1), *more, groups=groups,
-            temperature=temperatures[0], decoupled=decoupled, unit=unit, wanted=(gradient, False, False),
+            temperature=_read(temperatures, scales)[0], decoupled=decoupled, unit=unit, wanted=(gradient, False, False),
         )  # fmt: skip
     if name == "nce_layers":
-        queries, keys, extra, temperatures, groups, directions, other, divide, unit, _ = arguments
+        queries, keys, extra, temperatures, groups, directions, other, divide, unit, _, scales = arguments
         return partial(
-            nce.measure_layers, queries, keys, extra, temperatures=temperatures, groups=groups, directions=directions,
-            other=other, divide=divide, unit=unit,
+            nce.measure_layers, queries, keys, extra, temperatures=_read(temperatures, scales), groups=groups,
+            directions=directions, other=other, divide=divide, unit=unit,
         )  # fmt: skip
     if name == "head":
         query_maps, key_maps, ids, query_mlp, key_mlp, temperatures, groups, directions, dtype, _ = arguments
@@ -91,6 +91,11 @@ NAMES = {
     "few_outputs": "few_outputs_convolution",
 }
 """Operators whose family has another name."""
+
+
+def _read(temperatures: Sequence[float], scales: Sequence[Tensor]) -> Sequence[float | Tensor]:
+    """Return the temperatures of a call; as tensors if it learns them, so that the same kernels run again."""
+    return [1.0 / scale[0] for scale in scales] or temperatures
 
 
 def _listed(tensor: Tensor | None) -> list[Tensor]:

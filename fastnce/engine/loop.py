@@ -27,23 +27,21 @@ from .choices import pick_compile, pick_precision, set_tf32
 from .contracts import DataSet
 from .cudagraph import pick_graph
 from .distributed import RankLost, Ranks
+from .ending import EndOfRun
 from .live_check import nothing_to_compare
 from .log import Pace, RunLog, SilentLog, clock
 from .memory import out_of_memory, too_large
 from .observe import Observer
-from .optim import schedule
 from .options import OptimOptions, RunOptions
 from .progress import Progress, check_batch, check_pictures
 from .saving import Saving, TrainingFailed
+from .schedule import Rate
 from .step import Step
 from .stop import Stopped, StopRequest
 from .validate import Validation
 
 COMPILED_AFTER = 20
 """Steps after which every kind of step (such as FastCUT's mirrored one) has most likely been compiled."""
-
-STOP_CHECK = 10
-"""At most this many steps pass before several ranks ask each other whether to stop."""
 
 
 def train(
@@ -89,8 +87,8 @@ def train(
         raise ValueError(
             f"batch_size={batch_size} must be at least 1 and a multiple of optim.accumulate={optim.accumulate}"
         )
-    if data.steps_per_epoch < 1 or optim.n_epochs + optim.n_epochs_decay < 1:
-        raise ValueError("there is nothing to train: data.steps_per_epoch and the epochs must be at least 1")
+    if data.steps_per_epoch < 1:
+        raise ValueError("there is nothing to train: data.steps_per_epoch must be at least 1")
     with ranks.together(next(method.parameters()).device):
         log = RunLog(folder, quiet, callbacks) if ranks.first else SilentLog()
     log.callbacks.speak(log.warn)
@@ -141,7 +139,8 @@ class _Run:
         self.method, self.data, self.optim, self.run = method, data, optim, run
         self.config, self.log, self.ranks = config, log, ranks
         epochs = optim.n_epochs + optim.n_epochs_decay
-        self.progress = Progress(epochs, data.steps_per_epoch, batch_size * ranks.world, ranks.world)
+        progress = Progress(epochs, data.steps_per_epoch, batch_size * ranks.world, ranks.world)
+        self.progress = progress.begun(optim.first_epoch)
         device = next(method.parameters()).device
         precision, compiled = pick_precision(run.precision, device), pick_compile(run.compile, device)
         if run.compile == "auto" and not getattr(data, "one_size", True):
@@ -159,8 +158,8 @@ class _Run:
         )
         self.device = self.step.bad_steps.device
         self.bad_count = BadStepCount(self.step.bad_steps, optim.max_bad_steps)
-        self.why = ""
-        """Why the run stops before its end; empty as long as it goes on."""
+        self.ending = EndOfRun(run.minutes, ranks, self.device, lambda: log.callbacks.stop)
+        self.rate = Rate(optim, self.step.plateau, self.step.set_learning_rate)
         self.checkpoints = Checkpoints(folder / "checkpoints", run.keep, log.say)
         networks = list(method.networks().values())
         self.saving = Saving(self._save, self.checkpoints, networks, ranks, self.device, log.say)
@@ -182,11 +181,12 @@ class _Run:
         self.saving.end()
         self.observer.announce(self.saving.saved_at, self.best_at)
         self.log.end_bar()
-        if self.why and 0 < done < self.total:
-            self.log.say(f"{self.why}: stopped after step {done:,} and saved; the same command continues")
+        why = self.ending.why
+        if why and 0 < done < self.total:
+            self.log.say(f"{why}: stopped after step {done:,} and saved; the same command continues")
         elif done > self.started:
-            self.log.say(f"finished: step {done:,}, {clock(time.monotonic() - self.began)} since the start")
-        self.log.end("finished" if done >= self.total else "stopped", self.why)
+            self.log.say(f"finished: step {done:,}, {clock(self.ending.seconds())} since the start")
+        self.log.end("finished" if done >= self.total else "stopped", why)
         return done
 
     def _go(self, stop: StopRequest) -> int:
@@ -208,19 +208,21 @@ class _Run:
             self.log.say(f"run.check_every compares nothing: {reason}")
         compares = self.run.check_every and not reason
         self.started = started = done
-        pace, epoch, decaying = Pace(), -1, None
-        self.began = time.monotonic()
-        self.checked, self.checked_at, self.check_at = self.began, done, done
+        pace, decaying = Pace(), None
         self.method.train()
-        while done < self.total and not self._has_to_stop(stop, done):
-            if self.progress.epoch(done) != epoch:
-                epoch = self.progress.epoch(done)
-                self.step.set_learning_rate(schedule(epoch, self.optim.n_epochs, self.optim.n_epochs_decay))
+        self.ending.begin(done)
+        known = -1  # the epoch that the method knows of
+        while done < self.total and not self.ending.now(stop, done):
+            place, epoch = self.progress.place(done), self.progress.epoch(done)
+            self.rate.before_step(place, self.data.steps_per_epoch)
+            if epoch != known:
+                known = epoch
+                self.method.begin_epoch(epoch + 1, self.progress.epochs)
             began = time.perf_counter()
             before, decaying = decaying, epoch >= self.optim.n_epochs
-            # a falling learning rate takes other versions of the images, which may have to be decoded first
+            # the epochs after n_epochs take other versions of the images, which may have to be decoded first
             with self.ranks.together(self.device) if decaying != before else nullcontext():
-                batch = Batch(*self.data.batch(self.progress.place(done), decaying=decaying))
+                batch = Batch(*self.data.batch(place, decaying=decaying))
             pace.step(time.perf_counter() - began)
             rng = random.Random(f"{self.run.seed}/{done}")
             draws = self.method.draw(rng)
@@ -239,39 +241,22 @@ class _Run:
                 self.log.say(f"compiled, and ran the first step, in {self.step.compile_seconds:.0f} s")
             if done == started + COMPILED_AFTER:
                 self.ranks.settle()
+            if (ended := self.progress.ended(done)) and (said := self.rate.after_epoch()):
+                self.log.say(f"epoch {ended}: {said}")
             if due(self.run.monitor_every, done) and self.ranks.first:
                 self.observer.monitor_samples()
             if self.validation and (due(self.run.validate_every, done) or done == self.total):
                 self._validate(done, self.validation)
             if due(self.run.log_every, done) or done == self.total:
-                self._report(done, epoch, losses, pace)
+                self._report(done, losses, pace)
             self._end_if_bad(*self.bad_count.read(done))
             grids = self.run.sample_every if self.run.samples and self.ranks.first else 0
             if due(grids, done) or (grids and done == self.total):
                 self.observer.save_samples(done)
-            if due(self.run.save_every, done) and done < self.total:
+            if (due(self.run.save_every, done) or self._kept(done)) and done < self.total:
                 self.saving.save()
             self.observer.announce(self.saving.saved_at, self.best_at)
         return done
-
-    def _has_to_stop(self, stop: StopRequest, done: int) -> bool:
-        """Whether to stop before the next step. Several ranks exchange it about once a second, and stop together."""
-        over = self.run.minutes and time.monotonic() - self.began > 60 * self.run.minutes
-        self.why = stop.name or self.log.callbacks.stop or (f"{self.run.minutes:g} minutes are over" if over else "")
-        if self.ranks.world == 1:
-            return bool(self.why)
-        if done < self.check_at:
-            return False
-        now = time.monotonic()
-        asked, seconds = self.ranks.most([float(bool(self.why)), now - self.checked], self.device)
-        if asked:
-            self.why = self.why or "another process was asked to stop"
-            return True
-        # every rank now knows the seconds of the slowest one, so all choose the same next step
-        pace = seconds / max(done - self.checked_at, 1)
-        self.check_at = done + max(1, min(STOP_CHECK, int(1 / max(pace, 1e-6))))
-        self.checked, self.checked_at = now, done
-        return False
 
     def _resume(self) -> int:
         """Take over the newest checkpoint, if there is one; returns the steps done."""
@@ -289,13 +274,14 @@ class _Run:
         except ValueError as error:
             raise ValueError(f"{path}: {error}; remove that folder to continue from the one before") from None
         self.saving.resumed(done)
+        if self.ranks.first and (epoch := self._kept(done)):
+            self.checkpoints.keep_for_good(path, epoch)
         for sentence in self.progress.resume_messages(done, self.run.steps, stored, str(path)):
             self.log.say(sentence)
         return done
 
-    def _report(self, done: int, epoch: int, losses: dict[str, Tensor], pace: Pace) -> None:
-        base_lr = next(iter(self.step.groups.values())).base_lr
-        learning_rate = base_lr * schedule(epoch, self.optim.n_epochs, self.optim.n_epochs_decay)
+    def _report(self, done: int, losses: dict[str, Tensor], pace: Pace) -> None:
+        learning_rate = next(iter(self.step.groups.values())).base_lr * self.rate.factor
         bad = self.observer.report(done, self.total, self.progress, learning_rate, losses, pace)
         self._end_if_bad(bad, done)
 
@@ -351,5 +337,11 @@ class _Run:
         }
         if self.validation and self.observer.validated_at == done:
             state["validation"] = self.validation.state()
-        best = self.best_at == done
-        self.checkpoints.save(done, self.step.generator_weights(), self.step.state(), state, best=best)
+        best, epoch = self.best_at == done, self._kept(done)
+        weights, tensors = self.step.generator_weights(), self.step.state()
+        self.checkpoints.save(done, weights, tensors, state, best=best, epoch=epoch)
+
+    def _kept(self, done: int) -> int:
+        """The epoch that step `done` ends, if its checkpoint is kept for good; else 0."""
+        ended = self.progress.ended(done)
+        return ended if ended and due(self.run.keep_epochs, ended) else 0

@@ -1,4 +1,4 @@
-"""Adam with a learning rate on the device and updates that can be skipped there; loss scale; averaged weights."""
+"""Adam and AdamW with a rate on the device and updates that can be skipped there; loss scale; averaged weights."""
 
 from __future__ import annotations
 
@@ -6,11 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from .snapshot import Snapshot
-
-
-def schedule(epoch: int, n_epochs: int, n_epochs_decay: int) -> float:
-    """The factor of the learning rate in an epoch, counted from 0 (published `lambda_rule`)."""
-    return 1.0 - max(0, epoch + 1 - n_epochs) / (n_epochs_decay + 1)
 
 
 class ParameterGroup:
@@ -22,9 +17,20 @@ class ParameterGroup:
         modules: the modules whose parameters are updated.
         lr: base learning rate, which the schedule multiplies.
         betas: Adam's.
+        weight_decay: of all parameters. Without `decoupled`, `weight_decay` times the weight is added to its gradient,
+            as `torch.optim.Adam` does.
+        decoupled: AdamW (Loshchilov & Hutter 2019): a step also subtracts the learning rate times `weight_decay` times
+            the weight, apart from the moments.
     """
 
-    def __init__(self, modules: tuple[nn.Module, ...], lr: float, betas: tuple[float, float]):
+    def __init__(
+        self,
+        modules: tuple[nn.Module, ...],
+        lr: float,
+        betas: tuple[float, float],
+        weight_decay: float = 0.0,
+        decoupled: bool = False,
+    ):
         # a parameter that modules share is listed more than once
         named = [
             (f"{i}.{name}", p)
@@ -42,7 +48,11 @@ class ParameterGroup:
         dtype = first.dtype if first.device.type == "cpu" else torch.float32
         self.lr = torch.tensor(lr, dtype=dtype, device=first.device)
         on_cuda = first.device.type == "cuda"  # the step may be recorded in a CUDA graph
-        self.adam = torch.optim.Adam(self.parameters, lr=lr, betas=betas, fused=True, capturable=on_cuda)
+        self.decoupled = decoupled
+        optimizer = torch.optim.AdamW if decoupled else torch.optim.Adam
+        self.adam: torch.optim.Adam = optimizer(
+            self.parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=True, capturable=on_cuda
+        )
         for group in self.adam.param_groups:
             group["lr"] = self.lr  # set late: the constructor compares it with 0, which would wait
         self.adam._warned_capturable_if_run_uncaptured = True  # no warning: running uncaptured is intended
@@ -98,13 +108,17 @@ class ParameterGroup:
         state = [self.adam.state[p] for p in weights]
         steps, means, squares = ([s[key] for s in state] for key in ("step", "exp_avg", "exp_avg_sq"))
         settings = self.adam.param_groups[0]
-        (beta1, beta2), eps = settings["betas"], settings["eps"]
+        (beta1, beta2), eps, decay = settings["betas"], settings["eps"], settings["weight_decay"]
         with torch.no_grad():
             keep = bad.logical_not().to(self.lr.dtype)
             if scale is not None:
                 slopes = list(torch._foreach_mul(slopes, scale.reciprocal()))
             # values that are not finite must not reach the moments, not even times 0
             slopes = [torch.where(bad, torch.zeros_like(g), g) for g in slopes]
+            if decay and self.decoupled:
+                torch._foreach_sub_(weights, torch._foreach_mul(weights, (self.lr * keep) * decay))
+            elif decay:
+                slopes = list(torch._foreach_add(slopes, weights, alpha=decay))
             # a list: a single tensor of one element would be read as a number, which waits for the device
             torch._foreach_add_(steps, [keep.float()] * len(steps))
             count = steps[0].clamp_min(1.0).double()

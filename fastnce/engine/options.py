@@ -8,6 +8,7 @@ from ..common.options import option
 from ..evaluate.metrics import AUTO, BEST_HELP, FEATURE_WEIGHTS_HELP, METRICS_HELP
 from .choices import PRECISIONS
 
+SCHEDULES = ("linear", "step", "plateau", "cosine", "constant")
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 """The names that `run.track` takes, which are also those of the packages."""
 
@@ -19,8 +20,21 @@ class OptimOptions:
     lr: float = option(2e-4, "Adam's learning rate during the first n_epochs", low=1e-12, high=1e38)
     beta1: float = option(0.5, "Adam's first moment; 0.5 as in every paper here", low=0, below=1)
     beta2: float = option(0.999, "Adam's second moment", low=0, below=1)
+    optimizer: str = option("adam", "adam, as in every paper here, or adamw", choices=("adam", "adamw"))
+    weight_decay: float = option(
+        0.0, "adamw: decay of all weights, times the rate; adam: the same as a gradient (L2)", low=0, high=100
+    )
     n_epochs: int = option(200, "epochs at the full learning rate; an epoch is the larger domain once", low=0)
-    n_epochs_decay: int = option(200, "epochs over which the rate falls linearly towards 0", low=0)
+    n_epochs_decay: int = option(200, "epochs after these; with optim.schedule=linear the rate falls to 0", low=0)
+    schedule: str = option(
+        "linear",
+        "linear, step (a tenth every decay_every epochs), plateau (a fifth where the generators' loss stands still), "
+        "cosine (to 0 over n_epochs), constant",
+        choices=SCHEDULES,
+    )
+    decay_every: int = option(50, "epochs between two cuts of optim.schedule=step", low=1)
+    warmup: float = option(0.0, "epochs over which the rate rises at the beginning, step by step", low=0, high=1e6)
+    first_epoch: int = option(1, "a new run begins with this epoch of the schedule; later ones keep their place", low=1)
     ema: float = option(0.0, "decay of the generator's averaged weights, e.g. 0.999; 0 keeps none", low=0, below=1)
     accumulate: int = option(
         1, "parts of a rank's batch that are computed one after another: less memory, the same step", low=1
@@ -80,6 +94,7 @@ class RunOptions:
     feature_weights: str = option("", FEATURE_WEIGHTS_HELP, anything=True)
     save_every: int = option(1000, "steps between checkpoints; 0: one at the end, or where it is stopped", low=0)
     keep: int = option(2, "checkpoints to keep", low=2)
+    keep_epochs: int = option(0, "keep the checkpoint at the end of every so many epochs for good; 0: of none", low=0)
     check_kernels: bool = option(True, "compare each kernel with plain PyTorch at its first use on a device")
     check_every: int = option(
         0, "steps between comparisons of the kernels with plain PyTorch on the step's data; 0 never", low=0

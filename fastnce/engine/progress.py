@@ -8,7 +8,7 @@ With another batch, it is the same image of the same epoch, rounded down to a wh
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..methods.base import Method
@@ -23,7 +23,7 @@ class Progress:
         steps_per_epoch: with this batch size.
         batch: images of each domain in a step, of all ranks together.
         ranks: processes that share the batch.
-        shift: the place in the data minus the steps done; 0 unless the batch has changed.
+        shift: the place in the data minus the steps done; 0 unless the run began later or the batch has changed.
         extra: the images seen minus the steps done times `batch`; 0 unless the batch has changed.
     """
 
@@ -33,6 +33,10 @@ class Progress:
     ranks: int = 1
     shift: int = 0
     extra: int = 0
+
+    def begun(self, first_epoch: int) -> Progress:
+        """This schedule for a run that begins with `first_epoch`, counted from 1 (published `--epoch_count`)."""
+        return replace(self, shift=(first_epoch - 1) * self.steps_per_epoch)
 
     @property
     def total(self) -> int:
@@ -46,6 +50,11 @@ class Progress:
     def epoch(self, done: int) -> int:
         """The epoch after `done` steps, counted from 0."""
         return self.place(done) // self.steps_per_epoch
+
+    def ended(self, done: int) -> int:
+        """The number of the epoch, counted from 1, that step `done` ends; 0 if it ends none."""
+        epoch, steps = divmod(self.place(done), self.steps_per_epoch)
+        return 0 if steps else epoch
 
     def seen(self, done: int) -> int:
         """Images of each domain in the first `done` steps."""

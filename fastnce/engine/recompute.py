@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..methods.base import Method
+from ..networks.munit import ContentBlock
 from ..networks.resnet import ResnetBlock
 from ..networks.restorer import GatedBlock
 from ..networks.stylegan2 import ResBlock
 
-BLOCKS = (ResnetBlock, ResBlock, GatedBlock)
+BLOCKS = (ResnetBlock, ResBlock, GatedBlock, ContentBlock)
 
 
 def recompute_blocks(method: Method) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from ..common import first_use
 from ..methods.base import Batch, Draws, Losses, Method, Outputs, Phase
 from ..methods.contract import check_loss
 from ..networks import channels_last
+from ..networks.spectral import once_per_step
 from . import accumulate
 from .bad_steps import Gradients, Updates, early_groups, run_phases
 from .choices import PRECISIONS, pick_layout
@@ -25,17 +26,11 @@ from .optim import LossScale, ParameterGroup, WeightAverage
 from .options import OptimOptions
 from .recompute import recompute_blocks
 from .rehearsal import rehearse
+from .schedule import Plateau
 from .snapshot import Snapshot
+from .trained import make_groups, trained_by
 from .training_state import TrainingState
 from .weights import converted_weights
-
-
-class TrainedParameters(NamedTuple):
-    """The parameters that a phase trains, all others, and whether it trains a generator."""
-
-    own: list[nn.Parameter]
-    others: list[nn.Parameter]
-    generators: bool
 
 
 class Step:
@@ -85,11 +80,8 @@ class Step:
         if self.ranks.world > 1:
             method.share_keys(self.ranks.others)
         self.options = options
-        betas = (options.beta1, options.beta2)
-        self.groups = {
-            name: ParameterGroup(group.modules, options.lr if group.lr is None else group.lr, group.betas or betas)
-            for name, group in method.groups().items()
-        }
+        self.groups = make_groups(method, options)
+        self.plateau = Plateau(options.lr, device) if options.schedule == "plateau" else None
         self.phases = self._uncompiled = method.phases()
         self._early = [self.groups[name] for name in early_groups(self.phases)]
         self._with_state = [*method.networks().values(), *method.extra_state_modules().values()]
@@ -103,11 +95,14 @@ class Step:
         generators = method.generators()
         self._generators = list(generators.values())
         self._discriminators = list(method.discriminators().values())
+        self._spectral = once_per_step(self._discriminators)
         self.averages = (
             {name: WeightAverage(net, options.ema) for name, net in generators.items()} if options.ema else {}
         )
-        self._trained = {phase.groups: self._trained_by(phase) for phase in self.phases}
-        self._tensors = TrainingState(method, self.groups, self.averages, self.loss_scale, self.bad_steps)
+        self._trained = trained_by(self.phases, self.groups, self._generators, follow=self.plateau is not None)
+        self._objectives = [trained.objective for trained in self._trained.values() if trained.objective]
+        schedule = None if self.plateau is None else self.plateau.tensors
+        self._tensors = TrainingState(method, self.groups, self.averages, self.loss_scale, self.bad_steps, schedule)
         self.whole = self._compile_whole(backend) if compile == "whole" else None
         if compile:
             self.generate = Compiled(method.generate, backend)
@@ -156,7 +151,7 @@ class Step:
 
         Of Adam's state, only the first moment of each parameter is listed: the others are replaced together with it.
         """
-        tensors = [self.bad_steps]
+        tensors = [self.bad_steps, *(self.plateau.tensors.values() if self.plateau else ())]
         for group in self.groups.values():
             tensors += [group.lr, *group.parameters]
             tensors += [moments["exp_avg"] for moments in group.adam.state.values()]
@@ -196,6 +191,7 @@ class Step:
         batch = Batch(*(pictures.contiguous(memory_format=self.layout) for pictures in batch))
         self.method.prepare(batch)
         before = Snapshot(self._changed_early())
+        self._spectral.run()
         if self.whole is not None and self.whole.usable:
             losses, bad = self.whole(batch, draws)
         elif self.options.accumulate > 1:
@@ -203,11 +199,15 @@ class Step:
         else:
             losses, bad = self._at_once(batch, draws)
         before.restore(bad)
+        self.method.finish(bad)
         self.bad_steps.add_(1).mul_(bad)
         if self.loss_scale is not None:
             self.loss_scale.update(bad)
         for average in self.averages.values():
             average.update(bad)
+        if self.plateau is not None:
+            self.plateau.add([losses[name] for name in self._objectives], bad)
+            losses = {name: loss for name, loss in losses.items() if name not in self._objectives}
         return losses
 
     def _changed_early(self) -> list[Tensor]:
@@ -226,12 +226,6 @@ class Step:
             return nullcontext()
         return converted_weights(networks, self.dtype)
 
-    def _trained_by(self, phase: Phase) -> TrainedParameters:
-        own = [p for name in phase.groups for p in self.groups[name].parameters]
-        others = [p for name, group in self.groups.items() if name not in phase.groups for p in group.parameters]
-        made_by = {id(p) for network in self._generators for p in network.parameters()}
-        return TrainedParameters(own, others, any(id(p) in made_by for p in own))
-
     def _generate(self, batch: Batch, draws: Draws) -> Outputs:
         with self.weights(self._generators), self.autocast():
             return self.generate(batch, draws)
@@ -242,8 +236,7 @@ class Step:
         outputs = self._generate(batch, draws)
 
         def differentiate(phase: Phase) -> tuple[Gradients, Losses]:
-            gradients, logged = self._differentiate(phase, batch, outputs, draws)
-            return self._average(phase, gradients), logged
+            return self._average(phase, *self._differentiate(phase, batch, outputs, draws))
 
         return run_phases(self.phases, updates, differentiate)
 
@@ -276,7 +269,7 @@ class Step:
                 if trains and phase is not self.phases[-1]:
                     made[i] = accumulate.detached(outputs)
             assert mean.gradients is not None
-            return self._average(phase, tuple(mean.gradients)), mean.losses
+            return self._average(phase, tuple(mean.gradients), mean.losses)
 
         return run_phases(self.phases, updates, differentiate)
 
@@ -285,6 +278,8 @@ class Step:
         with self.autocast():
             result = phase.loss(batch, outputs, draws)
         loss, logged = check_loss(result, phase) if self._own_method else result
+        if objective := self._trained[phase.groups].objective:
+            logged = {**logged, objective: loss.detach()}
         if self.loss_scale is not None:
             loss = loss * self.loss_scale.scale
         return torch.autograd.grad(loss, self._trained[phase.groups].own, allow_unused=True), logged
@@ -302,9 +297,18 @@ class Step:
             for parameter in trained.others:
                 parameter.requires_grad_(True)
 
-    def _average(self, phase: Phase, gradients: Gradients) -> Gradients:
-        """The mean of the gradients over ranks, which then agree on whether the step is bad."""
-        return self.ranks.average(gradients, self._trained[phase.groups].own)
+    def _average(self, phase: Phase, gradients: Gradients, logged: Losses) -> tuple[Gradients, Losses]:
+        """The mean of the gradients over ranks, which then agree on whether the step is bad, and the losses to log.
+
+        The loss that the learning rate follows is averaged with them: each rank follows the same one.
+        """
+        trained = self._trained[phase.groups]
+        if not trained.objective:
+            return self.ranks.average(gradients, trained.own), logged
+        loss = logged[trained.objective]
+        *averaged, mean = self.ranks.average((*gradients, loss), (*trained.own, loss))
+        assert mean is not None
+        return tuple(averaged), {**logged, trained.objective: mean}
 
     def close(self) -> None:
         """Free recorded graphs. Call it before the processes disconnect and before state tensors are replaced."""

@@ -18,12 +18,32 @@ from ..common.imports import CodeError
 from . import state_file
 
 POINTERS = ("latest", "good", "best")
+"""Files that name a checkpoint beside them. So do epoch-20 and so on (`kept_epoch`)."""
 
 
 def step_of(path: Path) -> int | None:
     """The step in the name of a checkpoint's folder; None for other names."""
     match = re.fullmatch(r"step-(\d{1,18})", path.name)
     return int(match[1]) if match else None
+
+
+def kept_epoch(path: Path) -> int | None:
+    """The epoch in the name of a pointer such as epoch-20, which `run.keep_epochs` writes; None for other names."""
+    match = re.fullmatch(r"epoch-([1-9]\d{0,17})", path.name)
+    return int(match[1]) if match else None
+
+
+def kept_epochs(run: Path) -> list[int]:
+    """The epochs whose checkpoints a run keeps for good and still has, in order."""
+    pointers = [path for path in (run / "checkpoints").glob("epoch-*") if kept_epoch(path)]
+    return sorted(kept_epoch(path) or 0 for path in pointers if _is_whole(path))
+
+
+def _is_whole(pointer: Path) -> bool:
+    try:
+        return pointer.is_file() and (follow(pointer) / "state.json").exists()
+    except (OSError, ValueError):
+        return False
 
 
 def read_state(path: Path, files: tuple[str, ...] = state_file.FILES) -> dict[str, Any]:
@@ -98,7 +118,7 @@ def follow(path: Path) -> Path:
     Raises:
         ValueError: the pointer names no checkpoint.
     """
-    if path.name not in POINTERS or not path.is_file():
+    if not (path.name in POINTERS or kept_epoch(path)) or not path.is_file():
         return path
     try:
         name = path.read_bytes()[:100].decode("ascii").strip()
@@ -113,9 +133,13 @@ def follow(path: Path) -> Path:
 
 
 def missing(path: Path) -> str:
-    """Say why there is no such run or file; for RUN/checkpoints/best, that the run has no best checkpoint."""
+    """Say why there is no such run or file; for RUN/checkpoints/best and epoch-20, what the run has instead."""
     if path.name == "best" and path.parent.name == "checkpoints" and path.parent.is_dir():
         return f"{path.parent.parent} has no best checkpoint, because nothing was validated"
+    if path.name.startswith("epoch-") and path.parent.name == "checkpoints" and path.parent.is_dir():
+        found = ", ".join(map(str, kept_epochs(path.parent.parent)))
+        have = f"it has {found}" if found else "it keeps none (run.keep_epochs=20 keeps every 20th)"
+        return f"{path.parent.parent} has no checkpoint of {path.name.replace('-', ' ', 1)}: {have}"
     return f"{path}: no such run or file"
 
 

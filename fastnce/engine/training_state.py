@@ -21,6 +21,7 @@ class TrainingState:
         averages: averaged weights by generator; empty if the run keeps no average.
         loss_scale: for float16; None without.
         bad_steps: (), the number of consecutive bad steps.
+        schedule: what the learning rate depends on besides the epoch, by name; None for nothing.
     """
 
     def __init__(
@@ -30,9 +31,10 @@ class TrainingState:
         averages: Mapping[str, WeightAverage],
         loss_scale: LossScale | None,
         bad_steps: Tensor,
+        schedule: Mapping[str, Tensor] | None = None,
     ):
         self.method, self.groups, self.averages = method, groups, averages
-        self.loss_scale, self.bad_steps = loss_scale, bad_steps
+        self.loss_scale, self.bad_steps, self.schedule = loss_scale, bad_steps, schedule or {}
 
     def generator_weights(self) -> dict[str, Tensor]:
         """The generators' weights as "G/model.1.weight": the averaged ones if there are any."""
@@ -68,6 +70,7 @@ class TrainingState:
             tensors |= {f"extra/{name}/{key}": tensor for key, tensor in module.state_dict().items()}
         if self.loss_scale is not None:
             tensors |= {"loss_scale/scale": self.loss_scale.scale, "loss_scale/good": self.loss_scale.good}
+        tensors |= {f"schedule/{key}": tensor for key, tensor in self.schedule.items()}
         tensors["bad_steps"] = self.bad_steps
         return tensors
 
@@ -102,6 +105,9 @@ class TrainingState:
         if self.loss_scale is not None and "loss_scale/scale" in tensors:
             self.loss_scale.scale.copy_(tensors["loss_scale/scale"])
             self.loss_scale.good.copy_(tensors["loss_scale/good"])
+        for key, tensor in under("schedule/").items():
+            if key in self.schedule:
+                self.schedule[key].copy_(tensor)
         self.bad_steps.copy_(tensors["bad_steps"])
 
 
@@ -139,15 +145,16 @@ def check_state(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
 def misfits(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> list[str]:
     """Return how the tensors of a checkpoint differ from those of a run in name, shape or dtype, one clause each.
 
-    The loss scale is optional, because `run.precision` may change. Pools of images may have another size. Earlier
-    versions stored no moments of biases without a gradient, so all moments of a bias may be missing.
+    The loss scale and the state of a schedule are optional, because `run.precision` and `optim.schedule` may change.
+    Pools of images may have another size. Earlier versions stored no moments of biases without a gradient, so all
+    moments of a bias may be missing.
     """
     with_moments = {key.rpartition("/")[0] for key in found if key.startswith("adam/")}
 
     def free(key: str) -> bool:
         parameter = key.rpartition("/")[0]
         bias = key.startswith("adam/") and parameter.endswith(".bias") and parameter not in with_moments
-        return key.startswith("loss_scale/") or bias
+        return key.startswith(("loss_scale/", "schedule/")) or bias
 
     def kind(key: str, tensor: Tensor) -> str:
         return f"{tensor.dtype}" if key.startswith("extra/") else f"{tensor.dtype} {tuple(tensor.shape)}"

@@ -101,8 +101,9 @@ class Validation:
         first = self.pairs[0]
         if isinstance(first, Lone):
             found = ", ".join(f"{name} {value:.4g}" for name, value in self.inputs.items()) or "no value"
-            against = f", and {len(self.reference)} of testB" if self.sets else ""
-            return f"held out: {len(self.pairs)} pictures of testA{against}; the inputs have {found}"
+            other = "testA" if first.domain == "testB" else "testB"
+            against = f", and {len(self.reference)} of {other}" if self.sets else ""
+            return f"held out: {len(self.pairs)} pictures of {first.domain}{against}; the inputs have {found}"
         others = "".join(f", {each.name} {self.inputs[each.name]:.4g}" for each in self._shown(self.inputs))
         return (
             f"held out: {len(self.pairs)} pairs, {first.rainy.parent} among them; the inputs have "

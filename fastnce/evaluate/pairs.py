@@ -64,6 +64,11 @@ class Pair:
     def strip(self) -> bool:
         return self.rainy == self.clean
 
+    def exchanged(self) -> Pair:
+        """Return the pair with the truth as input and the rainy picture as truth."""
+        side = RAIN_SIDES[1 - RAIN_SIDES.index(self.rain_side)] if self.strip else self.rain_side
+        return replace(self, rainy=self.clean, clean=self.rainy, rain_side=side)
+
     def load(self, channels: int = 3) -> tuple[Tensor, Tensor]:
         """Load (rainy, clean), float32 (channels, height, width) in [-1, 1]; raise DataError as `load_image` does."""
         rainy = load_image(self.rainy, channels)

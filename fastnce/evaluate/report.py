@@ -25,6 +25,7 @@ from torch import Tensor
 from ..common.gathered import gathering
 from ..common.writing import check_not_replaced, sweep, write_whole
 from ..data import DataError, find_images, load_image
+from ..data.folder import order_of
 from .distribution import Inception, check_counts, fid_kid
 from .gallery import Gallery
 from .pairs import Pair, find_pairs
@@ -129,6 +130,7 @@ def evaluate(
     *,
     best: Translate | None = None,
     rain_side: str = "right",
+    direction: str = "",
     channels: int = 3,
     device: torch.device | str = "cpu",
     fid: bool = False,
@@ -150,6 +152,8 @@ def evaluate(
         translate: the model; None measures the inputs themselves.
         best: the best checkpoint of the same run, to be measured too. `Report.best` has its results.
         rain_side: the half of strips that is rainy, "right" or "left".
+        direction: "AtoB"; or "BtoA" to translate testB, or the truths of pairs, and to compare with the others. Empty:
+            that of the model's run.
         channels: of the model's input.
         device: where the measures are computed.
         fid: also compute FID and KID between outputs and truths (or testB); needs torch-fidelity.
@@ -173,7 +177,10 @@ def evaluate(
     _check_writable(files)
     if sheet is not None and sheet.suffix.lower() != ".png":
         raise ValueError(f"--sheet {sheet}: the contact sheet is a PNG, name it {sheet.stem}.png")
-    side_a, side_b = data / f"{phase}A", data / f"{phase}B"
+    exchanged = [
+        order_of(direction or getattr(translate, kind, "AtoB")) == "BA" for kind in ("direction", "paired_direction")
+    ]
+    side_a, side_b = (data / f"{phase}{domain}" for domain in ("BA" if exchanged[0] else "AB"))
     unpaired = side_a.is_dir() and side_b.is_dir()
     if phase != "test" and not unpaired:
         raise DataError(f"{data} has no {phase}A and {phase}B, which --phase {phase} names")
@@ -193,6 +200,7 @@ def evaluate(
         taken = [*lone[0], *lone[1]]
     else:
         pairs = find_pairs(data, rain_side)[: num or None]
+        pairs = [pair.exchanged() for pair in pairs] if exchanged[1] else pairs
         names = [pair.name for pair in pairs]
         taken = [file for pair in pairs for file in (pair.rainy, pair.clean)]
     if gallery is not None:

@@ -1,4 +1,4 @@
-"""The contract between the training engine and a method, and the options of its networks."""
+"""The contract between the training engine and a method."""
 
 from __future__ import annotations
 
@@ -11,92 +11,24 @@ import torch
 from torch import Tensor, nn
 
 from ..common.imports import CodeError, first_line
-from ..common.initialise import INIT_TYPES
-from ..common.options import check, option
-from ..networks import Norm
-from ..networks.build import DISCRIMINATORS, GENERATORS, build_discriminator, build_generator
+from ..common.options import check
 from ..networks.contracts import check_output
 from ..networks.tracing import ReadsValue, is_own
 from .checks import Sizes, extremes, trace_shapes
+from .network_options import MOST_CHANNELS as MOST_CHANNELS
+from .network_options import NetworkOptions as NetworkOptions
 
-MOST_CHANNELS = 65_536
 WEIGHT = {"low": 0, "high": 1e6}
 """Range of the weight of a loss term."""
 TEMPERATURE = {"low": 1e-4, "high": 1e4}
 """Range of the temperature of a softmax over similarities between -1 and 1."""
 MOST_PATCHES = 2**24
 """The locations of a 4096x4096 map."""
+PROJECTOR_HELP = (
+    'codes (published netF): "mlp_sample": of an MLP; "sample": the features; "reshape": their means over a 4x4 grid'
+)
+LEARN_HELP = "train the temperature with F, from the given one on, between 0.01 and 1 (as CLIP)"
 GP_HELP = "weight of WGAN-GP's penalty on the slope of each discriminator; with gan_mode=wgangp only"
-
-
-@dataclass
-class NetworkOptions:
-    """The section `network`: which networks to build. The defaults are CUT's."""
-
-    generator: str = option(
-        "resnet_9blocks",
-        "resnet_9blocks, resnet_6blocks, resnet_4blocks, unet_256, unet_128, stylegan2, restorer, or your own "
-        "(mynets.py:Net)",
-        choices=tuple(GENERATORS),
-        imports=True,
-    )
-    discriminator: str = option(
-        "basic",
-        "basic (70x70 PatchGAN), n_layers, pixel, stylegan2, or your own (mynets.py:Net)",
-        choices=tuple(DISCRIMINATORS),
-        imports=True,
-    )
-    width: int = option(
-        64,
-        "channels after the generator's first convolution (published ngf); cost grows as its square",
-        low=1,
-        high=MOST_CHANNELS,
-    )
-    discriminator_width: int = option(64, "the same for the discriminator (published ndf)", low=1, high=MOST_CHANNELS)
-    discriminator_layers: int = option(
-        3, "halvings of the n_layers discriminator; more judge larger patches", low=1, high=12
-    )
-    resolution: int = option(
-        64, "side of the crops that stylegan2 networks are made for; a power of two", low=8, high=4_096
-    )
-    in_channels: int = option(3, "channels of domain A", low=1, high=MOST_CHANNELS)
-    out_channels: int = option(3, "channels of domain B", low=1, high=MOST_CHANNELS)
-    norm: Norm = option("instance", "instance, batch or none")
-    dropout: bool = option(False, "dropout in the generator's blocks")
-    antialias: bool = option(True, "blur before halving, in both networks; false halves by strided convolutions")
-    antialias_up: bool = option(True, "blur after doubling; false doubles by transposed convolutions")
-    init_type: str = option("xavier", "normal, xavier, kaiming or orthogonal", choices=INIT_TYPES)
-    init_gain: float = option(0.02, "scale of the initial weights", low=1e-6, high=100)
-
-    def build_generator(self, reverse: bool = False):
-        """Build a generator from domain A to B, or from B to A with `reverse`."""
-        channels = (self.out_channels, self.in_channels) if reverse else (self.in_channels, self.out_channels)
-        return build_generator(
-            self.generator,
-            *channels,
-            self.width,
-            norm=self.norm,
-            dropout=self.dropout,
-            antialias=self.antialias,
-            antialias_up=self.antialias_up,
-            init_type=self.init_type,
-            init_gain=self.init_gain,
-            resolution=self.resolution,
-        )
-
-    def build_discriminator(self, channels: int):
-        """Build a discriminator of images with so many channels."""
-        return build_discriminator(
-            self.discriminator,
-            channels,
-            self.discriminator_width,
-            layers=self.discriminator_layers,
-            norm=self.norm,
-            antialias=self.antialias,
-            init_type=self.init_type,
-            init_gain=self.init_gain,
-            resolution=self.resolution,
-        )
 
 
 class Batch(NamedTuple):
@@ -230,6 +162,15 @@ class Method(nn.Module):
         It is called before every step, so that a compiled step never makes state itself.
         """
 
+    def begin_epoch(self, epoch: int, epochs: int) -> None:
+        """Follow a schedule: called before the first step of each epoch, from 1 to `epochs`, and of a continued run.
+
+        What a step reads of it must be a tensor on the device, changed in place, because steps may be recorded.
+        """
+
+    def finish(self, bad: Tensor) -> None:
+        """Change what follows the updates of a step, such as an averaged projector; nothing if `bad`, () bool."""
+
     def check(self, batch_size: int, height: int, width: int) -> None:
         """Refuse crops that cannot be trained on: `check_options`, then `check_sizes` of this one size."""
         self.check_options(batch_size)
@@ -297,8 +238,10 @@ class Method(nn.Module):
         Args:
             ranks: the parts are the shares of several ranks, which may exchange their keys.
         """
-        if any(isinstance(module, nn.BatchNorm2d) for module in self.modules()):
-            return "batch norm takes its statistics over the whole batch (network.norm=instance does not)"
+        if norms := {module for module in self.modules() if isinstance(module, nn.BatchNorm2d)}:
+            judging = {module for network in self.discriminators().values() for module in network.modules()}
+            key = "network.discriminator_norm" if norms <= judging else "network.norm"
+            return f"batch norm takes its statistics over the whole batch ({key}=instance does not)"
         exchanged = ranks and getattr(self.options, "gather_negatives", False)
         if getattr(self.options, "negatives", "image") == "batch" and not exchanged:
             return "loss.negatives=batch contrasts pictures of the whole batch (loss.negatives=image does not)"

@@ -97,3 +97,10 @@ def check_contrast(rows: dict[str, list[int]], layers: Sequence[int], alone: boo
                     f"{what} give {count} locations at layer {layer} and {first} give {other}, but {alike}: lower "
                     f"loss.patches to {min(count, other)}, or {remedy}"
                 )
+
+
+def refuse_changed(options: Any, defaults: Any, keys: Sequence[str], method: str) -> None:
+    """Refuse options of CUT that a method does not follow, if they were changed; ValueError names the first one."""
+    for key in keys:
+        if (value := getattr(options, key)) != getattr(defaults, key):
+            raise ValueError(f"loss.{key}={value} has no effect in {method}: leave it at {getattr(defaults, key)}")

@@ -19,6 +19,8 @@ CALLS = {
     **dict.fromkeys((*ROLES, "groups", "phases", "discriminator_losses", "identity_losses"), ""),
     "draw": "rng",
     "prepare": "batch",
+    "begin_epoch": "epoch, epochs",
+    "finish": "bad",
     "generate": "batch, draws",
     "translate": "a",
     "pictures": "batch",

@@ -13,11 +13,13 @@ from torch import Tensor
 from ..common.options import option
 from ..nce import PatchNCEHead
 from ..nce.api import Negatives
-from ..nce.selection import attention_patch_ids, dense_patch_ids
+from ..nce.selection import attention_patch_ids, dense_patch_ids, pooled_maps
 from .base import (
     GP_HELP,
+    LEARN_HELP,
     MOST_CHANNELS,
     MOST_PATCHES,
+    PROJECTOR_HELP,
     TEMPERATURE,
     WEIGHT,
     Batch,
@@ -58,6 +60,8 @@ class CUTOptions:
         low=0,
         high=MOST_PATCHES,
     )
+    learn_temperature: bool = option(False, LEARN_HELP)
+    projector: Literal["mlp_sample", "sample", "reshape"] = option("mlp_sample", PROJECTOR_HELP)
     projection: int = option(256, "width of the projector F (published netF_nc)", low=1, high=MOST_CHANNELS)
     negatives: Negatives = option("image", '"image": other patches of the same image; "batch": patches of all images')
     selection: Literal["uniform", "attention"] = option(
@@ -90,6 +94,9 @@ class CUT(Method):
     """One generator, one discriminator, one projector; D is updated first, then G and F together."""
 
     Options = CUTOptions
+
+    keys_learn = False
+    """Whether a loss differentiates the features of the real images too."""
 
     def __init__(self, options: CUTOptions, network: NetworkOptions):
         super().__init__()
@@ -133,6 +140,8 @@ class CUT(Method):
             negatives=options.negatives,
             weighting=find_weighting(options.weighting, options.weighting_options),
             symmetric=options.symmetric,
+            use_mlp=options.projector == "mlp_sample",
+            learn_temperature=options.learn_temperature,
             init_type=network.init_type,
             init_gain=network.init_gain,
         )
@@ -157,12 +166,17 @@ class CUT(Method):
 
     def groups(self):
         groups = {"G": Group((self.generator,)), "D": Group((self.discriminator,)), "F": Group((self.head,))}
-        if self.options.lambda_nce == 0:
+        if not self.trains_projector:
             del groups["F"]
         return groups
 
+    @property
+    def trains_projector(self) -> bool:
+        """Whether F has parameters that PatchNCE trains."""
+        return self.options.lambda_nce > 0 and any(True for _ in self.head.parameters())
+
     def phases(self):
-        return Phase(self.d_loss, ("D",)), Phase(self.g_loss, ("G", "F") if self.options.lambda_nce > 0 else ("G",))
+        return Phase(self.d_loss, ("D",)), Phase(self.g_loss, ("G", "F") if self.trains_projector else ("G",))
 
     def share_keys(self, others: Callable[[Tensor], Tensor]) -> None:
         if self.options.gather_negatives:
@@ -171,7 +185,10 @@ class CUT(Method):
     def check_options(self, batch_size: int) -> None:
         super().check_options(batch_size)
         options = self.options
-        if options.lambda_nce > 0 and options.patches == 1 and (options.negatives == "image" or batch_size == 1):
+        if options.lambda_nce > 0 and options.projector == "reshape" and options.selection != "uniform":
+            raise ValueError("loss.projector=reshape contrasts a whole grid: it needs loss.selection=uniform")
+        alone = options.patches == 1 and options.projector != "reshape"
+        if options.lambda_nce > 0 and alone and (options.negatives == "image" or batch_size == 1):
             raise ValueError(
                 f"there is nothing to contrast with loss.patches=1, loss.negatives={options.negatives} and "
                 f"data.batch={batch_size}: draw more patches, or contrast within a batch of several crops"
@@ -186,8 +203,10 @@ class CUT(Method):
             )
         super().check_sizes(batch_size, a, b, remedy)
         if options.lambda_nce > 0:
-            rows = drawn_rows(self.generator, self.layers, options.patches, self.sizes_of("G", a, b))
-            alike = "loss.gather_negatives=true exchanges as many with every rank" if options.gather_negatives else ""
+            pooled = options.projector == "reshape"  # to 16 locations, whatever the size
+            rows = drawn_rows(self.generator, self.layers, 0 if pooled else options.patches, self.sizes_of("G", a, b))
+            exchanged = options.gather_negatives and not pooled
+            alike = "loss.gather_negatives=true exchanges as many with every rank" if exchanged else ""
             check_contrast(rows, self.layers, options.negatives == "image" or batch_size == 1, alike, remedy)
 
     def sizes_of(self, name: str, a: Sizes, b: Sizes) -> Sizes:
@@ -214,7 +233,7 @@ class CUT(Method):
         # The features of a mirrored image are not the mirrored features, so x is then encoded separately.
         if options.reuse_key_features and options.lambda_nce > 0 and not draws.flip and generator.features_repeat:
             fake, features = generator(real, self.layers)
-            keys = [feature.detach() for feature in features]
+            keys = features if self.keys_learn else [feature.detach() for feature in features]
         else:
             fake = generator(real.flip(3) if draws.flip else real)
         n = batch.a.shape[0]
@@ -257,23 +276,29 @@ class CUT(Method):
 
     def _contrast(self, outputs: Outputs, draws: Draws) -> Tensor:
         """Compute PatchNCE of (x, G(x)) and, with the identity term, of (y, G(y)): (directions,)."""
+        queries, keys, directions = self.maps(outputs, draws)
+        ids = self._patch_ids(keys, directions, draws)
+        return self.head(queries, keys, directions=directions, patch_ids=ids).reshape(directions)
+
+    def maps(self, outputs: Outputs, draws: Draws) -> tuple[list[Tensor], list[Tensor], int]:
+        """Return the features of the fakes, those of the real images, and the number of directions."""
         queries = self.generator(outputs["fake"], self.layers, encode_only=True)
         if draws.flip:
             queries = [query.flip(3) for query in queries]
         keys = outputs["keys"]
         if keys is None:
-            with torch.no_grad():
+            with torch.set_grad_enabled(self.keys_learn and torch.is_grad_enabled()):
                 keys = self.generator(outputs["real"], self.layers, encode_only=True)
-        directions = 2 if "idt_B" in outputs else 1
-        ids = self._patch_ids(keys, directions, draws)
-        return self.head(queries, keys, directions=directions, patch_ids=ids).reshape(directions)
+        if self.options.projector == "reshape":
+            queries, keys = pooled_maps(queries), pooled_maps(keys)
+        return queries, keys, 2 if "idt_B" in outputs else 1
 
     def _patch_ids(self, keys: list[Tensor], directions: int, draws: Draws):
         """Return the locations for the head, or None if the head shall draw them."""
         options = self.options
         if draws.patch_ids is not None:
             return draws.patch_ids if directions > 1 else draws.patch_ids[0]
-        if options.patches == 0:
+        if options.patches == 0 or options.projector == "reshape":
             return dense_patch_ids(keys)
         if options.selection == "uniform":
             return None

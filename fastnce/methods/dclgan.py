@@ -12,10 +12,13 @@ from torch import Tensor, nn
 from ..common.options import option
 from ..nce import NegativeBank, PatchNCEHead, patch_nce_layers, project_patches
 from ..nce.api import Negatives
+from ..nce.selection import dense_patch_ids, pooled_maps
 from .base import (
     GP_HELP,
+    LEARN_HELP,
     MOST_CHANNELS,
     MOST_PATCHES,
+    PROJECTOR_HELP,
     TEMPERATURE,
     WEIGHT,
     Batch,
@@ -49,7 +52,9 @@ class DCLGANOptions:
     temperature: float = option(
         0.07, "PatchNCE temperature: lower concentrates on the hardest negatives", **TEMPERATURE
     )
+    learn_temperature: bool = option(False, LEARN_HELP)
     patches: int = option(256, "locations drawn per image and layer (all if a map has fewer)", low=1, high=MOST_PATCHES)
+    projector: Literal["mlp_sample", "sample", "reshape"] = option("mlp_sample", PROJECTOR_HELP)
     projection: int = option(256, "width of the projectors F1 and F2 (published netF_nc)", low=1, high=MOST_CHANNELS)
     negatives: Negatives = option("batch", '"image": other patches of the same image; "batch": patches of all images')
     external: Literal["none", "branch", "bank"] = option(
@@ -110,16 +115,23 @@ class DCLGAN(TwoWay):
                 options.patches,
                 options.temperature,
                 negatives=options.negatives,
+                use_mlp=options.projector == "mlp_sample",
+                learn_temperature=options.learn_temperature and generator is self.generator_a,  # one T for both
                 init_type=network.init_type,
                 init_gain=network.init_gain,
             )
             for generator in (self.generator_a, self.generator_b)
         )
+        widths = [options.projection] * len(self.layers)
+        if options.projector != "mlp_sample":
+            widths, others = (g.feature_channels(self.layers) for g in (self.generator_a, self.generator_b))
+            if widths != others:
+                raise ValueError(
+                    f"loss.projector={options.projector} compares features of both generators, which must have the "
+                    f"same channels, not {widths} and {others}: use loss.projector=mlp_sample, or other loss.nce_layers"
+                )
         self.bank_a, self.bank_b = (
-            NegativeBank(options.bank_size, [options.projection] * len(self.layers))
-            if options.external == "bank"
-            else None
-            for _ in range(2)
+            NegativeBank(options.bank_size, widths) if options.external == "bank" else None for _ in range(2)
         )
 
     def projectors(self) -> dict[str, nn.Module]:
@@ -132,7 +144,8 @@ class DCLGAN(TwoWay):
     def check_options(self, batch_size: int) -> None:
         super().check_options(batch_size)
         options = self.options
-        if options.lambda_nce > 0 and options.patches == 1 and self._own_image_only(batch_size):
+        alone = options.patches == 1 and options.projector != "reshape"
+        if options.lambda_nce > 0 and alone and self._own_image_only(batch_size):
             raise ValueError(
                 f"there is nothing to contrast with loss.patches=1, loss.negatives={options.negatives} and "
                 f"data.batch={batch_size}: draw more patches, or use external negatives"
@@ -141,8 +154,9 @@ class DCLGAN(TwoWay):
     def check_sizes(self, batch_size: int, a: Sizes, b: Sizes, remedy: str) -> None:
         super().check_sizes(batch_size, a, b, remedy)
         if self.options.lambda_nce > 0:
-            rows = drawn_rows(self.generator_a, self.layers, self.options.patches, {**a, **b})
-            alike = "both directions contrast as many"
+            pooled = self.options.projector == "reshape"  # to 16 locations, whatever the size
+            rows = drawn_rows(self.generator_a, self.layers, 0 if pooled else self.options.patches, {**a, **b})
+            alike = "" if pooled else "both directions contrast as many"
             check_contrast(rows, self.layers, self._own_image_only(batch_size), alike, remedy)
 
     def _own_image_only(self, batch_size: int) -> bool:
@@ -151,14 +165,21 @@ class DCLGAN(TwoWay):
 
     def groups(self):
         groups = super().groups()
-        if self.options.lambda_nce > 0:
+        if self.trains_projector:
             modules = tuple(self.projectors().values())
             library = self.options.projector_adam == "library"
             groups["F"] = Group(modules, lr=1e-3, betas=(0.9, 0.999)) if library else Group(modules)
         return groups
 
+    @property
+    def trains_projector(self) -> bool:
+        """Whether the projectors have parameters that PatchNCE trains."""
+        return self.options.lambda_nce > 0 and any(
+            any(True for _ in f.parameters()) for f in self.projectors().values()
+        )
+
     def phases(self):
-        return Phase(self.d_loss, ("D",)), Phase(self.g_loss, ("G", "F") if self.options.lambda_nce > 0 else ("G",))
+        return Phase(self.d_loss, ("D",)), Phase(self.g_loss, ("G", "F") if self.trains_projector else ("G",))
 
     def generate(self, batch: Batch, draws: Draws) -> Outputs:
         options = self.options
@@ -182,7 +203,11 @@ class DCLGAN(TwoWay):
     def contrast(self, batch: Batch, outputs: Outputs, draws: Draws) -> Losses:
         """NCE1: fake_B against A. NCE2: fake_A against B."""
         keys_a, keys_b, queries_b, queries_a = self.features(batch, outputs)
-        ids1, ids2 = draws.patch_ids or (self.projector_a.draw_ids(keys_a), self.projector_b.draw_ids(keys_b))
+        if self.options.projector == "reshape":
+            keys_a, keys_b, queries_b, queries_a = map(pooled_maps, (keys_a, keys_b, queries_b, queries_a))
+            ids1, ids2 = dense_patch_ids(keys_a), dense_patch_ids(keys_b)
+        else:
+            ids1, ids2 = draws.patch_ids or (self.projector_a.draw_ids(keys_a), self.projector_b.draw_ids(keys_b))
         drawn = draws.patch_ids is None
         with torch.no_grad():
             k1, k2 = self.rows((self.projector_a, keys_a, ids1), (self.projector_b, keys_b, ids2), distinct=drawn)
@@ -211,7 +236,7 @@ class DCLGAN(TwoWay):
         maps = [m for _, layers, _ in sides for m in layers]
         ids = [i for _, _, chosen in sides for i in chosen]
         mlps = [mlp for projector, layers, _ in sides for mlp in projector.mlps(len(layers)) or []]
-        rows = project_patches(maps, ids, mlps, distinct_ids=distinct)
+        rows = project_patches(maps, ids, mlps or None, distinct_ids=distinct)
         count = len(self.layers)
         return [rows[i : i + count] for i in range(0, len(rows), count)]
 
@@ -223,7 +248,7 @@ class DCLGAN(TwoWay):
             [k1, k2],
             images=images,
             negatives=options.negatives,
-            temperature=self.projector_a.temperatures,
+            temperature=self.projector_a.current_temperatures(),
             extra_keys=self.external(),
             cosine=options.cosine,
             weighting=self.weighting,

@@ -14,6 +14,10 @@ from .cut import CUT, CUTOptions
 from .cyclegan import CycleGAN, CycleGANOptions
 from .dcdgan import DCDGAN, DCDGANOptions
 from .dclgan import DCLGAN, DCLGANOptions
+from .hneg_src import HnegSRC, HnegSRCOptions
+from .lsesim import LSeSim, LSeSimOptions
+from .negcut import NEGCUT, NEGCUTOptions
+from .qsattn import QSAttn, QSAttnOptions
 from .simdcl import SimDCL, SimDCLOptions
 from .sincut import SinCUT, SinCUTOptions
 
@@ -40,6 +44,36 @@ PRESETS = {
         CUTOptions.fastcut,
         "Park et al., Contrastive Learning for Unpaired Image-to-Image Translation, ECCV 2020",
         {"optim": {"n_epochs": 150, "n_epochs_decay": 50}},
+    ),
+    "hneg-src": Preset(
+        HnegSRC,
+        HnegSRCOptions,
+        "Jung et al., Exploring Patch-wise Semantic Relation for Contrastive Learning, CVPR 2022 (released code)",
+        {"optim": {"n_epochs": 200, "n_epochs_decay": 200}},
+    ),
+    "negcut": Preset(
+        NEGCUT,
+        NEGCUTOptions,
+        "Wang et al., Instance-wise Hard Negative Example Generation for Contrastive Learning, ICCV 2021",
+        {"optim": {"n_epochs": 200, "n_epochs_decay": 200}},
+    ),
+    "fsesim": Preset(
+        LSeSim,
+        LSeSimOptions,
+        "Zheng et al., The Spatially-Correlative Loss for Various Image Translation Tasks, CVPR 2021 (fixed)",
+        {"optim": {"lr": 1e-4, "n_epochs": 200, "n_epochs_decay": 200}},
+    ),
+    "lsesim": Preset(
+        LSeSim,
+        LSeSimOptions.lsesim,
+        "Zheng et al., The Spatially-Correlative Loss for Various Image Translation Tasks, CVPR 2021 (learned)",
+        {"optim": {"lr": 1e-4, "n_epochs": 200, "n_epochs_decay": 200}},
+    ),
+    "qsattn": Preset(
+        QSAttn,
+        QSAttnOptions,
+        "Hu et al., QS-Attn: Query-Selected Attention for Contrastive Learning in I2I Translation, CVPR 2022",
+        {"optim": {"n_epochs": 200, "n_epochs_decay": 200}},
     ),
     "sincut": Preset(
         SinCUT,

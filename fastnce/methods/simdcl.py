@@ -87,6 +87,8 @@ class SimDCL(DCLGAN):
 
     def check_options(self, batch_size: int) -> None:
         super().check_options(batch_size)
+        if self.options.projector != "mlp_sample":
+            raise ValueError("SimDCL stacks the codes of all layers, of one width: it needs loss.projector=mlp_sample")
         if batch_size != 1:
             raise ValueError(f"SimDCL compares the codes of single images: data.batch must be 1, not {batch_size}")
 

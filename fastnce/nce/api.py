@@ -19,7 +19,9 @@ from . import checks
 from .impl import eager
 from .impl.dispatch import choose_maps, choose_rows, planned_calls, triton_maps, triton_rows
 from .impl.rows import gather_patches, mlp, normalize_rows
+from .impl.transforms import check_vmap, transforms_active
 from .impl.uses import RowsUse, maps_use
+from .temperature import given_temperature, lowest_of
 from .weights import Weights
 
 Negatives = Literal["image", "batch"]
@@ -34,7 +36,7 @@ def patch_nce(
     *,
     images: int = 1,
     negatives: Negatives = "image",
-    temperature: float = 0.07,
+    temperature: float | Tensor = 0.07,
     extra_keys: Tensor | None = None,
     weights: Weights | None = None,
     symmetric: bool = False,
@@ -53,7 +55,7 @@ def patch_nce(
     *,
     images: int = 1,
     negatives: Negatives = "image",
-    temperature: float = 0.07,
+    temperature: float | Tensor = 0.07,
     extra_keys: Tensor | None = None,
     weights: Weights | None = None,
     symmetric: bool = False,
@@ -71,7 +73,7 @@ def patch_nce(
     *,
     images: int = 1,
     negatives: Negatives = "image",
-    temperature: float = 0.07,
+    temperature: float | Tensor = 0.07,
     extra_keys: Tensor | None = None,
     weights: Weights | None = None,
     symmetric: bool = False,
@@ -90,8 +92,9 @@ def patch_nce(
         queries, keys: (rows, dim), rows = images * patches, image after image; any floating dtype, the same for both.
         images: number of images that the rows come from, at least 1; it must divide the number of rows.
         negatives: "image" contrasts within each image (CUT, FastCUT), "batch" within all rows (SinCUT, DCLGAN).
-        temperature: T, a number from 1e-30 to 1e30. To learn it, pass `queries / T` and `temperature=1.0`: T may then
-            be a tensor and gets its gradient through the queries.
+        temperature: T, a number from 1e-30 to 1e30; or a tensor of one element on the device of the queries, of any
+            floating dtype, which gets its gradient if it requires one. The host does not read it (only on a CPU, to
+            check its range), so a captured step may learn it.
         extra_keys: more negatives: (count, dim) for all groups, or (groups, count, dim), where groups is `images` for
             "image" and 1 for "batch". They receive a gradient if they require one.
         weights: weights of pairs and queries, see `Weights`; `fastnce.nce.weights` computes those of other papers.
@@ -120,7 +123,7 @@ def patch_nce(
         return _reduced(found, None, reduction)
     pair_log_weight, pair_weight, query_weight, decoupled = checks.weights(weights, Weights)
     groups = checks.rows(queries, keys, images, negatives, extra_keys, query_weight, decoupled)
-    temperature = checks.temperature(temperature)
+    temperature = given_temperature(temperature, queries.device)
     if detach_keys:
         keys = keys.detach()
     size = queries.shape[0] // groups
@@ -134,13 +137,18 @@ def patch_nce(
         queries, keys = queries.to(dtype), keys.to(dtype)
     if extra_keys is not None:
         extra_keys = (extra_keys if extra_keys.dim() == 3 else extra_keys[None]).to(dtype)
+    if transforms_active():
+        check_vmap((queries, keys, extra_keys), (keys, extra_keys, queries if symmetric else None))
     choice = choose_rows(implementation, device, dtype, queries.shape[1], size)
     if choice is KERNELS:
         extras, grad = 0 if extra_keys is None else extra_keys.shape[1], torch.is_grad_enabled()
         of_keys, of_extra = keys.requires_grad or symmetric, extra_keys is not None and extra_keys.requires_grad
-        wanted = grad and queries.requires_grad, grad and of_keys, grad and of_extra
+        learned = isinstance(temperature, Tensor)
+        of_queries = queries.requires_grad or (learned and temperature.requires_grad)  # type: ignore[union-attr]
+        wanted = grad and of_queries, grad and of_keys, grad and of_extra
         weighted = pair_log_weight is not None, pair_weight is not None
-        use = RowsUse(queries.shape[1], size, groups, extras, *weighted, decoupled, unit_rows, temperature, wanted)
+        kind = *weighted, decoupled, unit_rows, lowest_of([temperature]), wanted, learned
+        use = RowsUse(queries.shape[1], size, groups, extras, *kind)
         choice = trusted(use, device, dtype)
     nce_losses: Any = triton_rows.nce_losses if choice.triton else eager.nce_losses
     options = groups, temperature, decoupled, unit_rows

@@ -75,11 +75,11 @@ def number(name: str, value: Any, low: float, high: float) -> float:
 
 
 def temperature(value: Any) -> float:
-    """Check T and return it as a float. A tensor fails: it would lose its gradient, and reading it may wait."""
+    """Check T and return it as a float. A tensor fails: `given_temperature` accepts those where they can be used."""
     if isinstance(value, Tensor):
         raise ValueError(
-            f"temperature must be a number, not {shown(value)}: pass float(temperature) for a constant; to learn it, "
-            "divide the queries by it and call patch_nce with temperature=1.0"
+            f"temperature must be a number here, not {shown(value)}: pass float(temperature) for a constant; to learn "
+            "it, pass the tensor to patch_nce, or use PatchNCEHead with learn_temperature=True"
         )
     return number("temperature", value, LEAST_TEMPERATURE, MOST_TEMPERATURE)
 

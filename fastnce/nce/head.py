@@ -6,6 +6,7 @@ loss = head(query_maps, key_maps)
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +22,8 @@ from .api import NEGATIVES, Negatives, patch_nce, project_patches, sample_patch_
 from .impl.dispatch import choose_maps, planned_calls, triton_maps
 from .impl.uses import IdsUse, maps_use
 from .modules import MLPs, PatchSampleF
+from .multilayer import patch_nce_layers
+from .temperature import LearnedTemperature, Temperature
 from .weights import Weighting, Weights
 
 
@@ -41,6 +44,8 @@ class PatchNCEHead(PatchSampleF):
             layer, without gradient.
         symmetric: average both directions, see `patch_nce`.
         ids_per_image: draw locations for each image; otherwise one set serves all images (published).
+        learn_temperature: train T with the projector, from `temperature` on: one T if that is one number, else one per
+            layer. It is a parameter, see `LearnedTemperature`, and part of the `state_dict`.
 
     Raises:
         ValueError: an invalid value; it is raised here, not at the first call.
@@ -58,6 +63,7 @@ class PatchNCEHead(PatchSampleF):
         symmetric: bool = False,
         use_mlp: bool = True,
         ids_per_image: bool = False,
+        learn_temperature: bool = False,
         init_type: str = "xavier",
         init_gain: float = 0.02,
         implementation: Implementation = None,
@@ -74,8 +80,16 @@ class PatchNCEHead(PatchSampleF):
             raise ValueError(f"weighting must be a function or None, not {shown(weighting)}")
         self.weighting, self.symmetric = weighting, symmetric
         self.ids_per_image = ids_per_image
+        self.learned_temperature: LearnedTemperature | None = None
+        if learn_temperature:
+            shared = isinstance(temperature, numbers.Real)
+            self.learned_temperature = LearnedTemperature(self.temperatures, shared)
         self.others: Callable[[Tensor], Tensor] | None = None
         """Gathers a constant of the other ranks, (...) -> (ranks - 1, ...), to be used as more negatives."""
+
+    def current_temperatures(self) -> list[Temperature]:
+        """Return T of each layer: numbers, or tensors () with a gradient if T is learned."""
+        return [*(self.temperatures if self.learned_temperature is None else self.learned_temperature())]
 
     def draw_ids(self, maps: Sequence[Tensor], directions: int = 1) -> list[Tensor]:
         """Draw locations for each layer of these maps, on their device: one set per direction, or per image.
@@ -177,7 +191,8 @@ class PatchNCEHead(PatchSampleF):
         key_mlps = mlps if key_projector is None else key_projector.mlps(self.layers)
         plain = self.weighting is None and not self.symmetric
         call = None
-        if plain and self.others is None:
+        fusable = plain and self.others is None and self.learned_temperature is None
+        if fusable:
             call = self._loss_call(query_maps, key_maps, mlps, key_mlps, patch_ids, directions)
             if call is not None and (means := call.repeat()) is not None:
                 return means if directions > 1 else means.view(())
@@ -186,7 +201,6 @@ class PatchNCEHead(PatchSampleF):
         groups = images if self.negatives == "image" else directions
         if not plain and self.others is not None:
             raise ValueError("keys of other ranks cannot be combined with a weighting or symmetric=True")
-        fusable = plain and self.others is None
         drawn = patch_ids is None
         ids = [] if patch_ids is None else self.given_ids(patch_ids, images, directions)
         choice = self._choice(query_maps, mlps, directions, drawn) if fusable else None
@@ -216,6 +230,17 @@ class PatchNCEHead(PatchSampleF):
         with torch.no_grad():
             keys = project_patches(key_maps, ids, key_mlps, distinct_ids=drawn, implementation=self.implementation)
         queries = project_patches(query_maps, ids, mlps, distinct_ids=drawn, implementation=self.implementation)
+        temperatures = self.current_temperatures()
+        if plain and self.others is None and self.learned_temperature is not None:
+            means = patch_nce_layers(
+                _by_direction(queries, directions),
+                _by_direction(keys, directions),
+                images=groups // directions,
+                temperature=temperatures,
+                unit_rows=True,
+                implementation=self.implementation,
+            )
+            return means if directions > 1 else means.view(())
         external = [None] * self.layers if self.others is None else self._others_keys(keys, groups)
         losses = [
             patch_nce(
@@ -232,7 +257,7 @@ class PatchNCEHead(PatchSampleF):
             )
             .unflatten(0, (directions, -1))
             .mean(dim=1)
-            for q, k, extra, temperature in zip(queries, keys, external, self.temperatures, strict=True)
+            for q, k, extra, temperature in zip(queries, keys, external, temperatures, strict=True)
         ]
         means = torch.stack(losses).mean(dim=0)
         return means if directions > 1 else means[0]
@@ -283,3 +308,8 @@ class PatchNCEHead(PatchSampleF):
             else torch.cat([ids.expand(share, -1) if ids.dim() == 1 else ids for ids in layer])
             for layer in zip(*patch_ids, strict=True)
         ]
+
+
+def _by_direction(rows: Sequence[Tensor], directions: int) -> list[list[Tensor]]:
+    """Split the rows of each layer: one list per direction, of one tensor per layer."""
+    return [list(layers) for layers in zip(*(one.chunk(directions) for one in rows), strict=True)]

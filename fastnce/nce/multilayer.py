@@ -20,6 +20,7 @@ from .api import Negatives
 from .impl import eager
 from .impl.dispatch import choose_rows, triton_layers, triton_rows
 from .impl.uses import LayersUse
+from .temperature import given_temperatures, lowest_of, per_direction
 from .weights import Weighting, Weights
 
 Rows = Sequence[Sequence[Tensor]]
@@ -41,7 +42,7 @@ def patch_nce_layers(
     *,
     images: int = 1,
     negatives: Negatives = "image",
-    temperature: float | Sequence[float] = 0.07,
+    temperature: float | Tensor | Sequence[float | Tensor] = 0.07,
     extra_keys: Rows | Literal["other"] | None = None,
     cosine: bool = False,
     weighting: Weighting | None = None,
@@ -54,7 +55,8 @@ def patch_nce_layers(
         queries, keys: (rows, dim), rows = images * patches, image after image; one shape for all directions of a layer.
             Keys are constants.
         images, negatives: as in `patch_nce`, for each direction; rows of different directions are never contrasted.
-        temperature: T > 0, one for all layers or one per layer.
+        temperature: T > 0, one for all layers or one per layer: numbers, or tensors as in `patch_nce`, or one tensor
+            (layers,).
         extra_keys: more negatives, constants, used unchanged: (count, dim) or (groups, count, dim) for each layer and
             direction, of one shape for all directions of a layer. "other", for two directions, uses the queries of the
             other direction, group by group (DCD-GAN: the codes of the same image in the other branch).
@@ -75,7 +77,7 @@ def patch_nce_layers(
         raise ValueError(f'extra_keys="other" needs two directions, not {directions}')
     if weighting is not None and not callable(weighting):
         raise ValueError(f"weighting must be a function or None, not {shown(weighting)}")
-    temperatures = checks.temperatures(temperature, layers)
+    temperatures = given_temperatures(temperature, layers, queries[0][0].device)
     # flat lists in which the directions of a layer are adjacent
     flat_queries, flat_keys = (
         [side[d][i] for i in range(layers) for d in range(directions)] for side in (queries, keys)
@@ -94,11 +96,15 @@ def patch_nce_layers(
         if q.device != flat_queries[0].device:
             raise ValueError(f"queries are on {flat_queries[0].device} and {q.device}: move one of them")
     width, size = max(q.shape[1] for q in flat_queries), max(q.shape[0] for q in flat_queries) // groups
+    learned = isinstance(temperatures[0], Tensor)
+    # The gradient of T needs the rows as they are multiplied, so the kernels do not divide them.
+    divide, unit = cosine and not learned, unit_rows or (cosine and learned and "extra_keys" not in nested)
     choice = choose_rows(implementation, flat_queries[0].device, flat_queries[0].dtype, width, size)
     if choice is KERNELS and len(dtypes) == 1:
         widths, rows = tuple(q.shape[1] for q in flat_queries), tuple(q.shape[0] for q in flat_queries)
         extras = 0 if extra[0] is None else extra[0].shape[-2]
-        use = LayersUse(widths, rows, groups, directions, extras, other, cosine, unit_rows, min(temperatures))
+        options = groups, directions, extras, other, divide, unit, lowest_of(temperatures), learned
+        use = LayersUse(widths, rows, *options)
         choice = trusted(use, flat_queries[0].device, flat_queries[0].dtype)
     triton = choice.triton
     if triton and len(dtypes) > 1 and implementation == "triton":
@@ -106,16 +112,18 @@ def patch_nce_layers(
     triton = triton and len(dtypes) == 1
     with without_autocast(flat_queries[0].device):
         if triton and weighting is None:
+            if cosine and learned:
+                flat_queries, flat_keys = ([cosine_rows(x) for x in side] for side in (flat_queries, flat_keys))
             return triton_layers.nce_layers(
                 flat_queries,
                 flat_keys,
                 [e if e.dim() == 3 else e[None] for e in extra if e is not None],
-                temperatures=[t for t in temperatures for _ in range(directions)],
+                temperatures=per_direction(temperatures, directions),
                 groups=groups,
                 directions=directions,
                 other=other,
-                divide=cosine,
-                unit=unit_rows,
+                divide=divide,
+                unit=unit,
             )
         nce_losses: Any = triton_rows.nce_losses if triton else eager.nce_losses
         means = []

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from . import checks
-from .impl.rows import normalize_rows, widened
+from .impl.rows import normalize_rows, similarity, widened
 
 
 class _Ascend(torch.autograd.Function):
@@ -83,3 +85,53 @@ def only_external(images: int, rows: int, device: torch.device | str | None = No
     """
     images, rows = checks.count("images", images), checks.count("rows", rows)
     return torch.full((images, rows, rows), -1e34, device=device, dtype=torch.float32)
+
+
+class NegativeGenerator(nn.Module):
+    """NEGCUT's network N as released: one MLP per layer, `mlp_0`, `mlp_1` and so on, that makes negatives.
+
+    Unlike `LearnedNegatives`, it passes a gradient to the mean codes, as the released code does.
+
+    Args:
+        layers: number of layers.
+        dim: width of the codes.
+        noise: noise values per negative.
+    """
+
+    def __init__(self, layers: int, dim: int = 256, noise: int = 64):
+        super().__init__()
+        self.noise = checks.count("noise", noise)
+        for layer in range(checks.count("layers", layers)):
+            self.add_module(f"mlp_{layer}", LearnedNegatives(dim, noise).mlp)
+
+    def draw(self, images: int, count: int, like: Tensor) -> Tensor:
+        """Draw the noise of one layer, (images, count, noise), as `like`."""
+        return torch.randn(images, count, self.noise, device=like.device, dtype=like.dtype)
+
+    def forward(self, mean_codes: Sequence[Tensor], count: int) -> list[Tensor]:
+        """Map mean codes, (images, dim) per layer, to negatives of unit length, (images, count, dim) per layer."""
+        negatives = []
+        for mlp, codes in zip(self.children(), mean_codes, strict=True):
+            noise = self.draw(len(codes), count, codes)
+            both = torch.cat([codes[:, None, :].expand(-1, count, -1), noise], dim=2)
+            negatives.append(normalize_rows(widened(mlp(both))))
+        return negatives
+
+
+def contrast_with(queries: Tensor, keys: Tensor, negatives: Tensor, temperature: float = 0.07) -> Tensor:
+    """Return PatchNCE with given negatives only (NEGCUT): logsumexp(positive, negatives) - positive, per row.
+
+    Args:
+        queries, keys: (rows, dim), group after group, any floating dtype. The key of a query's row is its positive.
+        negatives: (groups, count, dim); each group of rows is contrasted with its own. They get a gradient.
+        temperature: divides all similarities.
+
+    Returns:
+        (rows,) float32, or float64 for float64.
+    """
+    checks.same_shape("queries", queries, "keys", keys, dims=2)
+    checks.groups_of("groups of negatives", len(negatives), len(queries))
+    q = widened(queries).unflatten(0, (len(negatives), -1))
+    positive = (q * widened(keys.detach()).view_as(q)).sum(2, keepdim=True) / temperature
+    logits = torch.cat([positive, similarity(q, widened(negatives)) / temperature], dim=2)
+    return (logits.logsumexp(2) - positive[:, :, 0]).flatten()

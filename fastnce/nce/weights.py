@@ -109,7 +109,7 @@ def monce_log_weight(
 
 
 @torch.no_grad()
-def hdce_pair_weight(keys: Tensor, images: int = 1, *, gamma: float = 1.0) -> Tensor:
+def hdce_pair_weight(keys: Tensor, images: int = 1, *, gamma: float | Tensor = 1.0) -> Tensor:
     """Return hDCE's `pair_weight`, for use with `decoupled=True`: negatives similar to the positive count more.
 
     Jung et al., Exploring Patch-wise Semantic Relation for Contrastive Learning in Image-to-Image Translation Tasks
@@ -119,7 +119,8 @@ def hdce_pair_weight(keys: Tensor, images: int = 1, *, gamma: float = 1.0) -> Te
     Args:
         keys: (rows, dim), any floating dtype, of unit length (or shorter).
         images: number of groups, at least 1; rows are contrasted within their group.
-        gamma: temperature, from 1e-4 to 1e4; small values leave only the nearest negatives.
+        gamma: temperature, from 1e-4 to 1e4; small values leave only the nearest negatives. A scalar tensor, such as
+            one that changes between recorded steps, is not checked.
 
     Returns:
         (images, rows / images, rows / images) in [0, 1], float32, or float64 for float64.
@@ -128,7 +129,7 @@ def hdce_pair_weight(keys: Tensor, images: int = 1, *, gamma: float = 1.0) -> Te
         ValueError: a value outside its range.
     """
     k, _ = _codes(keys, keys, images)
-    gamma = checks.number("gamma", gamma, 1e-4, 1e4)
+    gamma = gamma if isinstance(gamma, Tensor) else checks.number("gamma", gamma, 1e-4, 1e4)
     relation = similarity(k, k)
     relation = relation.masked_fill(_diagonal(relation), -10.0) / gamma
     return (relation - relation.amax(2, keepdim=True)).exp()

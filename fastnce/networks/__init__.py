@@ -4,7 +4,8 @@ from ..common.initialise import init_weights
 from .build import DISCRIMINATORS, GENERATORS, build_discriminator, build_generator
 from .contracts import Discriminator, Generator
 from .layers import BlurDown, BlurUp, InstanceNorm, Norm, channels_last, leave_out_biases, set_implementation
-from .patchgan import PatchGAN, PixelGAN
+from .munit import MUNITGenerator
+from .patchgan import PatchGAN, PixelGAN, TilePatchGAN
 from .resnet import ResnetGenerator
 from .restorer import Restorer
 from .stylegan2 import StyleGAN2Discriminator, StyleGAN2Generator
@@ -18,6 +19,7 @@ __all__ = [
     "Discriminator",
     "Generator",
     "InstanceNorm",
+    "MUNITGenerator",
     "Norm",
     "PatchGAN",
     "PixelGAN",
@@ -25,6 +27,7 @@ __all__ = [
     "Restorer",
     "StyleGAN2Discriminator",
     "StyleGAN2Generator",
+    "TilePatchGAN",
     "UnetGenerator",
     "build_discriminator",
     "build_generator",

@@ -16,9 +16,11 @@ from ..common.initialise import init_weights
 from ..common.messages import nearest
 from .contracts import build_own, check_discriminator, check_generator
 from .layers import Norm
-from .patchgan import PatchGAN, PixelGAN
+from .munit import MUNITGenerator
+from .patchgan import PatchGAN, PixelGAN, TilePatchGAN
 from .resnet import ResnetGenerator
 from .restorer import Restorer
+from .spectral import add_spectral_norm
 from .stylegan2 import StyleGAN2Discriminator, StyleGAN2Generator
 from .tracing import on_cpu
 from .unet import UnetGenerator
@@ -29,10 +31,29 @@ def _unet(in_channels: int, out_channels: int, width: int, norm: Norm, dropout: 
 
 
 def _stylegan2(
-    in_channels: int, out_channels: int, width: int, norm: Norm, dropout: bool, resolution: int
+    in_channels: int,
+    out_channels: int,
+    width: int,
+    norm: Norm,
+    dropout: bool,
+    resolution: int,
+    stylegan2_downsampling: int,
+    small: bool = False,
 ) -> StyleGAN2Generator:
-    _refuse_norms("stylegan2", norm, dropout)
-    return StyleGAN2Generator(in_channels, out_channels, width, resolution)
+    _refuse_norms("smallstylegan2" if small else "stylegan2", norm, dropout)
+    halvings = stylegan2_downsampling
+    if small:
+        return StyleGAN2Generator(in_channels, out_channels, width, resolution, 2, downsampling=halvings, noise=False)
+    return StyleGAN2Generator(in_channels, out_channels, width, resolution, downsampling=halvings)
+
+
+def _munit(in_channels: int, out_channels: int, width: int, norm: Norm, dropout: bool) -> MUNITGenerator:
+    if norm != "instance" or dropout:
+        raise ValueError(
+            'generator "resnet_cat" has instance norm and no dropout: keep the defaults of norm and dropout '
+            "(network.discriminator_norm is free)"
+        )
+    return MUNITGenerator(in_channels, out_channels, width)
 
 
 def _restorer(in_channels: int, out_channels: int, width: int, norm: Norm, dropout: bool) -> Restorer:
@@ -58,17 +79,21 @@ GENERATORS: dict[str, Callable[..., nn.Module]] = {
     "resnet_4blocks": partial(ResnetGenerator, blocks=4),
     "unet_256": partial(_unet, downs=8),
     "unet_128": partial(_unet, downs=7),
+    "resnet_cat": _munit,
     "stylegan2": _stylegan2,
+    "smallstylegan2": partial(_stylegan2, small=True),
     "restorer": _restorer,
 }
-"""Called with (in_channels, out_channels, width), and with those of norm, dropout, antialias, antialias_up and
-resolution that are arguments of the function."""
+"""Called with (in_channels, out_channels, width), and with those of norm, dropout, antialias, antialias_up, resolution
+and stylegan2_downsampling that are arguments of the function."""
 
 DISCRIMINATORS: dict[str, Callable[..., nn.Module]] = {
     "basic": lambda in_channels, width, norm, antialias: PatchGAN(in_channels, width, 3, norm, antialias),
     "n_layers": PatchGAN,
     "pixel": PixelGAN,
+    "patch": TilePatchGAN,
     "stylegan2": StyleGAN2Discriminator,
+    "tilestylegan2": StyleGAN2Discriminator,  # as published: `define_D` never builds the class that cuts tiles
 }
 """Called with (in_channels, width), and with those of layers, norm, antialias and resolution that are arguments."""
 
@@ -89,6 +114,7 @@ def build_generator(
     init_type: str = "xavier",
     init_gain: float = 0.02,
     resolution: int = 64,
+    stylegan2_downsampling: int = 1,
 ) -> Any:
     """Build and initialise a generator.
 
@@ -96,8 +122,9 @@ def build_generator(
         name: one of `GENERATORS`, or the import path of a class such as mynets.py:Net (see `contracts.Generator`).
         in_channels, out_channels: of the images.
         width: channels after the first convolution.
-        norm, dropout, antialias, antialias_up, resolution: for the networks that have them. "stylegan2" and "restorer"
-            have neither instance nor batch norm, and initialise themselves.
+        norm, dropout, antialias, antialias_up, resolution: for the networks that have them. "stylegan2",
+            "smallstylegan2" and "restorer" have neither instance nor batch norm, and initialise themselves.
+        stylegan2_downsampling: halvings of "stylegan2" and "smallstylegan2".
         init_type, init_gain: see `init_weights`. A class with the attribute `own_initialisation = True` is not
             initialised.
 
@@ -116,6 +143,7 @@ def build_generator(
         "antialias": antialias,
         "antialias_up": antialias_up,
         "resolution": resolution,
+        "stylegan2_downsampling": stylegan2_downsampling,
     }
     build = partial(
         build_own, found, name, "network.generator" if own else "", in_channels, out_channels, width, **options
@@ -137,6 +165,7 @@ def build_discriminator(
     init_type: str = "xavier",
     init_gain: float = 0.02,
     resolution: int = 64,
+    spectral_norm: bool = False,
 ) -> Any:
     """Build and initialise a discriminator.
 
@@ -146,11 +175,22 @@ def build_discriminator(
         width: channels after the first convolution.
         layers: number of halvings, for "n_layers".
         norm, antialias, resolution, init_type, init_gain: as in `build_generator`.
+        spectral_norm: divide the weight of each convolution by its largest singular value (`networks.spectral`).
 
     Raises:
         ValueError: as in `build_generator`.
     """
     own = is_import_path(name)
+    if spectral_norm and own:
+        raise ValueError(
+            f"network.spectral_norm=true is for the discriminators of this package: in {name}, call "
+            f"torch.nn.utils.parametrizations.spectral_norm yourself"
+        )
+    if spectral_norm and "stylegan2" in name:
+        raise ValueError(
+            f"network.spectral_norm=true does not fit network.discriminator={name}, which scales its weights itself: "
+            f"choose basic, n_layers, pixel or patch"
+        )
     if name not in DISCRIMINATORS and not own:
         known = f"{', '.join(DISCRIMINATORS)}, or an import path"
         raise ValueError(f"discriminator must be one of {known}, not {name!r}{nearest(name, DISCRIMINATORS)}")
@@ -158,7 +198,8 @@ def build_discriminator(
     options = {"layers": layers, "norm": norm, "antialias": antialias, "resolution": resolution}
     build = partial(build_own, found, name, "network.discriminator" if own else "", in_channels, width, **options)
     if not own:
-        return _initialised(build(), init_type, init_gain)
+        network = _initialised(build(), init_type, init_gain)
+        return add_spectral_norm(network) if spectral_norm else network
     with on_cpu():
         return _initialised(_own(build, check_discriminator, name, in_channels), init_type, init_gain)
 

@@ -1,4 +1,7 @@
-"""PatchGAN discriminators (Isola et al., CVPR 2017; published `NLayerDiscriminator`, `PixelDiscriminator`)."""
+"""PatchGAN discriminators (Isola et al., CVPR 2017).
+
+Published `NLayerDiscriminator`, `PatchDiscriminator` and `PixelDiscriminator`.
+"""
 
 from __future__ import annotations
 
@@ -45,6 +48,34 @@ class PatchGAN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return run_all(list(self.model), x)
+
+
+class TilePatchGAN(PatchGAN):
+    """Cut images into tiles of 16x16 pixels, and score each tile on its own: (images, 1, height / 8, width / 8).
+
+    Each tile gets 2x2 scores, which lie where the tile lies. Instance norm takes its statistics over a tile. A PatchGAN
+    of 2 layers judges the tiles, and has the same `state_dict` keys. The published class returns the tiles as images,
+    in the same order, so the mean of the scores is the same.
+    """
+
+    factor = 16
+    """Height and width of an image must be multiples of this: the side of a tile."""
+
+    def __init__(self, in_channels: int = 3, width: int = 64, norm: Norm = "instance", antialias: bool = True):
+        super().__init__(in_channels, width, 2, norm, antialias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        images, channels, height, width = x.shape
+        side = self.factor
+        if height % side or width % side:
+            raise ValueError(
+                f"this discriminator cuts images into tiles of {side}x{side}: {height}x{width} does not fit"
+            )
+        rows, columns = height // side, width // side
+        tiles = x.reshape(images, channels, rows, side, columns, side).permute(0, 2, 4, 1, 3, 5)
+        scores = super().forward(tiles.reshape(-1, channels, side, side))
+        scores = scores.reshape(images, rows, columns, *scores.shape[2:])  # height and width of a tile's scores last
+        return scores.permute(0, 1, 3, 2, 4).flatten(1, 2).flatten(2)[:, None]
 
 
 class PixelGAN(nn.Module):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..common.locking import hold
 from ..common.writing import sweep, write_whole
 from . import (
+    MUNITGenerator,
     Norm,
     PatchGAN,
     PixelGAN,
@@ -26,6 +27,7 @@ from . import (
     StyleGAN2Generator,
     UnetGenerator,
 )
+from .spectral import fitted, without_spectral_norm
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 STALE = ("running_mean", "running_var", "num_batches_tracked")
@@ -100,7 +102,8 @@ def _oddity(key: str, tensor: Tensor) -> str:
 def load_weights(network: nn.Module, state: dict[str, Tensor], name: str = "the file") -> None:
     """Load a published state dict into a network.
 
-    InstanceNorm statistics are dropped: old files contain them, but no network uses them.
+    InstanceNorm statistics are dropped: old files contain them, but no network uses them. A discriminator with spectral
+    norm takes weights without it, and the reverse (`spectral.fitted`).
 
     Raises:
         ValueError: keys or shapes differ (the message lists them), or weights are not finite.
@@ -116,7 +119,7 @@ def load_weights(network: nn.Module, state: dict[str, Tensor], name: str = "the 
         except (RuntimeError, KeyError, IndexError) as error:
             raise ValueError(f"{name} does not fit: {' '.join(str(error).split())}") from None
         return
-    wanted = network.state_dict()
+    wanted, state = network.state_dict(), fitted(state, network)
     state = {k: t for k, t in state.items() if k in wanted or k.rsplit(".", 1)[-1] not in STALE}
     problems = [f"{key} is missing" for key in wanted if key not in state]
     problems += [f"{key} is not in this network" for key in state if key not in wanted]
@@ -138,7 +141,8 @@ def network_from_weights(state: dict[str, Tensor], name: str = "the file") -> nn
     """Build the generator or discriminator that this state dict belongs to, and load it.
 
     Names and shapes determine the network. They do not show the dropout of a U-Net and the training resolution of a
-    StyleGAN2 generator, but these do not change a trained network.
+    StyleGAN2 generator, but these do not change a trained network. The file of a "patch" discriminator is that of a
+    PatchGAN of 2 layers, and is read as one.
 
     Raises:
         ValueError: the state dict is that of a projector or of an unknown network.
@@ -149,7 +153,7 @@ def network_from_weights(state: dict[str, Tensor], name: str = "the file") -> nn
         network = _build(state)
     except (KeyError, IndexError, ZeroDivisionError, ValueError):
         raise ValueError(
-            f"{name} is not a published ResNet, U-Net, StyleGAN2 or PatchGAN, nor a restorer: it begins with "
+            f"{name} is not a published ResNet, U-Net, StyleGAN2, MUNIT or PatchGAN, nor a restorer: it begins with "
             f"{sorted(state)[:3]}"
         ) from None
     load_weights(network, state, name)
@@ -188,11 +192,17 @@ def _build(state: dict[str, Tensor]) -> nn.Module:
             downs += 1
         return UnetGenerator(first.shape[1], state["model.model.3.weight"].shape[1], downs, width_of(first), norm)
     if "decoder.convs.0.conv1.0.weight" in state:
-        first, widened = state["encoder.convs.1.0.weight"], state["encoder.convs.2.conv2.1.weight"]
+        first = state["encoder.convs.1.0.weight"]
         last = state[f"decoder.convs.{max(_indices(state, 'decoder.convs.'))}.0.weight"]
-        blocks = 2 * (max(_indices(state, "encoder.convs.")) - 2)
-        widths = width_of(first), width_of(widened)
-        return StyleGAN2Generator(first.shape[1], last.shape[0], blocks=blocks, widths=widths)
+        halving = [f"encoder.convs.{i}.conv2.1.weight" for i in sorted({*_indices(state, "encoder.convs.")})]
+        widths = tuple(width_of(tensor) for tensor in (first, *(state[key] for key in halving if key in state)))
+        blocks = 2 * (max(_indices(state, "encoder.convs.")) - len(widths))
+        noise = blocks != 2  # as published; it shows in training only
+        return StyleGAN2Generator(first.shape[1], last.shape[0], blocks=blocks, noise=noise, widths=widths)
+    if "enc_content.model.0.conv.weight" in state:
+        first, last = state["enc_content.model.0.conv.weight"], state["dec.model.5.conv.weight"]
+        blocks = max(_indices(state, "enc_content.model.3.model.")) + 1
+        return MUNITGenerator(first.shape[1], last.shape[0], width_of(first), blocks)
     if "encoder.1.weight" in state:
         first = state["encoder.1.weight"]
         return Restorer(first.shape[1], width_of(first), middle=max(_indices(state, "encoder.")) - 7)
@@ -245,7 +255,10 @@ def save_published(networks: dict[str, nn.Module], folder: str | Path, label: st
         for name, network in networks.items():
             path = folder / f"{label}_net_{name}.pth"
             packed = io.BytesIO()  # PyTorch's file writer hides the errors of the disk
-            torch.save({key: tensor.detach().cpu() for key, tensor in network.state_dict().items()}, packed)
+            state = network.state_dict()
+            if getattr(network, "has_spectral_norm", False):  # the published code has none
+                state = without_spectral_norm(state)
+            torch.save({key: tensor.detach().cpu() for key, tensor in state.items()}, packed)
             write_whole(path, packed.getvalue())
             paths.append(path)
     return paths

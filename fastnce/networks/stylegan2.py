@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -121,14 +122,18 @@ class UpConv(nn.Module):
 
 
 class Noise(nn.Module):
-    """In training, add a map of normal noise to all channels, times a learned weight that starts at 0."""
+    """In training, add a map of normal noise to all channels, times a learned weight that starts at 0.
 
-    def __init__(self):
+    Without `active` it adds nothing: the published small generator has the weight, but no noise.
+    """
+
+    def __init__(self, active: bool = True):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))
+        self.active = active
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
+        if not (self.training and self.active):
             return x
         return x + self.weight.to(x.dtype) * torch.randn(x.shape[0], 1, *x.shape[2:], dtype=x.dtype, device=x.device)
 
@@ -136,10 +141,10 @@ class Noise(nn.Module):
 class StyledConv(nn.Module):
     """UpConv, noise and activation, without a style."""
 
-    def __init__(self, in_channels: int, out_channels: int):
+    def __init__(self, in_channels: int, out_channels: int, noise: bool = True):
         super().__init__()
         self.conv = UpConv(in_channels, out_channels)
-        self.noise = Noise()
+        self.noise = Noise(noise)
         self.activate = BiasedLeakyReLU(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -162,7 +167,7 @@ def log2_resolution(resolution: int) -> int:
 
 
 class StyleGAN2Generator(nn.Module):
-    """Encoder and decoder of residual blocks, without instance norm or tanh, for any even size.
+    """Encoder and decoder of residual blocks, without instance norm or tanh.
 
     Args:
         in_channels, out_channels: of the images.
@@ -170,13 +175,14 @@ class StyleGAN2Generator(nn.Module):
             below 64.
         resolution: side of the training crops. It determines the number of channels.
         blocks: number of residual blocks between halving and doubling, an even number.
-        widths: channels at the crops' resolution and at half of it; overrides `width` and `resolution`.
+        downsampling: number of halvings, and of doublings (published `stylegan2_G_num_downsampling`).
+        noise: the doublings add noise in training; the published small generator, with 2 blocks, has none.
+        widths: channels at the crops' resolution and after each halving; overrides the three that determine them.
 
-    Feature layers are positions in `encoder.convs`: 0 is the image, 1 the 1x1 convolution, 2 the halving block, from 3
-    on one residual block each.
+    Feature layers are positions in `encoder.convs`: 0 is the image, 1 the 1x1 convolution, then one layer per halving
+    block and one per residual block. Sides of images must be multiples of 2**downsampling.
     """
 
-    factor = 2
     features_repeat = True  # only the decoder has noise
 
     def __init__(
@@ -187,31 +193,42 @@ class StyleGAN2Generator(nn.Module):
         resolution: int = 64,
         blocks: int = 6,
         *,
-        widths: tuple[int, int] | None = None,
+        downsampling: int = 1,
+        noise: bool = True,
+        widths: tuple[int, ...] | None = None,
     ):
         super().__init__()
         level = log2_resolution(resolution)
+        if widths is None and not 0 <= downsampling <= level - 2:  # the published tables of channels begin at 4
+            raise ValueError(
+                f"network.stylegan2_downsampling={downsampling} leaves maps of less than 4x4 at network.resolution="
+                f"{resolution}: it must be at most {level - 2}"
+            )
 
         def channels(l: int) -> int:
             wanted = round(2 ** (14 - l) * width / 32)
             return min(512, wanted) if l < 6 else wanted
 
-        fine, coarse = widths or (channels(level), channels(level - 1))
+        widths = widths or tuple(channels(level - i) for i in range(downsampling + 1))
+        fine, coarse = widths[0], widths[-1]
         if fine < 1:
             raise ValueError(f"network.width={width} leaves no channels at network.resolution={resolution}: raise it")
         self.encoder = _Convs(
-            [nn.Identity(), conv_layer(in_channels, fine, 1), ResBlock(fine, coarse, halve=True)]
+            [nn.Identity(), conv_layer(in_channels, fine, 1)]
+            + [ResBlock(before, after, halve=True) for before, after in pairwise(widths)]
             + [ResBlock(coarse, coarse, halve=False) for _ in range(blocks // 2)]
         )
         self.decoder = _Convs(
             [ResBlock(coarse, coarse, halve=False) for _ in range(blocks // 2)]
-            + [StyledConv(coarse, fine), conv_layer(fine, out_channels, 1)]
+            + [StyledConv(before, after, noise) for before, after in pairwise(widths[::-1])]
+            + [conv_layer(fine, out_channels, 1)]
         )
-        self.channels = [in_channels, fine] + [coarse] * (1 + blocks // 2)
+        self.channels = [in_channels, *widths, *[coarse] * (blocks // 2)]
+        self.factor = 2 ** (len(widths) - 1)
         self.out_channels = out_channels
 
     def forward(self, x: Tensor, layers: Sequence[int] = (), encode_only: bool = False):
-        """See `ResnetGenerator.forward`. Sides must be even."""
+        """See `ResnetGenerator.forward`. Sides must be multiples of 2**downsampling."""
         features: list[Tensor] = []
         for index, layer in enumerate(self.encoder.convs):
             x = layer(x)

@@ -11,7 +11,7 @@ import torch
 from ..common.imports import may_be_same_path
 from ..config.build import plan
 from ..config.config import Change, Config
-from ..config.options import sides
+from ..config.options import batch_sizes, sides
 from ..data.own import check_class
 from ..engine.accumulate import check_parts
 from ..engine.checkpoint import Checkpoints
@@ -19,6 +19,8 @@ from ..engine.checks import check_trackers
 from ..engine.progress import check_batch
 from ..evaluate.metrics import AUTO, Measures, find_measures
 from ..methods import Method
+from ..methods.checks import Sizes
+from ..methods.cyclegan import ImagePool
 from .continuing import as_overrides, check_fit, is_fixed
 
 
@@ -34,9 +36,41 @@ def check_plan(config: Config) -> Method:
     planned = plan(config)
     check_parts(planned, config.optim.accumulate)
     planned.check_options(config.data.batch)
-    if config.data.preprocess != "none" and not config.data.dataset:
-        planned.check(config.data.batch, *sides(config.data.crop_size))
+    sizes = [] if config.data.dataset else batch_sizes(config.data, decays(config))
+    if sizes == [sides(config.data.crop_size)]:
+        planned.check(config.data.batch, *sizes[0])
+    elif sizes:
+        images = [{(height, width): f"images of {width}x{height}"} for height, width in sizes]
+        check_images(config, planned, [(size, size) for size in images])
     return planned
+
+
+def decays(config: Config) -> bool:
+    """Whether the learning rate falls at the end of a run, where images are resized to `data.crop_size`."""
+    return config.optim.n_epochs_decay > 0
+
+
+def check_images(config: Config, planned: Method, halves: Sequence[tuple[Sizes, Sizes]]) -> None:
+    """Refuse sizes of images that a method cannot be trained on.
+
+    Args:
+        halves: the sizes of A and of B, at first and while the learning rate falls.
+
+    Raises:
+        ValueError: a size does not fit, or a pool of fakes would hold several.
+    """
+    remedy = "resize the pictures or set data.preprocess=resize_and_crop"
+    for a, b in halves:
+        planned.check_sizes(config.data.batch, a, b, remedy)
+    pools = [pool for pool in planned.extra_state_modules().values() if isinstance(pool, ImagePool) and pool.size]
+    for sizes in zip(*halves, strict=True):
+        several = list({size: name for half in sizes for size, name in half.items()}.values())
+        if pools and len(several) > 1:
+            raise ValueError(
+                f"loss.pool_size={pools[0].size} remembers fakes of one size, and while the learning rate falls there "
+                f"are {several[1]} beside {several[0]}: set data.load_size and data.crop_size to one value, or "
+                f"loss.pool_size=0"
+            )
 
 
 def check_code(config: Config, device: torch.device | str = "cpu") -> Measures:

@@ -27,7 +27,7 @@ from ..common.toml import format_value
 from ..config.build import plan
 from ..config.check import check
 from ..config.config import Change, Config
-from ..config.options import sides
+from ..config.options import batch_sizes
 from ..config.paths import PATHS
 from ..config.resolve import apply
 from ..config.stored import from_dict
@@ -227,8 +227,7 @@ def _other_pool(config: Config, planned: Method, found: dict[str, Tensor]) -> st
         kept = found.get(f"extra/{name}/pictures")
         if not isinstance(pool, ImagePool) or kept is None or not kept.numel() or config.data.dataset:
             continue
-        size = None if config.data.preprocess == "none" else tuple(sides(config.data.crop_size))
-        if size != tuple(kept.shape[2:]):
+        if tuple(kept.shape[2:]) not in batch_sizes(config.data):
             return f"{name} keeps pictures of {kept.shape[3]}x{kept.shape[2]}"
     return ""
 

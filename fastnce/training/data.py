@@ -12,7 +12,7 @@ import torch
 from ..common.gathered import gathering
 from ..common.streams import print_line
 from ..config.config import Config
-from ..config.options import MAX_PIXELS, sides
+from ..config.options import MAX_PIXELS, exchanges_pairs, sides
 from ..data.cache import cache_places
 from ..data.limit import accepting
 from ..data.own import OwnData, open_own
@@ -27,8 +27,9 @@ from ..engine.validate import Validation
 from ..evaluate.metrics import Measures
 from ..evaluate.pairs import Pair
 from ..methods import Method
+from ..methods.checks import Sizes
 from ..translate.translator import Translator
-from .checks import check_plan
+from .checks import check_images, check_plan, decays
 
 
 def open_validation(
@@ -48,11 +49,13 @@ def open_validation(
     pairs: list[Pair | Lone] = []
     folder = options.validate or options.dir
     if folder and not (options.validate and unpaired(folder)):
-        pairs += find_validation(options.dir, options.validate, run.validate_pictures, options.rain_side)
+        pairs += find_validation(
+            options.dir, options.validate, run.validate_pictures, options.rain_side, exchanges_pairs(options)
+        )
     paired = bool(pairs)
     reference: list[Path] = []
     if not paired and unpaired(folder):
-        lone, reference = find_unpaired(folder, run.validate_pictures)
+        lone, reference = find_unpaired(folder, run.validate_pictures, options.direction)
         pairs += lone
     metric = measures.deciding(paired) if pairs else None
     if metric is not None:
@@ -102,20 +105,24 @@ def open_checked(
     """
     options = config.data
     data = open_data(config, device, ranks, quiet)
-    if isinstance(data, UnpairedData) and data.built and not quiet:
+    if about_caches and isinstance(data, UnpairedData) and data.built and not quiet:
         print_line(_about_caches(config, data, sum(data.built.values())))
     if isinstance(data, OwnData):
         a, b = ({(h, w): f"images of {w}x{h} from data.dataset"} for h, w in data.first_sizes)
         method.check_sizes(options.batch, a, b, "let the data set return another size")
-    elif options.preprocess == "none" and isinstance(data, UnpairedData):
-        a, b = (
-            {size: f"pictures of {size[1]}x{size[0]}, such as {file}," for size, file in sizes.items()}
-            for sizes in data.sizes()
-        )
-        method.check_sizes(options.batch, a, b, "resize the pictures or set data.preprocess=resize_and_crop")
+    elif isinstance(data, UnpairedData) and data.target.fixed is None:
+        changes = decays(config) and data.target.decaying() != data.target
+        check_images(config, method, [_named(data.sizes(decaying=late)) for late in (False, True)[: 1 + changes]])
     if config.run.sample_every or config.run.monitor_every:
         data.samples(max(config.run.samples, 2))  # so that an unreadable file is named now, not at step 500
     return data
+
+
+def _named(sizes: tuple[dict[tuple[int, int], Path], ...]) -> tuple[Sizes, Sizes]:
+    a, b = (
+        {size: f"pictures of {size[1]}x{size[0]}, such as {file}," for size, file in found.items()} for found in sizes
+    )
+    return a, b
 
 
 def cache_run(config: Config) -> Iterator[str]:
@@ -187,8 +194,12 @@ def open_data(
             rank=ranks.rank,
             world=ranks.world,
             device=device,
+            exchanged=options.direction == "BtoA",
         )
     common: dict[str, Any] = {
+        "phase": options.phase,
+        "direction": options.direction,
+        "max_images": options.max_images,
         "channels": network.in_channels,
         "flip": options.flip,
         "batch": options.batch,
@@ -202,7 +213,8 @@ def open_data(
             raise ValueError("data.preprocess=zoom_and_patch trains on one picture a domain: leave data.rain at 0")
         if not isinstance(options.crop_size, int):
             raise ValueError("data.preprocess=zoom_and_patch takes square crops: data.crop_size must be one number")
-        return SinglePictureData(options.dir, crop_size=options.crop_size, **common)
+        zoom = 1 / options.random_scale_max
+        return SinglePictureData(options.dir, crop_size=options.crop_size, zoom=zoom, **common)
     if options.rain:
         rain = RainOptions(**parse_ranges("data.rain_like", options.rain_like))
         common |= {"share": options.rain, "rain": rain}
@@ -211,6 +223,7 @@ def open_data(
         load_size=sides(options.load_size),
         crop_size=sides(options.crop_size),
         preprocess=options.preprocess,
+        shuffle=options.shuffle,
         cache_dir=options.cache_dir or None,
         skip_bad=options.skip_bad,
         progress=None if quiet else print_line,

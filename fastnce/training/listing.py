@@ -14,7 +14,7 @@ from typing import Any
 from ..common.locking import in_use
 from ..engine import state_file
 from ..engine.history import NAME, read_history
-from ..engine.stored import follow, reason_of, step_of
+from ..engine.stored import follow, kept_epochs, reason_of, step_of
 
 OWN = ("checkpoints", "samples", "tensorboard")
 """Folders of a run that hold no other run."""
@@ -32,6 +32,7 @@ class Listed:
     step: of the newest whole checkpoint; of the newest line of metrics.jsonl while the run is trained.
     total: the step after which it ends; None if it is unknown.
     measure, best, best_step: of the checkpoint that checkpoints/best names; empty and None without one.
+    kept: the epochs whose checkpoints are kept for good (`run.keep_epochs`).
     state: "running", "finished", "stopped", "failed", "killed", "damaged", or "empty" without a checkpoint.
     reason: why it stopped, failed or is damaged, or which process trains it.
     changes: what the last `--change` changed, such as "optim.lr: 0.0002, now 0.0001".
@@ -47,6 +48,7 @@ class Listed:
     measure: str = ""
     best: float | None = None
     best_step: int | None = None
+    kept: list[int] = field(default_factory=list)
     state: str = "empty"
     reason: str = ""
     changes: list[str] = field(default_factory=list)
@@ -109,6 +111,7 @@ def describe(folder: Path, name: str = "") -> Listed:
         elif damage:
             found.state, found.reason = "damaged", damage
         _take_best(found, folder / "checkpoints" / "best")
+        found.kept = kept_epochs(folder)
     except (OSError, ValueError) as error:
         found.state, found.reason = "damaged", reason_of(error)
     except (TypeError, KeyError, AttributeError):  # another kind of value than was ever written

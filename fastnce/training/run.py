@@ -7,6 +7,7 @@ train_run(resolve("fastcut", overrides=["data.dir=DIR"]), Path("runs/mine"))
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import warnings
@@ -25,7 +26,7 @@ from ..common.writing import sweep, write_whole
 from ..config.build import build_method, plan
 from ..config.check import check
 from ..config.config import Config
-from ..config.options import MAX_PIXELS, sides
+from ..config.options import MAX_PIXELS, batch_sizes
 from ..config.paths import absolute
 from ..data.limit import accepting
 from ..engine.callbacks import Callback, Callbacks
@@ -40,7 +41,7 @@ from ..engine.recompute import recompute_blocks
 from ..watch import ReportCallback
 from ..watch.report import NAME as REPORT
 from ..watch.trackers import make_trackers
-from .checks import check_code, check_place, check_plan, check_same_run
+from .checks import check_code, check_place, check_plan, check_same_run, decays
 from .continuing import note, note_changes, steps_left, with_origin
 from .data import open_checked, open_validation
 from .starting import plan_start
@@ -212,7 +213,7 @@ def _check_memory(config: Config, device: torch.device) -> None:
     planned = plan(config)
     if config.run.checkpoint_activations:
         recompute_blocks(planned)
-    size = None if config.data.preprocess == "none" else sides(config.data.crop_size)
+    size = max(batch_sizes(config.data, decays(config)), key=math.prod, default=None)
     sixteen_bits = pick_precision(config.run.precision, device) != "fp32"
     part = config.data.batch // config.optim.accumulate
     check_room(planned, part, size, device=device, sixteen_bits=sixteen_bits)

@@ -21,6 +21,7 @@ from ..engine.checkpoint import open_checkpoint
 from ..engine.stored import all_finite, check_numbers, follow, load_generators, missing, read_tensors, step_of, using
 from ..methods import Method
 from ..networks.published import STALE, load_weights, read_weights
+from ..networks.spectral import fitted
 
 MOST_PROBLEMS = 3
 """So many tensors of a network are named in the report; the others are counted."""
@@ -194,7 +195,7 @@ def _compare(name: str, network: nn.Module, state: dict[str, Tensor], where: str
         raise ValueError(f"{where} holds numbers that are not finite (NaN or infinity)")
     if _to_be_built(network):
         load_weights(network, state, where)
-    own = network.state_dict()
+    own, state = network.state_dict(), fitted(state, network)
     state = {key: tensor for key, tensor in state.items() if key in own or key.rpartition(".")[2] not in STALE}
     fit = {key: tensor for key, tensor in state.items() if key in own and tensor.shape == own[key].shape}
     problems = [

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from ..engine.stored import step_of
+from ..engine.stored import missing, step_of
 from .translator import Translator
 
 CHECKPOINTS = ("best", "last", "both")
@@ -78,27 +78,40 @@ def chosen_model(model: Path, epoch: str = "", generator: str = "") -> tuple[Pat
     if (model / "checkpoints").is_dir():
         if label == "latest":
             return model, generator
-        name = label if label == "best" else f"epoch-{label}"
-        pointer = model / "checkpoints" / name
+        if label != "best":
+            return of_epoch(model, int(label)), generator
+        pointer = model / "checkpoints" / "best"
         if not pointer.is_file():
-            if label == "best":
-                raise ValueError(f"--epoch best: {model} has no best checkpoint, because nothing was validated")
-            kept = sorted(int(path.name[6:]) for path in pointer.parent.glob("epoch-*") if path.name[6:].isdigit())
-            have = (
-                f"it has {', '.join(map(str, kept))}" if kept else "it keeps none (run.keep_epochs=20 keeps each 20th)"
-            )
-            raise ValueError(f"--epoch {label}: {model} has no checkpoint of this epoch: {have}")
+            raise ValueError(missing(pointer))
         return pointer, generator
     files = {file.name: file for file in sorted(model.glob("*_net_G*.pth"))} if model.is_dir() else {}
     if not files:
         if epoch:
-            raise ValueError(f"--epoch {epoch} chooses between the checkpoints of a run, and {model} is none")
+            raise ValueError(f"--epoch {epoch} chooses a checkpoint of a run, and {model} is none")
         return model, generator
     names = [f"{label}_net_{generator}.pth"] if generator else [f"{label}_net_{g}.pth" for g in ("G", "G_A")]
     for name in names:
         if name in files:
             return files[name], ""
     raise ValueError(f"{model} has no {' or '.join(names)}: it holds {', '.join(files)}")
+
+
+def of_epoch(model: Path, epoch: int) -> Path:
+    """Return the path of the checkpoint that a run keeps of an epoch (`run.keep_epochs`), for `load_translator`.
+
+    Args:
+        model: a run.
+        epoch: its number, counted from 1, as in the published `--epoch`.
+
+    Raises:
+        ValueError: `model` is no run, or has no checkpoint of this epoch; the message names those that it has.
+    """
+    if not (model / "checkpoints").is_dir():
+        raise ValueError(f"--epoch {epoch} chooses a checkpoint of a run, and {model} is none")
+    pointer = model / "checkpoints" / f"epoch-{epoch}"
+    if not pointer.is_file():
+        raise ValueError(missing(pointer))
+    return pointer
 
 
 def step_loaded(translator: Translator | None) -> int | None:

@@ -13,6 +13,7 @@ from ..common.imports import CodeError, is_import_path
 from ..common.messages import nearest
 from ..config import Config
 from ..config.build import build_method
+from ..config.options import exchanges_pairs
 from ..config.stored import from_dict
 from ..engine.checkpoint import open_checkpoint
 from ..engine.stored import follow, load_generators, missing, using
@@ -63,6 +64,8 @@ def load_translator(
                 load_weights(network, weights[name], str(folder))
         translator = Translator(network, device, tiles=tiles, tile_size=tile_size, say=say)
         translator.sources = (folder / "state.json", folder / "generator.safetensors")
+        translator.direction = config.data.direction
+        translator.paired_direction = "BtoA" if exchanges_pairs(config.data) else "AtoB"
         return translator
     if not source.exists():
         raise ValueError(missing(source))

@@ -66,6 +66,7 @@ class Translator:
             self.layout = torch.channels_last
             channels_last(self.generator)
         self.sources: tuple[Path, ...] = ()
+        self.direction = self.paired_direction = "AtoB"  # of the run: which held-out images are inputs
         """The files that the weights came from, if known."""
         self.tiles, self.tile_size, self.say = tiles, tile_size, say or (lambda sentence: None)
         self.factor: int = getattr(generator, "factor", 1)

@@ -22,7 +22,7 @@ def write(path: Path, seed: int, height: int = 40, width: int = 44) -> None:
 @pytest.fixture
 def root(tmp_path) -> Path:
     for seed, name in enumerate(("trainA/a", "trainB/b", "trainB/c")):
-        write(tmp_path / "data" / f"{name}.png", seed)
+        write(tmp_path / "data" / f"{name}.png", seed, width=48 if name == "trainB/c" else 44)
     return tmp_path / "data"
 
 
@@ -65,6 +65,7 @@ def test_bytes_and_skipped_pictures_are_printed(root, capsys):
     assert "bad.png is not a picture" in capsys.readouterr().err
     assert main(["cache", "--data", str(root), *options, "data.skip_bad=true"]) == 0
     printed = capsys.readouterr().out
+    assert printed.count("` deletes it") == 1
     assert {key: size for key, (size, _) in listed(printed).items()} == {
         "trainA before": "3.0",
         "trainB before": "3.0",

@@ -140,7 +140,7 @@ def test_options_by_hand_are_refused_before_the_folder_is_made(folder, tmp_path)
         with pytest.raises(ValueError, match=f"batch_size={size} must be at least 1 and a multiple of"):
             train(small_method(), data, optim, RunOptions(), tmp_path / "run", batch_size=size)  # type: ignore[arg-type]
     optim = OptimOptions(n_epochs=0, n_epochs_decay=0)
-    with pytest.raises(ValueError, match="there is nothing to train"):
+    with pytest.raises(ValueError, match="leave nothing to train: one must be at least 1"):
         train(small_method(), data, optim, RunOptions(), tmp_path / "run")  # type: ignore[arg-type]
     for changes, sentence in (
         ({"data.batch": 0}, "data.batch must be"),

@@ -242,7 +242,7 @@ def test_folder_errors(tmp_path, root):
         ({"load_size": 28.6}, "load_size should be"),
         ({"channels": 0}, "channels should be"),
         ({"batch": 0}, "batch=0"),
-        ({"batch": 2, "preprocess": "none"}, "keeps the size of each picture"),
+        ({"batch": 2, "preprocess": "none"}, "preprocess=none, which gives pictures of several sizes"),
         ({"rank": 2, "world": 2}, "rank=2"),
         ({"seed": -1}, "seed=-1"),
     ],

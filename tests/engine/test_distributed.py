@@ -74,6 +74,18 @@ def test_two_ranks_are_one_process_with_twice_the_batch(folder, tmp_path):
             assert second[name] == pytest.approx(first[name], rel=1e-5)
 
 
+def test_ranks_with_batch_norm_save(folder, tmp_path):
+    """Each rank normalises by its own images. The statistics that are stored are the first rank's."""
+    port = free_port()
+    norm = ["network.discriminator_norm=batch", "run.steps=2"]
+    for code, _, err in finish([start(r, 2, port, *arguments(folder, tmp_path / "run", *norm)) for r in range(2)]):
+        assert code == 0, err
+    stored = training_tensors(tmp_path / "run")
+    statistics = [tensor for key, tensor in stored.items() if key.endswith("running_mean")]
+    assert len(statistics) == 3
+    assert all(tensor.abs().max() > 0 for tensor in statistics)
+
+
 def test_gathered_negatives_are_those_of_the_whole_batch(folder, tmp_path):
     """negatives=batch over two ranks: each also takes the other's images as negatives, as one process does."""
     batch = ["loss.negatives=batch", "run.steps=2"]

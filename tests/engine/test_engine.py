@@ -27,8 +27,9 @@ from fastnce.engine.distributed import Ranks
 from fastnce.engine.grid import save_grid
 from fastnce.engine.log import Pace, clock
 from fastnce.engine.loop import TrainingFailed, train
-from fastnce.engine.optim import LossScale, ParameterGroup, WeightAverage, schedule
+from fastnce.engine.optim import LossScale, ParameterGroup, WeightAverage
 from fastnce.engine.options import OptimOptions, RunOptions
+from fastnce.engine.schedule import linear
 from fastnce.engine.step import Step
 from fastnce.engine.stored import load_generators, read_state
 from fastnce.methods import CUT, Batch, CUTOptions, Draws, NetworkOptions
@@ -80,7 +81,7 @@ def test_the_schedule_is_the_published_one(full, decay):
     adam = torch.optim.Adam([parameter], lr=2e-4)
     published = torch.optim.lr_scheduler.LambdaLR(adam, lambda e: 1.0 - max(0, e + 1 - full) / float(decay + 1))
     for epoch in range(full + decay):
-        assert 2e-4 * schedule(epoch, full, decay) == pytest.approx(published.get_last_lr()[0], rel=1e-12)
+        assert 2e-4 * linear(epoch, full, decay) == pytest.approx(published.get_last_lr()[0], rel=1e-12)
         adam.step()
         published.step()
 

@@ -22,6 +22,7 @@ from fastnce.engine.options import OptimOptions
 from fastnce.engine.step import Step
 from fastnce.methods import CUT, Batch, CUTOptions, Draws, NetworkOptions
 from fastnce.methods.presets import PRESETS
+from tests.vgg import with_vgg
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,7 +41,7 @@ def exact_products():
 
 
 def method_of(preset: str, **changes):
-    options = PRESETS[preset].options()
+    options = with_vgg(PRESETS[preset].options())
     for name, value in {"patches": 16, "projection": 16, "pool_size": 3, **changes}.items():
         if hasattr(options, name):
             setattr(options, name, value)
@@ -151,6 +152,27 @@ def test_a_recorded_run_counts_its_warm_up_and_follows_the_rate():
     before = step.method.generator.model[1].weight.detach().clone()
     one_step(step, 99, random_batch())
     assert torch.equal(step.method.generator.model[1].weight, before)
+    step.close()
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+def test_decay_and_a_plateau_are_recorded(optimizer):
+    """The graph decays weights and adds to the mean of the epoch. A rate of 0 leaves the weights unchanged."""
+    options = OptimOptions(optimizer=optimizer, weight_decay=0.1, schedule="plateau")
+    step = Step(method_of("cut"), options, graph=True)
+    for number in range(WARM_UP + 4):
+        assert not any("the loss of" in name for name in one_step(step, number, random_batch()))
+    assert step.graphs is not None
+    assert not step.graphs.failed
+    assert [kind.graph is not None for kind in step.graphs.kinds.values()] == [True]
+    state = step.state()
+    assert state["schedule/count"].item() == WARM_UP + 4
+    assert state["schedule/mean"].item() > 0
+    step.set_learning_rate(0.0)
+    before = step.method.generator.model[1].weight.detach().clone()
+    one_step(step, 99, random_batch())
+    assert torch.equal(step.method.generator.model[1].weight, before)
+    assert state["schedule/count"].item() == WARM_UP + 5
     step.close()
 
 

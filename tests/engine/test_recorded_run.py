@@ -26,6 +26,7 @@ from fastnce.engine.step import Step
 from fastnce.methods.presets import PRESETS
 from fastnce.training import train_run
 from tests.engine.test_cudagraph import Tape
+from tests.vgg import narrow_vgg
 
 SIDE = 32
 EVERY = WARM_UP + 2
@@ -83,6 +84,8 @@ def pictures(tmp_path: Path) -> Path:
 def configured(preset: str, pictures: Path, *overrides: str):
     options, network = PRESETS[preset].options(), PRESETS[preset].sections.get("network", {})
     terms = [f"loss.{name}={value}" for name, value in TERMS.items() if hasattr(options, name)]
+    if hasattr(options, "vgg_weights"):
+        terms.append(f"loss.vgg_weights={narrow_vgg()}")
     if "generator" not in network:
         terms += NETWORKS
         if hasattr(options, "nce_layers"):

@@ -1,4 +1,4 @@
-"""Both experiments start from the root of the checkout, as a script and as a module."""
+"""Every experiment starts from the root of the checkout, as a script and as a module."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ from tests.programs import run_program
 
 
 @pytest.mark.parametrize(
-    "arguments", [["experiments/derain.py"], ["experiments/parity.py"], ["-m", "experiments.derain"]], ids=" ".join
+    "arguments",
+    [
+        ["experiments/derain.py"],
+        ["experiments/parity.py"],
+        ["experiments/record_networks.py"],
+        ["-m", "experiments.derain"],
+    ],
+    ids=" ".join,
 )
 def test_experiment_starts(arguments):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

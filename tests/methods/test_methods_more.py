@@ -21,11 +21,12 @@ from fastnce.methods.cyclegan import ImagePool
 from fastnce.methods.losses import channel_cycle_loss, frequency_cycle_loss
 from fastnce.methods.presets import PRESETS
 from fastnce.nce import PatchSampleF
+from tests.vgg import with_vgg
 
 
 def build(preset, *, network=None, **changes):
     """A small method of a preset, in float64."""
-    options = PRESETS[preset].options()
+    options = with_vgg(PRESETS[preset].options())
     for name, value in {"patches": 16, "projection": 8, **changes}.items():
         if hasattr(options, name):
             setattr(options, name, value)

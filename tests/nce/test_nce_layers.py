@@ -117,7 +117,7 @@ def test_operators_and_compilation():
     queries, keys = rows(torch.float32)
     flat_q = [queries[d][i].to(DEVICE) for i in range(2) for d in range(2)]
     flat_k = [keys[d][i].to(DEVICE) for i in range(2) for d in range(2)]
-    arguments = (flat_q, flat_k, [], [0.07, 0.07, 0.2, 0.2], IMAGES, 2, True, True, True, True)
+    arguments = (flat_q, flat_k, [], [0.07, 0.07, 0.2, 0.2], IMAGES, 2, True, True, True, True, [])
     torch.library.opcheck(torch.ops.fastnce.nce_layers.default, arguments)
     mean, gradients = torch.ops.fastnce.nce_layers(*arguments)
     torch.library.opcheck(torch.ops.fastnce.row_gradients.default, (flat_q, gradients, mean, True))

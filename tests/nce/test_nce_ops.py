@@ -272,11 +272,11 @@ def test_opcheck():
     operators = torch.ops.fastnce
     q, k, e = (unit_rows(2, n, 16).to(DEVICE) for n in (10, 10, 5))
     weight = torch.rand(2, 10, 10, device=DEVICE)
-    arguments = ([q], [k], [e], [weight], [weight], [0.07], False, False, True)
+    arguments = ([q], [k], [e], [weight], [weight], [0.07], False, False, True, [])
     torch.library.opcheck(operators.nce_forward.default, arguments)
     _, negative, positive, _ = operators.nce_forward(*arguments)
     torch.library.opcheck(
-        operators.nce_keys.default, ([q], [k], [weight], [weight], [0.07], negative, positive.sigmoid(), False)
+        operators.nce_keys.default, ([q], [k], [weight], [weight], [0.07], negative, positive.sigmoid(), False, [])
     )
     torch.library.opcheck(operators.draw_ids.default, (torch.randint(9**9, (3, 2), device=DEVICE), [400, 81, 25], 24))
     ours, feats, others = head(), maps(), maps()

@@ -159,7 +159,7 @@ def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="generator must be one of resnet_9blocks"):
         build_generator("resnet_5blocks")
     with pytest.raises(ValueError, match="discriminator must be one of basic"):
-        build_discriminator("patch")
+        build_discriminator("tile")
     with pytest.raises(ValueError, match="init_type must be"):
         init_weights(torch.nn.Linear(2, 2), "gauss")
     with pytest.raises(ValueError, match='norm must be "instance"'):

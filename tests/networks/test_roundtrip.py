@@ -43,6 +43,10 @@ def cases() -> list[tuple[str, dict]]:
         made.append((name, {**options, "in_channels": inside, "out_channels": outside, "width": 1 + i % 3}))
     for resolution, width in ((8, 1), (32, 2), (64, 3), (256, 5), (512, 7), (1024, 11)):
         made.append(("stylegan2", {"in_channels": 2, "out_channels": 1, "width": width, "resolution": resolution}))
+    for i, (inside, outside) in enumerate(CHANNELS):
+        sizes = {"in_channels": inside, "out_channels": outside, "width": 1 + i % 2}
+        small = {"resolution": (16, 64)[i % 2], "stylegan2_downsampling": i % 3}
+        made += [("resnet_cat", sizes), (("smallstylegan2", "stylegan2")[i % 2], {**sizes, **small})]
     made += [("restorer", {"in_channels": c, "out_channels": c, "width": w}) for c, w in ((3, 3), (1, 2), (4, 1))]
     return made
 

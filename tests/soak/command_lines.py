@@ -113,8 +113,8 @@ REPORTS = (
 OPTIONS = {
     "train": "--data=PLACE --out=OUT --config=PLACE --dry-run --nproc=COUNT --quiet --help --bogus",
     "translate": "--out=OUT --generator=WORD --format=WORD --bits=N --batch=N --tiles=WORD --tile-size=N --device=WORD",
-    "evaluate": "--data=PLACE --rain-side=WORD --inputs-only --generator=WORD --fid --json=FILE --csv=FILE "
-    "--sheet=FILE --tiles=WORD --device=WORD",
+    "evaluate": "--data=PLACE --rain-side=WORD --direction=WORD --inputs-only --generator=WORD --fid --json=FILE "
+    "--csv=FILE --sheet=FILE --tiles=WORD --device=WORD",
     "rain": "--out=OUT --unpaired --test=N --seed=N --layers=N --density=RANGE --length=RANGE --width=RANGE "
     "--angle=RANGE --opacity=RANGE --haze=RANGE",
     "unpair": "--out=OUT --test=PLACE --rain-side=WORD",
@@ -156,6 +156,7 @@ PLAUSIBLE = {
     "--device": ("cpu", "auto"),
     "--generator": ("G",),
     "--rain-side": ("left", "right"),
+    "--direction": ("AtoB", "BtoA"),
     "--data": ("data", "data/test"),
     "--test": ("1", "data/test"),
     "--config": ("ok.toml",),

@@ -154,7 +154,7 @@ def _again(file: Path) -> ResnetGenerator:
         (["--layout", "published", "--format", "jpg"], "the published layout has PNG files"),
         (["--index", "--format", "npy"], "a page cannot show npy"),
         (["--phase", "val"], "there is no folder valA"),
-        (["--epoch", "3"], "chooses between the checkpoints of a run"),
+        (["--epoch", "3"], "chooses a checkpoint of a run"),
         (["--epoch", "x"], "--epoch must be last, best or the number of an epoch, not x"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -180,12 +180,13 @@ def test_sources_are_not_replaced_by_the_layout(model, tmp_path, capsys):
 def test_the_checkpoint_of_an_epoch(tmp_path):
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
-    for name in ("best", "epoch-5", "epoch-10"):
+    for name in ("step-00000005/state.json", "best", "epoch-5", "epoch-10"):
+        (run / "checkpoints" / name).parent.mkdir(exist_ok=True)
         (run / "checkpoints" / name).write_text("step-00000005")
     assert chosen_model(run, "10", "G_B") == (run / "checkpoints/epoch-10", "G_B")
     assert chosen_model(run, "best") == (run / "checkpoints/best", "")
     assert chosen_model(run, "latest") == chosen_model(run, "last") == chosen_model(run) == (run, "")
-    with pytest.raises(ValueError, match=r"no checkpoint of this epoch: it has 5, 10"):
+    with pytest.raises(ValueError, match=r"no checkpoint of epoch 7: it has 5, 10"):
         chosen_model(run, "7")
     os.remove(run / "checkpoints/best")
     with pytest.raises(ValueError, match="has no best checkpoint"):

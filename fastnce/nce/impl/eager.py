@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ...common.autograd import FirstOrderOnly, apply, with_fast_path
+from .transforms import split_examples, with_examples
 
 BLOCK_ELEMENTS = 1 << 20
 """Logits per block on a CPU: 4 MiB in float32, small enough for its caches."""
@@ -130,6 +131,15 @@ class _NCERows(torch.autograd.Function):
         return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
 
     @staticmethod
+    def batched(info, in_dims, *inputs):
+        *tensors, groups, scale, decoupled, with_gradient = inputs
+        many = info.batch_size
+        tensors = [with_examples(x, dim, many) for x, dim in zip(tensors, in_dims, strict=False)]
+        # an outer `grad` is seen here, below the examples
+        with_gradient = with_gradient or (torch.is_grad_enabled() and tensors[0].requires_grad)
+        return split_examples(apply(_NCERows, *tensors, groups * many, scale, decoupled, with_gradient), many)
+
+    @staticmethod
     def setup_context(ctx, inputs, output):
         *leaves, pair_log_weight, pair_weight, ctx.groups, ctx.scale, ctx.decoupled, _ = inputs
         _, positive, gradient, factor = output
@@ -205,7 +215,7 @@ def nce_losses(
     pair_log_weight_GSS: Tensor | None = None,
     pair_weight_GSS: Tensor | None = None,
     groups: int = 1,
-    temperature: float = 0.07,
+    temperature: float | Tensor = 0.07,
     decoupled: bool = False,
     unit: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -213,8 +223,11 @@ def nce_losses(
 
     The results are float32, or float64 for float64; 16-bit inputs are widened to float32 first. They can be
     differentiated once, with respect to queries, keys and extra keys, which may be (1, count, dim) for all groups.
-    `unit`, whether rows have unit length, is not used here.
+    `unit`, whether rows have unit length, is not used here. A temperature may be a tensor (), which gets a gradient.
     """
+    if isinstance(temperature, Tensor):
+        wide = torch.float64 if queries.dtype == torch.float64 else torch.float32
+        queries, temperature = queries.to(wide) / temperature.to(wide), 1.0
     if extra_keys_GED is not None:
         extra_keys_GED = extra_keys_GED.expand(groups, -1, -1)
     weights = pair_log_weight_GSS, pair_weight_GSS

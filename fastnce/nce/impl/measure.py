@@ -51,7 +51,7 @@ def measure_rows(
     pair_weight: Tensor | None = None,
     *,
     groups: int,
-    temperature: float,
+    temperature: float | Tensor,
     decoupled: bool = False,
     unit: bool = False,
     wanted: Sequence[bool] = (True, False, False),
@@ -70,11 +70,11 @@ def measure_rows(
     wide = exact_device(device)
     given = [queries, keys] if extra is None else [queries, keys, extra]
     weights = [log_weight, pair_weight]
-    options = groups, temperature, decoupled, unit
 
     def losses_and_gradients(function, tensors: Lists, used: Sequence[Tensor | None]) -> tuple[Tensor, Lists]:
         own = leaves(tensors, list(wanted)[: len(tensors)])
-        loss, _ = function(*own, *[None] * (3 - len(own)), *used, *options)
+        t = temperature.to(own[0].device) if isinstance(temperature, Tensor) else temperature
+        loss, _ = function(*own, *[None] * (3 - len(own)), *used, groups, t, decoupled, unit)
         sources = [x for x in own if x.requires_grad]
         return loss.detach(), torch.autograd.grad(loss.sum() * UPSTREAM, sources) if sources else ()
 
@@ -85,7 +85,7 @@ def measure_rows(
     names = [n for n, want in zip(("queries", "keys", "extra keys"), wanted, strict=True) if want]
     for kind, rows in (kinds or {"": slice(None)}).items():
         of = f" of {kind} rows" if kind else ""
-        gate = LOSS_GATES[gates] + (0.0 if kind == "random" else logit_rounding(temperature))
+        gate = LOSS_GATES[gates] + (0.0 if kind == "random" else logit_rounding(float(temperature)))
         error = _loss_error(loss[rows], exact[rows], decoupled)
         values = loss[rows].double().mean().item(), exact[rows].mean().item()
         yield Check(f"the loss{of}", error, gate, values=values)
@@ -107,7 +107,7 @@ def measure_layers(
     keys: Lists,
     extra: Lists,
     *,
-    temperatures: Sequence[float],
+    temperatures: Sequence[float | Tensor],
     groups: int,
     directions: int,
     other: bool,
@@ -119,6 +119,7 @@ def measure_layers(
     device, dtype = queries[0].device, queries[0].dtype
     gates = gates_of(dtype, device)
     wide = exact_device(device)
+    numbers = [float(t) for t in temperatures]
 
     def by_kernels() -> tuple[Tensor, Lists]:
         own = leaves(queries)
@@ -139,14 +140,14 @@ def measure_layers(
             elif more:
                 e = more[i]
             unit_key = _divided(k) if divide else k
-            losses.append(eager.nce_losses(q, unit_key, e, None, None, groups, temperatures[i])[0].mean())
+            losses.append(eager.nce_losses(q, unit_key, e, None, None, groups, numbers[i])[0].mean())
         mean = torch.stack(losses).view(-1, directions).mean(dim=0)
         return mean.detach(), torch.autograd.grad(mean.sum() * UPSTREAM, own)
 
     mean, gradients = by_formula(queries, keys, extra) if plain else run_kernels(by_kernels, device)
     exact, exact_gradients = by_formula(*(widened(x, wide) for x in (queries, keys, extra)))
     rounded = SAMPLING_GATES if divide else GRADIENT_GATES  # divided rows are rounded to the dtype once more
-    loss_gate = LOSS_GATES[gates] + logit_rounding(min(temperatures))
+    loss_gate = LOSS_GATES[gates] + logit_rounding(min(numbers))
     yield from compared(["the loss"], [mean], [exact], [loss_gate])
     names = [f"the gradient of queries {i}" for i in range(len(queries))]
     yield from compared(names, gradients, exact_gradients, [rounded[gates]] * len(names))

@@ -10,9 +10,10 @@ from torch import Tensor
 from ...common.autograd import FirstOrderOnly, apply, with_fast_path
 from ...common.operators import operator
 from ...kernels import cosine, nce
+from .learned import scales_of, with_temperature
 
 
-def _layers(queries, keys, extra, temperatures, groups, directions, other, divide, unit, gradient):
+def _layers(queries, keys, extra, temperatures, groups, directions, other, divide, unit, gradient, scales):
     rows = [q.shape[0] for q in queries]
     if divide:
         units = cosine.cosine([*queries, *keys])
@@ -24,13 +25,13 @@ def _layers(queries, keys, extra, temperatures, groups, directions, other, divid
     else:
         extra = [e.expand(groups, -1, -1) for e in extra]
     loss, _, _, gradients = nce.nce_forward(
-        grouped, grouped_keys, extra, [], [], temperatures, unit=unit, gradient=gradient, statistics=False
+        grouped, grouped_keys, extra, [], [], temperatures, scales, unit=unit, gradient=gradient, statistics=False
     )
     totals = [sum(rows[i : i + directions]) for i in range(0, len(rows), directions)]
     return nce.mean_by_direction(loss, totals, directions), [g.flatten(0, 1) for g in gradients]
 
 
-def _layers_fake(queries, keys, extra, temperatures, groups, directions, other, divide, unit, gradient):
+def _layers_fake(queries, keys, extra, temperatures, groups, directions, other, divide, unit, gradient, scales):
     mean = queries[0].new_empty(directions, dtype=torch.float32)
     return mean, [q.new_empty(q.shape) for q in queries] if gradient else []
 
@@ -41,7 +42,7 @@ def _row_gradients(queries, gradients, upstream, divide):
 
 _layers_op = operator(
     "nce_layers(Tensor[] queries, Tensor[] keys, Tensor[] extra, float[] temperatures, SymInt groups, "
-    "SymInt directions, bool other, bool divide, bool unit, bool gradient) -> (Tensor, Tensor[])",
+    "SymInt directions, bool other, bool divide, bool unit, bool gradient, Tensor[] scales) -> (Tensor, Tensor[])",
     _layers,
     _layers_fake,
 )
@@ -55,10 +56,11 @@ _row_gradients_op = operator(
 @with_fast_path
 class _NCELayers(torch.autograd.Function):
     @staticmethod
-    def forward(count, temperatures, groups, directions, other, divide, unit, gradient, *tensors):
-        queries, keys, extra = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
+    def forward(count, temperatures, groups, directions, other, divide, unit, gradient, learned, *tensors):
+        queries, keys, rest = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
+        scales, extra = (rest[:count], rest[count:]) if learned else ((), rest)
         mean, gradients = _layers_op(
-            queries, keys, extra, temperatures, groups, directions, other, divide, unit, gradient
+            queries, keys, extra, temperatures, groups, directions, other, divide, unit, gradient, scales
         )
         return mean, *gradients
 
@@ -68,7 +70,7 @@ class _NCELayers(torch.autograd.Function):
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         if gradient:
-            ctx.save_for_backward(*inputs[8 : 8 + ctx.count], *output)
+            ctx.save_for_backward(*inputs[9 : 9 + ctx.count], *output)
 
     @staticmethod
     def backward(ctx, upstream, *_):
@@ -79,7 +81,7 @@ class _NCELayers(torch.autograd.Function):
             gradients = _row_gradients_op(queries, ready, upstream, ctx.divide)
         if torch.is_grad_enabled():
             gradients = [FirstOrderOnly.apply(g, mean, upstream) for g in gradients]
-        return *([None] * 8), *gradients, *([None] * (len(ctx.needs_input_grad) - 8 - ctx.count))
+        return *([None] * 9), *gradients, *([None] * (len(ctx.needs_input_grad) - 9 - ctx.count))
 
 
 def nce_layers(
@@ -87,18 +89,26 @@ def nce_layers(
     keys: Sequence[Tensor],
     extra: Sequence[Tensor],
     *,
-    temperatures: Sequence[float],
+    temperatures: Sequence[float | Tensor],
     groups: int,
     directions: int,
     other: bool,
     divide: bool,
     unit: bool,
 ) -> Tensor:
-    """Compute `patch_nce_layers` of flat lists, the directions of a layer adjacent: float32 (directions,)."""
+    """Compute `patch_nce_layers` of flat lists, the directions of a layer adjacent: float32 (directions,).
+
+    Temperatures are numbers or, all of them, tensors (). For tensors, rows have their final length (`divide` is false).
+    """
+    scales: list[Tensor] = []
+    if learned := [t for t in temperatures if isinstance(t, Tensor)]:
+        assert not divide, "dividing inside would hide the length of the rows from the gradient of T"
+        queries = [with_temperature(q, t) for q, t in zip(queries, learned, strict=True)]
+        temperatures, scales = [1.0] * len(queries), scales_of(learned)
     gradient = torch.is_grad_enabled() and any(q.requires_grad for q in queries)
     constants = [x.detach() for x in (*keys, *extra)]
     return apply(
         _NCELayers,
-        len(queries), list(temperatures), groups, directions, other, divide, unit, gradient,
-        *queries, *constants,
+        len(queries), list(temperatures), groups, directions, other, divide, unit, gradient, bool(scales),
+        *queries, *constants[: len(queries)], *scales, *constants[len(queries) :],
     )[0]  # fmt: skip

@@ -20,37 +20,41 @@ from ...kernels import nce, nce_keys
 from ...kernels.common import fp32_precision
 from ...kernels.plan import INTERPRETED
 from ...kernels.planned import PlanCache, plan_of, planned
+from .learned import scales_of, with_temperature
+from .transforms import split_examples, transforms_active, with_examples
 
 # InfoNCE of grouped rows
 
 
-def _nce_forward(queries, keys, extra, log_weight, pair_weight, temperatures, decoupled, unit, gradient):
+def _nce_forward(queries, keys, extra, log_weight, pair_weight, temperatures, decoupled, unit, gradient, scales):
     return nce.nce_forward(
-        queries, keys, extra, log_weight, pair_weight, temperatures, decoupled=decoupled, unit=unit, gradient=gradient
-    )
+        queries, keys, extra, log_weight, pair_weight, temperatures, scales, decoupled=decoupled, unit=unit,
+        gradient=gradient,
+    )  # fmt: skip
 
 
-def _nce_forward_fake(queries, keys, extra, log_weight, pair_weight, temperatures, decoupled, unit, gradient):
+def _nce_forward_fake(queries, keys, extra, log_weight, pair_weight, temperatures, decoupled, unit, gradient, scales):
     rows = sum(q.shape[0] * q.shape[1] for q in queries)
     loss, negative, positive = (queries[0].new_empty(rows, dtype=torch.float32) for _ in range(3))
     return loss, negative, positive, [q.new_empty(q.shape) for q in queries] if gradient else []
 
 
-def _nce_keys(queries, keys, log_weight, pair_weight, temperatures, negative, coefficient, extra):
+def _nce_keys(queries, keys, log_weight, pair_weight, temperatures, negative, coefficient, extra, scales):
     return nce_keys.nce_key_gradients(
-        queries, keys, log_weight, pair_weight, temperatures, negative, coefficient, extra=extra
+        queries, keys, log_weight, pair_weight, temperatures, negative, coefficient, scales, extra=extra
     )
 
 
 _nce_forward_op = operator(
     "nce_forward(Tensor[] queries, Tensor[] keys, Tensor[] extra, Tensor[] log_weight, Tensor[] pair_weight, "
-    "float[] temperatures, bool decoupled, bool unit, bool gradient) -> (Tensor, Tensor, Tensor, Tensor[])",
+    "float[] temperatures, bool decoupled, bool unit, bool gradient, Tensor[] scales) "
+    "-> (Tensor, Tensor, Tensor, Tensor[])",
     _nce_forward,
     _nce_forward_fake,
 )
 _nce_keys_op = operator(
     "nce_keys(Tensor[] queries, Tensor[] keys, Tensor[] log_weight, Tensor[] pair_weight, float[] temperatures, "
-    "Tensor negative, Tensor coefficient, bool extra) -> Tensor[]",
+    "Tensor negative, Tensor coefficient, bool extra, Tensor[] scales) -> Tensor[]",
     _nce_keys,
     lambda queries, keys, *_: [k.new_empty(k.shape) for k in keys],
 )
@@ -63,7 +67,7 @@ def _listed(tensor: Tensor | None) -> list[Tensor]:
 @with_fast_path
 class _NCERows(torch.autograd.Function):
     @staticmethod
-    def forward(queries, keys, extra, log_weight, pair_weight, temperature, decoupled, unit, with_gradient):
+    def forward(queries, keys, extra, log_weight, pair_weight, scale, temperature, decoupled, unit, with_gradient):
         groups, rows, _ = queries.shape
         loss, negative, positive, gradient = _nce_forward_op(
             [queries],
@@ -75,21 +79,32 @@ class _NCERows(torch.autograd.Function):
             decoupled,
             unit,
             with_gradient,
+            _listed(scale),
         )
         shape = (groups, rows)
         ready = gradient[0] if with_gradient else queries.new_empty(0)
         return loss.view(shape), negative.view(shape), positive.view(shape), ready
 
     @staticmethod
+    def batched(info, in_dims, *inputs):
+        *tensors, scale, temperature, decoupled, unit, with_gradient = inputs
+        if in_dims[5] is not None:
+            raise ValueError("the kernels take one temperature for all examples of vmap: use implementation='eager'")
+        many = info.batch_size
+        tensors = [with_examples(x, dim, many) for x, dim in zip(tensors, in_dims, strict=False)]
+        with_gradient = with_gradient or (torch.is_grad_enabled() and tensors[0].requires_grad)
+        return split_examples(apply(_NCERows, *tensors, scale, temperature, decoupled, unit, with_gradient), many)
+
+    @staticmethod
     def setup_context(ctx, inputs, output):
-        *leaves, log_weight, pair_weight, temperature, decoupled, _, _ = inputs
+        *leaves, log_weight, pair_weight, scale, temperature, decoupled, _, _ = inputs
         _, negative, positive, gradient = output
         ctx.mark_non_differentiable(negative, positive, gradient)
         ctx.set_materialize_grads(False)  # no launch for outputs without a gradient
         ctx.temperature, ctx.decoupled = temperature, decoupled
-        rest = (log_weight, pair_weight, negative, positive)
+        rest = (log_weight, pair_weight, scale, negative, positive)
         if not any(ctx.needs_input_grad[1:3]):
-            rest = (None,) * 4  # keys are constants: the stored gradient is enough for the backward
+            rest = (None,) * 5  # keys are constants: the stored gradient is enough for the backward
         # Constant keys are not saved: a NegativeBank overwrites its keys before the backward pass.
         leaves = [leaf if i == 0 or ctx.needs_input_grad[i] else None for i, leaf in enumerate(leaves)]
         ctx.save_for_backward(gradient, *leaves, *rest)
@@ -97,8 +112,8 @@ class _NCERows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream, *_):
         if upstream is None:
-            return (None,) * 9
-        gradient, queries, keys, extra, log_weight, pair_weight, negative, positive = ctx.saved_tensors
+            return (None,) * 10
+        gradient, queries, keys, extra, log_weight, pair_weight, scale, negative, positive = ctx.saved_tensors
         gradients: list[Tensor | None] = [None, None, None]
         with torch.no_grad():
             if ctx.needs_input_grad[0]:
@@ -108,20 +123,21 @@ class _NCERows(torch.autograd.Function):
                 shared = [ctx.temperature], negative.flatten(), share.flatten()
             if ctx.needs_input_grad[1]:
                 weights = _listed(log_weight), _listed(pair_weight)
-                gradients[1] = _nce_keys_op([queries], [keys], *weights, *shared, False)[0]
+                gradients[1] = _nce_keys_op([queries], [keys], *weights, *shared, False, _listed(scale))[0]
             if ctx.needs_input_grad[2]:
                 grouped = queries if extra.shape[0] == queries.shape[0] else queries.flatten(0, 1)[None]
-                gradients[2] = _nce_keys_op([grouped], [extra], [], [], *shared, True)[0]
+                gradients[2] = _nce_keys_op([grouped], [extra], [], [], *shared, True, _listed(scale))[0]
         if torch.is_grad_enabled():
             sources = [leaf for leaf in [queries, keys, extra, upstream] if leaf is not None and leaf.requires_grad]
             gradients = [None if g is None else FirstOrderOnly.apply(g, *sources) for g in gradients]
-        return *gradients, None, None, None, None, None, None
+        return *gradients, *(None,) * 7
 
 
 @planned(products="matmul")
 def _flat_rows(
-    queries: Tensor, keys: Tensor, extra: Tensor | None, log_weight: Tensor | None, pair_weight: Tensor | None, *,
-    groups: int, temperature: float, decoupled: bool, unit: bool, gradient: bool, statistics: bool,
+    queries: Tensor, keys: Tensor, extra: Tensor | None, log_weight: Tensor | None, pair_weight: Tensor | None,
+    scale: Tensor | None, *, groups: int, temperature: float, decoupled: bool, unit: bool, gradient: bool,
+    statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Losses and positive logits (rows,), and dq (rows, dim), of (rows, dim)."""
     loss, _, positive, gradients = nce.nce_forward(
@@ -131,6 +147,7 @@ def _flat_rows(
         _listed(log_weight),
         _listed(pair_weight),
         [temperature],
+        _listed(scale),
         decoupled=decoupled,
         unit=unit,
         gradient=gradient,
@@ -193,7 +210,7 @@ def remember(queries: Tensor, keys: Tensor, options: dict[str, Any], *settings: 
     """Keep the plan of a call that passed its checks. `settings`: all else that they depend on, as hashable values."""
     if _simple(queries, keys, settings):
         gradient = queries.requires_grad and torch.is_grad_enabled()
-        plan = plan_of(_flat_rows, queries, keys, None, None, None, **options, gradient=gradient, statistics=False)
+        plan = plan_of(_flat_rows, queries, keys, *[None] * 4, **options, gradient=gradient, statistics=False)
         if plan is not None:
             _SETTLED[_key(queries, keys, gradient, settings)] = plan
 
@@ -228,7 +245,7 @@ def nce_losses(
     pair_log_weight_GSS: Tensor | None = None,
     pair_weight_GSS: Tensor | None = None,
     groups: int = 1,
-    temperature: float = 0.07,
+    temperature: float | Tensor = 0.07,
     decoupled: bool = False,
     unit: bool = False,
     statistics: bool = True,
@@ -237,10 +254,16 @@ def nce_losses(
 
     Without `statistics`, the second result may be the first.
     """
+    scale = None
+    if isinstance(temperature, Tensor):
+        queries, (scale,) = with_temperature(queries, temperature), scales_of([temperature])
+        temperature = 1.0  # not used beside the scale
+    if extra_keys_GED is not None and transforms_active():
+        extra_keys_GED = extra_keys_GED.expand(groups, -1, -1)  # `vmap` joins examples and groups
     enabled = torch.is_grad_enabled()
     with_gradient = enabled and queries.requires_grad
     constant = not (enabled and (keys.requires_grad or (extra_keys_GED is not None and extra_keys_GED.requires_grad)))
-    tensors = queries, keys, extra_keys_GED, pair_log_weight_GSS, pair_weight_GSS
+    tensors = queries, keys, extra_keys_GED, pair_log_weight_GSS, pair_weight_GSS, scale
     if constant and untraced(queries) and plain(tensors):
         compute = functools.partial(
             _flat_rows, *tensors, groups=groups, temperature=temperature, decoupled=decoupled, unit=unit,
@@ -257,6 +280,7 @@ def nce_losses(
         extra_keys_GED,
         pair_log_weight_GSS,
         pair_weight_GSS,
+        scale,
         temperature,
         decoupled,
         unit,

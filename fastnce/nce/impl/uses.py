@@ -7,7 +7,7 @@ rows are random in one half. In the other half, the probability of the positive 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,6 +58,16 @@ def typical(temperature: float) -> float:
     return TEMPERATURE if temperature > LOWEST_BOUNDED else LOW_TEMPERATURE
 
 
+def with_learned(learned: bool) -> tuple[str, ...]:
+    """Return what a learned temperature adds to a form: other kernels are compiled for it."""
+    return ("learned",) if learned else ()
+
+
+def as_given(temperature: float, learned: bool, device: torch.device) -> Any:
+    """Return the temperature of a check as the call gave its own: a number, or a tensor."""
+    return torch.tensor(temperature, dtype=torch.float32, device=device) if learned else temperature
+
+
 def most_rows(device: torch.device, total: int, lists: int = 1) -> tuple[int, int]:
     """Return the most rows of each of `lists` tensors, and the step in which rows may be left out.
 
@@ -97,6 +107,8 @@ class RowsUse(NamedTuple):
     temperature: float = TEMPERATURE
     wanted: tuple[bool, bool, bool] = (True, False, False)
     """Whether queries, keys and extra keys get a gradient."""
+    learned: bool = False
+    """Whether the temperature is a tensor, which the kernels read themselves."""
 
     @property
     def family(self) -> str:
@@ -105,7 +117,7 @@ class RowsUse(NamedTuple):
     def form(self) -> Hashable:
         return (
             padded(self.width), self.rows * self.groups >= MANY_ROWS, self.temperature > LOWEST_BOUNDED,
-            self.extras > 0, *self[4:8], *self.wanted,
+            self.extras > 0, *self[4:8], *self.wanted, *with_learned(self.learned),
         )  # fmt: skip
 
     def measure(self, device: torch.device, dtype: torch.dtype) -> Iterator[Check]:
@@ -126,7 +138,7 @@ class RowsUse(NamedTuple):
             pairs[0] - 0.5 if self.log_weight else None,
             pairs[1] + 0.5 if self.pair_weight else None,
             groups=groups,
-            temperature=temperature,
+            temperature=as_given(temperature, self.learned, device),
             decoupled=self.decoupled,
             unit=self.unit,
             wanted=self.wanted,
@@ -146,6 +158,7 @@ class LayersUse(NamedTuple):
     divide: bool
     unit: bool
     temperature: float  # the lowest
+    learned: bool = False
 
     @property
     def family(self) -> str:
@@ -164,6 +177,7 @@ class LayersUse(NamedTuple):
             bounded,
             self.extras > 0,
             *self[5:8],
+            *with_learned(self.learned),
         )
 
     def measure(self, device: torch.device, dtype: torch.dtype) -> Iterator[Check]:
@@ -182,8 +196,8 @@ class LayersUse(NamedTuple):
                 given = unit_rows((groups, fitted(self.extras, FEWEST_ROWS, most, step), width), device, seed=1)
                 extra.append(stored(given, dtype, device))
         yield from measure.measure_layers(
-            queries, keys, extra, temperatures=[temperature] * len(sizes), groups=groups, directions=self.directions,
-            other=self.other, divide=self.divide, unit=self.unit,
+            queries, keys, extra, temperatures=[as_given(temperature, self.learned, device)] * len(sizes),
+            groups=groups, directions=self.directions, other=self.other, divide=self.divide, unit=self.unit,
         )  # fmt: skip
 
 
