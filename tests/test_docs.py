@@ -86,7 +86,7 @@ def test_named_modules_and_commands_exist(document):
     for text in code(document):
         for module in re.findall(r"python3? -m ([\w.]+)", text):
             assert find_spec(module), f"{document.name} runs {module}"
-        for command in re.findall(r"(?<![\w./-])(?<!from )fastnce ([a-z]+)", text.split("#")[0]):
+        for command in re.findall(r"(?<![\w./-])(?<!from )fastnce ([a-z]+(?:-[a-z]+)*)", text.split("#")[0]):
             assert command in COMMANDS, f"{document.name} runs fastnce {command}"
         for name in re.findall(r"(?<![\w./-])fastnce(?:\.[A-Za-z_]\w*)+(?![\w/])", text):
             assert resolves(name), f"{document.name} names {name}"

@@ -21,7 +21,7 @@ FLOORS = [
     {"methods"},
     {"engine"},
     {"config"},
-    {"translate", "accelerate", "watch"},
+    {"translate", "accelerate", "watch", "published"},
     {"training"},
     {"api"},
     {"commands"},

@@ -10,11 +10,24 @@ from ..data.folder import DIRECTIONS
 from ..data.limit import accepting
 from ..engine.choices import pick_device
 from ..evaluate.distribution import INSTALL, WEIGHTS_FLAG
+from ..evaluate.gallery import LABELS, Gallery
 from ..evaluate.pairs import RAIN_SIDE_HELP, RAIN_SIDES
 from ..evaluate.report import evaluate as measure
-from ..translate.chosen import CHECKPOINTS, last_and_best, step_loaded
+from ..translate.chosen import CHECKPOINTS, chosen_model, last_and_best, step_loaded
 from ..translate.load import load_translator
-from .parsing import GENERATOR_HELP, MAX_PIXELS, MODEL_HELP, TILES_HELP, TRUST_HELP, add_max_pixels, command_parser
+from .parsing import (
+    EPOCH_HELP,
+    GENERATOR_HELP,
+    MAX_PIXELS,
+    MODEL_HELP,
+    NUM_HELP,
+    TILES_HELP,
+    TRAIN_MODE_HELP,
+    TRUST_HELP,
+    add_max_pixels,
+    command_parser,
+    positive,
+)
 
 
 def main(arguments: list[str]) -> int:
@@ -38,6 +51,13 @@ def main(arguments: list[str]) -> int:
         choices=CHECKPOINTS,
         help="of a run; default: both where they differ, which takes twice the time",
     )
+    parser.add_argument("--epoch", default="", metavar="N|best|last", help=EPOCH_HELP)
+    parser.add_argument("--num", type=positive, default=0, metavar="N", help=NUM_HELP)
+    parser.add_argument("--phase", default="test", metavar="test", help="the folders of an unpaired set: testA, testB")
+    parser.add_argument("--train-mode", action="store_true", help=TRAIN_MODE_HELP)
+    parser.add_argument(
+        "--index", type=Path, metavar="DIR", help="write inputs, outputs and truths, and DIR/index.html"
+    )
     parser.add_argument("--fid", action="store_true", help=f"also compute FID and KID ({INSTALL})")
     parser.add_argument(WEIGHTS_FLAG, type=Path, metavar="FILE", help="torch-fidelity's Inception weights, for --fid")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results to FILE")
@@ -47,6 +67,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     parser.add_argument("--trust-code", action="store_true", help=TRUST_HELP)
     add_max_pixels(parser)
+    parser.check_words(arguments)
     args = parser.parse_args(arguments)
     if (args.model is None) != args.inputs_only:
         raise ValueError("fastnce evaluate takes either a model or --inputs-only")
@@ -54,14 +75,33 @@ def main(arguments: list[str]) -> int:
         raise ValueError(f"{WEIGHTS_FLAG} has no effect without --fid")
     if args.checkpoint and args.model is None:
         raise ValueError(f"--checkpoint {args.checkpoint} has no effect with --inputs-only")
+    for option in ("epoch", "train_mode"):
+        if getattr(args, option) and args.model is None:
+            raise ValueError(f"--{option.replace('_', '-')} has no effect with --inputs-only")
+    if args.epoch and args.checkpoint:
+        raise ValueError(f"--epoch {args.epoch} and --checkpoint {args.checkpoint} name checkpoints: leave one out")
+    if args.train_mode and args.tiles != "auto":
+        raise ValueError("--train-mode takes each picture whole: leave --tiles out")
+    side = "B" if args.generator == "G_B" else "A"
+    gallery = (
+        None if args.index is None else Gallery(args.index, f"{args.model or 'inputs'}, {args.data}", LABELS[side])
+    )
     with ProgressLine() as line, accepting(args.max_pixels, MAX_PIXELS):
         device = pick_device(args.device)
         translator = best = None
         name = ""
         if args.model is not None:
             how = {"tiles": args.tiles, "say": line.say, "trust_code": args.trust_code}
-            load = partial(load_translator, device=device, generator=args.generator, **how)
-            translator, best, name = last_and_best(args.model, load, args.checkpoint, line.say)
+            path, generator = chosen_model(args.model, args.epoch, args.generator)
+            load = partial(load_translator, device=device, generator=generator, **how)
+            if args.epoch:
+                translator, name = load(path), f"epoch {args.epoch}" if args.epoch.isdecimal() else args.epoch
+                name = name if step_loaded(translator) is not None else ""
+            else:
+                translator, best, name = last_and_best(path, load, args.checkpoint, line.say)
+            for model in (translator, best):
+                if args.train_mode and model is not None:
+                    model.train_mode()
         report = measure(
             args.data,
             translator,
@@ -77,7 +117,12 @@ def main(arguments: list[str]) -> int:
             json_file=args.json,
             csv_file=args.csv,
             sheet=args.sheet,
+            gallery=gallery,
+            num=args.num,
+            phase=args.phase,
             progress=line,
         )
     print(report.summary())
+    if gallery is not None:
+        print(gallery.page)
     return 0

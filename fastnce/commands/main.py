@@ -19,12 +19,28 @@ from ..engine.distributed import RankLost
 from ..engine.loop import TrainingFailed
 from ..engine.memory import out_of_memory
 from ..engine.stop import Stopped, raising
-from . import bench, cache, demo, doctor, evaluate, export, methods, rain, report, runs, train, translate, unpair
+from . import (
+    bench,
+    cache,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    import_options,
+    methods,
+    rain,
+    report,
+    runs,
+    train,
+    translate,
+    unpair,
+)
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train.main,
     "translate": translate.main,
     "evaluate": evaluate.main,
+    "import-options": import_options.main,
     "report": report.main,
     "rain": rain.main,
     "unpair": unpair.main,
@@ -99,7 +115,7 @@ def run(arguments: list[str]) -> int:
     if command in ("-h", "--help", "help"):
         print("usage: fastnce COMMAND ...   (fastnce COMMAND --help shows its options)\n")
         for name, function in COMMANDS.items():
-            print(f"  {name:<10} {(function.__doc__ or '').splitlines()[0]}")
+            print(f"  {name:<14} {(function.__doc__ or '').splitlines()[0]}")
         print("\n  --version  print the version")
         return 0
     if command == "--version":

@@ -42,7 +42,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--quiet", action="store_true", help="print nothing; log.txt has all lines")
     parser.add_argument("--trust-code", action="store_true", help=TRUST_HELP)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. data.batch=4 optim.lr=1e-4")
+    parser.check_words(arguments)
     args = parser.parse_intermixed_args(arguments)
+    _give_back_method(args)
     if _is_override(args.method):
         args.method, args.overrides = "", [args.method, *args.overrides]
     config, changes = _configured(args)
@@ -79,6 +81,15 @@ def main(arguments: list[str]) -> int:
         if not flush_stdout():  # log.txt has all lines, and the exit code describes the run
             discard_stdout()
     return 0
+
+
+def _give_back_method(args: Namespace) -> None:
+    """Take METHOD out of the words after --change, which takes all that follow it."""
+    if not args.method:
+        words = [word for word in args.change if word in PRESETS or ("=" not in word and is_import_path(word))]
+        if len(words) == 1:
+            args.method = words[0]
+            args.change.remove(args.method)
 
 
 def _is_override(word: str) -> bool:

@@ -10,7 +10,7 @@ import shutil
 import socket
 import unicodedata
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
@@ -124,8 +124,8 @@ def check_not_replaced(targets: Iterable[Path], sources: Iterable[Path]) -> None
         written[real] = target
 
 
-def distinct_names(files: Iterable[Path], root: Path, suffix: str) -> dict[Path, Path]:
-    """Give each file a name with `suffix`, relative to `root`, so that no two names are equal on any disk.
+def distinct_names(files: Iterable[Path], root: Path | Mapping[Path, Path], suffix: str) -> dict[Path, Path]:
+    """Give each file a name with `suffix`, relative to `root` or its own root, so that no two are equal on any disk.
 
     If a.jpg has become a.png, then a.bmp becomes a.bmp.png. Names that differ only in case or in the encoding of
     accents count as equal, as some disks treat them.
@@ -133,7 +133,7 @@ def distinct_names(files: Iterable[Path], root: Path, suffix: str) -> dict[Path,
     names: dict[Path, Path] = {}
     taken: set[str] = set()
     for file in files:
-        name = file.relative_to(root).with_suffix(suffix)
+        name = file.relative_to(root if isinstance(root, Path) else root[file]).with_suffix(suffix)
         count = 1
         while (key := unicodedata.normalize("NFC", name.as_posix()).lower()) in taken:
             name = name.with_name(f"{file.name}{'' if count == 1 else f'-{count}'}{suffix}")

@@ -27,6 +27,7 @@ from ..common.writing import check_not_replaced, sweep, write_whole
 from ..data import DataError, find_images, load_image
 from ..data.folder import order_of
 from .distribution import Inception, check_counts, fid_kid
+from .gallery import Gallery
 from .pairs import Pair, find_pairs
 from .quality import KEYS, DerainingMetrics
 from .sheet import Translate, draw_sheet
@@ -139,6 +140,9 @@ def evaluate(
     json_file: str | os.PathLike[str] | None = None,
     csv_file: str | os.PathLike[str] | None = None,
     sheet: str | os.PathLike[str] | None = None,
+    gallery: Gallery | None = None,
+    num: int = 0,
+    phase: str = "test",
     progress: Callable[[str], None] | None = None,
 ) -> Report:
     """Measure a test set. Files are written only after everything has been measured.
@@ -158,6 +162,9 @@ def evaluate(
         steps: of the checkpoints `translate` and `best`.
         json_file, csv_file, sheet: files to write: all results, one line per picture, and a contact sheet (PNG); the
             last two of `translate` only.
+        gallery: also write the inputs, outputs of `translate`, and truths, with a page.
+        num: measure so many pictures at most, the first in the order of their names; 0 takes all. Of testB all count.
+        phase: the folders of an unpaired set are `phase`A and `phase`B.
         progress: called with a sentence after each picture.
 
     Raises:
@@ -173,21 +180,31 @@ def evaluate(
     exchanged = [
         order_of(direction or getattr(translate, kind, "AtoB")) == "BA" for kind in ("direction", "paired_direction")
     ]
-    unpaired = (data / "testA").is_dir() and (data / "testB").is_dir()
+    side_a, side_b = (data / f"{phase}{domain}" for domain in ("BA" if exchanged[0] else "AB"))
+    unpaired = side_a.is_dir() and side_b.is_dir()
+    if phase != "test" and not unpaired:
+        raise DataError(f"{data} has no {phase}A and {phase}B, which --phase {phase} names")
     if unpaired and (not fid or csv_file or sheet):
         raise DataError(
-            f"{data} holds testA and testB, which are not paired: measure them with --fid and --json only (PSNR, "
+            f"{data} holds {phase}A and {phase}B, which are not paired: measure them with --fid and --json only (PSNR, "
             f"SSIM, --csv and --sheet need pairs, such as rain/ and norain/)"
         )
     sets = _Sets(Inception(device, feature_weights)) if fid else None
     drawn = b""
     pairs: list[Pair] = []
+    names: list[str] = []
+    lone: tuple[list[Path], list[Path]] = ([], [])
     if sets is not None and unpaired:
-        taken = [*find_images(data / "testA"), *find_images(data / "testB")]
+        lone = find_images(side_a)[: num or None], find_images(side_b)
+        names = [file.relative_to(side_a).with_suffix("").as_posix() for file in lone[0]]
+        taken = [*lone[0], *lone[1]]
     else:
-        pairs = find_pairs(data, rain_side)
+        pairs = find_pairs(data, rain_side)[: num or None]
         pairs = [pair.exchanged() for pair in pairs] if exchanged[1] else pairs
+        names = [pair.name for pair in pairs]
         taken = [file for pair in pairs for file in (pair.rainy, pair.clean)]
+    if gallery is not None:
+        files = [*files, gallery.page, *(file for name in names for file in gallery.files(name))]
     for model in (translate, best):
         _check_kept(files, taken, model)
 
@@ -196,9 +213,10 @@ def evaluate(
             if progress is not None:
                 progress(f"{name}: {sentence}" if best is not None else sentence)
 
+        shown = gallery if model is translate else None
         if sets is not None and unpaired:
-            return _unpaired(data, exchanged[0], model, channels, sets, told)
-        return _paired(data, pairs, model, channels, device, sets, told)
+            return _unpaired(data, lone, names, model, channels, sets, told, shown)
+        return _paired(data, pairs, model, channels, device, sets, told, shown)
 
     report = replace(measure(translate, checkpoint), checkpoint=checkpoint, step=steps[0])
     if best is not None:
@@ -211,6 +229,8 @@ def evaluate(
                 write_whole(file, text().encode("utf-8", "backslashreplace"))
         if sheet is not None:
             write_whole(sheet, drawn)
+        if gallery is not None:
+            gallery.write(names)
     except OSError as error:  # the message includes the results, so that a full disk does not lose an hour's work
         measured = report.summary().replace("\n", "; ")
         raise OSError(error.errno, f"{error.strerror}; measured: {measured}", error.filename) from error
@@ -246,6 +266,7 @@ def _paired(
     device: torch.device | str,
     sets: _Sets | None,
     progress: Callable[[str], None],
+    gallery: Gallery | None,
 ) -> Report:
     metrics, inputs = DerainingMetrics(), DerainingMetrics()
     made_channels = getattr(translate, "out_channels", channels)
@@ -254,6 +275,8 @@ def _paired(
     for pair in pairs:
         rainy, clean = (picture[None] for picture in pair.load(channels, made_channels))
         output = rainy if translate is None else translate(rainy)
+        if gallery is not None:
+            _show(gallery, pair.name, rainy, output, clean)
         (row,) = metrics.update(output.to(device), clean.to(device))
         if translate is not None:
             if made_channels != channels:  # the inputs are measured as pictures of the truth's kind
@@ -274,19 +297,31 @@ def _paired(
 
 def _unpaired(
     data: Path,
-    exchanged: bool,
+    files: tuple[list[Path], list[Path]],
+    names: list[str],
     translate: Translate | None,
     channels: int,
     sets: _Sets,
     progress: Callable[[str], None],
+    gallery: Gallery | None,
 ) -> Report:
     made: list[Tensor] = []
-    sources, truths = (find_images(data / f"test{domain}") for domain in ("BA" if exchanged else "AB"))
+    sources, others = files
     for count, file in enumerate(sources, 1):
         picture = load_image(file, channels)[None]
-        made.append(sets.inception.features(picture if translate is None else translate(picture)))
+        output = picture if translate is None else translate(picture)
+        if gallery is not None:
+            other = load_image(others[(count - 1) % len(others)], output.shape[1])[None]
+            _show(gallery, names[count - 1], picture, output, other)
+        made.append(sets.inception.features(output))
         progress(f"{count}/{len(sources)} {file.name}")
     if not sets.reference:
         made_channels = getattr(translate, "out_channels", channels)
-        sets.reference = [sets.inception.features(load_image(file, made_channels)[None]) for file in truths]
+        sets.reference = [sets.inception.features(load_image(file, made_channels)[None]) for file in others]
     return Report(str(data), sets.measure(made), {}, [])
+
+
+def _show(gallery: Gallery, name: str, *pictures: Tensor) -> None:
+    """Write the input, the output and the truth of one picture."""
+    for which, picture in enumerate(pictures):
+        gallery.save(name, which, picture[0])

@@ -1,7 +1,8 @@
-"""Chosen checkpoints of a run: the last, which `translate` uses, the best, and that of an epoch."""
+"""The checkpoints that are named: of an epoch, the last, which `translate` uses, and the best."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,6 +55,45 @@ def last_and_best(
         say(f"only the last checkpoint is measured: {error}")
         return last, None, "last"
     return (last, None, "best and last") if step_loaded(best) == step_loaded(last) else (last, best, "last")
+
+
+def chosen_model(model: Path, epoch: str = "", generator: str = "") -> tuple[Path, str]:
+    """Find what `load_translator` takes for a run, or for a folder of published files.
+
+    Args:
+        model: a run; a folder with files such as latest_net_G.pth; anything else is returned unchanged.
+        epoch: "last" or "latest", "best", or the number of an epoch whose checkpoint is kept; empty: the last.
+        generator: as `load_translator` takes it. Of published files, it chooses between latest_net_G_A.pth and
+            latest_net_G_B.pth.
+
+    Returns:
+        the path, and the generator that is still to be chosen in it.
+
+    Raises:
+        ValueError: there is no such checkpoint or file; the message names those that are there.
+    """
+    label = {"": "latest", "last": "latest"}.get(epoch, epoch)
+    if label not in ("latest", "best") and not re.fullmatch(r"[1-9]\d{0,17}", label):
+        raise ValueError(f"--epoch must be last, best or the number of an epoch, not {epoch}")
+    if (model / "checkpoints").is_dir():
+        if label == "latest":
+            return model, generator
+        if label != "best":
+            return of_epoch(model, int(label)), generator
+        pointer = model / "checkpoints" / "best"
+        if not pointer.is_file():
+            raise ValueError(missing(pointer))
+        return pointer, generator
+    files = {file.name: file for file in sorted(model.glob("*_net_G*.pth"))} if model.is_dir() else {}
+    if not files:
+        if epoch:
+            raise ValueError(f"--epoch {epoch} chooses a checkpoint of a run, and {model} is none")
+        return model, generator
+    names = [f"{label}_net_{generator}.pth"] if generator else [f"{label}_net_{g}.pth" for g in ("G", "G_A")]
+    for name in names:
+        if name in files:
+            return files[name], ""
+    raise ValueError(f"{model} has no {' or '.join(names)}: it holds {', '.join(files)}")
 
 
 def of_epoch(model: Path, epoch: int) -> Path:

@@ -1,10 +1,10 @@
-"""Translate one picture, or every picture of a folder."""
+"""Translate one picture, several, or every picture of a folder."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ import torch
 from ..common.gathered import gathering
 from ..common.writing import FILES, check_folder, check_not_replaced, distinct_names, sweep
 from ..data import DataError, find_images
+from .index import Index
 from .photographs import Photograph, check_format, read_photograph, write_photograph
 from .translator import Translator
 
@@ -24,27 +25,33 @@ MOST_AT_ONCE = 1_024
 @gathering()
 def translate_files(
     translator: Translator,
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     out: str | os.PathLike[str],
     suffix: str | None = None,
     *,
     batch: int = 1,
     bits: int | None = None,
     progress: Callable[[str], None] | None = None,
+    limit: int = 0,
+    load_size: tuple[int, int] | None = None,
+    index: Index | None = None,
 ) -> list[Path]:
-    """Translate one picture, or every picture of a folder (keeping its subfolders); return the written files.
+    """Translate pictures, or every picture of a folder (keeping its subfolders); return the written translations.
 
     Alpha and colour profile are kept if the format supports them.
 
     Args:
         translator: the model.
-        source: a picture or a folder. If `out` is inside it, the pictures in `out` are not translated.
+        source: a picture or a folder, or several. If `out` is inside one, the pictures in `out` are not translated.
         out: a folder, created if necessary. For one picture, a name such as x.png is that of the written file, unless
             there is a folder of this name. Files may be replaced, but never a picture of `source` or the model.
         suffix: the format of the written files; None: that of `out` if it names a file, else ".png".
         batch: number of pictures of the same size to translate at once.
         bits: 8, 16, or None for the source's depth if the format supports it (see `check_format`).
         progress: called with "done/total, images/s" after each picture.
+        limit: translate so many pictures at most, the first of each folder's sorted names; 0 takes all.
+        load_size: the (height, width) that pictures are resized to first; None keeps their size.
+        index: also write a page of inputs and outputs, and possibly truths.
 
     Raises:
         ValueError: there are no pictures, the format does not support `bits`, `out` does not fit `source` or
@@ -54,19 +61,21 @@ def translate_files(
     """
     if not 1 <= batch <= MOST_AT_ONCE:
         raise ValueError(f"batch must be from 1 to {MOST_AT_ONCE:,} pictures, not {batch}")
-    source, out = Path(source), Path(out)
-    file, suffix = _named(source, out, suffix)
+    sources = [Path(source)] if isinstance(source, str | os.PathLike) else [Path(one) for one in source]
+    out = Path(out)
+    file, suffix = _named(sources, out, suffix)
     check_format(suffix, bits, translator.out_channels)
-    pictures = find_images(source) if source.is_dir() else [source]
-    top, own = os.path.realpath(source), os.path.realpath(out)
-    if own.startswith(f"{top}{os.sep}"):
-        pictures = [path for path in pictures if not os.path.realpath(path.parent / "x").startswith(f"{own}{os.sep}")]
-    if not pictures:
-        raise ValueError(f"{source}: no pictures here")
-    names = distinct_names(pictures, source if source.is_dir() else source.parent, suffix)
+    roots = _pictures(sources, out, limit)
+    pictures = list(roots)
+    names = distinct_names(pictures, roots, suffix)
     targets = {path: file or out / name for path, name in names.items()}
-    check_not_replaced(targets.values(), [*pictures, *translator.sources])
-    for folder in {target.parent for target in targets.values()}:
+    written_too: list[Path] = []
+    if index is not None:
+        index.plan(names, suffix, translator.out_channels)
+        targets = {path: index.target(path, target) for path, target in targets.items()}
+        written_too = index.files()
+    check_not_replaced([*targets.values(), *written_too], [*pictures, *translator.sources])
+    for folder in {target.parent for target in (*targets.values(), *written_too)}:
         sweep(folder)
     written: list[Path] = []
     bad: list[str] = []
@@ -96,13 +105,18 @@ def translate_files(
                 raise DataError("\n".join(bad)) from error
             else:
                 written.append(target)
+                if index is not None:
+                    index.add(path, target, photograph, translator.out_channels, load_size)
         if progress is not None:
             rate = len(written) / (time.perf_counter() - begin)
             progress(f"{len(written)}/{len(pictures)} pictures, {rate:.2f} images/s")
 
+    def read(path: Path) -> Photograph:
+        return read_photograph(path, translator.channels, *([] if load_size is None else [load_size]))
+
     for path, target in targets.items():
         try:
-            photograph = read_photograph(path, translator.channels)
+            photograph = read(path)
         except DataError as error:
             bad.append(str(error))
             continue
@@ -114,6 +128,8 @@ def translate_files(
             flush(next(iter(waiting)))
     for size in list(waiting):
         flush(size)
+    if index is not None and written:
+        index.write()
     if bad:
         raise DataError("\n".join(bad))
     return written
@@ -123,10 +139,25 @@ KINDS = {".jpeg": ".jpg", ".tif": ".tiff"}
 """Second names of formats."""
 
 
-def _named(source: Path, out: Path, suffix: str | None) -> tuple[Path | None, str]:
+def _pictures(sources: Sequence[Path], out: Path, limit: int) -> dict[Path, Path]:
+    """The pictures to translate, each with the folder that its name is relative to."""
+    roots: dict[Path, Path] = {}
+    own = os.path.realpath(out)
+    for source in sources:
+        found = find_images(source) if source.is_dir() else [source]
+        if own.startswith(f"{os.path.realpath(source)}{os.sep}"):
+            found = [path for path in found if not os.path.realpath(path.parent / "x").startswith(f"{own}{os.sep}")]
+        if not found:
+            raise ValueError(f"{source}: no pictures here")
+        for path in found:
+            roots.setdefault(path, source if source.is_dir() else source.parent)
+    return dict(list(roots.items())[: limit or None])
+
+
+def _named(sources: Sequence[Path], out: Path, suffix: str | None) -> tuple[Path | None, str]:
     """Return the one file to write, None if `out` is a folder, and the suffix of what is written."""
     own = out.suffix.lower()
-    if source.is_dir() or out.is_dir() or own not in FILES:
+    if len(sources) > 1 or sources[0].is_dir() or out.is_dir() or own not in FILES:
         check_folder(out, "the translated pictures")
         return None, suffix or ".png"
     if own not in FORMATS:

@@ -21,7 +21,7 @@ from ..common.gathered import warn_of_file
 from ..common.writing import write_whole
 from ..data import load_image, save_image
 from ..data.encoding import encoded
-from ..data.folder import as_tensor, match_channels, probe_picture
+from ..data.folder import as_tensor, match_channels, probe_picture, resize_picture
 from ..data.opening import alpha_of, decoded, decoding
 
 ALPHA = (".png", ".webp", ".tif", ".tiff")
@@ -47,16 +47,24 @@ class Photograph:
     profile: bytes | None = None
 
 
-def read_photograph(path: str | os.PathLike[str], channels: int) -> Photograph:
-    """Read a photograph; raise DataError as `load_image` does."""
+def read_photograph(path: str | os.PathLike[str], channels: int, size: tuple[int, int] | None = None) -> Photograph:
+    """Read a photograph; raise DataError as `load_image` does.
+
+    Args:
+        size: the (height, width) to resize to, with the bicubic filter of training; None keeps its size.
+    """
     path = Path(path)
     if path.suffix.lower() == ".npy":
-        return Photograph(load_image(path, channels), probe_picture(path)[2])
+        return Photograph(load_image(path, channels, size), probe_picture(path)[2])
     with decoding(path):
         image, head = decoded(path)
         alpha = alpha_of(image) if channels in (1, 3) else None
         profile = image.info.get("icc_profile")
-        return Photograph(as_tensor(match_channels(image, head, channels, path)), head.bits, alpha, profile)
+        pixels = match_channels(image, head, channels, path)
+        if size is not None:
+            pixels = resize_picture(pixels, *size)
+            alpha = None if alpha is None else resize_picture(alpha[:, :, None], *size)[:, :, 0]
+        return Photograph(as_tensor(pixels), head.bits, alpha, profile)
 
 
 def check_format(suffix: str, bits: int | None, channels: int) -> None:

@@ -77,6 +77,13 @@ class Translator:
         self._bytes_per_pixel = 0.0
         self._tiles_checked = False
 
+    def train_mode(self) -> None:
+        """Compute as in training: dropout is on, and batch norm takes the statistics of the image.
+
+        The published test.py does so unless --eval is given. Instance norm computes the same in both modes.
+        """
+        self.generator.train()
+
     def __repr__(self) -> str:
         place = self.sources[0] if self.sources else None
         if place is not None and place.name == "state.json":  # of a checkpoint, which is a folder
@@ -133,6 +140,9 @@ class Translator:
             result = self._whole(padded)
             if result is not None:
                 return result[:, :, :height, :width]
+            if self.generator.training:
+                size = f"{padded.shape[3]}x{padded.shape[2]}"
+                raise ValueError(f"a picture of {size} does not fit into memory as a whole, as --train-mode needs it")
             if len(padded) > 1:
                 return torch.cat([self._translate(picture) for picture in pictures.split(1)])
         return torch.cat([self._tiled(picture)[:, :, :height, :width] for picture in padded.split(1)])

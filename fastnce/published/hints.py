@@ -1,0 +1,75 @@
+"""Our words for published options that a user gives to a command of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from .flag import Flag, NotSupported
+from .table import named
+
+WHOLE = "fastnce import-options 'python train.py ...' turns a whole command into ours"
+
+
+def published_words(arguments: list[str], own: Collection[str], command: str) -> str:
+    """Name our words for the published options among the arguments of a command, as one sentence.
+
+    Args:
+        arguments: of the command.
+        own: the options that the command has itself.
+        command: "train", "translate" or "evaluate".
+
+    Returns:
+        the sentence; empty if there are none.
+    """
+    if "--" in arguments:
+        arguments = arguments[: arguments.index("--")]
+    found: dict[str, str] = {}
+    for place, word in enumerate(arguments):
+        name, equals, text = word[2:].partition("=")
+        if not word.startswith("--") or f"--{name}" in own or not named(name):
+            continue
+        follows = arguments[place + 1] if place + 1 < len(arguments) else "--"
+        value = text if equals else "" if follows.startswith("--") else follows
+        found.setdefault(name, _word(name, value, command))
+    if not found:
+        return ""
+    return f"{', '.join(f'--{name} {word}' for name, word in found.items())} ({WHOLE})"
+
+
+def _word(name: str, value: str, command: str) -> str:
+    """What is said of one option: "is --data DIR here"."""
+    flags = named(name)
+    if command != "train":
+        here = next((flag.test for flag in flags if flag.test), "")
+        here = {"DATA": "--data TEST"}.get(here, here) if command == "evaluate" else here
+        if here:
+            return f"is {here} here" if here != "RUN" else "is a part of RUN here"
+        flags = [flag for flag in flags if not flag.ours] or flags
+    if command == "train" and not any(flag.ours for flag in flags):
+        here = next((flag.test for flag in flags if flag.test), "")
+        if here:
+            return f"is {here} of fastnce translate"
+    flag = next((flag for flag in flags if flag.ours), flags[0])
+    if not flag.ours:
+        return f"is not supported: {flag.remark}"
+    if command != "train":
+        return "is part of the trained model here"
+    return {
+        "data.dir": "is --data DIR here",
+        "--out": "is a part of --out RUN here",
+        "METHOD": "is the argument METHOD here",
+    }.get(flag.ours) or f"is {_example(flag, value)} here"
+
+
+def _example(flag: Flag, value: str) -> str:
+    """Our key with its value, if the value alone says it."""
+    value = value or ("True" if flag.takes != "value" else "")
+    if flag.convert is None or not value:
+        return flag.ours
+    try:
+        ((key, ours),) = flag.convert(value, None).items()  # type: ignore[arg-type]
+    except (ValueError, NotSupported, AttributeError):  # it depends on other options, or is wrong there too
+        return flag.ours
+    if isinstance(ours, list):
+        ours = ",".join(map(str, ours))
+    return f"{key}={str(ours).lower() if isinstance(ours, bool) else ours}"
