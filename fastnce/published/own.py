@@ -93,7 +93,7 @@ def antialias_up(text: str, published: Published) -> dict[str, Any]:
 
 def gan_mode(text: str, published: Published) -> dict[str, Any]:
     """The published WGAN-GP lacks its penalty, and the published hinge of the generators is the discriminators'."""
-    more = {"wgangp": {"loss.lambda_gp": 0.0}, "hinge": {"loss.saturating": True}}
+    more: dict[str, dict[str, Any]] = {"wgangp": {"loss.lambda_gp": 0.0}, "hinge": {"loss.saturating": True}}
     return {"loss.gan_mode": text, **more.get(text, {})}
 
 
