@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from ..common.streams import ProgressLine
 from ..data.folder import DIRECTIONS
@@ -16,6 +16,7 @@ from ..evaluate.pairs import RAIN_SIDE_HELP, RAIN_SIDES
 from ..evaluate.report import evaluate as measure
 from ..translate.chosen import CHECKPOINTS, chosen_model, last_and_best, step_loaded
 from ..translate.load import load_translator
+from ..translate.translator import Translator
 from .parsing import (
     EPOCH_HELP,
     GENERATOR_HELP,
@@ -92,9 +93,9 @@ def main(arguments: list[str]) -> int:
         translator = best = None
         name = ""
         if args.model is not None:
-            how: dict[str, Any] = {"tiles": args.tiles, "say": line.say, "trust_code": args.trust_code}
+            how = {"tiles": args.tiles, "say": line.say, "trust_code": args.trust_code}
             path, generator = chosen_model(args.model, args.epoch, args.generator)
-            load = partial(load_translator, device=device, generator=generator, **how)
+            load: Callable[[Path], Translator] = partial(load_translator, device=device, generator=generator, **how)
             if args.epoch:
                 translator, name = load(path), f"epoch {args.epoch}" if args.epoch.isdecimal() else args.epoch
                 name = name if step_loaded(translator) is not None else ""
