@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from ..common.streams import ProgressLine
 from ..data.folder import DIRECTIONS
@@ -94,7 +93,7 @@ def main(arguments: list[str]) -> int:
         translator = best = None
         name = ""
         if args.model is not None:
-            how: dict[str, Any] = {"tiles": args.tiles, "say": line.say, "trust_code": args.trust_code}
+            how = {"tiles": args.tiles, "say": line.say, "trust_code": args.trust_code}
             path, generator = chosen_model(args.model, args.epoch, args.generator)
             load: Callable[[Path], Translator] = partial(load_translator, device=device, generator=generator, **how)
             if args.epoch:
