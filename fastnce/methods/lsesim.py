@@ -30,9 +30,9 @@ from .base import (
     check_ranges,
     together,
 )
-from .cyclegan import MOST_POOLED, ImagePool
 from .jitter import color_jitter
 from .losses import GANMode, gan_loss, gradient_penalty
+from .pool import MOST_POOLED, ImagePool
 
 LEAST_CHANNELS = 32
 

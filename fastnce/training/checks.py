@@ -20,7 +20,7 @@ from ..engine.progress import check_batch
 from ..evaluate.metrics import AUTO, Measures, find_measures
 from ..methods import Method
 from ..methods.checks import Sizes
-from ..methods.cyclegan import ImagePool
+from ..methods.pool import ImagePool
 from .continuing import as_overrides, check_fit, is_fixed
 
 

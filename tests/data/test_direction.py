@@ -19,7 +19,7 @@ from fastnce.config.options import exchanges_pairs
 from fastnce.data import DataError
 from fastnce.data.folder import Folder, clean_folder
 from fastnce.data.order import Order
-from fastnce.data.own import OwnData
+from fastnce.data.own import OwnData, open_own
 from fastnce.data.rained import RainedData
 from fastnce.data.single import SinglePictureData
 from fastnce.data.unpaired import UnpairedData
@@ -128,7 +128,7 @@ def test_an_own_data_set_is_exchanged_too():
         samples=lambda count: (torch.zeros(2, 3, 8, 8), torch.ones(2, 3, 8, 12)),
         digest=lambda: "mine",
     )
-    options = {"batch": 1, "channels": 3, "device": torch.device("cpu")}
+    options = {"batch": 1, "channels": (3, 3), "device": torch.device("cpu")}
     there, here = (OwnData(own, "data.dataset=x", exchanged=way, **options) for way in (True, False))
     assert same(there.batch(1), here.batch(1)[::-1])
     assert same(there.samples(2), here.samples(2)[::-1])
@@ -137,6 +137,22 @@ def test_an_own_data_set_is_exchanged_too():
     assert there.digest() != here.digest() == "mine"
     with pytest.raises(CodeError, match=r"batch\(2\) returns A and B of 8x8 and 12x4, batch\(0\) of 8x8 and 12x8"):
         there.batch(2)
+
+
+def test_channels_belong_to_the_domains_of_the_run(root, tmp_path):
+    """A of a run is what the other folder holds, read with the channels of A."""
+    data = UnpairedData(root, direction="BtoA", channels=(1, 3), **SIZES)
+    assert [one.shape[1] for one in data.batch(0)] == [one.shape[1] for one in data.samples(1)] == [1, 3]
+    (tmp_path / "mine.py").write_text(
+        "import torch\n\n\nclass Mine:\n    steps_per_epoch = 1\n\n    def __init__(self, options, channels, **_):\n"
+        "        self.channels = channels\n\n    def digest(self):\n        return 'mine'\n\n"
+        "    def batch(self, step, decaying=False):\n"
+        "        return tuple(torch.zeros(1, count, 8, 8) for count in self.channels)\n\n    samples = batch\n"
+    )
+    options = {"batch": 1, "seed": 0, "rank": 0, "world": 1, "device": torch.device("cpu")}
+    own = open_own(f"{tmp_path}/mine.py:Mine", None, channels=(1, 3), exchanged=True, **options)
+    assert own._data.channels == (3, 1)
+    assert [one.shape[1] for one in own.batch(0)] == [1, 3]
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
