@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import PurePath
 from typing import Any
 
+from ..data.target import named
 from .flag import CUT, NotSupported, Published, switch, whole, word
 
 UNPAIRED = ("unaligned", "singleimage")
@@ -35,6 +36,14 @@ def crop(text: str, published: Published) -> dict[str, Any]:
     if any("stylegan2" in published.values.get(name, "") for name in ("netG", "netD")):
         found["network.resolution"] = found["data.crop_size"]
     return found
+
+
+def preprocess(text: str, _: Published) -> dict[str, Any]:
+    """The published code looks for words anywhere in the text."""
+    try:
+        return {"data.preprocess": named(text)}
+    except ValueError as error:
+        raise NotSupported(str(error).partition(": ")[2]) from None
 
 
 def most(text: str, _: Published) -> dict[str, Any]:

@@ -77,7 +77,7 @@ _BOTH = (
         ALL,
         "resize_and_crop",
         "data.preprocess",
-        word("data.preprocess"),
+        own.preprocess,
         "",
         "--load-size",
         example="crop",
