@@ -241,15 +241,26 @@ class OurStep:
 
 
 def build(
-    name: str, network: dict[str, Any], device: torch.device, precision: str, form: dict[str, Any], changes: dict
+    name: str,
+    network: dict[str, Any],
+    device: torch.device,
+    precision: str,
+    form: dict[str, Any],
+    changes: dict[str, Any],
+    optim: dict[str, Any] | None = None,
 ) -> Step:
-    """Return our step as `fastnce train` runs it; `form` has further arguments of `Step`."""
+    """Return our step as `fastnce train` runs it.
+
+    Args:
+        network, changes, optim: changes to the options of the networks, of the method and of the updates.
+        form: further arguments of `Step`.
+    """
     preset = PRESETS[name]
     options = preset.options()
     for key, value in changes.items():
         setattr(options, key, value)
     method = preset.method(options, NetworkOptions(**{**preset.sections.get("network", {}), **network})).to(device)
-    optim = preset.sections.get("optim", {})
+    optim = {**preset.sections.get("optim", {}), **(optim or {})}
     return Step(method, OptimOptions(**optim), precision, **form)
 
 

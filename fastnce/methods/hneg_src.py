@@ -88,7 +88,7 @@ class HnegSRC(CUT):
         images = outputs["fake"].shape[0]
         groups = images if self.options.negatives == "image" else directions
         losses, relations = [], []
-        for q, k, temperature in zip(queries, keys, self.head.temperatures, strict=True):
+        for q, k, temperature in zip(queries, keys, self.head.current_temperatures(), strict=True):
             unit = unit_rows(k)
             weights = Weights(pair_weight=hdce_pair_weight(unit, groups, gamma=self.gamma), decoupled=True)
             loss = patch_nce(q, k, images=groups, temperature=temperature, weights=weights, reduction="none")

@@ -50,7 +50,12 @@ class NEGCUT(CUT):
 
     def __init__(self, options: NEGCUTOptions, network: NetworkOptions):
         super().__init__(options, network)
-        refuse_changed(options, NEGCUTOptions(), ("weighting", "symmetric", "selection", "gather_negatives"), "negcut")
+        refuse_changed(
+            options,
+            NEGCUTOptions(),
+            ("weighting", "symmetric", "selection", "gather_negatives", "projector"),
+            "negcut",
+        )
         if options.lambda_nce == 0:
             raise ValueError("negcut learns negatives for PatchNCE: loss.lambda_nce must be above 0")
         self.average = PatchSampleF(
@@ -72,10 +77,10 @@ class NEGCUT(CUT):
 
     @torch.no_grad()
     def finish(self, bad: Tensor) -> None:
-        """Move F_ towards F."""
-        share = 1.0 - self.options.momentum
-        for mean, weight in zip(self.average.parameters(), self.head.parameters(), strict=True):
-            mean.lerp_(weight, bad.logical_not().to(mean.dtype) * share)
+        """Move F_ towards F. A learned temperature is F's alone."""
+        share, weights = 1.0 - self.options.momentum, dict(self.head.named_parameters())
+        for name, mean in self.average.named_parameters():
+            mean.lerp_(weights[name], bad.logical_not().to(mean.dtype) * share)
 
     def generate(self, batch: Batch, draws: Draws) -> Outputs:
         outputs = super().generate(batch, draws)
@@ -121,7 +126,7 @@ class NEGCUT(CUT):
             contrast_with(q, k, made.reshape(groups, -1, made.shape[2]), temperature)
             .unflatten(0, (directions, -1))
             .mean(1)
-            for q, k, made, temperature in zip(queries, keys, negatives, self.head.temperatures, strict=True)
+            for q, k, made, temperature in zip(queries, keys, negatives, self.head.current_temperatures(), strict=True)
         ]
         return torch.stack(losses).mean(0), negatives
 

@@ -118,13 +118,13 @@ class NegativeGenerator(nn.Module):
         return negatives
 
 
-def contrast_with(queries: Tensor, keys: Tensor, negatives: Tensor, temperature: float = 0.07) -> Tensor:
+def contrast_with(queries: Tensor, keys: Tensor, negatives: Tensor, temperature: float | Tensor = 0.07) -> Tensor:
     """Return PatchNCE with given negatives only (NEGCUT): logsumexp(positive, negatives) - positive, per row.
 
     Args:
         queries, keys: (rows, dim), group after group, any floating dtype. The key of a query's row is its positive.
         negatives: (groups, count, dim); each group of rows is contrasted with its own. They get a gradient.
-        temperature: divides all similarities.
+        temperature: divides all similarities; a tensor () gets its gradient.
 
     Returns:
         (rows,) float32, or float64 for float64.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastnce.engine.loop import train
 from fastnce.engine.options import OptimOptions, RunOptions
-from fastnce.methods import Batch, Draws
+from fastnce.methods import Batch, Draws, hneg_src
 from fastnce.methods.hneg_src import HnegSRCOptions, gamma_at
 from fastnce.methods.jitter import color_jitter
 from fastnce.nce.negatives import NegativeGenerator, contrast_with
@@ -98,15 +98,39 @@ def test_the_generator_of_negatives():
 
 
 def test_a_running_average_ignores_bad_steps():
-    method = build("negcut", momentum=0.75)
+    method = build("negcut", momentum=0.75, learn_temperature=True)
+    first = method.head.learned_temperature.log_scale.item()
     with torch.no_grad():
-        for mean, weight in zip(method.average.parameters(), method.head.parameters(), strict=True):
+        weights = dict(method.head.named_parameters())
+        for name, mean in method.average.named_parameters():
             mean.fill_(1.0)
-            weight.fill_(5.0)
+            weights[name].fill_(5.0)
     method.finish(torch.tensor(True))
     assert all((mean == 1).all() for mean in method.average.parameters())
     method.finish(torch.tensor(False))
     assert all((mean == 2).all() for mean in method.average.parameters())
+    assert weights.keys() - dict(method.average.named_parameters()).keys() == {"learned_temperature.log_scale"}
+    assert method.head.learned_temperature.log_scale.item() == first
+
+
+@pytest.mark.parametrize("preset", ["hneg-src", "negcut", "qsattn"])
+def test_a_learned_temperature_has_the_slope_of_the_loss(preset, monkeypatch):
+    monkeypatch.setattr(hneg_src, "softplus", lambda loss: loss)  # show what is differentiated
+    method = build(preset, learn_temperature=True).double()
+    batch = Batch(*(x.double() for x in pictures()))
+    log_scale = method.head.learned_temperature.log_scale
+
+    def loss() -> Tensor:
+        torch.manual_seed(0)
+        losses = method.g_loss(batch, method.generate(batch, Draws()), Draws())[1]
+        return losses["HDCE" if preset == "hneg-src" else "NCE"]
+
+    (slope,) = torch.autograd.grad(loss(), log_scale)
+    with torch.no_grad():
+        higher = (log_scale.add_(1e-4), loss())[1]
+        lower = (log_scale.sub_(2e-4), loss())[1]
+    assert slope.item() == pytest.approx((higher - lower).item() / 2e-4, rel=1e-5)
+    assert abs(slope.item()) > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["global", "local", "local_global"])
@@ -232,6 +256,7 @@ def test_a_batch_is_the_mean_of_its_images(preset):
         ("negcut", {"symmetric": True}, "loss.symmetric=True has no effect in negcut"),
         ("negcut", {"lambda_nce": 0.0}, "loss.lambda_nce must be above 0"),
         ("negcut", {"patches": 1}, "loss.patches"),
+        ("negcut", {"projector": "sample"}, "loss.projector=sample has no effect in negcut"),
         ("qsattn", {"selection": "attention"}, "has no effect in qsattn, which has loss.attention"),
         ("fsesim", {"augment": True}, "loss.augment=true needs loss.learned=true"),
         ("fsesim", {"vgg_weights": "nowhere.pth"}, "nowhere.pth: no such file"),

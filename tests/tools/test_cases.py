@@ -19,7 +19,21 @@ def test_every_preset_is_in_the_matrix_in_every_precision_and_form():
     assert set(cases.FORMS.values()) == {False, True, "whole"}
     assert set(cases.LEFT_OUT) < {(preset, form) for preset in PRESETS for form in cases.FORMS}
     assert not any(form == "eager" for _, form in cases.LEFT_OUT)
-    assert len({case.name for case in cases.CASES}) == (len(PRESETS) * 3 - len(cases.LEFT_OUT)) * 3
+    of_presets = {case.name for case in cases.CASES if case.preset in PRESETS}
+    assert len(of_presets) == (len(PRESETS) * 3 - len(cases.LEFT_OUT)) * 3
+
+
+def test_variants_change_options_of_presets():
+    assert not set(cases.VARIANTS) & set(cases.SIZES)
+    for name, variant in cases.VARIANTS.items():
+        plain = cases.Variant(variant.preset, cases.SIZES[variant.preset])
+        assert variant != plain, name
+        assert {case.name for case in cases.CASES if case.preset == name} == {
+            *(f"{name}/{precision}/eager" for precision in PRECISIONS),
+            f"{name}/bf16/parts",
+        }
+        assert cases.find(f"{name}/bf16/parts").variant == variant
+    assert cases.find("cut/bf16/parts").variant == cases.Variant("cut", cases.SIZES["cut"])
 
 
 def test_sizes_name_options_of_the_networks():
@@ -27,11 +41,18 @@ def test_sizes_name_options_of_the_networks():
         NetworkOptions(**{**PRESETS[preset].sections.get("network", {}), **size.network})
 
 
-@pytest.mark.parametrize("preset", cases.SIZES)
-def test_every_preset_can_be_built_at_its_size(preset):
-    step = build(preset, cases.SIZES[preset].network, torch.device("cpu"), "fp32", {}, {})
-    weights = sum(p.numel() for p in step.method.parameters())
-    assert weights < 3e6
+@pytest.mark.parametrize("name", [*cases.SIZES, *cases.VARIANTS])
+def test_every_preset_and_variant_can_be_built_at_its_size(name):
+    variant = cases.Case(name, "fp32", "eager").variant
+    step = build(
+        variant.preset, variant.size.network, torch.device("cpu"), "fp32", {}, variant.options, variant.optim
+    )
+    trained = sum(p.numel() for group in step.groups.values() for p in group.parameters)
+    assert trained < 3e6
+    for key, value in variant.options.items():
+        assert getattr(step.method.options, key) == value
+    for key, value in variant.optim.items():
+        assert getattr(step.options, key) == value
 
 
 def test_selection_by_parts_and_wildcards():
@@ -40,7 +61,7 @@ def test_selection_by_parts_and_wildcards():
     assert [name for name in names if name.startswith("dcdgan/")] == ["dcdgan/bf16/whole"]
     assert sum(name.startswith("cut/") for name in names) == 9
     assert cases.select([]) == cases.CASES
-    assert len(cases.select(["fp16"])) == len(cases.CASES) // 3
+    assert len(cases.select(["fp16", "fp32"])) == len(cases.CASES) - len(cases.select(["bf16"]))
     with pytest.raises(ValueError, match="--only fp8 matches no case"):
         cases.select(["cut", "fp8"])
 

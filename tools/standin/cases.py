@@ -1,10 +1,10 @@
-"""The cases of the matrix: every preset, in every precision, in every form of the step."""
+"""The cases of the matrix: every preset, in every precision, in every form of the step; and options of presets."""
 
 from __future__ import annotations
 
 import fnmatch
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 PRECISIONS = ("bf16", "fp16", "fp32")
@@ -27,9 +27,24 @@ class Size:
     side: int = 64
 
 
+@dataclass(frozen=True)
+class Variant:
+    """A preset with other options: of its size, of the method, and of the section `optim`."""
+
+    preset: str
+    size: Size
+    options: dict[str, Any] = field(default_factory=dict)
+    optim: dict[str, Any] = field(default_factory=dict)
+
+
 SIZES = {
     "cut": Size(SMALL_RESNET),
     "fastcut": Size(SMALL_RESNET),
+    "hneg-src": Size(SMALL_RESNET),
+    "negcut": Size(SMALL_RESNET),
+    "fsesim": Size(SMALL_RESNET),
+    "lsesim": Size(SMALL_RESNET),
+    "qsattn": Size(SMALL_RESNET),
     "sincut": Size({"width": 1, "discriminator_width": 1}, images=2),  # its negatives are from the other image
     "cyclegan": Size(SMALL_RESNET),
     "dclgan": Size(SMALL_RESNET),
@@ -41,10 +56,25 @@ SIZES = {
 }
 """The size of every preset."""
 
+AUGMENT = "color,translation,cutout"
+SPECTRAL = Size({**SMALL_RESNET, "spectral_norm": True})
+VARIANTS = {
+    "cut+temperature": Variant("cut", SIZES["cut"], {"learn_temperature": True}),
+    "cut+augment": Variant("cut", SIZES["cut"], {"augment": AUGMENT}),
+    "cut+spectral": Variant("cut", SPECTRAL),
+    "cut+adamw": Variant(
+        "cut", SIZES["cut"], optim={"optimizer": "adamw", "weight_decay": 0.01, "schedule": "plateau"}
+    ),
+    "dclgan+options": Variant(
+        "dclgan", SPECTRAL, {"learn_temperature": True, "augment": AUGMENT, "flip_equivariance": True}
+    ),
+}
+"""Options that change what a step launches, by the name that stands for the preset in the name of a case."""
+
 
 @dataclass(frozen=True)
 class Case:
-    """One cell of the matrix, which a process of its own computes."""
+    """One cell of the matrix, which a process of its own computes. `preset` may be the name of a variant."""
 
     preset: str
     precision: str
@@ -55,8 +85,9 @@ class Case:
         return f"{self.preset}/{self.precision}/{self.form}"
 
     @property
-    def size(self) -> Size:
-        return SIZES[self.preset]
+    def variant(self) -> Variant:
+        """The preset, its size and its options."""
+        return VARIANTS.get(self.preset) or Variant(self.preset, SIZES[self.preset])
 
     @property
     def seconds(self) -> float:
@@ -71,12 +102,20 @@ LEFT_OUT = {
 }
 """The presets and forms that are not in the matrix, and why. Feature layer 16 needs that many blocks at any size."""
 
+
+def is_in(name: str, precision: str, form: str) -> bool:
+    """Return whether the matrix has this case. Variants are in it uncompiled, and compiled in parts in bf16."""
+    if name in VARIANTS:
+        return form == "eager" or (form, precision) == ("parts", "bf16")
+    return (name, form) not in LEFT_OUT
+
+
 CASES = [
-    Case(preset, precision, form)
+    Case(name, precision, form)
     for form in FORMS
-    for preset in SIZES
+    for name in (*SIZES, *VARIANTS)
     for precision in PRECISIONS
-    if (preset, form) not in LEFT_OUT
+    if is_in(name, precision, form)
 ]
 """All cases, the fast ones first."""
 

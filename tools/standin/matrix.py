@@ -32,7 +32,7 @@ TREE = (
     "tools/standin/constraints.txt",
     *(f"tools/standin/{name}.py" for name in ("build", "log", "names", "step", "symbols", "verdict")),
 )
-"""The files that decide the outcome of a case, together with its size."""
+"""The files that decide the outcome of a case, together with its size and options."""
 TRIES = 2
 """How often a case runs whose process crashes: a killed or aborted process says nothing about the step."""
 
@@ -41,7 +41,7 @@ TRIES = 2
 class Outcome:
     """The result of a case.
 
-    tree: identifies the sources and the size with which it was computed.
+    tree: identifies the sources, the size and the options with which it was computed.
     falls_back: why PyTorch cannot compile all of it; empty if it can.
     """
 
@@ -192,7 +192,7 @@ def run(
         report: called with each outcome, and with whether the case ran just now.
     """
     tree, journal = digest_of_tree(), Journal(folder / "journal.jsonl")
-    trees = {case.name: f"{tree} {case.size}" for case in cases}
+    trees = {case.name: f"{tree} {case.variant}" for case in cases}
     known = {} if fresh else journal.read(trees)
     outcomes = []
     for case in cases:

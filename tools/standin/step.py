@@ -48,9 +48,10 @@ def show_reason() -> None:
 def run(case: Case) -> dict[str, Any]:
     """Run all steps of a case; return what the log does not contain."""
     runtime = ctypes.CDLL("libcudart.so.13")
-    device, size = torch.device("cuda"), case.size
+    device, variant = torch.device("cuda"), case.variant
+    size, form = variant.size, {"compile": FORMS[case.form], "graph": True}
     show_reason()
-    step = build(case.preset, size.network, device, case.precision, {"compile": FORMS[case.form], "graph": True}, {})
+    step = build(variant.preset, size.network, device, case.precision, form, variant.options, variant.optim)
     batch = Batch(*pictures(size.images, size.side, device))
     seconds = []
     for number in range(cudagraph.WARM_UP + 1 + REPLAYS):

@@ -109,6 +109,6 @@ def nce_layers(
     constants = [x.detach() for x in (*keys, *extra)]
     return apply(
         _NCELayers,
-        len(queries), list(temperatures), groups, directions, other, divide, unit, gradient, bool(scales),
+        len(queries), list(temperatures), groups, directions, other, divide, unit, gradient, len(scales) > 0,
         *queries, *constants[: len(queries)], *scales, *constants[len(queries) :],
     )[0]  # fmt: skip
