@@ -88,7 +88,7 @@ class HnegSRC(CUT):
         images = outputs["fake"].shape[0]
         groups = images if self.options.negatives == "image" else directions
         losses, relations = [], []
-        for q, k, temperature in zip(queries, keys, self.head.temperatures, strict=True):
+        for q, k, temperature in zip(queries, keys, self.head.current_temperatures(), strict=True):
             unit = unit_rows(k)
             weights = Weights(pair_weight=hdce_pair_weight(unit, groups, gamma=self.gamma), decoupled=True)
             loss = patch_nce(q, k, images=groups, temperature=temperature, weights=weights, reduction="none")
@@ -106,7 +106,8 @@ class HnegSRC(CUT):
         """The locations of every layer, (patches,): the same for all images and both directions."""
         if draws.patch_ids is not None:
             return draws.patch_ids[0]
-        return dense_patch_ids(maps) if self.options.patches == 0 else self.head.draw_ids(maps)
+        every = self.options.patches == 0 or self.options.projector == "reshape"
+        return dense_patch_ids(maps) if every else self.head.draw_ids(maps)
 
 
 def gamma_at(options: HnegSRCOptions, epoch: int, epochs: int) -> float:
