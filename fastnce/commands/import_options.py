@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--from", dest="repository", default="", metavar="|".join(WORDS), help="whose train.py it is")
     own, words = _apart(arguments)
     args = parser.parse_args(own)
-    if not words:
+    if not any(word.strip() for word in words):
         raise ValueError(
             "fastnce import-options needs SOURCE: a file such as checkpoints/NAME/train_opt.txt, or a command such as "
             "'python train.py --dataroot DIR --CUT_mode FastCUT'"
@@ -39,8 +39,9 @@ def main(arguments: list[str]) -> int:
         return 0
     if published.test:
         raise ValueError("--out writes the configuration of a training, and this is a test: leave --out out")
-    _check_place(args.out, words)
-    write_whole(args.out, result.as_toml().encode("utf-8", "backslashreplace"))
+    data = result.as_toml().encode()
+    _check_place(args.out, words, data)
+    write_whole(args.out, data)
     write_out("".join(f"{line}\n" for line in [header, *result.lines, *result.commands(str(args.out))]))
     return 0
 
@@ -62,7 +63,7 @@ def _apart(arguments: list[str]) -> tuple[list[str], list[str]]:
     return own, words
 
 
-def _check_place(out: Path, words: list[str]) -> None:
+def _check_place(out: Path, words: list[str], data: bytes) -> None:
     folder = out.absolute().parent
     if out.is_dir():
         raise ValueError(f"{out} is a folder; name a file in it")
@@ -70,4 +71,6 @@ def _check_place(out: Path, words: list[str]) -> None:
         raise ValueError(f"{out}: there is no folder {folder} to write it into")
     if os.path.lexists(out):
         check_not_replaced([out], [Path(word) for word in words if len(word) < 4096 and "\n" not in word])
+        if (out.is_symlink() and not out.exists()) or (out.is_file() and out.read_bytes() not in (b"", data)):
+            raise ValueError(f"{out} exists already and may have changes of yours: take another name for --out")
     sweep(folder)

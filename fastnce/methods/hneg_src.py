@@ -106,7 +106,8 @@ class HnegSRC(CUT):
         """The locations of every layer, (patches,): the same for all images and both directions."""
         if draws.patch_ids is not None:
             return draws.patch_ids[0]
-        return dense_patch_ids(maps) if self.options.patches == 0 else self.head.draw_ids(maps)
+        every = self.options.patches == 0 or self.options.projector == "reshape"
+        return dense_patch_ids(maps) if every else self.head.draw_ids(maps)
 
 
 def gamma_at(options: HnegSRCOptions, epoch: int, epochs: int) -> float:

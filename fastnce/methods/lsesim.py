@@ -195,8 +195,10 @@ class LSeSim(Method):
         """F's loss: locations of x find those of G(x), and of a copy of x in other colours, among those of y."""
         source, target, other = batch.a, outputs["fake_B"].detach(), batch.b
         if self.options.augment:
-            source = torch.cat([source, source])
-            target = torch.cat([target, self.jitter(batch.a)])
+            source, copy = torch.cat([source, source]), self.jitter(batch.a)
+            if copy.shape[1] != target.shape[1]:  # grey and colour: VGG16 sees grey as three equal channels
+                target, copy = target.expand(-1, 3, -1, -1), copy.expand(-1, 3, -1, -1)
+            target = torch.cat([target, copy])
             other = torch.cat([other, self.jitter(batch.b)])
         with torch.no_grad():
             maps = [self.vgg(pictures, self.layers) for pictures in (source, target, other.flip(2, 3))]

@@ -50,12 +50,8 @@ class NEGCUT(CUT):
 
     def __init__(self, options: NEGCUTOptions, network: NetworkOptions):
         super().__init__(options, network)
-        refuse_changed(
-            options,
-            NEGCUTOptions(),
-            ("weighting", "symmetric", "selection", "gather_negatives", "projector"),
-            "negcut",
-        )
+        fixed = ("weighting", "symmetric", "selection", "gather_negatives", "projector")
+        refuse_changed(options, NEGCUTOptions(), fixed, "negcut")
         if options.lambda_nce == 0:
             raise ValueError("negcut learns negatives for PatchNCE: loss.lambda_nce must be above 0")
         self.average = PatchSampleF(
@@ -122,11 +118,12 @@ class NEGCUT(CUT):
             means = [rows.unflatten(0, (images, -1)).mean(1) for rows in every]
         negatives = self.negative(means, self.options.patches)
         groups = images if self.options.negatives == "image" else directions
+        temperatures = self.head.current_temperatures()
         losses = [
             contrast_with(q, k, made.reshape(groups, -1, made.shape[2]), temperature)
             .unflatten(0, (directions, -1))
             .mean(1)
-            for q, k, made, temperature in zip(queries, keys, negatives, self.head.current_temperatures(), strict=True)
+            for q, k, made, temperature in zip(queries, keys, negatives, temperatures, strict=True)
         ]
         return torch.stack(losses).mean(0), negatives
 

@@ -94,8 +94,10 @@ class Conversion:
     def _translation(self, generator: str) -> list[str]:
         published = self.published
         values = published.values
-        out = PurePath(values["results_dir"]) / experiment(published) / f"{values['phase']}_{values['epoch']}"
-        words = ["fastnce", "translate", self.run, values["dataroot"], "--out", str(out), "--layout", "published"]
+        label = "_".join((values["phase"], values["epoch"], *([generator] if generator else [])))  # a page for each
+        out = PurePath(values["results_dir"]) / experiment(published) / label
+        data = values["dataroot"] if "dataroot" in published.given else "DIR"
+        words = ["fastnce", "translate", self.run, data, "--out", str(out), "--layout", "published"]
         if published.model != "test":  # which reads the folder itself
             words += ["--phase", values["phase"]]
         words += ["--num", values["num_test"]]
@@ -126,6 +128,7 @@ def convert(source: Source, wanted: str = "") -> Conversion:
     result = Conversion(published, config)
     own = flags_of(published.repository, published.model, published.test)
     known = keys_of(config)
+    _ours(own["suffix"], published)  # first, because sentences have the name of the run
     for name, flag in own.items():
         found, reason = _ours(flag, published)
         first = next(iter(found), "")
@@ -148,7 +151,10 @@ def convert(source: Source, wanted: str = "") -> Conversion:
             whose = f"an option of {' and '.join(models)}" if models else "no option of this program"
             result.lines.append(f"--{name}: not supported: it is {whose}, and this is {published.model}")
     result.lines += [f"--{name}: unknown: no published code has it, so a fork added it" for name in source.unknown]
-    if not published.test:
+    if published.test:
+        if "resize" in published.values["preprocess"] and published.whole("load_size") % 4:
+            raise ValueError(f"--load_size {published.values['load_size']} must be a multiple of 4 for a translation")
+    else:
         if config.data.dir == "placeholder" or "dataroot" not in published.values:
             config.data.dir = ""
         try:
@@ -183,6 +189,9 @@ def _sentence(flag: Flag, result: Conversion, found: dict[str, Any], reason: str
         crops = "crop" in published.values["preprocess"] and text != published.values["load_size"]
         if flag.name == "crop_size" and crops:
             return f"{said}: not supported: a random crop of a test picture; the whole picture is translated"
+        if flag.name in ("preprocess", "load_size") and "resize" not in published.values["preprocess"]:
+            same = text == "none"
+            return f"{said}: {'same' if same else 'not supported'}: pictures are translated at their own size"
         return f"{said}: {'same' if here.lstrip('-') == flag.name else 'renamed'}, {here}"
     if reason:
         return f"{said}: not supported: {reason}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..common.messages import nearest
+from ..common.messages import brief, nearest
 from .flag import CUT, CYCLEGAN, DCDGAN, DCLGAN, Published
 from .models import CUT_DEFAULTS, DEFAULTS, FASTCUT_DEFAULTS, MODELS, NOT_HERE, WORDS
 from .reading import Source
@@ -24,10 +24,13 @@ def identify(source: Source, wanted: str = "") -> Published:
     """
     choices = _choices(source, wanted)
     repository, model = _best(choices, source)
-    values = defaults_of(repository, model, source)
-    values |= source.printed or source.given
+    usual = defaults_of(repository, model, source)
+    values = usual | (source.printed or source.given)
+    for name, text in values.items():
+        if not text.isprintable() or "\N{REPLACEMENT CHARACTER}" in text:
+            raise ValueError(f"--{name} {brief(text)} has a character that cannot be printed, or is not UTF-8")
     given = [name for name in source.given if name in flags_of(repository, model, source.test)]
-    published = Published(repository, model, MODELS[repository][model].method, source.test, values, given)
+    published = Published(repository, model, MODELS[repository][model].method, source.test, values, given, usual)
     if model == "cut" and repository == CUT:
         mode = values["CUT_mode"].lower()
         if mode not in ("cut", "fastcut"):

@@ -31,6 +31,7 @@ class Published:
         test: this is a test, not a training.
         values: the text of each option that this model has, defaults included.
         given: the options that the user gave; the others are defaults.
+        usual: the default of each option, which shows its type.
     """
 
     repository: str
@@ -39,6 +40,7 @@ class Published:
     test: bool
     values: dict[str, str]
     given: list[str] = field(default_factory=list)
+    usual: dict[str, str] = field(default_factory=dict)
 
     def whole(self, name: str) -> int:
         """The value of an option that is a whole number."""
@@ -51,7 +53,8 @@ class Published:
     @property
     def devices(self) -> list[str]:
         """The numbers of the GPUs; empty for the CPU."""
-        return [number for part in self.values["gpu_ids"].strip("[]").split(",") if (number := part.strip()) >= "0"]
+        parts = [part.strip() for part in self.values["gpu_ids"].strip("[]").split(",")]
+        return [part.lstrip("0") or "0" for part in parts if part >= "0"]
 
     def steps(self, images: int) -> int:
         """The steps between events that the published loop has whenever its count of images is a multiple of `images`.
@@ -118,6 +121,29 @@ def _number(kind: Callable[[str], Any], wanted: str) -> Callable[[str], Any]:
     return read
 
 
+def at_least_one(text: str) -> int:
+    """Read a whole number of at least 1: the published code fails with 0, by which it divides."""
+    wanted = "a whole number of at least 1"
+    if (found := _number(int, wanted)(text)) < 1:
+        raise ValueError(wanted)
+    return int(found)
+
+
+def typed(text: str, usual: str) -> Any:
+    """Read a value as the type of its default: a whole number, a number, a boolean or a text."""
+    kinds: tuple[Callable[[str], Any], ...] = (int, float, lambda word: bool(("False", "True").index(word)))
+    for kind in kinds:
+        try:
+            kind(usual)
+        except ValueError:
+            continue
+        try:
+            return int(text) if usual == "inf" else switch(text) if usual in ("True", "False") else kind(text)
+        except ValueError:
+            return text
+    return text
+
+
 def switch(text: str) -> bool:
     """Read a boolean as the published code does, which also takes t, y, 1 and f, n, 0."""
     word = {"t": "true", "y": "true", "1": "true", "f": "false", "n": "false", "0": "false"}.get(text.lower(), text)
@@ -156,5 +182,4 @@ def wholes(key: str) -> Converter:
 
 def images(key: str) -> Converter:
     """Images between two events, as steps."""
-    read = _number(int, "a whole number")
-    return lambda text, published: {key: published.steps(read(text))}
+    return lambda text, published: {key: published.steps(at_least_one(text))}

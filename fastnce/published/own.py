@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import PurePath
 from typing import Any
 
-from ..data.target import named
-from .flag import CUT, NotSupported, Published, switch, whole, word
+from ..data.target import SINGLE, named
+from .flag import CUT, NotSupported, Published, at_least_one, number, switch, typed, whole, word
 
 UNPAIRED = ("unaligned", "singleimage")
 DUAL = ("dcl", "simdcl", "dcd")
 """The models whose loss takes the negatives of the whole batch in any case."""
+LONGEST_NAME = 255  # bytes of a folder's name
 
 
 def experiment(published: Published) -> str:
@@ -18,10 +20,14 @@ def experiment(published: Published) -> str:
     name, suffix = published.values["name"], published.values.get("suffix", "")
     if not suffix or published.values.get("isTrain"):  # a printout has the whole name already
         return name
+    values = {one: typed(text, published.usual.get(one, "")) for one, text in published.values.items()}
     try:
-        return f"{name}_{suffix.format(**published.values)}"
-    except (KeyError, IndexError, ValueError):
+        found = f"{name}_{suffix.format(**values)}"
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError):
         raise ValueError("a text with the names of options in braces, such as {netG}") from None
+    if len(os.fsencode(found)) > LONGEST_NAME:
+        raise ValueError(f"shorter: the name of the run has {len(found):,} characters with it")
+    return found
 
 
 def suffixed(text: str, published: Published) -> dict[str, Any]:
@@ -56,6 +62,8 @@ def most(text: str, _: Published) -> dict[str, Any]:
 
 def batch(text: str, published: Published) -> dict[str, Any]:
     """The batch of one process: the published one is divided among the GPUs."""
+    if published.test:  # test.py has batches of 1, whatever is given
+        return {}
     total, processes = int(whole("batch")(text, published)["batch"]), max(len(published.devices), 1)
     if total % processes:
         raise ValueError(f"a multiple of {processes}, the GPUs in --gpu_ids: each process takes an equal part")
@@ -65,7 +73,7 @@ def batch(text: str, published: Published) -> dict[str, Any]:
 def devices(text: str, published: Published) -> dict[str, Any]:
     """One GPU as run.device; several are processes, which the command line has."""
     parts = [part.strip() for part in text.strip("[]").split(",") if part.strip()]
-    if not all(part.lstrip("-").isdigit() for part in parts):
+    if not all(part.isascii() and part.removeprefix("-").isdigit() for part in parts):
         raise ValueError("numbers of GPUs with commas between them, or -1 for the CPU")
     numbers = published.devices
     if not numbers:
@@ -191,10 +199,33 @@ def evaluation(text: str, published: Published) -> dict[str, Any]:
     """The published code defines it and reads it nowhere, so only a given one has an effect."""
     if "evaluation_freq" not in published.given:
         return {}
-    try:
-        return {"run.validate_every": published.steps(int(text))}
-    except ValueError:
-        raise ValueError("a whole number") from None
+    return {"run.validate_every": published.steps(at_least_one(text))}
+
+
+def zoom(text: str, published: Published) -> dict[str, Any]:
+    if "random_scale_max" in published.given and published.values["preprocess"] != SINGLE:
+        raise NotSupported(f"the published code reads it with --preprocess {SINGLE} only")
+    return number("data.random_scale_max")(text, published)
+
+
+def serial(text: str, published: Published) -> dict[str, Any]:
+    if switch(text) and published.values["preprocess"] == SINGLE:
+        raise NotSupported(f"the crops of --preprocess {SINGLE} are drawn at random")
+    return {"data.shuffle": not switch(text)}
+
+
+# ---- of test.py ----
+
+
+def pictures(text: str, _: Published) -> dict[str, Any]:
+    at_least_one(text)
+    return {}
+
+
+def model_suffix(text: str, _: Published) -> dict[str, Any]:
+    if text not in ("", "_A", "_B"):
+        raise ValueError("_A or _B, for the generators G_A and G_B")
+    return {}
 
 
 def wandb(text: str, published: Published) -> dict[str, Any]:

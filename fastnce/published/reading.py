@@ -109,7 +109,7 @@ def _printout(path: Path) -> Source:
     data = path.read_bytes()[: LARGEST_FILE + 1]
     if len(data) > LARGEST_FILE:
         raise ValueError(f"{path} is larger than 1 MiB, and a printout of options such as train_opt.txt is short")
-    lines = data.decode("utf-8", "replace").splitlines()
+    lines = data.decode("utf-8-sig", "replace").splitlines()
     marks = [place for place, line in enumerate(lines) if re.match(r"-{8,} (Options|End) -", line)]
     body = lines[marks[0] + 1 : marks[1] if len(marks) > 1 else None] if marks else lines
     found = [match for line in body if (match := LINE.fullmatch(line))]

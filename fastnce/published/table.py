@@ -66,7 +66,7 @@ _BOTH = (
     Flag("no_antialias_up", C3, "False", "network.antialias_up", own.antialias_up, takes="switch", example="True"),
     Flag("dataset_mode", ALL, "unaligned", "METHOD", own.dataset, "unaligned, or singleimage with sincut"),
     _as(word, "direction", ALL, "AtoB", "data.direction", "", "--direction", example="BtoA"),
-    _as(no, "serial_batches", ALL, "False", "data.shuffle", takes="switch", example="True"),
+    Flag("serial_batches", ALL, "False", "data.shuffle", own.serial, takes="switch", example="True"),
     Flag("num_threads", ALL, "4", remark="no loader processes: images are decoded once, into a cache"),
     Flag("batch_size", ALL, "1", "data.batch", own.batch, "of one process, with several GPUs", example="4"),
     _as(whole, "load_size", ALL, "286", "data.load_size", "", "--load-size", example="300"),
@@ -84,9 +84,7 @@ _BOTH = (
     ),
     _as(no, "no_flip", ALL, "False", "data.flip", takes="switch", example="True"),
     Flag("display_winsize", ALL, "256", remark="pages scale pictures to the window"),
-    Flag(
-        "random_scale_max", C3, "3.0", "data.random_scale_max", number("data.random_scale_max"), "SinCUT", example="2.0"
-    ),
+    Flag("random_scale_max", C3, "3.0", "data.random_scale_max", own.zoom, "SinCUT", example="2.0"),
     Flag("epoch", ALL, "latest", "run.start_from", own.start, "with continue_train", "--epoch"),
     Flag("load_iter", CG, "0", "run.start_from", own.start, "with continue_train"),
     Flag("verbose", ALL, "False", remark="fastnce methods describes the networks", takes="switch"),
@@ -214,7 +212,7 @@ _MODELS = (
     ),
     Flag("lambda_regression", ALL, "1.0", remark=EXAMPLE, models=("template",)),
     Flag("new_dataset_option", ALL, "1.0", remark=EXAMPLE, models=("template",)),
-    Flag("model_suffix", CG, "", "", None, "G_A or G_B", "--generator", models=("test",), phase="test"),
+    Flag("model_suffix", CG, "", "", own.model_suffix, "G_A or G_B", "--generator", models=("test",), phase="test"),
 )
 """The options of the models, in cut_model.py and others."""
 
@@ -227,7 +225,7 @@ _TEST = (
         takes="switch",
         phase="test",
     ),
-    Flag("num_test", ALL, "50", "", None, "here all, if it is left out", "--num", phase="test"),
+    Flag("num_test", ALL, "50", "", own.pictures, "here all, if it is left out", "--num", phase="test"),
     Flag(
         "aspect_ratio", CG, "1.0", remark="pictures are written with the sides that the generator gives", phase="test"
     ),

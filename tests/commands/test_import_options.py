@@ -94,7 +94,7 @@ def test_a_test_becomes_translations(capsys):
         "--epoch 20"
     )
     assert f"{wanted} --device cpu" in out
-    assert f"{wanted} --generator G_B --device cpu" in out
+    assert f"{wanted.replace('test_20', 'test_20_G_B')} --generator G_B --device cpu" in out  # a page of its own
     assert "--num_test 7: renamed, --num" in out
 
 
@@ -119,6 +119,17 @@ def test_a_test_becomes_translations(capsys):
         (["python test.py --dataroot d --CUT_mode CUT", "--out", "x.toml"], "this is a test: leave --out out"),
         ([COMMAND, "--out", "nowhere/x.toml"], "there is no folder"),
         ([f"{COMMAND} --CUT_mode DCL"], "--CUT_mode DCL must be CUT or FastCUT"),
+        ([""], "needs SOURCE"),
+        ([f"{COMMAND} --print_freq 0"], "--print_freq '0' must be a whole number of at least 1"),
+        ([f"{COMMAND} --evaluation_freq -1"], "--evaluation_freq '-1' must be a whole number of at least 1"),
+        ([f"{COMMAND} --gpu_ids ²"], "--gpu_ids '²' must be numbers of GPUs"),
+        ([f"{COMMAND} --suffix {{netG.nothing}}"], "must be a text with the names of options in braces"),
+        ([f"{COMMAND} --suffix {{netG:>1000}}"], "must be shorter: the name of the run has 1,004 characters"),
+        (["python", "train.py", "--model", "cut", "--name", "a\nb"], r"--name 'a\nb' has a character that cannot be"),
+        (["python", "train.py", "--model", "cut", "--name", "caf\udce9"], "is not UTF-8"),
+        (["python test.py --model cut --name n --num_test inf"], "--num_test 'inf' must be a whole number of at least"),
+        (["python test.py --model cut --name n --load_size 255"], "--load_size 255 must be a multiple of 4"),
+        (["python test.py --model test --name n --model_suffix B"], "--model_suffix 'B' must be _A or _B"),
     ],
     ids=lambda value: value[:30] if isinstance(value, str) else None,
 )
@@ -139,6 +150,43 @@ def test_the_source_is_not_replaced(tmp_path, capsys):
     assert main(["import-options", str(file), "--out", str(file)]) == 2
     assert "would be replaced" in capsys.readouterr().err
     assert file.read_bytes() == before
+
+
+def test_a_file_that_may_be_edited_is_not_replaced(tmp_path, capsys):
+    file = tmp_path / "mine.toml"
+    command = ["import-options", COMMAND, "--out", str(file)]
+    assert main(command) == main(command) == 0  # the same file again
+    file.write_text(file.read_text() + "[optim]\nlr = 1e-4\n")
+    before = file.read_bytes()
+    assert main(command) == 2
+    assert "exists already and may have changes of yours" in capsys.readouterr().err
+    assert file.read_bytes() == before
+
+
+def test_a_printout_may_begin_with_a_mark_of_its_encoding(tmp_path):
+    file = tmp_path / "train_opt.txt"
+    text = (PRINTOUTS / "cut-cut.txt").read_bytes().replace(b"\n", b"\r\n")
+    file.write_bytes(b"\xef\xbb\xbf" + text)
+    assert main(["import-options", str(file)]) == 0
+    file.write_bytes(text.replace(b"dataroot: placeholder", b"dataroot: caf\xe9"))
+    assert main(["import-options", str(file)]) == 2
+
+
+def test_values_of_a_suffix_have_their_published_types(capsys):
+    """Format codes of numbers work, and values are written as Python writes them."""
+    suffix = "lr{lr:.1e}_{lambda_NCE}_{ngf:03d}_{nce_idt}"
+    words = ["--lr", "1e-4", "--lambda_NCE", "5", "--nce_idt", "t", "--suffix", suffix]
+    assert main(["import-options", *COMMAND.split(), *words]) == 0
+    assert "--out runs/cat_lr1.0e-04_5.0_032_True" in capsys.readouterr().out
+
+
+def test_a_test_on_several_gpus_takes_the_first(capsys):
+    words = "python test.py --name n --model cut --gpu_ids 01,2 --preprocess scale_width"
+    assert main(["import-options", words]) == 0
+    out = capsys.readouterr().out
+    assert "fastnce translate runs/n DIR --out" in out
+    assert "--device cuda:1" in out
+    assert "--preprocess scale_width: not supported: pictures are translated at their own size" in out
 
 
 def test_no_printout(tmp_path, capsys):

@@ -254,6 +254,7 @@ def test_a_batch_is_the_mean_of_its_images(preset):
         ("hneg-src", {"weighting": "monce"}, "loss.weighting=monce has no effect in hneg-src"),
         ("hneg-src", {"lambda_nce": 0.0}, "loss.lambda_src=1.0 compares codes that only hDCE trains"),
         ("negcut", {"symmetric": True}, "loss.symmetric=True has no effect in negcut"),
+        ("negcut", {"projector": "sample"}, "loss.projector=sample has no effect in negcut"),
         ("negcut", {"lambda_nce": 0.0}, "loss.lambda_nce must be above 0"),
         ("negcut", {"patches": 1}, "loss.patches"),
         ("negcut", {"projector": "sample"}, "loss.projector=sample has no effect in negcut"),
@@ -277,3 +278,39 @@ def test_spatial_losses_need_trained_weights_and_large_crops():
     method.options.vgg_weights = ""
     with pytest.raises(ValueError, match="name the file of its weights with loss.vgg_weights"):
         method.check(1, 32, 32)
+
+
+@pytest.mark.parametrize("preset", ["hneg-src", "negcut"])
+def test_the_temperature_may_be_learned(preset):
+    """The losses are those of the same temperature as a constant, and the temperature gets a gradient."""
+    learned, batch = build(preset, nce_layers=[0, 4], learn_temperature=True, temperature=0.2), pictures(2)
+    constant = build(preset, nce_layers=[0, 4], temperature=0.2)
+    constant.load_state_dict(learned.state_dict(), strict=False)
+    draws = Draws()
+    outputs = learned.generate(batch, draws)
+    torch.manual_seed(1)
+    loss, _ = learned.g_loss(batch, outputs, draws)
+    torch.manual_seed(1)
+    torch.testing.assert_close(loss, constant.g_loss(batch, constant.generate(batch, draws), draws)[0])
+    (gradient,) = torch.autograd.grad(loss, list(learned.head.learned_temperature.parameters()))
+    assert gradient.abs().max() > 0
+
+
+def test_a_grid_is_contrasted_whole():
+    method = build("hneg-src", nce_layers=[0, 4], projector="reshape", patches=3)
+    maps, _, _ = method.maps(method.generate(pictures(), Draws()), Draws())
+    assert [len(ids) for ids in method._shared_ids(maps, Draws())] == [16, 16]
+
+
+@pytest.mark.parametrize("channels", [(3, 1), (1, 3)])
+def test_lsesim_contrasts_grey_with_colour(channels):
+    """A grey image is the same as its three equal channels."""
+    network = {"in_channels": channels[0], "out_channels": channels[1]}
+    method = build("lsesim", network=network, vgg_layers=[4], patch_size=4)
+    grey, colour = torch.rand(2, 1, 32, 32, dtype=torch.float64), torch.rand(2, 3, 32, 32, dtype=torch.float64)
+    a, b = (grey if count == 1 else colour for count in channels)
+    method.jitter = lambda pictures: pictures * 0.9
+    draws = Draws(patch_ids=[[torch.arange(9)]])
+    found, _ = method.f_loss(Batch(a, b), {"fake_B": b}, draws)
+    alike = Batch(*(x.expand(-1, 3, -1, -1) for x in (a, b)))
+    torch.testing.assert_close(found, method.f_loss(alike, {"fake_B": alike.b}, draws)[0])

@@ -144,7 +144,7 @@ ROWS = [
     (DCL, "flip_equivariance", None, {"loss.flip_equivariance": True}),
 ]
 """A published command, one more option, and the values that the configuration then has."""
-SETS_NO_KEY = {"dataset_mode"}
+SETS_NO_KEY = {"dataset_mode", "num_test", "model_suffix"}
 """Options that are converted only to be checked."""
 
 
@@ -216,6 +216,8 @@ REFUSED_VALUES = [
     (f"{CUT} --pretrained_name x", "with --continue_train only"),
     (f"{CUT} --lambda_A 3", "and this is cut"),
     (f"{CUT} --preprocess fixsize", "the published data sets do not give"),
+    (f"{CUT} --random_scale_max 2", "with --preprocess zoom_and_patch only"),
+    (f"{SINCUT} --serial_batches", "are drawn at random"),
     (f"{CUT} --num_test 3", "it is no option of this program"),
 ]
 
