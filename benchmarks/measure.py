@@ -107,7 +107,8 @@ def measure(case: Case, context: Context) -> Iterator[Row]:
         # no round starts after this time: on a slow machine three rounds may take minutes
         until = None if context.until is None else context.until - LEAST_LEFT
         calls = {key: ready.call for key, ready in found.items()}
-        times = time_interleaved(calls, device, context.seconds, least_ms=_least_ms(device), until=until)
+        least = {"least_ms": _least_ms(device), "min_rounds": 2 if context.quick else 3}
+        times = time_interleaved(calls, device, context.seconds, **least, until=until)
         context.journal({"timed": list(found)})
         for key, ready in found.items():
             if times[key]:  # otherwise the row keeps the time measured alone

@@ -58,7 +58,8 @@ def growth(context: Context) -> Iterator[Row]:
     """The cost of our CUT step over batch size, resolution and patches per layer."""
     large = context.large
     batches, sides, patches = ((1, 2, 4, 8), (128, 256, 512), (64, 256, 1024)) if large else ((1, 2), (32, 64), ())
-    points = [(b, None, 256) for b in batches] + [(1, s, 256) for s in sides] + [(1, None, p) for p in patches]
+    usual = few(context.quick).get("patches", 256)
+    points = [(b, None, usual) for b in batches] + [(1, s, usual) for s in sides] + [(1, None, p) for p in patches]
     precision = "fp32" if context.device.type == "cpu" else "bf16"  # the default precision of our step
     for images, side, count in dict.fromkeys((b, s or (256 if large else 32), p) for b, s, p in points):
         size = {"images": images, "side": side, "patches": count}
@@ -89,7 +90,7 @@ def step_case(
     flop = None
     for provider in providers:
         precision = "bf16" if provider.dtype == "bfloat16" else "fp32"
-        flop, provider.bytes = context.counts.get(name, images, side, precision, network)
+        flop, provider.bytes = context.counts.get(name, images, side, precision, network, few(context.quick))
     size = {"images": images, "side": side}
     inputs = partial(pictures, images, side, context.device)
     return Case(f"{title} {name}", size, inputs, providers, flop=flop, steps=steps)
@@ -101,7 +102,12 @@ def step_side(context: Context) -> int:
 
 def small(quick: bool) -> dict[str, Any]:
     """Return the network options of the quick run."""
-    return {"generator": "resnet_6blocks", "width": 8, "discriminator_width": 8} if quick else {}
+    return {"generator": "resnet_4blocks", "width": 8, "discriminator_width": 8} if quick else {}
+
+
+def few(quick: bool) -> dict[str, Any]:
+    """Return the changes to the method's options of the quick run."""
+    return {"patches": 16} if quick else {}
 
 
 def pictures(images: int, side: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -197,7 +203,7 @@ class OurStep:
         network: changes to the preset's network options; default `small(context.quick)`.
         prepare: called with the built step.
         flags: arguments of `library_flags` for every call.
-        changes: to the method's options.
+        changes: to the method's options; `few(context.quick)` comes before them.
     """
 
     def __init__(
@@ -213,7 +219,7 @@ class OurStep:
         **changes: Any,
     ):
         network = small(context.quick) if network is None else network
-        self._build = partial(build, name, network, context.device, precision, form, changes)
+        self._build = partial(build, name, network, context.device, precision, form, few(context.quick) | changes)
         self._prepare, self._flags = prepare, flags or {}
         self.step: Step | None = None
         self._count = 0
@@ -317,7 +323,7 @@ def _theirs(checkout: Checkout, name: str, images: int, context: Context) -> Cal
 
 def _their_model(checkout: Checkout, name: str, images: int, context: Context, data: dict[str, Any]) -> Any:
     with tempfile.TemporaryDirectory() as folder:
-        width = ["--netG", "resnet_6blocks", "--ngf", "8", "--ndf", "8"] if context.quick else []
+        width = ["--netG", "resnet_4blocks", "--ngf", "8", "--ndf", "8", "--num_patches", "16"] if context.quick else []
         mode = ["--CUT_mode", "FastCUT"] if name == "fastcut" else []
         folders = ["--checkpoints_dir", folder, "--name", "benchmark", "--dataroot", folder]
         gpus = ["--gpu_ids", str(context.device.index or 0) if context.device.type == "cuda" else "-1"]

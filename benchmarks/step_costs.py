@@ -90,14 +90,21 @@ class Counts:
         self.known: dict[str, tuple[float, float]] = {}
 
     def get(
-        self, name: str, images: int, side: int, precision: str, network: dict[str, Any] | None = None
+        self,
+        name: str,
+        images: int,
+        side: int,
+        precision: str,
+        network: dict[str, Any] | None = None,
+        changes: dict[str, Any] | None = None,
     ) -> tuple[float, float]:
         """Return (FLOP, least bytes) from `count_step`. Small networks run on real tensors, which is faster."""
-        key = f"{name} {images} {side} {precision} {sorted((network or {}).items())}"
+        changes = changes or {}
+        key = f"{name} {images} {side} {precision} {sorted(((network or {}) | changes).items())}"
         if key not in self.known and self.file is not None and self.file.exists():
             self.known |= {k: tuple(v) for k, v in json.loads(self.file.read_text()).items()}
         if key not in self.known:
-            counted = count_step(name, images, side, precision, network=network, fake=not network)
+            counted = count_step(name, images, side, precision, network=network, fake=not network, **changes)
             self.known[key] = counted.count.flop, counted.least_bytes
             if self.file is not None:
                 part = self.file.with_suffix(f".{os.getpid()}")

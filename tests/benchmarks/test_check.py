@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from benchmarks import check, outcomes, run, watch
 from experiments import parity
 from fastnce.commands.main import main as fastnce
+from tests.programs import run_program
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -196,9 +196,9 @@ def test_list_prints_the_stages(capsys):
 @pytest.mark.slow
 def test_a_quick_run_measures_on_a_cpu(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "benchmarks/check.py", "--out", str(tmp_path), "--quick", "--device", "cpu"]
+    command = ["benchmarks/check.py", "--out", tmp_path, "--quick", "--device", "cpu"]
     command += ["--only", "ceilings", "loss", "--minutes", "4"]
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
+    finished = run_program(command, environment=environment, anew=["benchmarks"], seconds=300)
     assert finished.returncode == 0, finished.stderr
     results = json.loads((tmp_path / "results.json").read_text())
     assert [stage["trouble"] for stage in results["stages"]] == ["", ""], finished.stderr

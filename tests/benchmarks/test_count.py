@@ -1,5 +1,6 @@
 """Counted FLOP, bytes, launches and live memory against values derived by hand and against a measurement."""
 
+import functools
 import os
 import random
 from dataclasses import replace
@@ -11,11 +12,16 @@ import torch.nn.functional as F
 from benchmarks import observe, predict
 from benchmarks.count import Count
 from benchmarks.step import build
-from benchmarks.step_costs import count_step
+from benchmarks.step_costs import Counted, count_step
 from fastnce.methods import Batch
 from tests.programs import run_program
 
 SMALL = {"generator": "resnet_4blocks", "width": 8, "discriminator_width": 8}
+
+
+@functools.cache
+def counted(name: str, side: int, precision: str = "fp32", fake: bool = True) -> Counted:
+    return count_step(name, 1, side, precision, network=SMALL, fake=fake)
 
 
 def test_the_cost_of_convolution_and_norm():
@@ -68,10 +74,10 @@ def test_live_memory_is_that_of_live_tensors():
 
 @pytest.mark.parametrize("name", ["cut", "dclgan"])
 def test_fake_and_real_tensors_have_equal_counts(name):
-    fake, real = (count_step(name, 1, 32, network=SMALL, fake=fake) for fake in (True, False))
+    fake, real = (counted(name, 32, fake=fake) for fake in (True, False))
     operators = []
-    for counted in (fake, real):
-        found = counted.count.by_operator()
+    for step in (fake, real):
+        found = step.count.by_operator()
         for norm in ("_foreach_norm", "linalg_vector_norm"):  # fake tensors compute gradient norms separately
             found.pop(norm, None)
         operators.append(found)
@@ -84,7 +90,7 @@ def test_fake_and_real_tensors_have_equal_counts(name):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_counted_peak_is_the_measured_peak(precision):
     """On a CPU, where the profiler reports allocations. Libraries may allocate 3 % inside of operators."""
-    side = 64
+    side = 32
     step = build("cut", SMALL, torch.device("cpu"), precision, {"layout": torch.contiguous_format}, {})
     batch = Batch(*(torch.rand(2, 1, 3, side, side) * 2 - 1))
 
@@ -93,8 +99,8 @@ def test_the_counted_peak_is_the_measured_peak(precision):
 
     call()
     measured = observe.peak_bytes(call, torch.device("cpu"))
-    counted = count_step("cut", 1, side, precision, network=SMALL).count.peak
-    assert abs(counted - measured) < 0.03 * measured, (counted, measured)
+    peak = counted("cut", side, precision).count.peak
+    assert abs(peak - measured) < 0.03 * measured, (peak, measured)
 
 
 def test_a_step_is_predicted_from_its_work():
@@ -112,7 +118,7 @@ def test_a_step_is_predicted_from_its_work():
 
 
 def test_bfloat16_moves_less_and_computes_as_much():
-    full, half = (count_step("cut", 1, 32, precision, network=SMALL) for precision in ("fp32", "bf16"))
+    full, half = (counted("cut", 32, precision) for precision in ("fp32", "bf16"))
     assert half.count.flop == full.count.flop
     assert half.least_bytes < full.least_bytes
     assert 0 < full.least_bytes < full.count.bytes

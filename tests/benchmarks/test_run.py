@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks import loss, measure, run, step, step_costs, watch
+from tests.programs import run_program
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -22,14 +21,11 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def quick_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("bench") / "results"
-    command = [sys.executable, "benchmarks/run.py", "--out", str(out), "--quick", "--device", "cpu", "--threads", "1"]
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=_environment())
+    command = ["benchmarks/run.py", "--out", out, "--quick", "--device", "cpu", "--threads", "1"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    finished = run_program(command, environment=environment, anew=["benchmarks"], seconds=300)
     assert finished.returncode == 0, finished.stderr
     return out, finished.stdout
-
-
-def _environment():
-    return {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
 
 
 @pytest.mark.slow
@@ -229,15 +225,20 @@ def test_a_part_that_cannot_be_forked_starts_a_new_process(tmp_path, monkeypatch
     monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
     monkeypatch.setattr(loss, "patchnce", None)  # a forked process would call this
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    arguments = ["--out", str(tmp_path), "--quick", "--device", "cpu", "--only", "patchnce", "--minutes", "2"]
-    assert run.main(arguments) == 0
-    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
-    assert len(rows) == 3
-    assert all(row["p50_ms"] > 0 for row in rows)
+    options = run.parse(["--out", str(tmp_path), "--quick", "--device", "cpu", "--only", "patchnce"])
+    options.work = tmp_path
+    (tmp_path / run.FACTS).write_text("{}")
+    (part,) = (part for part in run.PARTS if part.name == "patchnce")
+    outcome = run.start(part, options, 120.0)
+    assert outcome.trouble is None
+    assert len(outcome.rows) == 3
+    assert all(row["p50_ms"] > 0 for row in outcome.rows)
 
 
 def test_step_costs_are_counted_once(tmp_path, monkeypatch):
     monkeypatch.setattr(step, "COUNTED", [("cut", 1)])
+    count, few_blocks = step_costs.count_step, {"generator": "resnet_4blocks"}
+    monkeypatch.setattr(step_costs, "count_step", lambda *a, **options: count(*a, **options | {"network": few_blocks}))
     options = run.parse(["--out", str(tmp_path), "--work", str(tmp_path), "--side", "32"])
     assert run.count(options) == 0
     known = step_costs.Counts(tmp_path / run.COUNTS)
