@@ -17,7 +17,7 @@ from tests.soak.common import Campaign, warm
 FEW = {
     "kill": 6,
     "kill-caching": 6,
-    "kill-ranks": 1,
+    "kill-ranks": 0,  # test_distributed.py and test_signals.py kill ranks and launchers
     "full-disks": 42,
     "full-disks-training": 5,
     "signals": 8,

@@ -108,6 +108,8 @@ class InstanceNorm(FusedLayer):
         return y if residual is None else residual + y
 
     def _normalise(self, x: Tensor) -> Tensor:
+        if x.is_meta and not torch.is_grad_enabled():  # for a shape, PyTorch passes through the formula in Python
+            return torch.empty_like(x)
         # Autocast would widen 16-bit maps here, but the operator sums in float32 anyway.
         with own_precision(x):
             if x.device.type != "cpu" or x.is_contiguous():
@@ -262,6 +264,8 @@ class BlurUp(_Blur):
     def forward(self, x: Tensor) -> Tensor:
         if self.fused(x, ()):
             return fused.blur_up(x)
+        if x.is_meta:  # for a shape, PyTorch passes through the formula of `interpolate` in Python
+            return x.repeat(1, 1, 2, 2)
         return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
 
 

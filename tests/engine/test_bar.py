@@ -6,26 +6,33 @@ import io
 import os
 import pty
 import re
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from fastnce.commands.main import main
 from fastnce.engine.bar import Bar
 from tests.ends import tiny
+from tests.forked import Forked
 from tests.logs import log_lines
 
-ROOT = Path(__file__).resolve().parents[2]
 CODES = re.compile(r"\x1b\[[0-9;]*m")
 """Colours and other styles."""
 
 
 def on_terminal(command: list[str], **environment: str) -> tuple[int, str]:
-    """Run a command on a pseudo-terminal of 160 columns; return its exit code and everything that it printed."""
+    """Run `fastnce COMMAND` on a pseudo-terminal of 160 columns; return its exit code and all that it printed."""
     master, slave = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "160", "LINES": "40", **environment}
-    process = subprocess.Popen(command, cwd=ROOT, stdout=slave, stderr=slave, stdin=slave, env=environment)
+
+    def on_the_slave() -> int:
+        os.environ |= {"TERM": "xterm", "COLUMNS": "160", "LINES": "40", **environment}
+        for number in (0, 1, 2):
+            os.dup2(slave, number)
+        os.close(master)
+        os.close(slave)
+        return main(command)
+
+    process = Forked(on_the_slave)
     os.close(slave)
     found = b""
     while True:
@@ -37,13 +44,13 @@ def on_terminal(command: list[str], **environment: str) -> tuple[int, str]:
             break
         found += part
     os.close(master)
-    return process.wait(60), found.decode()
+    return process.end(), found.decode()
 
 
 @pytest.fixture
 def command(folder, tmp_path) -> list[str]:
     more = ["run.steps=6", "run.save_every=4", f"data.cache_dir={tmp_path / 'cache'}"]
-    return [sys.executable, "-m", "fastnce", *tiny(folder, tmp_path / "run", *more)]
+    return tiny(folder, tmp_path / "run", *more)
 
 
 def test_a_terminal_shows_a_bar_that_redraws(command, tmp_path):

@@ -6,15 +6,18 @@ import json
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fastnce.commands.main import main
 from fastnce.config import resolve
+from fastnce.engine import launch
 from fastnce.engine.checkpoint import Checkpoints
 from fastnce.engine.distributed import Ranks, ranks_of_launcher
 from fastnce.engine.launch import processes, without
@@ -148,10 +151,40 @@ def test_others_come_rank_by_rank(monkeypatch):
         assert torch.equal(others, torch.stack([mine.detach() + offset for offset in theirs]))
 
 
-def test_one_command_starts_a_process_for_each_device(folder, tmp_path):
+class ForkedRank:
+    """A rank as the launcher starts it, without the seconds that importing PyTorch takes."""
+
+    def __init__(self, command: list[str], env: dict[str, str], start_new_session: bool):
+        assert command[: len(launch.COMMAND)] == launch.COMMAND
+        assert start_new_session
+
+        def work() -> int:
+            os.setsid()
+            os.environ.clear()
+            os.environ.update(env)
+            return main(command[len(launch.COMMAND) :])
+
+        self.process = Forked(work)
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        if self.returncode is None and os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            self.returncode = self.process.end()
+            sys.stderr.write(self.process.err.read_text())
+        return self.returncode
+
+    def kill(self) -> None:
+        self.process.send(signal.SIGKILL)
+
+    def wait(self) -> None:
+        self.process.end()
+
+
+def test_one_command_starts_a_process_for_each_device(folder, tmp_path, monkeypatch):
     """--nproc 2 on the CPU gives the weights of one process with twice the batch."""
     assert main([*arguments(folder, tmp_path / "one", "data.batch=2", "run.steps=2"), "--quiet"]) == 0
     command = [*arguments(folder, tmp_path / "two", "run.steps=2"), "--nproc", "2", "--quiet"]
+    monkeypatch.setattr(launch, "subprocess", SimpleNamespace(Popen=ForkedRank))
     process = Forked(lambda: main(command))
     assert process.end() == 0, process.err.read_text()
     one, other = training_tensors(tmp_path / "one"), training_tensors(tmp_path / "two")
@@ -160,7 +193,8 @@ def test_one_command_starts_a_process_for_each_device(folder, tmp_path):
             torch.testing.assert_close(other[key], tensor, rtol=0, atol=1e-6, msg=key)
 
 
-def test_a_failure_of_several_processes_is_the_commands(folder, tmp_path):
+def test_a_failure_of_several_processes_is_the_commands(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "subprocess", SimpleNamespace(Popen=ForkedRank))
     command = [*arguments(folder, tmp_path / "run", "optim.accumulate=3", "run.steps=1"), "--nproc=2"]
     process = Forked(lambda: main(command))
     assert process.end() == 2
@@ -181,9 +215,9 @@ def test_how_many_processes():
     assert without(["cut", "--nproc=2", "--out", "--nproc2"], "--nproc") == ["cut", "--out", "--nproc2"]
 
 
-def test_a_rank_that_dies_ends_the_other_with_one_sentence(folder, tmp_path):
-    port = free_port()
-    processes = [start(rank, 2, port, *arguments(folder, tmp_path / "run")) for rank in range(2)]
+def test_a_rank_that_dies_ends_the_other_with_one_sentence_and_the_run_continues(folder, tmp_path):
+    port, often = free_port(), "run.save_every=2"
+    processes = [start(rank, 2, port, *arguments(folder, tmp_path / "run", often)) for rank in range(2)]
     processes[0].wait_for_line("step 3/")
     processes[1].send(signal.SIGKILL)
     began = time.monotonic()
@@ -194,6 +228,13 @@ def test_a_rank_that_dies_ends_the_other_with_one_sentence(folder, tmp_path):
     assert len(message) == 1
     assert "another rank is gone or silent: waited for" in message[0]
     assert processes[1].end() == -signal.SIGKILL
+    end = Checkpoints(tmp_path / "run" / "checkpoints").load()[1]["step"] + 2
+    for run in ("run", "undisturbed"):
+        port, command = free_port(), arguments(folder, tmp_path / run, often, f"run.steps={end}")
+        assert [code for code, _, _ in finish([start(rank, 2, port, *command) for rank in range(2)])] == [0, 0]
+    wanted, found = training_tensors(tmp_path / "undisturbed"), training_tensors(tmp_path / "run")
+    assert wanted.keys() == found.keys()
+    assert not [key for key, tensor in wanted.items() if not torch.equal(tensor, found[key])]
 
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(folder, tmp_path):

@@ -164,3 +164,22 @@ def test_unknown_names_are_refused():
         init_weights(torch.nn.Linear(2, 2), "gauss")
     with pytest.raises(ValueError, match='norm must be "instance"'):
         build_generator("resnet_4blocks", norm="layer")
+
+
+@pytest.mark.parametrize("layer", [InstanceNorm, BlurUp, BlurDown])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_shapes_without_values(layer, gradients):
+    x = torch.rand(2, 4, 6, 8, dtype=torch.bfloat16)
+    with torch.set_grad_enabled(gradients):
+        real, found = layer(4)(x), layer(4).to("meta")(x.to("meta"))
+    assert (found.shape, found.dtype, found.device.type) == (real.shape, real.dtype, "meta")
+
+
+def test_what_has_no_values_is_not_initialised():
+    with torch.device("meta"):
+        network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    before = torch.get_rng_state()
+    assert init_weights(network, "orthogonal") is network
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(ValueError, match="init_type must be"):
+        init_weights(network, "other")

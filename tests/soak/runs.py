@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import tomllib
 from dataclasses import dataclass
@@ -48,8 +49,21 @@ def arguments(data: Path, out: Path, *more: str, steps: int = STEPS) -> list[str
     return ["train", "fastcut", "--data", str(data), "--out", str(out), *OPTIONS, f"run.steps={steps}", *more]
 
 
-def reference(folder: Path, *more: str) -> Reference:
-    """Create pictures, their cache, and a run on them."""
+_REFERENCES: dict[tuple[str, ...], Reference] = {}
+
+
+def reference(beside: Path, *more: str) -> Reference:
+    """Create pictures, their cache, and a run on them: once in a process, as campaigns only read them.
+
+    Args:
+        beside: the folder of a campaign.
+    """
+    if more not in _REFERENCES:
+        _REFERENCES[more] = _make_reference(beside.parent / f"reference-{os.getpid()}-{len(_REFERENCES)}", *more)
+    return _REFERENCES[more]
+
+
+def _make_reference(folder: Path, *more: str) -> Reference:
     data, out = training_pictures(folder / "data"), folder / "reference"
     done(run(arguments(data, folder / "first", *more, steps=1)))
     events = Events(out)
