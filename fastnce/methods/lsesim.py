@@ -14,6 +14,7 @@ from ..nce.spatial import SpatialLoss, contrast_similarity, self_similarity, spa
 from ..networks import init_weights
 from ..networks.published import read_weights
 from ..networks.vgg import HALVED, VGG16
+from .augment import AUGMENT_HELP, Augment
 from .base import (
     MOST_PATCHES,
     TEMPERATURE,
@@ -32,7 +33,7 @@ from .base import (
 )
 from .jitter import color_jitter
 from .losses import GANMode, gan_loss, gradient_penalty
-from .pool import MOST_POOLED, ImagePool
+from .pool import MOST_POOLED, ImagePool, check_pool_sizes
 
 LEAST_CHANNELS = 32
 
@@ -60,17 +61,20 @@ class LSeSimOptions:
     loss_mode: SpatialLoss = option("cos", '"cos" or "l1": the distance between self-similarities')
     use_norm: bool = option(False, "cosines as self-similarities; false: tanh of products")
     learned: bool = option(False, "LSeSim: train 1x1 convolutions F for the self-similarities (published learned_attn)")
-    augment: bool = option(False, "with learned, F also contrasts images with copies in other colours")
+    jitter: bool = option(
+        False, "with learned, F also contrasts images with copies in other colours (published augment)"
+    )
     temperature: float = option(0.07, "temperature of F's contrastive loss (published T)", **TEMPERATURE)
     pool_size: int = option(
         50, "past fakes kept for the discriminator to judge; 0 shows the latest only", low=0, high=MOST_POOLED
     )
+    augment: str = option("", AUGMENT_HELP, anything=True)
     gan_mode: GANMode = option("lsgan", "lsgan, vanilla, wgangp, nonsaturating or hinge")
     lambda_gradient: float = option(0.0, "weight of WGAN-GP's penalty on the slope of the discriminator", **WEIGHT)
 
     @classmethod
     def lsesim(cls) -> LSeSimOptions:
-        return cls(learned=True, augment=True)
+        return cls(learned=True, jitter=True)
 
 
 class SimilarityConvs(nn.Module):
@@ -114,9 +118,10 @@ class LSeSim(Method):
                 raise ValueError(
                     f"VGG16 takes images of 1 or 3 channels, so network.{key} must be 1 or 3, not {channels}"
                 )
-        if options.augment and not options.learned:
-            raise ValueError("loss.augment=true needs loss.learned=true: only F contrasts copies in other colours")
+        if options.jitter and not options.learned:
+            raise ValueError("loss.jitter=true needs loss.learned=true: only F contrasts copies in other colours")
         self.gp = options.lambda_gradient
+        self.augment = Augment(options.augment)
         self.layers = list(options.vgg_layers)
         path = options.vgg_weights
         self.vgg = VGG16(max(self.layers) + 1, read_weights(path) if path else None, f"loss.vgg_weights={path}")
@@ -151,6 +156,9 @@ class LSeSim(Method):
         phases = Phase(self.d_loss, ("D",)), Phase(self.g_loss, ("G",))
         return phases if self.convs is None else (Phase(self.f_loss, ("F",)), *phases)
 
+    def share_draws(self, rank: int, world: int) -> None:
+        self.augment.rank, self.augment.world = rank, world
+
     def prepare(self, batch: Batch) -> None:
         self.pool.prepare(batch.a, batch.b.shape[1])
 
@@ -163,12 +171,7 @@ class LSeSim(Method):
             )
 
     def check_sizes(self, batch_size: int, a: Sizes, b: Sizes, remedy: str) -> None:
-        if self.options.pool_size and len(a) > 1:
-            first, second = list(a.values())[:2]
-            raise ValueError(
-                f"loss.pool_size={self.options.pool_size} remembers fakes of one size, but {first} and {second} are of "
-                f"one domain: {remedy}, or set loss.pool_size=0"
-            )
+        check_pool_sizes(self.options.pool_size, a, remedy)
         factor = 2 ** (1 + sum(max(self.layers) >= layer for layer in HALVED))
         for sizes in (a, b) if self.options.learned or self.identity else (a,):
             for (height, width), what in sizes.items():
@@ -194,7 +197,7 @@ class LSeSim(Method):
     def f_loss(self, batch: Batch, outputs: Outputs, draws: Draws) -> tuple[Tensor, Losses]:
         """F's loss: locations of x find those of G(x), and of a copy of x in other colours, among those of y."""
         source, target, other = batch.a, outputs["fake_B"].detach(), batch.b
-        if self.options.augment:
+        if self.options.jitter:
             source, copy = torch.cat([source, source]), self.jitter(batch.a)
             if copy.shape[1] != target.shape[1]:  # grey and colour: VGG16 sees grey as three equal channels
                 target, copy = target.expand(-1, 3, -1, -1), copy.expand(-1, 3, -1, -1)
@@ -219,20 +222,21 @@ class LSeSim(Method):
         options = self.options
         fake, real = self.pool(outputs["fake_B"]), batch.b
         independent = self.discriminator.pictures_independent
-        judged_real, judged_fake = together(self.discriminator, [real, fake], independent=independent)
+        shown = [self.augment(real), self.augment(fake)]
+        judged_real, judged_fake = together(self.discriminator, shown, independent=independent)
         losses = {
             "D_real": gan_loss(judged_real, True, options.gan_mode),
             "D_fake": gan_loss(judged_fake, False, options.gan_mode),
         }
         total = 0.5 * (losses["D_real"] + losses["D_fake"])
         if self.gp > 0:
-            losses["D_Gradient"] = self.gp * gradient_penalty(self.discriminator, real, fake)
+            losses["D_Gradient"] = self.gp * gradient_penalty(self.augment.before(self.discriminator), real, fake)
             total = total + losses["D_Gradient"]
         return total, losses
 
     def g_loss(self, batch: Batch, outputs: Outputs, draws: Draws) -> tuple[Tensor, Losses]:
         options = self.options
-        judged = self.discriminator(outputs["fake_B"])
+        judged = self.discriminator(self.augment(outputs["fake_B"]))
         losses = {"G_GAN": gan_loss(judged, True, options.gan_mode, for_generator=True)}
         call = int(options.learned)
         if options.lambda_spatial > 0:

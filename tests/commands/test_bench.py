@@ -52,12 +52,16 @@ def test_no_case_starts_after_the_time_limit(monkeypatch):
     assert all(line.note == "not run: no time left" and line.milliseconds is None for line in lines)
 
 
-@pytest.mark.parametrize("arguments", [["--device", "nothing"], ["--size", "3"]])
-def test_a_wrong_command_is_one_sentence(arguments, capsys):
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["--device", "nothing"], "--device nothing: "), (["--size", "3"], "unrecognized arguments: --size 3 ")],
+)
+def test_a_wrong_command_is_one_sentence(arguments, said, capsys):
     with pytest.raises(SystemExit) as stopped:
         bench.main(arguments)
     assert stopped.value.code == 2
-    assert "error: " in capsys.readouterr().err.splitlines()[-1]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"fastnce: {said}")
 
 
 def test_ceilings_of_a_cpu():

@@ -118,10 +118,10 @@ def test_nothing_is_read_from_the_device_and_the_layout_stays():
 def method_of(preset, **changes):
     small = {} if preset == "sincut" else {"generator": "resnet_4blocks", **DISCRIMINATOR}
     layers = {} if preset in ("sincut", "cyclegan", "simdcl") else {"nce_layers": [0, 4, 8]}
-    return build(preset, network=small, **{**METHODS[preset], **layers, **changes})
+    return build(preset, network=small, **{**METHODS.get(preset, {}), **layers, **changes})
 
 
-@pytest.mark.parametrize("preset", METHODS)
+@pytest.mark.parametrize("preset", [*METHODS, "lsesim"])
 def test_discriminators_see_changed_images_only(preset):
     """Real and fake images are changed before every call, in the losses of discriminators and generators."""
     method, batch = method_of(preset, augment="cutout", gan_mode="lsgan"), pictures(1 if preset == "simdcl" else 2)

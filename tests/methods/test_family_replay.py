@@ -22,7 +22,7 @@ NAMES = LOSS_NAMES | {
     "patch_nums": "patches",
     "patch_size": "patch_size",
     "learned_attn": "learned",
-    "augment": "augment",
+    "augment": "jitter",
     "QS_mode": "attention",
     "use_curriculum": "curriculum",
     "HDCE_gamma": "gamma",

@@ -259,7 +259,7 @@ def test_a_batch_is_the_mean_of_its_images(preset):
         ("negcut", {"patches": 1}, "loss.patches"),
         ("negcut", {"projector": "sample"}, "loss.projector=sample has no effect in negcut"),
         ("qsattn", {"selection": "attention"}, "has no effect in qsattn, which has loss.attention"),
-        ("fsesim", {"augment": True}, "loss.augment=true needs loss.learned=true"),
+        ("fsesim", {"jitter": True}, "loss.jitter=true needs loss.learned=true"),
         ("fsesim", {"vgg_weights": "nowhere.pth"}, "nowhere.pth: no such file"),
         ("fsesim", {"network": {"in_channels": 2}}, "network.in_channels must be 1 or 3, not 2"),
         ("lsesim", {"lambda_identity": 1.0, "network": {"in_channels": 1}}, "must be equal, or both weights 0"),

@@ -22,17 +22,32 @@ ONE_WAY = {"generators": ["G"], "discriminators": ["D"], "projectors": ["F"]}
 TWO_WAY = {"generators": ["G_A", "G_B"], "discriminators": ["D_A", "D_B"]}
 ROLES = {
     "cut": ONE_WAY,
+    "hneg-src": ONE_WAY,
+    "negcut": {**ONE_WAY, "projectors": ["F", "N", "F_"]},
+    "qsattn": ONE_WAY,
+    "lsesim": ONE_WAY,
     "sincut": ONE_WAY,
     "cyclegan": {**TWO_WAY, "projectors": []},
     "dclgan": {**TWO_WAY, "projectors": ["F1", "F2"]},
     "simdcl": {**TWO_WAY, "projectors": ["F1", "F2", "F3", "F4", "F5", "F6"]},
     "dcdgan": {**TWO_WAY, "projectors": ["F1", "F2"]},
 }
-STORED = {"cut": ["G", "F", "D"], "sincut": ["G", "F", "D"]}
+STORED = {name: ["G", "F", "D"] for name in ("cut", "hneg-src", "qsattn", "sincut")}
+STORED["negcut"] = ["G", "F", "N", "F_", "D"]
 """The order of `networks()` where it differs from the order of the roles."""
 CHANGES = {"simdcl": {"nce_layers": [4, 8, 12, 14]}, "dcdgan": {"lambda_rendered": 1.0}}
-CHANGES |= {name: {"nce_layers": [0, 4, 8]} for name in ("cut", "dclgan")}
-IDENTITY = {"cut": {"NCE_Y"}, "sincut": {"NCE_Y", "idt"}, "dcdgan": {"idt_A", "idt_B", "rendered"}}
+CHANGES |= {name: {"nce_layers": [0, 4, 8]} for name in ("cut", "hneg-src", "negcut", "qsattn", "dclgan")}
+CHANGES["hneg-src"] |= {"nce_idt": True}
+CHANGES["lsesim"] = {"lambda_identity": 1.0}
+IDENTITY = {
+    "cut": {"NCE_Y"},
+    "hneg-src": {"HDCE_Y"},
+    "negcut": {"NCE_Y"},
+    "qsattn": {"NCE_Y"},
+    "lsesim": {"idt_B"},
+    "sincut": {"NCE_Y", "idt"},
+    "dcdgan": {"idt_A", "idt_B", "rendered"},
+}
 
 
 def method_of(preset: str, **changes) -> Method:

@@ -21,6 +21,9 @@ from tests.methods.test_methods_more import build, pictures
 DISCRIMINATOR = {"discriminator": "n_layers", "discriminator_layers": 1}
 METHODS = {
     "cut": {},
+    "hneg-src": {},
+    "negcut": {},
+    "qsattn": {},
     "sincut": {},
     "cyclegan": {"pool_size": 0},
     "dclgan": {},
@@ -57,6 +60,7 @@ def by_hand(discriminator, real, fake, mix):
 
 def test_every_method_with_a_gan_is_here():
     classes = {PRESETS[name].method for name in METHODS}
+    classes.add(PRESETS["lsesim"].method)  # its penalty has a weight of its own
     assert {preset.method for preset in PRESETS.values() if hasattr(preset.options(), "gan_mode")} == classes
 
 
@@ -85,6 +89,18 @@ def test_the_loss_is_half_of_the_published_one(preset):
     for ours, theirs in zip(torch.autograd.grad(loss, weights), torch.autograd.grad(wanted, weights), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
     assert len([name for name in logged if name.endswith("_GP")]) == len(sides)
+
+
+def test_the_penalty_of_lsesim_is_whole_and_counts_in_every_mode():
+    network = {"generator": "resnet_4blocks", **DISCRIMINATOR}
+    method, batch = build("lsesim", network=network, lambda_gradient=3.0, pool_size=0), pictures(2)
+    outputs = method.generate(batch, Draws())
+    torch.manual_seed(5)
+    loss, logged = method.d_loss(batch, outputs, Draws())
+    torch.manual_seed(5)
+    wanted = 0.3 * by_hand(method.discriminator, batch.b, outputs["fake_B"], torch.rand(2, dtype=torch.float64))
+    torch.testing.assert_close(logged["D_Gradient"], wanted, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(loss, 0.5 * (logged["D_real"] + logged["D_fake"]) + wanted)
 
 
 @pytest.mark.parametrize("preset", ["cut", "sincut", "cyclegan"])
