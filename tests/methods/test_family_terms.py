@@ -257,7 +257,6 @@ def test_a_batch_is_the_mean_of_its_images(preset):
         ("negcut", {"projector": "sample"}, "loss.projector=sample has no effect in negcut"),
         ("negcut", {"lambda_nce": 0.0}, "loss.lambda_nce must be above 0"),
         ("negcut", {"patches": 1}, "loss.patches"),
-        ("negcut", {"projector": "sample"}, "loss.projector=sample has no effect in negcut"),
         ("qsattn", {"selection": "attention"}, "has no effect in qsattn, which has loss.attention"),
         ("fsesim", {"jitter": True}, "loss.jitter=true needs loss.learned=true"),
         ("fsesim", {"vgg_weights": "nowhere.pth"}, "nowhere.pth: no such file"),
