@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> int:
         )
     result = convert(read_source(words), args.repository)
     published = result.published
-    header = f"{published.model} of {published.repository}: the preset {published.method}"
+    header = f"model {published.model} of {published.repository} is the preset {published.method} here"
     if args.out is None:
         comments = [header, *result.lines, "run:", *(f"  {command}" for command in result.commands())]
         write_out("".join(f"# {line}\n" for line in comments) + ("" if published.test else result.as_toml()))

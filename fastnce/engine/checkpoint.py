@@ -305,7 +305,9 @@ def open_checkpoint(source: Path, files: tuple[str, ...] = state_file.FILES) -> 
     store = Checkpoints(source / "checkpoints", log=lambda sentence: warnings.warn(sentence, stacklevel=4))
     found = store.newest(read_finite)
     if found is None:
-        raise ValueError(f"{source}: no checkpoint here (looked for checkpoints/step-*)")
+        raise ValueError(
+            f"{source}: no checkpoint here (looked for checkpoints/step-*; a published one has latest_net_G.pth)"
+        )
     return found
 
 

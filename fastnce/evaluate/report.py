@@ -186,8 +186,8 @@ def evaluate(
         raise DataError(f"{data} has no {phase}A and {phase}B, which --phase {phase} names")
     if unpaired and (not fid or csv_file or sheet):
         raise DataError(
-            f"{data} holds {phase}A and {phase}B, which are not paired: measure them with --fid and --json only (PSNR, "
-            f"SSIM, --csv and --sheet need pairs, such as rain/ and norain/)"
+            f"{data} holds {phase}A and {phase}B, which are not paired: add --fid, without --csv and --sheet (these, "
+            f"PSNR and SSIM need pairs, such as rain/ and norain/)"
         )
     sets = _Sets(Inception(device, feature_weights)) if fid else None
     drawn = b""

@@ -15,12 +15,15 @@ from ..config.resolve import apply
 from ..methods.presets import find_preset
 from .detect import identify
 from .flag import Flag, NotSupported, Published
-from .own import experiment
+from .own import DUAL, experiment
 from .reading import Source
-from .table import flags_of, named
+from .table import CUTS, UNREAD, flags_of, named
 
 TWO = ("cyclegan", "dclgan", "simdcl", "dcdgan-released")
 """Presets with two generators, whose test.py translates in both directions."""
+
+IGNORED = {"pool_size": CUTS, "flip_equivariance": DUAL}
+"""Options that some published models have and never read; here they have their effect."""
 
 
 @dataclass
@@ -183,6 +186,8 @@ def _sentence(flag: Flag, result: Conversion, found: dict[str, Any], reason: str
     text = published.values[flag.name]
     said = f"--{flag.name}" if flag.takes == "switch" else f"--{flag.name} {text}"
     if published.test:
+        if flag.name == "eval":
+            return f"{said}: same, eval mode is the default here"
         here = flag.test
         if not here:
             return f"{said}: " + (f"not supported: {flag.remark}" if not flag.ours else "the model has it already")
@@ -197,8 +202,12 @@ def _sentence(flag: Flag, result: Conversion, found: dict[str, Any], reason: str
         return f"{said}: not supported: {reason}"
     kind = "same" if flag.kind == "same" else "renamed"
     ours = ", ".join(f"{key} = {format_value(value)}" for key, value in found.items())
+    if flag.name == "gpu_ids" and len(published.devices) > 1:
+        ours = f"--nproc {len(published.devices)}"
     ours = ours or {"--out": f"--out {result.run}", "METHOD": f"METHOD {published.method}"}.get(flag.ours, flag.ours)
-    remark = f" ({flag.remark})" if flag.remark and kind == "renamed" else ""
+    said_of_all = f" ({flag.remark})" if flag.remark and kind == "renamed" else ""
+    ignored = published.model in IGNORED.get(flag.name, ())
+    remark = f" ({UNREAD}; here it has its effect)" if ignored else said_of_all
     return f"{said}: {kind}, {ours}{remark}"
 
 

@@ -9,6 +9,12 @@ from .table import named
 
 WHOLE = "fastnce import-options 'python train.py ...' turns a whole command into ours"
 
+SAID = {
+    "continue_train": "is not needed: the same command continues a run (run.start_from takes published weights)",
+    "eval": "is the default here, and --train-mode switches it off",
+}
+"""What is said of options for which the name of our option would mislead."""
+
 
 def published_words(arguments: list[str], own: Collection[str], command: str) -> str:
     """Name our words for the published options among the arguments of a command, as one sentence.
@@ -25,20 +31,27 @@ def published_words(arguments: list[str], own: Collection[str], command: str) ->
         arguments = arguments[: arguments.index("--")]
     found: dict[str, str] = {}
     for place, word in enumerate(arguments):
+        if bare := command == "train" and not word.startswith("--") and "=" in word:  # nce_T=0.1, as a key of ours
+            before = arguments[place - 1] if place else ""
+            if before in own and before != "--change":
+                continue
+            word = f"--{word}"
         name, equals, text = word[2:].partition("=")
-        if not word.startswith("--") or f"--{name}" in own or not named(name):
+        if not word.startswith("--") or not named(name) or (f"--{name}" in own and not bare):
             continue
         follows = arguments[place + 1] if place + 1 < len(arguments) else "--"
         value = text if equals else "" if follows.startswith("--") else follows
-        found.setdefault(name, _word(name, value, command))
+        found.setdefault(name if bare else f"--{name}", _word(name, value, command))
     if not found:
         return ""
-    return f"{', '.join(f'--{name} {word}' for name, word in found.items())} ({WHOLE})"
+    return f"{', '.join(f'{name} {word}' for name, word in found.items())} ({WHOLE})"
 
 
 def _word(name: str, value: str, command: str) -> str:
     """What is said of one option: "is --data DIR here"."""
     flags = named(name)
+    if (said := SAID.get(name)) and (name == "continue_train") == (command == "train"):
+        return said
     if command != "train":
         here = next((flag.test for flag in flags if flag.test), "")
         here = {"DATA": "--data TEST"}.get(here, here) if command == "evaluate" else here

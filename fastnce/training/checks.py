@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,13 @@ def check_plan(config: Config) -> Method:
         ValueError: options are out of range or contradict each other, or crops do not fit the networks.
     """
     planned = plan(config)
+    network = config.network
+    if network.spectral_norm and (network.discriminator_norm or network.norm) == "instance":
+        warnings.warn(
+            "network.spectral_norm=true has little effect before instance norm, which removes the scale of a "
+            "convolution: set network.discriminator_norm=none",
+            stacklevel=2,
+        )
     check_parts(planned, config.optim.accumulate)
     planned.check_options(config.data.batch)
     sizes = [] if config.data.dataset else batch_sizes(config.data, decays(config))

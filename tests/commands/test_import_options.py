@@ -21,7 +21,7 @@ def test_the_file_and_the_words_on_the_terminal(tmp_path, capsys):
     out = capsys.readouterr().out.splitlines()
     config = resolve("", file)
     assert (config.method, config.network.width, config.data.dir) == ("fastcut", 32, "./datasets/cat")
-    assert out[0] == "cut of CUT: the preset fastcut"
+    assert out[0] == "model cut of CUT is the preset fastcut here"
     assert "--ngf 32: renamed, network.width = 32" in out
     assert any(line.startswith("--display_port 1: not supported: there is no visdom") for line in out)
     assert out[-1] == f"fastnce train --config {file} --out runs/cat"
@@ -104,7 +104,7 @@ def test_a_test_becomes_translations(capsys):
         ([], "needs SOURCE"),
         (["nothing.txt"], "nothing.txt: no such file"),
         (["python", "eval.py", "--name", "n"], "neither a file such as train_opt.txt nor a command"),
-        (["python train.py --dataroot d --name n"], "--from cut or --from dclgan or --from dcdgan or --from cyclegan"),
+        (["python train.py --dataroot d --name n"], "--from cut or dclgan or dcdgan or cyclegan"),
         ([f"{COMMAND} --lamda_NCE 3"], "did you mean '--lambda_NCE'?"),
         ([f"{COMMAND} --batch_size"], "--batch_size needs a value"),
         ([f"{COMMAND} --batch_size x"], "--batch_size 'x' must be a whole number"),
@@ -209,11 +209,14 @@ def test_no_printout(tmp_path, capsys):
         (["train", "cut", "--lr", "x"], "--lr is optim.lr here"),
         (["train", "cut", "--display_id", "-1"], "--display_id is not supported: there is no visdom"),
         (["train", "cut", "--num_test", "3"], "--num_test is --num of fastnce translate"),
+        (["train", "cut", "--out", "o", "nce_T=0.1"], "nce_T is loss.temperature=0.1 here"),
+        (["train", "--out", "o", "--change", "lambda_NCE=2"], "lambda_NCE is loss.lambda_nce here"),
+        (["train", "cut", "--continue_train"], "--continue_train is not needed: the same command continues a run"),
         (["translate", "r", "d", "--out", "o", "--num_test", "3"], "--num_test is --num here"),
         (["translate", "--dataroot", "d", "--name", "n"], "--dataroot is DATA here, --name is a part of RUN here"),
         (["translate", "r", "d", "--out", "o", "--ngf", "3"], "--ngf is part of the trained model here"),
         (["evaluate", "r", "--dataroot=d"], "--dataroot is --data TEST here"),
-        (["evaluate", "r", "--data", "d", "--eval"], "--eval is --train-mode here"),
+        (["evaluate", "r", "--data", "d", "--eval"], "--eval is the default here, and --train-mode"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -250,3 +253,24 @@ def test_the_method_may_follow_the_changes(tmp_path, capsys):
     assert "leave out --change, and write optim.lr=1e-3 instead" in capsys.readouterr().err
     assert main([*words, "fastcot"]) == 2
     assert "name METHOD and --data DIR" in capsys.readouterr().err  # no method was found among the changes
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            "train.py --CUT_mode CUT --pool_size 50",
+            "same, loss.pool_size = 50 (the published code never reads it; here",
+        ),
+        ("train.py --model cycle_gan --norm instance --pool_size 20", "same, loss.pool_size = 20"),
+        ("train.py --model dcl --flip_equivariance", "(the published code never reads it; here it has its effect)"),
+        ("train.py --CUT_mode CUT --batch_size 2 --gpu_ids 0,1", "renamed, --nproc 2"),
+        ("test.py --CUT_mode CUT --eval", "same, eval mode is the default here"),
+    ],
+)
+def test_a_line_does_not_mislead(words, said, capsys):
+    assert main(["import-options", f"{words} --dataroot d --name n"]) == 0
+    name = [word for word in words.split() if word.startswith("--")][-1]
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith(f"# {name}"))
+    assert said in line
+    assert ("never reads" in line) == ("never reads" in said)

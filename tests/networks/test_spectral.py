@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from fastnce.commands.main import main
+from fastnce.config import resolve
 from fastnce.config.build import plan
 from fastnce.engine.options import OptimOptions
 from fastnce.engine.rehearsal import rehearse
@@ -19,6 +20,7 @@ from fastnce.methods import CUT, CUTOptions, Draws, NetworkOptions
 from fastnce.networks.build import build_discriminator
 from fastnce.networks.published import load_weights, network_from_weights, read_weights, save_published
 from fastnce.networks.spectral import ORIGINAL, VECTORS, fitted, once_per_step
+from fastnce.training.checks import check_plan
 from fastnce.training.starting import plan_start
 from tests.engine.test_cudagraph import assert_same_state, taped
 from tests.engine.test_engine import SMALL, random_batch, small_config, training_tensors
@@ -273,3 +275,11 @@ def test_a_judge_without_it_has_no_iteration():
     own = nn.Sequential(spectral_norm(nn.Conv2d(3, 1, 4)))  # a user's own iterates as the library does
     assert once_per_step([own]).layers == []
     assert own[0].parametrizations.weight[0].n_power_iterations == 1
+
+
+def test_instance_norm_behind_spectral_norm_is_a_warning(recwarn):
+    check_plan(resolve("cut", None, ["network.spectral_norm=true", "network.discriminator_norm=none"]))
+    check_plan(resolve("cut", None, []))
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=r"little effect .* set network\.discriminator_norm=none"):
+        check_plan(resolve("cut", None, ["network.spectral_norm=true"]))
