@@ -40,6 +40,8 @@ def _word(name: str, value: str, command: str) -> str:
     """What is said of one option: "is --data DIR here"."""
     flags = named(name)
     if command != "train":
+        if name == "eval":
+            return "is what fastnce does without --train-mode"
         here = next((flag.test for flag in flags if flag.test), "")
         here = {"DATA": "--data TEST"}.get(here, here) if command == "evaluate" else here
         if here:
