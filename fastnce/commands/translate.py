@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..common.messages import nearest
 from ..common.streams import ProgressLine
+from ..config.options import MOST_SIDE
 from ..data.folder import domain_folders
 from ..data.limit import accepting
 from ..engine.choices import pick_device
@@ -107,6 +108,8 @@ def main(arguments: list[str]) -> int:
 
 def _check_together(args: argparse.Namespace) -> None:
     """Refuse options that do not fit together."""
+    if args.load_size > MOST_SIDE:
+        raise ValueError(f"--load-size {args.load_size} must be at most {MOST_SIDE:,} pixels")
     if args.load_size % 4:
         raise ValueError(f"--load-size {args.load_size} must be a multiple of 4, as the published code makes it")
     if args.direction and not args.phase:

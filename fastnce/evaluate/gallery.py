@@ -42,6 +42,15 @@ class Gallery:
         check_folder(out, "index.html and its pictures")
         self.out, self.title, self.labels = out, title, labels
         self._rows: dict[str, dict[str, Path]] = {}
+        for folder in (out / "images", *self.folders):
+            check_folder(folder, "pictures of the page")
+        if self.page.is_dir():
+            raise ValueError(f"{self.page}: a folder is in the way, a file is needed")
+
+    @property
+    def folders(self) -> list[Path]:
+        """The folders of inputs, outputs and truths."""
+        return [self.out / "images" / label for label in self.labels]
 
     def place(self, name: str | Path, which: int) -> Path:
         """The file of a picture in the published layout; `which`: 0 the input, 1 the output, 2 the truth."""

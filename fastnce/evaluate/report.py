@@ -204,6 +204,7 @@ def evaluate(
         names = [pair.name for pair in pairs]
         taken = [file for pair in pairs for file in (pair.rainy, pair.clean)]
     if gallery is not None:
+        _check_apart(gallery.out, data, taken)
         files = [*files, gallery.page, *(file for name in names for file in gallery.files(name))]
     for model in (translate, best):
         _check_kept(files, taken, model)
@@ -249,6 +250,16 @@ def _check_writable(files: list[Path]) -> None:
             raise ValueError(f"{file} cannot be written: {folder} allows no new files")
     if len({os.path.realpath(file) for file in files}) < len(files):
         raise ValueError(f"the reports need different files, not {', '.join(map(str, files))}")
+
+
+def _check_apart(out: Path, data: Path, pictures: list[Path]) -> None:
+    """Raise ValueError if pictures written below `out` would be measured by the next evaluation of `data`."""
+    own = f"{os.path.realpath(out)}{os.sep}"
+    for picture in pictures:
+        parts = picture.relative_to(data).parts if picture.is_relative_to(data) else ()
+        folder = data / parts[0] if len(parts) > 1 else picture.parent
+        if own.startswith(f"{os.path.realpath(folder)}{os.sep}"):
+            raise ValueError(f"{out} is in {folder}, whose pictures are measured: write to another place")
 
 
 def _check_kept(files: list[Path], pictures: list[Path], translate: Translate | None) -> None:

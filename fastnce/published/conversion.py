@@ -191,6 +191,8 @@ def _sentence(flag: Flag, result: Conversion, found: dict[str, Any], reason: str
         here = flag.test
         if not here:
             return f"{said}: " + (f"not supported: {flag.remark}" if not flag.ours else "the model has it already")
+        if flag.name == "eval":
+            return f"{said}: same, what fastnce does without {here}"
         crops = "crop" in published.values["preprocess"] and text != published.values["load_size"]
         if flag.name == "crop_size" and crops:
             return f"{said}: not supported: a random crop of a test picture; the whole picture is translated"

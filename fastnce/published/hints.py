@@ -53,6 +53,8 @@ def _word(name: str, value: str, command: str) -> str:
     if (said := SAID.get(name)) and (name == "continue_train") == (command == "train"):
         return said
     if command != "train":
+        if name == "eval":
+            return "is what fastnce does without --train-mode"
         here = next((flag.test for flag in flags if flag.test), "")
         here = {"DATA": "--data TEST"}.get(here, here) if command == "evaluate" else here
         if here:

@@ -65,7 +65,7 @@ def translate_files(
     out = Path(out)
     file, suffix = _named(sources, out, suffix)
     check_format(suffix, bits, translator.out_channels)
-    roots = _pictures(sources, out, limit)
+    roots = _pictures(sources, out, limit, [] if index is None else index.gallery.folders)
     pictures = list(roots)
     names = distinct_names(pictures, roots, suffix)
     targets = {path: file or out / name for path, name in names.items()}
@@ -139,14 +139,19 @@ KINDS = {".jpeg": ".jpg", ".tif": ".tiff"}
 """Second names of formats."""
 
 
-def _pictures(sources: Sequence[Path], out: Path, limit: int) -> dict[Path, Path]:
-    """The pictures to translate, each with the folder that its name is relative to."""
+def _pictures(sources: Sequence[Path], out: Path, limit: int, pages: Sequence[Path]) -> dict[Path, Path]:
+    """The pictures to translate, each with the folder that its name is relative to.
+
+    Args:
+        pages: folders of pictures that an earlier page may show; they are left out, as those in `out` are.
+    """
     roots: dict[Path, Path] = {}
-    own = os.path.realpath(out)
+    folders = [f"{os.path.realpath(folder)}{os.sep}" for folder in (out, *pages)]
     for source in sources:
         found = find_images(source) if source.is_dir() else [source]
-        if own.startswith(f"{os.path.realpath(source)}{os.sep}"):
-            found = [path for path in found if not os.path.realpath(path.parent / "x").startswith(f"{own}{os.sep}")]
+        root = f"{os.path.realpath(source)}{os.sep}"
+        if own := tuple(folder for folder in folders if folder != root and folder.startswith(root)):
+            found = [path for path in found if not os.path.realpath(path.parent / "x").startswith(own)]
         if not found:
             raise ValueError(f"{source}: no pictures here")
         for path in found:

@@ -149,6 +149,7 @@ def _again(file: Path) -> ResnetGenerator:
     ("words", "said"),
     [
         (["--load-size", "30"], "must be a multiple of 4"),
+        (["--load-size", "100000"], "--load-size 100000 must be at most 16,384 pixels"),
         (["--direction", "BtoA"], "add --phase test"),
         (["--train-mode", "--tiles", "fast"], "--train-mode takes each picture whole"),
         (["--layout", "published", "--format", "jpg"], "the published layout has PNG files"),
@@ -175,6 +176,29 @@ def test_sources_are_not_replaced_by_the_layout(model, tmp_path, capsys):
     assert "is read by this command and would be replaced" in capsys.readouterr().err
     assert (source / "a.png").read_bytes() == before
     assert files(tmp_path / "o") == ["images/real_A/a.png"]
+
+
+@pytest.mark.parametrize("words", [["--layout", "published"], ["--index"]], ids=" ".join)
+def test_what_is_in_the_way_of_the_page_is_said_first(words, model, data, tmp_path, capsys):
+    out = tmp_path / "o"
+    for name, said in (("index.html", "a folder is in the way"), ("images", "a file is in the way")):
+        path = out / name
+        path.mkdir(parents=True) if name == "index.html" else path.write_text("mine")
+        assert main(["translate", str(model), str(data / "testA"), *words, "--out", str(out)]) == 2
+        assert (
+            capsys.readouterr().err == f"fastnce: {path}: {said}, a {'file' if path.is_dir() else 'folder'} is needed\n"
+        )
+        assert os.listdir(out) == [name]
+        path.rmdir() if name == "index.html" else path.unlink()
+
+
+def test_the_pictures_of_an_earlier_page_are_no_inputs(model, tmp_path):
+    source = write(tmp_path / "in", "a.png", "s/b.png")
+    for _ in range(2):
+        words = ["translate", str(model), str(source), "--layout", "published", "--out", str(source)]
+        assert main(words) == 0
+        wanted = [f"images/{label}/{name}" for label in ("fake_B", "real_A") for name in ("a.png", "s/b.png")]
+        assert files(source) == sorted(["a.png", "s/b.png", *wanted, "index.html"])
 
 
 def test_the_checkpoint_of_an_epoch(tmp_path):
@@ -212,6 +236,10 @@ def test_evaluate_writes_the_same_page(model, tmp_path, capsys):
     assert files(tmp_path / "o") == [*wanted, "index.html"]
     assert (pixels(tmp_path / "o/images/real_B/1.png") == pixels(pairs / "norain/1.png")).all()
     assert main(["evaluate", str(model), "--data", str(pairs), "--index", str(pairs)]) == 0
+    for folder in (pairs / "rain", pairs / "norain/new"):  # the next evaluation would measure what is written there
+        assert main(["evaluate", str(model), "--data", str(pairs), "--index", str(folder)]) == 2
+        assert "whose pictures are measured: write to another place" in capsys.readouterr().err
+        assert files(folder) == ([] if folder.name == "new" else ["1.png", "2.png", "3.png"])
     assert main(["evaluate", "--inputs-only", "--data", str(pairs), "--epoch", "2"]) == 2
     assert "--epoch has no effect with --inputs-only" in capsys.readouterr().err
 
