@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
 from benchmarks import cases
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_imported_objects():
+    """Each measurement collects garbage first: as in `run.py`, objects of imported modules are exempt from it."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

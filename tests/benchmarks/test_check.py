@@ -67,7 +67,7 @@ def test_a_stage_that_fails_or_hangs_does_not_affect_others(checked, tmp_path, c
     part = {name: run.Part(name, "check_parts", name, 1) for name in ("good", "broken")}
     code, results, out = checked(
         check.Stage("fails", 20, command=python("print('its last line'); raise SystemExit(3)")),
-        check.Stage("hangs", 8, command=python(hangs)),
+        check.Stage("hangs", 4, command=python(hangs)),
         check.Stage("broken", 20, part["broken"]),
         check.Stage("good", 20, part["good"]),
     )

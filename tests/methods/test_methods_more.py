@@ -511,12 +511,13 @@ def test_single_picture_digest_and_samples(two_pictures):
 
 
 def test_sincut_learns_from_two_pictures_and_translates_the_whole(shared):
-    data = SinglePictureData(shared / "data" / "sincut", crop_size=64, batch=4)
+    torch.manual_seed(1)
+    data = SinglePictureData(shared / "data" / "sincut", crop_size=64, batch=2)
     method = build("sincut", lambda_identity=20.0, network={"resolution": 64}).float()
-    method.check(4, 64, 64)
+    method.check(2, 64, 64)
     step = Step(method, OptimOptions(lr=4e-3, beta1=0.0, beta2=0.99))
     identity = []
-    for i in range(24):
+    for i in range(16):
         losses = step.run(Batch(*data.batch(i)), Draws())
         identity.append(float(losses["idt"]))
     assert step.bad_steps == 0
