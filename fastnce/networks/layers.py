@@ -216,9 +216,9 @@ class _Blur(FusedLayer):
 
     def __init__(self, channels: int, taps: list[float], gain: float):
         super().__init__()
-        row = torch.tensor(taps)
-        filt = row[:, None] * row[None, :]
-        self.register_buffer("filt", (gain * filt / filt.sum())[None, None].repeat(channels, 1, 1, 1))
+        total = sum(taps) ** 2
+        filt = torch.tensor([[gain * a * b / total for b in taps] for a in taps])  # exact: `total` is a power of two
+        self.register_buffer("filt", filt.repeat(channels, 1, 1, 1))
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
         published, loaded = self.filt.clone(), state_dict.get(f"{prefix}filt")

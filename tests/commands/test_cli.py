@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from fastnce.networks import PatchGAN, ResnetGenerator
 from fastnce.networks.published import save_published
 from fastnce.translate.load import load_translator
 from fastnce.translate.translator import Translator, pad_to_multiple
+from tests.programs import run_program
 
 
 def error_of(capsys, *arguments: str) -> str:
@@ -147,9 +146,7 @@ def test_help_and_version(capsys):
     assert "translate" in capsys.readouterr().out
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"{__version__}\n"
-    run = subprocess.run(
-        [sys.executable, "-m", "fastnce", "--version"], capture_output=True, text=True, cwd=Path(__file__).parents[2]
-    )
+    run = run_program(["-m", "fastnce", "--version"])
     assert run.stdout == f"{__version__}\n"
 
 

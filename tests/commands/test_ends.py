@@ -5,11 +5,8 @@ from __future__ import annotations
 import io
 import os
 import signal
-import subprocess
 import sys
-import time
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +20,7 @@ from fastnce.translate.files import translate_files
 from fastnce.translate.load import load_translator
 from fastnce.translate.translator import Translator
 from tests.ends import FULL, NO_ROOM, commands, failing_second, left, one_sentence, write
+from tests.forked import Forked
 
 # ---- Ctrl-C ----
 
@@ -46,33 +44,16 @@ def test_ctrl_c_in_every_command(command, monkeypatch, capsys):
     assert one_sentence(capsys) == "fastnce: stopped by Ctrl-C\n"
 
 
-def start(*arguments: object, shell: str = "", **options) -> subprocess.Popen:
-    command = [sys.executable, "-m", "fastnce", *map(str, arguments)]
-    if shell:
-        command = ["sh", "-c", f'exec "$@" {shell}', "sh", *command]
-    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])}
-    return subprocess.Popen(command, env=environment, text=True, **options)
-
-
-def _hear_interrupts() -> None:
-    """Restore SIGINT's default action: a shell makes background processes and their children ignore it."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def test_ctrl_c_in_a_process(model, tmp_path):
     out, source = tmp_path / "out", tmp_path / "many"
     write(source, "0.png")
     for i in range(1, 3000):
         (source / f"{i}.png").symlink_to(source / "0.png")
-    process = start(
-        "translate", model, source, "--out", out, "--device", "cpu", stderr=-1, stdout=-1, preexec_fn=_hear_interrupts
-    )
-    deadline = time.monotonic() + 120
-    while not (out / "0.png").exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    printed, errors = process.communicate(timeout=60)
-    assert (process.returncode, printed, errors) == (130, "", "fastnce: stopped by Ctrl-C\n")
+    process = Forked(lambda: main(["translate", str(model), str(source), "--out", str(out), "--device", "cpu"]))
+    process.wait_for(lambda: (out / "0.png").exists())
+    process.send(signal.SIGINT)
+    ended = (process.end(), process.out.read_text(), process.err.read_text())
+    assert ended == (130, "", "fastnce: stopped by Ctrl-C\n")
     made = left(out)
     assert 0 < len(made) < 3000
     for name in made:
@@ -85,7 +66,14 @@ def test_ctrl_c_in_a_process(model, tmp_path):
 def test_closed_streams_in_a_process(model, photos, tmp_path):
     """Messages must not be written into a file that got the descriptor of a closed stream."""
     out = tmp_path / "out"
-    assert start("translate", model, photos, "--out", out, shell="<&- >&- 2>&-").wait(timeout=120) == 0
+
+    def without_streams() -> int:
+        for number in (0, 1, 2):
+            os.close(number)
+        sys.stdin = sys.stdout = sys.stderr = None  # as an interpreter does
+        return main(["translate", str(model), str(photos), "--out", str(out)])
+
+    assert Forked(without_streams).end() == 0
     expected = translate_files(load_translator(model), photos, tmp_path / "expected")
     assert left(out) == ["a.png", "b.png", "c.png"]
     assert [(out / path.name).read_bytes() for path in expected] == [path.read_bytes() for path in expected]

@@ -703,7 +703,7 @@ def test_two_processes_build_at_once(root, tmp_path, locks, monkeypatch):
     place = tmp_path / "both"
     if not locks:
         monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "no locks here")))
-    context = multiprocessing.get_context("fork" if not locks else "spawn")
+    context = multiprocessing.get_context("fork")  # each opens the locks itself
     gate = context.Barrier(2)
     children = [context.Process(target=child_build, args=(root, place, gate)) for _ in range(2)]
     for child in children:

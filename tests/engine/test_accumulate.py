@@ -190,7 +190,7 @@ def test_recomputed_blocks_give_the_same_gradients(preset):
     assert results[1][2] > results[0][2]  # the blocks were recomputed
 
 
-def test_recomputing_does_not_ruin_a_compiled_step():
+def test_recomputing_does_not_ruin_a_compiled_step(one_block):
     methods = [small_method(nce_idt=False).double() for _ in range(2)]
     methods[1].load_state_dict(methods[0].state_dict())
     plain = Step(methods[0], OptimOptions())

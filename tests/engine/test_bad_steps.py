@@ -228,7 +228,7 @@ def test_a_bad_step_that_is_replayed(case):
 
 @pytest.mark.skipif(not hasattr(torch._dynamo.config, TRACES_GRADIENTS), reason="this PyTorch does not trace gradients")
 @pytest.mark.parametrize("order", ["D, G", "G, D"])
-def test_a_bad_step_that_is_compiled(order):
+def test_a_bad_step_that_is_compiled(order, one_block):
     torch._dynamo.reset()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*uncompiled|.*not whole")

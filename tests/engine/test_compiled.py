@@ -13,25 +13,19 @@ import torch._dynamo.config
 import torch.fx
 from torch._dynamo.backends.common import aot_autograd
 
-from fastnce import networks
 from fastnce.engine.compiled import TRACES_GRADIENTS
 from fastnce.engine.options import OptimOptions
 from fastnce.engine.step import Step
 from fastnce.methods import Batch, Draws, NetworkOptions
 from fastnce.methods.presets import PRESETS
 from fastnce.nce.impl import dispatch
+from fastnce.networks import build
 from fastnce.networks.resnet import ResnetGenerator
 from fastnce.networks.restorer import Restorer
 
+pytestmark = pytest.mark.usefixtures("one_block")
+
 SIDE = 32
-
-
-@pytest.fixture(autouse=True)
-def _two_blocks(monkeypatch):
-    """Build a generator with every kind of layer that compiles faster than the smallest published one."""
-    monkeypatch.setattr(
-        networks, "ResnetGenerator", lambda a, b, width, blocks, *rest: ResnetGenerator(a, b, width, 2, *rest)
-    )
 
 
 def method_of(preset: str, changes: dict[str, Any]):
@@ -63,6 +57,8 @@ def method_of(preset: str, changes: dict[str, Any]):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_step_around_the_kernels_compiles_and_is_the_same(preset, changes, monkeypatch):
+    if preset == "cut":  # which has the fewest networks, and should have enough moments to compare
+        monkeypatch.setitem(build.GENERATORS, "resnet_4blocks", functools.partial(ResnetGenerator, blocks=2))
     choose = dispatch.choose
     monkeypatch.setattr(dispatch, "choose", lambda name, *rest: choose(name or "triton", *rest))
     methods = [method_of(preset, changes) for _ in range(2)]
@@ -102,7 +98,7 @@ def test_the_whole_graph_asks_nothing_of_the_device(preset, monkeypatch):
         found.append(graph)
         return graph.forward
 
-    monkeypatch.setattr(networks, "Restorer", functools.partial(Restorer, middle=2))
+    monkeypatch.setattr(build, "Restorer", functools.partial(Restorer, middle=2))
     changes = {"sincut": {"patches": 4}, "dcdgan-plus": {"rendered_rain": "layers=1", "nce_layers": [4, 8]}}
     method = method_of(preset, changes.get(preset, {}))
     step = Step(method, OptimOptions(), "bf16", "whole", backend=aot_autograd(fw_compiler=keep))
