@@ -44,9 +44,7 @@ def test_sizes_name_options_of_the_networks():
 @pytest.mark.parametrize("name", [*cases.SIZES, *cases.VARIANTS])
 def test_every_preset_and_variant_can_be_built_at_its_size(name):
     variant = cases.Case(name, "fp32", "eager").variant
-    step = build(
-        variant.preset, variant.size.network, torch.device("cpu"), "fp32", {}, variant.options, variant.optim
-    )
+    step = build(variant.preset, variant.size.network, torch.device("cpu"), "fp32", {}, variant.options, variant.optim)
     trained = sum(p.numel() for group in step.groups.values() for p in group.parameters)
     assert trained < 3e6
     for key, value in variant.options.items():
