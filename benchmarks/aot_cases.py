@@ -63,13 +63,29 @@ def nce_cases() -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"nce D={width} keys", lambda x=many: _keys(x)
         yield f"nce D={width} keys, everything", lambda x=many, w=weight: _keys(x, [w])
         yield f"nce D={width} keys, extra", lambda x=many: _keys(x, extra=True)
+        # a learned temperature is read from memory, and allows no bound either
+        yield f"nce D={width} learned T few rows", lambda x=few: _forward([x], unit=True, learned=True)
+        yield f"nce D={width} learned T many rows", lambda x=many: _forward([x], unit=True, learned=True)
+        yield f"nce D={width} learned T few rows, uneven", lambda x=uneven_few: _forward([x], learned=True)
+        yield f"nce D={width} learned T many rows, uneven", lambda x=uneven: _forward([x], learned=True)
+        yield f"nce D={width} learned T, extra keys", lambda x=many: _forward([x], extra=[x], learned=True)
+        yield (
+            f"nce D={width} learned T, everything",
+            lambda x=many, w=weight: _forward([x], extra=[x], log_weight=[w], pair_weight=[w], learned=True),
+        )
+        yield f"nce D={width} learned T, keys", lambda x=many: _keys(x, learned=True)
+        yield f"nce D={width} learned T, keys, everything", lambda x=many, w=weight: _keys(x, [w], learned=True)
         half = _tensor(1, configs.MANY_ROWS, width, dtype=torch.float16)
         yield f"nce D={width} float16", lambda x=half: _forward([x], unit=True)
         yield f"nce D={width} float16 keys", lambda x=half: _keys(x)
+        half_few = _tensor(1, 250, width, dtype=torch.float16)
+        yield f"nce D={width} float16 learned T few rows, uneven", lambda x=half_few: _forward([x], learned=True)
         wide = _tensor(1, 1024, width, dtype=torch.float32)
         yield f"nce D={width} float32", lambda x=wide: _forward([x], unit=True)
         yield f"nce D={width} float32 everything", lambda x=wide: _forward([x], extra=[x])
         yield f"nce D={width} float32 keys", lambda x=wide: _keys(x)
+        yield f"nce D={width} float32 learned T", lambda x=wide: _forward([x], extra=[x], learned=True)
+        yield f"nce D={width} float32 learned T, keys", lambda x=wide: _keys(x, learned=True)
         large = _tensor(1, configs.MANY_ROWS, width, dtype=torch.float32)
         for size, rows in (("few", wide), ("many", large)):
             yield f"nce D={width} tf32 {size} rows", _in_tf32(lambda x=rows: _forward([x], unit=True))
@@ -80,8 +96,16 @@ def nce_cases() -> Iterator[tuple[str, Callable[[], object]]]:
             f"nce D={width} tf32 everything",
             _in_tf32(lambda x=large, w=weight: _forward([x], extra=[x], log_weight=[w], pair_weight=[w])),
         )
+        yield (
+            f"nce D={width} tf32 learned T, everything",
+            _in_tf32(lambda x=large, w=weight: _forward([x], extra=[x], log_weight=[w], pair_weight=[w], learned=True)),
+        )
     few, many = ([_tensor(images, 256, 256) for _ in range(5)] for images in (1, 16))
     yield "nce five layers", lambda: _forward(few, unit=True)
+    yield "nce five layers, learned T", lambda: _forward(few, unit=True, learned=True)
+    yield "nce five layers, many rows, learned T", lambda: _forward(many, unit=True, learned=True)
+    uneven_maps = [_tensor(1, rows, 256) for rows in (256, 256, 256, 196, 49)]
+    yield "nce five layers, uneven, learned T", lambda: _forward(uneven_maps, unit=True, learned=True)
     yield "nce five layers float32", lambda: _forward([layer.float() for layer in few], unit=True)
     yield "nce five layers tf32", _in_tf32(lambda: _forward([layer.float() for layer in few], unit=True))
     yield "nce five layers, many rows", lambda: _forward(many, unit=True)
@@ -106,8 +130,13 @@ def nce_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "nce ragged", lambda: _forward(ragged)
 
 
-def _forward(x, extra=(), log_weight=(), pair_weight=(), temperature=0.07, **options):
-    return nce.nce_forward(x, x, extra, log_weight, pair_weight, [temperature] * len(x), **options)
+def _forward(x, extra=(), log_weight=(), pair_weight=(), temperature=0.07, learned=False, **options):
+    scales = [_learned_scale() for _ in x] if learned else ()
+    return nce.nce_forward(x, x, extra, log_weight, pair_weight, [temperature] * len(x), scales, **options)
+
+
+def _learned_scale() -> torch.Tensor:
+    return _tensor(4, dtype=torch.float32)
 
 
 def _in_tf32(call: Callable[[], object]) -> Callable[[], object]:
@@ -131,9 +160,10 @@ def _scales() -> torch.Tensor:
     return _tensor(2, dtype=torch.float32)
 
 
-def _keys(x: torch.Tensor, weight: Sequence[torch.Tensor] = (), extra: bool = False):
+def _keys(x: torch.Tensor, weight: Sequence[torch.Tensor] = (), extra: bool = False, learned: bool = False):
     rows = _tensor(x.shape[0] * x.shape[1], dtype=torch.float32)
-    return nce_keys.nce_key_gradients([x], [x], weight, weight, [0.07], rows, rows, extra=extra)
+    scales = [_learned_scale()] if learned else ()
+    return nce_keys.nce_key_gradients([x], [x], weight, weight, [0.07], rows, rows, scales, extra=extra)
 
 
 def sample_cases() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -261,6 +291,8 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
 QUICK = re.compile(
     r"nce D=\d+ (few rows|many rows)|nce D=(256|512) (everything|keys, everything)"
     r"|nce D=256 (any length (few|many) rows|float16|float32 everything)"
+    r"|nce D=256 learned T (few|many) rows|nce D=512 learned T, (everything|keys, everything)"
+    r"|nce five layers, learned T|nce five layers, uneven, learned T"
     r"|nce (five layers|five layers tf32|eight problems, extra keys)|rows: .*"
     r"|sample D=256 (bfloat16|bfloat16 repeated ids|float32|tf32|images=64|a set an image, directions)"
     r"|sample without MLP|draw|mean"
