@@ -21,6 +21,7 @@ from fastnce.networks.published import save_published
 from fastnce.translate.load import load_translator
 from fastnce.translate.translator import Translator, pad_to_multiple
 from tests.programs import run_program
+from tests.vgg import narrow_vgg
 
 
 def error_of(capsys, *arguments: str) -> str:
@@ -264,7 +265,9 @@ def test_every_method_trains_and_translates(method, folder, tmp_path, capsys):
     else:
         small = ["network.generator=resnet_4blocks", "network.width=4", "network.discriminator_width=4"]
         small += ["data.load_size=68", "data.crop_size=64"]
-        if method not in ("cyclegan", "simdcl"):
+        if method in ("fsesim", "lsesim"):
+            small += [f"loss.vgg_weights={narrow_vgg()}", "loss.patches=16"]
+        elif method not in ("cyclegan", "simdcl"):
             small += ["loss.nce_layers=4,8", "loss.patches=16", "loss.projection=8"]
     overrides = [*small, *SIZES.get(method, []), "run.device=cpu", "run.steps=2", "run.sample_every=2", "run.samples=1"]
     assert main(["train", method, "--data", str(data), "--out", str(run), "--quiet", *overrides]) == 0
