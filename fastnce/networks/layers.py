@@ -116,9 +116,8 @@ class InstanceNorm(FusedLayer):
                 return F.group_norm(x, self.channels, eps=self.eps)
             # On the CPU, the channels-last form sums squares inaccurately: a flat image of a few megapixels is wrong by
             # whole units. The contiguous form is accurate, and faster by about the cost of the two copies.
-            layout = (
-                torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-            )
+            last = x.is_contiguous(memory_format=torch.channels_last)
+            layout = torch.channels_last if last else torch.contiguous_format
             return F.group_norm(x.contiguous(), self.channels, eps=self.eps).contiguous(memory_format=layout)
 
     def extra_repr(self) -> str:
@@ -216,8 +215,7 @@ class _Blur(FusedLayer):
 
     def __init__(self, channels: int, taps: list[float], gain: float):
         super().__init__()
-        total = sum(taps) ** 2
-        filt = torch.tensor([[gain * a * b / total for b in taps] for a in taps])  # exact: `total` is a power of two
+        filt = torch.tensor([[gain * a * b / sum(taps) ** 2 for b in taps] for a in taps])  # exact: powers of two
         self.register_buffer("filt", filt.repeat(channels, 1, 1, 1))
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
@@ -264,9 +262,8 @@ class BlurUp(_Blur):
     def forward(self, x: Tensor) -> Tensor:
         if self.fused(x, ()):
             return fused.blur_up(x)
-        if x.is_meta:  # for a shape, PyTorch passes through the formula of `interpolate` in Python
-            return x.repeat(1, 1, 2, 2)
-        return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+        # for a shape alone, PyTorch passes through the formula of `interpolate` in Python
+        return x.repeat(1, 1, 2, 2) if x.is_meta else F.interpolate(x, scale_factor=2, mode="bilinear")
 
 
 class FusedRun(NamedTuple):
