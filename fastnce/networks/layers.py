@@ -83,7 +83,8 @@ class InstanceNorm(FusedLayer):
 
     def __init__(self, channels: int, eps: float = 1e-5):
         super().__init__()
-        self.channels, self.eps = channels, eps
+        self.channels = channels
+        self.eps = eps
 
     def forward(self, x: Tensor, slope: float = 1.0, margin: int = 0, residual: Tensor | None = None) -> Tensor:
         """Normalise, then activate, pad or add a residual, as follows in the networks; the kernel does all in one pass.
@@ -214,7 +215,7 @@ class _Blur(FusedLayer):
 
     def __init__(self, channels: int, taps: list[float], gain: float):
         super().__init__()
-        filt = torch.tensor([[gain * a * b / sum(taps) ** 2 for b in taps] for a in taps])  # exact: powers of two below
+        filt = torch.tensor([[gain * a * b / sum(taps) ** 2 for b in taps] for a in taps])  # exact: powers of two
         self.register_buffer("filt", filt.repeat(channels, 1, 1, 1))
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
@@ -261,9 +262,8 @@ class BlurUp(_Blur):
     def forward(self, x: Tensor) -> Tensor:
         if self.fused(x, ()):
             return fused.blur_up(x)
-        if x.is_meta:  # for a shape, PyTorch passes through the formula of `interpolate` in Python
-            return x.repeat(1, 1, 2, 2)
-        return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+        # for a shape alone, PyTorch passes through the formula of `interpolate` in Python
+        return x.repeat(1, 1, 2, 2) if x.is_meta else F.interpolate(x, scale_factor=2, mode="bilinear")
 
 
 class FusedRun(NamedTuple):
