@@ -272,9 +272,12 @@ class PatchNCEHead(PatchSampleF):
     def _others_keys(self, keys: Sequence[Tensor], groups: int) -> list[Tensor]:
         """Return the other ranks' keys of each layer, (groups, count, dim), gathered for all layers at once."""
         assert self.others is not None
-        sizes = [len(rows) for rows in keys]
-        every = self.others(torch.cat(list(keys))).split(sizes, dim=1)  # (ranks - 1, rows, dim) per layer
-        return [rows.unflatten(1, (groups, -1)).transpose(0, 1).flatten(1, 2) for rows in every]
+        sizes = [rows.numel() for rows in keys]  # layers may differ in width
+        every = self.others(torch.cat([rows.flatten() for rows in keys])).split(sizes, dim=1)
+        return [
+            flat.unflatten(1, (groups, -1, rows.shape[1])).transpose(0, 1).flatten(1, 2)
+            for flat, rows in zip(every, keys, strict=True)
+        ]
 
     @staticmethod
     def _one_launch(mlps: MLPs, key_mlps: MLPs) -> bool:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastnce import PatchNCEHead, patch_nce
 from fastnce.commands.main import main
 from fastnce.methods import CUT, CUTOptions
 from fastnce.methods.base import Batch, Draws, NetworkOptions
@@ -112,3 +113,21 @@ def test_a_run(preset, tmp_path, capsys):
     changed = [x.replace("=sample", "=mlp_sample").replace("run.steps=2", "run.steps=6") for x in line]
     assert main(changed) == 2
     assert "loss.projector" in one_sentence(capsys)
+
+
+def test_keys_of_other_ranks_may_differ_in_width():
+    """Without MLPs the layers have the widths of their maps. The keys of another rank are negatives."""
+    head = PatchNCEHead([3, 8], patches=6, use_mlp=False, negatives="batch", implementation="eager")
+    maps = [torch.randn(2, c, n, n, dtype=torch.float64) for c, n in ((3, 6), (8, 4))]
+    others = [torch.randn_like(m) for m in maps]
+    ids = [torch.randperm(m[0, 0].numel())[:6] for m in maps]
+    sent: list[torch.Tensor] = []
+    head.others = lambda flat: sent.append(flat) or flat[None]
+    head(maps, others, patch_ids=ids)
+    head.others = lambda flat: sent[0][None]
+    loss = head(maps, maps, patch_ids=ids)
+    wanted = [
+        patch_nce(q, k, negatives="batch", images=2, extra_keys=e)
+        for q, k, e in zip(*(published_rows("sample", x, ids) for x in (maps, maps, others)), strict=True)
+    ]
+    torch.testing.assert_close(loss, torch.stack(wanted).mean(), rtol=1e-9, atol=1e-12)
