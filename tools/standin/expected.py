@@ -34,12 +34,16 @@ FALLBACKS = (
     Fallback("sincut/*/whole", (PART, IN_PARTS, D_LOSS), R1),
 )
 
+NEW = ("negcut", "fsesim", "lsesim", "qsattn")
 UNRECORDED = (
     *("*/fp16/whole", "*/fp32/whole"),
     *(
         f"{preset}/bf16/whole"
-        for preset in ("cyclegan", "dclgan", "dclgan-paper", "simdcl", "dcdgan", "dcdgan-released")
+        for preset in ("cyclegan", "dclgan", "dclgan-paper", "simdcl", "dcdgan", "dcdgan-released", "hneg-src", *NEW)
     ),
+    *(f"{preset}/*/parts" for preset in NEW),
+    *("hneg-src/fp16/parts", "hneg-src/fp32/parts"),
+    *(f"{variant}/bf16/parts" for variant in ("cut+augment", "cut+spectral", "cut+adamw", "dclgan+options")),
 )
 """Cases that have no launch table so far: their launches are not compared until --write records them."""
 
