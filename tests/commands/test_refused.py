@@ -218,7 +218,7 @@ def test_room_for_weights_and_for_a_step(monkeypatch):
             return small_method()
 
     weights = sum(4 * p.numel() for p in planned().parameters())
-    buffers = sum(4 * b.numel() for b in planned().buffers())
+    buffers = sum(b.nbytes for b in planned().buffers())
     kept = memory.kept_bytes(planned().generator, torch.empty(2, 3, 32, 32, device="meta"))
     for bits, least in ((False, 4 * weights + buffers + kept), (True, 4 * weights + buffers + kept // 2)):
         monkeypatch.setattr(memory, "available_memory", lambda least=least: least)

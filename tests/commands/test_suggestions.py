@@ -25,7 +25,7 @@ from fastnce.networks import build_discriminator, build_generator
         (["train", "cut", "network.init_type=Xavier"], "xavier"),
         (["train", "cut", "loss.gan_mode=LSGAN"], "lsgan"),
         (["train", "cut", "loss.weighting=MoNCE"], "monce"),
-        (["train", "cut", "data.preprocess=resize"], "resize_and_crop"),
+        (["train", "cut", "data.preprocess=resize-and-crop"], "resize_and_crop"),
         (["train", "cut", "run.precision=bfloat16"], "bf16"),
         (["train", "cut", "run.best=PSNR", "--dry-run"], "psnr_y"),
         (["train", "cut", "Optim.lr=1"], "optim.lr"),

@@ -163,12 +163,14 @@ def test_a_run_and_its_export_translate_alike(folder, tmp_path, capsys):
     assert main(["export", str(run), "--out", str(out)]) == 0
     assert main(["export", str(checkpoint), "--out", str(tmp_path / "same"), "--label", "3"]) == 0
     found = {}
-    for name, model in (("run", run), ("file", out / "latest_net_G.pth"), ("same", tmp_path / "same" / "3_net_G.pth")):
+    models = {"run": run, "file": out / "latest_net_G.pth", "same": tmp_path / "same" / "3_net_G.pth", "folder": out}
+    for name, model in models.items():
         assert main(["translate", str(model), str(picture), "--out", str(tmp_path / name), "--device", "cpu"]) == 0
         with Image.open(tmp_path / name / picture.with_suffix(".png").name) as opened:
             found[name] = np.asarray(opened)
     assert (found["run"] == found["file"]).all()
     assert (found["run"] == found["same"]).all()
+    assert (found["run"] == found["folder"]).all()
     network = PatchGAN(width=3, norm="none")
     assert load_published({"D": network}, out) == ["D"]
     capsys.readouterr()
@@ -177,7 +179,7 @@ def test_a_run_and_its_export_translate_alike(folder, tmp_path, capsys):
         (["export", str(run), "--out", str(out / "latest_net_G.pth")], "a file is in the way"),
         (["export", str(run), "--out", str(tmp_path / "x"), "--label", "a/b"], "label must be"),
         (["translate", str(out / "latest_net_G.pth"), str(picture), "--out", str(run), "--generator", "G_B"], "'G_B'"),
-        (["translate", str(out), str(picture), "--out", str(tmp_path / "x")], "no checkpoint here"),
+        (["translate", str(tmp_path / "file"), str(picture), "--out", str(tmp_path / "x")], "no checkpoint here"),
         (["translate", str(run), str(picture), "--out", str(picture)], "is read by this command and would be replaced"),
     ):
         assert main(arguments) == 2
