@@ -11,6 +11,7 @@ from fastnce.common.options import describe, kinds
 from fastnce.config import Config
 from fastnce.config.config import from_preset
 from fastnce.methods.presets import PRESETS
+from tests.vgg import narrow_vgg
 
 from .common import TINY, Campaign, Outcome, survey, tree, warm
 from .judge import attempt_line, judged, place_of, prepare_template
@@ -237,7 +238,8 @@ def keys_of(method: str) -> list[str]:
 def tiny(method: str) -> list[str]:
     """Return the options of a fast step, without those that the method does not have."""
     known = keys_of(method) if method in PRESETS else keys_of("cut")
-    return [text for text in TINY if text.partition("=")[0] in known]
+    weights = [f"loss.vgg_weights={narrow_vgg()}"] if "loss.vgg_weights" in known else []
+    return weights + [text for text in TINY if text.partition("=")[0] in known]
 
 
 def training(rng: Random, sober: bool) -> list[str]:
