@@ -56,6 +56,7 @@ TABLE: tuple[Row, ...] = (
     Row("nce", Tile(16, 16, 4, 1), dtype="float32"),
     # TF32 keeps each block of keys in shared memory twice: the second product needs it transposed
     Row("nce", Tile(32, 64, 8, 2), arch="sm_90", dtype="tf32", width=256),
+    Row("nce", Tile(32, 32, 8, 2), arch="sm_100", dtype="tf32", width=128, form="any"),
     Row("nce", Tile(32, 64, 8, 2), arch="sm_100", dtype="tf32", width=(128, 256)),
     Row("nce", Tile(16, 16, 8, 1), arch="sm_100", dtype="tf32", width=512),
     Row("nce", Tile(32, 64, 8, 2), arch="sm_120", dtype="tf32", width=128),
