@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import time
 import warnings
 from functools import partial
@@ -620,9 +621,12 @@ def test_a_function_of_too_many_shapes_runs_uncompiled():
     assert compiled.compiled is None
 
 
-@pytest.mark.parametrize(("preprocess", "compile"), [("none", False), ("crop", True)])
-def test_auto_does_not_compile_for_pictures_of_all_sizes(folder, tmp_path, monkeypatch, preprocess, compile):
+@pytest.mark.parametrize(("preprocess", "sizes", "compile"), [("none", 2, False), ("none", 1, True), ("crop", 2, True)])
+def test_auto_does_not_compile_for_pictures_of_all_sizes(folder, tmp_path, monkeypatch, preprocess, sizes, compile):
     made = []
+    if sizes == 2:
+        folder = shutil.copytree(folder, tmp_path / "data")
+        Image.new("RGB", (60, 56)).save(folder / "trainA" / "other.png")
 
     class Stop(Exception):
         pass
