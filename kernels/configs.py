@@ -106,6 +106,7 @@ TABLE: tuple[Row, ...] = (
         many_rows=False,
         form="checked",
     ),
+    Row("nce", Tile(16, 64, 8, 2), arch=("sm_86", "sm_89"), width=256, many_rows=False, form="online", ragged=True),
     Row("nce", Tile(32, 32, 8, 2), width=FROM_512),
     Row("nce", Tile(32, 32, 4, 2), width=256, form="any"),
     Row("nce", Tile(64, 64, 8, 2), many_rows=True),

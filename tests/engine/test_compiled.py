@@ -49,7 +49,7 @@ def method_of(preset: str, changes: dict[str, Any]):
 @pytest.mark.parametrize(
     ("preset", "changes"),
     [
-        ("cut", {"weighting": "monce"}),
+        ("cut", {"weighting": "monce", "weighting_options": "iterations=3"}),  # each is traced
         ("dclgan", {"external": "bank", "bank_size": 24}),
         ("simdcl", {}),
         ("dcdgan", {}),

@@ -442,6 +442,7 @@ def test_precisions_that_do_not_exist():
     assert pick_precision("auto", torch.device("cpu")) == "fp32"
 
 
+@pytest.mark.usefixtures("one_block")
 @pytest.mark.parametrize("method", ["cut", "fastcut"])
 def test_a_compiled_step_is_whole_and_the_same(method):
     """No graph break, no recompilation, and the numbers of the eager step. (Traced only; lowering takes minutes.)"""
@@ -465,6 +466,7 @@ def test_a_compiled_step_is_whole_and_the_same(method):
 
 
 @pytest.mark.skipif(not hasattr(torch._dynamo.config, "trace_autograd_ops"), reason="PyTorch does not trace gradients")
+@pytest.mark.usefixtures("one_block")
 def test_a_whole_compiled_step_is_one_graph_and_the_same():
     """The graph includes gradients and updates, and skips a step that is not finite."""
     torch._dynamo.reset()
@@ -494,10 +496,13 @@ def test_a_whole_compiled_step_is_one_graph_and_the_same():
 
 
 @pytest.mark.skipif(not hasattr(torch._dynamo.config, "trace_autograd_ops"), reason="PyTorch does not trace gradients")
+@pytest.mark.usefixtures("one_block")
 def test_a_whole_step_that_is_compiled_anew_stays_whole():
     """Later steps run without the setting that compiling needs, and compile anew all the same."""
     torch._dynamo.reset()
-    step = Step(small_method(nce_idt=False), OptimOptions(), compile="whole", backend="aot_eager")
+    network = NetworkOptions("resnet_4blocks", discriminator="pixel", width=4, discriminator_width=4)
+    method = CUT(CUTOptions(nce_idt=False, nce_layers=[4], patches=16, projection=8), network)
+    step = Step(method, OptimOptions(), compile="whole", backend="aot_eager")
     graphs = []
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*not whole")

@@ -10,6 +10,7 @@ import itertools
 import json
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from fastnce.engine.checkpoint import Checkpoints
 from fastnce.engine.cudagraph import WARM_UP, CudaRecorder
 from fastnce.engine.step import Step
 from fastnce.methods.presets import PRESETS
+from fastnce.networks import build
+from fastnce.networks.restorer import Restorer
 from fastnce.training import train_run
 from tests.engine.test_cudagraph import Tape
 from tests.vgg import narrow_vgg
@@ -57,7 +60,7 @@ NETWORKS = ["network.generator=resnet_4blocks", "network.discriminator=n_layers"
 OF_PRESET = {
     "sincut": ["network.width=1", "network.discriminator_width=1", f"network.resolution={SIDE}", "data.batch=4"],
     "fastcut": ["data.batch=2", "optim.accumulate=2"],
-    "dcdgan-plus": ["data.batch=2"],
+    "dcdgan-plus": ["data.batch=2", "loss.nce_layers=4,8", "loss.rendered_rain=layers=1"],
 }
 OF_CHANGE = {
     "bank": ["loss.external=bank", "loss.bank_size=24"],
@@ -193,8 +196,10 @@ def check_run(preset: str, watch: Watch, run: Path, last: int) -> None:
     assert all(row["G"] != next_["G"] for row, next_ in itertools.pairwise(logged))  # none overwritten
 
 
+@pytest.mark.usefixtures("one_block")
 @pytest.mark.parametrize("case", CASES)
 def test_a_recorded_run_that_was_stopped_is_the_run(case, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "Restorer", partial(Restorer, middle=2))
     preset, _, change = case.partition(" ")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     options = ["run.device=cpu", *OF_CHANGE[change]]

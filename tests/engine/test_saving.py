@@ -308,7 +308,7 @@ def test_two_ranks_end_alike_on_a_full_disk(folder, tmp_path):
     before = {path.name: path.read_bytes() for path in (tmp_path / "run" / "checkpoints").rglob("*") if path.is_file()}
 
     def limited() -> int:
-        with largest_file(12288):  # room for config.toml
+        with largest_file(16384):  # room for config.toml
             return main(command)
 
     port = free_port()
