@@ -29,6 +29,7 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: "slow" not in item.keywords)  # first, or one process would end with them alone
     if torch.accelerator.is_available():
         return
     for item in items:

@@ -24,7 +24,7 @@ from fastnce.engine.step import Step
 from fastnce.methods import Batch, Draws, Group, Method, Phase
 from fastnce.nce import PatchNCEHead
 from fastnce.networks.layers import InstanceNorm, LastConvolution, ReflectionPad, run_all
-from tests.engine.test_compiled import SIDE, _two_blocks, method_of  # noqa: F401  (a fixture)
+from tests.engine.test_compiled import SIDE, method_of
 from tests.engine.test_cudagraph import Tape
 from tests.engine.test_engine import Toy, training_tensors
 
