@@ -112,10 +112,13 @@ def _failed(error: BaseException, path: str, key: str) -> CodeError:
     if isinstance(error, SyntaxError):
         file, line = error.filename, error.lineno
     else:
-        trace = error.__traceback__
-        while trace is not None and trace.tb_next is not None:
+        file, line, trace = None, None, error.__traceback__
+        while trace is not None:
+            here = trace.tb_frame.f_code.co_filename
+            # a library may have replaced sys.exit: the user's line is the one that called it
+            if not (isinstance(error, SystemExit) and "site-packages" in here):
+                file, line = here, trace.tb_lineno
             trace = trace.tb_next
-        file, line = (trace.tb_frame.f_code.co_filename, trace.tb_lineno) if trace is not None else (None, None)
     where = f" at {Path(file).name} line {line}" if file else ""
     reason = str(error).partition("\n")[0] or "no message"
     return CodeError(f"{key}={path} cannot be imported: {type(error).__name__}{where}: {reason}")

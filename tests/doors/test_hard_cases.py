@@ -1,6 +1,7 @@
 """Methods and networks that are right in an unusual way, and wrong ones that would be noticed late."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -266,3 +267,21 @@ def test_code_that_changed_is_named(folder, here, capsys):
     sentence = refused(capsys, "translate", str(here / "run"), str(folder / "testA"), "--out", "out", "--trust-code")
     assert "now has Other: has its code changed?" in sentence
     assert "remove this one" not in sentence
+
+
+def test_a_library_that_replaced_exit_is_not_named(folder, here, capsys, monkeypatch):
+    """As wandb does: its function is then the last one in the traceback."""
+    (here / "leave.py").write_text("import sys\nsys.exit(0)\n")
+    names: dict = {}
+    exec(compile("def leave(code=None):\n    raise SystemExit(code)\n", "/x/site-packages/hooks.py", "exec"), names)
+    monkeypatch.setattr(sys, "exit", names["leave"])
+    arguments = [
+        "train",
+        "fastcut",
+        "--data",
+        str(folder),
+        "--out",
+        str(here / "run"),
+        "network.generator=leave.py:Net",
+    ]
+    assert "leave.py:Net cannot be imported: SystemExit at leave.py line 2" in refused(capsys, *arguments)
