@@ -49,7 +49,10 @@ def test_differences_name_old_and_new_counts():
 def test_the_committed_table_has_every_case():
     tables = launches.read()
     assert set(tables) == {case.name for case in cases.CASES if expected.is_recorded(case.name)}
-    assert {case.form for case in cases.CASES if not expected.is_recorded(case.name)} <= {"parts", "whole"}
+    unrecorded = [case for case in cases.CASES if not expected.is_recorded(case.name)]
+    assert {case.form for case in unrecorded} <= {"parts", "whole"}
+    late = (*expected.NEW, "hneg-src/", "cut+", "dclgan+")  # all other cases are recorded, except whole ones
+    assert {case.form for case in unrecorded if not case.name.startswith(late)} <= {"whole"}
     for name, table in tables.items():
         assert sum(table.values()) > 100, name
         assert any(kernel.startswith("triton ") and "inductor" not in kernel for kernel in +table), name
