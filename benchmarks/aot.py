@@ -1,6 +1,10 @@
 """Compile every kernel with every tile of the table, for every architecture in `SHARED_MEMORY`, without a device.
 
-python -m benchmarks.aot --out benchmarks/results
+python -m benchmarks.aot --recorded benchmarks/results/aot.csv --out benchmarks/results
+
+With `--recorded`, only builds that are not on record are compiled: after a change of a kernel, its own. `--again 64`
+compiles one recorded build of 64 all the same, and compares. `--quick` compiles only what is used in everyday training,
+and takes the rest from the record.
 
 The launchers run unchanged on tensors without storage. Triton's compiler replaces the launch, so signatures, alignment
 hints and options are those of a real call. TRITON_INTERPRET must not be set.
@@ -28,15 +32,18 @@ from fastnce.kernels import common, configs
 from fastnce.kernels.specialise import specialised
 from triton.backends.compiler import GPUTarget
 
+from benchmarks import aot_record
 from benchmarks.aot_cases import QUICK, cases
+from benchmarks.aot_record import Known, Lookup, Usage
 
 ARCHITECTURES = tuple(configs.SHARED_MEMORY)
 
 
 @dataclass(frozen=True)
 class Build:
-    """One kernel, compiled for one architecture."""
+    """One kernel, compiled for one architecture. `key` stands for all that it was compiled from."""
 
+    key: str
     arch: str
     case: str
     kernel: str
@@ -49,11 +56,17 @@ class Build:
     matrix_instructions: int
     seconds: float
     crash: str = ""
+    recorded: Usage | None = None
+
+    def usage(self) -> Usage:
+        return Usage(self.kernel, self.registers, self.spill_bytes, self.shared_bytes, self.matrix_instructions)
 
     def fault(self) -> str | None:
         """Why this tile must not be used, or None."""
         if self.crash:
             return f"the compiler fails: {self.crash}"
+        if self.recorded and self.recorded != self.usage():
+            return f"is recorded as {self.recorded}, but compiles to {self.usage()}"
         limit = configs.SHARED_MEMORY[self.arch]
         if self.shared_bytes > limit:
             return f"needs {self.shared_bytes} bytes of shared memory, {self.arch} has {limit}"
@@ -64,6 +77,11 @@ class Build:
             return "does not use the matrix unit"
         return None
 
+
+SHOWN = tuple(field.name for field in fields(Build) if field.name not in ("key", "crash", "recorded"))
+"""What is printed of a build."""
+WRITTEN = ("key", *(name for name in SHOWN if name != "seconds"))
+"""What is written of a build. The same builds give the same file."""
 
 WITHOUT_PRODUCTS = ("float32", "without MLP", "draw", "mean", "rows:", "layer:")
 """Cases without products on the matrix unit."""
@@ -88,16 +106,36 @@ class _NamedDriver:
         return self.target
 
 
-def compile_all(archs: tuple[str, ...] = ARCHITECTURES, only: str = "", quick: bool = False) -> Iterator[Build]:
-    """Compile every case (or every QUICK case) for every architecture; each distinct kernel once."""
+def compile_all(
+    archs: tuple[str, ...] = ARCHITECTURES,
+    only: str = "",
+    quick: bool = False,
+    lookup: Lookup | None = None,
+) -> Iterator[Build]:
+    """Compile every case for every architecture; each distinct kernel once.
+
+    Args:
+        archs: of `ARCHITECTURES`.
+        only: compile the cases whose name contains this.
+        quick: compile the QUICK cases alone.
+        lookup: has the builds that need not be compiled. One that is compiled all the same, with another result, is a
+            fault.
+    """
+    aot_record.prepare_kernels()
+    with lookup or Lookup() as builds:
+        yield from _compile_all(archs, only, quick, builds)
+
+
+def _compile_all(archs: tuple[str, ...], only: str, quick: bool, lookup: Lookup) -> Iterator[Build]:
     kept = common.launch, common.architecture
     modules = [module for module in sys.modules.values() if getattr(module, "launch", None) is common.launch]
     for arch in archs:
         triton.runtime.driver.set_active(_NamedDriver(arch))
         seen: set[str] = set()
         for case, call in cases():
-            if only not in case or (quick and not QUICK.fullmatch(case)):
+            if only not in case:
                 continue
+            lookup.compiles = not quick or QUICK.fullmatch(case) is not None
             builds: list[Build] = []
 
             def compile_only(kernel, blocks, like, *args, arch=arch, case=case, builds=builds, seen=seen, **options):
@@ -110,9 +148,10 @@ def compile_all(archs: tuple[str, ...] = ARCHITECTURES, only: str = "", quick: b
                     seconds = round(time.perf_counter() - start, 2)
                     builds.append(_crashed(arch, case, kernel.fn.__name__, options, seconds, error))
                     return
-                if compiled.hash not in seen:
+                if compiled.hash not in seen | lookup.left_out:
                     seen.add(compiled.hash)
-                    builds.append(_inspect(arch, case, compiled, options, time.perf_counter() - start))
+                    seconds = round(time.perf_counter() - start, 2)
+                    builds.append(_inspect(arch, case, compiled, options, seconds, lookup.known.get(compiled.hash)))
 
             for module in modules:
                 module.launch = compile_only  # type: ignore[attr-defined]
@@ -125,21 +164,24 @@ def compile_all(archs: tuple[str, ...] = ARCHITECTURES, only: str = "", quick: b
             yield from builds
 
 
-def _inspect(arch: str, case: str, compiled, options: dict, seconds: float) -> Build:
-    registers, spilled, products = _amd(compiled) if arch.startswith("gfx") else _nvidia(compiled)
+def _inspect(arch: str, case: str, compiled, options: dict, seconds: float, recorded: Usage | None) -> Build:
+    usage = compiled.usage if isinstance(compiled, Known) else _usage(arch, compiled)
     return Build(
+        key=compiled.hash,
         arch=arch,
         case=case,
-        kernel=compiled.metadata.name,
         blocks=_blocks(options),
         warps=options.get("num_warps", 4),
         stages=options.get("num_stages", 1),
-        registers=registers,
-        spill_bytes=spilled,
-        shared_bytes=compiled.metadata.shared,
-        matrix_instructions=products,
-        seconds=round(seconds, 2),
+        seconds=seconds,
+        recorded=recorded,
+        **asdict(usage),
     )
+
+
+def _usage(arch: str, compiled) -> Usage:
+    registers, spilled, products = _amd(compiled) if arch.startswith("gfx") else _nvidia(compiled)
+    return Usage(compiled.metadata.name, registers, spilled, compiled.metadata.shared, products)
 
 
 def _blocks(options: dict) -> str:
@@ -149,7 +191,7 @@ def _blocks(options: dict) -> str:
 def _crashed(arch: str, case: str, kernel: str, options: dict, seconds: float, error: Exception) -> Build:
     warps, stages = options.get("num_warps", 4), options.get("num_stages", 1)
     crash = " ".join(str(error).split())[:200] or type(error).__name__
-    return Build(arch, case, kernel, _blocks(options), warps, stages, 0, 0, 0, 0, seconds, crash)
+    return Build("", arch, case, kernel, _blocks(options), warps, stages, 0, 0, 0, 0, seconds, crash)
 
 
 def _nvidia(compiled) -> tuple[int, int, int]:
@@ -179,22 +221,30 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for aot.csv")
     parser.add_argument("--arch", nargs="*", default=ARCHITECTURES, choices=ARCHITECTURES)
     parser.add_argument("--case", default="", help="only cases whose name contains this")
-    parser.add_argument("--quick", action="store_true", help="only the cases of everyday training")
+    parser.add_argument("--quick", action="store_true", help="compile only the cases of everyday training")
+    parser.add_argument("--recorded", type=Path, help="an aot.csv: compile only what it lacks")
+    parser.add_argument("--again", type=int, default=0, help="compile one recorded build of so many, and compare")
     arguments = parser.parse_args()
+    try:
+        known = aot_record.read(arguments.recorded) if arguments.recorded else {}
+    except (OSError, KeyError) as error:
+        parser.error(f"--recorded {arguments.recorded} is no table that --out has written: {error!r}")
+    lookup = Lookup(known, arguments.again)
     builds = []
-    for build in compile_all(tuple(arguments.arch), arguments.case, arguments.quick):
+    for build in compile_all(tuple(arguments.arch), arguments.case, arguments.quick, lookup):
         builds.append(build)
-        print(*list(asdict(build).values())[:-1], build.fault() or "ok", flush=True)
+        print(*(getattr(build, name) for name in SHOWN), build.fault() or "ok", flush=True)
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
         with open(arguments.out / "aot.csv", "w", newline="") as file:
             writer = csv.writer(file)
-            names = [field.name for field in fields(Build) if field.name not in ("seconds", "crash")]
-            writer.writerow([*names, "torch", "triton"])
+            writer.writerow([*WRITTEN, "torch", "triton", "compiler"])
+            versions = [torch.__version__, triton.__version__, aot_record.compiler_key()]
             for build in builds:
-                writer.writerow([getattr(build, name) for name in names] + [torch.__version__, triton.__version__])
+                writer.writerow([getattr(build, name) for name in WRITTEN] + versions)
     faults = [build for build in builds if build.fault()]
-    print(f"{len(builds)} kernels, {len(faults)} with a fault")
+    new = sum(build.recorded is None for build in builds)
+    print(f"{len(builds)} kernels, {new} not on record, {len(lookup.left_out)} left out, {len(faults)} with a fault")
     sys.exit(bool(faults))
 
 
