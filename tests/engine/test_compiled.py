@@ -21,11 +21,10 @@ from fastnce.methods.presets import PRESETS
 from fastnce.nce.impl import dispatch
 from fastnce.networks import build
 from fastnce.networks.resnet import ResnetGenerator
-from fastnce.networks.restorer import Restorer
 
-pytestmark = pytest.mark.usefixtures("one_block")
+pytestmark = pytest.mark.usefixtures("few_blocks")
 
-SIDE = 32
+SIDE = 16
 
 
 def method_of(preset: str, changes: dict[str, Any]):
@@ -38,7 +37,7 @@ def method_of(preset: str, changes: dict[str, Any]):
     network |= {"width": 4, "discriminator_width": 4, "discriminator_layers": 1, "resolution": SIDE}
     if "generator" not in network:
         network |= {"generator": "resnet_4blocks", "discriminator": "n_layers"}
-        options.nce_layers = [0, 4, 8, 12]
+        options.nce_layers = changes.get("nce_layers", [0, 4, 8, 12])
     torch.manual_seed(1)
     method = PRESETS[preset].method(options, NetworkOptions(**network))
     for parameter in method.parameters():
@@ -50,9 +49,9 @@ def method_of(preset: str, changes: dict[str, Any]):
     ("preset", "changes"),
     [
         ("cut", {"weighting": "monce", "weighting_options": "iterations=3"}),  # each is traced
-        ("dclgan", {"external": "bank", "bank_size": 24}),
-        ("simdcl", {}),
-        ("dcdgan", {}),
+        ("dclgan", {"external": "bank", "bank_size": 24, "nce_layers": [4, 8]}),
+        ("simdcl", {"nce_layers": [4, 8]}),
+        ("dcdgan", {"nce_layers": [4, 8]}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -98,15 +97,13 @@ def test_the_whole_graph_asks_nothing_of_the_device(preset, monkeypatch):
         found.append(graph)
         return graph.forward
 
-    monkeypatch.setattr(build, "Restorer", functools.partial(Restorer, middle=2))
-    changes = {"sincut": {"patches": 4}, "dcdgan-plus": {"rendered_rain": "layers=1", "nce_layers": [4, 8]}}
+    changes = {"sincut": {"patches": 4, "nce_layers": [0, 3]}, "cut": {"nce_layers": [0, 8]}}
     method = method_of(preset, changes.get(preset, {}))
     step = Step(method, OptimOptions(), "bf16", "whole", backend=aot_autograd(fw_compiler=keep))
-    images = 1 if preset == "simdcl" else 2
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         for _ in range(2):
-            step.run(Batch(*(torch.rand(2, images, 3, SIDE, SIDE) * 2 - 1)), Draws())
+            step.run(Batch(*(torch.rand(2, 2, 3, SIDE, SIDE) * 2 - 1)), Draws())
     if preset == "sincut" and any("`requires_grad_()`" in str(w.message) for w in said):
         pytest.skip("this PyTorch (2.11) does not trace what R1 asks: a gradient with respect to the pictures")
     assert step.whole is not None

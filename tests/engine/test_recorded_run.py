@@ -10,7 +10,6 @@ import itertools
 import json
 import warnings
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,6 @@ from fastnce.engine.checkpoint import Checkpoints
 from fastnce.engine.cudagraph import WARM_UP, CudaRecorder
 from fastnce.engine.step import Step
 from fastnce.methods.presets import PRESETS
-from fastnce.networks import build
-from fastnce.networks.restorer import Restorer
 from fastnce.training import train_run
 from tests.engine.test_cudagraph import Tape
 from tests.vgg import narrow_vgg
@@ -196,10 +193,9 @@ def check_run(preset: str, watch: Watch, run: Path, last: int) -> None:
     assert all(row["G"] != next_["G"] for row, next_ in itertools.pairwise(logged))  # none overwritten
 
 
-@pytest.mark.usefixtures("one_block")
+@pytest.mark.usefixtures("few_blocks")
 @pytest.mark.parametrize("case", CASES)
 def test_a_recorded_run_that_was_stopped_is_the_run(case, pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "Restorer", partial(Restorer, middle=2))
     preset, _, change = case.partition(" ")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     options = ["run.device=cpu", *OF_CHANGE[change]]
