@@ -21,20 +21,21 @@ from fastnce.methods.presets import PRESETS
 from fastnce.nce.impl import dispatch
 from fastnce.networks import build
 from fastnce.networks.resnet import ResnetGenerator
+from tests.engine.test_engine import random_batch, smaller_method
 
 pytestmark = pytest.mark.usefixtures("few_blocks")
 
 SIDE = 16
 
 
-def method_of(preset: str, changes: dict[str, Any]):
-    """A small method whose weights make every gradient far from zero."""
+def method_of(preset: str, changes: dict[str, Any], **sizes: int):
+    """A small method whose weights make every gradient far from zero; `sizes` are of its networks."""
     options = PRESETS[preset].options()
     for name, value in {"patches": 12, "projection": 8, "pool_size": 3, **changes}.items():
         if name in changes or hasattr(options, name):
             setattr(options, name, value)
     network = dict(PRESETS[preset].sections.get("network", {}))
-    network |= {"width": 4, "discriminator_width": 4, "discriminator_layers": 1, "resolution": SIDE}
+    network |= {"width": 4, "discriminator_width": 4, "discriminator_layers": 1, "resolution": SIDE, **sizes}
     if "generator" not in network:
         network |= {"generator": "resnet_4blocks", "discriminator": "n_layers"}
         options.nce_layers = changes.get("nce_layers", [0, 4, 8, 12])
@@ -43,6 +44,10 @@ def method_of(preset: str, changes: dict[str, Any]):
     for parameter in method.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return method
+
+
+def with_blocks(blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(build.GENERATORS, "resnet_4blocks", functools.partial(ResnetGenerator, blocks=blocks))
 
 
 @pytest.mark.parametrize(
@@ -56,8 +61,7 @@ def method_of(preset: str, changes: dict[str, Any]):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_step_around_the_kernels_compiles_and_is_the_same(preset, changes, monkeypatch):
-    if preset == "cut":  # which has the fewest networks, and should have enough moments to compare
-        monkeypatch.setitem(build.GENERATORS, "resnet_4blocks", functools.partial(ResnetGenerator, blocks=2))
+    with_blocks(2 if preset == "cut" else 0, monkeypatch)  # CUT has the fewest networks, and many moments are compared
     choose = dispatch.choose
     monkeypatch.setattr(dispatch, "choose", lambda name, *rest: choose(name or "triton", *rest))
     methods = [method_of(preset, changes) for _ in range(2)]
@@ -82,33 +86,85 @@ def test_a_step_around_the_kernels_compiles_and_is_the_same(preset, changes, mon
 ASKS = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "_unique", "equal")
 """Operators that read a value or a shape from the device. They cannot be recorded in a CUDA graph."""
 
+traces_gradients = pytest.mark.skipif(
+    not hasattr(torch._dynamo.config, TRACES_GRADIENTS), reason="this PyTorch does not trace gradients"
+)
 
-@pytest.mark.skipif(not hasattr(torch._dynamo.config, TRACES_GRADIENTS), reason="this PyTorch does not trace gradients")
-@pytest.mark.parametrize("preset", ["cut", "cyclegan", "sincut"])
-def test_the_whole_graph_asks_nothing_of_the_device(preset, monkeypatch):
-    """No operator in the traced graph reads from the device; some would read a tensor of one element as a number.
 
-    The step is compiled once: the second step finds no state that the first one has made.
-    """
-    torch._dynamo.reset()  # or other presets' steps would count against a limit
-    found: list[torch.fx.GraphModule] = []
+class Kept:
+    """A backend of `torch.compile` that runs the traced graphs as they are, and keeps them."""
 
-    def keep(graph: torch.fx.GraphModule, inputs):
-        found.append(graph)
+    def __init__(self):
+        self.graphs: list[torch.fx.GraphModule] = []
+        self.backend = aot_autograd(fw_compiler=self.keep)
+
+    def keep(self, graph: torch.fx.GraphModule, inputs):
+        self.graphs.append(graph)
         return graph.forward
 
-    changes = {"sincut": {"patches": 4, "nce_layers": [0, 3]}, "cut": {"nce_layers": [0, 8]}}
-    method = method_of(preset, changes.get(preset, {}))
-    step = Step(method, OptimOptions(), "bf16", "whole", backend=aot_autograd(fw_compiler=keep))
+    def check(self) -> None:
+        """There is one graph, and it asks nothing of the device."""
+        (graph,) = self.graphs
+        called = [node.target for node in graph.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+        assert len(called) > 500
+        assert not [target for target in called if target.name().split("::")[1].split(".")[0] in ASKS]
+
+
+@traces_gradients
+@pytest.mark.parametrize(
+    ("preset", "changes", "sizes"),
+    [
+        ("cyclegan", {}, {}),
+        ("sincut", {"patches": 4, "nce_layers": [0, 3]}, {"width": 1, "discriminator_width": 1, "resolution": 8}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_the_whole_graph_asks_nothing_of_the_device(preset, changes, sizes, monkeypatch):
+    """No operator in the traced graph reads from the device; some would read a tensor of one element as a number.
+
+    The step is compiled once: the second step finds no state that the first one has made. (For CUT, see below.)
+    """
+    torch._dynamo.reset()  # or other presets' steps would count against a limit
+    with_blocks(0, monkeypatch)
+    kept, side = Kept(), sizes.get("resolution", SIDE)
+    step = Step(method_of(preset, changes, **sizes), OptimOptions(), "bf16", "whole", backend=kept.backend)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         for _ in range(2):
-            step.run(Batch(*(torch.rand(2, 2, 3, SIDE, SIDE) * 2 - 1)), Draws())
+            step.run(Batch(*(torch.rand(2, 2, 3, side, side) * 2 - 1)), Draws())
     if preset == "sincut" and any("`requires_grad_()`" in str(w.message) for w in said):
         pytest.skip("this PyTorch (2.11) does not trace what R1 asks: a gradient with respect to the pictures")
     assert step.whole is not None
     assert step.whole.usable
-    assert len(found) == 1
-    called = [node.target for node in found[0].graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
-    assert len(called) > 500
-    assert not [target for target in called if target.name().split("::")[1].split(".")[0] in ASKS]
+    kept.check()
+
+
+@traces_gradients
+def test_a_whole_compiled_step_is_one_graph_and_the_same():
+    """The graph includes gradients and updates, and skips a step that is not finite. It asks nothing of the device."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    methods = [smaller_method(nce_idt=False).double() for _ in range(2)]
+    methods[1].load_state_dict(methods[0].state_dict())
+    kept = Kept()
+    eager = Step(methods[0], OptimOptions())
+    whole = Step(methods[1], OptimOptions(), compile="whole", backend=kept.backend)
+    for i in range(4):
+        batch = random_batch(dtype=torch.float64)
+        if i == 1:
+            batch.a[0, 0, 0, 0] = float("nan")
+        ids = [[torch.randperm(n)[:16] for n in (32 * 32, 16 * 16)]]
+        losses = [step.run(batch, Draws(patch_ids=ids)) for step in (eager, whole)]
+        assert eager.bad_steps.item() == whole.bad_steps.item() == (1 if i == 1 else 0)
+        if i != 1:
+            for name, value in losses[0].items():
+                torch.testing.assert_close(losses[1][name], value, rtol=1e-9, atol=1e-12)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert whole.whole is not None
+    assert whole.whole.usable
+    assert not torch._dynamo.utils.counters["graph_break"]
+    one, other = eager.state(), whole.state()
+    assert one.keys() == other.keys()
+    for key, tensor in one.items():
+        torch.testing.assert_close(other[key], tensor, rtol=1e-7, atol=2e-9, msg=key)
+    kept.check()

@@ -473,36 +473,6 @@ def test_a_compiled_step_is_whole_and_the_same(method):
 
 @pytest.mark.skipif(not hasattr(torch._dynamo.config, "trace_autograd_ops"), reason="PyTorch does not trace gradients")
 @pytest.mark.usefixtures("one_block")
-def test_a_whole_compiled_step_is_one_graph_and_the_same():
-    """The graph includes gradients and updates, and skips a step that is not finite."""
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    methods = [smaller_method(nce_idt=False).double() for _ in range(2)]
-    methods[1].load_state_dict(methods[0].state_dict())
-    eager = Step(methods[0], OptimOptions())
-    whole = Step(methods[1], OptimOptions(), compile="whole", backend="aot_eager")
-    for i in range(4):
-        batch = random_batch(dtype=torch.float64)
-        if i == 1:
-            batch.a[0, 0, 0, 0] = float("nan")
-        ids = [[torch.randperm(n)[:16] for n in (32 * 32, 16 * 16)]]
-        losses = [step.run(batch, Draws(patch_ids=ids)) for step in (eager, whole)]
-        assert eager.bad_steps.item() == whole.bad_steps.item() == (1 if i == 1 else 0)
-        if i != 1:
-            for name, value in losses[0].items():
-                torch.testing.assert_close(losses[1][name], value, rtol=1e-9, atol=1e-12)
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    assert whole.whole is not None
-    assert whole.whole.usable
-    assert not torch._dynamo.utils.counters["graph_break"]
-    one, other = eager.state(), whole.state()
-    assert one.keys() == other.keys()
-    for key, tensor in one.items():
-        torch.testing.assert_close(other[key], tensor, rtol=1e-7, atol=2e-9, msg=key)
-
-
-@pytest.mark.skipif(not hasattr(torch._dynamo.config, "trace_autograd_ops"), reason="PyTorch does not trace gradients")
-@pytest.mark.usefixtures("one_block")
 def test_a_whole_step_that_is_compiled_anew_stays_whole():
     """Later steps run without the setting that compiling needs, and compile anew all the same."""
     torch._dynamo.reset()

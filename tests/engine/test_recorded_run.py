@@ -194,7 +194,7 @@ def check_run(preset: str, watch: Watch, run: Path, last: int) -> None:
 
 
 @pytest.mark.usefixtures("few_blocks")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ("cut", "dcdgan")])  # see OF_CHANGE
 def test_a_recorded_run_that_was_stopped_is_the_run(case, pictures, tmp_path, monkeypatch):
     preset, _, change = case.partition(" ")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
