@@ -55,7 +55,7 @@ def test_the_optimiser_leaves_them_where_they_are(form, one_block):
     torch._dynamo.reset()
     options = {"options": OptimOptions(), **FORMS[form]}
     options["options"].ema = 0.5
-    method = smaller_method() if "compile" in options else small_method()
+    method = smaller_method(nce_idt=False) if "compile" in options else small_method()
     step = Step(with_large_biases(method), **options)
     if step.loss_scale is not None:
         step.loss_scale.scale.fill_(256.0)

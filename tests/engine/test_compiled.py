@@ -21,6 +21,7 @@ from fastnce.methods.presets import PRESETS
 from fastnce.nce.impl import dispatch
 from fastnce.networks import build
 from fastnce.networks.resnet import ResnetGenerator
+from tests.engine.test_bad_steps import Small
 from tests.engine.test_engine import random_batch, smaller_method
 
 pytestmark = pytest.mark.usefixtures("few_blocks")
@@ -168,3 +169,35 @@ def test_a_whole_compiled_step_is_one_graph_and_the_same():
     for key, tensor in one.items():
         torch.testing.assert_close(other[key], tensor, rtol=1e-7, atol=2e-9, msg=key)
     kept.check()
+
+
+class Weighted(Small):
+    """`Small` with a factor that is a constant of the traced step."""
+
+    def __init__(self):
+        super().__init__("D, G")
+        self.factor = 1.0
+
+    def g_loss(self, batch, outputs, draws):
+        loss, logged = super().g_loss(batch, outputs, draws)
+        return loss * self.factor, logged
+
+
+@traces_gradients
+def test_a_whole_step_that_is_compiled_anew_stays_whole():
+    """Later steps run without the setting that compiling needs, and compile anew all the same."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    method = Weighted()
+    step = Step(method, OptimOptions(), compile="whole", backend="aot_eager")
+    graphs = []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*not whole")
+        for number in range(3):
+            if number == 1:
+                method.factor = 2.0
+            step.run(random_batch(), Draws())
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] < graphs[1] == graphs[2]
+    assert step.whole is not None
+    assert step.whole.usable

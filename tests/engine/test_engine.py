@@ -471,27 +471,6 @@ def test_a_compiled_step_is_whole_and_the_same(method):
     assert graphs[0] == 3
 
 
-@pytest.mark.skipif(not hasattr(torch._dynamo.config, "trace_autograd_ops"), reason="PyTorch does not trace gradients")
-@pytest.mark.usefixtures("one_block")
-def test_a_whole_step_that_is_compiled_anew_stays_whole():
-    """Later steps run without the setting that compiling needs, and compile anew all the same."""
-    torch._dynamo.reset()
-    network = NetworkOptions("resnet_4blocks", discriminator="pixel", width=4, discriminator_width=4)
-    method = CUT(CUTOptions(nce_idt=False, nce_layers=[4], patches=16, projection=8), network)
-    step = Step(method, OptimOptions(), compile="whole", backend="eager")  # the setting is of the tracing before it
-    graphs = []
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*not whole")
-        for number in range(3):
-            if number == 1:
-                step.method.options.lambda_gan = 2.0
-            step.run(random_batch(), Draws())
-            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    assert graphs[0] < graphs[1] == graphs[2]
-    assert step.whole is not None
-    assert step.whole.usable
-
-
 @pytest.mark.parametrize("kind", [torch.float64, torch.float32])
 def test_the_update_that_a_compiler_traces_is_adams(kind):
     layers = [torch.nn.Linear(5, 3).to(kind) for _ in range(2)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -65,7 +67,7 @@ def test_every_generator(generator):
     [("fp16", {}), ("bf16", {"recompute": True}), ("bf16", {"compile": True, "backend": "aot_eager"})],
 )
 def test_every_form_of_the_step(precision, options, one_block):
-    make = smaller_method if "compile" in options else small_method
+    make = partial(smaller_method, nce_idt=False) if "compile" in options else small_method
     assert_same_bits(two_steps(make, [random_batch(2) for _ in range(2)], precision, **options))
 
 
