@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -26,6 +27,15 @@ if "TRITON_INTERPRET" in os.environ:
 
 # The tests' tensors are small: a second thread costs more in waiting than it computes.
 torch.set_num_threads(1)
+
+
+# What the collection of thousands of tests makes stays: to look for garbage in it takes a quarter of its time.
+gc.disable()
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items):

@@ -11,13 +11,13 @@ from tests.doors.own_code import SMALL, refused, train
 
 @pytest.mark.parametrize("method", ["fastcut", "dclgan", "dcdgan"])
 def test_a_weighting_and_its_options(folder, here, method):
-    layers = "loss.nce_layers=0,4"
+    short = ["loss.nce_layers=0,4", "run.steps=1", "run.log_every=1"]
     losses = []
     for i, power in enumerate(("0.0", "0.5", "0.5")):
-        settings = [layers, "loss.weighting=mine.py:weight", f"loss.weighting_options=power={power}", "run.log_every=1"]
+        settings = [*short, "loss.weighting=mine.py:weight", f"loss.weighting_options=power={power}"]
         assert train(folder, here, method, *settings, out=f"run{i}") == 0
         losses.append((here / f"run{i}" / "metrics.jsonl").read_text().splitlines()[0])
-    assert train(folder, here, method, layers, "run.log_every=1", out="plain") == 0
+    assert train(folder, here, method, *short, out="plain") == 0
     first = [json.loads(line) for line in losses]
     plain = json.loads((here / "plain" / "metrics.jsonl").read_text().splitlines()[0])
     key = "NCE" if method == "fastcut" else "NCE1"
