@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..methods.base import Batch
+from ..nce.temperature import learned_temperatures
 from .busy import BusyWatch
 from .callbacks import RunInfo
 from .contracts import DataSet
@@ -100,9 +101,11 @@ class Observer:
         Args:
             done: steps up to now.
             total: steps after which the run ends.
-            losses: of the last step, on the device; every rank takes part in their mean.
+            losses: of the last step, on the device; every rank takes part in their mean. Learned temperatures, as they
+                are after the step, are logged with them, and are read back in the same copy.
             pace: of the steps since the last line.
         """
+        losses = {**losses, **learned_temperatures(self.method.projectors())}
         names = list(losses)
         stacked = torch.stack([losses[name].float() for name in names] + [self.step.bad_steps.float()])
         *values, bad = self.ranks.mean(stacked).tolist()

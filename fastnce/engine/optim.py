@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from ..nce.temperature import LearnedTemperature
 from .snapshot import Snapshot
 
 
@@ -17,8 +21,8 @@ class ParameterGroup:
         modules: the modules whose parameters are updated.
         lr: base learning rate, which the schedule multiplies.
         betas: Adam's.
-        weight_decay: of all parameters. Without `decoupled`, `weight_decay` times the weight is added to its gradient,
-            as `torch.optim.Adam` does.
+        weight_decay: of all parameters but those of a `LearnedTemperature`, which would move towards T = 1. Without
+            `decoupled`, `weight_decay` times the weight is added to its gradient, as `torch.optim.Adam` does.
         decoupled: AdamW (Loshchilov & Hutter 2019): a step also subtracts the learning rate times `weight_decay` times
             the weight, apart from the moments.
     """
@@ -48,11 +52,18 @@ class ParameterGroup:
         dtype = first.dtype if first.device.type == "cpu" else torch.float32
         self.lr = torch.tensor(lr, dtype=dtype, device=first.device)
         on_cuda = first.device.type == "cuda"  # the step may be recorded in a CUDA graph
-        self.decoupled = decoupled
+        self.weight_decay, self.decoupled = weight_decay, decoupled
         optimizer = torch.optim.AdamW if decoupled else torch.optim.Adam
+        kept = _without_decay(modules)
+        self._decays = [weight_decay > 0 and id(p) not in kept for p in self.parameters]
+        parts: list[dict[str, Any]] = [
+            {"params": [p for p in self.parameters if id(p) not in kept]},
+            {"params": [p for p in self.parameters if id(p) in kept], "weight_decay": 0.0},
+        ]
         self.adam: torch.optim.Adam = optimizer(
-            self.parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=True, capturable=on_cuda
-        )
+            [part for part in parts if part["params"]],
+            lr=lr, betas=betas, weight_decay=weight_decay, fused=True, capturable=on_cuda,
+        )  # fmt: skip
         for group in self.adam.param_groups:
             group["lr"] = self.lr  # set late: the constructor compares it with 0, which would wait
         self.adam._warned_capturable_if_run_uncaptured = True  # no warning: running uncaptured is intended
@@ -102,23 +113,28 @@ class ParameterGroup:
 
         All parameters of a group that have a gradient have taken the same number of steps, so one count serves all.
         """
-        found = [(p, g) for p, g in zip(self.parameters, gradients, strict=True) if g is not None]
-        weights: list[Tensor] = [p for p, _ in found]
-        slopes = [g for _, g in found]
+        found = [t for t in zip(self.parameters, gradients, self._decays, strict=True) if t[1] is not None]
+        weights: list[Tensor] = [p for p, _, _ in found]
+        slopes: list[Tensor] = [g for _, g, _ in found if g is not None]
         state = [self.adam.state[p] for p in weights]
         steps, means, squares = ([s[key] for s in state] for key in ("step", "exp_avg", "exp_avg_sq"))
         settings = self.adam.param_groups[0]
-        (beta1, beta2), eps, decay = settings["betas"], settings["eps"], settings["weight_decay"]
+        (beta1, beta2), eps, decay = settings["betas"], settings["eps"], self.weight_decay
+        decaying = [i for i, (_, _, decays) in enumerate(found) if decays]
         with torch.no_grad():
             keep = bad.logical_not().to(self.lr.dtype)
             if scale is not None:
                 slopes = list(torch._foreach_mul(slopes, scale.reciprocal()))
             # values that are not finite must not reach the moments, not even times 0
             slopes = [torch.where(bad, torch.zeros_like(g), g) for g in slopes]
-            if decay and self.decoupled:
-                torch._foreach_sub_(weights, torch._foreach_mul(weights, (self.lr * keep) * decay))
-            elif decay:
-                slopes = list(torch._foreach_add(slopes, weights, alpha=decay))
+            if decaying:
+                shrunk = [weights[i] for i in decaying]
+                if self.decoupled:
+                    torch._foreach_sub_(shrunk, torch._foreach_mul(shrunk, (self.lr * keep) * decay))
+                else:
+                    added = torch._foreach_add([slopes[i] for i in decaying], shrunk, alpha=decay)
+                    for i, slope in zip(decaying, added, strict=True):
+                        slopes[i] = slope
             # a list: a single tensor of one element would be read as a number, which waits for the device
             torch._foreach_add_(steps, [keep.float()] * len(steps))
             count = steps[0].clamp_min(1.0).double()
@@ -154,6 +170,12 @@ class ParameterGroup:
                     else torch.empty_like(parameter, requires_grad=False).copy_(t)
                     for key, t in entries.items()
                 }
+
+
+def _without_decay(modules: Sequence[nn.Module]) -> set[int]:
+    """The ids of the parameters of learned temperatures."""
+    learned = [m for module in modules for m in module.modules() if isinstance(m, LearnedTemperature)]
+    return {id(p) for module in learned for p in module.parameters()}
 
 
 class LossScale:

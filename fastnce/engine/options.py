@@ -22,7 +22,10 @@ class OptimOptions:
     beta2: float = option(0.999, "Adam's second moment", low=0, below=1)
     optimizer: str = option("adam", "adam, as in every paper here, or adamw", choices=("adam", "adamw"))
     weight_decay: float = option(
-        0.0, "adamw: decay of all weights, times the rate; adam: the same as a gradient (L2)", low=0, high=100
+        0.0,
+        "adamw: decay of all weights (not of a learned temperature), times the rate; adam: as a gradient (L2)",
+        low=0,
+        high=100,
     )
     n_epochs: int = option(200, "epochs at the full learning rate; an epoch is the larger domain once", low=0)
     n_epochs_decay: int = option(200, "epochs after these; with optim.schedule=linear the rate falls to 0", low=0)

@@ -52,6 +52,15 @@ def extremes(sizes: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     return list(found)
 
 
+def check_learned_temperature(learn: bool, lambda_nce: float) -> None:
+    """ValueError if a temperature is to be learned and no contrastive term trains it."""
+    if learn and not lambda_nce > 0:
+        raise ValueError(
+            "loss.learn_temperature=true needs a contrastive term that trains the temperature: set loss.lambda_nce "
+            "above 0, or loss.learn_temperature=false"
+        )
+
+
 def drawn_rows(generator: nn.Module, layers: Sequence[int], patches: int, sizes: Sizes) -> dict[str, list[int]]:
     """How many locations of each layer are contrasted, for images of the extreme sizes, by their names in `sizes`.
 

@@ -34,7 +34,7 @@ from .base import (
     Sizes,
     check_ranges,
 )
-from .checks import check_contrast, drawn_rows
+from .checks import check_contrast, check_learned_temperature, drawn_rows
 from .losses import SATURATING_HELP, GANMode, gan_loss, gradient_penalty
 from .pool import MOST_POOLED, POOL_HELP, ImagePool, check_pool_sizes
 from .weighting import OPTIONS_HELP, WEIGHTING_HELP, WEIGHTING_NAMES, find_weighting
@@ -108,6 +108,7 @@ class CUT(Method):
         check_ranges(options, network)
         if not (options.lambda_gan > 0 or options.lambda_nce > 0):
             raise ValueError("every term has weight 0: set loss.lambda_gan or loss.lambda_nce above 0")
+        check_learned_temperature(options.learn_temperature, options.lambda_nce)
         if options.temperatures and len(options.temperatures) != len(options.nce_layers):
             raise ValueError(
                 f"loss.temperatures must be empty or one per layer: {len(options.temperatures)} are given for "

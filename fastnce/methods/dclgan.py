@@ -35,7 +35,7 @@ from .base import (
     Sizes,
     check_ranges,
 )
-from .checks import check_contrast, drawn_rows
+from .checks import check_contrast, check_learned_temperature, drawn_rows
 from .cyclegan import TwoWay
 from .losses import SATURATING_HELP, GANMode
 from .pool import MOST_POOLED, POOL_HELP
@@ -114,6 +114,7 @@ class DCLGAN(TwoWay):
             )
         if not (options.lambda_gan > 0 or options.lambda_nce > 0 or options.lambda_idt > 0):
             raise ValueError("every term has weight 0: set loss.lambda_gan, loss.lambda_nce or loss.lambda_idt above 0")
+        check_learned_temperature(options.learn_temperature, options.lambda_nce)
         if options.gather_negatives and (options.negatives, options.weighting) != ("batch", "none"):
             raise ValueError(
                 "loss.gather_negatives=true makes one batch of all ranks' pictures: it needs loss.negatives=batch and "

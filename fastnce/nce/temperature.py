@@ -6,7 +6,7 @@ loss = patch_nce(queries, keys, temperature=t)     # t: a tensor (), which gets 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -99,3 +99,30 @@ class LearnedTemperature(nn.Module):
         """Return T of each layer, tensors (), always in range."""
         log_scale = bounded(self.log_scale, -math.log(HIGHEST), -math.log(LOWEST))
         return list(log_scale.neg().exp().expand(self.layers).unbind())
+
+
+def learned_temperatures(networks: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Return the present value of every learned temperature of these networks, by the name to log it under.
+
+    The name is `temperature`; with one T per layer `temperature_0`, `temperature_1`, ...; and if several networks learn
+    one, the network's name comes first (`F1_temperature`).
+
+    Returns:
+        tensors () without gradient, on their devices. Nothing waits for the device.
+    """
+    found = {
+        name: module
+        for name, network in networks.items()
+        for module in network.modules()
+        if isinstance(module, LearnedTemperature)
+    }
+    values: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for name, learned in found.items():
+            key = "temperature" if len(found) == 1 else f"{name}_temperature"
+            each = learned()
+            if len(learned.log_scale) == 1:
+                values[key] = each[0]
+            else:
+                values |= {f"{key}_{layer}": t for layer, t in enumerate(each)}
+    return values

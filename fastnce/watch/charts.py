@@ -23,6 +23,7 @@ TITLES = {
     "data_share": "Share of the time spent on data",
     "skipped_steps": "Steps in a row that were not finite",
     "warnings": "Open warnings",
+    "temperature": "Learned temperature",
     "response": "Response of the output to the input",
     "identity_psnr": "Identity of pictures of B (dB)",
     "held_out_psnr_y": "PSNR on Y (dB)",

@@ -10,6 +10,7 @@ from fastnce.engine.options import OptimOptions
 from fastnce.engine.schedule import Plateau
 from fastnce.engine.step import Step
 from fastnce.methods import Draws
+from fastnce.nce import PatchNCEHead
 from tests.engine.test_cudagraph import WARM_UP, AsksTheHost, Tape, assert_same_state
 from tests.engine.test_progress import Dot
 from tests.engine.test_schedule import batch_of
@@ -63,6 +64,33 @@ def test_a_parameter_without_a_gradient_does_not_decay(kind, traced):
     (group.update_traced if traced else group.update)((torch.ones_like(weight), None), GOOD)
     assert torch.equal(layer.bias, bias)
     assert not torch.equal(layer.weight, weight)
+
+
+@pytest.mark.parametrize("traced", [False, True], ids=["fused", "traced"])
+@pytest.mark.parametrize("kind", ["adam", "adamw"])
+def test_a_learned_temperature_does_not_decay(kind, traced):
+    """It moves as without decay, and the weights of F as torch moves them with decay."""
+    torch.manual_seed(0)
+    heads = [PatchNCEHead([3], dim=4, learn_temperature=True) for _ in range(3)]
+    for head in heads[1:]:
+        head.load_state_dict(heads[0].state_dict())
+    decayed, free, theirs = heads
+    ours, plain = group_of(decayed, kind, 0.5), group_of(free, kind, 0.0)
+    library = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[kind]
+    optimizer = library(theirs.parameters(), lr=1e-2, betas=(0.5, 0.999), weight_decay=0.5)
+    for _ in range(3):
+        gradients = tuple(torch.randn_like(p) for p in decayed.parameters())
+        for group in (ours, plain):
+            (group.update_traced if traced else group.update)(gradients, GOOD)
+        for parameter, gradient in zip(theirs.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+    name = "learned_temperature.log_scale"
+    one, other, wanted = (dict(head.named_parameters()) for head in heads)
+    assert torch.equal(one.pop(name), other[name])
+    assert not torch.allclose(wanted.pop(name), other[name])
+    for key, parameter in one.items():
+        torch.testing.assert_close(parameter, wanted[key], rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("kind", ["adam", "adamw"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -103,12 +105,20 @@ def test_what_is_refused():
 
 @pytest.mark.parametrize("preset", ["fastcut", "dclgan"])
 def test_a_run(preset, tmp_path, capsys):
-    """Two steps, then two more from the checkpoint; another projector is refused on resuming."""
+    """Two steps, then two more from the checkpoint; another projector is refused on resuming.
+
+    The learned temperature is on the progress line, in metrics.jsonl and in the report.
+    """
     data = write(tmp_path / "set", "trainA/1.png", "trainA/2.png", "trainB/1.png", "trainB/2.png")
     more = ["loss.projector=sample", "loss.learn_temperature=true", "--quiet"]
     line = [x if x != "fastcut" else preset for x in tiny(data, tmp_path / "run", "run.steps=2", *more)]
     assert main(line) == 0
     assert main([x.replace("run.steps=2", "run.steps=4") for x in line]) == 0
+    logged = [line["temperature"] for line in map(json.loads, (tmp_path / "run/metrics.jsonl").open())]
+    assert len(set(logged)) == len(logged) > 1
+    assert all(0.01 <= t <= 1.0 for t in logged)
+    assert f" temperature {logged[-1]:.3f}" in (tmp_path / "run/log.txt").read_text()
+    assert "Learned temperature" in (tmp_path / "run/report.html").read_text()
     capsys.readouterr()
     changed = [x.replace("=sample", "=mlp_sample").replace("run.steps=2", "run.steps=6") for x in line]
     assert main(changed) == 2

@@ -15,7 +15,7 @@ from fastnce.methods.base import NetworkOptions
 from fastnce.methods.dclgan import DCLGAN, DCLGANOptions
 from fastnce.nce import Weights, monce, patch_nce_layers
 from fastnce.nce.impl import reference
-from fastnce.nce.temperature import LearnedTemperature
+from fastnce.nce.temperature import LearnedTemperature, learned_temperatures
 from tests.oracle import DEVICE, error
 
 GATES = {torch.float64: 1e-10, torch.float32: 2e-6, torch.bfloat16: 2e-3}
@@ -214,3 +214,30 @@ def test_option_of_the_methods():
         assert not [n for n in off.state_dict() if "temperature" in n]
         trained = {id(p) for module in on.groups()["F"].modules for p in module.parameters()}
         assert id(dict(on.named_parameters())[learned[0]]) in trained
+
+
+def test_names_and_values_to_log():
+    """One value per parameter, bounded as the loss sees it; the name of the network if several learn one."""
+    one, three, none = (
+        PatchNCEHead([3, 4, 5], temperature=t, learn_temperature=on)
+        for t, on in ((0.1, True), ([0.1, 0.2, 0.3], True), (0.1, False))
+    )
+    with torch.no_grad():
+        three.learned_temperature.log_scale[2] = 50.0  # beyond the range
+    found = learned_temperatures({"F": three, "D": none})
+    assert {name: value.item() for name, value in found.items()} == pytest.approx(
+        {"temperature_0": 0.1, "temperature_1": 0.2, "temperature_2": 0.01}
+    )
+    assert learned_temperatures({"F1": one, "F2": one}).keys() == {"F1_temperature", "F2_temperature"}
+    assert learned_temperatures({"F1": one}).keys() == {"temperature"}
+    assert learned_temperatures({"F1": none}) == {}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda **o: CUT(CUTOptions(**o), NetworkOptions()), lambda **o: DCLGAN(DCLGANOptions(**o), NetworkOptions())],
+)
+def test_nothing_to_learn_from(make):
+    """Without a contrastive term, nothing would train the temperature."""
+    with pytest.raises(ValueError, match=r"loss\.learn_temperature=true needs a contrastive term .* loss\.lambda_nce"):
+        method(options(lambda_nce=0.0, learn_temperature=True), NetworkOptions())
