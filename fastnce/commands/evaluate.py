@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from ..common.streams import ProgressLine
-from ..data.folder import DIRECTIONS
+from ..data.folder import DIRECTIONS, check_phase
 from ..data.limit import accepting
 from ..engine.choices import pick_device
 from ..evaluate.distribution import INSTALL, WEIGHTS_FLAG
@@ -84,6 +84,7 @@ def main(arguments: list[str]) -> int:
         raise ValueError(f"--epoch {args.epoch} and --checkpoint {args.checkpoint} name checkpoints: leave one out")
     if args.train_mode and args.tiles != "auto":
         raise ValueError("--train-mode takes each picture whole: leave --tiles out")
+    check_phase(args.phase, f"--phase {args.phase}")
     side = "B" if args.generator == "G_B" else "A"
     gallery = (
         None if args.index is None else Gallery(args.index, f"{args.model or 'inputs'}, {args.data}", LABELS[side])

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..common.messages import nearest
 from ..common.streams import ProgressLine
 from ..config.options import MOST_SIDE
-from ..data.folder import domain_folders
+from ..data.folder import check_phase, domain_folders
 from ..data.limit import accepting
 from ..engine.choices import pick_device
 from ..evaluate.gallery import LABELS, Gallery
@@ -69,6 +69,9 @@ def main(arguments: list[str]) -> int:
         meant = nearest(args.format, [name.lstrip(".") for name in FORMATS])
         raise ValueError(f"--format must be png, jpg, webp, bmp, tiff or npy, not {args.format!r}{meant}")
     _check_together(args)
+    gallery = None
+    if args.index or args.layout:  # now, because what is in the way is said before anything is read
+        gallery = Gallery(args.out, "", LABELS["B" if args.generator == "G_B" else "A"])
     path, generator = chosen_model(args.model, args.epoch, args.generator)
     with ProgressLine() as line, accepting(args.max_pixels, MAX_PIXELS):
         translator = load_translator(
@@ -84,10 +87,9 @@ def main(arguments: list[str]) -> int:
             translator.train_mode()
         sources, truths = _sides(args, translator.direction)
         index = None
-        if args.index or args.layout:
-            title = f"{args.model.name}, {args.phase or sources[0].name}, {args.epoch or 'last'}"
-            side = "B" if args.generator == "G_B" else "A"
-            index = Index(Gallery(args.out, title, LABELS[side]), args.layout == "published", truths)
+        if gallery is not None:
+            gallery.title = f"{args.model.name}, {args.phase or sources[0].name}, {args.epoch or 'last'}"
+            index = Index(gallery, args.layout == "published", truths)
         written = translate_files(
             translator,
             sources,
@@ -114,6 +116,7 @@ def _check_together(args: argparse.Namespace) -> None:
         raise ValueError(f"--load-size {args.load_size} must be a multiple of 4, as the published code makes it")
     if args.direction and not args.phase:
         raise ValueError(f"--direction {args.direction} says which folder --phase reads: add --phase test")
+    check_phase(args.phase, f"--phase {args.phase}")
     if args.phase and (len(args.source) > 1 or not args.source[0].is_dir()):
         raise ValueError(f"--phase {args.phase} reads {args.phase}A of one data set: name its folder")
     if args.train_mode and (args.tiles != "auto" or args.batch != 1):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from ..common.options import check as check_options
+from ..data.folder import check_phase
 from ..data.rain import RainOptions, parse_ranges
 from ..data.target import SINGLE
 from ..engine.checks import check_schedule, track_names
@@ -48,9 +47,7 @@ def check(config: Config) -> None:
 
 def _check_places(data: DataOptions) -> None:
     """Check where images come from and in which order, as far as options contradict each other."""
-    phase = Path(data.phase)
-    if phase.is_absolute() or ".." in phase.parts:
-        raise ValueError(f"data.phase={data.phase} must begin the names of folders in data.dir, such as train")
+    check_phase(data.phase, f"data.phase={data.phase}")
     single = data.preprocess == SINGLE
     if not data.shuffle and (single or data.rain):
         drawn = f"data.preprocess={SINGLE} draws its crops" if single else "data.rain draws the images it renders on"

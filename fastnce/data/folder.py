@@ -146,6 +146,18 @@ class Folder:
         return Folder(self.path, [self.names[place] for place in kept], self.sizes[kept], self.times[kept], self.first)
 
 
+def check_phase(phase: str, given: str) -> None:
+    """Raise DataError if a phase leads out of the data set; `given` is what the user wrote, such as `--phase ..`."""
+    if not is_phase(phase):
+        raise DataError(f"{given} must begin the names of folders in the data set, such as train, not lead out of it")
+
+
+def is_phase(phase: str) -> bool:
+    """Whether `phase`A is a folder in the data set, such as trainA or night/A."""
+    path = Path(phase)
+    return not path.is_absolute() and ".." not in path.parts
+
+
 def domain_folders(
     root: str | os.PathLike[str], phase: str, direction: str = "AtoB", limit: int = 0
 ) -> tuple[Folder, Folder]:
@@ -156,9 +168,10 @@ def domain_folders(
         limit: take the first so many pictures of each; 0 takes all (see `Folder.listed`).
 
     Raises:
-        DataError: the direction is neither; or a folder is missing (the message names the content of `root`) or holds
-            no picture.
+        DataError: the direction is neither; the phase leads out of `root`; or a folder is missing (the message names
+            the content of `root`) or holds no picture.
     """
+    check_phase(phase, f"phase={phase}")
     domains = order_of(direction)
     root = Path(root)
     if not root.is_dir():
@@ -183,6 +196,7 @@ def order_of(direction: str) -> str:
 
 def clean_folder(root: str | os.PathLike[str], phase: str, direction: str = "AtoB", limit: int = 0) -> Folder:
     """List the folder of B alone, as `domain_folders` does; raise DataError if it is missing or holds no picture."""
+    check_phase(phase, f"phase={phase}")
     path = Path(root) / f"{phase}{order_of(direction)[1]}"
     if not path.is_dir():
         raise DataError(f"there is no folder {path}; it should hold clean pictures to render rain on")

@@ -22,6 +22,8 @@ LABELS = {"A": ("real_A", "fake_B", "real_B"), "B": ("real_B", "fake_A", "real_A
 """The published names of input, output and truth, by the domain that is translated."""
 SHOWN = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 """Formats that browsers show."""
+MARK = '<meta name="generator" content="fastnce index">'
+"""In the head of every page: a file without it is somebody else's, and is not replaced."""
 STYLE = (
     "body{font:15px/1.4 system-ui,sans-serif;margin:2em;background:#fff;color:#222}"
     "table{border-collapse:collapse}td,th{padding:.4em;text-align:left;font-weight:normal;vertical-align:top}"
@@ -33,9 +35,12 @@ class Gallery:
     """Pictures that are written one after another, and the page that is written at the end.
 
     Args:
-        out: the folder, created if necessary.
+        out: the folder, created if necessary. A page of an earlier gallery is replaced.
         title: of the page.
         labels: the names of input, output and truth.
+
+    Raises:
+        ValueError: something else is where the page or its pictures belong, such as another index.html.
     """
 
     def __init__(self, out: Path, title: str, labels: tuple[str, str, str] = LABELS["A"]):
@@ -46,6 +51,7 @@ class Gallery:
             check_folder(folder, "pictures of the page")
         if self.page.is_dir():
             raise ValueError(f"{self.page}: a folder is in the way, a file is needed")
+        _check_own(self.page)
 
     @property
     def folders(self) -> list[Path]:
@@ -92,6 +98,17 @@ class Gallery:
         return self.page
 
 
+def _check_own(page: Path) -> None:
+    """ValueError if there is a page that no gallery has written."""
+    if not page.exists():
+        return
+    if page.is_file():  # opening a pipe could wait forever
+        with page.open("rb") as file:
+            if MARK.encode() in file.read(1000):
+                return
+    raise ValueError(f"{page} exists and is no page of fastnce: move it away, or write to another place")
+
+
 def _page(title: str, rows: Sequence[tuple[str, Mapping[str, Path | None]]], out: Path) -> str:
     body = []
     for name, pictures in rows:
@@ -103,7 +120,7 @@ def _page(title: str, rows: Sequence[tuple[str, Mapping[str, Path | None]]], out
         ]
         body.append(f"<h2>{_shown(name)}</h2>\n<table><tr>{''.join(cells)}</tr></table>")
     return (
-        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{_shown(title)}</title>\n'
+        f'<!doctype html>\n<html lang="en"><meta charset="utf-8">{MARK}<title>{_shown(title)}</title>\n'
         f"<style>{STYLE}</style>\n<h1>{_shown(title)}</h1>\n" + "\n".join(body) + "\n</html>\n"
     )
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from ..common.gathered import gathering
 from ..common.writing import check_not_replaced, sweep, write_whole
 from ..data import DataError, find_images, load_image
-from ..data.folder import order_of
+from ..data.folder import check_phase, order_of
 from .distribution import Inception, check_counts, fid_kid
 from .gallery import Gallery
 from .pairs import Pair, find_pairs
@@ -180,6 +180,7 @@ def evaluate(
     exchanged = [
         order_of(direction or getattr(translate, kind, "AtoB")) == "BA" for kind in ("direction", "paired_direction")
     ]
+    check_phase(phase, f"--phase {phase}")
     side_a, side_b = (data / f"{phase}{domain}" for domain in ("BA" if exchanged[0] else "AB"))
     unpaired = side_a.is_dir() and side_b.is_dir()
     if phase != "test" and not unpaired:

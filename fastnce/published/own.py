@@ -6,6 +6,7 @@ import os
 from pathlib import PurePath
 from typing import Any
 
+from ..data.folder import is_phase
 from ..data.target import SINGLE, named
 from .flag import CUT, NotSupported, Published, at_least_one, number, switch, typed, whole, word
 
@@ -13,6 +14,13 @@ UNPAIRED = ("unaligned", "singleimage")
 DUAL = ("dcl", "simdcl", "dcd")
 """The models whose loss takes the negatives of the whole batch in any case."""
 LONGEST_NAME = 255  # bytes of a folder's name
+
+
+def phase(text: str, published: Published) -> dict[str, Any]:
+    """The folders of the data set; one that leads out of it is refused here, as the command refuses it."""
+    if not is_phase(text):
+        raise ValueError("the beginning of the names of folders in the data set, such as train")
+    return {} if published.test else {"data.phase": text}
 
 
 def experiment(published: Published) -> str:

@@ -166,7 +166,7 @@ _TRAIN = (
         "for a new run; a continued run knows its epoch",
         example="5",
     ),
-    _as(word, "phase", ALL, "train", "data.phase", example="val", phase="train"),
+    Flag("phase", ALL, "train", "data.phase", own.phase, example="val", phase="train"),
     Flag(
         "pretrained_name", C3, "None", "run.start_from", own.pretrained, "only with --continue_train", example="other"
     ),
@@ -276,7 +276,7 @@ _MODELS = (
 
 _TEST = (
     Flag("results_dir", ALL, "./results/", "", None, "", "--out", phase="test"),
-    Flag("phase", ALL, "test", "", None, "", "--phase", phase="test"),
+    Flag("phase", ALL, "test", "", own.phase, "", "--phase", phase="test"),
     Flag(
         *("eval", ALL, "False", "", None, "eval mode is the default here; test.py without --eval is --train-mode"),
         "--train-mode",

@@ -128,6 +128,8 @@ def test_a_test_becomes_translations(capsys):
         (["python", "train.py", "--model", "cut", "--name", "a\nb"], r"--name 'a\nb' has a character that cannot be"),
         (["python", "train.py", "--model", "cut", "--name", "caf\udce9"], "is not UTF-8"),
         (["python test.py --model cut --name n --num_test inf"], "--num_test 'inf' must be a whole number of at least"),
+        (["python test.py --model cut --name n --phase ../x"], "--phase '../x' must be the beginning of the names of"),
+        ([f"{COMMAND} --phase /x"], "--phase '/x' must be the beginning of the names of folders in the data set"),
         (["python test.py --model cut --name n --load_size 255"], "--load_size 255 must be a multiple of 4"),
         (["python test.py --model test --name n --model_suffix B"], "--model_suffix 'B' must be _A or _B"),
     ],

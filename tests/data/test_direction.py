@@ -17,7 +17,7 @@ from fastnce.common.imports import CodeError
 from fastnce.config import resolve
 from fastnce.config.options import exchanges_pairs
 from fastnce.data import DataError
-from fastnce.data.folder import Folder, clean_folder
+from fastnce.data.folder import Folder, clean_folder, domain_folders
 from fastnce.data.order import Order
 from fastnce.data.own import OwnData, open_own
 from fastnce.data.rained import RainedData
@@ -307,7 +307,10 @@ def test_a_run_reads_the_folders_of_its_phase(root, tmp_path, capsys):
     assert main(["cache", "fastcut", "--data", str(root), *SMALL]) == 2
     assert "there is no folder trainA" in capsys.readouterr().err
     assert main(["cache", "fastcut", "--data", str(root), *SMALL, "data.phase=../set/day"]) == 2
-    assert "data.phase=../set/day must begin the names of folders in data.dir" in capsys.readouterr().err
+    assert "data.phase=../set/day must begin the names of folders in the data set" in capsys.readouterr().err
+    for read in (domain_folders, clean_folder):
+        with pytest.raises(DataError, match=r"phase=\.\./set/day must begin the names"):
+            read(root, "../set/day")
 
 
 # --- max_images -------------------------------------------------------------------------------------------------------

@@ -233,11 +233,8 @@ def test_names_and_values_to_log():
     assert learned_temperatures({"F1": none}) == {}
 
 
-@pytest.mark.parametrize(
-    "make",
-    [lambda **o: CUT(CUTOptions(**o), NetworkOptions()), lambda **o: DCLGAN(DCLGANOptions(**o), NetworkOptions())],
-)
-def test_nothing_to_learn_from(make):
+@pytest.mark.parametrize(("method", "options"), [(CUT, CUTOptions), (DCLGAN, DCLGANOptions)])
+def test_nothing_to_learn_from(method, options):
     """Without a contrastive term, nothing would train the temperature."""
     with pytest.raises(ValueError, match=r"loss\.learn_temperature=true needs a contrastive term .* loss\.lambda_nce"):
         method(options(lambda_nce=0.0, learn_temperature=True), NetworkOptions())

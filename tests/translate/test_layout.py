@@ -155,6 +155,7 @@ def _again(file: Path) -> ResnetGenerator:
         (["--layout", "published", "--format", "jpg"], "the published layout has PNG files"),
         (["--index", "--format", "npy"], "a page cannot show npy"),
         (["--phase", "val"], "there is no folder valA"),
+        (["--phase", "../data/test"], "--phase ../data/test must begin the names of folders in the data set"),
         (["--epoch", "3"], "chooses a checkpoint of a run"),
         (["--epoch", "x"], "--epoch must be last, best or the number of an epoch, not x"),
     ],
@@ -190,6 +191,29 @@ def test_what_is_in_the_way_of_the_page_is_said_first(words, model, data, tmp_pa
         )
         assert os.listdir(out) == [name]
         path.rmdir() if name == "index.html" else path.unlink()
+
+
+@pytest.mark.parametrize("made", ["<!doctype html>my own page", "", None])
+def test_a_page_of_somebody_else_is_not_replaced(made, model, data, tmp_path, capsys):
+    """Neither a file nor a pipe, and nothing is written beside it. A page of ours is replaced."""
+    out = tmp_path / "o"
+    out.mkdir()
+    os.mkfifo(out / "index.html") if made is None else (out / "index.html").write_text(made)
+    pairs = write(tmp_path / "pairs", "rain/1.png", "norain/1.png")
+    lines = [
+        ["translate", str(model), str(data / "testA"), "--layout", "published", "--out", str(out)],
+        ["translate", "no model", str(data / "testA"), "--index", "--out", str(out)],  # said before it is looked for
+        ["evaluate", str(model), "--data", str(pairs), "--index", str(out)],
+    ]
+    for line in lines:
+        assert main(line) == 2
+        said = f"fastnce: {out}/index.html exists and is no page of fastnce: move it away, or write to another place\n"
+        assert capsys.readouterr().err == said
+        assert os.listdir(out) == ["index.html"]
+    assert made is None or (out / "index.html").read_text() == made
+    os.remove(out / "index.html")
+    for line in (lines[0], lines[2], lines[0]):
+        assert main(line) == 0
 
 
 def test_the_pictures_of_an_earlier_page_are_no_inputs(model, tmp_path):
@@ -240,6 +264,8 @@ def test_evaluate_writes_the_same_page(model, tmp_path, capsys):
         assert main(["evaluate", str(model), "--data", str(pairs), "--index", str(folder)]) == 2
         assert "whose pictures are measured: write to another place" in capsys.readouterr().err
         assert files(folder) == ([] if folder.name == "new" else ["1.png", "2.png", "3.png"])
+    assert main(["evaluate", "--inputs-only", "--data", str(pairs), "--phase", "../pairs/test"]) == 2
+    assert "--phase ../pairs/test must begin the names" in capsys.readouterr().err
     assert main(["evaluate", "--inputs-only", "--data", str(pairs), "--epoch", "2"]) == 2
     assert "--epoch has no effect with --inputs-only" in capsys.readouterr().err
 
