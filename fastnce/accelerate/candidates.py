@@ -6,7 +6,7 @@ import inspect
 import re
 import types
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -44,15 +44,22 @@ def candidates(module: types.ModuleType) -> list[Candidate]:
     for value in list(vars(module).values()):
         if id(value) in found:
             continue
-        candidate = None
-        if isinstance(value, type) and issubclass(value, nn.Module):
-            if not library or _published_name(value.__name__):
-                candidate = _class(value)
-        elif isinstance(value, types.FunctionType) and value.__module__ == module.__name__ and not library:
-            candidate = _function(value)
+        try:
+            candidate = _candidate(value, module, library)
+        except Exception:  # a metaclass, descriptor or signature may raise anything: then it is no published class
+            continue
         if candidate is not None:
             found[id(value)] = candidate
     return list(found.values())
+
+
+def _candidate(value: Any, module: types.ModuleType, library: bool) -> Candidate | None:
+    """Look at a value by its type alone: `isinstance` would ask a proxy, which may then load what it stands for."""
+    if issubclass(type(value), type) and issubclass(value, nn.Module):
+        return _class(value) if not library or _published_name(value.__name__) else None
+    if type(value) is types.FunctionType and value.__module__ == module.__name__ and not library:
+        return _function(value)
+    return None
 
 
 def _published_name(name: str) -> bool:

@@ -15,12 +15,14 @@ import site
 import sys
 import sysconfig
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+
+from .unchanged import MISSING, Reads
 
 ROOMS = {"torch", "numpy", "math", "packaging", "typing", "functools", "collections", "copy", "operator", "einops"}
 """Libraries that the code may use, by the first part of their modules' names."""
@@ -93,13 +95,15 @@ def attributes_of(code: types.CodeType) -> Iterator[str]:
             yield name
 
 
-def check(cls: type) -> None:
-    """Raise ValueError with a reason if the code of a class may do more than compute.
+def check(cls: type) -> Reads:
+    """Raise ValueError with a reason if the code of a class may do more than compute; return what it reads.
 
     Raises:
         NameError: the code uses a name that its module has not defined yet.
     """
-    _Reading(cls).read()
+    reading = _Reading(cls)
+    reading.read()
+    return reading.reads()
 
 
 def _inner(value: Any) -> Any:
@@ -113,6 +117,25 @@ def _inner(value: Any) -> Any:
             value = value.__wrapped__
         else:
             return value
+
+
+def _layers(value: Any) -> list[types.FunctionType]:
+    """Return the user's functions in a method, a property or a decorated function: decorators, then the function."""
+    found: list[types.FunctionType] = []
+    while True:
+        if isinstance(value, staticmethod | classmethod):
+            value = value.__func__
+        elif isinstance(value, property):
+            value = value.fget
+        elif not isinstance(value, types.FunctionType):
+            return found
+        else:
+            where = value.__globals__.get("__name__") or ""
+            if not (of_a_library(where) or where.startswith("fastnce.")):  # a forward that is replaced already
+                found.append(value)
+            if not hasattr(value, "__wrapped__"):
+                return found
+            value = value.__wrapped__
 
 
 def _names(code: types.CodeType) -> Iterator[tuple[str, str]]:
@@ -146,6 +169,8 @@ class _Reading:
         self._seen: set[int] = set()
         self._functions: list[types.FunctionType] = []
         self._holders: list[type | types.ModuleType] = []
+        self._cells: list[tuple[types.CellType, Any]] = []
+        self._globals: dict[tuple[int, str], tuple[Mapping[str, Any], str, Any]] = {}
         self._class(cls)
 
     def read(self) -> None:
@@ -160,17 +185,25 @@ class _Reading:
             if not self._functions:
                 return
 
+    def reads(self) -> Reads:
+        """Return what the code reads, without `forward` and `__init__`, which a replacement changes."""
+        names = self._attributes - {"forward", "__init__"}
+        held = [(vars(holder), name, vars(holder).get(name, MISSING)) for holder in self._holders for name in names]
+        return Reads([*self._globals.values(), *held], self._cells, names)
+
     def _function(self, function: types.FunctionType) -> None:
         where = function.__globals__
         cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
         for name, cell in cells:
             if name != "__class__":
+                self._cells.append((cell, cell.cell_contents))
                 self._value(name, cell.cell_contents)
         for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
             if not isinstance(value, list | dict):  # the usual gpu_ids=[]
                 self._value("a default value", value)
         for kind, name in _names(function.__code__):
             if kind == "global":
+                self._globals[id(where), name] = (where, name, where.get(name, MISSING))
                 if name in where:
                     self._value(name, where[name])
                 elif not hasattr(builtins, name):
@@ -190,7 +223,11 @@ class _Reading:
 
     def _value(self, name: str, value: Any) -> None:
         """Check a value that the code can reach by a name, and follow it."""
+        layers = [] if isinstance(value, CONSTANTS) else _layers(value)
         value = value if isinstance(value, CONSTANTS) else _inner(value)
+        new = [layer for layer in layers if id(layer) not in self._seen]
+        self._seen.update(map(id, new))
+        self._functions += new
         if id(value) in self._seen or isinstance(value, CONSTANTS):
             return
         self._seen.add(id(value))
@@ -211,8 +248,6 @@ class _Reading:
             self._class(value)
         elif isinstance(value, nn.Module):
             self._library(name, type(value))
-        elif isinstance(value, types.FunctionType) and not of_a_library(value.__module__):
-            self._functions.append(value)
         elif callable(value):
             self._library(name, value)
         else:

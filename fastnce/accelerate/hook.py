@@ -41,7 +41,10 @@ class Hook:
 
 def compiled(source: str | bytes, path: str) -> types.CodeType:
     """Compile a script. If it defines a class with a base, calls of the inspection are put between."""
-    tree = ast.parse(source, path)
+    try:
+        tree = ast.parse(source, path)
+    except SyntaxError as error:
+        raise error.with_traceback(None) from None  # Python shows no frame of a parser
     if not _with_calls(tree.body, after_all=True):
         return compile(source, path, "exec", dont_inherit=True)
     return compile(ast.fix_missing_locations(tree), path, "exec", dont_inherit=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+import io
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 
 from ..nce import Weights, patch_nce
 from .trial import OPTIONS, Options, asked, become, state_of
+from .unchanged import Reads, Unchanged
 
 
 class Settings(NamedTuple):
@@ -97,14 +100,19 @@ class Agreed:
 
     Args:
         kept_in: the attribute in which instances keep their options. "" if they copy the values when they are made.
+        unchanged: compares an instance with those of the trial.
     """
 
     formula: Formula
     kept_in: str
+    unchanged: Unchanged
 
 
-def try_loss(cls: type[nn.Module]) -> Agreed:
+def try_loss(cls: type[nn.Module], reads: Reads) -> Agreed:
     """Run a class on small random data and return the formula that it computes.
+
+    Args:
+        reads: what its code reads.
 
     Raises:
         ValueError: it computes none of them, or may compute something else at another time.
@@ -115,7 +123,7 @@ def try_loss(cls: type[nn.Module]) -> Agreed:
     if any(True for _ in loss.parameters()):
         raise ValueError("it has parameters of its own")
     weighted = "weight" in list(inspect.signature(cls.forward).parameters)[3:]
-    data = _data(16, 8)
+    data, made = _data(16, 8), [loss]
     before = state_of(loss)
     cases = [_call(loss, first, *data), _call(loss.eval(), first, *data), _call(loss.train(), first, *data)]
     if state_of(loss) != before:
@@ -124,7 +132,8 @@ def try_loss(cls: type[nn.Module]) -> Agreed:
         raise ValueError("two calls with the same rows differ")
     for settings, rows, dim in ((first._replace(every=True), 16, 8), (Settings(0.5, 1, False), 300, 4), (then, 15, 3)):
         more = Options(*settings)
-        cases.append(_call(cls(more), settings, *_data(rows, dim)))
+        made.append(cls(more))
+        cases.append(_call(made[-1], settings, *_data(rows, dim)))
         _known_only(more)
     _known_only(options)
     formula = _agreeing(cases)
@@ -138,7 +147,7 @@ def try_loss(cls: type[nn.Module]) -> Agreed:
     if weighted:
         case = _call(loss, first, *data, weight=torch.rand(1, 8, 8, dtype=torch.float64))
         formula = replace(formula, weighted=_difference(formula, case) is None)
-    return Agreed(formula, kept_in)
+    return Agreed(formula, kept_in, Unchanged(reads, made))
 
 
 def _data(rows: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -154,7 +163,10 @@ def _call(
     loss: nn.Module, settings: Settings, q: Tensor, k: Tensor, upstream: Tensor, weight: Tensor | None = None
 ) -> _Case:
     q, k = q.clone().requires_grad_(), k.clone().requires_grad_()
-    out = loss(q, k) if weight is None else loss(q, k, weight=weight.clone())
+    with contextlib.redirect_stdout(io.StringIO()) as out_text, contextlib.redirect_stderr(out_text):
+        out = loss(q, k) if weight is None else loss(q, k, weight=weight.clone())
+    if out_text.getvalue():
+        raise ValueError("its forward prints")
     if not isinstance(out, Tensor):
         raise ValueError(f"it returns a {type(out).__name__} where a tensor is expected")
     if out.shape not in ((), upstream.shape):
@@ -206,8 +218,8 @@ def _difference(formula: Formula, case: _Case) -> str | None:
     return None
 
 
-_COPIED: weakref.WeakKeyDictionary[nn.Module, Settings] = weakref.WeakKeyDictionary()
-"""The options of instances whose class copies them when they are made."""
+_COPIED: weakref.WeakKeyDictionary[nn.Module, tuple[Settings, dict[str, Any]]] = weakref.WeakKeyDictionary()
+"""The options of instances whose class copies them when they are made, and the attributes that follow from them."""
 
 
 def install(cls: type[nn.Module], agreed: Agreed) -> None:
@@ -235,7 +247,7 @@ def install(cls: type[nn.Module], agreed: Agreed) -> None:
         made(self, *arguments, **named)
         given = list(constructor.bind(self, *arguments, **named).arguments.values())
         if type(self) is cls and len(given) > 1 and (settings := _read(given[1], formula)) is not None:
-            _COPIED[self] = settings
+            _COPIED[self] = settings, agreed.unchanged.chosen(self)
 
     cls.__init__ = init  # type: ignore[method-assign]
 
@@ -270,10 +282,11 @@ def _rows(
 
 
 def _settings(loss: nn.Module, agreed: Agreed) -> Settings | None:
-    """Return the settings of an instance; None if they are not known."""
+    """Return the settings of an instance; None if they are not known, or if something else has changed."""
     if not agreed.kept_in:
-        return _COPIED.get(loss)
-    return _read(vars(loss).get(agreed.kept_in), agreed.formula)
+        settings, chosen = _COPIED.get(loss, (None, {}))
+        return settings if agreed.unchanged.holds(loss, chosen) else None
+    return _read(vars(loss).get(agreed.kept_in), agreed.formula) if agreed.unchanged.holds(loss) else None
 
 
 def _read(options: Any, formula: Formula) -> Settings | None:

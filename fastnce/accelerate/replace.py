@@ -16,6 +16,7 @@ from torch import nn
 from . import harmless, losses, sampler
 from .candidates import Candidate, candidates
 from .trial import isolated
+from .unchanged import Reads
 
 
 def patch(module: types.ModuleType) -> list[str]:
@@ -72,9 +73,9 @@ def replace(candidate: Candidate) -> Outcome:
         return Outcome(name, module, _REPLACED[value].what, replaced=True)
     tried = False
     try:
-        harmless.check(value)
+        reads = harmless.check(value)
         tried = True
-        what = _tried_and_replaced(value, candidate.kind)
+        what = _tried_and_replaced(value, candidate.kind, reads)
     except Exception as error:  # a user's class may raise anything: then it is not the published one
         return Outcome(name, module, _sentence(error), tried=tried, unready=isinstance(error, NameError))
     outcome = Outcome(name, module, what, replaced=True, names=_names_of(value))
@@ -82,14 +83,14 @@ def replace(candidate: Candidate) -> Outcome:
     return outcome
 
 
-def _tried_and_replaced(cls: type[nn.Module], kind: str) -> str:
+def _tried_and_replaced(cls: type[nn.Module], kind: str, reads: Reads) -> str:
     if kind == "sampler":
         with isolated():
             sampler.try_sampler(cls)
         sampler.install(cls)
         return sampler.WHAT + sampler.own_calls(cls)
     with isolated():
-        agreed = losses.try_loss(cls)
+        agreed = losses.try_loss(cls, reads)
     losses.install(cls, agreed)
     return agreed.formula.what + losses.own_calls(cls, agreed)
 

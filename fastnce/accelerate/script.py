@@ -28,7 +28,7 @@ from typing import Any
 from .hook import Hook, compiled
 from .inspection import Inspection
 
-USAGE = "usage: python -m fastnce.accelerate SCRIPT|-m MODULE [arguments of the script]"
+USAGE = "usage: python -m fastnce.accelerate SCRIPT|-m MODULE [arguments of the script] (- reads the script from stdin)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"no {'module' if as_module else 'script'} was given; {USAGE}", file=sys.stderr)
         return 2
     name = arguments[as_module]
-    if not as_module and not Path(name).is_file():
+    if not as_module and name != "-" and (not Path(name).exists() or Path(name).is_dir()):
         print(f"there is no script {name!r} in {Path.cwd()}; {USAGE}", file=sys.stderr)
         return 2
 
@@ -60,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"there is no module {name!r} that can be run; {USAGE}", file=sys.stderr)
                 return 2
             _run_module(spec, arguments[1:], inspection)
+        elif name == "-":
+            _run_input(arguments, inspection)
         else:
             _run_script(Path(name), arguments, inspection)
     except SystemExit as end:
@@ -116,6 +118,16 @@ def _run_script(script: Path, arguments: list[str], inspection: Inspection) -> N
     inspection.begun = True
     code = compiled(script.read_bytes(), path)
     _execute(code, {"__file__": path, "__cached__": None, "__loader__": loader}, inspection)
+
+
+def _run_input(arguments: list[str], inspection: Inspection) -> None:
+    """Run the standard input as `python - arguments` does."""
+    sys.argv = arguments
+    if not sys.flags.safe_path:
+        sys.path[0] = ""
+    inspection.begun = True
+    code = compiled(sys.stdin.buffer.read(), "<stdin>")
+    _execute(code, {"__loader__": importlib.machinery.BuiltinImporter}, inspection)
 
 
 def _execute(code: types.CodeType, facts: dict[str, Any], inspection: Inspection) -> None:

@@ -1,6 +1,9 @@
 """`python -m fastnce.accelerate` on small checkouts with the published layout."""
 
 import json
+import os
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,7 @@ import torch
 
 from fastnce import accelerate
 from tests.accelerate.checkouts import DOT_LOSS, NETWORKS, printed, run, run_forked, write_checkout
+from tests.forked import Forked
 
 
 @pytest.mark.parametrize("flavour", ["cut", "dclgan"])
@@ -211,3 +215,61 @@ def test_line_numbers_of_errors_are_those_of_the_script(tmp_path):
     path.write_text(f"{path.read_text()}\n\nraise RuntimeError('here')\n")
     number = len(path.read_text().splitlines())
     assert f'script.py", line {number}, in <module>' in run_forked(tmp_path, "script.py").stderr
+
+
+@pytest.mark.parametrize(
+    "line", ["import helper", "raise KeyError('x')", "def f(:", "try: 1 / 0\nexcept ZeroDivisionError: import helper"]
+)
+def test_the_traceback_is_the_scripts(tmp_path, line):
+    """What Python prints at the end is what it prints for the script alone."""
+    (tmp_path / "helper.py").write_text("raise ValueError('mine')\n")
+    (tmp_path / "my script.py").write_text(f"{line}\n")
+
+    def work(accelerated: bool) -> int:
+        os.chdir(tmp_path)
+        sys.argv, sys.path[:0] = ["fastnce", "my script.py"], [str(tmp_path)]
+        try:
+            if accelerated:
+                runpy.run_module("fastnce.accelerate", run_name="__main__", alter_sys=True)
+            path = str(tmp_path / "my script.py")
+            exec(compile(Path(path).read_bytes(), path, "exec", dont_inherit=True), {"__name__": "__main__"})
+        except Exception as error:
+            while error.__traceback__ and error.__traceback__.tb_frame.f_code.co_filename in (__file__, runpy.__file__):
+                error.__traceback__ = error.__traceback__.tb_next
+            sys.excepthook(type(error), error, error.__traceback__)
+            return 1
+        return 0
+
+    told = []
+    for accelerated in (True, False):
+        process = Forked(lambda accelerated=accelerated: work(accelerated))
+        assert process.end() == 1
+        lines = process.err.read_text().splitlines()
+        told.append([line for line in lines if not line.startswith("fastnce: ")])
+    assert told[0] == told[1]
+    assert told[0]
+
+
+def test_a_script_from_the_standard_input(tmp_path, monkeypatch):
+    script = "import sys\nprint(sys.argv, sys.path[0], __name__, '__file__' in globals())\n"
+    loss = DOT_LOSS.format(name="Mine", extra="")
+    (tmp_path / "text").write_text(f"{script}import torch\nfrom torch import nn\n{loss}")
+    with (tmp_path / "text").open() as file:
+        monkeypatch.setattr(sys, "stdin", file)
+        finished = run_forked(tmp_path, "-", "--name", "x")
+    assert finished.stdout.strip() == "['-', '--name', 'x']  __main__ False", finished.stderr
+    assert "replaced __main__.Mine" in finished.stderr
+
+
+def test_a_pool_of_a_script_with_a_space_in_its_name(tmp_path):
+    """Processes that are spawned import the script by its path."""
+    (tmp_path / "my script.py").write_text(
+        "import multiprocessing as mp, sys\n"
+        "def twice(x): return 2 * x\n"
+        "if __name__ == '__main__':\n"
+        "    with mp.get_context('spawn').Pool(1) as pool: print(pool.map(twice, [-1, 2]))\n"
+        "    sys.exit(3)\n"
+    )
+    finished = run_forked(tmp_path, "my script.py")
+    assert finished.stdout.strip() == "[-2, 4]", finished.stderr
+    assert finished.returncode == 3

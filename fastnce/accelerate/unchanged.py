@@ -1,0 +1,124 @@
+"""What a loss depends on beside its arguments and options, and whether it is still what the trial has seen.
+
+A script may change more than options between two steps: an attribute of the instance (`criterion.scale = 0.5`), an
+attribute of the class, or a name of the module that the code reads. Such a call runs the class's own forward.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .trial import Options
+
+MISSING = object()
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_EXACT = (type(None), bool, int, float, complex, str, bytes, torch.dtype, type(...))
+_DEVICES = ("cpu", "cuda", "xpu", "mps")
+
+
+@dataclass
+class Reads:
+    """What code reads.
+
+    Args:
+        places: (namespace of a module or class, name, value or MISSING).
+        cells: variables of enclosing functions, with their values.
+        names: every attribute that the code may use.
+    """
+
+    places: list[tuple[Mapping[str, Any], str, Any]] = field(default_factory=list)
+    cells: list[tuple[types.CellType, Any]] = field(default_factory=list)
+    names: set[str] = field(default_factory=set)
+
+    def still(self) -> bool:
+        """Whether all of these have the same values."""
+        return all(where.get(name, MISSING) is value for where, name, value in self.places) and all(
+            cell.cell_contents is value for cell, value in self.cells
+        )
+
+
+class Unchanged:
+    """Compares instances of a class with those of its trial.
+
+    Args:
+        reads: of the class's code.
+        made: instances of the trial, with different options.
+
+    Raises:
+        ValueError: an instance keeps tensors, whose later values cannot be known.
+    """
+
+    def __init__(self, reads: Reads, made: Sequence[nn.Module]):
+        self.reads = reads
+        found = [_attributes(one) for one in made]
+        for attributes in found:
+            for name, value in attributes.items():
+                if isinstance(value, Tensor):
+                    raise ValueError(f"it keeps the tensor {name.removeprefix('.')}, which may change")
+        first = found[0]
+        same = [name for name in first if all(_same(one.get(name, MISSING), first[name]) for one in found)]
+        self._constant = {name: first[name] for name in same}
+        self._other = frozenset({name for one in found for name in one}.difference(same))
+
+    def chosen(self, instance: nn.Module) -> dict[str, Any]:
+        """Return the attributes that follow from the options of a new instance, for `holds`."""
+        return {name: value for name, value in _attributes(instance).items() if name in self._other}
+
+    def holds(self, instance: nn.Module, chosen: Mapping[str, Any] | None = None) -> bool:
+        """Whether an instance still computes what the trial has seen.
+
+        Args:
+            chosen: what `chosen` returned when the instance was made; None if its forward reads the options instead.
+        """
+        if not self.reads.still():
+            return False
+        now = _attributes(instance)
+        for name, value in self._constant.items():
+            if not _same(now.get(name, MISSING), value):
+                return False
+        if chosen is not None and any(not _same(now.get(name, MISSING), value) for name, value in chosen.items()):
+            return False
+        if len(now) == len(self._constant) + len(self._other):
+            return True
+        known = self._constant.keys() | self._other
+        return not any(name.rpartition(".")[2] in self.reads.names for name in now if name not in known)
+
+
+def _attributes(module: nn.Module, prefix: str = "") -> dict[str, Any]:
+    """Return the attributes of a module and of its parts by their full names, buffers and parameters among them."""
+    own = vars(module)
+    found = {f"{prefix}.{name}": value for name, value in own.items() if name not in _OF_EVERY_MODULE}
+    for kind in ("_buffers", "_parameters"):
+        found.update((f"{prefix}.{name}", value) for name, value in own[kind].items())
+    for name, part in own["_modules"].items():
+        found[f"{prefix}.{name}"] = type(part)
+        if part is not None:
+            found.update(_attributes(part, f"{prefix}.{name}"))
+    return found
+
+
+def _same(now: Any, then: Any) -> bool:
+    """Whether two attributes have the same effect. Devices may differ: a trial is on the CPU."""
+    if now is then:
+        return True
+    if type(now) is not type(then):
+        return isinstance(then, Options) or (_is_device(now) and _is_device(then))
+    if isinstance(now, _EXACT):
+        return now == then or (_is_device(now) and _is_device(then))
+    if isinstance(now, list | tuple):
+        return len(now) == len(then) and all(map(_same, now, then))
+    if isinstance(now, dict):
+        return now.keys() == then.keys() and all(_same(now[key], then[key]) for key in now)
+    if isinstance(now, types.MethodType):
+        return now.__func__ is then.__func__
+    return not isinstance(now, types.FunctionType | type | Tensor)
+
+
+def _is_device(value: Any) -> bool:
+    return isinstance(value, torch.device) or (isinstance(value, str) and value.partition(":")[0] in _DEVICES)
