@@ -188,7 +188,12 @@ class _Reading:
     def reads(self) -> Reads:
         """Return what the code reads, without `forward` and `__init__`, which a replacement changes."""
         names = self._attributes - {"forward", "__init__"}
-        held = [(vars(holder), name, vars(holder).get(name, MISSING)) for holder in self._holders for name in names]
+        held = [
+            (vars(holder), name, vars(holder).get(name, MISSING))
+            for holder in self._holders
+            for name in names
+            if isinstance(holder, type) or name in vars(holder)
+        ]
         return Reads([*self._globals.values(), *held], self._cells, names)
 
     def _function(self, function: types.FunctionType) -> None:

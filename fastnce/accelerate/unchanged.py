@@ -6,7 +6,9 @@ attribute of the class, or a name of the module that the code reads. Such a call
 
 from __future__ import annotations
 
+import copy
 import types
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +20,7 @@ from .trial import Options
 
 MISSING = object()
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_KINDS = ("_modules", "_buffers", "_parameters")
 _EXACT = (type(None), bool, int, float, complex, str, bytes, torch.dtype, type(...))
 _DEVICES = ("cpu", "cuda", "xpu", "mps")
 
@@ -42,6 +45,31 @@ class Reads:
             cell.cell_contents is value for cell, value in self.cells
         )
 
+    def found(self) -> _Found:
+        """Return the values that are there, for a quick comparison. A new name changes the size of its namespace."""
+        there = [place for place in self.places if place[2] is not MISSING]
+        spaces = {id(where): where for where, _, value in self.places if value is MISSING}
+        return _Found(there, [(where, len(where)) for where in spaces.values()])
+
+
+@dataclass
+class _Found:
+    """Values in namespaces, the sizes of namespaces, and mutable values with their copies."""
+
+    places: list[tuple[Mapping[str, Any], str, Any]]
+    sizes: list[tuple[Mapping[str, Any], int]]
+    mutable: list[tuple[Any, Any]] = field(default_factory=list)
+
+    def still(self) -> bool:
+        """Whether nothing has been changed since. It takes a few microseconds; True may be missed."""
+        for where, name, value in self.places:
+            if where.get(name, MISSING) is not value:
+                return False
+        for where, size in self.sizes:
+            if len(where) != size:
+                return False
+        return all(_same(value, kept) for value, kept in self.mutable)
+
 
 class Unchanged:
     """Compares instances of a class with those of its trial.
@@ -56,6 +84,8 @@ class Unchanged:
 
     def __init__(self, reads: Reads, made: Sequence[nn.Module]):
         self.reads = reads
+        self._seen: weakref.WeakKeyDictionary[nn.Module, _Found] = weakref.WeakKeyDictionary()
+        """What each instance had when it was last compared in full."""
         found = [_attributes(one) for one in made]
         for attributes in found:
             for name, value in attributes.items():
@@ -76,8 +106,29 @@ class Unchanged:
         Args:
             chosen: what `chosen` returned when the instance was made; None if its forward reads the options instead.
         """
-        if not self.reads.still():
+        seen = self._seen.get(instance)
+        if seen is not None and seen.still() and all(cell.cell_contents is value for cell, value in self.reads.cells):
+            return True
+        if not (self.reads.still() and self._same_instance(instance, chosen)):
+            self._seen.pop(instance, None)
             return False
+        seen = self.reads.found()
+        for part in instance.modules():
+            own = vars(part)
+            held = {name: value for name, value in own.items() if name not in _OF_EVERY_MODULE}
+            for space in (held, own["_modules"]):
+                where = own if space is held else space
+                seen.places += [(where, name, value) for name, value in space.items()]
+            seen.sizes += [(space, len(space)) for space in (own, *(own[kind] for kind in _KINDS))]
+            lists = [value for value in held.values() if isinstance(value, list | dict)]
+            try:
+                seen.mutable += [(value, copy.deepcopy(value)) for value in lists]
+            except Exception:  # what a list holds may refuse it: then a change could not be seen
+                return False
+        self._seen[instance] = seen
+        return True
+
+    def _same_instance(self, instance: nn.Module, chosen: Mapping[str, Any] | None) -> bool:
         now = _attributes(instance)
         for name, value in self._constant.items():
             if not _same(now.get(name, MISSING), value):
@@ -94,7 +145,7 @@ def _attributes(module: nn.Module, prefix: str = "") -> dict[str, Any]:
     """Return the attributes of a module and of its parts by their full names, buffers and parameters among them."""
     own = vars(module)
     found = {f"{prefix}.{name}": value for name, value in own.items() if name not in _OF_EVERY_MODULE}
-    for kind in ("_buffers", "_parameters"):
+    for kind in _KINDS[1:]:
         found.update((f"{prefix}.{name}", value) for name, value in own[kind].items())
     for name, part in own["_modules"].items():
         found[f"{prefix}.{name}"] = type(part)
