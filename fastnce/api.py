@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .common.messages import shown
+from .common.messages import counted, shown
 from .config.resolve import resolve
 from .engine.callbacks import Callback, RunInfo, StopTraining
 from .engine.choices import pick_device
@@ -71,12 +71,12 @@ class Run:
         return load(self.folder / "checkpoints" / checkpoint, **options)
 
     def __repr__(self) -> str:
-        return f"Run({str(self.folder)!r}, {self.steps:,} steps)"
+        return f"Run({str(self.folder)!r}, {counted(self.steps, 'step')})"
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the folder, the steps, and a link to the report, or else the newest sample grid."""
         link = report_link(self.folder)
-        shown = f"<p>{html.escape(str(self.folder))}: {self.steps:,} steps{', ' if link else ''}{link}</p>"
+        shown = f"<p>{html.escape(str(self.folder))}: {counted(self.steps, 'step')}{', ' if link else ''}{link}</p>"
         if self.samples and not link:
             content = base64.b64encode(self.samples[-1].read_bytes()).decode()
             shown += f'<img alt="samples" style="max-width:100%" src="data:image/png;base64,{content}">'

@@ -1,4 +1,4 @@
-"""Print the presets: paper, terms, networks, parameters and defaults of each."""
+"""Print the presets: paper, terms, networks, parameters and defaults; of a named one also what each option does."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from torch import nn
 from ..common.options import describe
 from ..common.streams import write_out
 from ..methods import NetworkOptions
-from ..methods.presets import PRESETS, Preset
+from ..methods.presets import PRESETS, UNRECORDED, Preset, find_preset
 from .parsing import command_parser
 
 COLUMNS = 100
+NAME_HELP = "a preset, or your own: mypaper.py:MyMethod"
+RECORDED = "yes: recordings of the published code are replayed step by step in float64"
+NOT_RECORDED = "no: there is no released code with these settings to record"
 
 
 def networks_of(preset: Preset) -> dict[str, nn.Module]:
@@ -52,14 +55,28 @@ def rows(name: str, preset: Preset) -> list[tuple[str, str]]:
 
 
 def main(arguments: list[str]) -> int:
-    """List the methods with their papers, terms, networks and defaults."""
-    command_parser("methods", main).parse_args(arguments)
+    """List the methods with their papers, terms, networks and defaults; with NAME, one method and all its options."""
+    parser = command_parser("methods", main)
+    parser.add_argument("name", nargs="?", default="", metavar="NAME", help=NAME_HELP)
+    name = parser.parse_args(arguments).name
     lines = []
-    for name, preset in PRESETS.items():
-        lines.append(name)
-        for heading, text in rows(name, preset):
-            for i, line in enumerate(textwrap.wrap(text, COLUMNS - 14, break_on_hyphens=False)):
-                lines.append(f"  {heading if i == 0 else '':<11} {line}")
+    for one, preset in [(name, find_preset(name))] if name else PRESETS.items():
+        lines.append(one)
+        about = rows(one, preset)
+        if name in PRESETS:
+            about.insert(1, ("recorded", NOT_RECORDED if name in UNRECORDED else RECORDED))
+        for heading, text in about:
+            lines += wrapped(heading, text)
+        if name:
+            lines += ["  options"]
+            for key, (value, text) in describe(preset.options()).items():
+                lines += [f"    loss.{key}={value}", *(f"        {line}" for line in textwrap.wrap(text, COLUMNS - 8))]
         lines.append("")
     write_out("\n".join(lines) + "\n")
     return 0
+
+
+def wrapped(heading: str, text: str) -> list[str]:
+    """Return the lines of a heading and its text."""
+    parts = textwrap.wrap(text, COLUMNS - 14, break_on_hyphens=False)
+    return [f"  {heading if i == 0 else '':<11} {line}" for i, line in enumerate(parts)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..common.messages import nearest
+from ..common.messages import counted, nearest
 from ..common.streams import ProgressLine
 from ..config.options import MOST_SIDE
 from ..data.folder import check_phase, domain_folders
@@ -102,7 +102,7 @@ def main(arguments: list[str]) -> int:
             load_size=(args.load_size, args.load_size) if args.load_size else None,
             index=index,
         )
-    print(f"{len(written)} {'picture' if len(written) == 1 else 'pictures'} written to {args.out}")
+    print(f"{counted(len(written), 'picture')} written to {args.out}")
     if index is not None:
         print(index.gallery.page)
     return 0

@@ -30,6 +30,11 @@ def shown(value: Any) -> str:
     return f"a {type(value).__module__.split('.')[0]}.{type(value).__name__}".replace(" builtins.", " ")
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number and its noun: "1 picture", "2 pictures", "1,000 pictures"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def nearest(name: Any, known: Iterable[str]) -> str:
     """Suggest the known name that is most like a wrong one, to end a sentence: "; did you mean 'cut'?".
 

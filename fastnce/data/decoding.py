@@ -20,6 +20,7 @@ from typing import BinaryIO, TypeVar
 import numpy as np
 
 from ..common.gathered import gathering
+from ..common.messages import counted
 from ..common.writing import PARTIAL, is_dead, partial_name, sweep
 from .cached import pixel_file, prepared, threads, write_index
 from .folder import DataError, Folder, probe_picture
@@ -56,8 +57,8 @@ def decode_all(
                 if free < needed:
                     raise DataError(f"the cache {base}.bin needs {needed} bytes, but the disk has {free}")
                 if progress:
-                    before = f"; {done} of them were decoded before" if done else ""
-                    what = f"{len(folder):,} pictures of {folder.path}, {target.words()},"
+                    before = f"; {done} of them {'was' if done == 1 else 'were'} decoded before" if done else ""
+                    what = f"{counted(len(folder), 'picture')} of {folder.path}, {target.words()},"
                     progress(f"decoding {what} into {place}{before}")
 
                 def decode(number: int) -> np.ndarray | str:
@@ -83,7 +84,7 @@ def decode_all(
                         lines.flush()
                     if progress and now - reported > SECONDS:
                         reported = now
-                        progress(f"decoding {folder.path}: {number + 1} of {len(folder)} pictures")
+                        progress(f"decoding {folder.path}: {number + 1} of {counted(len(folder), 'picture')}")
                 out.flush()
                 os.fsync(out.fileno())
         if bad and (not skip_bad or len(bad) == len(folder)):
@@ -108,7 +109,7 @@ def decode_all(
 
 def bad_files(reasons: list[str], of: int, folder: Path) -> str:
     """Format the error: one line with the count, then one line per file."""
-    first = f"{len(reasons)} of {of} pictures in {folder} cannot be used (data.skip_bad=true skips them):"
+    first = f"{len(reasons)} of {counted(of, 'picture')} in {folder} cannot be used (data.skip_bad=true skips them):"
     return "\n  ".join([first, *reasons])
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..common.gathered import gathering
 from ..common.locking import hold
+from ..common.messages import counted
 from ..common.writing import check_folder, check_free, distinct_names, move_together, partial_name, sweep
 from .encoding import save_image
 from .folder import DataError, find_images, load_image
@@ -177,7 +178,7 @@ def write_rain(
     files = find_images(source) if source.is_dir() else [source]
     needed = test + (2 if unpaired else 1 if not test else 0)
     if len(files) < needed:
-        raise DataError(f"{source} holds {len(files)} pictures; at least {needed} are needed")
+        raise DataError(f"{source} holds {counted(len(files), 'picture')}; at least {needed} are needed")
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed)).tolist()
     half = (len(files) - test + 1) // 2
     parts: dict[str, tuple[str, str]] = {"test": ("test/rain", "test/norain")}

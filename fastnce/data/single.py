@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..common.messages import counted
 from .augment import send
 from .folder import DataError, Folder, domain_folders, load_image
 from .order import philox_words
@@ -87,7 +88,8 @@ class SinglePictureData:
     def _read(self, folder: Folder, channels: int) -> Tensor:
         if len(folder) != 1:
             raise DataError(
-                f"{folder.path} holds {len(folder)} pictures; single-picture training takes exactly one per domain"
+                f"{folder.path} holds {counted(len(folder), 'picture')}; single-picture training takes exactly one per "
+                f"domain"
             )
         path = folder.file(0)
         picture = load_image(path, channels)[None].to(self.device)

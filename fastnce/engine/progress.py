@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..common.messages import counted
 from ..methods.base import Method
 
 
@@ -74,9 +75,10 @@ class Progress:
         """Say that the schedule ends before `run.steps`; an empty text if it does not."""
         if steps <= self.total:
             return ""
+        schedule = f"{counted(self.epochs, 'epoch')} of {counted(self.steps_per_epoch, 'step')}"
         return (
-            f"run.steps={steps} is beyond the schedule, which ends at step {self.total:,} ({self.epochs:,} epochs of "
-            f"{self.steps_per_epoch:,} steps): a larger optim.n_epochs trains longer"
+            f"run.steps={steps} is beyond the schedule, which ends at step {self.total:,} ({schedule}): a larger "
+            f"optim.n_epochs trains longer"
         )
 
     def resumed(self, done: int, stored: dict[str, int] | None) -> Progress:
@@ -106,7 +108,8 @@ class Progress:
     def resume_messages(self, done: int, steps: int, stored: dict[str, int] | None, where: str) -> list[str]:
         """The messages when a run continues from the checkpoint `where` and ends at `end(steps)`."""
         if done >= self.end(steps):
-            done_with = f"{self.epochs:,} epochs are" if done >= self.total else f"run.steps={steps} is"
+            epochs = f"{counted(self.epochs, 'epoch')} {'is' if self.epochs == 1 else 'are'}"
+            done_with = epochs if done >= self.total else f"run.steps={steps} is"
             return [f"nothing is left to do: {done_with} done, {where} is at step {done:,}"]
         messages = [f"continuing from {where} (step {done:,} of {self.end(steps):,})"]
         if stored is not None and stored["batch"] != self.batch:
@@ -171,7 +174,7 @@ def check_batch(
 
 
 def _steps(batch: int) -> str:
-    return f"steps of {batch} {'picture' if batch == 1 else 'pictures'} a domain"
+    return f"steps of {counted(batch, 'picture')} a domain"
 
 
 def _split(ranks: int, batch: int) -> str:

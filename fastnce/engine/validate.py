@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.imports import CodeError, first_line
+from ..common.messages import counted
 from ..data import DataError, load_image
 from ..evaluate.distribution import FEATURES, Inception, check_counts, fid, kid
 from ..evaluate.metrics import PSNR_Y, Metric, measured
@@ -106,12 +107,12 @@ class Validation:
             found = ", ".join(f"{name} {value:.4g}" for name, value in self.inputs.items()) or "no value"
             other = "testA" if first.domain == "testB" else "testB"
             against = f", and {len(self.reference)} of {other}" if self.sets else ""
-            return f"held out: {len(self.pairs)} pictures of {first.domain}{against}; the inputs have {found}"
-        others = "".join(f", {each.name} {self.inputs[each.name]:.4g}" for each in self._shown(self.inputs))
-        return (
-            f"held out: {len(self.pairs)} pairs, {first.rainy.parent} among them; the inputs have "
-            f"{self.inputs['psnr_y']:.2f} dB / {self.inputs['ssim_y']:.4f} on Y{others}"
-        )
+            what = f"{counted(len(self.pairs), 'picture')} of {first.domain}{against}"
+        else:
+            what = f"{counted(len(self.pairs), 'pair')}, {first.rainy.parent} among them"
+            found = f"{self.inputs['psnr_y']:.2f} dB / {self.inputs['ssim_y']:.4f} on Y"
+            found += "".join(f", {each.name} {self.inputs[each.name]:.4g}" for each in self._shown(self.inputs))
+        return f"held out: {what}; the inputs have {found}"
 
     def measure(self, method: Method) -> bool:
         """Measure the method; returns whether it is better than ever before.

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..common.gathered import gathering
+from ..common.messages import counted
 from ..common.writing import check_not_replaced, sweep, write_whole
 from ..data import DataError, find_images, load_image
 from ..data.folder import check_phase, order_of
@@ -89,7 +90,7 @@ class Report:
         parts = [] if self.step is None else [f"{self.checkpoint} (step {self.step:,}):"]
         if self.pictures:
             m = self.mean
-            parts.append(f"{len(self.pictures)} pictures: {_line(m)}")
+            parts.append(f"{counted(len(self.pictures), 'picture')}: {_line(m)}")
             if self.inputs and self.inputs != {key: m[key] for key in KEYS}:
                 parts.append(f"(inputs: {_line(self.inputs)})")
         if "fid" in self.mean:

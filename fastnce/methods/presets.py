@@ -158,6 +158,9 @@ PRESETS = {
 }
 
 
+UNRECORDED = ("dclgan-paper", "dcdgan", "dcdgan-plus")
+"""Presets that no released code has. Recordings of the released code are replayed for all others."""
+
 REQUIRED = ("generators", "groups", "phases", "generate", "translate")
 """Members of `Method` that every method must define."""
 

@@ -87,6 +87,13 @@ class PatchNCEHead(PatchSampleF):
         self.others: Callable[[Tensor], Tensor] | None = None
         """Gathers a constant of the other ranks, (...) -> (ranks - 1, ...), to be used as more negatives."""
 
+    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+        """As in `PatchSampleF`. A learned T that is missing, as in a published F, keeps its value."""
+        if self.learned_temperature is not None and hasattr(state_dict, "items"):
+            own = {f"learned_temperature.{name}": t for name, t in self.learned_temperature.state_dict().items()}
+            state_dict = {**own, **state_dict}
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
     def current_temperatures(self) -> list[Temperature]:
         """Return T of each layer: numbers, or tensors () with a gradient if T is learned."""
         return [*(self.temperatures if self.learned_temperature is None else self.learned_temperature())]

@@ -30,6 +30,8 @@ from . import (
 from .spectral import fitted, without_spectral_norm
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LEARNED_TEMPERATURE = "learned_temperature.log_scale"
+"""The end of the name of the one parameter that weights may lack."""
 STALE = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -102,8 +104,9 @@ def _oddity(key: str, tensor: Tensor) -> str:
 def load_weights(network: nn.Module, state: dict[str, Tensor], name: str = "the file") -> None:
     """Load a published state dict into a network.
 
-    InstanceNorm statistics are dropped: old files contain them, but no network uses them. A discriminator with spectral
-    norm takes weights without it, and the reverse (`spectral.fitted`).
+    InstanceNorm statistics are dropped: old files contain them, but no network uses them. A learned temperature, which
+    no published projector has, keeps its value. A discriminator with spectral norm takes weights without it, and the
+    reverse (`spectral.fitted`).
 
     Raises:
         ValueError: keys or shapes differ (the message lists them), or weights are not finite.
@@ -121,7 +124,7 @@ def load_weights(network: nn.Module, state: dict[str, Tensor], name: str = "the 
         return
     wanted, state = network.state_dict(), fitted(state, network)
     state = {k: t for k, t in state.items() if k in wanted or k.rsplit(".", 1)[-1] not in STALE}
-    problems = [f"{key} is missing" for key in wanted if key not in state]
+    problems = [f"{key} is missing" for key in wanted if key not in state and not key.endswith(LEARNED_TEMPERATURE)]
     problems += [f"{key} is not in this network" for key in state if key not in wanted]
     problems += [
         f"{key} is {tuple(state[key].shape)}, this network has {tuple(tensor.shape)}"

@@ -86,8 +86,8 @@ def _best(choices: list[tuple[str, str]], source: Source) -> tuple[str, str]:
     if len(choices) > 1 and "model" not in source.given:
         words = [word for word, repository in WORDS.items() for choice in choices if choice[0] == repository]
         raise ValueError(
-            f"this command fits {', '.join(repository for repository, _ in choices)}: say whose train.py it is, with "
-            f"--from {' or '.join(words)}"
+            f"this command fits {', '.join(repository for repository, _ in choices)}, whose train.py have different "
+            f"models without --model: say whose it is, with --from {' or '.join(words)}"
         )
     usual = [CYCLEGAN, CUT, DCLGAN]
     return min(choices, key=lambda choice: usual.index(choice[0]) if choice[0] in usual else len(usual))

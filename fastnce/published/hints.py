@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from pathlib import PurePath
+from types import SimpleNamespace
 
 from .flag import Flag, NotSupported
-from .table import named
+from .table import FLAGS, OLD_NAMES, named
 
 WHOLE = "fastnce import-options 'python train.py ...' turns a whole command into ours"
+
+NAMES = (*dict.fromkeys(flag.name for flag in FLAGS), *OLD_NAMES)
+_ONE_GPU = SimpleNamespace(test=False, devices=["0"])
+"""Enough of a published command for options that depend on the number of GPUs alone."""
 
 SAID = {
     "continue_train": "is not needed: the same command continues a run (run.start_from takes published weights)",
@@ -37,14 +43,22 @@ def published_words(arguments: list[str], own: Collection[str], command: str) ->
                 continue
             word = f"--{word}"
         name, equals, text = word[2:].partition("=")
-        if not word.startswith("--") or not named(name) or (f"--{name}" in own and not bare):
+        if not word.startswith("--") or (f"--{name}" in own and not bare) or not (published := _published(name)):
             continue
         follows = arguments[place + 1] if place + 1 < len(arguments) else "--"
         value = text if equals else "" if follows.startswith("--") else follows
-        found.setdefault(name if bare else f"--{name}", _word(name, value, command))
+        found.setdefault(name if bare else f"--{name}", _word(published, value, command))
     if not found:
         return ""
     return f"{', '.join(f'{name} {word}' for name, word in found.items())} ({WHOLE})"
+
+
+def _published(name: str) -> str:
+    """The published name that a user means, who may write it with dashes: --batch-size, --data-root; "" if none."""
+    if named(name):
+        return name
+    plain = name.replace("-", "").replace("_", "")
+    return next((one for one in NAMES if one.replace("_", "") == plain), "") if "-" in name else ""
 
 
 def _word(name: str, value: str, command: str) -> str:
@@ -69,6 +83,8 @@ def _word(name: str, value: str, command: str) -> str:
         return f"is not supported: {flag.remark}"
     if command != "train":
         return "is part of the trained model here"
+    if name == "name" and value:
+        return f"is --out {PurePath('runs') / value} here"
     return {
         "data.dir": "is --data DIR here",
         "--out": "is a part of --out RUN here",
@@ -82,7 +98,7 @@ def _example(flag: Flag, value: str) -> str:
     if flag.convert is None or not value:
         return flag.ours
     try:
-        ((key, ours),) = flag.convert(value, None).items()  # type: ignore[arg-type]
+        ((key, ours),) = flag.convert(value, _ONE_GPU).items()  # type: ignore[arg-type]
     except (ValueError, NotSupported, AttributeError):  # it depends on other options, or is wrong there too
         return flag.ours
     if isinstance(ours, list):

@@ -141,7 +141,7 @@ _TRAIN = (
         "5000",
         "run.validate_every",
         own.evaluation,
-        f"{UNREAD}; without pairs, add run.metrics=fid",
+        f"{UNREAD}; here FID and KID of testA and testB, which need torch-fidelity",
         example="3000",
     ),
     Flag(

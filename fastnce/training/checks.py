@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..common.imports import may_be_same_path
+from ..common.messages import counted
 from ..config.build import plan
 from ..config.config import Change, Config
 from ..config.options import batch_sizes, sides
@@ -146,8 +147,9 @@ def check_same_run(
         raise ValueError(f"{out} holds a run with another configuration ({_listed(different)}): {_ways(different)}")
     source, before = config.run.start_from, state.get("config", {}).get("run", {}).get("start_from", "")
     if source and not (before and may_be_same_path(source, before)):
+        steps = counted(state["step"], "step")
         raise ValueError(
-            f"run.start_from={source} begins a new run, and {out} holds one of {state['step']:,} steps: leave it out "
+            f"run.start_from={source} begins a new run, and {out} holds one of {steps}: leave it out "
             f"to continue that one, or take another --out"
         )
     if not (config.run.change_batch or "data.batch" in changes):

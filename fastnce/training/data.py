@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..common.gathered import gathering
+from ..common.messages import counted
 from ..common.streams import print_line
 from ..config.config import Config
 from ..config.options import MAX_PIXELS, exchanges_pairs, sides
@@ -168,7 +169,8 @@ def _about_caches(config: Config, data: UnpairedData, size: int) -> str:
     options = config.data
     words = ["fastnce", "cache", "--remove", "--data", options.dir]
     words += [f"data.cache_dir={options.cache_dir}"] if options.cache_dir else []
-    return f"cached {data.cached_pictures:,} pictures in {data.place} ({_mib(size)}); `{shlex.join(words)}` deletes it"
+    pictures = counted(data.cached_pictures, "picture")
+    return f"cached {pictures} in {data.place} ({_mib(size)}); `{shlex.join(words)}` deletes it"
 
 
 def _mib(size: int) -> str:

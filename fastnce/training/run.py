@@ -21,6 +21,7 @@ import torch
 
 from ..common.imports import CodeError, place_in_own_code
 from ..common.locking import hold
+from ..common.messages import counted
 from ..common.streams import print_line, warnings_through
 from ..common.writing import sweep, write_whole
 from ..config.build import build_method, plan
@@ -185,7 +186,7 @@ def _train_rank(
         pictures = "" if None in sizes else f"{sizes[0]:,} + {sizes[1]:,} pictures, "
         print_line(
             f"{config.method} on {device}: {parameters / 1e6:.1f} M parameters, {pictures}"
-            f"{data.steps_per_epoch:,} steps an epoch; run in {out}"
+            f"{counted(data.steps_per_epoch, 'step')} an epoch; run in {out}"
         )
         for path, reason in getattr(data, "skipped", []):
             print_line(f"skipped {path}: {reason}")

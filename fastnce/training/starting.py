@@ -20,7 +20,7 @@ from ..config.config import Config
 from ..engine.checkpoint import open_checkpoint
 from ..engine.stored import all_finite, check_numbers, follow, load_generators, missing, read_tensors, step_of, using
 from ..methods import Method
-from ..networks.published import STALE, load_weights, read_weights
+from ..networks.published import LEARNED_TEMPERATURE, STALE, load_weights, read_weights
 from ..networks.spectral import fitted
 
 MOST_PROBLEMS = 3
@@ -203,7 +203,13 @@ def _compare(name: str, network: nn.Module, state: dict[str, Tensor], where: str
         for key in own
         if key in state and key not in fit
     ]
-    problems += [f"{key} is not there" for key in own if key not in state]
+    lacking = [key for key in own if key not in state]
+    problems += [
+        "its learned temperature begins with loss.temperature, because none is there"
+        if key.endswith(LEARNED_TEMPERATURE)
+        else f"{key} is not there"
+        for key in lacking
+    ]
     problems += [f"{key} is not here" for key in state if key not in own]
     more = [f"and {len(problems) - MOST_PROBLEMS} more"] if len(problems) > MOST_PROBLEMS else []
     most = ", so most of it begins with its own initial weights" if 2 * len(fit) < len(own) else ""

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ..common.gathered import gathering
+from ..common.messages import counted
 from ..common.writing import FILES, check_folder, check_not_replaced, distinct_names, sweep
 from ..data import DataError, find_images
 from .index import Index
@@ -98,7 +99,7 @@ def translate_files(
             except DataError as error:
                 bad.append(str(error))
             except OSError as error:
-                done = f"{len(written)} of {len(pictures)} pictures were written"
+                done = f"{len(written)} of {counted(len(pictures), 'picture')} were written"
                 bad.append(f"{target}: {error.strerror or error}; {done}")
                 if error.errno is None:  # an error of the format, not of the disk: other pictures may succeed
                     continue
@@ -109,7 +110,7 @@ def translate_files(
                     index.add(path, target, photograph, translator.out_channels, load_size)
         if progress is not None:
             rate = len(written) / (time.perf_counter() - begin)
-            progress(f"{len(written)}/{len(pictures)} pictures, {rate:.2f} images/s")
+            progress(f"{len(written)}/{counted(len(pictures), 'picture')}, {rate:.2f} images/s")
 
     def read(path: Path) -> Photograph:
         return read_photograph(path, translator.channels, *([] if load_size is None else [load_size]))

@@ -13,13 +13,16 @@ from PIL import Image
 from fastnce import __version__
 from fastnce.commands.demo import write_folders
 from fastnce.commands.main import main
+from fastnce.common.options import describe
 from fastnce.config import resolve
 from fastnce.config.stored import from_dict
-from fastnce.methods.presets import PRESETS
+from fastnce.methods.presets import PRESETS, UNRECORDED
 from fastnce.networks import PatchGAN, ResnetGenerator
 from fastnce.networks.published import save_published
 from fastnce.translate.load import load_translator
 from fastnce.translate.translator import Translator, pad_to_multiple
+from tests import replay
+from tests.methods.test_family_replay import PRESET
 from tests.programs import run_program
 from tests.vgg import narrow_vgg
 
@@ -284,3 +287,23 @@ def test_methods_are_listed(capsys):
     printed = capsys.readouterr().out
     assert all(f"\n{name}\n" in f"\n{printed}" for name in PRESETS)
     assert "G 11,378,179, F 560,384, D 2,764,737" in printed
+
+
+def test_one_method_is_shown_with_its_options(tmp_path, capsys):
+    assert main(["methods", "dclgan-paper"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("dclgan-paper\n")
+    assert "\ncut\n" not in printed
+    assert "  recorded    no: there is no released code" in printed
+    for key, (value, text) in describe(PRESETS["dclgan-paper"].options()).items():
+        assert f"    loss.{key}={value}\n" in printed
+        assert text in " ".join(printed.split())
+    assert main(["methods", "cut"]) == 0
+    assert "  recorded    yes: recordings of the published code" in capsys.readouterr().out
+    assert main(["methods", "DCL"]) == 2
+    assert "unknown method 'DCL'; did you mean 'dclgan'?" in capsys.readouterr().err
+
+
+def test_recorded_presets_are_those_that_are_replayed():
+    """Two of them are modes of a recorded model, and one is the learned form of F-LSeSim."""
+    assert {*replay.MODELS.values(), *PRESET.values(), "fastcut", "lsesim"} == PRESETS.keys() - {*UNRECORDED}

@@ -10,12 +10,15 @@ import torch.nn.functional as F
 from fastnce.kernels import nce
 
 from fastnce import PatchNCEHead, patch_nce
+from fastnce.config import resolve
 from fastnce.methods import CUT, CUTOptions
 from fastnce.methods.base import NetworkOptions
 from fastnce.methods.dclgan import DCLGAN, DCLGANOptions
 from fastnce.nce import Weights, monce, patch_nce_layers
 from fastnce.nce.impl import reference
 from fastnce.nce.temperature import LearnedTemperature, learned_temperatures
+from fastnce.networks.published import load_published, save_published
+from fastnce.training.starting import plan_start
 from tests.oracle import DEVICE, error
 
 GATES = {torch.float64: 1e-10, torch.float32: 2e-6, torch.bfloat16: 2e-3}
@@ -214,6 +217,31 @@ def test_option_of_the_methods():
         assert not [n for n in off.state_dict() if "temperature" in n]
         trained = {id(p) for module in on.groups()["F"].modules for p in module.parameters()}
         assert id(dict(on.named_parameters())[learned[0]]) in trained
+
+
+def test_weights_of_a_published_projector(tmp_path):
+    """They load into a head that learns its temperature, which keeps its value; any other lack is refused."""
+    published = PatchNCEHead([3, 4], dim=8)
+    save_published({"F": published}, tmp_path)
+    ours = PatchNCEHead([3, 4], dim=8, temperature=0.2, learn_temperature=True)
+    load_published({"F": ours}, tmp_path)
+    assert all(torch.equal(ours.state_dict()[name], w) for name, w in published.state_dict().items())
+    assert ours.current_temperatures()[1].item() == pytest.approx(0.2)
+    ours.load_state_dict(published.state_dict())
+    state = published.state_dict()
+    del state["mlp_1.0.bias"]
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"mlp_1\.0\.bias\""):
+        ours.load_state_dict(state)
+    config = resolve("cut", None, [f"run.start_from={tmp_path}", "loss.learn_temperature=true"])
+    begun = plan_start(config, CUTOf({"F": ours}))
+    assert begun.lines[0].endswith("its learned temperature begins with loss.temperature, because none is there")
+
+
+class CUTOf:
+    """Stands for a method with these networks."""
+
+    def __init__(self, networks):
+        self.networks = lambda: networks
 
 
 def test_names_and_values_to_log():

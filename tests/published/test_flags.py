@@ -104,7 +104,7 @@ ROWS = [
     (CUT, "no_html", None, {"run.report": False}),
     (CUT, "save_latest_freq", "2000", {"run.save_every": 2000}),
     (CUT, "save_epoch_freq", "20", {"run.keep_epochs": 20}),
-    (CUT, "evaluation_freq", "3000", {"run.validate_every": 3000}),
+    (CUT, "evaluation_freq", "3000", {"run.validate_every": 3000, "run.metrics": "fid"}),
     (CUT, "continue_train", None, {"run.start_from": "checkpoints/n"}),
     (CUT, "epoch_count", "5", {"optim.first_epoch": 5}),
     (CUT, "phase", "val", {"data.phase": "val"}),
