@@ -105,13 +105,14 @@ class Validation:
         first = self.pairs[0]
         if isinstance(first, Lone):
             found = ", ".join(f"{name} {value:.4g}" for name, value in self.inputs.items()) or "no value"
-            other = "testA" if first.domain == "testB" else "testB"
-            against = f", and {len(self.reference)} of {other}" if self.sets else ""
+            against = (
+                f", and {len(self.reference)} of test{'A' if first.domain == 'testB' else 'B'}" if self.sets else ""
+            )
             what = f"{counted(len(self.pairs), 'picture')} of {first.domain}{against}"
         else:
             what = f"{counted(len(self.pairs), 'pair')}, {first.rainy.parent} among them"
-            found = f"{self.inputs['psnr_y']:.2f} dB / {self.inputs['ssim_y']:.4f} on Y"
-            found += "".join(f", {each.name} {self.inputs[each.name]:.4g}" for each in self._shown(self.inputs))
+            others = "".join(f", {each.name} {self.inputs[each.name]:.4g}" for each in self._shown(self.inputs))
+            found = f"{self.inputs['psnr_y']:.2f} dB / {self.inputs['ssim_y']:.4f} on Y{others}"
         return f"held out: {what}; the inputs have {found}"
 
     def measure(self, method: Method) -> bool:

@@ -230,7 +230,7 @@ def test_weights_of_a_published_projector(tmp_path):
     ours.load_state_dict(published.state_dict())
     state = published.state_dict()
     del state["mlp_1.0.bias"]
-    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"mlp_1\.0\.bias\""):
+    with pytest.raises(RuntimeError, match="'mlp_1.0.bias'. Nothing was loaded"):
         ours.load_state_dict(state)
     config = resolve("cut", None, [f"run.start_from={tmp_path}", "loss.learn_temperature=true"])
     begun = plan_start(config, CUTOf({"F": ours}))
