@@ -102,8 +102,7 @@ class Validation:
     def measure_inputs(self) -> str:
         """Measure the inputs themselves; returns a message."""
         self.inputs = self._measure(None)
-        first = self.pairs[0]
-        if isinstance(first, Lone):
+        if isinstance(first := self.pairs[0], Lone):
             found = ", ".join(f"{name} {value:.4g}" for name, value in self.inputs.items()) or "no value"
             against = (
                 f", and {len(self.reference)} of test{'A' if first.domain == 'testB' else 'B'}" if self.sets else ""
