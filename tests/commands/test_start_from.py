@@ -160,8 +160,6 @@ def test_a_run_that_is_there_does_not_begin_anew(folder, published, tmp_path, mo
     train_run(small_config(folder, "run.steps=1"), "plain", quiet=True)
     for out, steps, source in (("run", 4, "published/latest_net_G.pth"), ("plain", 1, "published")):
         refused = f"begins a new run, and {out} holds one of {counted(steps, 'step')}: leave it out to continue"
-            f"begins a new run, and {out} holds one of {counted(steps, 'step')}: leave it out to continue that one"
-        )
         with pytest.raises(ValueError, match=refused):
             train_run(small_config(folder, "run.steps=9", f"run.start_from={source}"), out, quiet=True)
 
