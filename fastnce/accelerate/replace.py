@@ -86,8 +86,8 @@ def replace(candidate: Candidate) -> Outcome:
 def _tried_and_replaced(cls: type[nn.Module], kind: str, reads: Reads) -> str:
     if kind == "sampler":
         with isolated():
-            sampler.try_sampler(cls)
-        sampler.install(cls)
+            unchanged = sampler.try_sampler(cls, reads)
+        sampler.install(cls, unchanged)
         return sampler.WHAT + sampler.own_calls(cls)
     with isolated():
         agreed = losses.try_loss(cls, reads)

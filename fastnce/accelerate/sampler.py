@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import fastnce
 
 from .trial import state_of
+from .unchanged import Reads, Unchanged
 
 CONSTRUCTOR = ("use_mlp", "init_type", "init_gain", "nc", "gpu_ids")
 CALL = ("num_patches", "patch_ids")
@@ -23,10 +24,11 @@ CHANNELS = (3, 4, 6, 6, 5, 8)
 
 
 class _Fast(fastnce.PatchSampleF):
-    """This library's sampler with the MLPs of an instance of the user's class."""
+    """This library's sampler with the MLPs of an instance of the user's class, which has `chosen` attributes."""
 
-    def __init__(self, owner: nn.Module):
+    def __init__(self, owner: nn.Module, unchanged: Unchanged | None = None):
         super().__init__(use_mlp=False)
+        self.chosen = unchanged.chosen(owner) if unchanged else {}
         self._modules = owner._modules
         self.use_mlp = self.mlp_init = "mlp_0" in owner._modules
 
@@ -35,7 +37,7 @@ _FAST: weakref.WeakKeyDictionary[nn.Module, _Fast] = weakref.WeakKeyDictionary()
 """Beside the instances, not in them: what is saved or copied of an instance stays as it was."""
 
 
-def install(cls: type[nn.Module]) -> None:
+def install(cls: type[nn.Module], unchanged: Unchanged) -> None:
     """Give a class the forward of this library. Calls that it does not cover run the class's own forward.
 
     The first call of an instance is its own: it draws the weights of its MLPs as published.
@@ -49,14 +51,14 @@ def install(cls: type[nn.Module]) -> None:
             return original(self, *arguments, **named)
         fast = _FAST.get(self)
         if fast is None or fast._modules is not self._modules:
-            fast = _Fast(self)
+            fast = _Fast(self, unchanged)
             if not fast.use_mlp:  # it may make its MLPs now
                 result = original(self, *arguments, **named)
-                _FAST[self] = _Fast(self)
+                _FAST[self] = _Fast(self, unchanged)
                 return result
             _FAST[self] = fast
         given = _call(signature, first, self, arguments, named)
-        if given is None or not _usable(fast, given[0]):
+        if given is None or not (_usable(fast, given[0]) and unchanged.holds(self, fast.chosen)):
             return original(self, *arguments, **named)
         return fast(*given)
 
@@ -107,8 +109,14 @@ def _plain(mlp: Any) -> bool:
     return both and not hooked
 
 
-def try_sampler(cls: type[nn.Module]) -> None:
+def try_sampler(cls: type[nn.Module], reads: Reads) -> Unchanged:
     """Run a class on small random data and compare it with this library's sampler.
+
+    Args:
+        reads: what its code reads.
+
+    Returns:
+        what compares later instances with those of the trial.
 
     Raises:
         ValueError: it computes something else, or draws locations in another way.
@@ -116,6 +124,7 @@ def try_sampler(cls: type[nn.Module]) -> None:
     generator = torch.Generator().manual_seed(0)
     maps = [torch.randn(2, c, 4, 5, generator=generator, dtype=torch.float64) for c in CHANNELS]
     drawn = [np.arange(19, 3, -3), np.arange(7), np.arange(0, 20, 4), np.array([7, 3]), np.arange(20), np.array([19])]
+    made = []
     for use_mlp in (False, True):
         sampler = cls(use_mlp=use_mlp, init_type="normal", init_gain=0.5, nc=16, gpu_ids=[])
         for number in range(3):
@@ -124,7 +133,7 @@ def try_sampler(cls: type[nn.Module]) -> None:
             if not isinstance(result, tuple | list) or len(result) != 2:
                 count = len(result) if isinstance(result, tuple | list) else 1
                 raise ValueError(f"it returns {count} values where two are expected: rows and ids")
-        sampler = sampler.double()
+        made.append(sampler.double())
         for parameter in sampler.parameters():
             if parameter.dim() == 1:  # biases, which are 0 at first
                 nn.init.normal_(parameter, generator=generator)
@@ -138,6 +147,7 @@ def try_sampler(cls: type[nn.Module]) -> None:
         if state_of(sampler) != before:
             raise ValueError("its forward changes its own state")
     _check_draws(cls(use_mlp=False, init_type="normal", init_gain=0.5, nc=8, gpu_ids=[]))
+    return Unchanged(reads, made, CONSTRUCTOR, "mlp_")
 
 
 def _compare(sampler: nn.Module, fast: _Fast, maps: list[Tensor], ids: list[Any]) -> None:

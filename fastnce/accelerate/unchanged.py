@@ -77,28 +77,32 @@ class Unchanged:
     Args:
         reads: of the class's code.
         made: instances of the trial, with different options.
+        chosen: names of attributes that the constructor is given.
+        own: how the names of parts begin that hold an instance's weights. They are not compared.
 
     Raises:
         ValueError: an instance keeps tensors, whose later values cannot be known.
     """
 
-    def __init__(self, reads: Reads, made: Sequence[nn.Module]):
+    def __init__(self, reads: Reads, made: Sequence[nn.Module], chosen: Sequence[str] = (), own: str | None = None):
         self.reads = reads
+        self._own = own
         self._seen: weakref.WeakKeyDictionary[nn.Module, _Found] = weakref.WeakKeyDictionary()
         """What each instance had when it was last compared in full."""
-        found = [_attributes(one) for one in made]
+        found = [self._attributes(one) for one in made]
         for attributes in found:
             for name, value in attributes.items():
                 if isinstance(value, Tensor):
                     raise ValueError(f"it keeps the tensor {name.removeprefix('.')}, which may change")
         first = found[0]
-        same = [name for name in first if all(_same(one.get(name, MISSING), first[name]) for one in found)]
+        names = first.keys() - {f".{name}" for name in chosen}
+        same = [name for name in names if all(_same(one.get(name, MISSING), first[name]) for one in found)]
         self._constant = {name: first[name] for name in same}
         self._other = frozenset({name for one in found for name in one}.difference(same))
 
     def chosen(self, instance: nn.Module) -> dict[str, Any]:
         """Return the attributes that follow from the options of a new instance, for `holds`."""
-        return {name: value for name, value in _attributes(instance).items() if name in self._other}
+        return {name: value for name, value in self._attributes(instance).items() if name in self._other}
 
     def holds(self, instance: nn.Module, chosen: Mapping[str, Any] | None = None) -> bool:
         """Whether an instance still computes what the trial has seen.
@@ -129,7 +133,7 @@ class Unchanged:
         return True
 
     def _same_instance(self, instance: nn.Module, chosen: Mapping[str, Any] | None) -> bool:
-        now = _attributes(instance)
+        now = self._attributes(instance)
         for name, value in self._constant.items():
             if not _same(now.get(name, MISSING), value):
                 return False
@@ -140,18 +144,19 @@ class Unchanged:
         known = self._constant.keys() | self._other
         return not any(name.rpartition(".")[2] in self.reads.names for name in now if name not in known)
 
-
-def _attributes(module: nn.Module, prefix: str = "") -> dict[str, Any]:
-    """Return the attributes of a module and of its parts by their full names, buffers and parameters among them."""
-    own = vars(module)
-    found = {f"{prefix}.{name}": value for name, value in own.items() if name not in _OF_EVERY_MODULE}
-    for kind in _KINDS[1:]:
-        found.update((f"{prefix}.{name}", value) for name, value in own[kind].items())
-    for name, part in own["_modules"].items():
-        found[f"{prefix}.{name}"] = type(part)
-        if part is not None:
-            found.update(_attributes(part, f"{prefix}.{name}"))
-    return found
+    def _attributes(self, module: nn.Module, prefix: str = "") -> dict[str, Any]:
+        """Return the attributes of a module and of its parts by their full names, buffers and parameters among them."""
+        own = vars(module)
+        found = {f"{prefix}.{name}": value for name, value in own.items() if name not in _OF_EVERY_MODULE}
+        for kind in _KINDS[1:]:
+            found.update((f"{prefix}.{name}", value) for name, value in own[kind].items())
+        for name, part in own["_modules"].items():
+            if self._own and name.startswith(self._own):
+                continue
+            found[f"{prefix}.{name}"] = type(part)
+            if part is not None:
+                found.update(self._attributes(part, f"{prefix}.{name}"))
+        return found
 
 
 def _same(now: Any, then: Any) -> bool:

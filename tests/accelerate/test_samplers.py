@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -167,3 +168,44 @@ def test_a_sampler_that_may_differ_is_kept(old, new, sentence):
     assert not outcome.replaced
     assert outcome.what.startswith(sentence)
     assert not hasattr(cls.forward, "__wrapped__")
+
+
+MADE = ("self.init_type, self.init_gain = ", "self.scale = 1.0; self.init_type, self.init_gain = ")
+OF_CLASS = ("class PatchSampleF(nn.Module):\n", "class PatchSampleF(nn.Module):\n    scale = 1.0\n\n")
+LATER = {
+    "attribute": ("self.scale", MADE, lambda cls, sampler: setattr(sampler, "scale", 0.5)),
+    "new attribute": ("self.scale", OF_CLASS, lambda cls, sampler: setattr(sampler, "scale", 0.5)),
+    "attribute of the class": ("self.scale", OF_CLASS, lambda cls, sampler: setattr(cls, "scale", 0.5)),
+    "global": (
+        "SCALE",
+        ("class PatchSampleF", "SCALE = 1.0\n\n\nclass PatchSampleF"),
+        lambda cls, sampler: setattr(sys.modules[cls.__module__], "SCALE", 0.5),
+    ),
+    "option": (
+        "1.0",
+        ("rows, ids = [], []", "rows, ids = [], []  #"),
+        lambda cls, sampler: setattr(sampler, "use_mlp", False),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_a_change_after_the_trial_counts(name, calls):
+    """An instance that has been changed returns what its class would; another keeps the replacement."""
+    value, change, later = LATER[name]
+    cls = sampler_class(("rows.append(x)", f"rows.append(x * {value})"), change)
+    (candidate,) = candidates(sys.modules[cls.__module__])
+    assert replace(candidate).replaced
+    changed, other = made(cls), made(cls, init_type="xavier", gpu_ids=["cpu"])
+    calls.clear()  # of the trial
+    ids = [np.arange(5), np.arange(3)]
+    for sampler in (changed, other):
+        sampler(MAPS, 5, ids)
+    assert len(calls) == 2
+    later(cls, changed)
+    ours, theirs = changed(MAPS, 5, ids), cls.forward.__wrapped__(changed, MAPS, 5, ids)
+    assert all(map(torch.equal, ours[0], theirs[0]))
+    assert len(calls) == 2
+    if name not in ("attribute of the class", "global"):
+        other(MAPS, 5, ids)
+        assert len(calls) == 3
