@@ -41,7 +41,7 @@ UNRECORDED = (
         f"{preset}/bf16/whole"
         for preset in ("cyclegan", "dclgan", "dclgan-paper", "simdcl", "dcdgan", "dcdgan-released", "hneg-src", *NEW)
     ),
-    *(f"{preset}/*/parts" for preset in NEW),
+    *(f"{preset}/{precision}/parts" for preset in NEW for precision in ("fp16", "fp32")),
     *(f"{variant}/bf16/parts" for variant in ("cut+adamw", "dclgan+options")),
 )
 """Cases that have no launch table so far: their launches are not compared until --write records them."""
