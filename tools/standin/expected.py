@@ -41,8 +41,8 @@ UNRECORDED = (
         f"{preset}/bf16/whole"
         for preset in ("cyclegan", "dclgan", "dclgan-paper", "simdcl", "dcdgan", "dcdgan-released", "hneg-src", *NEW)
     ),
-    *(f"{preset}/{precision}/parts" for preset in NEW for precision in ("fp16", "fp32")),
-    *(f"{variant}/bf16/parts" for variant in ("cut+adamw", "dclgan+options")),
+    *(f"{preset}/{precision}/parts" for preset in ("negcut", "fsesim", "lsesim") for precision in ("fp16", "fp32")),
+    "dclgan+options/bf16/parts",
 )
 """Cases that have no launch table so far: their launches are not compared until --write records them."""
 
