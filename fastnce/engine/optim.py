@@ -54,7 +54,7 @@ class ParameterGroup:
         on_cuda = first.device.type == "cuda"  # the step may be recorded in a CUDA graph
         self.weight_decay, self.decoupled = weight_decay, decoupled
         optimizer = torch.optim.AdamW if decoupled else torch.optim.Adam
-        kept = _without_decay(modules)
+        kept = _without_decay(modules) if weight_decay else set()  # a second group would be more launches
         self._decays = [weight_decay > 0 and id(p) not in kept for p in self.parameters]
         parts: list[dict[str, Any]] = [
             {"params": [p for p in self.parameters if id(p) not in kept]},
