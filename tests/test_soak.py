@@ -48,7 +48,7 @@ FEW = {
     "signals-starts": Few(1),
     "signals-ranks": Few(0),  # test_signals.py has runs of two processes
     "signals-compiling": Few(0),  # minutes
-    "checkpoints": Few(10, 1, (*(f"{part}:" for part in PARTS), "in the way:", "another seed:", "another method:")),
+    "checkpoints": Few(10, 37, (*(f"{part}:" for part in PARTS), "in the way:", "another seed:", "another method:")),
     "weight-files": Few(len(weight_files.KINDS), 1, WEIGHTS),
 }
 MODULES = (kill, full_disks, signals, checkpoints, weight_files)
