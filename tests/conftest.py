@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -80,13 +82,17 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
-def inception(tmp_path_factory) -> Path:
-    """A file of random weights for torch-fidelity's Inception network."""
-    from tests.inception import prepare_torchvision, save_random_weights
+def inception(tmp_path_factory) -> Iterator[Path]:
+    """A file of random weights for torch-fidelity's Inception network, which takes smaller images from now on."""
+    from tests.inception import SIDE, prepare_torchvision, save_random_weights
 
     prepare_torchvision()
     pytest.importorskip("torch_fidelity", reason="torch-fidelity (extra eval) is not installed")
-    return save_random_weights(tmp_path_factory.mktemp("inception") / "weights.pth")
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FeatureExtractorInceptionV3, "INPUT_IMAGE_SIZE", SIDE)
+        yield save_random_weights(tmp_path_factory.mktemp("inception") / "weights.pth")
 
 
 @pytest.fixture(autouse=True)
@@ -99,6 +105,21 @@ def without_plans():
     """A test may change the tiles, on which plans depend."""
     if "fastnce.kernels.planned" in sys.modules:
         sys.modules["fastnce.kernels.planned"].forget_plans()
+
+
+@pytest.fixture(scope="module")
+def few_blocks():
+    """Within a module: resnet_4blocks, and restorer if it is narrow, have one block at their lowest resolution.
+
+    They still have every kind of layer.
+    """
+    from fastnce.networks import build
+
+    restorer = build.Restorer
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(build.GENERATORS, "resnet_4blocks", partial(build.ResnetGenerator, blocks=1))
+        patch.setattr(build, "Restorer", lambda n, width: restorer(n, width, 1) if width <= 4 else restorer(n, width))
+        yield
 
 
 @pytest.fixture(scope="session")

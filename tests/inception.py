@@ -7,6 +7,9 @@ from pathlib import Path
 
 import torch
 
+SIDE = 107
+"""Images are resized to this side instead of 299: an eighth of the work. The last features still have 2 x 2 places."""
+
 
 def prepare_torchvision() -> None:
     """Let torchvision be imported beside a PyTorch without CUDA, which cannot load its compiled operators.

@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def quick_run(tmp_path_factory):
+def quick_run(few_blocks, tmp_path_factory):
     out = tmp_path_factory.mktemp("bench") / "results"
     command = ["benchmarks/run.py", "--out", out, "--quick", "--device", "cpu", "--threads", "1"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

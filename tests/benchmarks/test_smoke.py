@@ -19,7 +19,7 @@ SMALL = smoke.Size(
 )
 
 
-def test_the_kernels_pass_the_smoke_checks(tmp_path, monkeypatch, capsys):
+def test_the_kernels_pass_the_smoke_checks(few_blocks, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(smoke, "default_device", lambda: torch.device("cpu"))
     monkeypatch.setattr(smoke, "WARM_UP", 1)  # steps before the capture of a graph, which a CPU has none of
     assert smoke.main([str(tmp_path / "smoke.json")], SMALL) == 0

@@ -13,6 +13,8 @@ from fastnce.commands.main import main
 from fastnce.data import cache
 from tests.engine.test_engine import SMALL
 
+pytestmark = pytest.mark.usefixtures("few_blocks")
+
 
 def write(path: Path, seed: int, height: int = 40, width: int = 44) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)

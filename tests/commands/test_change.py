@@ -23,6 +23,8 @@ from fastnce.training.continuing import continue_config
 from tests.engine.test_engine import SMALL, small_config, training_tensors
 from tests.logs import log_lines
 
+pytestmark = pytest.mark.usefixtures("few_blocks")
+
 SCHEDULE = ["optim.n_epochs=2", "optim.n_epochs_decay=1", "run.save_every=100"]
 
 

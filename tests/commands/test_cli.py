@@ -26,6 +26,8 @@ from tests.methods.test_family_replay import PRESET
 from tests.programs import run_program
 from tests.vgg import narrow_vgg
 
+pytestmark = pytest.mark.usefixtures("few_blocks")
+
 
 def error_of(capsys, *arguments: str) -> str:
     """Run a command that must end with exit code 2 and exactly one sentence on stderr; return the sentence."""

@@ -22,6 +22,8 @@ from fastnce.translate.translator import Translator
 from tests.ends import FULL, NO_ROOM, commands, failing_second, left, one_sentence, write
 from tests.forked import Forked
 
+pytestmark = pytest.mark.usefixtures("few_blocks")
+
 # ---- Ctrl-C ----
 
 

@@ -26,6 +26,8 @@ from fastnce.training.starting import plan_start
 from tests.engine.test_engine import SMALL, small_config, small_method, training_tensors
 from tests.logs import log_lines
 
+pytestmark = pytest.mark.usefixtures("few_blocks")
+
 
 def weights(method) -> dict[str, torch.Tensor]:
     return {f"{n}/{k}": t.clone() for n, net in method.networks().items() for k, t in net.state_dict().items()}

@@ -21,6 +21,8 @@ from fastnce.evaluate.pairs import find_pairs
 from fastnce.evaluate.quality import DerainingMetrics
 from fastnce.methods import Batch
 
+pytestmark = pytest.mark.usefixtures("few_blocks")
+
 TINY = [
     *("network.generator=resnet_4blocks", "network.width=2", "network.discriminator_width=2"),
     *("network.discriminator=n_layers", "network.discriminator_layers=1", "run.device=cpu"),

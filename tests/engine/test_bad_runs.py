@@ -20,6 +20,8 @@ from fastnce.methods import CUT, Batch, CUTOptions, Draws, NetworkOptions
 from tests.engine.test_distributed import as_rank, finish, free_port
 from tests.engine.test_engine import Toy, small_method, training_tensors
 
+pytestmark = pytest.mark.usefixtures("few_blocks")
+
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 7, 20])
 @pytest.mark.parametrize("late", [False, True])

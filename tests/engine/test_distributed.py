@@ -25,7 +25,7 @@ from fastnce.methods import CUT
 from tests.engine.test_engine import SMALL, training_tensors
 from tests.forked import Forked
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+pytestmark = [pytest.mark.usefixtures("few_blocks"), pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
 
 
 def free_port() -> int:

@@ -16,6 +16,8 @@ from fastnce.methods.base import Batch, Method
 from fastnce.training import train_run
 from tests.engine.test_engine import SMALL
 
+pytestmark = pytest.mark.usefixtures("few_blocks")
+
 
 class Scripted(Method):
     """Translates by a function that the test changes."""

@@ -23,6 +23,8 @@ from fastnce.training.checks import check_same_run
 from tests.engine.test_engine import SMALL, small_config, training_tensors
 from tests.logs import log_lines
 
+pytestmark = pytest.mark.usefixtures("few_blocks")
+
 
 class Dot(Method):
     """The smallest method: one 1x1 convolution and one loss."""

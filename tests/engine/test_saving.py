@@ -27,6 +27,8 @@ from tests.engine.test_lines import ERRORS
 from tests.engine.test_validate import Scripted, go
 from tests.logs import log_lines
 
+pytestmark = pytest.mark.usefixtures("few_blocks")
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -24,7 +24,7 @@ from tests.ends import left, write
 from tests.engine.test_engine import SMALL
 from tests.forked import Forked
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+pytestmark = [pytest.mark.usefixtures("few_blocks"), pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
 ALL = ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"]
 
 

@@ -28,6 +28,8 @@ from fastnce.translate.load import load_translator
 from fastnce.translate.translator import Translator
 from tests.logs import log_lines
 
+pytestmark = pytest.mark.usefixtures("few_blocks")
+
 SMALL = [
     "network.generator=restorer",
     "network.width=4",
@@ -101,7 +103,7 @@ def test_values_are_those_of_evaluate(rainy_set, tmp_path, capsys):
 def test_training_does_not_notice(rainy_set, tmp_path):
     results = []
     for name, extra in (("without", []), ("with", ["run.validate_every=1", "run.monitor_every=1"])):
-        train_run(config(rainy_set, "run.steps=4", "optim.ema=0.5", *extra), tmp_path / name, quiet=True)
+        train_run(config(rainy_set, "run.steps=3", "optim.ema=0.5", *extra), tmp_path / name, quiet=True)
         results.append(training_tensors(tmp_path / name))
     assert results[0].keys() == results[1].keys()
     for key, tensor in results[0].items():
@@ -110,8 +112,8 @@ def test_training_does_not_notice(rainy_set, tmp_path):
 
 def test_interrupted_and_continued(rainy_set, tmp_path):
     extra = ["run.validate_every=2", "data.rain=0.5", "loss.lambda_rendered=1"]
-    train_run(config(rainy_set, "run.steps=6", *extra), tmp_path / "whole", quiet=True)
-    for steps in (3, 6):
+    train_run(config(rainy_set, "run.steps=4", *extra), tmp_path / "whole", quiet=True)
+    for steps in (3, 4):
         train_run(config(rainy_set, f"run.steps={steps}", *extra), tmp_path / "parts", quiet=True)
     whole, parts = (training_tensors(tmp_path / name) for name in ("whole", "parts"))
     for key, tensor in whole.items():

@@ -24,6 +24,8 @@ from fastnce.translate.translator import Translator
 from tests.engine.test_distributed import finish, free_port, start
 from tests.engine.test_validate import SMALL, config, lines
 
+pytestmark = pytest.mark.usefixtures("few_blocks")
+
 
 def draw(root: Path, counts: dict[str, int]) -> Path:
     """Noise that is brighter in some folders than in others."""

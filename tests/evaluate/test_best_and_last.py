@@ -13,6 +13,8 @@ from tests.engine.test_validate import config
 from tests.engine.test_validate_sets import draw
 from tests.evaluate.test_evaluate import error_of
 
+pytestmark = pytest.mark.usefixtures("few_blocks")
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> tuple[Path, Path]:

@@ -19,6 +19,8 @@ from tests.engine.test_validate_sets import draw
 from tests.evaluate.test_evaluate import picture, tensor
 from tests.inception import prepare_torchvision
 
+pytestmark = pytest.mark.usefixtures("few_blocks")
+
 MEASURES = {
     "lpips": ("FR", True),
     "musiq": ("NR", False),

@@ -55,6 +55,7 @@ def damaged_checkpoints(count: int, seed: int, folder: Path) -> Outcome:
         assert found[OLDEST] != found[MIDDLE] != found[NEWEST]
     kinds = [*damages(), *_of_other_runs(base, folder)]
     Random(seed).shuffle(kinds)
+    kinds = _every_part_first(kinds)
     counts = {"refused": 0, "done": 0}
 
     def attempt(number: int, rng: Random, where: Path) -> tuple[str, list[str]]:
@@ -82,11 +83,20 @@ def damaged_checkpoints(count: int, seed: int, folder: Path) -> Outcome:
             if ended.code == 0 and name in ("train", "translate") and not damage.silent:
                 faults += _passed_over_silently(name, before, ended, tree(out) if name != "train" else None, outputs)
             wrong += [f"{name}: {fault}" for fault in faults]
-        return f"{damage.name} ({told})", wrong
+        return f"{damage.part}: {damage.name} ({told})", wrong
 
     outcome = survey(count, seed, folder, attempt)
     outcome.notes.append(f"{counts['refused']} commands refused, {counts['done']} did the same as with an intact one.")
     return outcome
+
+
+def _every_part_first(kinds: list[Damage]) -> list[Damage]:
+    """Return the kinds in an order in which a few tries damage every part of a run."""
+    first: list[Damage] = []
+    later: list[Damage] = []
+    for damage in kinds:
+        (later if damage.part in {other.part for other in first} else first).append(damage)
+    return first + later
 
 
 def _of_other_runs(base: Reference, folder: Path) -> list[Damage]:

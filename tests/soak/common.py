@@ -50,9 +50,10 @@ MARK = "FASTNCE_SOAK"
 
 @dataclass
 class Outcome:
-    """The outcome of a campaign: the number of tries, a sentence per lost try, and further notes."""
+    """The outcome of a campaign: the tries with what each was, a sentence per lost try, and further notes."""
 
     tried: int = 0
+    done: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -111,6 +112,7 @@ def survey(
         except Exception:
             done, wrong = "the test itself failed", [traceback.format_exc()]
         outcome.tried += 1
+        outcome.done.append(done)
         if wrong:
             outcome.lost.append(f"--seed {seed} --only {number}: {done}: {'; '.join(wrong)}")
         else:

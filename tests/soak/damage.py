@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import struct
 from collections.abc import Callable
@@ -42,6 +43,12 @@ class Damage:
     silent: bool = False
     pointer: bool = False
     remedy: bool = True
+
+    @property
+    def part(self) -> str:
+        """What is damaged: the files, the tensors, state.json, the pointers, the entries of the folder ..."""
+        part = re.split(":| is ", self.name)[0]
+        return {"renamed": "entries", "linked": "entries", "copied": "entries"}.get(part, part.partition("'")[0])
 
 
 def place(run: Path, step: int) -> Path:

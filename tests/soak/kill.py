@@ -55,6 +55,7 @@ def kill_runs(count: int, seed: int, folder: Path) -> Outcome:
         out = place / "run"
         command = arguments(base.data, out)
         told, wrong, rounds = list[str](), list[str](), rng.choice(ROUNDS)
+        early: list[str] = []
         while len(told) < rounds:
             before = newest(out)
             left = 1 - before / STEPS
@@ -62,6 +63,7 @@ def kill_runs(count: int, seed: int, folder: Path) -> Outcome:
             if ended.code == 0:  # it finished before the kill
                 shutil.rmtree(out)
                 told.clear()
+                early.append(how)
                 again += 1
                 continue
             told.append(how)
@@ -73,11 +75,16 @@ def kill_runs(count: int, seed: int, folder: Path) -> Outcome:
         if newest(out):
             wrong += run(["translate", out, base.data / "trainA", "--out", place / "out", "--device", "cpu"]).wrong(0)
         wrong += run(command).wrong(0) + differences(out, base.run, len(told))
-        return ", then ".join(told), wrong
+        return f"{', then '.join(told)}{_late(early)}", wrong
 
     outcome = survey(count, seed, folder, attempt)
     outcome.notes.append(f"{kills} kills; {again} runs finished before the kill and were repeated.")
     return outcome
+
+
+def _late(early: list[str]) -> str:
+    """Tell the kills that came too late, because the command had ended."""
+    return f" (too late: {', '.join(early)})" if early else ""
 
 
 def _lost(out: Path, before: int) -> list[str]:
@@ -101,11 +108,12 @@ def kill_caching(count: int, seed: int, folder: Path) -> Outcome:
     largest = max(map(len, wanted.values()))
 
     def attempt(number: int, rng: Random, _: Path) -> tuple[str, list[str]]:
-        wrong, ended = list[str](), None
+        wrong, early, ended = list[str](), list[str](), None
         while ended is None or ended.code == 0:  # repeat if it finished before the kill
             for path in place.iterdir():
                 path.unlink()
             how, ended = killed(rng, command, (place,), seconds, events.count, largest)
+            early += [how] * (ended.code == 0)
         if ended.code not in (-signal.SIGKILL, -signal.SIGXFSZ):
             wrong.append(f"exit code {ended.code}: {ended.err[-300:]}")
         wrong += run(command).wrong(0)
@@ -113,7 +121,7 @@ def kill_caching(count: int, seed: int, folder: Path) -> Outcome:
         # the file of a lock may remain: no process holds it
         wrong += [f"{name} is left" for name in found.keys() - wanted.keys() if not name.endswith(".lock")]
         wrong += [f"{name} is not as it was made at once" for name in wanted if found.get(name) != wanted[name]]
-        return how, wrong
+        return f"{how}{_late(early)}", wrong
 
     return survey(count, seed, folder, attempt)
 

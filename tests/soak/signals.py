@@ -53,7 +53,7 @@ def to_runs(count: int, seed: int, folder: Path) -> Outcome:
                 os.kill(os.getpid(), other)
                 time.sleep(APART)
 
-            told = f"{which.name} at event {moment}, and {other.name} after {APART} s"
+            told = f"{which.name} at event {moment}, then {other.name} {APART} s later"
             ended = run(command, prepare=events.watch(moment, act))
         elif rng.random() < 0.5:
             told, ended = f"{which.name} at event {moment}", run(command, prepare=events.watch(moment, sending(which)))
@@ -65,7 +65,7 @@ def to_runs(count: int, seed: int, folder: Path) -> Outcome:
         codes[ended.code or 0] = codes.get(ended.code or 0, 0) + 1
         wrong = _judge(ended, out, base, numbers, twice)
         wrong += run(command).wrong(0) + differences(out, base.run, 1)
-        return told, wrong
+        return f"{told}{', with a cache' if command[-1].startswith('data.cache_dir=') else ''}", wrong
 
     outcome = survey(count, seed, folder, attempt)
     outcome.notes.append(f"Exit codes: {', '.join(f'{code} {n} times' for code, n in sorted(codes.items()))}.")

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
 from fastnce.training import train_run
 from fastnce.watch import ReportCallback, write_report
 from tests.engine.test_validate import config, rainy_set  # noqa: F401  (a fixture)
 from tests.watch.made import Page
+
+pytestmark = pytest.mark.usefixtures("few_blocks")
 
 
 def test_a_training_writes_its_report(rainy_set, tmp_path):  # noqa: F811

@@ -26,6 +26,8 @@ from fastnce.watch.trackers import make_trackers
 from tests.engine.test_engine import SMALL
 from tests.engine.test_validate import lines
 
+pytestmark = pytest.mark.usefixtures("few_blocks")
+
 WARNING = "a discriminator has won"
 
 
