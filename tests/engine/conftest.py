@@ -31,7 +31,7 @@ class ShortRestorer(Restorer):
 
 
 @pytest.fixture
-def few_blocks(one_block, monkeypatch):
+def fewest_blocks(one_block, monkeypatch):
     """`one_block`, and as few blocks in the other generators."""
     monkeypatch.setattr(build, "Restorer", ShortRestorer)
     monkeypatch.setattr(build, "StyleGAN2Generator", partial(StyleGAN2Generator, blocks=2))

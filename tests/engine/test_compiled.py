@@ -24,7 +24,7 @@ from fastnce.networks.resnet import ResnetGenerator
 from tests.engine.test_bad_steps import Small
 from tests.engine.test_engine import random_batch, smaller_method
 
-pytestmark = pytest.mark.usefixtures("few_blocks")
+pytestmark = pytest.mark.usefixtures("fewest_blocks")
 
 SIDE = 16
 

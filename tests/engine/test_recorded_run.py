@@ -198,7 +198,7 @@ def check_run(preset: str, watch: Watch, run: Path, last: int) -> None:
     assert all(row["G"] != next_["G"] for row, next_ in itertools.pairwise(logged))  # none overwritten
 
 
-@pytest.mark.usefixtures("few_blocks")
+@pytest.mark.usefixtures("fewest_blocks")
 @pytest.mark.parametrize("case", RECORDED_HERE)
 def test_a_recorded_run_that_was_stopped_is_the_run(case, pictures, tmp_path, monkeypatch):
     preset, _, change = case.partition(" ")
