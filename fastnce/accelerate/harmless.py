@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 import builtins
+import copy
 import dis
 import functools
 import site
@@ -16,13 +17,14 @@ import sys
 import sysconfig
 import types
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from .unchanged import MISSING, Reads
+from .unchanged import MISSING, Reads, attributes, check_comparable, content_of
 
 ROOMS = {"torch", "numpy", "math", "packaging", "typing", "functools", "collections", "copy", "operator", "einops"}
 """Libraries that the code may use, by the first part of their modules' names."""
@@ -46,6 +48,9 @@ DENIED = frozenset(
     """.split()  # noqa: SIM905
 )
 """Attributes that the code must not use: files, training, processes, random states, global settings, fixed devices."""
+
+COMPUTED = ("getattr", "hasattr", "__getattribute__", "__dict__")
+"""With these, code may read attributes whose names are not in it."""
 
 GLOBALS = ("LOAD_GLOBAL", "LOAD_NAME")
 ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR", "DELETE_ATTR", "LOAD_SUPER_ATTR", "IMPORT_FROM")
@@ -168,8 +173,9 @@ class _Reading:
         self._attributes: set[str] = {"__init__", "forward"}
         self._seen: set[int] = set()
         self._functions: list[types.FunctionType] = []
-        self._holders: list[type | types.ModuleType] = []
-        self._cells: list[tuple[types.CellType, Any]] = []
+        self._holders: list[type | types.ModuleType | types.FunctionType] = []
+        self._inside = Reads()
+        """Cells, functions, mutable values and modules."""
         self._globals: dict[tuple[int, str], tuple[Mapping[str, Any], str, Any]] = {}
         self._class(cls)
 
@@ -192,21 +198,29 @@ class _Reading:
             (vars(holder), name, vars(holder).get(name, MISSING))
             for holder in self._holders
             for name in names
-            if isinstance(holder, type) or name in vars(holder)
+            if not isinstance(holder, types.ModuleType) or name in vars(holder)
         ]
-        return Reads([*self._globals.values(), *held], self._cells, names)
+        return replace(self._inside, places=[*self._globals.values(), *held], names=names)
 
     def _function(self, function: types.FunctionType) -> None:
         where = function.__globals__
+        self._holders.append(function)  # of its own attributes
+        self._inside.functions.append((function, content_of(function)))
         cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
         for name, cell in cells:
             if name != "__class__":
-                self._cells.append((cell, cell.cell_contents))
+                self._inside.cells.append((cell, cell.cell_contents))
                 self._value(name, cell.cell_contents)
         for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
-            if not isinstance(value, list | dict):  # the usual gpu_ids=[]
+            if isinstance(value, list | dict):  # the usual gpu_ids=[]
+                check_comparable("a default value", value)
+                self._inside.mutable.append((value, copy.deepcopy(value)))
+            else:
                 self._value("a default value", value)
+        if function.__kwdefaults__:
+            self._inside.mutable.append((function.__kwdefaults__, dict(function.__kwdefaults__)))
         for kind, name in _names(function.__code__):
+            self._inside.any_name |= name in COMPUTED
             if kind == "global":
                 self._globals[id(where), name] = (where, name, where.get(name, MISSING))
                 if name in where:
@@ -242,6 +256,7 @@ class _Reading:
         elif isinstance(value, functools.partial):
             for part in (value.func, *value.args, *value.keywords.values()):
                 self._value(name, part)
+            self._inside.mutable.append((value.keywords, dict(value.keywords)))
         elif isinstance(value, types.ModuleType):
             if not of_a_library(value.__name__):
                 self._holders.append(value)
@@ -253,6 +268,9 @@ class _Reading:
             self._class(value)
         elif isinstance(value, nn.Module):
             self._library(name, type(value))
+            kept = attributes(value, with_mode=True)
+            check_comparable(name, kept)
+            self._inside.modules.append((value, copy.deepcopy(kept)))
         elif callable(value):
             self._library(name, value)
         else:

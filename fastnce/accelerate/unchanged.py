@@ -7,12 +7,14 @@ attribute of the class, or a name of the module that the code reads. Such a call
 from __future__ import annotations
 
 import copy
+import operator
 import types
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +23,9 @@ from .trial import Options
 MISSING = object()
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _KINDS = ("_modules", "_buffers", "_parameters")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _EXACT = (type(None), bool, int, float, complex, str, bytes, torch.dtype, type(...))
+_LISTS = (list, tuple, dict, set, frozenset, range)
 _DEVICES = ("cpu", "cuda", "xpu", "mps")
 
 
@@ -32,17 +36,32 @@ class Reads:
     Args:
         places: (namespace of a module or class, name, value or MISSING).
         cells: variables of enclosing functions, with their values.
+        functions: the functions themselves, with their code and default values.
+        mutable: lists and dicts, with copies of them.
+        modules: modules of PyTorch that are not parts of the instance, with what `attributes` returns of them.
         names: every attribute that the code may use.
+        any_name: whether it may also use others, whose names it computes.
     """
 
     places: list[tuple[Mapping[str, Any], str, Any]] = field(default_factory=list)
     cells: list[tuple[types.CellType, Any]] = field(default_factory=list)
+    functions: list[tuple[types.FunctionType, tuple[Any, ...]]] = field(default_factory=list)
+    mutable: list[tuple[Any, Any]] = field(default_factory=list)
+    modules: list[tuple[nn.Module, dict[str, Any]]] = field(default_factory=list)
     names: set[str] = field(default_factory=set)
+    any_name: bool = False
 
     def still(self) -> bool:
         """Whether all of these have the same values."""
-        return all(where.get(name, MISSING) is value for where, name, value in self.places) and all(
-            cell.cell_contents is value for cell, value in self.cells
+        return all(where.get(name, MISSING) is value for where, name, value in self.places) and self.inside_still()
+
+    def inside_still(self) -> bool:
+        """Whether what has no namespace has the same values."""
+        return (
+            all(cell.cell_contents is value for cell, value in self.cells)
+            and all(all(map(operator.is_, content_of(each), content)) for each, content in self.functions)
+            and all(_same(value, kept) for value, kept in self.mutable)
+            and all(_same(attributes(module, with_mode=True), kept) for module, kept in self.modules)
         )
 
     def found(self) -> _Found:
@@ -81,7 +100,7 @@ class Unchanged:
         own: how the names of parts begin that hold an instance's weights. They are not compared.
 
     Raises:
-        ValueError: an instance keeps tensors, whose later values cannot be known.
+        ValueError: an instance keeps tensors or other objects, whose later values cannot be known.
     """
 
     def __init__(self, reads: Reads, made: Sequence[nn.Module], chosen: Sequence[str] = (), own: str | None = None):
@@ -92,8 +111,7 @@ class Unchanged:
         found = [self._attributes(one) for one in made]
         for attributes in found:
             for name, value in attributes.items():
-                if isinstance(value, Tensor):
-                    raise ValueError(f"it keeps the tensor {name.removeprefix('.')}, which may change")
+                check_comparable(name.removeprefix("."), value)
         first = found[0]
         names = first.keys() - {f".{name}" for name in chosen}
         same = [name for name in names if all(_same(one.get(name, MISSING), first[name]) for one in found)]
@@ -111,7 +129,7 @@ class Unchanged:
             chosen: what `chosen` returned when the instance was made; None if its forward reads the options instead.
         """
         seen = self._seen.get(instance)
-        if seen is not None and seen.still() and all(cell.cell_contents is value for cell, value in self.reads.cells):
+        if seen is not None and seen.still() and self.reads.inside_still():
             return True
         if not (self.reads.still() and self._same_instance(instance, chosen)):
             self._seen.pop(instance, None)
@@ -124,7 +142,8 @@ class Unchanged:
                 where = own if space is held else space
                 seen.places += [(where, name, value) for name, value in space.items()]
             seen.sizes += [(space, len(space)) for space in (own, *(own[kind] for kind in _KINDS))]
-            lists = [value for value in held.values() if isinstance(value, list | dict)]
+            seen.sizes += [(own[hooks], len(own[hooks])) for hooks in _HOOKS if part is not instance]
+            lists = [value for value in held.values() if _is_mutable(value)]
             try:
                 seen.mutable += [(value, copy.deepcopy(value)) for value in lists]
             except Exception:  # what a list holds may refuse it: then a change could not be seen
@@ -141,22 +160,73 @@ class Unchanged:
             return False
         if len(now) == len(self._constant) + len(self._other):
             return True
-        known = self._constant.keys() | self._other
-        return not any(name.rpartition(".")[2] in self.reads.names for name in now if name not in known)
+        known, plain = self._constant.keys() | self._other, vars(instance)
+        new = [name.removeprefix(".") for name in now if name not in known]
+        if new and self.reads.any_name:
+            return False
+        # New parts, and what is new in a part, always count: the code may go through all parts.
+        return not any(name in self.reads.names or name not in plain for name in new)
 
-    def _attributes(self, module: nn.Module, prefix: str = "") -> dict[str, Any]:
-        """Return the attributes of a module and of its parts by their full names, buffers and parameters among them."""
-        own = vars(module)
-        found = {f"{prefix}.{name}": value for name, value in own.items() if name not in _OF_EVERY_MODULE}
-        for kind in _KINDS[1:]:
-            found.update((f"{prefix}.{name}", value) for name, value in own[kind].items())
-        for name, part in own["_modules"].items():
-            if self._own and name.startswith(self._own):
-                continue
-            found[f"{prefix}.{name}"] = type(part)
-            if part is not None:
-                found.update(self._attributes(part, f"{prefix}.{name}"))
-        return found
+    def _attributes(self, module: nn.Module) -> dict[str, Any]:
+        return attributes(module, own=self._own)
+
+
+def attributes(module: nn.Module, prefix: str = "", own: str | None = None, with_mode: bool = False) -> dict[str, Any]:
+    """Return the attributes of a module and of its parts by their full names.
+
+    Buffers and parameters are among them, and whether a part has hooks. A method of the module itself is a function.
+
+    Args:
+        own: leave out the parts whose names begin so.
+        with_mode: add whether it is in training mode.
+    """
+    content = vars(module)
+    found = {f"{prefix}.{name}": value for name, value in content.items() if name not in _OF_EVERY_MODULE}
+    for name, value in found.items():
+        if isinstance(value, types.MethodType) and value.__self__ is module:
+            found[name] = value.__func__
+    if with_mode:
+        found[f"{prefix}.training"] = content["training"]
+    if prefix or with_mode:  # the hooks of an instance itself run around any forward
+        found[f"{prefix}.hooks"] = sum(len(content[hooks]) for hooks in _HOOKS)
+    for kind in _KINDS[1:]:
+        found.update((f"{prefix}.{name}", value) for name, value in content[kind].items())
+    for name, part in content["_modules"].items():
+        if own and name.startswith(own):
+            continue
+        found[f"{prefix}.{name}"] = type(part)
+        if part is not None:
+            found.update(attributes(part, f"{prefix}.{name}", own, with_mode))
+    return found
+
+
+def content_of(function: types.FunctionType) -> tuple[Any, ...]:
+    """Return what a script may exchange in a function."""
+    return function.__code__, function.__defaults__, function.__kwdefaults__
+
+
+def check_comparable(name: str, value: Any) -> None:
+    """Raise ValueError if `_same` could not see a change of a value."""
+    if isinstance(value, Tensor):
+        raise ValueError(f"it keeps the tensor {name}, which may change")
+    if isinstance(value, _LISTS):
+        for part in (*value, *(value.values() if isinstance(value, dict) else ())):
+            check_comparable(name, part)
+    elif not (isinstance(value, (*_EXACT, torch.device, Options)) or _is_fixed(value)):
+        raise ValueError(f"it keeps {name}, a {type(value).__name__} that may change")
+
+
+def _is_fixed(value: Any) -> bool:
+    """Whether a type or function always does the same, as far as other comparisons do not see it."""
+    if isinstance(value, types.FunctionType):
+        return value.__closure__ is None
+    return isinstance(value, type | types.BuiltinFunctionType | np.ufunc)
+
+
+def _is_mutable(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return any(map(_is_mutable, value))
+    return isinstance(value, list | dict | set)
 
 
 def _same(now: Any, then: Any) -> bool:
@@ -171,9 +241,9 @@ def _same(now: Any, then: Any) -> bool:
         return len(now) == len(then) and all(map(_same, now, then))
     if isinstance(now, dict):
         return now.keys() == then.keys() and all(_same(now[key], then[key]) for key in now)
-    if isinstance(now, types.MethodType):
-        return now.__func__ is then.__func__
-    return not isinstance(now, types.FunctionType | type | Tensor)
+    if isinstance(now, set | frozenset | range):
+        return now == then
+    return isinstance(then, Options)
 
 
 def _is_device(value: Any) -> bool:

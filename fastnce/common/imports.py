@@ -59,7 +59,8 @@ def load_object(path: str, key: str) -> Any:
         CodeError: the file, module or name does not exist, or importing the module raises an error.
     """
     where, _, name = path.rpartition(":")
-    if not where or not name.isidentifier():
+    relative = where.startswith(".") and not where.endswith(".py")  # a module has no place to start from
+    if not where or relative or not name.isidentifier():
         raise CodeError(f"{key}={path} must be an import path such as mycode.py:Name or mypackage.module:Name")
     module = _load_file(Path(where), path, key) if where.endswith(".py") else _load_module(where, path, key)
     _imported.add(module.__name__)

@@ -241,6 +241,8 @@ def _indices(state: dict[str, Tensor], prefix: str) -> list[int]:
 def save_published(networks: dict[str, nn.Module], folder: str | Path, label: str = "latest") -> list[Path]:
     """Write `{label}_net_{name}.pth` for each network, in the format of the published code; return the paths.
 
+    A learned temperature, which the published code would refuse, is left out.
+
     Raises:
         ValueError: `label` cannot be part of a file name, `folder` is a file, or another process exports there
             (`InUse`).
@@ -261,7 +263,8 @@ def save_published(networks: dict[str, nn.Module], folder: str | Path, label: st
             state = network.state_dict()
             if getattr(network, "has_spectral_norm", False):  # the published code has none
                 state = without_spectral_norm(state)
-            torch.save({key: tensor.detach().cpu() for key, tensor in state.items()}, packed)
+            state = {key: t.detach().cpu() for key, t in state.items() if not key.endswith(LEARNED_TEMPERATURE)}
+            torch.save(state, packed)
             write_whole(path, packed.getvalue())
             paths.append(path)
     return paths

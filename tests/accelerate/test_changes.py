@@ -45,6 +45,8 @@ def assert_equal_losses(ours, theirs) -> None:
     torch.testing.assert_close(ours.criterion(q, k), theirs.criterion(q, k), rtol=1e-10, atol=1e-12)
 
 
+TIMES = "def times(x, by=1.0):\n    return x * by\n"
+
 CHANGES = {
     "attribute": (loss_of("self.s", "self.s = 1.0"), lambda m: setattr(m.criterion, "s", 0.5)),
     "new attribute": (loss_of('getattr(self, "s", 1.0)'), lambda m: setattr(m.criterion, "s", 0.5)),
@@ -66,6 +68,53 @@ CHANGES = {
     "another part": (
         loss_of("self.part(torch.ones(()))", "self.part = nn.Identity()"),
         lambda m: setattr(m.criterion, "part", torch.nn.Threshold(2.0, 0.5)),
+    ),
+    "tuple with a list": (
+        loss_of("self.s[0][0]", "self.s = ([1.0],)"),
+        lambda m: m.criterion.s[0].append(m.criterion.s[0].pop() / 2),
+    ),
+    "set": (loss_of("len(self.s)", "self.s = {1}"), lambda m: m.criterion.s.add(2)),
+    "computed name": (loss_of('getattr(self, "s_" + str(1), 1.0)'), lambda m: setattr(m.criterion, "s_1", 0.5)),
+    "built-in function": (
+        loss_of("self.f(torch.ones(()))", "self.f = torch.abs"),
+        lambda m: setattr(m.criterion, "f", torch.neg),
+    ),
+    "hook of a part": (
+        loss_of("self.part(torch.ones(()))", "self.part = nn.Identity()"),
+        lambda m: m.criterion.part.register_forward_hook(lambda _, inputs, output: output / 2),
+    ),
+    "forward of a part": (
+        loss_of("self.part(torch.ones(()))", "self.part = nn.Identity()"),
+        lambda m: setattr(m.criterion.part, "forward", lambda x: x / 2),
+    ),
+    "one more part": (
+        loss_of("len(self.parts)", "self.parts = nn.ModuleList([nn.Identity()])"),
+        lambda m: m.criterion.parts.append(torch.nn.Identity()),
+    ),
+    "global part": (
+        loss_of("PART[0](torch.ones(()))", before="PART = nn.Sequential(nn.Threshold(0.5, 0.5))"),
+        lambda m: setattr(m.PART[0], "threshold", 2.0),
+    ),
+    "global partial": (
+        loss_of("F(1.0)", before=f"import functools\n{TIMES}\nF = functools.partial(times, by=1.0)"),
+        lambda m: m.F.keywords.update(by=0.5),
+    ),
+    "code of a function": (
+        loss_of("times(1.0)", before=TIMES),
+        lambda m: setattr(m.times, "__code__", (lambda x, by=1.0: 0.5 * x).__code__),
+    ),
+    "default value": (loss_of("times(1.0)", before=TIMES), lambda m: setattr(m.times, "__defaults__", (0.5,))),
+    "list as a default value": (
+        loss_of("times()", before="def times(x=[1.0]):\n    return x[0]\n"),
+        lambda m: m.times.__defaults__[0].insert(0, 0.5),
+    ),
+    "default value of a keyword": (
+        loss_of("times(1.0)", before=TIMES.replace("x, by", "x, *, by")),
+        lambda m: m.times.__kwdefaults__.update(by=0.5),
+    ),
+    "attribute of a function": (
+        loss_of("times.by", before=f"{TIMES}\ntimes.by = 1.0"),
+        lambda m: setattr(m.times, "by", 0.5),
     ),
     "function": (
         loss_of("self.f(1.0)", "self.f = float"),
@@ -146,6 +195,16 @@ KEPT = {
     )
     + loss_of().replace("    def forward", "    @counted\n    def forward"),
     "it keeps the tensor b, which may change": loss_of("self.b", 'self.register_buffer("b", torch.ones(()))'),
+    "it keeps s, a deque that may change": loss_of(
+        "self.s[0]", "self.s = collections.deque([1.0])", before="import collections"
+    ),
+    "it keeps s, a Box that may change": loss_of("self.s.v", "self.s = Box()", before="class Box:\n    v = 1.0\n"),
+    "it keeps f, a function that may change": loss_of(
+        "self.f()", "self.f = made(1.0)", before="def made(v):\n    def f():\n        return v\n    return f\n"
+    ),
+    "it keeps f, a method that may change": loss_of(
+        "self.f(1.0)", "self.f = Box().g", before="class Box:\n    def g(self, x):\n        return x\n"
+    ),
     "it keeps the tensor s, which may change": loss_of("self.s", "self.s = torch.ones(())"),
 }
 

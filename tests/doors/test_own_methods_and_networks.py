@@ -64,6 +64,7 @@ def test_options_of_a_method_are_shown_and_checked(here, capsys):
         ("nowhere.py:Keep", "method=nowhere.py:Keep: there is no file nowhere.py in {here}"),
         ("mine.py:Kept", "method=mine.py:Kept: mine.py has no Kept; it defines KeepOptions, Keep, "),
         ("mine.py:", "must be an import path such as mycode.py:Name or mypackage.module:Name"),
+        ("..mine:Net", "must be an import path such as mycode.py:Name or mypackage.module:Name"),
         ("bad.py:Keep", "method=bad.py:Keep cannot be imported: ZeroDivisionError at bad.py line 2: division by zero"),
         ("nomodule.nets:Keep", "there is no module nomodule.nets: install it, add its folder to PYTHONPATH, or name"),
         ("mine.py:Net", "method=mine.py:Net must be a subclass of fastnce.methods.Method"),

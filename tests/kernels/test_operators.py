@@ -24,7 +24,7 @@ PLAIN = {name: core.tensor.__dict__[name] for name in operators.METHODS}
 PLAIN |= {name: getattr(core, name) for name in operators.FUNCTIONS}
 WHOLE = [-(2**31), -1, 0, 3]
 REAL = [-0.0, 2.5, float("inf"), float("nan")]
-NUMBERS = [0, 3, -2, 2**31, -0.0, 0.5, 1e-40, 1e39, True, tl.constexpr(2), None]
+NUMBERS = [0, 3, -2, 2**31, 2**63, 2**64, -(2**63) - 1, -0.0, 0.5, 1e-40, 1e39, True, tl.constexpr(2), None]
 KINDS = (*operators.DTYPES, tl.int8)
 FEW = (tl.int1, tl.int32, tl.int64, tl.float32)
 MEMORY = np.arange(8, 2056, dtype=np.float32)  # for addresses

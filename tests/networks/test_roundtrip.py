@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 from fastnce.commands.main import main
-from fastnce.nce import PatchSampleF
+from fastnce.nce import PatchNCEHead, PatchSampleF
 from fastnce.networks import PatchGAN
 from fastnce.networks.build import build_discriminator, build_generator
 from fastnce.networks.published import load_published, load_weights, network_from_weights, read_weights, save_published
@@ -234,6 +234,16 @@ def test_weights_that_are_not_finite_are_refused(value, tmp_path: Path):
     (path,) = save_published({"G": network}, tmp_path)
     with pytest.raises(ValueError, match=r"latest_net_G\.pth: model\.1\.weight holds numbers that are not finite"):
         load_translator(path)
+
+
+def test_a_learned_temperature_is_left_out(tmp_path: Path):
+    """The published F has the same weights without it, and loads them strictly."""
+    network = PatchNCEHead([3, 4], temperature=0.1, learn_temperature=True)
+    (path,) = save_published({"F": network}, tmp_path)
+    published = PatchNCEHead([3, 4], temperature=0.1)
+    published.load_state_dict(torch.load(path))
+    assert torch.equal(published.mlp_1[2].weight, network.mlp_1[2].weight)
+    load_weights(network, read_weights(path))
 
 
 def test_a_projector_that_does_not_fit():
