@@ -60,6 +60,7 @@ TABLE: tuple[Row, ...] = (
     Row("nce", Tile(32, 64, 8, 2), arch="sm_100", dtype="tf32", width=(128, 256)),
     Row("nce", Tile(16, 16, 8, 1), arch="sm_100", dtype="tf32", width=512),
     Row("nce", Tile(32, 64, 8, 2), arch="sm_120", dtype="tf32", width=128),
+    Row("nce", Tile(16, 32, 8, 2), arch="sm_120", dtype="tf32", width=256, form="any"),
     Row("nce", Tile(16, 32, 4, 2), arch=SMALL_MEMORY, dtype="tf32", width=256),
     Row("nce", Tile(16, 16, 8, 1), arch=SMALL_MEMORY, dtype="tf32", width=512),
     Row("nce", Tile(64, 32, 8, 2), arch=SMALL_MEMORY, dtype="tf32"),
