@@ -71,7 +71,7 @@ def value_of(number, element) -> np.ndarray | None:
             return None
     elif element is not SINGLE or type(number) not in (int, float):
         return None
-    elif type(number) is int and not -(2**63) <= number < 2**64:  # for Triton an error
+    if type(number) is int and not -(2**63) <= number < 2**64:  # for Triton an error
         return None
     # -0.0 too is 0.0 for Triton
     value = _numbers[key] = np.array([number or 0], BY_ID[id(element)])
