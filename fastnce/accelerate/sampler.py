@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import fastnce
 
 from .trial import state_of
-from .unchanged import Reads, Unchanged
+from .unchanged import HOOKS, Reads, Unchanged
 
 CONSTRUCTOR = ("use_mlp", "init_type", "init_gain", "nc", "gpu_ids")
 CALL = ("num_patches", "patch_ids")
@@ -98,15 +98,16 @@ def _usable(fast: _Fast, feats: Any) -> bool:
 
 
 def _plain(mlp: Any) -> bool:
-    """Whether a module is Linear, ReLU, Linear, without hooks."""
+    """Whether a module is Linear, ReLU, Linear, without hooks and without a forward of its own."""
     if type(mlp) is not nn.Sequential:
         return False
     layers = list(mlp._modules.values())
     if [type(layer) for layer in layers] != [nn.Linear, nn.ReLU, nn.Linear]:
         return False
     both = all(getattr(layer, "bias", None) is not None for layer in (layers[0], layers[2]))
-    hooked = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in (mlp, *layers) if m is not None)
-    return both and not hooked
+    parts = [vars(m) for m in (mlp, *layers)]
+    changed = any("forward" in own or any(own[hooks] for hooks in HOOKS) for own in parts)
+    return both and not changed
 
 
 def try_sampler(cls: type[nn.Module], reads: Reads) -> Unchanged:

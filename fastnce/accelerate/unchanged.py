@@ -23,7 +23,7 @@ from .trial import Options
 MISSING = object()
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _KINDS = ("_modules", "_buffers", "_parameters")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _EXACT = (type(None), bool, int, float, complex, str, bytes, torch.dtype, type(...))
 _LISTS = (list, tuple, dict, set, frozenset, range)
 _DEVICES = ("cpu", "cuda", "xpu", "mps")
@@ -142,7 +142,7 @@ class Unchanged:
                 where = own if space is held else space
                 seen.places += [(where, name, value) for name, value in space.items()]
             seen.sizes += [(space, len(space)) for space in (own, *(own[kind] for kind in _KINDS))]
-            seen.sizes += [(own[hooks], len(own[hooks])) for hooks in _HOOKS if part is not instance]
+            seen.sizes += [(own[hooks], len(own[hooks])) for hooks in HOOKS if part is not instance]
             lists = [value for value in held.values() if _is_mutable(value)]
             try:
                 seen.mutable += [(value, copy.deepcopy(value)) for value in lists]
@@ -188,7 +188,7 @@ def attributes(module: nn.Module, prefix: str = "", own: str | None = None, with
     if with_mode:
         found[f"{prefix}.training"] = content["training"]
     if prefix or with_mode:  # the hooks of an instance itself run around any forward
-        found[f"{prefix}.hooks"] = sum(len(content[hooks]) for hooks in _HOOKS)
+        found[f"{prefix}.hooks"] = sum(len(content[hooks]) for hooks in HOOKS)
     for kind in _KINDS[1:]:
         found.update((f"{prefix}.{name}", value) for name, value in content[kind].items())
     for name, part in content["_modules"].items():

@@ -186,6 +186,16 @@ LATER = {
         ("rows, ids = [], []", "rows, ids = [], []  #"),
         lambda cls, sampler: setattr(sampler, "use_mlp", False),
     ),
+    "forward of an MLP": (
+        "1.0",
+        ("rows, ids = [], []", "rows, ids = [], []  #"),
+        lambda cls, sampler: setattr(sampler.mlp_0, "forward", lambda x: x[:, :1].expand(-1, 16)),
+    ),
+    "hook of an MLP": (
+        "1.0",
+        ("rows, ids = [], []", "rows, ids = [], []  #"),
+        lambda cls, sampler: sampler.mlp_0[1].register_full_backward_pre_hook(lambda _, slopes: slopes),
+    ),
 }
 
 
