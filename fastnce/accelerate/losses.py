@@ -229,6 +229,8 @@ def install(cls: type[nn.Module], agreed: Agreed) -> None:
 
     @functools.wraps(original)
     def forward(self, *arguments, **named):
+        if torch.compiler.is_compiling():  # the checks of an instance cannot be traced
+            return original(self, *arguments, **named)
         q, k, weight = _rows(signature, formula, self, arguments, named)
         # A subclass may change what the class's own forward calls.
         if q is not None and type(self) is cls and (settings := _settings(self, agreed)) is not None:

@@ -179,6 +179,14 @@ def test_what_changes_nothing_keeps_the_replacement():
     assert used(ours)
 
 
+def test_a_compiled_loss_traces_its_own_code():
+    ours, theirs = pair(loss_of())
+    q, k = torch.randn(2, 12, 5)
+    compiled = torch.compile(ours.criterion, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(q, k), theirs.criterion(q, k))
+    assert used(ours)
+
+
 KEPT = {
     "its forward prints": loss_of(forward="print(1)"),
     "its code uses CALLS, a list that may change": textwrap.dedent(
