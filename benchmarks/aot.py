@@ -227,8 +227,8 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         known = aot_record.read(arguments.recorded) if arguments.recorded else {}
-    except (OSError, KeyError) as error:
-        parser.error(f"--recorded {arguments.recorded} is no table that --out has written: {error!r}")
+    except ValueError as error:
+        parser.error(f"--recorded {error}")
     lookup = Lookup(known, arguments.again)
     builds = []
     for build in compile_all(tuple(arguments.arch), arguments.case, arguments.quick, lookup):

@@ -52,11 +52,14 @@ def compilers(path: Path) -> set[str]:
 
 
 def read(path: Path) -> dict[str, Usage]:
-    """Return the usage of each recorded build by its key."""
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
+    """Return the usage of each recorded build by its key; ValueError for another file."""
     numbers = ("registers", "spill_bytes", "shared_bytes", "matrix_instructions")
-    return {row["key"]: Usage(row["kernel"], *(int(row[name]) for name in numbers)) for row in rows}
+    try:
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        return {row["key"]: Usage(row["kernel"], *(int(row[name]) for name in numbers)) for row in rows}
+    except (OSError, KeyError, TypeError, ValueError) as error:  # a cut line has None, a picture no text
+        raise ValueError(f"{path} is no table that --out has written: {error!r}") from error
 
 
 def prepare_kernels() -> None:

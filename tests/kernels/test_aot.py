@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 from fastnce.kernels import configs
 
+from benchmarks import aot_record
+
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = ROOT / "benchmarks/results/aot.csv"
 COMMAND = "python -m benchmarks.aot --recorded benchmarks/results/aot.csv --out benchmarks/results"
@@ -75,3 +77,13 @@ def test_a_build_is_taken_from_the_record_only_while_the_kernel_is_the_same():
     assert recorded == moved == "999"
     assert "registers=999" in fault
     assert changed == f"{real} False"
+
+
+HEAD = b"key,kernel,registers,spill_bytes,shared_bytes,matrix_instructions\n"
+
+
+@pytest.mark.parametrize("text", [b"a,b\n1,2\n", HEAD + b"x,y,1\n", HEAD + b"x,y,1,2,3,z\n", b"\xff"])
+def test_another_table_is_no_record(text, tmp_path):
+    (tmp_path / "aot.csv").write_bytes(text)
+    with pytest.raises(ValueError, match="is no table that --out has written"):
+        aot_record.read(tmp_path / "aot.csv")
