@@ -28,6 +28,7 @@ from pathlib import Path
 
 import torch
 import triton
+from fastnce.common.writing import atomic_file
 from fastnce.kernels import common, configs
 from fastnce.kernels.specialise import specialised
 from triton.backends.compiler import GPUTarget
@@ -229,14 +230,20 @@ def main() -> None:
         known = aot_record.read(arguments.recorded) if arguments.recorded else {}
     except ValueError as error:
         parser.error(f"--recorded {error}")
+    table = arguments.out and arguments.out / "aot.csv"
+    partial = arguments.case or arguments.quick or set(arguments.arch) != set(ARCHITECTURES)
+    if table and table.exists() and partial:
+        parser.error(
+            f"{table} would lose its other builds: leave out --case, --quick and --arch, or name another --out"
+        )
     lookup = Lookup(known, arguments.again)
     builds = []
     for build in compile_all(tuple(arguments.arch), arguments.case, arguments.quick, lookup):
         builds.append(build)
         print(*(getattr(build, name) for name in SHOWN), build.fault() or "ok", flush=True)
-    if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        with open(arguments.out / "aot.csv", "w", newline="") as file:
+    if table:
+        table.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(table) as partial_file, open(partial_file, "w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow([*WRITTEN, "torch", "triton", "compiler"])
             versions = [torch.__version__, triton.__version__, aot_record.compiler_key()]

@@ -46,8 +46,15 @@ def patch_once_a_launch() -> None:
         patched.add(id(names))
         key = any(value is tl for value in names.values()), any(value is language for value in names.values())
         if key not in found:
+            known = [change for changes in found.values() for change in changes]
             scope = patch(function)
-            found[key] = [(owner, name, getattr(owner, name)) for owner, name, _ in scope._changes]
+            changed = [(owner, name, getattr(owner, name)) for owner, name, _ in scope._changes]
+            # Triton passes over what is patched at this moment, but that may have been given back at a later call
+            owners = {id(tl.tensor), id(tl.tensor_descriptor_base)}
+            owners |= {id(owner) for here, owner in zip(key, (tl, language), strict=True) if here}
+            owners |= {id(language.math)} if key[1] else set()
+            there = {(id(owner), name) for owner, name, _ in changed}
+            found[key] = changed + [c for c in known if id(c[0]) in owners and (id(c[0]), c[1]) not in there]
             return scope
         scope = interpreter._LangPatchScope()
         for owner, name, new in found[key]:

@@ -297,7 +297,8 @@ def test_pictures_that_a_killed_builder_decoded_are_reused(torn, root, tmp_path,
     monkeypatch.setattr(decoding, "prepared", lambda file, *rest: (decoded.append(file.name), real(file, *rest))[1])
     open_cache(Folder.listed(root / "trainA"), TARGET, place, progress=messages.append)
     assert sorted(decoded) == [f"{i}.png" for i in range(kept, COUNT)]
-    assert (f"; {kept} of them were decoded before" in messages[0]) == (kept > 0)
+    told = f"; {kept} of them {'was' if kept == 1 else 'were'} decoded before" in messages[0]
+    assert told == (kept > 0)
     cache = opened(root, place, "A")
     assert cache.path.read_bytes() == wanted(root / "trainA")
     cache.check()

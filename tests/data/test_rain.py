@@ -178,7 +178,7 @@ def test_nothing_is_half_written(photos, tmp_path, capsys):
     assert names(out) == set()
     assert "no such picture" in error_of(capsys, str(tmp_path / "absent"), "--out", str(out))
     assert "--density must be" in error_of(capsys, str(photos), "--out", str(out), "--density", "x")
-    with pytest.raises(DataError, match="holds 1 pictures; at least 2 are needed"):
+    with pytest.raises(DataError, match="holds 1 picture; at least 2 are needed"):
         write_rain(photos / "b.png", tmp_path / "o", unpaired=True)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from fastnce.kernels import configs
 
-from benchmarks import aot_record
+from benchmarks import aot, aot_record
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = ROOT / "benchmarks/results/aot.csv"
@@ -67,6 +67,17 @@ kernel._unsafe_update_src(kernel.src.replace("0x7FFFFFFF", "0x3FFFFFFF"))
 changed = build(wrong)
 print(changed.registers, changed.key == first.key)
 """
+
+
+@pytest.mark.parametrize("part", [("--case", "draw"), ("--quick",), ("--arch", "sm_90")])
+def test_a_table_does_not_lose_its_other_builds(part, tmp_path, monkeypatch, capsys):
+    (tmp_path / "aot.csv").write_text("all builds")
+    monkeypatch.setattr(sys, "argv", ["aot", *part, "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        aot.main()
+    assert ended.value.code == 2
+    assert "would lose its other builds" in capsys.readouterr().err
+    assert (tmp_path / "aot.csv").read_text() == "all builds"
 
 
 @pytest.mark.slow
