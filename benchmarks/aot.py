@@ -28,7 +28,6 @@ from pathlib import Path
 
 import torch
 import triton
-from fastnce.common.writing import atomic_file
 from fastnce.kernels import common, configs
 from fastnce.kernels.specialise import specialised
 from triton.backends.compiler import GPUTarget
@@ -36,6 +35,7 @@ from triton.backends.compiler import GPUTarget
 from benchmarks import aot_record
 from benchmarks.aot_cases import QUICK, cases
 from benchmarks.aot_record import Known, Lookup, Usage
+from fastnce.common.writing import atomic_file
 
 ARCHITECTURES = tuple(configs.SHARED_MEMORY)
 
