@@ -1,8 +1,8 @@
 """Builds that were made before: `aot` compiles again only what has changed since.
 
-The key of a build is that of Triton's own cache: the kernel's source and the functions that it calls, its arguments,
-constants and options, the architecture, and the files of Triton and of the assembler. Triton also counts the lines
-above a kernel. They are left out here, because a moved kernel is the same kernel.
+The key of a build stands for what it is made of, as in Triton's own cache: the kernel's source and the functions that
+it calls, its arguments, constants and options, the architecture, and the files of Triton and of the assembler. Unlike
+Triton's, it does not depend on the lines above a kernel, nor on where Triton is installed.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def prepare_kernels() -> None:
 
 
 def _key(src, backend, options) -> str:
-    """As Triton's own key, but libraries count by their content, wherever they are installed."""
+    """Libraries count by their content; Triton's own key for AMD has their paths."""
     named = dict(sorted(vars(options).items()))
     libraries = [(name, _content(path)) for name, path in named.pop("extern_libs", None) or ()]
     parts = (

@@ -16,6 +16,9 @@ from triton.language import random
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
+CHANGES: dict[tuple[bool, bool], list[tuple[object, str, object]]] = {}
+"""What a launch patches, for functions that see `triton.language.core`, `triton.language` or both."""
+
 
 def speed_up() -> None:
     """Change the interpreter of this process. A second call changes nothing."""
@@ -37,7 +40,7 @@ def patch_once_a_launch() -> None:
     """
     patch, run = interpreter._patch_lang, interpreter.GridExecutor.__call__
     patched: set[int] = set()
-    found: dict[tuple[bool, bool], list[tuple[object, str, object]]] = {}
+    found = CHANGES
 
     def patch_once(function):
         names = function.__globals__
@@ -49,7 +52,7 @@ def patch_once_a_launch() -> None:
             known = [change for changes in found.values() for change in changes]
             scope = patch(function)
             changed = [(owner, name, getattr(owner, name)) for owner, name, _ in scope._changes]
-            # Triton passes over what is patched at this moment, but that may have been given back at a later call
+            # Triton passes over what is patched now, within another function's launch. A later launch has to patch it.
             owners = {id(tl.tensor), id(tl.tensor_descriptor_base)}
             owners |= {id(owner) for here, owner in zip(key, (tl, language), strict=True) if here}
             owners |= {id(language.math)} if key[1] else set()

@@ -1,4 +1,4 @@
-"""What a loss depends on beside its arguments and options, and whether it is still what the trial has seen.
+"""What a loss or sampler depends on beside its arguments, and whether it is still what the trial has seen.
 
 A script may change more than options between two steps: an attribute of the instance (`criterion.scale = 0.5`), an
 attribute of the class, or a name of the module that the code reads. Such a call runs the class's own forward.
@@ -80,7 +80,7 @@ class _Found:
     mutable: list[tuple[Any, Any]] = field(default_factory=list)
 
     def still(self) -> bool:
-        """Whether nothing has been changed since. It takes a few microseconds; True may be missed."""
+        """Whether nothing has been changed since. Where this is False, a full comparison decides."""
         for where, name, value in self.places:
             if where.get(name, MISSING) is not value:
                 return False
@@ -109,8 +109,8 @@ class Unchanged:
         self._seen: weakref.WeakKeyDictionary[nn.Module, _Found] = weakref.WeakKeyDictionary()
         """What each instance had when it was last compared in full."""
         found = [self._attributes(one) for one in made]
-        for attributes in found:
-            for name, value in attributes.items():
+        for one in found:
+            for name, value in one.items():
                 check_comparable(name.removeprefix("."), value)
         first = found[0]
         names = first.keys() - {f".{name}" for name in chosen}

@@ -105,7 +105,8 @@ class Validation:
         if isinstance(first := self.pairs[0], Lone):
             found = ", ".join(f"{name} {value:.4g}" for name, value in self.inputs.items()) or "no value"
             what = f"{counted(len(self.pairs), 'picture')} of {first.domain}"
-            what += f", and {len(self.reference)} of test{'AB'[first.domain == 'testA']}" if self.sets else ""
+            other = "testA" if first.domain == "testB" else "testB"
+            what += f", and {len(self.reference)} of {other}" if self.sets else ""
         else:
             what = f"{counted(len(self.pairs), 'pair')}, {first.rainy.parent} among them"
             others = "".join(f", {each.name} {self.inputs[each.name]:.4g}" for each in self._shown(self.inputs))

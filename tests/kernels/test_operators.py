@@ -5,6 +5,7 @@ Both are called within a launch, where the interpreter has replaced the language
 
 from __future__ import annotations
 
+import importlib
 import itertools
 
 import numpy as np
@@ -16,6 +17,7 @@ from fastnce.kernels import common
 from triton.language import core
 from triton.runtime import interpreter
 
+from tests import interpreter as faster
 from tests import operators
 
 pytestmark = pytest.mark.skipif(not common.INTERPRET.value, reason="Triton's interpreter is off")
@@ -213,3 +215,27 @@ def test_loads(count):
         compare("load", tensor(tl.int64, (4,)))
 
     in_a_launch(all_of_them)
+
+
+@triton.jit
+def device_function():
+    pass
+
+
+def test_a_module_that_is_first_seen_within_another_launch_is_patched_whole(tmp_path, monkeypatch):
+    """Its own launch patches also what the other launch had patched at that moment."""
+    (tmp_path / "only_tl.py").write_text(
+        "import triton\nimport triton.language as tl\nfrom tests.kernels import test_operators as here\n\n"
+        "@triton.jit\ndef outer(out):\n    here.device_function()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    kept = dict(faster.CHANGES)
+    faster.CHANGES.clear()
+    try:
+        importlib.import_module("only_tl").outer[(1,)](torch.zeros(1))
+        left = []
+        in_a_launch(lambda: left.extend(n for n in operators.METHODS if core.tensor.__dict__[n] is PLAIN[n]))
+        assert (True, True) in faster.CHANGES
+        assert not left
+    finally:
+        faster.CHANGES.update(kept)
