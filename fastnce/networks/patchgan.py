@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .layers import BlurDown, Norm, norm_layer, run_all
+from .layers import BlurDown, Norm, norm_layer
+from .runs import run_all
 
 
 class PatchGAN(nn.Module):

@@ -15,10 +15,8 @@ from .layers import (
     ReflectionPad,
     full_precision,
     norm_layer,
-    run_all,
-    run_from,
-    run_one,
 )
+from .runs import run_all, run_from, run_one
 
 
 class ResnetBlock(nn.Module):

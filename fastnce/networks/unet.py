@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import Norm, full_precision, keep_float32, norm_layer, run_one
+from .layers import Norm, full_precision, keep_float32, norm_layer
+from .runs import run_one
 from .resnet import check_layers
 
 

@@ -23,7 +23,8 @@ from fastnce.engine.rehearsal import rehearse
 from fastnce.engine.step import Step
 from fastnce.methods import Batch, Draws, Group, Method, Phase
 from fastnce.nce import PatchNCEHead
-from fastnce.networks.layers import InstanceNorm, LastConvolution, ReflectionPad, run_all
+from fastnce.networks.layers import InstanceNorm, LastConvolution, ReflectionPad
+from fastnce.networks.runs import run_all
 from tests.engine.test_compiled import SIDE, method_of
 from tests.engine.test_cudagraph import Tape
 from tests.engine.test_engine import Toy, training_tensors

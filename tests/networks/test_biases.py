@@ -17,7 +17,7 @@ from fastnce.networks import (
     leave_out_biases,
     set_implementation,
 )
-from fastnce.networks.layers import run_all
+from fastnce.networks.runs import run_all
 from tests.maps import DEVICE
 from tests.oracle import error
 
