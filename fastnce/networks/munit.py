@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .layers import InstanceNorm, LastConvolution, ReflectionPad, full_precision, own_precision
-from .runs import run_all
 from .resnet import check_layers
+from .runs import run_all
 
 
 class ImageNorm(nn.Module):

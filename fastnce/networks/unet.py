@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .layers import Norm, full_precision, keep_float32, norm_layer
-from .runs import run_one
 from .resnet import check_layers
+from .runs import run_one
 
 
 class UnetBlock(nn.Module):

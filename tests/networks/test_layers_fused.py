@@ -21,8 +21,8 @@ from fastnce.networks import (
     set_implementation,
 )
 from fastnce.networks.layers import FusedLayer, ReflectionPad
-from fastnce.networks.runs import run_all, run_from
 from fastnce.networks.resnet import ResnetBlock
+from fastnce.networks.runs import run_all, run_from
 from tests.maps import DEVICE, check_a_deterministic_step, error, filter_truth, launches, random_map
 
 
