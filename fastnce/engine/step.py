@@ -22,7 +22,7 @@ from .compiled import Compiled, CompiledWhole, whole_obstacle
 from .cudagraph import CudaRecorder, Graphs, Recorder, library_settings
 from .distributed import Ranks
 from .live_check import Disagreement, LiveCheck
-from .optim import LossScale, ParameterGroup, WeightAverage
+from .optim import LossScale, WeightAverage
 from .options import OptimOptions
 from .recompute import recompute_blocks
 from .rehearsal import rehearse

@@ -11,7 +11,8 @@ while a compiler traces, each term is computed by its own function.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,6 @@ from torch import Tensor
 
 from ..common.dispatch import KERNELS, choose
 from ..common.first_use import trusted
-from ..nce import checks
 from .base import Losses
 from .loss_kernels import MOST_TERMS, Entry, TermUse, kinds, total_and_values
 from .losses import GANMode, channel_cycle_loss, frequency_cycle_loss, gan_loss
@@ -45,11 +45,10 @@ class Terms:
     def gan(
         self,
         name: str,
-        judged: Tensor,
+        judged: Tensor | tuple[Tensor, tuple[int, int] | None],
         real: bool,
         mode: GANMode = "lsgan",
         *,
-        rows: tuple[int, int] | None = None,
         for_generator: bool = False,
         weight: float = 1.0,
         share: float = 1.0,
@@ -57,17 +56,18 @@ class Terms:
         """Add `weight` times `gan_loss` of a discriminator's output.
 
         Args:
-            judged, real, mode, for_generator: see `gan_loss`.
-            rows: the images of `judged` that are meant, from the first up to the second number; None: all.
+            judged: the output; or an output, and the rows of it that are meant, from the first up to the second number.
+            real, mode, for_generator: see `gan_loss`.
             weight: of the logged value.
             share: of the value in the total.
         """
+        output, rows = judged if isinstance(judged, tuple) else (judged, None)
 
         def formula() -> Tensor:
-            own = judged if rows is None else judged[slice(*rows)]
+            own = output if rows is None else output[slice(*rows)]
             return gan_loss(own, real, mode, for_generator=for_generator)
 
-        entry = Entry(*kinds(mode, real, for_generator), 1.0, judged, None, rows)
+        entry = Entry(*kinds(mode, real, for_generator), 1.0, output, None, rows)
         self._terms.append(_Term(name, weight, share, formula, entry))
 
     def distance(self, name: str, x: Tensor, y: Tensor, *, weight: float = 1.0, share: float = 1.0) -> None:
@@ -98,7 +98,9 @@ class Terms:
         names = list(dict.fromkeys(term.name for term in self._terms))
         if self._by_kernels():
             entries = [
-                term.entry._replace(scale=term.entry.scale * term.weight, share=term.share, place=names.index(term.name))
+                term.entry._replace(
+                    scale=term.entry.scale * term.weight, share=term.share, place=names.index(term.name)
+                )
                 for term in self._terms
                 if term.entry is not None
             ]
@@ -130,21 +132,19 @@ class Terms:
         return trusted(use, tensors[0].device, tensors[0].dtype).triton
 
 
-def judge(discriminator: Callable[[Tensor], Tensor], pictures: Sequence[Tensor], *, independent: bool) -> Iterator[tuple[Tensor, tuple[int, int] | None]]:
-    """Judge several batches of images, in one pass if they have one size and do not influence each other.
+def judge(
+    discriminator: Callable[[Tensor], Tensor], batches: Sequence[Tensor], independent: bool
+) -> list[tuple[Tensor, tuple[int, int] | None]]:
+    """Judge batches of images, in one pass if they have one size and do not influence each other.
 
     Args:
         independent: the discriminator judges each image on its own (no batch norm).
 
     Returns:
-        for each batch, an output and the rows of it that belong to the batch: see `Terms.gan`.
+        for each batch what `Terms.gan` takes: an output, and the rows of it that belong to the batch.
     """
-    if not independent or any(p.shape[1:] != pictures[0].shape[1:] for p in pictures):
-        for own in pictures:
-            yield discriminator(own), None
-        return
-    judged = discriminator(torch.cat(list(pictures)))
-    start = 0
-    for own in pictures:
-        yield judged, (start, start + len(own))
-        start += len(own)
+    if not independent or any(images.shape[1:] != batches[0].shape[1:] for images in batches):
+        return [(discriminator(images), None) for images in batches]
+    judged = discriminator(torch.cat(list(batches)))
+    ends = list(itertools.accumulate(map(len, batches), initial=0))
+    return [(judged, rows) for rows in itertools.pairwise(ends)]
