@@ -5,7 +5,8 @@ sum each. A single program then reads the partial sums and all short terms in a 
 each term and their weighted total. The backward pass writes the gradients of all terms in one launch. In PyTorch, a
 term takes three to fifteen launches each way.
 
-Values and sums are float32; gradients have the dtype of their tensor. NaN and infinity pass as in PyTorch.
+Values and sums are float32; gradients have the dtype of their tensor. NaN and infinity pass as in PyTorch,
+except that the slope of a distance that is NaN is NaN.
 """
 
 from __future__ import annotations

@@ -88,6 +88,7 @@ class _Total(torch.autograd.Function):
         ctx.parts = parts
         ctx.save_for_backward(*tensors)
         ctx.mark_non_differentiable(values)
+        ctx.set_materialize_grads(False)
         return total, values
 
     @staticmethod
@@ -199,9 +200,8 @@ class TermUse(NamedTuple):
         wide = exact_device(device)
         for place, (kind, own) in enumerate(self.terms):
             x, y, number = draw(own).requires_grad_(), draw(own), -1.0 if place % 2 else 1.0
-            entries.append(
-                Entry(kind, number, 0.5, x, y if kind in ("distance", "spectrum") else None, None, 2.0, place)
-            )
+            other = y if kind in ("distance", "spectrum") else None
+            entries.append(Entry(kind, number, 0.5, x, other, None, 2.0, place))
             exact.append((kind, number, x.detach().to(wide, torch.float64).requires_grad_(), y.to(wide, torch.float64)))
 
         def run() -> list[Tensor]:
