@@ -69,10 +69,9 @@ class _Total(torch.autograd.Function):
     def forward(ctx: Any, entries: Sequence[Entry], where: Sequence[int], *given: Tensor) -> tuple[Tensor, Tensor]:
         tensors = [_dense(x) for x in given]
         ctx.count, ctx.sides = len(tensors), {}
-        parts = []
-        for entry, i in zip(entries, where, strict=True):
+        parts: list[Any] = [None] * len(entries)
+        for n, (entry, i) in enumerate(zip(entries, where, strict=True)):
             if entry.kind == "spectrum":
-                parts.append(None)
                 continue
             y = i
             if entry.y is not None:
@@ -80,7 +79,7 @@ class _Total(torch.autograd.Function):
                 tensors.append(_like(entry.y, tensors[i]))
             elements = tensors[i].numel() if entry.rows is None else tensors[i][slice(*entry.rows)].numel()
             kind, factor = KINDS.index(entry.kind), entry.scale / elements
-            parts.append(loss_terms.Part(kind, entry.number, factor, entry.share, entry.place, i, y, entry.rows))
+            parts[n] = loss_terms.Part(kind, entry.number, factor, entry.share, entry.place, i, y, entry.rows)
         for n, part in _spectra(entries, where, tensors):
             parts[n] = part
             ctx.sides[n] = where[n], given[where[n]].shape[2:]

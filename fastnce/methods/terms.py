@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -88,7 +89,7 @@ class Terms:
         """Add `weight` times computed values, (names,), each under its name."""
         for i, name in enumerate(names):
             entry = Entry("linear", 1.0, 1.0, values, None, (i, i + 1))
-            self._terms.append(_Term(name, weight, share, lambda i=i: values[i], entry))
+            self._terms.append(_Term(name, weight, share, partial(values.__getitem__, i), entry))
 
     def total(self) -> tuple[Tensor, Losses]:
         """Return the sum of share * value over all terms, (), and the values by their names.
