@@ -73,7 +73,7 @@ VARIANTS = {
     ),
 }
 VARIANTS |= {f"{name}+published": Variant(name, size) for name, size in PUBLISHED.items()}
-"""What changes the launches of a step: options, and the published size. A variant's name replaces that of the preset."""
+"""What changes the launches of a step: options, and the published size. In the name of a case, it replaces the preset."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,8 @@ LEFT_OUT = {
 def is_in(name: str, precision: str, form: str) -> bool:
     """Return whether the matrix has this case.
 
-    Presets of the published size are in it uncompiled in bf16; other variants uncompiled, and compiled in parts in bf16.
+    Presets of the published size are in it uncompiled in bf16. Other variants are in it uncompiled, and compiled in
+    parts in bf16.
     """
     if name.endswith("+published"):
         return (form, precision) == ("eager", "bf16")
