@@ -73,7 +73,7 @@ VARIANTS = {
     ),
 }
 VARIANTS |= {f"{name}+published": Variant(name, size) for name, size in PUBLISHED.items()}
-"""What changes the launches of a step: options, and the published size. In the name of a case, it replaces the preset."""
+"""What changes the launches of a step: options, and the published size. The name replaces that of the preset in a case."""
 
 
 @dataclass(frozen=True)
