@@ -73,7 +73,7 @@ VARIANTS = {
     ),
 }
 VARIANTS |= {f"{name}+published": Variant(name, size) for name, size in PUBLISHED.items()}
-"""What changes the launches of a step: options, and the published size. The name replaces that of the preset in a case."""
+"""What changes the launches of a step: options, and the published size. A case may name one in place of a preset."""
 
 
 @dataclass(frozen=True)
