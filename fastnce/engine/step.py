@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from .schedule import Plateau
 from .snapshot import Snapshot
 from .trained import make_groups, trained_by
 from .training_state import TrainingState
-from .weights import converted_weights
+from .weights import ConvertedWeights, converted_weights
 
 
 class Step:
@@ -90,6 +90,8 @@ class Step:
         self.device_type, self.dtype = device.type, PRECISIONS[precision]
         self.weights_at_once = True
         """Convert a network's weights to 16 bits in one call. False leaves it to autocast, with the same results."""
+        self._copies: ConvertedWeights | None = None
+        """The generators' weights in 16 bits, while a step uses them."""
         self.loss_scale = LossScale(device) if precision == "fp16" else None
         self.bad_steps = torch.zeros((), device=device)
         """() float32: the number of consecutive steps, up to now, in which a gradient was not finite."""
@@ -199,6 +201,7 @@ class Step:
             losses, bad = self._in_parts(batch, draws)
         else:
             losses, bad = self._at_once(batch, draws)
+        self._copies = None
         before.restore(bad)
         self.method.finish(bad)
         self.bad_steps.add_(1).mul_(bad)
@@ -223,12 +226,25 @@ class Step:
 
     def weights(self, networks: Sequence[nn.Module]) -> AbstractContextManager:
         """Within: the weights of these networks are in the dtype of autocast."""
-        if self.dtype == torch.float32 or not self.weights_at_once:
-            return nullcontext()
-        return converted_weights(networks, self.dtype)
+        return converted_weights(networks, self.dtype) if self._converts else nullcontext()
+
+    @property
+    def _converts(self) -> bool:
+        return self.weights_at_once and self.dtype != torch.float32
+
+    @contextmanager
+    def _generator_weights(self, anew: bool = False) -> Iterator[None]:
+        """As `weights` of the generators, with copies that `generate` and the losses of a step share."""
+        if not self._converts:
+            yield
+            return
+        if anew or self._copies is None or not self._copies.current:
+            self._copies = ConvertedWeights(self._generators, self.dtype)
+        with self._copies.used():
+            yield
 
     def _generate(self, batch: Batch, draws: Draws) -> Outputs:
-        with self.weights(self._generators), self.autocast():
+        with self._generator_weights(anew=True), self.autocast():
             return self.generate(batch, draws)
 
     def _at_once(self, batch: Batch, draws: Draws) -> tuple[Losses, Tensor]:
@@ -288,11 +304,11 @@ class Step:
     def _differentiate(self, phase: Phase, batch: Batch, outputs: Outputs, draws: Draws) -> tuple[Gradients, Losses]:
         """`_gradients`, with weights converted at once, and with the other groups' parameters frozen."""
         trained = self._trained[phase.groups]
-        used = self._generators + self._discriminators if trained.generators else self._discriminators
         for parameter in trained.others:  # a compiled loss would compute their gradients too
             parameter.requires_grad_(False)
         try:
-            with self.weights(used):  # also for the backward, which may recompute blocks
+            # also for the backward, which may recompute blocks
+            with self._generator_weights() if trained.generators else nullcontext(), self.weights(self._discriminators):
                 return self._gradients(phase, batch, outputs, draws)
         finally:
             for parameter in trained.others:
