@@ -25,7 +25,8 @@ class _Convert(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, collector: Collector, dtype: torch.dtype, *tensors: Tensor):
-        ctx.collector, ctx.dtype, ctx.count = collector, tensors[0].dtype, len(tensors)
+        ctx.set_materialize_grads(False)
+        ctx.collector, ctx.dtype = collector, tensors[0].dtype
         return tuple(_converted(tensors, dtype))
 
     @staticmethod
@@ -36,7 +37,7 @@ class _Convert(torch.autograd.Function):
             if twice := [i for i in wide if i in sums]:
                 torch._foreach_add_([sums[i] for i in twice], [wide[i] for i in twice])
             sums = wide | sums
-        return None, None, *map(sums.get, range(ctx.count))
+        return None, None, *map(sums.get, range(len(gradients)))
 
 
 class _Use(torch.autograd.Function):

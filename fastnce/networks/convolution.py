@@ -30,12 +30,12 @@ class Collector:
     def __init__(self) -> None:
         self._found: dict[int, dict[int, list[Tensor]]] = {}
 
-    def add(self, part: int, index: int, gradient: Tensor) -> None:
-        """Store a gradient of weight `index`. `take` may change the first one of a weight in place."""
-        self._found.setdefault(part, {}).setdefault(index, []).append(gradient)
+    def add(self, part: int, weight: int, gradient: Tensor) -> None:
+        """Store a gradient of weight number `weight`. `take` may change the first one of a weight in place."""
+        self._found.setdefault(part, {}).setdefault(weight, []).append(gradient)
 
     def take(self) -> list[dict[int, Tensor]]:
-        """Return the sums of each part by the index of the weight, and forget them.
+        """Return the sums of each part by the number of the weight, and forget them.
 
         The gradients of all weights are added in one call: the second of each to the first, then the third, and so on.
         """
@@ -44,7 +44,7 @@ class Collector:
             for use in range(1, max(map(len, gradients.values()))):
                 pairs = [(uses[0], uses[use]) for uses in gradients.values() if use < len(uses)]
                 torch._foreach_add_([first for first, _ in pairs], [more for _, more in pairs])
-        return [{index: uses[0] for index, uses in gradients.items()} for _, gradients in sorted(found.items())]
+        return [{weight: uses[0] for weight, uses in gradients.items()} for _, gradients in sorted(found.items())]
 
 
 class Slot(NamedTuple):
@@ -52,7 +52,7 @@ class Slot(NamedTuple):
 
     collector: Collector
     part: int
-    index: int
+    weight: int
 
 
 def collect(weight: Tensor, slot: Slot) -> None:
@@ -123,7 +123,7 @@ class _Convolution(torch.autograd.Function):
             return *found, *unknown
         for slot, own in zip(ctx.slots, found[1:], strict=True):
             if own is not None:
-                slot.collector.add(slot.part, slot.index, own)
+                slot.collector.add(slot.part, slot.weight, own)
         return found[0], None, None, *unknown
 
 
