@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..common import first_use
+from ..common.beside import CudaStreams, Streams, join, streaming
 from ..methods.base import Batch, Draws, Losses, Method, Outputs, Phase
 from ..methods.contract import check_loss
 from ..networks import channels_last
@@ -30,7 +31,7 @@ from .schedule import Plateau
 from .snapshot import Snapshot
 from .trained import make_groups, trained_by
 from .training_state import TrainingState
-from .weights import ConvertedWeights, converted_weights
+from .weights import SharedCopies, converted_weights
 
 
 class Step:
@@ -50,6 +51,8 @@ class Step:
         recompute: recompute the generators' residual blocks in the backward pass, to save memory.
         layout: memory format of images, maps and convolution weights; None takes the fastest one for the device.
         backend: of `torch.compile`.
+        streams: compute independent work at the same time on a CUDA device (see `fastnce.common.beside`); or streams to
+            use. Compiled parts do not.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class Step:
         recompute: bool = False,
         layout: torch.memory_format | None = None,
         backend: str = "inductor",
+        streams: bool | Streams = False,
     ):
         if precision not in PRECISIONS:
             raise ValueError(f"run.precision must be auto, {', '.join(PRECISIONS)}, not {precision!r}")
@@ -90,14 +94,13 @@ class Step:
         self.device_type, self.dtype = device.type, PRECISIONS[precision]
         self.weights_at_once = True
         """Convert a network's weights to 16 bits in one call. False leaves it to autocast, with the same results."""
-        self._copies: ConvertedWeights | None = None
-        """The generators' weights in 16 bits, while a step uses them."""
         self.loss_scale = LossScale(device) if precision == "fp16" else None
         self.bad_steps = torch.zeros((), device=device)
         """() float32: the number of consecutive steps, up to now, in which a gradient was not finite."""
         generators = method.generators()
         self._generators = list(generators.values())
         self._discriminators = list(method.discriminators().values())
+        self._copies = SharedCopies(self._generators, self.dtype)
         self._spectral = once_per_step(self._discriminators)
         self.averages = (
             {name: WeightAverage(net, options.ema) for name, net in generators.items()} if options.ema else {}
@@ -110,6 +113,7 @@ class Step:
         if compile:
             self.generate = Compiled(method.generate, backend)
             self.phases = tuple(phase._replace(loss=Compiled(phase.loss, backend)) for phase in self.phases)
+        self.streams = CudaStreams(device) if streams is True else streams or None
         recorder = CudaRecorder(device) if graph is True else graph
         self._buffers = [module._buffers for module in method.modules() if module._buffers]
         self._kernels_known = not first_use.may_check(device)
@@ -197,11 +201,10 @@ class Step:
         self._spectral.run()
         if self.whole is not None and self.whole.usable:
             losses, bad = self.whole(batch, draws)
-        elif self.options.accumulate > 1:
-            losses, bad = self._in_parts(batch, draws)
         else:
-            losses, bad = self._at_once(batch, draws)
-        self._copies = None
+            compute = self._in_parts if self.options.accumulate > 1 else self._at_once
+            with self._copies, streaming(self.streams):
+                losses, bad = compute(batch, draws)
         before.restore(bad)
         self.method.finish(bad)
         self.bad_steps.add_(1).mul_(bad)
@@ -232,19 +235,8 @@ class Step:
     def _converts(self) -> bool:
         return self.weights_at_once and self.dtype != torch.float32
 
-    @contextmanager
-    def _generator_weights(self, anew: bool = False) -> Iterator[None]:
-        """As `weights` of the generators, with copies that `generate` and the losses of a step share."""
-        if not self._converts:
-            yield
-            return
-        if anew or self._copies is None or not self._copies.current:
-            self._copies = ConvertedWeights(self._generators, self.dtype)
-        with self._copies.used():
-            yield
-
     def _generate(self, batch: Batch, draws: Draws) -> Outputs:
-        with self._generator_weights(anew=True), self.autocast():
+        with self._copies.used(anew=True) if self._converts else nullcontext(), self.autocast():
             return self.generate(batch, draws)
 
     def _at_once(self, batch: Batch, draws: Draws) -> tuple[Losses, Tensor]:
@@ -299,7 +291,9 @@ class Step:
             logged = {**logged, objective: loss.detach()}
         if self.loss_scale is not None:
             loss = loss * self.loss_scale.scale
-        return torch.autograd.grad(loss, self._trained[phase.groups].own, allow_unused=True), logged
+        gradients = torch.autograd.grad(loss, self._trained[phase.groups].own, allow_unused=True)
+        join()
+        return gradients, logged
 
     def _differentiate(self, phase: Phase, batch: Batch, outputs: Outputs, draws: Draws) -> tuple[Gradients, Losses]:
         """`_gradients`, with weights converted at once, and with the other groups' parameters frozen."""
@@ -307,8 +301,8 @@ class Step:
         for parameter in trained.others:  # a compiled loss would compute their gradients too
             parameter.requires_grad_(False)
         try:
-            # also for the backward, which may recompute blocks
-            with self._generator_weights() if trained.generators else nullcontext(), self.weights(self._discriminators):
+            made = self._copies.used() if trained.generators and self._converts else nullcontext()
+            with made, self.weights(self._discriminators):  # also for the backward, which may recompute blocks
                 return self._gradients(phase, batch, outputs, draws)
         finally:
             for parameter in trained.others:

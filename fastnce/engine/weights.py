@@ -8,7 +8,7 @@ uses more than once are added in few launches too. The results are the same.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -120,3 +120,26 @@ def converted_weights(networks: Sequence[nn.Module], dtype: torch.dtype) -> Iter
     """Within: the convolutions and linear layers of `networks` compute with copies of their weights in `dtype`."""
     with ConvertedWeights(networks, dtype).used():
         yield
+
+
+class SharedCopies:
+    """The copies of some networks' weights that the parts of a step share. Within the context of the object.
+
+    A part that needs them gets those of the part before, unless a weight has changed since.
+    """
+
+    def __init__(self, networks: Sequence[nn.Module], dtype: torch.dtype):
+        self.networks, self.dtype = networks, dtype
+        self._made: ConvertedWeights | None = None
+
+    def used(self, anew: bool = False) -> AbstractContextManager[None]:
+        """Within: the layers compute with the copies. `anew` makes them in any case."""
+        if anew or self._made is None or not self._made.current:
+            self._made = ConvertedWeights(self.networks, self.dtype)
+        return self._made.used()
+
+    def __enter__(self) -> None:
+        self._made = None
+
+    def __exit__(self, *_: object) -> None:
+        self._made = None

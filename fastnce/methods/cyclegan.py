@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..common.beside import beside
 from ..common.options import option
 from .augment import AUGMENT_HELP, Augment
 from .base import (
@@ -109,46 +110,56 @@ class TwoWay(Method):
         With `layers`, keys_A and keys_B are the features of G_A(A) and G_B(B) at these layers. With `flip`, the fakes
         are those of the mirrored images.
         """
-        outputs: Outputs = {}
-        for domain, other, generator, real in (
-            ("A", "B", self.generator_a, batch),
-            ("B", "A", self.generator_b, batch[::-1]),
-        ):
-            first = real[0].flip(3) if flip else real[0]
-            pictures = [first, real[1]] if identity else [first]
-            made = together(generator, pictures, independent=generator.features_repeat, layers=layers)
+
+        def half(domain: str, other: str, generator: nn.Module, own: Tensor, foreign: Tensor) -> Outputs:
+            outputs: Outputs = {}
+            first = own.flip(3) if flip else own
+            pictures = [first, foreign] if identity else [first]
+            independent = generator.features_repeat
+            made = together(generator, pictures, independent=independent, layers=layers)  # type: ignore[arg-type]
             if layers:
                 outputs[f"keys_{domain}"] = made[0][1]
                 made = [picture for picture, _ in made]
             outputs[f"fake_{other}"] = made[0]
             if identity:
                 outputs[f"idt_{domain}"] = made[1]
-        return outputs
+            return outputs
+
+        one, other = beside(
+            lambda: half("A", "B", self.generator_a, batch.a, batch.b),
+            lambda: half("B", "A", self.generator_b, batch.b, batch.a),
+        )
+        return one | other
 
     def d_loss(self, batch: Batch, outputs: Outputs, draws: Draws) -> tuple[Tensor, Losses]:
         """The losses of both discriminators, which judge fakes from their pools."""
-        losses: Losses = {}
-        for name, discriminator, pool, fake, real in (
-            ("D_A", self.discriminator_a, self.pool_b, outputs["fake_B"], batch.b),
-            ("D_B", self.discriminator_b, self.pool_a, outputs["fake_A"], batch.a),
-        ):
+
+        def judge(name: str, discriminator: nn.Module, pool: ImagePool, fake: Tensor, real: Tensor) -> Losses:
             independent = discriminator.pictures_independent
             fake = pool(fake)
             shown = [self.augment(real), self.augment(fake)]
-            judged_real, judged_fake = together(discriminator, shown, independent=independent)
-            losses[name] = 0.5 * (
-                gan_loss(judged_real, True, self.gan_mode) + gan_loss(judged_fake, False, self.gan_mode)
-            )
+            judged_real, judged_fake = together(discriminator, shown, independent=independent)  # type: ignore[arg-type]
+            found = gan_loss(judged_real, True, self.gan_mode) + gan_loss(judged_fake, False, self.gan_mode)
+            losses = {name: 0.5 * found}
             if self.gp > 0:
-                judge = self.augment.before(discriminator)
-                losses[f"{name}_GP"] = 0.5 * self.gp * gradient_penalty(judge, real, fake)
+                penalty = gradient_penalty(self.augment.before(discriminator), real, fake)
+                losses[f"{name}_GP"] = 0.5 * self.gp * penalty
+            return losses
+
+        first, second = beside(
+            lambda: judge("D_A", self.discriminator_a, self.pool_b, outputs["fake_B"], batch.b),
+            lambda: judge("D_B", self.discriminator_b, self.pool_a, outputs["fake_A"], batch.a),
+        )
+        losses = first | second
         total = losses["D_A"] + losses["D_B"]
         return total + losses["D_A_GP"] + losses["D_B_GP"] if self.gp > 0 else total, losses
 
     def adversarial(self, outputs: Outputs, *, saturating: bool = False) -> Losses:
         """The GAN losses G_A and G_B of the generators; `saturating` takes the hinge of DCLGAN's code."""
-        judged_b = self.discriminator_a(self.augment(outputs["fake_B"]))
-        judged_a = self.discriminator_b(self.augment(outputs["fake_A"]))
+        judged_b, judged_a = beside(
+            lambda: self.discriminator_a(self.augment(outputs["fake_B"])),
+            lambda: self.discriminator_b(self.augment(outputs["fake_A"])),
+        )
         return {
             name: gan_loss(judged, True, self.gan_mode, for_generator=not saturating)
             for name, judged in (("G_A", judged_b), ("G_B", judged_a))
@@ -183,8 +194,9 @@ class CycleGAN(TwoWay):
 
     def generate(self, batch: Batch, draws: Draws) -> Outputs:
         outputs = self.translate_both(batch, identity=self.options.lambda_identity > 0)
-        outputs["rec_A"] = self.generator_b(outputs["fake_B"])
-        outputs["rec_B"] = self.generator_a(outputs["fake_A"])
+        outputs["rec_A"], outputs["rec_B"] = beside(
+            lambda: self.generator_b(outputs["fake_B"]), lambda: self.generator_a(outputs["fake_A"])
+        )
         return outputs
 
     def g_loss(self, batch: Batch, outputs: Outputs, draws: Draws) -> tuple[Tensor, Losses]:

@@ -3,17 +3,21 @@
 A step uses most weights of a generator twice: to translate an image and to encode the result. Autograd adds the
 gradients of the two uses with one launch per weight. `convolve` stores them in a `Slot` of the weight instead, and
 whoever made the slot adds those of all weights together (see `fastnce.engine.weights`).
+
+With `run.streams`, they are computed aside: the next layer's backward does not wait for them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..common.beside import active, join
 from ..common.precision import autocast_dtype
 
 PLAIN = (nn.Conv2d, nn.ConvTranspose2d)
@@ -39,6 +43,7 @@ class Collector:
 
         The gradients of all weights are added in one call: the second of each to the first, then the third, and so on.
         """
+        join()
         found, self._found = self._found, {}
         for gradients in found.values():
             for use in range(1, max(map(len, gradients.values()))):
@@ -118,7 +123,15 @@ class _Convolution(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         # without the weights, where a loss differentiates with respect to something else on the way
         wanted = [ctx.needs_input_grad[0], *map(_is_wanted, ctx.sources)]
-        found = _gradients(gradient, x, weight, ctx.geometry, wanted)
+        streams = None if torch.is_grad_enabled() else active()
+        if streams is not None and wanted[0] and (wanted[1] or wanted[2]):
+            if x.is_contiguous(memory_format=torch.channels_last):
+                gradient = gradient.contiguous(memory_format=torch.channels_last)  # once, not in both computations
+            aside = partial(_gradients, gradient, x, weight, ctx.geometry, [False, *wanted[1:]])
+            found = streams.aside(aside, (gradient, x, weight))
+            found[0] = _gradients(gradient, x, weight, ctx.geometry, [True, False, False])[0]
+        else:
+            found = _gradients(gradient, x, weight, ctx.geometry, wanted)
         if torch.is_grad_enabled():  # create_graph=True: the gradients may be differentiated again
             return *found, *unknown
         for slot, own in zip(ctx.slots, found[1:], strict=True):
