@@ -102,9 +102,10 @@ class ConvertedWeights:
         self._parts += 1
         copies = self._copies
         if copies and torch.is_grad_enabled() and self._differentiable:
+            owner = copies[0].grad_fn
             copies = _Use.apply(self._collector, self._parts, *copies)
             for i, copy in enumerate(copies):
-                collect(copy, Slot(self._collector, self._parts, i))
+                collect(copy, Slot(self._collector, self._parts, i, owner))
         held = [*self._trained, *self._frozen]
         try:
             for (layer, name, _), copy in zip(held, (*copies, *self._frozen_copies), strict=True):

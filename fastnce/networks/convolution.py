@@ -53,18 +53,19 @@ class Collector:
 
 
 class Slot(NamedTuple):
-    """The place in a collector of the gradients of one weight, from one part of the step."""
+    """The place in a collector of the gradients of one weight, from one part of the step.
+
+    `owner` is the autograd node that empties the collector: it runs after all uses of the weight.
+    """
 
     collector: Collector
     part: int
     weight: int
+    owner: Any
 
 
 def collect(weight: Tensor, slot: Slot) -> None:
-    """Let `convolve` give the gradients of this weight to a slot. The weight must be an output of a function.
-
-    The slot must be emptied in the backward of a function before that one, which runs after all uses of the weight.
-    """
+    """Let `convolve` give the gradients of this weight to a slot. The weight must be an output of a function."""
     weight.slot = slot  # type: ignore[attr-defined]
 
 
@@ -122,11 +123,11 @@ class _Convolution(torch.autograd.Function):
             return None, None, None, *unknown
         x, weight = ctx.saved_tensors
         # without the weights, where a loss differentiates with respect to something else on the way
-        wanted = [ctx.needs_input_grad[0], *map(_is_wanted, ctx.sources)]
-        streams = None if torch.is_grad_enabled() else active()
+        wanted = [ctx.needs_input_grad[0], *map(_will_run, ctx.sources)]
+        # PyTorch copies the gradient of a single channel to another layout in each computation
+        late = not torch.is_grad_enabled() and all(slot is None or _will_run(slot.owner) for slot in ctx.slots)
+        streams = active() if late and gradient.shape[1] > 1 else None
         if streams is not None and wanted[0] and (wanted[1] or wanted[2]):
-            if x.is_contiguous(memory_format=torch.channels_last):
-                gradient = gradient.contiguous(memory_format=torch.channels_last)  # once, not in both computations
             aside = partial(_gradients, gradient, x, weight, ctx.geometry, [False, *wanted[1:]])
             found = streams.aside(aside, (gradient, x, weight))
             found[0] = _gradients(gradient, x, weight, ctx.geometry, [True, False, False])[0]
@@ -134,15 +135,17 @@ class _Convolution(torch.autograd.Function):
             found = _gradients(gradient, x, weight, ctx.geometry, wanted)
         if torch.is_grad_enabled():  # create_graph=True: the gradients may be differentiated again
             return *found, *unknown
-        for slot, own in zip(ctx.slots, found[1:], strict=True):
-            if own is not None:
-                slot.collector.add(slot.part, slot.weight, own)
-        return found[0], None, None, *unknown
+        for place, slot in enumerate(ctx.slots, 1):
+            gradient = found[place]
+            if gradient is not None and _will_run(slot.owner):  # else a loss asks for that of the copy itself
+                slot.collector.add(slot.part, slot.weight, gradient)
+                found[place] = None
+        return *found, *unknown
 
 
-def _is_wanted(source: Any) -> bool:
-    """Whether the backward pass that goes on will reach the function that made a weight."""
-    return source is not None and torch._C._will_engine_execute_node(source)
+def _will_run(node: Any) -> bool:
+    """Whether the backward pass that goes on will reach this autograd node."""
+    return node is not None and torch._C._will_engine_execute_node(node)
 
 
 def _gradients(
