@@ -128,6 +128,8 @@ class _Convolution(torch.autograd.Function):
         late = not torch.is_grad_enabled() and all(slot is None or _will_run(slot.owner) for slot in ctx.slots)
         streams = active() if late and gradient.shape[1] > 1 else None
         if streams is not None and wanted[0] and (wanted[1] or wanted[2]):
+            if x.is_contiguous(memory_format=torch.channels_last):  # once, not in each of the two computations
+                gradient = gradient.contiguous(memory_format=torch.channels_last)
             aside = partial(_gradients, gradient, x, weight, ctx.geometry, [False, *wanted[1:]])
             found = streams.aside(aside, (gradient, x, weight))
             found[0] = _gradients(gradient, x, weight, ctx.geometry, [True, False, False])[0]

@@ -56,7 +56,8 @@ def assert_same_steps(make, batches: list[Batch], **options) -> LateStreams:
         assert all(torch.equal(loss, losses[1][name]) for name, loss in losses[0].items())
     one, other = (step.state() for step in steps)
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
-    assert active() is None and not streams.late
+    assert active() is None
+    assert not streams.late
     return streams
 
 
@@ -91,7 +92,8 @@ def test_without_streams_parts_run_in_order():
     streams = LateStreams()
     with streaming(streams):
         beside(lambda: order.append(3), lambda: order.append(4))
-    assert order == [1, 2, 4, 3] and streams.pairs == 1
+    assert order == [1, 2, 4, 3]
+    assert streams.pairs == 1
 
 
 def test_a_failure_leaves_no_streams_active():
@@ -108,12 +110,15 @@ def test_a_compiler_sees_one_part_after_the_other():
     streams = LateStreams()
     with streaming(streams):
         one, two = both(torch.ones(2))
-    assert one.tolist() == [2, 2] and two.tolist() == [2, 2] and streams.pairs == 0
+    assert one.tolist() == [2, 2]
+    assert two.tolist() == [2, 2]
+    assert streams.pairs == 0
 
 
 def test_which_devices_have_streams():
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    assert pick_streams(True, cuda, False) and not pick_streams(False, cuda, True)
+    assert pick_streams(True, cuda, False)
+    assert not pick_streams(False, cuda, True)
     with pytest.warns(UserWarning, match=r"no effect on a compiled step: set run\.compile=false"):
         assert not pick_streams(True, cuda, True)
     with pytest.raises(ValueError, match=r"run\.streams=true needs a CUDA device, not cpu"):
