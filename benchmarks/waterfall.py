@@ -19,6 +19,7 @@ import torch
 from benchmarks.cases import Context, Provider, Row
 from benchmarks.measure import measure
 from benchmarks.step import our_provider, step_case
+from fastnce.common.beside import CudaStreams
 from fastnce.engine.step import Step
 from fastnce.nce import PatchNCEHead
 from fastnce.networks import leave_out_biases, set_implementation
@@ -40,6 +41,8 @@ class Stage:
     weights_at_once: bool = False
     no_cancelled_biases: bool = False
     """Convolutions omit a bias that the following norm cancels."""
+    streams: bool = False
+    """Independent work runs at the same time (`run.streams`)."""
     graph: bool = True
     cudnn_benchmark: bool = False
     """cuDNN benchmarks its kernels for each shape, as in the published repositories."""
@@ -78,7 +81,8 @@ def stages(cuda: bool, loss: bool = True) -> list[Stage]:
         Stage("+ fused NCE", **fused),
         Stage("+ weights converted at once", **at_once),
         Stage("+ no biases that norms cancel", **all_on),
-        Stage("all, uncaptured", **all_on, graph=False),
+        Stage("+ streams", **all_on, streams=True),
+        Stage("all, uncaptured", **all_on, streams=True, graph=False),
     ]
     return found if loss else [replace(stage, loss="triton") for stage in found if stage.name != "+ fused NCE"]
 
@@ -115,7 +119,7 @@ def cudnn(context: Context) -> Iterator[Row]:
     # needs its own process: PyTorch keeps the first kernel chosen for a shape, whatever is set later
     if context.device.type != "cuda":
         return
-    stage = replace(stages(cuda=True)[-1], name="+ cuDNN benchmark", cudnn_benchmark=True, graph=True)
+    stage = replace(stages(cuda=True)[-1], name="+ cuDNN benchmark", cudnn_benchmark=True, streams=False, graph=True)
     for images in (1, 8) if context.large else (1,):
         provider = _provider("cut", stage, context)
         provider.note = "in its own process"
@@ -140,6 +144,8 @@ def _provider(name: str, stage: Stage, context: Context) -> Provider:
 def switch(step: Step, stage: Stage) -> None:
     """Apply the switches of a stage to a built step."""
     step.weights_at_once = stage.weights_at_once
+    device = step.bad_steps.device
+    step.streams = CudaStreams(device) if stage.streams and device.type == "cuda" else None
     leave_out_biases(step.method, stage.no_cancelled_biases)
     set_implementation(step.method, stage.layers)
     for module in step.method.modules():

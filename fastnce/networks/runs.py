@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Container, Sequence
 from typing import NamedTuple
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .convolution import PLAIN, convolve
 from .layers import InstanceNorm, ReflectionPad
 
 
@@ -61,25 +61,24 @@ def run_one(modules: Sequence[nn.Module], position: int, x: Tensor, kept: Contai
         kept: as in `run_from`; a convolution whose own output is needed adds its bias.
     """
     module = modules[position]
-    if not _bias_is_cancelled(modules, position, kept):
+    if not _is_plain(module):
         return module(x)
-    if isinstance(module, nn.ConvTranspose2d):
-        more = (module.output_padding, module.groups, module.dilation)
-        return F.conv_transpose2d(x, module.weight, None, module.stride, module.padding, *more)  # type: ignore[arg-type]
-    assert isinstance(module, nn.Conv2d)
-    return module._conv_forward(x, module.weight, None)
+    assert isinstance(module, PLAIN)
+    return convolve(module, x, None if _bias_is_cancelled(modules, position, kept) else module.bias)
 
 
-def _bias_is_cancelled(modules: Sequence[nn.Module], position: int, kept: Container[int]) -> bool:
-    """Whether the module is a plain convolution without hooks, followed by an instance norm that leaves out biases."""
-    module = modules[position]
-    if type(module) not in (nn.Conv2d, nn.ConvTranspose2d):  # a subclass may do something else with its bias
-        return False
-    norm = _follower(modules, position + 1, kept)
-    if type(norm) is not InstanceNorm or "forward" in norm.__dict__ or not norm.leaves_out_biases:
+def _is_plain(module: nn.Module) -> bool:
+    """Whether the module is a convolution without hooks. A subclass may do something else with its bias."""
+    if type(module) not in PLAIN:
         return False
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return not any(hooks) and "forward" not in module.__dict__ and module._compiled_call_impl is None
+
+
+def _bias_is_cancelled(modules: Sequence[nn.Module], position: int, kept: Container[int]) -> bool:
+    """Whether the plain convolution at `position` is followed by an instance norm that leaves out biases."""
+    norm = _follower(modules, position + 1, kept)
+    return type(norm) is InstanceNorm and "forward" not in norm.__dict__ and norm.leaves_out_biases
 
 
 def run_all(modules: Sequence[nn.Module], x: Tensor, residual: Tensor | None = None) -> Tensor:
