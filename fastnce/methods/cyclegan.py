@@ -138,7 +138,7 @@ class TwoWay(Method):
         ) -> tuple[list[Judged], Losses]:
             fake = pool(fake)
             independent = discriminator.pictures_independent
-            outputs = judge(discriminator, [self.augment(real), self.augment(fake)], independent)
+            outputs = judge(discriminator, [self.augment(real), self.augment(fake)], bool(independent))
             if self.gp == 0:
                 return outputs, {}
             penalty = gradient_penalty(self.augment.before(discriminator), real, fake)
