@@ -77,7 +77,7 @@ class NEGCUT(CUT):
         weights = dict(self.head.named_parameters())
         means = dict(self.average.named_parameters())
         towards = torch._foreach_sub([weights[name] for name in means], list(means.values()))
-        torch._foreach_mul_(towards, (1.0 - self.options.momentum) * bad.logical_not().float())
+        torch._foreach_mul_(towards, bad.logical_not().to(towards[0].dtype) * (1.0 - self.options.momentum))
         torch._foreach_add_(list(means.values()), towards)
 
     def generate(self, batch: Batch, draws: Draws) -> Outputs:
