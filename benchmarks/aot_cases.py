@@ -179,6 +179,11 @@ def sample_cases() -> Iterator[tuple[str, Callable[[], object]]]:
             )
     for dim, channels in ((256, published), (512, wide)):  # repeated ids are summed exactly, by the kernel for float32
         yield f"sample D={dim} tf32", _in_tf32(lambda d=dim, c=channels: _sample(d, c, dtype=torch.float32))
+        yield (
+            f"sample D={dim} 16-bit weights",
+            lambda d=dim, c=channels: _sample(d, c, weights=torch.bfloat16),
+        )
+    yield "sample D=256 images=64, 16-bit weights", lambda: _sample(256, published, images=64, weights=torch.bfloat16)
     yield "sample D=256 images=64", lambda: _sample(256, published, images=64)
     yield "sample D=256 a set an image, directions", lambda: _sample(256, published, images=2, sets=2, directions=2)
     yield "sample without MLP", lambda: _sample(0, published)
@@ -195,12 +200,13 @@ def _sample(
     directions: int = 0,
     distinct: bool = True,
     dtype: torch.dtype = torch.bfloat16,
+    weights: torch.dtype = torch.float32,
 ) -> None:
     maps = [_tensor(images, c, 32, 32, dtype=dtype).to(memory_format=torch.channels_last) for c in channels]
     maps[0] = _tensor(images, channels[0], 32, 32, dtype=torch.float32)  # an image beside 16-bit features
     ids = [_tensor(sets, 256, dtype=torch.int64) for _ in maps]
     shapes = [s for c in channels for s in ((dim, c), (dim,), (dim, dim), (dim,))] if dim else []
-    mlp = [_tensor(*shape, dtype=torch.float32) for shape in shapes]
+    mlp = [_tensor(*shape, dtype=weights if len(shape) == 2 else torch.float32) for shape in shapes]
     units, *saved = project.project(maps, ids, mlp, dtype, len(maps))
     upstream = _tensor(directions, dtype=torch.float32) if directions else None
     project_backward.project_backward(
