@@ -132,10 +132,11 @@ def project_rows(
         for h in range(0, bound(hidden), BH):
             o_h = h + tl.arange(0, BH)
             m_h = o_h < hidden
+            bias = tl.load(one.bias1 + o_h, mask=m_h, other=0.0).to(tl.float32)  # ready when the product is
             p_w = one.weight1 + o_h[None, :] * channels + o_c[:, None]
             w = tl.load(p_w, mask=m_c[:, None] & m_h[None, :], other=0.0)  # [BC, BH]
             unit_h = long_dot(x, narrow(w, DTYPE), tl.zeros([BM, BH], tl.float32), PRECISION)
-            unit_h += tl.load(one.bias1 + o_h, mask=m_h, other=0.0).to(tl.float32)[None, :]
+            unit_h += bias[None, :]
             unit_h = narrow(tl.where(unit_h < 0, 0.0, unit_h), DTYPE)
             if SAVED > 0:
                 p_h = h_saved + (first_row + o_r64)[:, None] * hidden + o_h[None, :]
