@@ -116,7 +116,7 @@ def project_rows(
     m_c = o_c < channels
     x = tl.zeros([BM, BC], DTYPE)
     for i in tl.static_range(COUNT):
-        if ((ODD >> i) & 1 == 0) == WIDE:
+        if ((ODD >> i) & 1 == 0) == WIDE:  # noqa: SIM102 - known to the compiler
             if number == i:
                 p_x = places_of(maps[i], o_r // one.patches, at, o_c)
                 m_x = m_in[:, None] & m_c[None, :]
@@ -182,15 +182,19 @@ def project_kernel(
     in ODD; 0 if there are none. BD is that of the projection; without an MLP it is BC or BO.
     """
     block = tl.program_id(0).to(tl.int64)
-    if BO > 0 and BC > 0:
-        if (ODD >> number_of(layers, block, COUNT)) & 1 == 0:
-            project_rows(maps, layers, block, length, x_saved, h_saved, hidden, COUNT, SAVED, MLP, ODD, True, DTYPE, PRECISION, BM, BC, BH, BD if MLP else BC)
-        else:
-            project_rows(maps, layers, block, length, x_saved, h_saved, hidden, COUNT, SAVED, MLP, ODD, False, DTYPE, PRECISION, BM, BO, BH, BD if MLP else BO)
-    elif BC > 0:
-        project_rows(maps, layers, block, length, x_saved, h_saved, hidden, COUNT, SAVED, MLP, ODD, True, DTYPE, PRECISION, BM, BC, BH, BD if MLP else BC)
-    else:
-        project_rows(maps, layers, block, length, x_saved, h_saved, hidden, COUNT, SAVED, MLP, ODD, False, DTYPE, PRECISION, BM, BO, BH, BD if MLP else BO)
+    odd = (ODD >> number_of(layers, block, COUNT)) & 1
+    if BC > 0:  # noqa: SIM102 - known to the compiler
+        if BO == 0 or odd == 0:
+            project_rows(
+                maps, layers, block, length, x_saved, h_saved, hidden,
+                COUNT, SAVED, MLP, ODD, True, DTYPE, PRECISION, BM, BC, BH, BD if MLP else BC,
+            )  # fmt: skip
+    if BO > 0:  # noqa: SIM102
+        if BC == 0 or odd == 1:
+            project_rows(
+                maps, layers, block, length, x_saved, h_saved, hidden,
+                COUNT, SAVED, MLP, ODD, False, DTYPE, PRECISION, BM, BO, BH, BD if MLP else BO,
+            )  # fmt: skip
 
 
 class Widths(NamedTuple):
@@ -266,8 +270,8 @@ def project(
     h_saved = torch.empty(kept_rows * hidden if mlp else 0, dtype=dtype, device=first.device)
     launch(
         project_kernel, block, first, tuple(places), tuple(layers), length, x_saved, h_saved, hidden,
-        COUNT=len(layers), SAVED=saved, MLP=bool(mlp), ODD=widths.odd_layers, DTYPE=TRITON_DTYPE[dtype], PRECISION=product,
-        BM=tile.block_m, BC=widths.even, BO=widths.odd, BH=tile.block_n, BD=block_dim(max(dims)),
+        COUNT=len(layers), SAVED=saved, MLP=bool(mlp), ODD=widths.odd_layers, DTYPE=TRITON_DTYPE[dtype],
+        PRECISION=product, BM=tile.block_m, BC=widths.even, BO=widths.odd, BH=tile.block_n, BD=block_dim(max(dims)),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return units, length, x_saved, h_saved

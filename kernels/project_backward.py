@@ -30,7 +30,16 @@ from .common import (
 )
 from .planes import map_strides
 from .planned import planned
-from .project import NORM_EPS, TRITON_DTYPE, FeatureMap, groups_of_four, locations_of, places_of, row_numbers, tile_widths
+from .project import (
+    NORM_EPS,
+    TRITON_DTYPE,
+    FeatureMap,
+    groups_of_four,
+    locations_of,
+    places_of,
+    row_numbers,
+    tile_widths,
+)
 from .weight_gradient import weight_gradients
 
 
@@ -131,7 +140,7 @@ def backward_rows(
         at = tl.where(m_in, patch, 0).to(tl.int32)
         number = number_of(layers, block, COUNT)
         for i in tl.static_range(COUNT):
-            if ((ODD >> i) & 1 == 0) == WIDE:
+            if ((ODD >> i) & 1 == 0) == WIDE:  # noqa: SIM102 - known to the compiler
                 if number == i:
                     p_m = places_of(maps[i], o_r // one.patches, at, o_c)
                     tl.store(p_m, narrow(x, maps[i].map.dtype.element_ty), mask=m_in[:, None] & m_c[None, :])
@@ -170,15 +179,19 @@ def project_backward_kernel(
     BC, BO, BD and ODD are as in `project_kernel`.
     """
     block = tl.program_id(0).to(tl.int64)
-    if BO > 0 and BC > 0:
-        if (ODD >> number_of(layers, block, COUNT)) & 1 == 0:
-            backward_rows(maps, layers, block, length, h_saved, upstream, upstream_stride, d_z, d_h, d_x, hidden, COUNT, MLP, UPSTREAM, DISTINCT, ODD, True, DTYPE, PRECISION, BM, BC, BH, BD if MLP else BC)
-        else:
-            backward_rows(maps, layers, block, length, h_saved, upstream, upstream_stride, d_z, d_h, d_x, hidden, COUNT, MLP, UPSTREAM, DISTINCT, ODD, False, DTYPE, PRECISION, BM, BO, BH, BD if MLP else BO)
-    elif BC > 0:
-        backward_rows(maps, layers, block, length, h_saved, upstream, upstream_stride, d_z, d_h, d_x, hidden, COUNT, MLP, UPSTREAM, DISTINCT, ODD, True, DTYPE, PRECISION, BM, BC, BH, BD if MLP else BC)
-    else:
-        backward_rows(maps, layers, block, length, h_saved, upstream, upstream_stride, d_z, d_h, d_x, hidden, COUNT, MLP, UPSTREAM, DISTINCT, ODD, False, DTYPE, PRECISION, BM, BO, BH, BD if MLP else BO)
+    odd = (ODD >> number_of(layers, block, COUNT)) & 1
+    if BC > 0:  # noqa: SIM102 - known to the compiler
+        if BO == 0 or odd == 0:
+            backward_rows(
+                maps, layers, block, length, h_saved, upstream, upstream_stride, d_z, d_h, d_x, hidden,
+                COUNT, MLP, UPSTREAM, DISTINCT, ODD, True, DTYPE, PRECISION, BM, BC, BH, BD if MLP else BC,
+            )  # fmt: skip
+    if BO > 0:  # noqa: SIM102
+        if BC == 0 or odd == 1:
+            backward_rows(
+                maps, layers, block, length, h_saved, upstream, upstream_stride, d_z, d_h, d_x, hidden,
+                COUNT, MLP, UPSTREAM, DISTINCT, ODD, False, DTYPE, PRECISION, BM, BO, BH, BD if MLP else BO,
+            )  # fmt: skip
 
 
 @triton.jit

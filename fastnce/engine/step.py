@@ -96,6 +96,7 @@ class Step:
         generators = method.generators()
         self._generators = list(generators.values())
         self._discriminators = list(method.discriminators().values())
+        self._projectors = list(method.projectors().values())
         self._spectral = once_per_step(self._discriminators)
         self.averages = (
             {name: WeightAverage(net, options.ema) for name, net in generators.items()} if options.ema else {}
@@ -221,11 +222,11 @@ class Step:
         scale = None if self.loss_scale is None else self.loss_scale.scale
         return Updates(self.groups, scale, self.bad_steps, update)
 
-    def weights(self, networks: Sequence[nn.Module]) -> AbstractContextManager:
-        """Within: the weights of these networks are in the dtype of autocast."""
+    def weights(self, networks: Sequence[nn.Module], projectors: Sequence[nn.Module] = ()) -> AbstractContextManager:
+        """Within: the weights of these networks are in the dtype of autocast, and those of projectors beside them."""
         if self.dtype == torch.float32 or not self.weights_at_once:
             return nullcontext()
-        return converted_weights(networks, self.dtype)
+        return converted_weights(networks, self.dtype, () if self._compiles else projectors)
 
     def _generate(self, batch: Batch, draws: Draws) -> Outputs:
         with self.weights(self._generators), self.autocast():
@@ -292,7 +293,8 @@ class Step:
         for parameter in trained.others:  # a compiled loss would compute their gradients too
             parameter.requires_grad_(False)
         try:
-            with self.weights(used):  # also for the backward, which may recompute blocks
+            projectors = self._projectors if trained.generators else ()
+            with self.weights(used, projectors):  # also for the backward, which may recompute blocks
                 return self._gradients(phase, batch, outputs, draws)
         finally:
             for parameter in trained.others:
