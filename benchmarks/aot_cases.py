@@ -21,6 +21,7 @@ from fastnce.kernels import (
     reflect_pad,
     sample,
 )
+from fastnce.kernels.map_layout import map_layout
 
 
 def _tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -210,7 +211,7 @@ def _sample(
     units, *saved = project.project(maps, ids, mlp, dtype, len(maps))
     upstream = _tensor(directions, dtype=torch.float32) if directions else None
     project_backward.project_backward(
-        units, upstream, directions or 1, [project_backward.map_layout(m) for m in maps], ids, mlp, units, *saved,
+        units, upstream, directions or 1, [map_layout(m) for m in maps], ids, mlp, units, *saved,
         distinct=distinct, wanted=[True] * len(maps), weights_wanted=True,
     )  # fmt: skip
 

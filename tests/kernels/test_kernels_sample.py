@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from fastnce.kernels import project, project_backward
+from fastnce.kernels.map_layout import map_layout, map_views
 from fastnce.kernels.nce import mean_by_direction
 from fastnce.kernels.sample import draw_ids
 from fastnce.kernels.weight_gradient import weight_views
@@ -71,13 +72,13 @@ def gradient_gate(dtype, mlp):
 
 
 def backward(maps, ids, weights, units, saved, upstream, distinct=True, **options):
-    layouts = [project_backward.map_layout(m) for m in maps]
+    layouts = [map_layout(m) for m in maps]
     wanted = [True] * len(maps)
     buffer, flat = project_backward.project_backward(
         upstream, options.get("scale"), options.get("directions", 1), layouts, ids, weights, units, *saved,
         distinct=distinct, wanted=wanted, weights_wanted=True,
     )  # fmt: skip
-    return project_backward.map_views(buffer, layouts, wanted) + weight_views(flat, weights)
+    return map_views(buffer, layouts, wanted) + weight_views(flat, weights)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -109,7 +110,7 @@ def test_rows_and_gradients(case, dtype):
         assert dtype == torch.float16 or error(a, b) <= max(2 * eager, 1e-6)  # float16: see `gradient_gate`
     for m, g in zip(maps, ours, strict=False):
         assert g.dtype == m.dtype
-        assert g.is_contiguous(memory_format=torch.channels_last) or not project_backward.map_layout(m).channels_last
+        assert g.is_contiguous(memory_format=torch.channels_last) or not map_layout(m).channels_last
     again = backward(maps, ids, weights, units, saved, upstream, distinct=not case.get("repeated", False))
     assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
 
@@ -162,13 +163,13 @@ def test_a_location_outside_the_map_gives_nan():
 def test_unwanted_maps_take_no_memory():
     maps, ids, weights = chain(torch.float32)
     units, *saved = project.project(maps, ids, weights, torch.float32, len(maps))
-    layouts, wanted = [project_backward.map_layout(m) for m in maps], [False, True, False]
+    layouts, wanted = [map_layout(m) for m in maps], [False, True, False]
     buffer, flat = project_backward.project_backward(
         units, None, 1, layouts, ids, weights, units, *saved, distinct=True, wanted=wanted, weights_wanted=False
     )
     assert buffer.numel() == layouts[1].bytes()
     assert flat.numel() == 0
-    none, view, also_none = project_backward.map_views(buffer, layouts, wanted)
+    none, view, also_none = map_views(buffer, layouts, wanted)
     assert none is None
     assert also_none is None
     assert view.shape == maps[1].shape

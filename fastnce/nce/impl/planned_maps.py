@@ -16,9 +16,9 @@ from ...common.autograd import FirstOrderOnly
 from ...common.narrowed import copies_of
 from ...kernels import nce, project, project_backward, sample
 from ...kernels.common import dense_rows, fp32_precision
+from ...kernels.map_layout import MapLayout, map_layout
 from ...kernels.plan import Field, Plan, State
 from ...kernels.planned import layout, plan_of, planned
-from ...kernels.project_backward import MapLayout, map_layout
 
 
 def _drawn(seeds: Tensor, maps: Sequence[Tensor], patches: int) -> tuple[Tensor, list[Tensor]]:
