@@ -86,7 +86,12 @@ WRITTEN = ("key", *(name for name in SHOWN if name != "seconds"))
 
 WITHOUT_PRODUCTS = ("float32", "without MLP", "draw", "mean", "rows:", "layer:")
 """Cases without products on the matrix unit."""
-KERNELS_WITHOUT_PRODUCTS = ("pack_weight_kernel", "pack_gradient_kernel", "few_outputs_join_kernel")
+KERNELS_WITHOUT_PRODUCTS = (
+    "pack_weight_kernel",
+    "pack_gradient_kernel",
+    "few_outputs_join_kernel",
+    "weight_join_kernel",
+)
 """Kernels of other cases without products on the matrix unit."""
 
 

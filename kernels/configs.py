@@ -14,6 +14,7 @@ its own cases. All other cases keep the tiles of the nearest listed architecture
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, cast
 
 import torch
@@ -140,6 +141,8 @@ TABLE: tuple[Row, ...] = (
     Row("weight_gradient", Tile(32, 32, 8, 1), dtype="float32"),
     Row("weight_gradient", Tile(64, 64, 4, 2), arch=("sm_90", "sm_120")),  # measured on sm_90; on sm_120 eight spill
     Row("weight_gradient", Tile(64, 64, 8, 2)),
+    # their parts, added: block_m numbers
+    Row("weight_join", Tile(1024, 1, 4, 1)),
     # locations of patches: block_m of them
     Row("draw", Tile(256, 1, 4, 1)),
     # `instance_norm.py`, `blur.py` and `reflect_pad.py`: block_m pixels by at most block_n channels; narrower maps get
@@ -210,8 +213,8 @@ SPLITS = (
 
 FEW_OUTPUTS_CHANNELS = 64
 """The most channels that a program of `few_outputs.py` and `few_outputs_backward.py` multiplies at once."""
-WEIGHT_GRADIENT_ROWS = 32
-"""Rows that `weight_gradient_kernel` multiplies at once."""
+PART_ROWS = 512
+"""The fewest rows of a layer that a program of `weight_gradient_kernel` sums if these are split."""
 EVEN_KEYS = ("sm_90", "interpreter")
 """Architectures whose `nce_kernel` loads full blocks of keys without masks: measured on sm_90. On the others the same
 code needs more registers than there are."""
@@ -296,9 +299,19 @@ def merge_tile(arch: str, dtype: torch.dtype, width: int) -> Tile:
 
 
 @cached
-def weight_gradient_tile(arch: str, dtype: torch.dtype, tf32: bool = False) -> Tile:
-    """The tile of `weight_gradient_kernel`: block_m x block_n weights."""
-    return find_tile("weight_gradient", arch, dtype=_products(dtype, tf32))
+def weight_gradient_tile(arch: str, dtype: torch.dtype, rows: int, tf32: bool = False) -> Tile:
+    """The tile of `weight_gradient_kernel`: block_m x block_n weights. `rows`: of all layers."""
+    return find_tile("weight_gradient", arch, dtype=_products(dtype, tf32), many_rows=rows >= MANY_ROWS)
+
+
+def weight_gradient_rows(dtype: torch.dtype) -> int:
+    """The rows that `weight_gradient_kernel` multiplies at once."""
+    return 32 if dtype == torch.float32 else 64
+
+
+def weight_gradient_parts(arch: str, programs: int, rows: Sequence[int]) -> int:
+    """Into how many parts `weight_gradient_kernel` splits the rows of each layer. `programs`: without a split."""
+    return layer_splits(arch, programs, max(rows) // PART_ROWS) if sum(rows) >= MANY_ROWS else 1
 
 
 @cached
