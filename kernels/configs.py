@@ -42,6 +42,7 @@ MANY_ROWS = 8192
 """From this number of rows, blocks of 64 rows and more fill the processors of a large device."""
 
 FLOAT32 = ("float32", "tf32")
+BITS_16 = ("bfloat16", "float16")
 REGULAR: tuple[Form, ...] = ("unit", "checked", "online", "unit, extra", "checked, extra", "online, extra")
 """Every form but "any"."""
 UP_TO_128, BELOW_512, FROM_512 = range(129), range(512), range(512, 2**31)
@@ -126,6 +127,11 @@ TABLE: tuple[Row, ...] = (
     Row("project", Tile(16, 16, 4, 1), dtype="tf32"),
     Row("project", Tile(16, 16, 16, 1), arch=("sm_90", "sm_120"), dtype="float32", width=BELOW_512),
     Row("project", Tile(16, 16, 8, 1), dtype="float32"),
+    # 16-bit weights go from memory to the matrix unit without registers between
+    Row("project", Tile(128, 64, 8, 2), arch="sm_100", dtype=BITS_16, width=BELOW_512, many_rows=True),
+    Row("project", Tile(64, 64, 8, 2), arch=("sm_90", "sm_100"), dtype=BITS_16, width=BELOW_512),
+    Row("project", Tile(64, 32, 8, 3), arch="sm_80", dtype=BITS_16, width=BELOW_512),
+    Row("project", Tile(64, 32, 8, 2), arch=("sm_86", "sm_89", "sm_120"), dtype=BITS_16, width=BELOW_512),
     Row("project", Tile(32, 64, 8, 1), arch="sm_90", width=256, many_rows=False),
     Row("project", Tile(16, 32, 8, 1), arch=("sm_86", "sm_89")),
     Row("project", Tile(32, 32, 8, 1), width=BELOW_512, many_rows=True),
@@ -139,8 +145,10 @@ TABLE: tuple[Row, ...] = (
     Row("weight_gradient", Tile(64, 64, 8, 2), arch="sm_90", dtype="tf32"),
     Row("weight_gradient", Tile(32, 64, 4, 2), dtype="tf32"),
     Row("weight_gradient", Tile(32, 32, 8, 1), dtype="float32"),
-    Row("weight_gradient", Tile(64, 64, 4, 2), arch=("sm_90", "sm_120")),  # measured on sm_90; on sm_120 eight spill
-    Row("weight_gradient", Tile(64, 64, 8, 2)),
+    Row("weight_gradient", Tile(64, 64, 8, 2), arch="gfx942"),
+    Row("weight_gradient", Tile(64, 64, 4, 3), arch="sm_100"),
+    Row("weight_gradient", Tile(128, 128, 8, 3), many_rows=True),
+    Row("weight_gradient", Tile(64, 64, 4, 3)),
     # their parts, added: block_m numbers
     Row("weight_join", Tile(1024, 1, 4, 1)),
     # locations of patches: block_m of them
@@ -284,12 +292,17 @@ def rows_tile(arch: str, width: int) -> Tile:
 
 
 @cached
-def project_tile(arch: str, dtype: torch.dtype, width: int, rows: int, tf32: bool = False) -> Tile:
+def project_tile(
+    arch: str, dtype: torch.dtype, width: int, rows: int, tf32: bool = False, weights: torch.dtype | None = None
+) -> Tile:
     """The tile of `project_kernel` and its backward: block_m rows, block_n hidden units at a time.
 
-    `width` is the padded number of channels or dims, whichever is larger.
+    Args:
+        width: the padded number of channels or dims, whichever is larger.
+        weights: the dtype of the MLPs, if there are any.
     """
-    return find_tile("project", arch, dtype=_products(dtype, tf32), width=width, many_rows=rows >= MANY_ROWS)
+    products = "mixed" if weights not in (None, dtype) else _products(dtype, tf32)
+    return find_tile("project", arch, dtype=products, width=width, many_rows=rows >= MANY_ROWS)
 
 
 @cached

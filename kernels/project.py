@@ -248,7 +248,8 @@ def project(
     dims = [mlp[2].shape[0] if mlp else m.shape[1] for m in maps]
     all_rows = [m.shape[0] * i.shape[-1] for m, i in zip(maps, ids, strict=True)]
     product = precision(arch, dtype)
-    tile = configs.project_tile(arch, dtype, max(widest_c, block_dim(max(dims))), sum(all_rows), product == "tf32")
+    width, kind = max(widest_c, block_dim(max(dims))), mlp[0].dtype if mlp else None
+    tile = configs.project_tile(arch, dtype, width, sum(all_rows), product == "tf32", kind)
     places, layers, units, block, row, x = [], [], [], 0, 0, 0
     for m, i, weights, dim, rows in zip(maps, ids, groups_of_four(mlp, len(maps)), dims, all_rows, strict=True):
         unit = torch.empty(rows, dim, dtype=dtype, device=m.device)

@@ -299,7 +299,8 @@ def into_buffer(
     widest_d = block_dim(max(u.shape[1] for u in units))
     total = sum(u.shape[0] for u in units)
     product = precision(arch, dtype)
-    tile = configs.project_tile(arch, dtype, max(widest_c, widest_d), total, product == "tf32")
+    kind = mlp[0].dtype if mlp else None
+    tile = configs.project_tile(arch, dtype, max(widest_c, widest_d), total, product == "tf32", kind)
     merge = configs.merge_tile(arch, dtype, widest_c)
     gradients = map_views(buffer, maps, wanted)
     places, layers, merges, block, merge_block, row, x = [], [], [], 0, 0, 0, 0

@@ -36,6 +36,11 @@ def narrowed(weights: Sequence[Tensor], copies: Sequence[Tensor]) -> Iterator[No
         _HELD.copies = before
 
 
+def have_copies(mlp: Sequence[Tensor]) -> bool:
+    """Whether `copies_of` finds copies in one of the 16-bit dtypes."""
+    return any(copies_of(mlp, dtype) is not None for dtype in (torch.bfloat16, torch.float16))
+
+
 def copies_of(mlp: Sequence[Tensor], dtype: torch.dtype | None) -> list[Tensor] | None:
     """Return weight1, bias1, weight2, bias2, ... with copies in `dtype` in place of the weights.
 
