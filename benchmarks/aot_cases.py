@@ -184,6 +184,10 @@ def sample_cases() -> Iterator[tuple[str, Callable[[], object]]]:
             f"sample D={dim} 16-bit weights",
             lambda d=dim, c=channels: _sample(d, c, weights=torch.bfloat16),
         )
+    yield (
+        "sample D=256 float16, 16-bit weights",
+        lambda: _sample(256, published, dtype=torch.float16, weights=torch.float16),
+    )
     yield "sample D=256 images=64, 16-bit weights", lambda: _sample(256, published, images=64, weights=torch.bfloat16)
     yield "sample D=256 images=64", lambda: _sample(256, published, images=64)
     yield "sample D=256 a set an image, directions", lambda: _sample(256, published, images=2, sets=2, directions=2)
@@ -301,7 +305,7 @@ QUICK = re.compile(
     r"|nce D=256 learned T (few|many) rows|nce D=512 learned T, (everything|keys, everything)"
     r"|nce five layers, learned T|nce five layers, uneven, learned T"
     r"|nce (five layers|five layers tf32|eight problems, extra keys)|rows: .*"
-    r"|sample D=256 (bfloat16|bfloat16 repeated ids|float32|tf32|images=64|a set an image, directions)"
+    r"|sample D=256 (bfloat16|bfloat16 repeated ids|float32|tf32|16-bit weights|images=64|images=64, 16-bit weights|a set an image, directions)"
     r"|sample without MLP|draw|mean"
     r"|layer: (norm, ReLU, pad 1|norm, residual|norm, one pixel|pad 1 C=256|blur C=128) torch.bfloat16"
     r"|few outputs: 64 to 3, 7x7 (bfloat16|float16|float32|tf32)|few outputs: 256 to 16, 5x5 bfloat16"

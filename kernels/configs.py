@@ -130,6 +130,8 @@ TABLE: tuple[Row, ...] = (
     # 16-bit weights go from memory to the matrix unit without registers between
     Row("project", Tile(128, 64, 8, 2), arch="sm_100", dtype=BITS_16, width=BELOW_512, many_rows=True),
     Row("project", Tile(64, 64, 8, 2), arch=("sm_90", "sm_100"), dtype=BITS_16, width=BELOW_512),
+    Row("project", Tile(32, 32, 8, 2), arch=("sm_80", "sm_90", "sm_100"), dtype=BITS_16, width=FROM_512),
+    Row("project", Tile(32, 16, 8, 2), arch=("sm_86", "sm_89", "sm_120"), dtype=BITS_16, width=FROM_512),
     Row("project", Tile(64, 32, 8, 3), arch="sm_80", dtype=BITS_16, width=BELOW_512),
     Row("project", Tile(64, 32, 8, 2), arch=("sm_86", "sm_89", "sm_120"), dtype=BITS_16, width=BELOW_512),
     Row("project", Tile(32, 64, 8, 1), arch="sm_90", width=256, many_rows=False),

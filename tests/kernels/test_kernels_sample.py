@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastnce.kernels import project, project_backward
+from fastnce.kernels import common, configs, project, project_backward
 from fastnce.kernels.map_layout import map_layout, map_views
 from fastnce.kernels.nce import mean_by_direction
+from fastnce.kernels.planned import forget_plans
 from fastnce.kernels.sample import draw_ids
 from fastnce.kernels.weight_gradient import weight_views
 
@@ -18,9 +19,12 @@ from tests.oracle import DEVICE, GRADIENT_GATE, error
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def chain(dtype, *, mlp=True, layout="nchw", map_dtype=None, repeated=False, per_image=False, hidden=32, dim=24):
+def chain(
+    dtype, *, mlp=True, layout="nchw", map_dtype=None, repeated=False, per_image=False, hidden=32, dim=24,
+    channels=(3, 20, 33),
+):  # fmt: skip
     """Maps of three layers, ids (sets, patches), and weights that are exact in dtype."""
-    channels, sides, images = (3, 20, 33), (9, 7, 6), 2
+    sides, images = (9, 7, 6), 2
     maps = [torch.randn(images, c, s, s + 1).to(dtype) for c, s in zip(channels, sides, strict=True)]
     maps = [m.to(device=DEVICE, dtype=map_dtype or dtype) for m in maps]
     if layout == "channels_last":
@@ -92,6 +96,11 @@ def backward(maps, ids, weights, units, saved, upstream, distinct=True, **option
         {"layout": "nchw", "repeated": True, "mlp": False},
         {"layout": "channels_last", "mlp": False},
         {"hidden": 70, "dim": 100},
+        {"channels": (3, 32, 48), "layout": "channels_last"},
+        {"channels": (48, 3, 20), "repeated": True},
+        {"channels": (16, 96, 32), "layout": "odd"},
+        {"channels": (16, 48, 32), "mlp": False, "repeated": True},
+        {"channels": (3, 16, 32), "mlp": False, "layout": "channels_last"},
     ],
     ids=str,
 )
@@ -113,6 +122,49 @@ def test_rows_and_gradients(case, dtype):
         assert g.is_contiguous(memory_format=torch.channels_last) or not map_layout(m).channels_last
     again = backward(maps, ids, weights, units, saved, upstream, distinct=not case.get("repeated", False))
     assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_in_16_bits_give_the_same_bits(dtype):
+    """A kernel rounds float32 weights to the dtype of the rows."""
+    maps, ids, weights = chain(dtype, channels=(3, 32, 48))
+    weights = [torch.randn_like(w) / 4 for w in weights]
+    narrow = [w.to(dtype) if w.dim() == 2 else w for w in weights]
+    results = []
+    for mlp in (weights, narrow):
+        units, *saved = project.project(maps, ids, mlp, dtype, len(maps))
+        # products of gradients are in bfloat16: float16 weights would be rounded twice
+        of_gradients = mlp if dtype == torch.bfloat16 else weights
+        results.append([*units, *saved, *backward(maps, ids, of_gradients, units, saved, units)])
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_in_parts(dtype, monkeypatch):
+    """Layers of 40, 40 and 26 rows in parts of 16: the last part is short, or empty."""
+    maps, ids, weights = chain(dtype, channels=(3, 32, 48))
+    ids[2] = ids[2][:, :13]
+    units, *saved = project.project(maps, ids, weights, dtype, len(maps))
+    upstream = [torch.randn(u.shape).to(u) for u in units]
+    _, truth = definition(maps, ids, weights, upstream)
+    parts, started = [], []
+    start = common.start
+    monkeypatch.setattr(
+        common, "start", lambda kernel, *a, **o: (started.append(kernel.__name__), start(kernel, *a, **o))
+    )
+    monkeypatch.setattr(configs, "weight_gradient_rows", lambda dtype: 16)
+    for count in (1, 3):
+        monkeypatch.setattr(configs, "weight_gradient_parts", lambda arch, programs, rows, n=count: n)
+        forget_plans()
+        parts.append(backward(maps, ids, weights, units, saved, upstream)[len(maps) :])
+    forget_plans()
+    for whole, split, exact in zip(*parts, truth[len(maps) :], strict=True):
+        assert error(split, exact) <= gradient_gate(dtype, True)
+        assert error(split, whole.double().cpu()) <= 1e-6
+    assert [name for name in started if name.startswith("weight")] == ["weight_gradient_kernel"] * 2 + [
+        "weight_join_kernel"
+    ]
 
 
 def test_every_element_is_written(monkeypatch):
