@@ -124,12 +124,12 @@ def backward_rows(
             m_h = o_h < hidden
             m_rh = m_r[:, None] & m_h[None, :]
             o_rh = (first_row + o_r64)[:, None] * hidden + o_h[None, :]
-            if DTYPE != tl.float32:  # which needs the registers
+            if tl.float32 != DTYPE:  # which needs the registers
                 kept = tl.load(h_saved + o_rh, mask=m_rh, other=0.0) > 0  # ready when the product is
             p_w = one.weight2 + o_d[:, None] * hidden + o_h[None, :]
             w = tl.load(p_w, mask=(o_d < dim)[:, None] & m_h[None, :], other=0.0)  # [BD, BH]
             g = long_dot(z16, narrow(w, DTYPE), tl.zeros([BM, BH], tl.float32), PRECISION)
-            if DTYPE == tl.float32:
+            if tl.float32 == DTYPE:
                 kept = tl.load(h_saved + o_rh, mask=m_rh, other=0.0) > 0
             g = narrow(tl.where(kept, g, 0.0), DTYPE)
             tl.store(d_h + o_rh, g, mask=m_rh)
