@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from fastnce.kernels import common
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,6 +20,7 @@ from fastnce.engine.weights import converted_weights
 from fastnce.methods import Batch, Draws
 from fastnce.methods.presets import PRESETS
 from fastnce.nce import PatchNCEHead
+from fastnce.nce.impl.uses import maps_use
 from fastnce.networks.layers import full_precision, keep_float32
 from tests.engine.test_engine import random_batch, small_method, smaller_method
 from tests.methods.test_methods_more import build, pictures
@@ -205,3 +207,27 @@ def test_projectors_keep_their_weights():
         with converted_weights([network], torch.bfloat16, [head, nn.Linear(3, 3)]):
             assert have_copies([w for four in head.mlps(1) for w in four]) == expected
             assert all(p is own[name] for name, p in head.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["project_patches", "PatchNCEHead"])
+def test_copies_have_a_check_of_their_own(name):
+    """Kernels that read 16-bit weights are other kernels, so that their first use is checked too."""
+    head = PatchNCEHead([3, 32], dim=32, patches=16)
+    maps = [torch.randn(1, c, 6, 7).bfloat16() for c in (3, 32)]
+    with_weights = maps_use(name, maps, head.mlps(2), 16)
+    weights = [p for p in head.parameters() if p.dim() == 2]
+    with narrowed(weights, [w.detach().bfloat16() for w in weights]):
+        with_copies = maps_use(name, maps, head.mlps(2), 16)
+    assert with_copies.form() != with_weights.form()
+    given = []
+    start = common.start
+    for use in (with_weights, with_copies):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                common, "start", lambda kernel, *a, **o: (given.append((kernel.__name__, a)), start(kernel, *a, **o))
+            )
+            checks = list(use.measure(torch.device("cpu"), torch.bfloat16))
+        assert checks
+        assert all(check.ok for check in checks)
+    dtypes = [one[1][2][0].weight1.dtype for one in given if one[0] == "project_kernel"]
+    assert set(dtypes) == {torch.float32, torch.bfloat16}
