@@ -145,6 +145,7 @@ TABLE: tuple[Row, ...] = (
     Row("merge", Tile(32, 32, 8, 1)),
     # gradients of the projectors: block_m outputs by block_n inputs
     Row("weight_gradient", Tile(64, 64, 8, 2), arch="sm_90", dtype="tf32"),
+    Row("weight_gradient", Tile(32, 64, 8, 2), arch="sm_120", dtype="tf32"),
     Row("weight_gradient", Tile(32, 64, 4, 2), dtype="tf32"),
     Row("weight_gradient", Tile(32, 32, 8, 1), dtype="float32"),
     Row("weight_gradient", Tile(64, 64, 8, 2), arch="gfx942"),

@@ -104,7 +104,7 @@ def project_rows(
     """`project_kernel` for a block of a layer whose channels are (WIDE) or are not a multiple of 16."""
     number = number_of(layers, block, COUNT)
     one = Layer(*fields_of(layers, block, COUNT))
-    rows, dim, first_row = one.rows, one.dim, one.first_row.to(tl.int64)
+    rows, dim, first_row = one.rows, one.dim, one.first_row
     channels = one.channels // 16 * 16 if WIDE else one.channels  # tells the compiler that loads can be wide
     o_r = row_numbers(one, block, BM)
     o_r64 = o_r.to(tl.int64)

@@ -67,9 +67,9 @@ def weight_tile(
     p_b = one.inputs + one.first_input + start * size_n + o_k[:, None] * size_n + o_n[None, :]
     acc = tl.zeros([BM, BN], tl.float32)
     # 16-bit values are summed on the matrix unit too, which adds their exact products with 1 in float32
-    SUMMED: tl.constexpr = one.d_out.dtype.element_ty == tl.float32
+    DTYPE: tl.constexpr = one.d_out.dtype.element_ty  # type: ignore[attr-defined]
     total = tl.zeros([BM, 16], tl.float32)
-    ones = narrow(tl.full([BK, 16], 1.0, tl.float32), one.d_out.dtype.element_ty)
+    ones = narrow(tl.full([BK, 16], 1.0, tl.float32), DTYPE)
     for r in range(0, bound(left), BK):
         m_r = o_k < left - r
         a = tl.load(p_a, mask=m_r[:, None] & m_m[None, :], other=0.0)
@@ -77,7 +77,7 @@ def weight_tile(
         if b.dtype != a.dtype:
             b = narrow(b, a.dtype)
         acc = dot(tl.trans(a), b, acc, PRECISION)
-        if SUMMED:
+        if DTYPE == tl.float32:
             total += tl.sum(a, 0)[:, None]
         else:
             total = dot(tl.trans(a), ones, total, PRECISION)

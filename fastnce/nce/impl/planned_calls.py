@@ -123,8 +123,9 @@ class LossCall(NamedTuple):
         (key, gradient), drawn = self.key(), not self.ids
         if key is None:
             return None
-        query_mlp, key_mlp = (copies_of(mlp, dtype) for mlp in (self.query_mlp, self.key_mlp))
-        narrow = dtype if query_mlp and key_mlp else None
+        copies = [copies_of(mlp, dtype) for mlp in (self.query_mlp, self.key_mlp)]
+        narrow = dtype if all(copies) else None
+        query_mlp, key_mlp = (c or mlp for c, mlp in zip(copies, (self.query_mlp, self.key_mlp), strict=True))
         if narrow is None:
             query_mlp, key_mlp = self.query_mlp, self.key_mlp
         forward = plan_of(
