@@ -14,7 +14,6 @@ its own cases. All other cases keep the tiles of the nearest listed architecture
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from typing import Literal, NamedTuple, cast
 
 import torch
@@ -224,8 +223,6 @@ SPLITS = (
 
 FEW_OUTPUTS_CHANNELS = 64
 """The most channels that a program of `few_outputs.py` and `few_outputs_backward.py` multiplies at once."""
-PART_ROWS = 512
-"""The fewest rows of a layer that a program of `weight_gradient_kernel` sums if these are split."""
 EVEN_KEYS = ("sm_90", "interpreter")
 """Architectures whose `nce_kernel` loads full blocks of keys without masks: measured on sm_90. On the others the same
 code needs more registers than there are."""
@@ -300,9 +297,7 @@ def project_tile(
 ) -> Tile:
     """The tile of `project_kernel` and its backward: block_m rows, block_n hidden units at a time.
 
-    Args:
-        width: the padded number of channels or dims, whichever is larger.
-        weights: the dtype of the MLPs, if there are any.
+    `width` is the padded number of channels or dims, whichever is larger, and `weights` the dtype of the MLPs, if any.
     """
     products = "mixed" if weights not in (None, dtype) else _products(dtype, tf32)
     return find_tile("project", arch, dtype=products, width=width, many_rows=rows >= MANY_ROWS)
@@ -318,16 +313,6 @@ def merge_tile(arch: str, dtype: torch.dtype, width: int) -> Tile:
 def weight_gradient_tile(arch: str, dtype: torch.dtype, rows: int, tf32: bool = False) -> Tile:
     """The tile of `weight_gradient_kernel`: block_m x block_n weights. `rows`: of all layers."""
     return find_tile("weight_gradient", arch, dtype=_products(dtype, tf32), many_rows=rows >= MANY_ROWS)
-
-
-def weight_gradient_rows(dtype: torch.dtype) -> int:
-    """The rows that `weight_gradient_kernel` multiplies at once."""
-    return 32 if dtype == torch.float32 else 64
-
-
-def weight_gradient_parts(arch: str, programs: int, rows: Sequence[int]) -> int:
-    """Into how many parts `weight_gradient_kernel` splits the rows of each layer. `programs`: without a split."""
-    return layer_splits(arch, programs, max(rows) // PART_ROWS) if sum(rows) >= MANY_ROWS else 1
 
 
 @cached

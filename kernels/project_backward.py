@@ -96,7 +96,7 @@ def backward_rows(
 ):
     """`project_backward_kernel` for a block of a layer whose channels are (WIDE) or are not a multiple of 16."""
     one = LayerGradient(*fields_of(layers, block, COUNT))
-    rows, first_row = one.rows, one.first_row
+    rows, first_row = one.rows, one.first_row.to(tl.int64)  # type: ignore[attr-defined]
     channels = one.channels // 16 * 16 if WIDE else one.channels  # as in `project_rows`
     dim = one.dim if MLP else channels
     o_r = row_numbers(one, block, BM)

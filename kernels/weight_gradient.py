@@ -32,6 +32,20 @@ class WeightGradient(NamedTuple):
     first_out: int
 
 
+PART_ROWS = 512
+"""The fewest rows of a layer that a program sums if rows are split."""
+
+
+def rows_at_once(dtype: torch.dtype) -> int:
+    """The rows that `weight_gradient_kernel` multiplies at once."""
+    return 32 if dtype == torch.float32 else 64
+
+
+def parts_of(arch: str, programs: int, rows: Sequence[int]) -> int:
+    """Into how many parts the rows of each layer are split. `programs`: without a split."""
+    return configs.layer_splits(arch, programs, max(rows) // PART_ROWS) if sum(rows) >= configs.MANY_ROWS else 1
+
+
 @triton.jit
 def weight_tile(
     weights,
@@ -151,8 +165,8 @@ def weight_gradients(
     wide_n = tile.block_n if any(n % 16 == 0 for n in inputs_of) else 0
     across = [triton.cdiv(n, narrow_n if n % 16 else wide_n) for n in inputs_of]
     tiles = [triton.cdiv(shape[0], tile.block_m) * n for shape, n in zip(shapes[::2], across, strict=True)]
-    step = configs.weight_gradient_rows(d_z.dtype)
-    parts = configs.weight_gradient_parts(arch, sum(tiles), rows)
+    step = rows_at_once(d_z.dtype)
+    parts = parts_of(arch, sum(tiles), rows)
     each = triton.cdiv(max(rows), parts * step) * step
     parts = triton.cdiv(max(rows), each)
     numbers = sum(shape.numel() for shape in shapes)

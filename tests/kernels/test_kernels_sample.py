@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastnce.kernels import common, configs, project, project_backward
+from fastnce.kernels import common, project, project_backward, weight_gradient
 from fastnce.kernels.map_layout import map_layout, map_views
 from fastnce.kernels.nce import mean_by_direction
 from fastnce.kernels.planned import forget_plans
@@ -140,6 +140,12 @@ def test_weights_in_16_bits_give_the_same_bits(dtype):
         assert torch.equal(ours, theirs)
 
 
+def test_rows_are_split_where_they_are_many():
+    assert weight_gradient.parts_of("sm_90", 36, (4096,) * 5) == 8
+    assert weight_gradient.parts_of("sm_90", 36, (2048, 8192)) == 14
+    assert weight_gradient.parts_of("sm_90", 140, (512,) * 5) == 1
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_in_parts(dtype, monkeypatch):
     """Layers of 40, 40 and 26 rows in parts of 16: the last part is short, or empty."""
@@ -153,9 +159,9 @@ def test_rows_in_parts(dtype, monkeypatch):
     monkeypatch.setattr(
         common, "start", lambda kernel, *a, **o: (started.append(kernel.__name__), start(kernel, *a, **o))
     )
-    monkeypatch.setattr(configs, "weight_gradient_rows", lambda dtype: 16)
+    monkeypatch.setattr(weight_gradient, "rows_at_once", lambda dtype: 16)
     for count in (1, 3):
-        monkeypatch.setattr(configs, "weight_gradient_parts", lambda arch, programs, rows, n=count: n)
+        monkeypatch.setattr(weight_gradient, "parts_of", lambda arch, programs, rows, n=count: n)
         forget_plans()
         parts.append(backward(maps, ids, weights, units, saved, upstream)[len(maps) :])
     forget_plans()
