@@ -46,6 +46,8 @@ REGULAR: tuple[Form, ...] = ("unit", "checked", "online", "unit, extra", "checke
 """Every form but "any"."""
 UP_TO_128, BELOW_512, FROM_512 = range(129), range(512), range(512, 2**31)
 SMALL_MEMORY = tuple(arch for arch in ARCHITECTURES if SHARED_MEMORY[arch] < 128 * 1024)
+WARP_PRODUCTS = ("sm_80", "sm_86", "sm_89", "sm_120")
+"""NVIDIA architectures whose matrix unit multiplies for one warp, not for several."""
 
 # Tile(block_m, block_n, warps, stages)
 TABLE: tuple[Row, ...] = (
@@ -100,14 +102,7 @@ TABLE: tuple[Row, ...] = (
     Row("nce", Tile(32, 64, 8, 2), arch=("sm_86", "sm_89"), width=128, many_rows=True),
     Row("nce", Tile(16, 64, 8, 2), arch=("sm_86", "sm_89"), width=512, many_rows=True, form="checked, extra"),
     Row("nce", Tile(16, 32, 4, 2), arch=("sm_86", "sm_89"), width=512, form=REGULAR),
-    Row(
-        "nce",
-        Tile(16, 64, 8, 2),
-        arch=("sm_80", "sm_86", "sm_89", "sm_120"),
-        width=256,
-        many_rows=False,
-        form="checked",
-    ),
+    Row("nce", Tile(16, 64, 8, 2), arch=WARP_PRODUCTS, width=256, many_rows=False, form="checked"),
     Row("nce", Tile(16, 64, 8, 2), arch=("sm_86", "sm_89"), width=256, many_rows=False, form="online", ragged=True),
     Row("nce", Tile(32, 32, 8, 2), width=FROM_512),
     Row("nce", Tile(32, 32, 4, 2), width=256, form="any"),

@@ -91,7 +91,7 @@ def weight_tile(
         if b.dtype != a.dtype:
             b = narrow(b, a.dtype)
         acc = dot(tl.trans(a), b, acc, PRECISION)
-        if DTYPE == tl.float32:
+        if tl.float32 == DTYPE:
             total += tl.sum(a, 0)[:, None]
         else:
             total = dot(tl.trans(a), ones, total, PRECISION)
