@@ -142,8 +142,7 @@ TABLE: tuple[Row, ...] = (
     Row("weight_gradient", Tile(64, 64, 8, 2)),
     # locations of patches: block_m of them
     Row("draw", Tile(256, 1, 4, 1)),
-    # `instance_norm.py`, `blur.py` and `reflect_pad.py`: block_m pixels by at most block_n channels; narrower maps get
-    # more pixels. Whole lines of memory along the channels (64 of 16 bits are 128 bytes), or along the pixels of plain
+    # `blur.py` and `reflect_pad.py`: block_m pixels by at most block_n channels; narrower maps get more pixels. Whole lines of memory along the channels (64 of 16 bits are 128 bytes), or along the pixels of plain
     # maps. Fewer elements where each needs many reads, or where no load takes several at once.
     Row("layer", Tile(128, 64, 4, 1), arch="interpreter", channels_last=True),  # fewer, larger operations
     Row("layer", Tile(2048, 4, 4, 1), arch="interpreter"),
@@ -161,8 +160,19 @@ TABLE: tuple[Row, ...] = (
     Row("layer", Tile(256, 4, 4, 1), reads=(1, 2)),
     Row("layer", Tile(128, 4, 4, 1), reads=range(3, 10)),
     Row("layer", Tile(64, 4, 4, 1)),
-    # parts of a plane, joined: all parts at once by block_n channels
-    Row("layer_join", Tile(1, 16, 8, 1)),
+    # `instance_norm.py`, its gradient and `activate.py` where loads are wide: 16 channels of 16 bits are one sector
+    Row("norm", Tile(512, 16, 8, 1), reads=range(1, 4)),
+    Row("norm", Tile(256, 16, 8, 1), reads=range(4, 10)),
+    Row("norm", Tile(128, 16, 8, 1)),
+    # `norm_whole.py`: planes of at most block_m pixels by block_n channels, in loads of 16 bytes
+    Row("norm_whole", Tile(4096, 64, 4, 1), arch="interpreter", channels_last=True),
+    Row("norm_whole", Tile(4096, 4, 4, 1), arch="interpreter"),
+    Row("norm_whole", Tile(4096, 8, 16, 1), arch="gfx942", dtype=("bfloat16", "float16"), wide_loads=True),
+    Row("norm_whole", Tile(4096, 8, 32, 1), dtype=("bfloat16", "float16"), wide_loads=True),
+    Row("norm_whole", Tile(4096, 4, 16, 1), channels_last=True),
+    Row("norm_whole", Tile(4096, 1, 8, 1)),
+    # parts of a bias's gradient, joined: block_m parts at a time by block_n channels
+    Row("bias_join", Tile(64, 16, 4, 1)),
     # `few_outputs.py` and `few_outputs_backward.py`. Weights laid out: block_m of them
     Row("pack_weight", Tile(1024, 1, 4, 1)),
     # block_m pixels in each of block_n rows of outputs, which share the rows of x that they read
@@ -303,7 +313,7 @@ def weight_gradient_tile(arch: str, dtype: torch.dtype, tf32: bool = False) -> T
 
 @cached
 def layer_tile(arch: str, channels: int, channels_last: bool, reads: int = 1) -> Tile:
-    """The tile of the kernels of `instance_norm.py`, `blur.py` and `reflect_pad.py`: block_m pixels, block_n channels.
+    """The tile of the kernels of `blur.py` and `reflect_pad.py`: block_m pixels, block_n channels.
 
     Args:
         reads: of each element; 3 where it is one, and up to nine near a border.

@@ -1,0 +1,223 @@
+"""Instance norm and its gradient in one launch, for planes that a program holds in registers.
+
+A program has a few channels of one image: 4096 pixels of 8 channels are 32 values for each of 1024 threads. Mean, sum of
+squared deviations and the sums of the gradient come from these registers. What lies at another place than its pixel is
+read again through the cache by a second, small loop: the ring that a reflection pad adds, the band of pixels that have
+copies in the pad, and the taps of a blur.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import launch, narrow
+from .lookup import Tile
+from .norm_parts import activated, adjoint_tile, layer_tile, output_tile, through_activation
+from .planes import as_map, load_tile, pixels_from, place, reflected, rows_join, store_tile
+
+
+@triton.jit
+def ring_pixels(start, out_width, height, width, MARGIN: tl.constexpr, BM: tl.constexpr):
+    """Rows and columns of pixels that a reflection pad adds: first those above and below, then those at the sides."""
+    o_p = start + tl.arange(0, BM)
+    row = o_p // out_width
+    column = o_p % out_width
+    beside = o_p - 2 * MARGIN * out_width
+    side = beside % (2 * MARGIN)
+    row = tl.where(beside < 0, tl.where(row < MARGIN, row, row + height), MARGIN + beside // (2 * MARGIN))
+    column = tl.where(beside < 0, column, tl.where(side < MARGIN, side, side + width))
+    return row, column
+
+
+@triton.jit
+def band_pixels(start, height, width, MARGIN: tl.constexpr, BM: tl.constexpr):
+    """Rows, columns and mask of the pixels within MARGIN of a border, which may have copies in a padded map."""
+    o_p = start + tl.arange(0, BM)
+    rows = tl.minimum(2 * MARGIN + 2, height)
+    columns = tl.minimum(2 * MARGIN + 2, width)
+    row = o_p // width
+    beside = o_p - rows * width
+    side = beside % columns
+    column = tl.where(beside < 0, o_p % width, tl.where(side <= MARGIN, side, side + width - columns))
+    row = tl.where(beside < 0, tl.where(row <= MARGIN, row, row + height - rows), MARGIN + 1 + beside // columns)
+    return row, column, o_p < rows * width + (height - rows) * columns
+
+
+@triton.jit
+def load_copies(source, image, row, column, m_p, o_c, m_c, height, width, MARGIN: tl.constexpr):
+    """The sum of all copies of each pixel in a padded map, in a fixed order."""
+    value = load_tile(source, image, row + MARGIN, column + MARGIN, m_p, o_c, m_c)
+    for side_y in tl.static_range(3):
+        at_y, m_y = copy_of(row, height, side_y, MARGIN)
+        for side_x in tl.static_range(3):
+            if side_y + side_x > 0:
+                at_x, m_x = copy_of(column, width, side_x, MARGIN)
+                value += load_tile(source, image, at_y, at_x, m_p & m_y & m_x, o_c, m_c)
+    return value
+
+
+@triton.jit
+def copy_of(position, size, SIDE: tl.constexpr, MARGIN: tl.constexpr):
+    """Along one axis: where the copy on a side is in the padded map, and whether there is one."""
+    if SIDE == 0:
+        return position + MARGIN, position >= 0
+    elif SIDE == 1:
+        return MARGIN - position, (position >= 1) & (position <= MARGIN)
+    else:
+        return 2 * (size - 1) - position + MARGIN, (position <= size - 2) & (position >= size - 1 - MARGIN)
+
+
+@triton.jit
+def whole_norm_kernel(
+    x, residual, out, statistics, channels, height, width, out_height, out_width, pixels, places, tiles, eps,
+    SLOPE: tl.constexpr, RESIDUAL: tl.constexpr, MARGIN: tl.constexpr, KIND: tl.constexpr, TAPS: tl.constexpr,
+    FLAT: tl.constexpr, BP: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """All output pixels of a plane. `tiles` tiles of `places` pixels are in the ring of a pad, or behind a blur."""
+    image, _, first_c = place(channels, 1, BC)
+    o_c = first_c + tl.arange(0, BC)
+    m_c = o_c < channels
+    row, column = pixels_from(0, width, FLAT, BP)
+    m_p = tl.arange(0, BP) < pixels
+    value = load_tile(x, image, row, column, m_p, o_c, m_c)
+    count = tl.cast(pixels, tl.float32)
+    mean = tl.sum(value, 0) / count
+    apart = tl.where(m_p[:, None], value - mean[None, :], 0.0)
+    off = tl.sum(apart, 0) / count  # what rounding has left of the mean
+    scale = 1.0 / tl.sqrt(tl.maximum(tl.sum(apart * apart, 0) / count - off * off, 0.0) + eps)
+    mean += off
+    p_s = statistics + image * 2 * channels + o_c
+    tl.store(p_s, mean, mask=m_c)
+    tl.store(p_s + channels, scale, mask=m_c)
+    if KIND is None:
+        value = activated((value - mean[None, :]) * scale[None, :], SLOPE)
+        if RESIDUAL:
+            value += load_tile(residual, image, row, column, m_p, o_c, m_c)
+        store_tile(out, value, image, row + MARGIN, column + MARGIN, m_p, o_c, m_c)
+        if MARGIN > 0:
+            for t in range(tiles):
+                row, column = ring_pixels(t * BM, out_width, height, width, MARGIN, BM)
+                m_p = t * BM + tl.arange(0, BM) < places
+                value = layer_tile(
+                    x, residual, image, reflected(row - MARGIN, height), reflected(column - MARGIN, width), m_p, o_c,
+                    m_c, mean, scale, SLOPE, RESIDUAL,
+                )  # fmt: skip
+                store_tile(out, value, image, row, column, m_p, o_c, m_c)
+    else:
+        for t in range(tiles):
+            row, column = pixels_from(t * BM, out_width, False, BM)
+            m_p = t * BM + tl.arange(0, BM) < places
+            value = output_tile(
+                x, residual, image, row, column, m_p, o_c, m_c, mean, scale, height, width, out_height, out_width,
+                SLOPE, RESIDUAL, MARGIN, KIND, TAPS, BM, BC,
+            )  # fmt: skip
+            store_tile(out, value, image, row, column, m_p, o_c, m_c)
+
+
+@triton.jit
+def whole_gradient_kernel(
+    x, gradient, inner, total, statistics, out, channels, height, width, out_height, out_width, pixels, places, tiles,
+    each, SLOPE: tl.constexpr, INNER: tl.constexpr, TOTAL: tl.constexpr, MARGIN: tl.constexpr, KIND: tl.constexpr,
+    TAPS: tl.constexpr, FLAT: tl.constexpr, BP: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """d_x of a plane. `tiles` tiles of `places` pixels are in the ring of a pad, `each` tiles in the band beside it."""
+    image, _, first_c = place(channels, 1, BC)
+    o_c = first_c + tl.arange(0, BC)
+    m_c = o_c < channels
+    p_s = statistics + image * 2 * channels + o_c
+    mean = tl.load(p_s, mask=m_c, other=0.0)
+    scale = tl.load(p_s + channels, mask=m_c, other=0.0)
+    row, column = pixels_from(0, width, FLAT, BP)
+    m_p = tl.arange(0, BP) < pixels
+    if MARGIN > 0:
+        arriving = load_tile(gradient, image, row + MARGIN, column + MARGIN, m_p, o_c, m_c)
+        if INNER:
+            arriving += load_tile(inner, image, row, column, m_p, o_c, m_c)
+    else:
+        arriving = adjoint_tile(
+            gradient, inner, image, 0, row, column, m_p, o_c, m_c, height, width, out_height, out_width, INNER, 0,
+            KIND, TAPS, BP, BC,
+        )  # fmt: skip
+    normal = (load_tile(x, image, row, column, m_p, o_c, m_c) - mean[None, :]) * scale[None, :]
+    kept = narrow(arriving, x.data.dtype.element_ty)  # half the registers
+    arriving = through_activation(arriving, normal, SLOPE)
+    of_gradient = tl.sum(arriving, 0)
+    of_product = tl.sum(arriving * normal, 0)
+    if MARGIN > 0:  # each pixel of the ring is a copy of a pixel of y
+        for t in range(tiles):
+            at_row, at_column = ring_pixels(t * BM, out_width, height, width, MARGIN, BM)
+            m_r = t * BM + tl.arange(0, BM) < places
+            copied = load_tile(gradient, image, at_row, at_column, m_r, o_c, m_c)
+            at_row, at_column = reflected(at_row - MARGIN, height), reflected(at_column - MARGIN, width)
+            of = (load_tile(x, image, at_row, at_column, m_r, o_c, m_c) - mean[None, :]) * scale[None, :]
+            copied = through_activation(copied, of, SLOPE)
+            of_gradient += tl.sum(copied, 0)
+            of_product += tl.sum(copied * of, 0)
+    count = tl.cast(pixels, tl.float32)
+    of_gradient = (of_gradient / count)[None, :]
+    of_product = (of_product / count)[None, :]
+    if MARGIN > 0:
+        away = (row > MARGIN) & (row < height - 1 - MARGIN) & (column > MARGIN) & (column < width - 1 - MARGIN)
+        m_p = m_p & away
+    if TOTAL:
+        store_tile(total, kept, image, row, column, m_p, o_c, m_c)
+    arriving = through_activation(kept.to(tl.float32), normal, SLOPE)
+    value = (arriving - of_gradient - normal * of_product) * scale[None, :]
+    store_tile(out, value, image, row, column, m_p, o_c, m_c)
+    if MARGIN > 0:
+        for t in range(each):
+            row, column, m_p = band_pixels(t * BM, height, width, MARGIN, BM)
+            arriving = load_copies(gradient, image, row, column, m_p, o_c, m_c, height, width, MARGIN)
+            if INNER:
+                arriving += load_tile(inner, image, row, column, m_p, o_c, m_c)
+            if TOTAL:
+                store_tile(total, arriving, image, row, column, m_p, o_c, m_c)
+            normal = (load_tile(x, image, row, column, m_p, o_c, m_c) - mean[None, :]) * scale[None, :]
+            arriving = through_activation(arriving, normal, SLOPE)
+            value = (arriving - of_gradient - normal * of_product) * scale[None, :]
+            store_tile(out, value, image, row, column, m_p, o_c, m_c)
+
+
+def _second(tile: Tile, most: int) -> int:
+    """Pixels of a tile of the second loop: at most `most`, and no more than threads can read at once."""
+    return min(tile.block_m, max(32 * tile.warps, 128), triton.next_power_of_2(most))
+
+
+def forward(tile: Tile, x: Tensor, residual: Tensor, out: Tensor, statistics: Tensor, eps: float, form: dict) -> None:
+    """Start `whole_norm_kernel`; `form` has its constants."""
+    images, channels, height, width = x.shape
+    out_height, out_width = out.shape[2:]
+    moved = form["MARGIN"] > 0 or form["KIND"] is not None
+    places = out_height * out_width - (height * width if form["KIND"] is None else 0)
+    second = _second(tile, max(places, 1))
+    launch(
+        whole_norm_kernel, images * triton.cdiv(channels, tile.block_n), x, as_map(x), as_map(residual), as_map(out),
+        statistics, channels, height, width, out_height, out_width, height * width, places,
+        triton.cdiv(places, second), eps, **form, FLAT=not moved and rows_join(x, residual, out), BP=tile.block_m,
+        BM=second, BC=tile.block_n, num_warps=tile.warps,
+    )  # fmt: skip
+
+
+def backward(
+    tile: Tile, gradient: Tensor, inner: Tensor, x: Tensor, statistics: Tensor, out: Tensor, ready: Tensor,
+    form: dict[str, Any], total: bool,
+) -> None:  # fmt: skip
+    """Start `whole_gradient_kernel`, which writes g to `ready` if `total`; `form` has its constants."""
+    images, channels, height, width = x.shape
+    out_height, out_width = gradient.shape[2:]
+    margin = form["MARGIN"]
+    places = out_height * out_width - height * width if margin else 0
+    rows, columns = min(2 * margin + 2, height), min(2 * margin + 2, width)
+    band = rows * width + (height - rows) * columns if margin else 0
+    second = _second(tile, max(places, band, 1))
+    flat = margin == 0 and form["KIND"] is None and rows_join(x, gradient, inner, ready, out)
+    launch(
+        whole_gradient_kernel, images * triton.cdiv(channels, tile.block_n), x, as_map(x), as_map(gradient),
+        as_map(inner), as_map(ready), statistics, as_map(out), channels, height, width, out_height, out_width,
+        height * width, places, triton.cdiv(places, second), triton.cdiv(band, second), **form, TOTAL=total, FLAT=flat,
+        BP=tile.block_m, BM=second, BC=tile.block_n, num_warps=tile.warps,
+    )  # fmt: skip
