@@ -43,7 +43,7 @@ MANY_ROWS = 8192
 FLOAT32 = ("float32", "tf32")
 REGULAR: tuple[Form, ...] = ("unit", "checked", "online", "unit, extra", "checked, extra", "online, extra")
 """Every form but "any"."""
-UP_TO_128, BELOW_512, FROM_512 = range(129), range(512), range(512, 2**31)
+UP_TO_128, UP_TO_2048, BELOW_512, FROM_512 = range(129), range(2049), range(512), range(512, 2**31)
 SMALL_MEMORY = tuple(arch for arch in ARCHITECTURES if SHARED_MEMORY[arch] < 128 * 1024)
 
 # Tile(block_m, block_n, warps, stages)
@@ -142,8 +142,9 @@ TABLE: tuple[Row, ...] = (
     Row("weight_gradient", Tile(64, 64, 8, 2)),
     # locations of patches: block_m of them
     Row("draw", Tile(256, 1, 4, 1)),
-    # `blur.py` and `reflect_pad.py`: block_m pixels by at most block_n channels; narrower maps get more pixels. Whole lines of memory along the channels (64 of 16 bits are 128 bytes), or along the pixels of plain
-    # maps. Fewer elements where each needs many reads, or where no load takes several at once.
+    # `blur.py` and `reflect_pad.py`: block_m pixels by at most block_n channels; narrower maps get more pixels. Whole
+    # lines of memory along the channels (64 of 16 bits are 128 bytes), or along the pixels of plain maps. Fewer elements
+    # where each needs many reads, or where no load takes several at once.
     Row("layer", Tile(128, 64, 4, 1), arch="interpreter", channels_last=True),  # fewer, larger operations
     Row("layer", Tile(2048, 4, 4, 1), arch="interpreter"),
     Row("layer", Tile(128, 32, 4, 1), arch="sm_90", wide_loads=True, reads=(1, 2)),  # sm_90: measured on an H100
@@ -167,8 +168,8 @@ TABLE: tuple[Row, ...] = (
     # `norm_whole.py`: planes of at most block_m pixels by block_n channels, in loads of 16 bytes
     Row("norm_whole", Tile(4096, 64, 4, 1), arch="interpreter", channels_last=True),
     Row("norm_whole", Tile(4096, 4, 4, 1), arch="interpreter"),
-    Row("norm_whole", Tile(4096, 8, 16, 1), arch="gfx942", dtype=("bfloat16", "float16"), wide_loads=True),
-    Row("norm_whole", Tile(4096, 8, 32, 1), dtype=("bfloat16", "float16"), wide_loads=True),
+    Row("norm_whole", Tile(4096, 8, 16, 1), dtype=("bfloat16", "float16"), wide_loads=True, form="forward"),
+    Row("norm_whole", Tile(4096, 8, 16, 1), dtype=("bfloat16", "float16"), wide_loads=True, width=UP_TO_2048),
     Row("norm_whole", Tile(4096, 4, 16, 1), channels_last=True),
     Row("norm_whole", Tile(4096, 1, 8, 1)),
     # parts of a bias's gradient, joined: block_m parts at a time by block_n channels

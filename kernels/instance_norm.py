@@ -1,10 +1,9 @@
 """Instance norm without parameters, fused with what surrounds it.
 
-y = act(norm(x)) [+ residual], then a reflection pad, a blur down or up, or y itself. A plane of at most
-4096 pixels takes one launch (`norm_whole.py`). Larger ones take two: `moments_kernel` writes the
-moments of each part of a plane, and every program of `normalise_kernel` joins the parts of its plane, always in the same
-order, before it writes its tiles. The first program of a plane writes the joined moments for the gradient
-(`instance_norm_backward.py`).
+y = act(norm(x)) [+ residual], then a reflection pad, a blur down or up, or y itself. A plane of at most 4096 pixels takes
+one launch (`norm_whole.py`), unless it is blurred up. Other planes take two: `moments_kernel` writes the moments of the
+parts of a plane, and every program of `normalise_kernel` joins the parts of its plane, always in the same order, before
+it writes its tiles. The first program of a plane writes the joined moments for the gradient.
 
 Reads + writes per element of x: 2 + 1, with a residual 3 + 1. (Separate norm, ReLU and pad move 3 + 2 + 2.) A map that
 stays in the cache between two launches is read from memory once, so the minimum is 1 + 1.
@@ -29,6 +28,7 @@ from .planes import (
     check_plane,
     empty_like,
     is_channels_last,
+    is_near,
     load_tile,
     pixels_from,
     place,
@@ -118,7 +118,7 @@ def instance_norm(
     form = {"SLOPE": slope, "RESIDUAL": residual is not None, "MARGIN": margin, "KIND": kind, "TAPS": TAPS[kind]}
     arch, pixels = architecture(x.device), height * width
     whole = None if blur == 2 else norm_tiles.whole_tile(arch, channels, is_channels_last(x), x.dtype, pixels)
-    if whole is not None:
+    if whole is not None and is_near(x, added, out):
         norm_whole.forward(whole, x, added, out, statistics, eps, form)
         return out, statistics
     split = Tiling(x, pixels, 1, reduction=True)

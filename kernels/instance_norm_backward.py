@@ -1,13 +1,13 @@
 """The gradient of `instance_norm.py`, through its pad or blur, its activation and its norm.
 
-For g, the gradient of y, and normalised values n: d_x = (g' - mean(g') - n * mean(g' n)) / deviation with
-g' = act'(n) g. A plane of at most 4096 pixels takes one launch (`norm_whole.py`). Larger ones take
-two: `sums_kernel` sums g' and g' n over each part of a plane, and every program of `gradient_kernel` joins the parts of
-its plane and writes its tiles. Both recompute n and the activation's mask from x, the mean and 1 / deviation.
+For the gradient g of y and normalised values n: d_x = (g' - mean(g') - n * mean(g' n)) / deviation, g' = act'(n) g. A
+plane of at most 4096 pixels takes one launch (`norm_whole.py`), unless it was blurred up. Other planes take two:
+`sums_kernel` sums g' and g' n over the parts of a plane, and every program of `gradient_kernel` joins the parts of its
+plane and writes its tiles. Both recompute n and the activation's mask from x, the mean and 1 / deviation.
 
-Pads need no gather for the sums: each pixel of the padded gradient is multiplied with the n that it is a copy of. A
-blur's g is gathered from up to 16 pixels. Where that many are read, or where g itself is wanted, the first kernel writes
-g and the second reads it.
+Pads need no gather for the sums: each pixel of the padded gradient is multiplied by the n that it is a copy of. A blur's
+g is gathered from up to 16 pixels. Where that many are read, or where g itself is wanted, the first kernel writes g and
+the second reads it.
 
 Reads + writes per element of x: 4 + 1. (Separate norm, ReLU and pad move 2 + 3 + 5.)
 """
@@ -37,6 +37,7 @@ from .planes import (
     check_plane,
     empty_like,
     is_channels_last,
+    is_near,
     load_tile,
     pixels_from,
     place,
@@ -157,8 +158,8 @@ def instance_norm_backward(
     more = x if inner is None else inner
     form = {"SLOPE": slope, "INNER": inner is not None, "MARGIN": margin, "KIND": kind, "TAPS": TAPS[kind]}
     arch, pixels = architecture(x.device), height * width
-    whole = None if blur == 2 else norm_tiles.whole_tile(arch, channels, is_channels_last(x), x.dtype, pixels)
-    if whole is not None:
+    whole = None if blur == 2 else norm_tiles.whole_tile(arch, channels, is_channels_last(x), x.dtype, pixels, True)
+    if whole is not None and is_near(x, gradient, more, out):
         norm_whole.backward(whole, gradient, more, x, statistics, out, ready, form, total)
         return out, d_total
     plain = margin == 0 and blur == 0 and rows_join(x, gradient, more, ready)

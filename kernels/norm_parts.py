@@ -115,13 +115,14 @@ def through_activation(gradient, normal, SLOPE: tl.constexpr):
 
 @triton.jit
 def layer_tile(
-    x, residual, image, row, column, m_p, o_c, m_c, mean, scale, SLOPE: tl.constexpr, RESIDUAL: tl.constexpr
-):
+    x, residual, image, row, column, m_p, o_c, m_c, mean, scale, SLOPE: tl.constexpr, RESIDUAL: tl.constexpr,
+    NEAR: tl.constexpr = False,
+):  # fmt: skip
     """A tile of y at the given pixels of x, before pads and blurs."""
-    value = (load_tile(x, image, row, column, m_p, o_c, m_c) - mean[None, :]) * scale[None, :]
+    value = (load_tile(x, image, row, column, m_p, o_c, m_c, NEAR) - mean[None, :]) * scale[None, :]
     value = activated(value, SLOPE)
     if RESIDUAL:
-        value += load_tile(residual, image, row, column, m_p, o_c, m_c)
+        value += load_tile(residual, image, row, column, m_p, o_c, m_c, NEAR)
     return value
 
 
@@ -129,7 +130,7 @@ def layer_tile(
 def output_tile(
     x, residual, image, row, column, m_p, o_c, m_c, mean, scale, height, width, out_height, out_width,
     SLOPE: tl.constexpr, RESIDUAL: tl.constexpr, MARGIN: tl.constexpr, KIND: tl.constexpr, TAPS: tl.constexpr,
-    BM: tl.constexpr, BC: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, NEAR: tl.constexpr = False,
 ):  # fmt: skip
     """A tile of the output at the given pixels: padded, blurred, or y itself."""
     if KIND is not None:
@@ -139,13 +140,13 @@ def output_tile(
             for j in tl.static_range(TAPS):
                 at_column, weight_column = tap_of(column, width, out_width, KIND, j)
                 one = layer_tile(
-                    x, residual, image, at_row, at_column, m_p, o_c, m_c, mean, scale, SLOPE, RESIDUAL
+                    x, residual, image, at_row, at_column, m_p, o_c, m_c, mean, scale, SLOPE, RESIDUAL, NEAR
                 )  # fmt: skip
                 value += (weight_row * weight_column)[:, None] * one
     else:
         if MARGIN > 0:
             row, column = reflected(row - MARGIN, height), reflected(column - MARGIN, width)
-        value = layer_tile(x, residual, image, row, column, m_p, o_c, m_c, mean, scale, SLOPE, RESIDUAL)
+        value = layer_tile(x, residual, image, row, column, m_p, o_c, m_c, mean, scale, SLOPE, RESIDUAL, NEAR)
     return value
 
 
@@ -153,11 +154,11 @@ def output_tile(
 def adjoint_tile(
     gradient, inner, image, start, row, column, m_p, o_c, m_c, height, width, out_height, out_width,
     INNER: tl.constexpr, MARGIN: tl.constexpr, KIND: tl.constexpr, TAPS: tl.constexpr, BM: tl.constexpr,
-    BC: tl.constexpr,
+    BC: tl.constexpr, NEAR: tl.constexpr = False,
 ):  # fmt: skip
-    """The gradient of y at the given pixels: gathered from the gradient of the output, plus `inner`. KIND is a transpose.
+    """The gradient of y at the given pixels: gathered from the gradient of the output, plus `inner`.
 
-    `start` is the first pixel of the tile.
+    KIND is a transposed blur. `start` is the first pixel of the tile.
     """
     if KIND is not None:
         value = tl.zeros([BM, BC], tl.float32)
@@ -166,10 +167,12 @@ def adjoint_tile(
             for j in tl.static_range(TAPS):
                 at_column, weight_column = tap_of(column, out_width, width, KIND, j)
                 weight = weight_row * weight_column
-                one = load_tile(gradient, image, at_row, at_column, m_p & (weight > 0), o_c, m_c)
+                one = load_tile(gradient, image, at_row, at_column, m_p & (weight > 0), o_c, m_c, NEAR)
                 value += weight[:, None] * one
+    elif MARGIN == 0:
+        value = load_tile(gradient, image, row, column, m_p, o_c, m_c, NEAR)
     else:
         value = load_folded(gradient, image, start, row, column, m_p, o_c, m_c, height, width, MARGIN, BM)
     if INNER:
-        value += load_tile(inner, image, row, column, m_p, o_c, m_c)
+        value += load_tile(inner, image, row, column, m_p, o_c, m_c, NEAR)
     return value

@@ -9,9 +9,11 @@ from . import configs
 from .lookup import Tile, cached
 
 NORM_PARTS = 64
-"""The most parts of a plane whose sums a norm's second launch joins. Each of its programs reads all parts of its channels:
-64 parts of 16 channels are 8 KiB, beside tiles of 32 KiB that it reads and writes. All programs of the first launch are
-resident at once: 64 channels of 256x256 are 4 x 64 programs of 8 warps, two for each of the 132 processors of an H100."""
+"""The most parts of a plane whose sums a norm's second launch joins.
+
+Each of its programs reads all parts of its channels: 64 parts of 16 channels are 8 KiB, beside tiles of 32 KiB that it
+reads and writes. All programs of the first launch are resident at once: 64 channels of 256x256 are 4 x 64 programs of 8
+warps, two for each of the 132 processors of an H100."""
 
 PROGRAMS = 512
 """The most programs of a second launch: about four for each processor, so that the parts are joined only that often."""
@@ -40,17 +42,22 @@ def norm_splits(arch: str, programs: int, tiles: int, reduction: bool) -> int:
 
 
 @cached
-def whole_tile(arch: str, channels: int, channels_last: bool, dtype: torch.dtype, pixels: int) -> Tile | None:
+def whole_tile(
+    arch: str, channels: int, channels_last: bool, dtype: torch.dtype, pixels: int, backward: bool = False
+) -> Tile | None:
     """The tile of `norm_whole.py` for planes of `pixels` pixels, which it contains; None if they are too large.
 
     A thread has at least 16 values, so that small planes take few warps.
     """
     wide_loads = channels_last and channels % 16 == 0
     name = str(dtype).removeprefix("torch.")
-    tile = configs.find_tile("norm_whole", arch, dtype=name, channels_last=channels_last, wide_loads=wide_loads)
+    block_m = max(16, triton.next_power_of_2(pixels))
+    tile = configs.find_tile(
+        "norm_whole", arch, dtype=name, channels_last=channels_last, wide_loads=wide_loads, width=block_m,
+        form="backward" if backward else "forward",
+    )  # fmt: skip
     if pixels > tile.block_m:
         return None
-    block_m = max(16, triton.next_power_of_2(pixels))
     block_n = min(tile.block_n, triton.next_power_of_2(channels))
     warps = triton.next_power_of_2(triton.cdiv(block_m * block_n, 512))
     return Tile(block_m, block_n, min(max(warps, 4), tile.warps), tile.stages)

@@ -1,9 +1,10 @@
 """Instance norm and its gradient in one launch, for planes that a program holds in registers.
 
-A program has a few channels of one image: 4096 pixels of 8 channels are 32 values for each of 1024 threads. Mean, sum of
-squared deviations and the sums of the gradient come from these registers. What lies at another place than its pixel is
-read again through the cache by a second, small loop: the ring that a reflection pad adds, the band of pixels that have
-copies in the pad, and the taps of a blur.
+A program has a few channels of one image: 4096 pixels of 8 channels are 64 values for each of 512 threads. Mean, sum of
+squared deviations and the sums of the gradient come from these registers. The gradient keeps two maps, and takes 4
+channels where a plane has more than 2048 pixels. What lies at another place than its pixel is read again through the
+cache by a second, small loop: the ring that a reflection pad adds, the band of pixels that have copies in the pad, and
+the taps of a blur down.
 """
 
 from __future__ import annotations
@@ -50,13 +51,13 @@ def band_pixels(start, height, width, MARGIN: tl.constexpr, BM: tl.constexpr):
 @triton.jit
 def load_copies(source, image, row, column, m_p, o_c, m_c, height, width, MARGIN: tl.constexpr):
     """The sum of all copies of each pixel in a padded map, in a fixed order."""
-    value = load_tile(source, image, row + MARGIN, column + MARGIN, m_p, o_c, m_c)
+    value = load_tile(source, image, row + MARGIN, column + MARGIN, m_p, o_c, m_c, True)
     for side_y in tl.static_range(3):
         at_y, m_y = copy_of(row, height, side_y, MARGIN)
         for side_x in tl.static_range(3):
             if side_y + side_x > 0:
                 at_x, m_x = copy_of(column, width, side_x, MARGIN)
-                value += load_tile(source, image, at_y, at_x, m_p & m_y & m_x, o_c, m_c)
+                value += load_tile(source, image, at_y, at_x, m_p & m_y & m_x, o_c, m_c, True)
     return value
 
 
@@ -72,6 +73,19 @@ def copy_of(position, size, SIDE: tl.constexpr, MARGIN: tl.constexpr):
 
 
 @triton.jit
+def widened(kept, count):
+    """Values of 16 bits in float32. `count` is positive, but the compiler does not know that.
+
+    It would otherwise keep the float32 values of the first use, which need twice the registers.
+    """
+    if kept.dtype == tl.float32:
+        return kept
+    else:
+        zero = (count < 0).to(tl.int16)
+        return (kept.to(tl.int16, bitcast=True) ^ zero).to(kept.dtype, bitcast=True).to(tl.float32)
+
+
+@triton.jit
 def whole_norm_kernel(
     x, residual, out, statistics, channels, height, width, out_height, out_width, pixels, places, tiles, eps,
     SLOPE: tl.constexpr, RESIDUAL: tl.constexpr, MARGIN: tl.constexpr, KIND: tl.constexpr, TAPS: tl.constexpr,
@@ -83,7 +97,7 @@ def whole_norm_kernel(
     m_c = o_c < channels
     row, column = pixels_from(0, width, FLAT, BP)
     m_p = tl.arange(0, BP) < pixels
-    value = load_tile(x, image, row, column, m_p, o_c, m_c)
+    value = load_tile(x, image, row, column, m_p, o_c, m_c, True)
     count = tl.cast(pixels, tl.float32)
     mean = tl.sum(value, 0) / count
     apart = tl.where(m_p[:, None], value - mean[None, :], 0.0)
@@ -96,26 +110,26 @@ def whole_norm_kernel(
     if KIND is None:
         value = activated((value - mean[None, :]) * scale[None, :], SLOPE)
         if RESIDUAL:
-            value += load_tile(residual, image, row, column, m_p, o_c, m_c)
-        store_tile(out, value, image, row + MARGIN, column + MARGIN, m_p, o_c, m_c)
+            value += load_tile(residual, image, row, column, m_p, o_c, m_c, True)
+        store_tile(out, value, image, row + MARGIN, column + MARGIN, m_p, o_c, m_c, True)
         if MARGIN > 0:
             for t in range(tiles):
-                row, column = ring_pixels(t * BM, out_width, height, width, MARGIN, BM)
-                m_p = t * BM + tl.arange(0, BM) < places
-                value = layer_tile(
-                    x, residual, image, reflected(row - MARGIN, height), reflected(column - MARGIN, width), m_p, o_c,
-                    m_c, mean, scale, SLOPE, RESIDUAL,
+                to_row, to_column = ring_pixels(t * BM, out_width, height, width, MARGIN, BM)
+                m_r = t * BM + tl.arange(0, BM) < places
+                at_row, at_column = reflected(to_row - MARGIN, height), reflected(to_column - MARGIN, width)
+                copied = layer_tile(
+                    x, residual, image, at_row, at_column, m_r, o_c, m_c, mean, scale, SLOPE, RESIDUAL, True
                 )  # fmt: skip
-                store_tile(out, value, image, row, column, m_p, o_c, m_c)
+                store_tile(out, copied, image, to_row, to_column, m_r, o_c, m_c, True)
     else:
         for t in range(tiles):
-            row, column = pixels_from(t * BM, out_width, False, BM)
-            m_p = t * BM + tl.arange(0, BM) < places
-            value = output_tile(
-                x, residual, image, row, column, m_p, o_c, m_c, mean, scale, height, width, out_height, out_width,
-                SLOPE, RESIDUAL, MARGIN, KIND, TAPS, BM, BC,
+            to_row, to_column = pixels_from(t * BM, out_width, False, BM)
+            m_r = t * BM + tl.arange(0, BM) < places
+            blurred = output_tile(
+                x, residual, image, to_row, to_column, m_r, o_c, m_c, mean, scale, height, width, out_height,
+                out_width, SLOPE, RESIDUAL, MARGIN, KIND, TAPS, BM, BC, True,
             )  # fmt: skip
-            store_tile(out, value, image, row, column, m_p, o_c, m_c)
+            store_tile(out, blurred, image, to_row, to_column, m_r, o_c, m_c, True)
 
 
 @triton.jit
@@ -134,16 +148,18 @@ def whole_gradient_kernel(
     row, column = pixels_from(0, width, FLAT, BP)
     m_p = tl.arange(0, BP) < pixels
     if MARGIN > 0:
-        arriving = load_tile(gradient, image, row + MARGIN, column + MARGIN, m_p, o_c, m_c)
+        arriving = load_tile(gradient, image, row + MARGIN, column + MARGIN, m_p, o_c, m_c, True)
         if INNER:
-            arriving += load_tile(inner, image, row, column, m_p, o_c, m_c)
+            arriving += load_tile(inner, image, row, column, m_p, o_c, m_c, True)
     else:
         arriving = adjoint_tile(
             gradient, inner, image, 0, row, column, m_p, o_c, m_c, height, width, out_height, out_width, INNER, 0,
-            KIND, TAPS, BP, BC,
+            KIND, TAPS, BP, BC, True,
         )  # fmt: skip
-    normal = (load_tile(x, image, row, column, m_p, o_c, m_c) - mean[None, :]) * scale[None, :]
-    kept = narrow(arriving, x.data.dtype.element_ty)  # half the registers
+    value = load_tile(x, image, row, column, m_p, o_c, m_c, True)
+    kept_x = narrow(value, x.data.dtype.element_ty)  # half the registers
+    kept = narrow(arriving, x.data.dtype.element_ty)
+    normal = (value - mean[None, :]) * scale[None, :]
     arriving = through_activation(arriving, normal, SLOPE)
     of_gradient = tl.sum(arriving, 0)
     of_product = tl.sum(arriving * normal, 0)
@@ -151,9 +167,9 @@ def whole_gradient_kernel(
         for t in range(tiles):
             at_row, at_column = ring_pixels(t * BM, out_width, height, width, MARGIN, BM)
             m_r = t * BM + tl.arange(0, BM) < places
-            copied = load_tile(gradient, image, at_row, at_column, m_r, o_c, m_c)
+            copied = load_tile(gradient, image, at_row, at_column, m_r, o_c, m_c, True)
             at_row, at_column = reflected(at_row - MARGIN, height), reflected(at_column - MARGIN, width)
-            of = (load_tile(x, image, at_row, at_column, m_r, o_c, m_c) - mean[None, :]) * scale[None, :]
+            of = (load_tile(x, image, at_row, at_column, m_r, o_c, m_c, True) - mean[None, :]) * scale[None, :]
             copied = through_activation(copied, of, SLOPE)
             of_gradient += tl.sum(copied, 0)
             of_product += tl.sum(copied * of, 0)
@@ -164,22 +180,23 @@ def whole_gradient_kernel(
         away = (row > MARGIN) & (row < height - 1 - MARGIN) & (column > MARGIN) & (column < width - 1 - MARGIN)
         m_p = m_p & away
     if TOTAL:
-        store_tile(total, kept, image, row, column, m_p, o_c, m_c)
-    arriving = through_activation(kept.to(tl.float32), normal, SLOPE)
+        store_tile(total, kept, image, row, column, m_p, o_c, m_c, True)
+    normal = (widened(kept_x, pixels) - mean[None, :]) * scale[None, :]
+    arriving = through_activation(widened(kept, pixels), normal, SLOPE)
     value = (arriving - of_gradient - normal * of_product) * scale[None, :]
-    store_tile(out, value, image, row, column, m_p, o_c, m_c)
+    store_tile(out, value, image, row, column, m_p, o_c, m_c, True)
     if MARGIN > 0:
         for t in range(each):
-            row, column, m_p = band_pixels(t * BM, height, width, MARGIN, BM)
-            arriving = load_copies(gradient, image, row, column, m_p, o_c, m_c, height, width, MARGIN)
+            at_row, at_column, m_r = band_pixels(t * BM, height, width, MARGIN, BM)
+            copied = load_copies(gradient, image, at_row, at_column, m_r, o_c, m_c, height, width, MARGIN)
             if INNER:
-                arriving += load_tile(inner, image, row, column, m_p, o_c, m_c)
+                copied += load_tile(inner, image, at_row, at_column, m_r, o_c, m_c, True)
             if TOTAL:
-                store_tile(total, arriving, image, row, column, m_p, o_c, m_c)
-            normal = (load_tile(x, image, row, column, m_p, o_c, m_c) - mean[None, :]) * scale[None, :]
-            arriving = through_activation(arriving, normal, SLOPE)
-            value = (arriving - of_gradient - normal * of_product) * scale[None, :]
-            store_tile(out, value, image, row, column, m_p, o_c, m_c)
+                store_tile(total, copied, image, at_row, at_column, m_r, o_c, m_c, True)
+            of = (load_tile(x, image, at_row, at_column, m_r, o_c, m_c, True) - mean[None, :]) * scale[None, :]
+            copied = through_activation(copied, of, SLOPE)
+            copied = (copied - of_gradient - of * of_product) * scale[None, :]
+            store_tile(out, copied, image, at_row, at_column, m_r, o_c, m_c, True)
 
 
 def _second(tile: Tile, most: int) -> int:
