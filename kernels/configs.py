@@ -142,9 +142,9 @@ TABLE: tuple[Row, ...] = (
     Row("weight_gradient", Tile(64, 64, 8, 2)),
     # locations of patches: block_m of them
     Row("draw", Tile(256, 1, 4, 1)),
-    # `blur.py` and `reflect_pad.py`: block_m pixels by at most block_n channels; narrower maps get more pixels. Whole
-    # lines of memory along the channels (64 of 16 bits are 128 bytes), or along the pixels of plain maps. Fewer elements
-    # where each needs many reads, or where no load takes several at once.
+    # `blur.py`, `reflect_pad.py` and some norms: block_m pixels by at most block_n channels; more of narrow maps.
+    # Whole lines of memory along the channels (64 of 16 bits are 128 bytes), or along the pixels of plain maps. Fewer
+    # elements where each needs many reads, or where no load takes several at once.
     Row("layer", Tile(128, 64, 4, 1), arch="interpreter", channels_last=True),  # fewer, larger operations
     Row("layer", Tile(2048, 4, 4, 1), arch="interpreter"),
     Row("layer", Tile(128, 32, 4, 1), arch="sm_90", wide_loads=True, reads=(1, 2)),  # sm_90: measured on an H100
@@ -224,8 +224,7 @@ FEW_OUTPUTS_CHANNELS = 64
 WEIGHT_GRADIENT_ROWS = 32
 """Rows that `weight_gradient_kernel` multiplies at once."""
 EVEN_KEYS = ("sm_90", "interpreter")
-"""Architectures whose `nce_kernel` loads full blocks of keys without masks: measured on sm_90. On the others the same
-code needs more registers than there are."""
+"""Architectures whose `nce_kernel` loads full blocks of keys without masks. On the others it would need too many registers."""
 
 
 @cached

@@ -1,6 +1,6 @@
 """Instance norm without parameters, fused with what surrounds it.
 
-y = act(norm(x)) [+ residual], then a reflection pad, a blur down or up, or y itself. A plane of at most 4096 pixels takes
+y = act(norm(x)) [+ residual], then a reflection pad, a blur down or up, or y itself. A plane of up to 4096 pixels takes
 one launch (`norm_whole.py`), unless it is blurred up. Other planes take two: `moments_kernel` writes the moments of the
 parts of a plane, and every program of `normalise_kernel` joins the parts of its plane, always in the same order, before
 it writes its tiles. The first program of a plane writes the joined moments for the gradient.

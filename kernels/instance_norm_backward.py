@@ -5,8 +5,8 @@ plane of at most 4096 pixels takes one launch (`norm_whole.py`), unless it was b
 `sums_kernel` sums g' and g' n over the parts of a plane, and every program of `gradient_kernel` joins the parts of its
 plane and writes its tiles. Both recompute n and the activation's mask from x, the mean and 1 / deviation.
 
-Pads need no gather for the sums: each pixel of the padded gradient is multiplied by the n that it is a copy of. A blur's
-g is gathered from up to 16 pixels. Where that many are read, or where g itself is wanted, the first kernel writes g and
+Pads need no gather for the sums: each pixel of the padded gradient is multiplied by the n that it is a copy of. The g of
+a blur is gathered from up to 16 pixels. Where that many are read, or where g itself is wanted, the first kernel writes g and
 the second reads it.
 
 Reads + writes per element of x: 4 + 1. (Separate norm, ReLU and pad move 2 + 3 + 5.)
@@ -152,14 +152,15 @@ def instance_norm_backward(
     out_height, out_width = gradient.shape[2:]
     out = empty_like(x, height, width)
     kind = BACK[KINDS[blur]]
-    write = margin == 0 and (total or blur == 2)
-    ready = empty_like(x, height, width) if write or total else out
-    d_total = ready if total else torch.empty(0, dtype=x.dtype, device=x.device)
     more = x if inner is None else inner
+    write = margin == 0 and (total or blur == 2)
     form = {"SLOPE": slope, "INNER": inner is not None, "MARGIN": margin, "KIND": kind, "TAPS": TAPS[kind]}
     arch, pixels = architecture(x.device), height * width
     whole = None if blur == 2 else norm_tiles.whole_tile(arch, channels, is_channels_last(x), x.dtype, pixels, True)
-    if whole is not None and is_near(x, gradient, more, out):
+    one_launch = whole is not None and is_near(x, gradient, more, out)
+    ready = empty_like(x, height, width) if total or write or (one_launch and blur) else out
+    d_total = ready if total else torch.empty(0, dtype=x.dtype, device=x.device)
+    if one_launch:
         norm_whole.backward(whole, gradient, more, x, statistics, out, ready, form, total)
         return out, d_total
     plain = margin == 0 and blur == 0 and rows_join(x, gradient, more, ready)

@@ -138,7 +138,10 @@ def whole_gradient_kernel(
     each, SLOPE: tl.constexpr, INNER: tl.constexpr, TOTAL: tl.constexpr, MARGIN: tl.constexpr, KIND: tl.constexpr,
     TAPS: tl.constexpr, FLAT: tl.constexpr, BP: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """d_x of a plane. `tiles` tiles of `places` pixels are in the ring of a pad, `each` tiles in the band beside it."""
+    """d_x of a plane; g is stored in `total` with TOTAL or behind a blur.
+
+    `tiles` tiles of `places` pixels are in the ring of a pad, and `each` tiles in the band beside it.
+    """
     image, _, first_c = place(channels, 1, BC)
     o_c = first_c + tl.arange(0, BC)
     m_c = o_c < channels
@@ -151,11 +154,21 @@ def whole_gradient_kernel(
         arriving = load_tile(gradient, image, row + MARGIN, column + MARGIN, m_p, o_c, m_c, True)
         if INNER:
             arriving += load_tile(inner, image, row, column, m_p, o_c, m_c, True)
+    elif KIND is not None:  # gathered pixel by pixel: all at once would need more registers than there are
+        for t in range(tiles):
+            at_row, at_column = pixels_from(t * BM, width, False, BM)
+            m_r = t * BM + tl.arange(0, BM) < pixels
+            gathered = adjoint_tile(
+                gradient, inner, image, t * BM, at_row, at_column, m_r, o_c, m_c, height, width, out_height, out_width,
+                INNER, 0, KIND, TAPS, BM, BC, True,
+            )  # fmt: skip
+            store_tile(total, gathered, image, at_row, at_column, m_r, o_c, m_c, True)
+        tl.debug_barrier()
+        arriving = load_tile(total, image, row, column, m_p, o_c, m_c, True)
     else:
-        arriving = adjoint_tile(
-            gradient, inner, image, 0, row, column, m_p, o_c, m_c, height, width, out_height, out_width, INNER, 0,
-            KIND, TAPS, BP, BC, True,
-        )  # fmt: skip
+        arriving = load_tile(gradient, image, row, column, m_p, o_c, m_c, True)
+        if INNER:
+            arriving += load_tile(inner, image, row, column, m_p, o_c, m_c, True)
     value = load_tile(x, image, row, column, m_p, o_c, m_c, True)
     kept_x = narrow(value, x.data.dtype.element_ty)  # half the registers
     kept = narrow(arriving, x.data.dtype.element_ty)
@@ -179,7 +192,7 @@ def whole_gradient_kernel(
     if MARGIN > 0:
         away = (row > MARGIN) & (row < height - 1 - MARGIN) & (column > MARGIN) & (column < width - 1 - MARGIN)
         m_p = m_p & away
-    if TOTAL:
+    if TOTAL and KIND is None:
         store_tile(total, kept, image, row, column, m_p, o_c, m_c, True)
     normal = (widened(kept_x, pixels) - mean[None, :]) * scale[None, :]
     arriving = through_activation(widened(kept, pixels), normal, SLOPE)
@@ -223,15 +236,16 @@ def backward(
     tile: Tile, gradient: Tensor, inner: Tensor, x: Tensor, statistics: Tensor, out: Tensor, ready: Tensor,
     form: dict[str, Any], total: bool,
 ) -> None:  # fmt: skip
-    """Start `whole_gradient_kernel`, which writes g to `ready` if `total`; `form` has its constants."""
+    """Start `whole_gradient_kernel`, which writes g to `ready` if `total` or blurred; `form` has its constants."""
     images, channels, height, width = x.shape
     out_height, out_width = gradient.shape[2:]
     margin = form["MARGIN"]
-    places = out_height * out_width - height * width if margin else 0
+    blurred = form["KIND"] is not None
+    places = height * width if blurred else out_height * out_width - height * width
     rows, columns = min(2 * margin + 2, height), min(2 * margin + 2, width)
     band = rows * width + (height - rows) * columns if margin else 0
     second = _second(tile, max(places, band, 1))
-    flat = margin == 0 and form["KIND"] is None and rows_join(x, gradient, inner, ready, out)
+    flat = margin == 0 and not blurred and rows_join(x, gradient, inner, ready, out)
     launch(
         whole_gradient_kernel, images * triton.cdiv(channels, tile.block_n), x, as_map(x), as_map(gradient),
         as_map(inner), as_map(ready), statistics, as_map(out), channels, height, width, out_height, out_width,

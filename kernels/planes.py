@@ -63,7 +63,7 @@ def rows_join(*maps: Tensor) -> bool:
 
 def is_near(*maps: Tensor) -> bool:
     """Whether 32 bits can count the elements between any two of an image, in every map."""
-    return all(sum((size - 1) * step for size, step in zip(m.shape[1:], m.stride()[1:])) < 2**31 for m in maps)
+    return all(sum((m.shape[i] - 1) * m.stride(i) for i in (1, 2, 3)) < 2**31 for m in maps)
 
 
 def check_plane(*maps: Tensor) -> None:
