@@ -164,7 +164,7 @@ TABLE: tuple[Row, ...] = (
     # `instance_norm.py`, its gradient and `activate.py` where loads are wide: 16 channels of 16 bits are one sector
     Row("norm", Tile(512, 16, 8, 1), reads=range(1, 4)),
     Row("norm", Tile(256, 16, 8, 1), reads=range(4, 10)),
-    Row("norm", Tile(128, 16, 8, 1)),
+    Row("norm", Tile(64, 16, 4, 1)),
     # `norm_whole.py`: planes of at most block_m pixels by block_n channels, in loads of 16 bytes
     Row("norm_whole", Tile(4096, 64, 4, 1), arch="interpreter", channels_last=True),
     Row("norm_whole", Tile(4096, 4, 4, 1), arch="interpreter"),
@@ -224,7 +224,7 @@ FEW_OUTPUTS_CHANNELS = 64
 WEIGHT_GRADIENT_ROWS = 32
 """Rows that `weight_gradient_kernel` multiplies at once."""
 EVEN_KEYS = ("sm_90", "interpreter")
-"""Architectures whose `nce_kernel` loads full blocks of keys without masks. On the others it would need too many registers."""
+"""Architectures whose `nce_kernel` loads full blocks of keys without masks: elsewhere there are too few registers."""
 
 
 @cached

@@ -5,9 +5,9 @@ plane of at most 4096 pixels takes one launch (`norm_whole.py`), unless it was b
 `sums_kernel` sums g' and g' n over the parts of a plane, and every program of `gradient_kernel` joins the parts of its
 plane and writes its tiles. Both recompute n and the activation's mask from x, the mean and 1 / deviation.
 
-Pads need no gather for the sums: each pixel of the padded gradient is multiplied by the n that it is a copy of. The g of
-a blur is gathered from up to 16 pixels. Where that many are read, or where g itself is wanted, the first kernel writes g and
-the second reads it.
+Pads need no gather for the sums: each pixel of the padded gradient is multiplied by the n that it is a copy of. A blur
+gathers g from up to 16 pixels. Where that many are read, or where g itself is wanted, the first kernel writes g and the
+second reads it.
 
 Reads + writes per element of x: 4 + 1. (Separate norm, ReLU and pad move 2 + 3 + 5.)
 """
