@@ -107,7 +107,7 @@ def activate(x: Tensor, bias: Tensor | None, slope: float, blur: int = 0) -> Ten
     check_plane(x, out)
     out_height, out_width = out.shape[2:]
     kind = KINDS[blur]
-    over = Tiling(x, out_height * out_width, TAPS[kind] ** 2, reduction=False)
+    over = Tiling(x, architecture(x.device), out_height * out_width, TAPS[kind] ** 2, reduction=False)
     launch(
         activate_kernel, over.programs, x, as_map(x), x if bias is None else bias, as_map(out), channels, height,
         width, out_height, out_width, out_height * out_width, over.parts, over.each, SLOPE=slope,
@@ -136,7 +136,7 @@ def activate_backward(
     out = empty_like(x, height, width)
     biased = bias is not None
     kind = BACK[KINDS[blur]]
-    over = Tiling(x, height * width, TAPS[kind] ** 2 + 1, reduction=True)
+    over = Tiling(x, architecture(x.device), height * width, TAPS[kind] ** 2 + 1, reduction=True)
     d_bias = torch.empty(channels if biased else 0, dtype=torch.float32, device=x.device)
     joins = images * over.parts
     partial = torch.empty(joins, channels if biased else 0, dtype=torch.float32, device=x.device)

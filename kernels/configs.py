@@ -170,6 +170,7 @@ TABLE: tuple[Row, ...] = (
     Row("norm_whole", Tile(4096, 4, 4, 1), arch="interpreter"),
     Row("norm_whole", Tile(4096, 8, 16, 1), dtype=("bfloat16", "float16"), wide_loads=True, form="forward"),
     Row("norm_whole", Tile(4096, 8, 16, 1), dtype=("bfloat16", "float16"), wide_loads=True, width=UP_TO_2048),
+    Row("norm_whole", Tile(4096, 2, 16, 1), arch="sm_80", dtype="float32", form="backward", channels_last=True),
     Row("norm_whole", Tile(4096, 4, 16, 1), channels_last=True),
     Row("norm_whole", Tile(4096, 1, 8, 1)),
     # parts of a bias's gradient, joined: block_m parts at a time by block_n channels

@@ -121,7 +121,7 @@ def instance_norm(
     if whole is not None and is_near(x, added, out):
         norm_whole.forward(whole, x, added, out, statistics, eps, form)
         return out, statistics
-    split = Tiling(x, pixels, 1, reduction=True)
+    split = Tiling(x, arch, pixels, 1, reduction=True)
     partial = torch.empty(images, split.parts, 2, channels, dtype=torch.float32, device=x.device)
     launch(
         moments_kernel, split.programs, x, as_map(x), partial, channels, width, pixels, split.parts, split.each,
@@ -129,7 +129,7 @@ def instance_norm(
     )  # fmt: skip
     out_height, out_width = out.shape[2:]
     reads = TAPS[kind] ** 2 * (2 if residual is not None else 1)
-    over = Tiling(x, out_height * out_width, reads, reduction=False)
+    over = Tiling(x, arch, out_height * out_width, reads, reduction=False)
     launch(
         normalise_kernel, over.programs, x, as_map(x), as_map(added), as_map(out), partial, statistics, channels,
         height, width, out_height, out_width, out_height * out_width, over.parts, over.each, split.parts, split.span,

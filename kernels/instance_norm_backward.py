@@ -167,13 +167,13 @@ def instance_norm_backward(
     reads = TAPS[kind] ** 2 + (2 if inner is not None else 1)
     shape = channels, height, width, out_height, out_width
     maps = as_map(x), as_map(gradient), as_map(more), as_map(ready), statistics
-    split = Tiling(x, out_height * out_width if margin else pixels, reads, reduction=True)
+    split = Tiling(x, arch, out_height * out_width if margin else pixels, reads, reduction=True)
     partial = torch.empty(images, split.parts, 2, channels, dtype=torch.float32, device=x.device)
     launch(
         sums_kernel, split.programs, x, *maps, partial, *shape, out_height * out_width if margin else pixels,
         split.parts, split.each, **form, WRITE=write, FLAT=plain, **split.options,
     )  # fmt: skip
-    over = Tiling(x, pixels, 2 if write else reads + 2 * (margin > 0), reduction=False)
+    over = Tiling(x, arch, pixels, 2 if write else reads + 2 * (margin > 0), reduction=False)
     launch(
         gradient_kernel, over.programs, x, *maps, partial, as_map(out), *shape, pixels, over.parts, over.each,
         split.parts, **form, READY=write, TOTAL=total and not write, FLAT=plain and rows_join(out),

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from . import norm_tiles
 from .blur import DOWN, DOWN_BACK, UP, UP_BACK, tap_of
-from .common import architecture
 from .planes import is_channels_last, load_folded, load_tile, reflected
 
 KINDS = (None, DOWN.value, UP.value)
@@ -42,8 +41,7 @@ class Tiling:
     `parts` of a plane consists of `each` tiles.
     """
 
-    def __init__(self, x: Tensor, pixels: int, reads: int, *, reduction: bool) -> None:
-        arch = architecture(x.device)
+    def __init__(self, x: Tensor, arch: str, pixels: int, reads: int, *, reduction: bool) -> None:
         self.tile = norm_tiles.norm_tile(arch, x.shape[1], is_channels_last(x), reads)
         tiles = triton.cdiv(pixels, self.tile.block_m)
         self.side = x.shape[0] * triton.cdiv(x.shape[1], self.tile.block_n)

@@ -6,7 +6,7 @@ import torch
 import triton
 
 from . import configs
-from .lookup import Tile, cached
+from .lookup import Tile
 
 NORM_PARTS = 64
 """The most parts of a plane whose sums a norm's second launch joins.
@@ -26,7 +26,7 @@ def norm_tile(arch: str, channels: int, channels_last: bool, reads: int = 1) -> 
         reads: of each element.
     """
     if arch == "interpreter" or not channels_last or channels % 16:
-        return configs.layer_tile(arch, channels, channels_last, min(reads, 16))
+        return configs.layer_tile(arch, channels, channels_last, 16 if reads >= 9 else reads)
     return configs.find_tile("norm", arch, channels_last=True, wide_loads=True, reads=reads)
 
 
@@ -41,7 +41,6 @@ def norm_splits(arch: str, programs: int, tiles: int, reduction: bool) -> int:
     return max(1, min(tiles, PROGRAMS // max(programs, 1)))
 
 
-@cached
 def whole_tile(
     arch: str, channels: int, channels_last: bool, dtype: torch.dtype, pixels: int, backward: bool = False
 ) -> Tile | None:

@@ -81,7 +81,7 @@ def widened(kept, count):
     if kept.dtype == tl.float32:
         return kept
     else:
-        zero = (count < 0).to(tl.int16)
+        zero = (tl.cast(count, tl.int32) < 0).to(tl.int16)
         return (kept.to(tl.int16, bitcast=True) ^ zero).to(kept.dtype, bitcast=True).to(tl.float32)
 
 
@@ -212,9 +212,9 @@ def whole_gradient_kernel(
             store_tile(out, copied, image, at_row, at_column, m_r, o_c, m_c, True)
 
 
-def _second(tile: Tile, most: int) -> int:
-    """Pixels of a tile of the second loop: at most `most`, and no more than threads can read at once."""
-    return min(tile.block_m, max(32 * tile.warps, 128), triton.next_power_of_2(most))
+def _second(tile: Tile) -> int:
+    """Pixels of a tile of the second loop: one for each thread."""
+    return min(tile.block_m, 32 * tile.warps)
 
 
 def forward(tile: Tile, x: Tensor, residual: Tensor, out: Tensor, statistics: Tensor, eps: float, form: dict) -> None:
@@ -223,7 +223,7 @@ def forward(tile: Tile, x: Tensor, residual: Tensor, out: Tensor, statistics: Te
     out_height, out_width = out.shape[2:]
     moved = form["MARGIN"] > 0 or form["KIND"] is not None
     places = out_height * out_width - (height * width if form["KIND"] is None else 0)
-    second = _second(tile, max(places, 1))
+    second = _second(tile)
     launch(
         whole_norm_kernel, images * triton.cdiv(channels, tile.block_n), x, as_map(x), as_map(residual), as_map(out),
         statistics, channels, height, width, out_height, out_width, height * width, places,
@@ -244,7 +244,7 @@ def backward(
     places = height * width if blurred else out_height * out_width - height * width
     rows, columns = min(2 * margin + 2, height), min(2 * margin + 2, width)
     band = rows * width + (height - rows) * columns if margin else 0
-    second = _second(tile, max(places, band, 1))
+    second = _second(tile)
     flat = margin == 0 and not blurred and rows_join(x, gradient, inner, ready, out)
     launch(
         whole_gradient_kernel, images * triton.cdiv(channels, tile.block_n), x, as_map(x), as_map(gradient),
