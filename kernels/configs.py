@@ -44,6 +44,7 @@ FLOAT32 = ("float32", "tf32")
 REGULAR: tuple[Form, ...] = ("unit", "checked", "online", "unit, extra", "checked, extra", "online, extra")
 """Every form but "any"."""
 UP_TO_128, UP_TO_2048, BELOW_512, FROM_512 = range(129), range(2049), range(512), range(512, 2**31)
+LITTLE_OR_OLD = ("sm_80", "sm_86", "sm_89", "sm_120")
 SMALL_MEMORY = tuple(arch for arch in ARCHITECTURES if SHARED_MEMORY[arch] < 128 * 1024)
 
 # Tile(block_m, block_n, warps, stages)
@@ -99,14 +100,7 @@ TABLE: tuple[Row, ...] = (
     Row("nce", Tile(32, 64, 8, 2), arch=("sm_86", "sm_89"), width=128, many_rows=True),
     Row("nce", Tile(16, 64, 8, 2), arch=("sm_86", "sm_89"), width=512, many_rows=True, form="checked, extra"),
     Row("nce", Tile(16, 32, 4, 2), arch=("sm_86", "sm_89"), width=512, form=REGULAR),
-    Row(
-        "nce",
-        Tile(16, 64, 8, 2),
-        arch=("sm_80", "sm_86", "sm_89", "sm_120"),
-        width=256,
-        many_rows=False,
-        form="checked",
-    ),
+    Row("nce", Tile(16, 64, 8, 2), arch=LITTLE_OR_OLD, width=256, many_rows=False, form="checked"),
     Row("nce", Tile(16, 64, 8, 2), arch=("sm_86", "sm_89"), width=256, many_rows=False, form="online", ragged=True),
     Row("nce", Tile(32, 32, 8, 2), width=FROM_512),
     Row("nce", Tile(32, 32, 4, 2), width=256, form="any"),
