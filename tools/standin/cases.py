@@ -56,6 +56,9 @@ SIZES = {
 }
 """The size of every preset."""
 
+PUBLISHED = {name: Size({}, side=256) for name in SIZES} | {"sincut": Size({}, images=16)}
+"""The published size of every preset: crops of 256 pixels, or SinCUT's 16 crops of 64."""
+
 AUGMENT = "color,translation,cutout"
 SPECTRAL = Size({**SMALL_RESNET, "spectral_norm": True})
 VARIANTS = {
@@ -69,7 +72,8 @@ VARIANTS = {
         "dclgan", SPECTRAL, {"learn_temperature": True, "augment": AUGMENT, "flip_equivariance": True}
     ),
 }
-"""Options that change what a step launches, by the name that stands for the preset in the name of a case."""
+VARIANTS |= {f"{name}+published": Variant(name, size) for name, size in PUBLISHED.items()}
+"""What changes the launches of a step: options, and the published size. A case may name one in place of a preset."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,13 @@ LEFT_OUT = {
 
 
 def is_in(name: str, precision: str, form: str) -> bool:
-    """Return whether the matrix has this case. Variants are in it uncompiled, and compiled in parts in bf16."""
+    """Return whether the matrix has this case.
+
+    Presets of the published size are in it uncompiled in bf16. Other variants are in it uncompiled, and compiled in
+    parts in bf16.
+    """
+    if name.endswith("+published"):
+        return (form, precision) == ("eager", "bf16")
     if name in VARIANTS:
         return form == "eager" or (form, precision) == ("parts", "bf16")
     return (name, form) not in LEFT_OUT

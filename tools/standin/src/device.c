@@ -90,6 +90,7 @@ static int attribute(enum cudaDeviceAttr name)
     case cudaDevAttrL2CacheSize: return 50 << 20;
     case cudaDevAttrMultiProcessorCount: return 132;
     case cudaDevAttrMaxThreadsPerMultiProcessor: return 2048;
+    case cudaDevAttrMaxBlocksPerMultiprocessor: return 32;
     case cudaDevAttrComputeCapabilityMajor: return 9;
     case cudaDevAttrComputeCapabilityMinor: return 0;
     case cudaDevAttrCooperativeLaunch: return 1;
@@ -118,6 +119,7 @@ cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *found, int device)
     found->multiProcessorCount = attribute(cudaDevAttrMultiProcessorCount);
     found->maxThreadsPerBlock = THREADS_PER_BLOCK;
     found->maxThreadsPerMultiProcessor = attribute(cudaDevAttrMaxThreadsPerMultiProcessor);
+    found->maxBlocksPerMultiProcessor = attribute(cudaDevAttrMaxBlocksPerMultiprocessor);
     for (int i = 0; i < 3; i++) {
         found->maxThreadsDim[i] = attribute(cudaDevAttrMaxBlockDimX + i);
         found->maxGridSize[i] = attribute(cudaDevAttrMaxGridDimX + i);
