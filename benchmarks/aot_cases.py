@@ -8,12 +8,14 @@ from functools import partial
 
 import torch
 from fastnce.kernels import (
+    activate,
     blur,
     configs,
     cosine,
     few_outputs,
     few_outputs_backward,
     instance_norm,
+    instance_norm_backward,
     nce,
     nce_keys,
     project,
@@ -223,26 +225,40 @@ def _sample(
 def layer_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """The layers at the published widths, in the forms of the networks, and in some that allow no vector loads."""
     forms = {
-        "norm, ReLU, pad 1": (256, 64, 0.0, 1, False),
-        "norm, ReLU, pad 3": (64, 256, 0.0, 3, False),
-        "norm, ReLU": (128, 256, 0.0, 0, False),
-        "norm, residual": (256, 64, 1.0, 0, True),
-        "norm, leaky ReLU, few pixels": (512, 8, 0.2, 0, False),
-        "norm, ragged": (130, 31, 0.0, 1, False),
-        "norm, one pixel": (64, 1, 0.0, 0, False),
+        "norm, ReLU, pad 1": (256, 64, 0.0, 1, 0, False),
+        "norm, ReLU, pad 3": (64, 256, 0.0, 3, 0, False),
+        "norm, ReLU": (128, 256, 0.0, 0, 0, False),
+        "norm, residual": (256, 64, 1.0, 0, 0, True),
+        "norm, residual, pad 1": (256, 64, 1.0, 1, 0, True),
+        "norm, residual, blur up": (256, 64, 1.0, 0, 2, True),
+        "norm, ReLU, blur up": (128, 128, 0.0, 0, 2, False),
+        "norm, ReLU, blur down": (128, 256, 0.0, 0, 1, False),
+        "norm, leaky ReLU, blur down": (256, 63, 0.2, 0, 1, False),
+        "norm, large, residual, pad 1": (256, 128, 1.0, 1, 0, True),
+        "norm, leaky ReLU, 31x31": (512, 31, 0.2, 0, 0, False),
+        "norm, leaky ReLU, few pixels": (512, 8, 0.2, 0, 0, False),
+        "norm, ragged": (130, 31, 0.0, 1, 0, False),
+        "norm, large, ragged": (130, 127, 0.2, 0, 1, False),
+        "norm, one pixel": (64, 1, 0.0, 0, 0, False),
     }
     for dtype in (torch.bfloat16, torch.float32):
-        for name, (channels, side, slope, margin, residual) in forms.items():
+        for name, (channels, side, *form) in forms.items():
             x = _map(channels, side, dtype)
-            yield f"layer: {name} {dtype}", lambda x=x, s=slope, m=margin, r=residual: _norm(x, s, m, r)
+            yield f"layer: {name} {dtype}", partial(_norm, x, *form)
         for channels, margin in ((256, 1), (64, 3), (3, 3)):
             x = _map(channels, 64, dtype)
             yield f"layer: pad {margin} C={channels} {dtype}", lambda x=x, m=margin: _pad(x, m)
         for channels in (128, 3):
             x = _map(channels, 64, dtype)
             yield f"layer: blur C={channels} {dtype}", lambda x=x: _blurs(x)
-    plain = _tensor(2, 64, 32, 32)
-    yield "layer: norm, plain", lambda: _norm(plain, 0.0, 1, False)
+        for channels in (64, 3):
+            x = _map(channels, 255, dtype)
+            yield f"layer: bias, leaky ReLU, blur down C={channels} {dtype}", partial(_activate, x, 1)
+    plain, large = _tensor(2, 64, 32, 32), _tensor(2, 64, 256, 256)
+    yield "layer: norm, plain", lambda: _norm(plain, 0.0, 1, 0, False)
+    yield "layer: norm, large, plain", lambda: _norm(large, 0.0, 1, 0, False)
+    yield "layer: norm, large, blur down, plain", lambda: _norm(large, 0.2, 0, 1, False)
+    yield "layer: bias, leaky ReLU, plain", partial(_activate, plain, 0)
     yield "layer: pad and blur, plain", lambda: (_pad(plain, 1), _blurs(plain))
 
 
@@ -250,9 +266,16 @@ def _map(channels: int, side: int, dtype: torch.dtype) -> torch.Tensor:
     return _tensor(2, channels, side, side, dtype=dtype).to(memory_format=torch.channels_last)
 
 
-def _norm(x: torch.Tensor, slope: float, margin: int, residual: bool) -> None:
-    y, statistics = instance_norm.instance_norm(x, x if residual else None, 1e-5, slope, margin)
-    instance_norm.instance_norm_backward(y, x, statistics, slope, margin)
+def _norm(x: torch.Tensor, slope: float, margin: int, blurred: int, residual: bool) -> None:
+    """With a residual, its gradient is wanted, and y has another gradient: that of the next block's residual."""
+    more = x if residual else None
+    y, statistics = instance_norm.instance_norm(x, more, 1e-5, slope, margin, blurred)
+    instance_norm_backward.instance_norm_backward(y, more, x, statistics, slope, margin, blurred, residual)
+
+
+def _activate(x: torch.Tensor, blurred: int) -> None:
+    bias = _tensor(x.shape[1], dtype=torch.float32)
+    activate.activate_backward(activate.activate(x, bias, 0.2, blurred), x, bias, 0.2, blurred)
 
 
 def _pad(x: torch.Tensor, margin: int) -> None:

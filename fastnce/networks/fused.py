@@ -17,6 +17,7 @@ from ..common.autograd import apply, with_fast_path
 from ..common.operators import obstacle, operator
 from ..kernels import blur, few_outputs, few_outputs_backward, reflect_pad
 from ..kernels import instance_norm as norm
+from ..kernels import instance_norm_backward as norm_backward
 from ..kernels.planes import empty_like
 
 _TAGS = [torch.Tag.needs_exact_strides]  # the layout of the results follows the layout of the arguments
@@ -100,7 +101,9 @@ _norm_forward = operator(
 )
 _norm_backward = operator(
     "instance_norm_backward(Tensor gradient, Tensor x, Tensor statistics, float slope, int margin) -> Tensor",
-    norm.instance_norm_backward,
+    lambda gradient, x, statistics, slope, margin: norm_backward.instance_norm_backward(
+        gradient, None, x, statistics, slope, margin
+    )[0],
     lambda gradient, x, statistics, slope, margin: empty_like(x, x.shape[2], x.shape[3]),
     _TAGS,
 )

@@ -22,9 +22,9 @@ from fastnce.kernels import (
     common,
     cosine,
     few_outputs,
-    instance_norm,
     nce,
     nce_keys,
+    norm_whole,
     project,
     reflect_pad,
     sample,
@@ -127,7 +127,7 @@ HOSTS = {
     "patch_nce_layers": (cosine, "cosine"),
     "project_patches": (project, "project"),
     "PatchNCEHead": (nce, "mean_by_direction"),
-    "instance_norm": (instance_norm, "moments"),
+    "instance_norm": (norm_whole, "forward"),
     "reflection_pad": (reflect_pad, "launch"),
     "blur_down": (blur, "launch"),
     "blur_up": (blur, "launch"),
@@ -143,11 +143,13 @@ def doubled(result):
 
 
 def make_wrong(monkeypatch, family: str) -> None:
-    """Let a kernel return wrong numbers: all results are doubled, or a launch leaves its results unwritten."""
+    """Let a kernel return wrong numbers: doubled, with another epsilon, or left unwritten by a launch."""
     module, name = HOSTS[family]
     right = getattr(module, name)
 
     def wrong(*arguments, **options):
+        if name == "forward":
+            return right(*arguments[:5], 1.0, *arguments[6:])  # another epsilon
         if name != "launch":
             return doubled(right(*arguments, **options))
         for field in arguments[3:5]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from fastnce.kernels import common, configs
+from fastnce.kernels import common
 from torch import Tensor
 
 from fastnce.methods.losses import gradient_penalty, r1_penalty
@@ -34,18 +34,15 @@ def exact_products():
 
 
 def test_launches_of_a_block(monkeypatch):
-    """Pad; norm, ReLU and pad; norm and sum: seven launches apart from the convolutions, and seven backward."""
-    monkeypatch.setattr(configs, "layer_splits", lambda arch, programs, tiles: 2)
+    """Pad; norm, ReLU and pad; norm and sum: three launches apart from the convolutions, and three backward."""
     names, block = launches(monkeypatch), ResnetBlock(4).to(DEVICE)
     set_implementation(block, "triton")
     x = random_map(1, 4, 64, 64).requires_grad_()
     y = block(x)
-    norm = ["moments_kernel", "join_kernel", "normalise_kernel"]
-    assert names == ["reflect_pad_kernel", *norm, *norm]
+    assert names == ["reflect_pad_kernel", "whole_norm_kernel", "whole_norm_kernel"]
     del names[:]
     torch.autograd.grad(y.sum(), x)
-    norm = ["sums_kernel", "join_kernel", "gradient_kernel"]
-    assert names == [*norm, *norm, "reflect_pad_backward_kernel"]
+    assert names == ["whole_gradient_kernel", "whole_gradient_kernel", "reflect_pad_backward_kernel"]
 
 
 # In networks
@@ -115,7 +112,7 @@ def test_runs_of_modules(monkeypatch):
     assert run_from(modules, 3, x) is None
     assert run_from(modules, 4, x) == (1, 1.0, 0)
     assert error(run_all(modules, x), separate.double()) <= 5e-6
-    assert names.count("normalise_kernel") == 2
+    assert names.count("whole_norm_kernel") == 2
     assert "reflect_pad_kernel" not in names
     seen: list[Tensor] = []
     for hooked, expected in ((modules[1], separate), (modules[2], separate), (modules[0], separate)):
