@@ -178,16 +178,18 @@ def check_layers(device: torch.device, dtype: torch.dtype, implementation=None) 
                 yield Check(f"{_short(dtype)} {name} {options or ''}: {kind}", relative(ours, truth), gate)
 
 
-class _Activated(BlurDown):
+class _Activated(FusedLayer):
     """A bias, a leaky ReLU and a blur."""
 
     def __init__(self, channels: int, slope: float):
-        super().__init__(channels)
+        super().__init__()
         self.bias = nn.Parameter(torch.zeros(channels))
+        self.blur = BlurDown(channels)
         self.slope = slope
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.after(x, self.bias, self.slope)
+        self.blur.implementation = self.implementation
+        return self.blur.after(x, self.bias, self.slope)
 
 
 def check_library_instance_norm(device: torch.device) -> Check:

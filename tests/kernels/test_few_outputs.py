@@ -11,7 +11,7 @@ from fastnce.kernels import configs, few_outputs, few_outputs_backward
 from fastnce.kernels.configs import Tile
 from torch import Tensor
 
-from fastnce.networks import ResnetGenerator, Restorer, fused, set_implementation
+from fastnce.networks import ResnetGenerator, Restorer, fused_last, set_implementation
 from fastnce.networks.layers import LastConvolution, full_precision, keeps_float32
 from tests.maps import DEVICE, GATE, error, launches, random_map
 
