@@ -213,8 +213,8 @@ FEW_OUTPUTS_CHANNELS = 64
 WEIGHT_GRADIENT_ROWS = 32
 """Rows that `weight_gradient_kernel` multiplies at once."""
 EVEN_KEYS = ("sm_90", "interpreter")
-"""Architectures whose `nce_kernel` loads full blocks of keys without masks: measured on sm_90. On the others the same
-code needs more registers than there are."""
+"""Architectures whose `nce_kernel` loads full blocks of keys without masks in every form: measured on sm_90. On the
+others most forms would need more registers than there are, so only those that `nce.peels` allows do this."""
 
 
 @cached
