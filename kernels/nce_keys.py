@@ -78,7 +78,6 @@ def nce_keys_kernel(
     o_m = (block % blocks) * BM + tl.arange(0, BM)  # keys
     o_n = tl.arange(0, BN)  # queries
     o_d = tl.arange(0, BD)
-    own = o_m.to(tl.int32)  # compared with every query: 64 bits would take twice the instructions
     m_m = o_m < count
     m_d = o_d < dim
     m_md = m_m[:, None] & m_d[None, :]
@@ -105,7 +104,7 @@ def nce_keys_kernel(
         lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)  # no negatives: weights of zero
         coef = tl.load(coefficient + first_row + o_q, mask=m_n, other=0.0)
         if not EXTRA:
-            m_mn = m_mn & (own[:, None] != n + o_n[None, :])
+            m_mn = m_mn & (o_m[:, None] != o_q[None, :])
         w = tl.exp2(tl.where(m_mn, s - lse[None, :], float("-inf")) + 15.0) * coef[None, :]
         if PAIR_WEIGHT:
             w *= weight

@@ -74,7 +74,8 @@ def stream(one, group, q, m, o_m, m_m, c, shift, ONLINE: tl.constexpr, SHIFT: tl
     o_n = tl.arange(0, BN)
     o_d = tl.arange(0, BD)
     m_d = o_d < one.dim
-    own = o_m.to(tl.int32)  # compared with every key: 64 bits would take twice the instructions
+    # compared with every key: 64 bits would take twice the instructions. With masks the code then spills on sm_90
+    own = o_m.to(tl.int32) if EVEN else o_m
     keys = one.keys + group * one.k_group
     log_weight = one.log_weight + group * one.l_group
     pair_weight = one.pair_weight + group * one.w_group
