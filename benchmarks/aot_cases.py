@@ -40,7 +40,10 @@ def nce_cases() -> Iterator[tuple[str, Callable[[], object]]]:
         # many rows in groups of few keys: one loop
         grouped = _tensor(32, 256, width)
         yield f"nce D={width} many rows, few keys", lambda x=grouped: _forward([x], unit=True)
-        yield f"nce D={width} many rows, few keys, loss only", lambda x=grouped: _forward([x], unit=True, gradient=False)
+        yield (
+            f"nce D={width} many rows, few keys, loss only",
+            lambda x=grouped: _forward([x], unit=True, gradient=False),
+        )
         # blocks of keys that are not full
         yield f"nce D={width} few rows, uneven", lambda x=uneven_few: _forward([x], unit=True)
         yield f"nce D={width} many rows, uneven", lambda x=uneven: _forward([x], unit=True)
