@@ -216,6 +216,9 @@ EVEN_KEYS = ("sm_90", "interpreter")
 """Architectures whose `nce_kernel` loads full blocks of keys without masks in every form: measured on sm_90. On the
 others most forms would need more registers than there are, so only those that `nce.peels` allows do this."""
 
+OWN_KEYS_STAGES = 1
+"""Of `nce_kernel`'s second loop, if it has one: a second pipeline would need more registers than there are."""
+
 
 @cached
 def tuned_architecture(arch: str) -> str:

@@ -10,7 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from . import configs
 from .common import LOG2E, bound, dot, narrow
+
+OWN_STAGES = tl.constexpr(configs.OWN_KEYS_STAGES)
 
 LOWEST_TOTAL = tl.constexpr(2.0**-64)
 HIGHEST_TOTAL = tl.constexpr(2.0**32)
@@ -91,8 +94,7 @@ def stream(one, group, q, m, o_m, m_m, c, shift, ONLINE: tl.constexpr, SHIFT: tl
             k = load_keys(keys, n, one.rows, one.k_row, o_n, o_d, m_d, EVEN)
             s = dot(q, tl.trans(k), tl.zeros([BM, BN], tl.float32), PRECISION) * c
             total, top, acc = absorb(s, k, s, total, top, acc, shift, SHIFT, ONLINE, GRADIENT, False, PRECISION)
-    # a second pipelined loop would need more registers than there are
-    for n in tl.range(bound(start) if PEELED else 0, bound(end), BN, num_stages=1 if PEELED else None):
+    for n in tl.range(bound(start) if PEELED else 0, bound(end), BN, num_stages=OWN_STAGES if PEELED else None):
         m_n = n + o_n < one.rows
         k = load_keys(keys, n, one.rows, one.k_row, o_n, o_d, m_d, EVEN)
         s = dot(q, tl.trans(k), tl.zeros([BM, BN], tl.float32), PRECISION) * c
