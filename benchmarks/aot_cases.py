@@ -40,6 +40,13 @@ def nce_cases() -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"nce D={width} many rows", lambda x=many: _forward([x], unit=True)
         yield f"nce D={width} many rows loss only", lambda x=many: _forward([x], unit=True, gradient=False)
         yield f"nce D={width} extra keys", lambda x=many: _forward([x], extra=[x], unit=True)
+        # many rows in groups of few keys: one loop
+        grouped = _tensor(32, 256, width)
+        yield f"nce D={width} many rows, few keys", lambda x=grouped: _forward([x], unit=True)
+        yield (
+            f"nce D={width} many rows, few keys, loss only",
+            lambda x=grouped: _forward([x], unit=True, gradient=False),
+        )
         # blocks of keys that are not full
         yield f"nce D={width} few rows, uneven", lambda x=uneven_few: _forward([x], unit=True)
         yield f"nce D={width} many rows, uneven", lambda x=uneven: _forward([x], unit=True)
@@ -112,6 +119,9 @@ def nce_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "nce five layers float32", lambda: _forward([layer.float() for layer in few], unit=True)
     yield "nce five layers tf32", _in_tf32(lambda: _forward([layer.float() for layer in few], unit=True))
     yield "nce five layers, many rows", lambda: _forward(many, unit=True)
+    dense = [_tensor(1, configs.MANY_ROWS, 256) for _ in range(5)]
+    yield "nce five layers, many keys", lambda: _forward(dense, unit=True)
+    yield "nce five layers, many keys, loss only", lambda: _forward(dense, unit=True, gradient=False)
     yield "nce five layers, many rows, any length", lambda: _forward(many)
     differing, more = ([_tensor(images, 256, dim) for dim in (3, 64, 128, 256, 256)] for images in (1, 16))
     yield "nce five maps", lambda: _forward(differing, unit=True)

@@ -231,7 +231,11 @@ SPLITS = (
 FEW_OUTPUTS_CHANNELS = 64
 """The most channels that a program of `few_outputs.py` and `few_outputs_backward.py` multiplies at once."""
 EVEN_KEYS = ("sm_90", "interpreter")
-"""Architectures whose `nce_kernel` loads full blocks of keys without masks: elsewhere there are too few registers."""
+"""Architectures whose `nce_kernel` loads full blocks of keys without masks in every form: measured on sm_90. On the
+others most forms would need more registers than there are, so only those that `nce.peels` allows do this."""
+
+OWN_KEYS_STAGES = 1
+"""Of `nce_kernel`'s second loop, if it has one: a second pipeline would need more registers than there are."""
 
 
 @cached
