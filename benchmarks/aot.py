@@ -85,7 +85,7 @@ SHOWN = tuple(field.name for field in fields(Build) if field.name not in ("key",
 WRITTEN = ("key", *(name for name in SHOWN if name != "seconds"))
 """What is written of a build. The same builds give the same file."""
 
-WITHOUT_PRODUCTS = ("float32", "without MLP", "draw", "mean", "rows:", "layer:")
+WITHOUT_PRODUCTS = ("float32", "without MLP", "draw", "mean", "rows:", "layer:", "loss:")
 """Cases without products on the matrix unit."""
 KERNELS_WITHOUT_PRODUCTS = (
     "pack_weight_kernel",

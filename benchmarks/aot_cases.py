@@ -16,6 +16,7 @@ from fastnce.kernels import (
     few_outputs_backward,
     instance_norm,
     instance_norm_backward,
+    loss_terms,
     nce,
     nce_keys,
     project,
@@ -208,6 +209,31 @@ def sample_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "mean", lambda: nce.mean_by_direction(_tensor(1280, dtype=torch.float32), [256] * 5, 1)
 
 
+def loss_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """The losses of generators and discriminators, of every kind and dtype."""
+    kinds = [kind.value for kind in (loss_terms.SQUARE, loss_terms.SOFTPLUS, loss_terms.LINEAR, loss_terms.HINGE)]
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        name = str(dtype).removeprefix("torch.")
+        for kind, objective in zip(kinds, ("squares", "softplus", "means", "hinge"), strict=True):
+            yield f"loss: {objective} {name}", lambda k=kind, t=dtype: _loss(k, t)
+    yield "loss: distances and spectra", lambda: _loss(loss_terms.HINGE.value, torch.bfloat16, cycles=True)
+
+
+def _loss(kind: int, dtype: torch.dtype, cycles: bool = False) -> None:
+    judged, given = _tensor(2, 1, 30, 30, dtype=dtype), _tensor(2, dtype=torch.float32)
+    linear, distance, spectrum = (k.value for k in (loss_terms.LINEAR, loss_terms.DISTANCE, loss_terms.SPECTRUM))
+    tensors = [judged, given]
+    parts = [loss_terms.Part(kind, 1.0, 0.5, 1.0, 0, 0, 0, (i, i + 1)) for i in range(2)]
+    parts += [loss_terms.Part(linear, 1.0, 1.0, 0.5, 1 + i, 1, 1, (i, i + 1)) for i in range(2)]
+    if cycles:
+        tensors += [_tensor(1, 3, 256, 256, dtype=torch.float32) for _ in range(2)]
+        tensors.append(_tensor(2, 3, 256, 129, 2, dtype=torch.float32))
+        parts.append(loss_terms.Part(distance, 0.0, 0.5, 1.0, 3, 2, 3))
+        parts.append(loss_terms.Part(spectrum, 0.0, 0.5, 1.0, 4, 4, 4, (0, 1), (1, 2), 129, 128))
+    loss_terms.loss_values(tensors, *parts)
+    loss_terms.loss_slopes(_tensor(dtype=torch.float32), tensors, [tensors[part.x] for part in parts], *parts)
+
+
 def _sample(
     dim: int,
     channels: tuple[int, ...],
@@ -328,6 +354,7 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """(name, call) of every case."""
     yield from nce_cases()
     yield from sample_cases()
+    yield from loss_cases()
     yield from layer_cases()
     yield from few_outputs_cases()
 
@@ -340,7 +367,7 @@ QUICK = re.compile(
     r"|nce (five layers|five layers tf32|eight problems, extra keys)|rows: .*"
     r"|sample D=256 (bfloat16|bfloat16 repeated ids|float32|tf32|images=64|a set an image, directions)"
     r"|sample D=256 (16-bit weights|images=64, 16-bit weights)"
-    r"|sample without MLP|draw|mean"
+    r"|sample without MLP|draw|mean|loss: (squares bfloat16|distances and spectra)"
     r"|layer: (norm, ReLU, pad 1|norm, residual|norm, one pixel|pad 1 C=256|blur C=128) torch.bfloat16"
     r"|few outputs: 64 to 3, 7x7 (bfloat16|float16|float32|tf32)|few outputs: 256 to 16, 5x5 bfloat16"
 )

@@ -110,6 +110,8 @@ TABLE: tuple[Row, ...] = (
     Row("nce", Tile(32, 64, 8, 2)),
     # means of the loss: block_m rows at a time
     Row("mean", Tile(1024, 1, 4, 1)),
+    # terms of a loss, `loss_terms.py`: block_m elements at a time
+    Row("terms", Tile(1024, 1, 8, 1)),
     # rows divided by their length, `cosine.py`: block_m * block_n elements
     Row("rows", Tile(64, 64, 4, 1)),
     # sampling and projection, `project.py` and `project_backward.py`: block_m rows, block_n hidden units at a time

@@ -56,7 +56,7 @@ LAYERS = {
     "few_outputs_convolution": ((0,),),
 }
 """The options with which each layer is measured, see `fastnce.networks.uses.formula`."""
-FAMILIES = ("patch_nce", "patch_nce_layers", "draw_ids", "project_patches", "PatchNCEHead", *LAYERS)
+FAMILIES = ("patch_nce", "patch_nce_layers", "draw_ids", "project_patches", "PatchNCEHead", "loss_terms", *LAYERS)
 """The kernels that are checked at their first use."""
 
 
