@@ -78,7 +78,7 @@ def by_kernels(name: str, tensors: Sequence[Tensor], options: Sequence[Any]) -> 
     if name == "activate":
         return (fused.activate(x, more[0], *options),)
     if name == "few_outputs_convolution":
-        return (fused_last.few_outputs_convolution(x, more[0], more[1], *options),)
+        return (fused_last.few_outputs_convolution(x, tensors[1], more[1], *options),)
     function: Callable[..., Tensor] = getattr(fused, name)
     return (function(x, *options),)
 

@@ -175,7 +175,7 @@ def test_opcheck():
             (operators.blur_up_backward, (random_map(2, 3, 6, 8, layout=layout), 3, 4)),
         ):
             torch.library.opcheck(operator.default, arguments, test_utils=("test_schema", "test_faketensor"))
-    torch.library.opcheck(operators.instance_norm.default, (x, None, 1e-5, 0.0, 1, 1))
+    torch.library.opcheck(operators.instance_norm.default, (x, None, 1e-5, 0.0, 0, 1))
     torch.library.opcheck(operators.blur_down.default, (x, 3, 3))
 
 
