@@ -19,6 +19,7 @@ import torch
 from benchmarks.cases import Context, Provider, Row
 from benchmarks.measure import measure
 from benchmarks.step import our_provider, step_case
+from fastnce.common.beside import CudaStreams
 from fastnce.engine.step import Step
 from fastnce.nce import PatchNCEHead
 from fastnce.networks import fuse_neighbours, leave_out_biases, set_implementation
@@ -42,6 +43,8 @@ class Stage:
     """Convolutions omit a bias that the following norm cancels."""
     neighbours: bool = False
     """Norms compute the pads, blurs and residuals around them, see `fuse_neighbours`."""
+    streams: bool = False
+    """Independent work runs at the same time (`run.streams`)."""
     graph: bool = True
     cudnn_benchmark: bool = False
     """cuDNN benchmarks its kernels for each shape, as in the published repositories."""
@@ -82,7 +85,8 @@ def stages(cuda: bool, loss: bool = True) -> list[Stage]:
         Stage("+ weights converted at once", **at_once),
         Stage("+ no biases that norms cancel", **without_biases),
         Stage("+ norms joined with pads, blurs and residuals", **all_on),
-        Stage("all, uncaptured", **all_on, graph=False),
+        Stage("+ streams", **all_on, streams=True),
+        Stage("all, uncaptured", **all_on, streams=True, graph=False),
     ]
     return found if loss else [replace(stage, loss="triton") for stage in found if stage.name != "+ fused NCE"]
 
@@ -119,7 +123,7 @@ def cudnn(context: Context) -> Iterator[Row]:
     # needs its own process: PyTorch keeps the first kernel chosen for a shape, whatever is set later
     if context.device.type != "cuda":
         return
-    stage = replace(stages(cuda=True)[-1], name="+ cuDNN benchmark", cudnn_benchmark=True, graph=True)
+    stage = replace(stages(cuda=True)[-1], name="+ cuDNN benchmark", cudnn_benchmark=True, streams=False, graph=True)
     for images in (1, 8) if context.large else (1,):
         provider = _provider("cut", stage, context)
         provider.note = "in its own process"
@@ -144,6 +148,8 @@ def _provider(name: str, stage: Stage, context: Context) -> Provider:
 def switch(step: Step, stage: Stage) -> None:
     """Apply the switches of a stage to a built step."""
     step.weights_at_once = stage.weights_at_once
+    device = step.bad_steps.device
+    step.streams = CudaStreams(device) if stage.streams and device.type == "cuda" else None
     leave_out_biases(step.method, stage.no_cancelled_biases)
     fuse_neighbours(step.method, stage.neighbours)
     set_implementation(step.method, stage.layers)

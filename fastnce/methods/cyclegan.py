@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from ..common.beside import beside
 from ..common.options import option
 from .augment import AUGMENT_HELP, Augment
 from .base import (
@@ -108,48 +109,62 @@ class TwoWay(Method):
         With `layers`, keys_A and keys_B are the features of G_A(A) and G_B(B) at these layers. With `flip`, the fakes
         are those of the mirrored images.
         """
-        outputs: Outputs = {}
-        for domain, other, generator, real in (
-            ("A", "B", self.generator_a, batch),
-            ("B", "A", self.generator_b, batch[::-1]),
-        ):
-            first = real[0].flip(3) if flip else real[0]
-            pictures = [first, real[1]] if identity else [first]
-            made = together(generator, pictures, independent=generator.features_repeat, layers=layers)
+
+        def half(domain: str, other: str, generator: nn.Module, own: Tensor, foreign: Tensor) -> Outputs:
+            outputs: Outputs = {}
+            first = own.flip(3) if flip else own
+            pictures = [first, foreign] if identity else [first]
+            independent = generator.features_repeat
+            made = together(generator, pictures, independent=independent, layers=layers)  # type: ignore[arg-type]
             if layers:
                 outputs[f"keys_{domain}"] = made[0][1]
                 made = [picture for picture, _ in made]
             outputs[f"fake_{other}"] = made[0]
             if identity:
                 outputs[f"idt_{domain}"] = made[1]
-        return outputs
+            return outputs
+
+        one, other = beside(
+            lambda: half("A", "B", self.generator_a, batch.a, batch.b),
+            lambda: half("B", "A", self.generator_b, batch.b, batch.a),
+        )
+        return one | other
 
     def d_loss(self, batch: Batch, outputs: Outputs, draws: Draws) -> tuple[Tensor, Losses]:
         """The losses of both discriminators, which judge fakes from their pools."""
-        terms, penalties = Terms(), {}
-        for name, discriminator, pool, fake, real in (
-            ("D_A", self.discriminator_a, self.pool_b, outputs["fake_B"], batch.b),
-            ("D_B", self.discriminator_b, self.pool_a, outputs["fake_A"], batch.a),
-        ):
-            independent = discriminator.pictures_independent
+        terms = Terms()
+
+        def shown(discriminator: nn.Module, pool: ImagePool, fake: Tensor, real: Tensor) -> tuple[Tensor, ...]:
             fake = pool(fake)
-            judged_real, judged_fake = judge(discriminator, [self.augment(real), self.augment(fake)], independent)
+            augmented = [self.augment(real), self.augment(fake)]
+            judged = judge(discriminator, augmented, discriminator.pictures_independent)  # type: ignore[arg-type]
+            if self.gp == 0:
+                return tuple(judged)
+            penalty = gradient_penalty(self.augment.before(discriminator), real, fake)
+            return *judged, 0.5 * self.gp * penalty
+
+        first, second = beside(
+            lambda: shown(self.discriminator_a, self.pool_b, outputs["fake_B"], batch.b),
+            lambda: shown(self.discriminator_b, self.pool_a, outputs["fake_A"], batch.a),
+        )
+        penalties = {}
+        for name, (judged_real, judged_fake, *penalty) in ("D_A", first), ("D_B", second):
             terms.gan(name, judged_real, True, self.gan_mode, weight=0.5)
             terms.gan(name, judged_fake, False, self.gan_mode, weight=0.5)
-            if self.gp > 0:
-                judged = self.augment.before(discriminator)
-                penalties[f"{name}_GP"] = 0.5 * self.gp * gradient_penalty(judged, real, fake)
+            penalties |= {f"{name}_GP": value for value in penalty}
         total, losses = terms.total()
-        for penalty in penalties.values():
-            total = total + penalty
+        for value in penalties.values():
+            total = total + value
         return total, losses | penalties
 
     def adversarial(
         self, terms: Terms, outputs: Outputs, *, saturating: bool = False, weight: float = 1.0, share: float = 1.0
     ) -> None:
         """Add the GAN losses G_A and G_B of the generators; `saturating` takes the hinge of DCLGAN's code."""
-        judged_b = self.discriminator_a(self.augment(outputs["fake_B"]))
-        judged_a = self.discriminator_b(self.augment(outputs["fake_A"]))
+        judged_b, judged_a = beside(
+            lambda: self.discriminator_a(self.augment(outputs["fake_B"])),
+            lambda: self.discriminator_b(self.augment(outputs["fake_A"])),
+        )
         for name, judged in ("G_A", judged_b), ("G_B", judged_a):
             terms.gan(name, judged, True, self.gan_mode, for_generator=not saturating, weight=weight, share=share)
 
@@ -182,8 +197,9 @@ class CycleGAN(TwoWay):
 
     def generate(self, batch: Batch, draws: Draws) -> Outputs:
         outputs = self.translate_both(batch, identity=self.options.lambda_identity > 0)
-        outputs["rec_A"] = self.generator_b(outputs["fake_B"])
-        outputs["rec_B"] = self.generator_a(outputs["fake_A"])
+        outputs["rec_A"], outputs["rec_B"] = beside(
+            lambda: self.generator_b(outputs["fake_B"]), lambda: self.generator_a(outputs["fake_A"])
+        )
         return outputs
 
     def g_loss(self, batch: Batch, outputs: Outputs, draws: Draws) -> tuple[Tensor, Losses]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..common.beside import beside
 from ..common.options import option
 from ..data.rain import RainOptions, parse_ranges, render_rain
 from ..nce.api import Negatives
@@ -92,15 +93,23 @@ class DCDGAN(DCLGAN):
 
     def generate(self, batch: Batch, draws: Draws) -> Outputs:
         outputs = super().generate(batch, draws)
-        for domain, generator, fake in (("A", self.generator_b, "B"), ("B", self.generator_a, "A")):
+
+        def close(domain: str, generator: nn.Module, fake: str) -> Outputs:
             image = outputs[f"fake_{fake}"]
+            found: Outputs = {}
             if self.shares_passes:  # the pass that closes the cycle also returns the queries
-                outputs[f"rec_{domain}"], outputs[f"queries_{fake}"] = generator(image, self.layers)
+                found[f"rec_{domain}"], found[f"queries_{fake}"] = generator(image, self.layers)
             else:
-                outputs[f"rec_{domain}"] = generator(image)
+                found[f"rec_{domain}"] = generator(image)
             if draws.flip:  # the cycle ends at the mirrored image
-                outputs[f"rec_{domain}"] = outputs[f"rec_{domain}"].flip(3)
-        return outputs
+                found[f"rec_{domain}"] = found[f"rec_{domain}"].flip(3)
+            return found
+
+        first, second = beside(
+            lambda: close("A", self.generator_b, "B"),
+            lambda: close("B", self.generator_a, "A"),
+        )
+        return outputs | first | second
 
     def g_terms(self, batch: Batch, outputs: Outputs, draws: Draws) -> Terms:
         options = self.options

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ..common.beside import beside
 from ..common.options import option
 from ..nce import NegativeBank, PatchNCEHead, patch_nce_layers, project_patches
 from ..nce.api import Negatives
@@ -262,9 +263,13 @@ class DCLGAN(TwoWay):
         def kept(name: str, generator: nn.Module, images: Tensor) -> list[Tensor]:
             return outputs[name] if name in outputs else generator(images, self.layers, encode_only=True)
 
-        keys_a, keys_b = kept("keys_A", self.generator_a, batch.a), kept("keys_B", self.generator_b, batch.b)
-        queries_b = kept("queries_B", self.generator_b, outputs["fake_B"])
-        queries_a = kept("queries_A", self.generator_a, outputs["fake_A"])
+        keys_a, keys_b = beside(
+            lambda: kept("keys_A", self.generator_a, batch.a), lambda: kept("keys_B", self.generator_b, batch.b)
+        )
+        queries_b, queries_a = beside(
+            lambda: kept("queries_B", self.generator_b, outputs["fake_B"]),
+            lambda: kept("queries_A", self.generator_a, outputs["fake_A"]),
+        )
         if draws.flip:
             queries_b, queries_a = ([feature.flip(3) for feature in queries] for queries in (queries_b, queries_a))
         return keys_a, keys_b, queries_b, queries_a

@@ -6,9 +6,9 @@ from collections.abc import Container, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .convolution import PLAIN, convolve
 from .layers import BlurDown, BlurUp, FusedLayer, InstanceNorm, ReflectionPad
 
 
@@ -98,22 +98,15 @@ def run_one(modules: Sequence[nn.Module], position: int, x: Tensor, kept: Contai
         kept: as in `run_from`; a convolution whose own output is needed adds its bias.
     """
     module = modules[position]
-    if not _bias_is_cancelled(modules, position, kept):
+    if not _is_plain(module):
         return module(x)
-    if isinstance(module, nn.ConvTranspose2d):
-        more = (module.output_padding, module.groups, module.dilation)
-        return F.conv_transpose2d(x, module.weight, None, module.stride, module.padding, *more)  # type: ignore[arg-type]
-    assert isinstance(module, nn.Conv2d)
-    return module._conv_forward(x, module.weight, None)
+    assert isinstance(module, PLAIN)
+    return convolve(module, x, None if _bias_is_cancelled(modules, position, kept) else module.bias)
 
 
-def _bias_is_cancelled(modules: Sequence[nn.Module], position: int, kept: Container[int]) -> bool:
-    """Whether the module is a plain convolution without hooks, followed by an instance norm that leaves out biases."""
-    module = modules[position]
-    if type(module) not in (nn.Conv2d, nn.ConvTranspose2d):  # a subclass may do something else with its bias
-        return False
-    norm = _follower(modules, position + 1, kept)
-    if type(norm) is not InstanceNorm or "forward" in norm.__dict__ or not norm.leaves_out_biases:
+def _is_plain(module: nn.Module) -> bool:
+    """Whether the module is a convolution without hooks. A subclass may do something else with its bias."""
+    if type(module) not in PLAIN:
         return False
     return not changed(module)
 
@@ -126,6 +119,12 @@ def _activation_after(modules: Sequence[nn.Module], position: int, x: Tensor) ->
     if type(convolution) is not nn.Conv2d or type(activation) not in (nn.ReLU, nn.LeakyReLU):
         return False
     return type(blur) is BlurDown and blurs(blur, x) and not changed(convolution) and not changed(activation)
+
+
+def _bias_is_cancelled(modules: Sequence[nn.Module], position: int, kept: Container[int]) -> bool:
+    """Whether the plain convolution at `position` is followed by an instance norm that leaves out biases."""
+    norm = _follower(modules, position + 1, kept)
+    return type(norm) is InstanceNorm and "forward" not in norm.__dict__ and norm.leaves_out_biases
 
 
 def run_all(modules: Sequence[nn.Module], x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -150,7 +149,7 @@ def run_block(
         run = run_from(modules, first, x)
         if run is None and _activation_after(modules, first, x):
             convolution, activation, down = modules[first : first + 3]
-            y = convolution._conv_forward(x, convolution.weight, None)  # type: ignore[operator]
+            y = convolve(convolution, x, None)  # type: ignore[arg-type]
             x = down.after(y, convolution.bias, _slope(activation))  # type: ignore[operator, arg-type]
             first += 3
             continue
