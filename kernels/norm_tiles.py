@@ -26,7 +26,9 @@ def norm_tile(arch: str, channels: int, channels_last: bool, reads: int = 1) -> 
         reads: of each element.
     """
     if arch == "interpreter" or not channels_last or channels % 16:
-        return configs.layer_tile(arch, channels, channels_last, 16 if reads >= 9 else reads)
+        if channels_last and channels > 16 and reads >= 9 and arch != "interpreter":
+            return configs.find_tile("norm", arch, channels_last=True, reads=16)  # 64 channels would spill
+        return configs.layer_tile(arch, channels, channels_last, min(reads, 16))
     return configs.find_tile("norm", arch, channels_last=True, wide_loads=True, reads=reads)
 
 
