@@ -157,10 +157,11 @@ def instance_norm_backward(
     form = {"SLOPE": slope, "INNER": inner is not None, "MARGIN": margin, "KIND": kind, "TAPS": TAPS[kind]}
     arch, pixels = architecture(x.device), height * width
     whole = None if blur == 2 else norm_tiles.whole_tile(arch, channels, is_channels_last(x), x.dtype, pixels, True)
-    one_launch = whole is not None and is_near(x, gradient, more, out)
-    ready = empty_like(x, height, width) if total or write or (one_launch and blur) else out
+    if not is_near(x, gradient, more, out):
+        whole = None
+    ready = empty_like(x, height, width) if total or write or (whole and blur) else out
     d_total = ready if total else torch.empty(0, dtype=x.dtype, device=x.device)
-    if one_launch:
+    if whole is not None:
         norm_whole.backward(whole, gradient, more, x, statistics, out, ready, form, total)
         return out, d_total
     plain = margin == 0 and blur == 0 and rows_join(x, gradient, more, ready)
