@@ -157,7 +157,7 @@ TABLE: tuple[Row, ...] = (
     Row("layer", Tile(64, 4, 4, 1)),
     # `instance_norm.py`, its gradient and `activate.py` where loads are wide: 16 channels of 16 bits are one sector
     Row("norm", Tile(512, 16, 8, 1), reads=range(1, 4)),
-    Row("norm", Tile(64, 16, 4, 1), arch=("sm_86", "sm_89"), reads=range(4, 10)),
+    Row("norm", Tile(64, 16, 4, 1), arch=("sm_86", "sm_89"), dtype=("bfloat16", "float16"), reads=range(4, 10)),
     Row("norm", Tile(256, 16, 8, 1), reads=range(4, 10)),
     Row("norm", Tile(64, 16, 4, 1), wide_loads=True),
     Row("norm", Tile(32, 16, 4, 1)),
