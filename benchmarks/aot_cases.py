@@ -16,6 +16,7 @@ from fastnce.kernels import (
     few_outputs_backward,
     instance_norm,
     instance_norm_backward,
+    loss_terms,
     nce,
     nce_keys,
     project,
@@ -23,6 +24,7 @@ from fastnce.kernels import (
     reflect_pad,
     sample,
 )
+from fastnce.kernels.map_layout import map_layout
 
 
 def _tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -39,6 +41,13 @@ def nce_cases() -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"nce D={width} many rows", lambda x=many: _forward([x], unit=True)
         yield f"nce D={width} many rows loss only", lambda x=many: _forward([x], unit=True, gradient=False)
         yield f"nce D={width} extra keys", lambda x=many: _forward([x], extra=[x], unit=True)
+        # many rows in groups of few keys: one loop
+        grouped = _tensor(32, 256, width)
+        yield f"nce D={width} many rows, few keys", lambda x=grouped: _forward([x], unit=True)
+        yield (
+            f"nce D={width} many rows, few keys, loss only",
+            lambda x=grouped: _forward([x], unit=True, gradient=False),
+        )
         # blocks of keys that are not full
         yield f"nce D={width} few rows, uneven", lambda x=uneven_few: _forward([x], unit=True)
         yield f"nce D={width} many rows, uneven", lambda x=uneven: _forward([x], unit=True)
@@ -111,6 +120,9 @@ def nce_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "nce five layers float32", lambda: _forward([layer.float() for layer in few], unit=True)
     yield "nce five layers tf32", _in_tf32(lambda: _forward([layer.float() for layer in few], unit=True))
     yield "nce five layers, many rows", lambda: _forward(many, unit=True)
+    dense = [_tensor(1, configs.MANY_ROWS, 256) for _ in range(5)]
+    yield "nce five layers, many keys", lambda: _forward(dense, unit=True)
+    yield "nce five layers, many keys, loss only", lambda: _forward(dense, unit=True, gradient=False)
     yield "nce five layers, many rows, any length", lambda: _forward(many)
     differing, more = ([_tensor(images, 256, dim) for dim in (3, 64, 128, 256, 256)] for images in (1, 16))
     yield "nce five maps", lambda: _forward(differing, unit=True)
@@ -181,11 +193,45 @@ def sample_cases() -> Iterator[tuple[str, Callable[[], object]]]:
             )
     for dim, channels in ((256, published), (512, wide)):  # repeated ids are summed exactly, by the kernel for float32
         yield f"sample D={dim} tf32", _in_tf32(lambda d=dim, c=channels: _sample(d, c, dtype=torch.float32))
+        yield (
+            f"sample D={dim} 16-bit weights",
+            lambda d=dim, c=channels: _sample(d, c, weights=torch.bfloat16),
+        )
+    yield (
+        "sample D=256 float16, 16-bit weights",
+        lambda: _sample(256, published, dtype=torch.float16, weights=torch.float16),
+    )
+    yield "sample D=256 images=64, 16-bit weights", lambda: _sample(256, published, images=64, weights=torch.bfloat16)
     yield "sample D=256 images=64", lambda: _sample(256, published, images=64)
     yield "sample D=256 a set an image, directions", lambda: _sample(256, published, images=2, sets=2, directions=2)
     yield "sample without MLP", lambda: _sample(0, published)
     yield "draw", lambda: sample.draw_ids(_tensor(5, 2, dtype=torch.int64), [68644, 65536, 16384], 256)
     yield "mean", lambda: nce.mean_by_direction(_tensor(1280, dtype=torch.float32), [256] * 5, 1)
+
+
+def loss_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """The losses of generators and discriminators, of every kind and dtype."""
+    kinds = [kind.value for kind in (loss_terms.SQUARE, loss_terms.SOFTPLUS, loss_terms.LINEAR, loss_terms.HINGE)]
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        name = str(dtype).removeprefix("torch.")
+        for kind, objective in zip(kinds, ("squares", "softplus", "means", "hinge"), strict=True):
+            yield f"loss: {objective} {name}", lambda k=kind, t=dtype: _loss(k, t)
+    yield "loss: distances and spectra", lambda: _loss(loss_terms.HINGE.value, torch.bfloat16, cycles=True)
+
+
+def _loss(kind: int, dtype: torch.dtype, cycles: bool = False) -> None:
+    judged, given = _tensor(2, 1, 30, 30, dtype=dtype), _tensor(2, dtype=torch.float32)
+    linear, distance, spectrum = (k.value for k in (loss_terms.LINEAR, loss_terms.DISTANCE, loss_terms.SPECTRUM))
+    tensors = [judged, given]
+    parts = [loss_terms.Part(kind, 1.0, 0.5, 1.0, 0, 0, 0, (i, i + 1)) for i in range(2)]
+    parts += [loss_terms.Part(linear, 1.0, 1.0, 0.5, 1 + i, 1, 1, (i, i + 1)) for i in range(2)]
+    if cycles:
+        tensors += [_tensor(1, 3, 256, 256, dtype=torch.float32) for _ in range(2)]
+        tensors.append(_tensor(2, 3, 256, 129, 2, dtype=torch.float32))
+        parts.append(loss_terms.Part(distance, 0.0, 0.5, 1.0, 3, 2, 3))
+        parts.append(loss_terms.Part(spectrum, 0.0, 0.5, 1.0, 4, 4, 4, (0, 1), (1, 2), 129, 128))
+    loss_terms.loss_values(tensors, *parts)
+    loss_terms.loss_slopes(_tensor(dtype=torch.float32), tensors, [tensors[part.x] for part in parts], *parts)
 
 
 def _sample(
@@ -197,16 +243,17 @@ def _sample(
     directions: int = 0,
     distinct: bool = True,
     dtype: torch.dtype = torch.bfloat16,
+    weights: torch.dtype = torch.float32,
 ) -> None:
     maps = [_tensor(images, c, 32, 32, dtype=dtype).to(memory_format=torch.channels_last) for c in channels]
     maps[0] = _tensor(images, channels[0], 32, 32, dtype=torch.float32)  # an image beside 16-bit features
     ids = [_tensor(sets, 256, dtype=torch.int64) for _ in maps]
     shapes = [s for c in channels for s in ((dim, c), (dim,), (dim, dim), (dim,))] if dim else []
-    mlp = [_tensor(*shape, dtype=torch.float32) for shape in shapes]
+    mlp = [_tensor(*shape, dtype=weights if len(shape) == 2 else torch.float32) for shape in shapes]
     units, *saved = project.project(maps, ids, mlp, dtype, len(maps))
     upstream = _tensor(directions, dtype=torch.float32) if directions else None
     project_backward.project_backward(
-        units, upstream, directions or 1, [project_backward.map_layout(m) for m in maps], ids, mlp, units, *saved,
+        units, upstream, directions or 1, [map_layout(m) for m in maps], ids, mlp, units, *saved,
         distinct=distinct, wanted=[True] * len(maps), weights_wanted=True,
     )  # fmt: skip
 
@@ -307,6 +354,7 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """(name, call) of every case."""
     yield from nce_cases()
     yield from sample_cases()
+    yield from loss_cases()
     yield from layer_cases()
     yield from few_outputs_cases()
 
@@ -318,7 +366,8 @@ QUICK = re.compile(
     r"|nce five layers, learned T|nce five layers, uneven, learned T"
     r"|nce (five layers|five layers tf32|eight problems, extra keys)|rows: .*"
     r"|sample D=256 (bfloat16|bfloat16 repeated ids|float32|tf32|images=64|a set an image, directions)"
-    r"|sample without MLP|draw|mean"
+    r"|sample D=256 (16-bit weights|images=64, 16-bit weights)"
+    r"|sample without MLP|draw|mean|loss: (squares bfloat16|distances and spectra)"
     r"|layer: (norm, ReLU, pad 1|norm, residual|norm, one pixel|pad 1 C=256|blur C=128) torch.bfloat16"
     r"|few outputs: 64 to 3, 7x7 (bfloat16|float16|float32|tf32)|few outputs: 256 to 16, 5x5 bfloat16"
 )

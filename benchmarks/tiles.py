@@ -42,6 +42,7 @@ from fastnce.kernels.configs import Tile  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from fastnce import PatchNCEHead  # noqa: E402
+from fastnce.common.narrowed import narrowed  # noqa: E402
 from fastnce.common.timing import capture, default_device, synchronize, time_interleaved  # noqa: E402
 
 SAME = 2e-2
@@ -119,16 +120,18 @@ def chain_workloads(device: torch.device, quick: bool) -> Iterator[Workload]:
 
     pairs = [([m.requires_grad_() for m in maps()], maps()) for _ in range(1 if quick else 4)]
     weights = list(head.parameters())
+    multiplied = [w for w in weights if w.dim() == 2]
+    copies = [w.detach().bfloat16() for w in multiplied]  # as a training step makes them
 
     def call(queries: list[Tensor], keys: list[Tensor]) -> Any:
         torch.manual_seed(0)
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16), narrowed(multiplied, copies):
             loss = head(queries, keys)
         return loss, *torch.autograd.grad(loss, [*queries, *weights])
 
-    project = tiles((16, 32, 64), (16, 32, 64), (4, 8), (1,))
+    project = tiles((16, 32, 64), (16, 32, 64), (4, 8), (1, 2, 3))
     yield Workload("chain, project", "project_tile", project, call, pairs)
-    products = tiles((32, 64), (32, 64), (4, 8), (2, 3))
+    products = tiles((32, 64, 128), (32, 64, 128), (4, 8), (2, 3))
     yield Workload("chain, weight gradient", "weight_gradient_tile", products, call, pairs)
 
 

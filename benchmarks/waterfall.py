@@ -21,7 +21,7 @@ from benchmarks.measure import measure
 from benchmarks.step import our_provider, step_case
 from fastnce.engine.step import Step
 from fastnce.nce import PatchNCEHead
-from fastnce.networks import leave_out_biases, set_implementation
+from fastnce.networks import fuse_neighbours, leave_out_biases, set_implementation
 from fastnce.networks.layers import LastConvolution
 
 
@@ -40,6 +40,8 @@ class Stage:
     weights_at_once: bool = False
     no_cancelled_biases: bool = False
     """Convolutions omit a bias that the following norm cancels."""
+    neighbours: bool = False
+    """Norms compute the pads, blurs and residuals around them, see `fuse_neighbours`."""
     graph: bool = True
     cudnn_benchmark: bool = False
     """cuDNN benchmarks its kernels for each shape, as in the published repositories."""
@@ -67,7 +69,8 @@ def stages(cuda: bool, loss: bool = True) -> list[Stage]:
     ending: dict[str, Any] = layers | {"last": "triton"}
     fused: dict[str, Any] = ending | {"loss": "triton"}
     at_once: dict[str, Any] = fused | {"weights_at_once": True}
-    all_on: dict[str, Any] = at_once | {"no_cancelled_biases": True}
+    without_biases: dict[str, Any] = at_once | {"no_cancelled_biases": True}
+    all_on: dict[str, Any] = without_biases | {"neighbours": True}
     found = [
         Stage("fp32"),
         Stage("+ TF32", tf32=True),
@@ -77,7 +80,8 @@ def stages(cuda: bool, loss: bool = True) -> list[Stage]:
         Stage("+ last convolution", **ending),
         Stage("+ fused NCE", **fused),
         Stage("+ weights converted at once", **at_once),
-        Stage("+ no biases that norms cancel", **all_on),
+        Stage("+ no biases that norms cancel", **without_biases),
+        Stage("+ norms joined with pads, blurs and residuals", **all_on),
         Stage("all, uncaptured", **all_on, graph=False),
     ]
     return found if loss else [replace(stage, loss="triton") for stage in found if stage.name != "+ fused NCE"]
@@ -141,6 +145,7 @@ def switch(step: Step, stage: Stage) -> None:
     """Apply the switches of a stage to a built step."""
     step.weights_at_once = stage.weights_at_once
     leave_out_biases(step.method, stage.no_cancelled_biases)
+    fuse_neighbours(step.method, stage.neighbours)
     set_implementation(step.method, stage.layers)
     for module in step.method.modules():
         if isinstance(module, LastConvolution):

@@ -6,8 +6,8 @@ plane of at most 4096 pixels takes one launch (`norm_whole.py`), unless it was b
 plane and writes its tiles. Both recompute n and the activation's mask from x, the mean and 1 / deviation.
 
 Pads need no gather for the sums: each pixel of the padded gradient is multiplied by the n that it is a copy of. A blur
-gathers g from up to 16 pixels. Where that many are read, or where g itself is wanted, the first kernel writes g and the
-second reads it.
+gathers g from up to 16 pixels. Where that many are read, the first kernel writes g and the second reads it, in float32:
+the sum of many taps has a large mean, which is subtracted, and rounding g before would leave its error.
 
 Reads + writes per element of x: 4 + 1. (Separate norm, ReLU and pad move 2 + 3 + 5.)
 """
@@ -96,12 +96,12 @@ def sums_kernel(
 
 @triton.jit
 def gradient_kernel(
-    x, gradient, inner, ready, statistics, partial, out, channels, height, width, out_height, out_width, pixels, parts,
-    tiles, joins, SLOPE: tl.constexpr, INNER: tl.constexpr, READY: tl.constexpr, TOTAL: tl.constexpr,
+    x, gradient, inner, ready, total, statistics, partial, out, channels, height, width, out_height, out_width, pixels,
+    parts, tiles, joins, SLOPE: tl.constexpr, INNER: tl.constexpr, READY: tl.constexpr, TOTAL: tl.constexpr,
     MARGIN: tl.constexpr, KIND: tl.constexpr, TAPS: tl.constexpr, FLAT: tl.constexpr, BS: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """`tiles` tiles of d_x. With READY, `ready` contains g; with TOTAL, g is stored there."""
+    """`tiles` tiles of d_x. With READY, `ready` contains g; with TOTAL, g is stored in `total`."""
     image, part, first_c = place(channels, parts, BC)
     o_c = first_c + tl.arange(0, BC)
     m_c = o_c < channels
@@ -120,8 +120,8 @@ def gradient_kernel(
                 gradient, inner, image, start, row, column, m_p, o_c, m_c, height, width, out_height, out_width,
                 INNER, MARGIN, KIND, TAPS, BM, BC,
             )  # fmt: skip
-            if TOTAL:
-                store_tile(ready, arriving, image, row, column, m_p, o_c, m_c)
+        if TOTAL:
+            store_tile(total, arriving, image, row, column, m_p, o_c, m_c)
         normal = (load_tile(x, image, row, column, m_p, o_c, m_c) - mean) * scale
         arriving = through_activation(arriving, normal, SLOPE)
         value = (arriving - of_gradient[None, :] - normal * of_product[None, :]) * scale
@@ -153,31 +153,32 @@ def instance_norm_backward(
     out = empty_like(x, height, width)
     kind = BACK[KINDS[blur]]
     more = x if inner is None else inner
-    write = margin == 0 and (total or blur == 2)
+    write = blur == 2
     form = {"SLOPE": slope, "INNER": inner is not None, "MARGIN": margin, "KIND": kind, "TAPS": TAPS[kind]}
     arch, pixels = architecture(x.device), height * width
     whole = None if blur == 2 else norm_tiles.whole_tile(arch, channels, is_channels_last(x), x.dtype, pixels, True)
-    if not is_near(x, gradient, more, out):
-        whole = None
-    ready = empty_like(x, height, width) if total or write or (whole and blur) else out
-    d_total = ready if total else torch.empty(0, dtype=x.dtype, device=x.device)
-    if whole is not None:
+    d_total = empty_like(x, height, width) if total else torch.empty(0, dtype=x.dtype, device=x.device)
+    if whole is not None and is_near(x, gradient, more, out):
+        ready = d_total if total else empty_like(x, height, width) if blur else out
         norm_whole.backward(whole, gradient, more, x, statistics, out, ready, form, total)
         return out, d_total
-    plain = margin == 0 and blur == 0 and rows_join(x, gradient, more, ready)
+    ready = torch.empty_like(out, dtype=torch.float32) if write else out
+    added = d_total if total else out
+    plain = margin == 0 and blur == 0 and rows_join(x, gradient, more, added)
     reads = TAPS[kind] ** 2 + (2 if inner is not None else 1)
     shape = channels, height, width, out_height, out_width
-    maps = as_map(x), as_map(gradient), as_map(more), as_map(ready), statistics
+    maps = as_map(x), as_map(gradient), as_map(more), as_map(ready)
     split = Tiling(x, arch, out_height * out_width if margin else pixels, reads, reduction=True)
     partial = torch.empty(images, split.parts, 2, channels, dtype=torch.float32, device=x.device)
     launch(
-        sums_kernel, split.programs, x, *maps, partial, *shape, out_height * out_width if margin else pixels,
+        sums_kernel, split.programs, x, *maps, statistics, partial, *shape,
+        out_height * out_width if margin else pixels,
         split.parts, split.each, **form, WRITE=write, FLAT=plain, **split.options,
     )  # fmt: skip
     over = Tiling(x, arch, pixels, 2 if write else reads + 2 * (margin > 0), reduction=False)
     launch(
-        gradient_kernel, over.programs, x, *maps, partial, as_map(out), *shape, pixels, over.parts, over.each,
-        split.parts, **form, READY=write, TOTAL=total and not write, FLAT=plain and rows_join(out),
+        gradient_kernel, over.programs, x, *maps, as_map(added), statistics, partial, as_map(out), *shape, pixels,
+        over.parts, over.each, split.parts, **form, READY=write, TOTAL=total, FLAT=plain and rows_join(out),
         BS=joined_block(split.parts), **over.options,
     )  # fmt: skip
     return out, d_total

@@ -22,7 +22,7 @@ from .compiled import Compiled, CompiledWhole, whole_obstacle
 from .cudagraph import CudaRecorder, Graphs, Recorder, library_settings
 from .distributed import Ranks
 from .live_check import Disagreement, LiveCheck
-from .optim import LossScale, ParameterGroup, WeightAverage
+from .optim import LossScale, WeightAverage
 from .options import OptimOptions
 from .recompute import recompute_blocks
 from .rehearsal import rehearse
@@ -93,9 +93,12 @@ class Step:
         self.loss_scale = LossScale(device) if precision == "fp16" else None
         self.bad_steps = torch.zeros((), device=device)
         """() float32: the number of consecutive steps, up to now, in which a gradient was not finite."""
+        self._one = torch.ones((), device=device)
+        self._finishes = type(method).finish is not Method.finish
         generators = method.generators()
         self._generators = list(generators.values())
         self._discriminators = list(method.discriminators().values())
+        self._projectors = list(method.projectors().values())
         self._spectral = once_per_step(self._discriminators)
         self.averages = (
             {name: WeightAverage(net, options.ema) for name, net in generators.items()} if options.ema else {}
@@ -200,8 +203,9 @@ class Step:
         else:
             losses, bad = self._at_once(batch, draws)
         before.restore(bad)
-        self.method.finish(bad)
-        self.bad_steps.add_(1).mul_(bad)
+        if self._finishes:
+            self.method.finish(bad.bool())
+        torch.addcmul(bad, self.bad_steps, bad, out=self.bad_steps)  # (bad_steps + 1) * bad
         if self.loss_scale is not None:
             self.loss_scale.update(bad)
         for average in self.averages.values():
@@ -216,23 +220,23 @@ class Step:
         buffers = {id(b): b for module in self._with_state for b in module.buffers() if b.numel()}
         return [*buffers.values(), *(t for group in self._early for t in group.changes())]
 
-    def updates(self, update: Callable[..., None] = ParameterGroup.update) -> Updates:
-        """The updates of one step; `update` is `ParameterGroup.update` or `update_traced`."""
+    def updates(self, traced: bool = False) -> Updates:
+        """The updates of one step; `traced`: in operations that a compiler can trace."""
         scale = None if self.loss_scale is None else self.loss_scale.scale
-        return Updates(self.groups, scale, self.bad_steps, update)
+        return Updates(self.groups, scale, self._one, traced)
 
-    def weights(self, networks: Sequence[nn.Module]) -> AbstractContextManager:
-        """Within: the weights of these networks are in the dtype of autocast."""
+    def weights(self, networks: Sequence[nn.Module], projectors: Sequence[nn.Module] = ()) -> AbstractContextManager:
+        """Within: the weights of these networks are in the dtype of autocast, and those of projectors beside them."""
         if self.dtype == torch.float32 or not self.weights_at_once:
             return nullcontext()
-        return converted_weights(networks, self.dtype)
+        return converted_weights(networks, self.dtype, () if self._compiles else projectors)
 
     def _generate(self, batch: Batch, draws: Draws) -> Outputs:
         with self.weights(self._generators), self.autocast():
             return self.generate(batch, draws)
 
     def _at_once(self, batch: Batch, draws: Draws) -> tuple[Losses, Tensor]:
-        """Update every network; returns the losses, and whether a gradient was not finite, () bool."""
+        """Update every network; returns the losses, and 1 if a gradient was not finite, else 0, () float32."""
         updates = self.updates()
         outputs = self._generate(batch, draws)
 
@@ -243,7 +247,7 @@ class Step:
 
     def _traced(self, batch: Batch, draws: Draws) -> tuple[Losses, Tensor]:
         """`_at_once` in operations that a compiler can trace as one graph. It changes the same tensors."""
-        updates = self.updates(ParameterGroup.update_traced)
+        updates = self.updates(traced=True)
         with self.autocast():
             outputs = self.method.generate(batch, draws)
         return run_phases(self._uncompiled, updates, lambda phase: self._gradients(phase, batch, outputs, draws))
@@ -281,9 +285,11 @@ class Step:
         loss, logged = check_loss(result, phase) if self._own_method else result
         if objective := self._trained[phase.groups].objective:
             logged = {**logged, objective: loss.detach()}
-        if self.loss_scale is not None:
-            loss = loss * self.loss_scale.scale
-        return torch.autograd.grad(loss, self._trained[phase.groups].own, allow_unused=True), logged
+        # the gradient of scale * loss with respect to loss
+        seed = self._one if self.loss_scale is None else self.loss_scale.scale
+        if loss.dtype != seed.dtype or loss.shape:
+            loss = loss.to(seed.dtype).sum()
+        return torch.autograd.grad(loss, self._trained[phase.groups].own, seed, allow_unused=True), logged
 
     def _differentiate(self, phase: Phase, batch: Batch, outputs: Outputs, draws: Draws) -> tuple[Gradients, Losses]:
         """`_gradients`, with weights converted at once, and with the other groups' parameters frozen."""
@@ -292,7 +298,8 @@ class Step:
         for parameter in trained.others:  # a compiled loss would compute their gradients too
             parameter.requires_grad_(False)
         try:
-            with self.weights(used):  # also for the backward, which may recompute blocks
+            projectors = self._projectors if trained.generators else ()
+            with self.weights(used, projectors):  # also for the backward, which may recompute blocks
                 return self._gradients(phase, batch, outputs, draws)
         finally:
             for parameter in trained.others:

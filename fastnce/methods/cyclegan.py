@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..common.options import option
@@ -26,8 +24,9 @@ from .base import (
     check_ranges,
     together,
 )
-from .losses import SATURATING_HELP, GANMode, gan_loss, gradient_penalty
+from .losses import SATURATING_HELP, GANMode, gradient_penalty
 from .pool import MOST_POOLED, ImagePool, check_pool_sizes
+from .terms import Terms, judge
 
 
 @dataclass
@@ -127,32 +126,32 @@ class TwoWay(Method):
 
     def d_loss(self, batch: Batch, outputs: Outputs, draws: Draws) -> tuple[Tensor, Losses]:
         """The losses of both discriminators, which judge fakes from their pools."""
-        losses: Losses = {}
+        terms, penalties = Terms(), {}
         for name, discriminator, pool, fake, real in (
             ("D_A", self.discriminator_a, self.pool_b, outputs["fake_B"], batch.b),
             ("D_B", self.discriminator_b, self.pool_a, outputs["fake_A"], batch.a),
         ):
             independent = discriminator.pictures_independent
             fake = pool(fake)
-            shown = [self.augment(real), self.augment(fake)]
-            judged_real, judged_fake = together(discriminator, shown, independent=independent)
-            losses[name] = 0.5 * (
-                gan_loss(judged_real, True, self.gan_mode) + gan_loss(judged_fake, False, self.gan_mode)
-            )
+            judged_real, judged_fake = judge(discriminator, [self.augment(real), self.augment(fake)], independent)
+            terms.gan(name, judged_real, True, self.gan_mode, weight=0.5)
+            terms.gan(name, judged_fake, False, self.gan_mode, weight=0.5)
             if self.gp > 0:
-                judge = self.augment.before(discriminator)
-                losses[f"{name}_GP"] = 0.5 * self.gp * gradient_penalty(judge, real, fake)
-        total = losses["D_A"] + losses["D_B"]
-        return total + losses["D_A_GP"] + losses["D_B_GP"] if self.gp > 0 else total, losses
+                judged = self.augment.before(discriminator)
+                penalties[f"{name}_GP"] = 0.5 * self.gp * gradient_penalty(judged, real, fake)
+        total, losses = terms.total()
+        for penalty in penalties.values():
+            total = total + penalty
+        return total, losses | penalties
 
-    def adversarial(self, outputs: Outputs, *, saturating: bool = False) -> Losses:
-        """The GAN losses G_A and G_B of the generators; `saturating` takes the hinge of DCLGAN's code."""
+    def adversarial(
+        self, terms: Terms, outputs: Outputs, *, saturating: bool = False, weight: float = 1.0, share: float = 1.0
+    ) -> None:
+        """Add the GAN losses G_A and G_B of the generators; `saturating` takes the hinge of DCLGAN's code."""
         judged_b = self.discriminator_a(self.augment(outputs["fake_B"]))
         judged_a = self.discriminator_b(self.augment(outputs["fake_A"]))
-        return {
-            name: gan_loss(judged, True, self.gan_mode, for_generator=not saturating)
-            for name, judged in (("G_A", judged_b), ("G_B", judged_a))
-        }
+        for name, judged in ("G_A", judged_b), ("G_B", judged_a):
+            terms.gan(name, judged, True, self.gan_mode, for_generator=not saturating, weight=weight, share=share)
 
     def translate(self, a: Tensor) -> Tensor:
         return self.generator_a(a)
@@ -189,11 +188,12 @@ class CycleGAN(TwoWay):
 
     def g_loss(self, batch: Batch, outputs: Outputs, draws: Draws) -> tuple[Tensor, Losses]:
         options = self.options
-        losses = self.adversarial(outputs, saturating=options.saturating)
-        losses["cycle_A"] = options.lambda_a * F.l1_loss(outputs["rec_A"], batch.a)
-        losses["cycle_B"] = options.lambda_b * F.l1_loss(outputs["rec_B"], batch.b)
+        terms = Terms()
+        self.adversarial(terms, outputs, saturating=options.saturating)
+        terms.distance("cycle_A", outputs["rec_A"], batch.a, weight=options.lambda_a)
+        terms.distance("cycle_B", outputs["rec_B"], batch.b, weight=options.lambda_b)
         if options.lambda_identity > 0:
-            losses["idt_A"] = options.lambda_b * options.lambda_identity * F.l1_loss(outputs["idt_A"], batch.b)
-            losses["idt_B"] = options.lambda_a * options.lambda_identity * F.l1_loss(outputs["idt_B"], batch.a)
-        total = torch.stack(list(losses.values())).sum()
+            terms.distance("idt_A", outputs["idt_A"], batch.b, weight=options.lambda_b * options.lambda_identity)
+            terms.distance("idt_B", outputs["idt_B"], batch.a, weight=options.lambda_a * options.lambda_identity)
+        total, losses = terms.total()
         return total, losses | {"G": total}

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..common.options import option
@@ -39,6 +38,7 @@ from .checks import check_contrast, check_learned_temperature, drawn_rows
 from .cyclegan import TwoWay
 from .losses import SATURATING_HELP, GANMode
 from .pool import MOST_POOLED, POOL_HELP
+from .terms import Terms
 from .weighting import OPTIONS_HELP, WEIGHTING_HELP, WEIGHTING_NAMES, find_weighting
 
 
@@ -222,21 +222,25 @@ class DCLGAN(TwoWay):
         return self.translate_both(batch, self.options.lambda_idt > 0, layers, draws.flip)
 
     def g_loss(self, batch: Batch, outputs: Outputs, draws: Draws) -> tuple[Tensor, Losses]:
-        options = self.options
-        losses: Losses = {}
-        if options.lambda_gan > 0:
-            adversarial = self.adversarial(outputs, saturating=options.saturating)
-            losses |= {name: options.lambda_gan * loss for name, loss in adversarial.items()}
-        if options.lambda_nce > 0:
-            losses |= self.contrast(batch, outputs, draws)
-        if options.lambda_idt > 0:
-            losses["idt_A"] = options.lambda_idt * F.l1_loss(outputs["idt_A"], batch.b)
-            losses["idt_B"] = options.lambda_idt * F.l1_loss(outputs["idt_B"], batch.a)
-        total = 0.5 * torch.stack(list(losses.values())).sum()
+        total, losses = self.g_terms(batch, outputs, draws).total()
         return total, losses | {"G": total}
 
-    def contrast(self, batch: Batch, outputs: Outputs, draws: Draws) -> Losses:
-        """NCE1: fake_B against A. NCE2: fake_A against B."""
+    def g_terms(self, batch: Batch, outputs: Outputs, draws: Draws) -> Terms:
+        """Return the terms of the loss of the generators and projectors."""
+        options = self.options
+        terms = Terms()
+        if options.lambda_gan > 0:
+            self.adversarial(terms, outputs, saturating=options.saturating, weight=options.lambda_gan, share=0.5)
+        if options.lambda_nce > 0:
+            nce = self.contrast(batch, outputs, draws)
+            terms.given(["NCE1", "NCE2"], nce, weight=options.lambda_nce, share=0.5)
+        if options.lambda_idt > 0:
+            terms.distance("idt_A", outputs["idt_A"], batch.b, weight=options.lambda_idt, share=0.5)
+            terms.distance("idt_B", outputs["idt_B"], batch.a, weight=options.lambda_idt, share=0.5)
+        return terms
+
+    def contrast(self, batch: Batch, outputs: Outputs, draws: Draws) -> Tensor:
+        """Compute PatchNCE, (2,): of fake_B against A, and of fake_A against B."""
         keys_a, keys_b, queries_b, queries_a = self.features(batch, outputs, draws)
         if self.options.projector == "reshape":
             keys_a, keys_b, queries_b, queries_a = map(pooled_maps, (keys_a, keys_b, queries_b, queries_a))
@@ -247,8 +251,7 @@ class DCLGAN(TwoWay):
         with torch.no_grad():
             k1, k2 = self.rows((self.projector_a, keys_a, ids1), (self.projector_b, keys_b, ids2), distinct=drawn)
         q1, q2 = self.rows((self.projector_b, queries_b, ids1), (self.projector_a, queries_a, ids2), distinct=drawn)
-        nce = self.options.lambda_nce * self.nce(q1, k1, q2, k2, len(batch.a))
-        return {"NCE1": nce[0], "NCE2": nce[1]}
+        return self.nce(q1, k1, q2, k2, len(batch.a))
 
     def features(self, batch: Batch, outputs: Outputs, draws: Draws) -> tuple[list[Tensor], ...]:
         """Return the maps at `layers` of (A, B, fake_B, fake_A): G_A encodes A and fake_A, G_B encodes B and fake_B.

@@ -106,11 +106,11 @@ def test_runs_of_modules(monkeypatch):
     x = random_map(1, 4, 6, 6)
     separate = network(x)
     del names[:]
-    assert run_from(modules, 0, x) == (3, 0.2, 1)
-    assert run_from(modules, 0, x, kept=[1]) == (2, 0.2, 0)
-    assert run_from(modules, 0, x, kept=[0]) == (1, 1.0, 0)
+    assert run_from(modules, 0, x) == (3, 0.2, 1, 0)
+    assert run_from(modules, 0, x, kept=[1]) == (2, 0.2, 0, 0)
+    assert run_from(modules, 0, x, kept=[0]) == (1, 1.0, 0, 0)
     assert run_from(modules, 3, x) is None
-    assert run_from(modules, 4, x) == (1, 1.0, 0)
+    assert run_from(modules, 4, x) == (1, 1.0, 0, 0)
     assert error(run_all(modules, x), separate.double()) <= 5e-6
     assert names.count("whole_norm_kernel") == 2
     assert "reflect_pad_kernel" not in names
@@ -128,7 +128,7 @@ def test_runs_of_modules(monkeypatch):
     handle.remove()
     assert torch.equal(before[0], x)
     modules[2].implementation = "eager"
-    assert run_from(modules, 0, x) == (2, 0.2, 0)
+    assert run_from(modules, 0, x) == (2, 0.2, 0, 0)
     assert error(run_all(modules, x), separate.double()) <= 5e-6
 
 
@@ -158,11 +158,15 @@ def test_opcheck():
     operators = torch.ops.fastnce
     for layout in ("channels_last", "contiguous"):
         x = random_map(2, 3, 6, 5, layout=layout)
-        y, statistics = operators.instance_norm(x, None, 1e-5, 0.0, 1)
+        y, statistics = operators.instance_norm(x, None, 1e-5, 0.0, 1, 0)
+        small = operators.blur_down(x, 3, 3)
         for operator, arguments in (
-            (operators.instance_norm, (x, None, 1e-5, 0.0, 1)),
-            (operators.instance_norm, (x, x.flip(0), 1e-5, 1.0, 0)),
-            (operators.instance_norm_backward, (y, x, statistics, 0.0, 1)),
+            (operators.instance_norm, (x, None, 1e-5, 0.0, 1, 0)),
+            (operators.instance_norm, (x, x.flip(0), 1e-5, 1.0, 0, 2)),
+            (operators.instance_norm_backward, (y, None, x, statistics, 0.0, 1, 0, False)),
+            (operators.instance_norm_backward, (small, x, x, statistics, 0.0, 0, 1, True)),
+            (operators.activate, (x, x[0, :, 0, 0], 0.2, 1)),
+            (operators.activate_backward, (small, x, x[0, :, 0, 0], 0.2, 1)),
             (operators.reflect_pad, (x, 10, 9)),
             (operators.reflect_pad_backward, (x, 2, 1)),
             (operators.blur_down, (x, 3, 3)),
@@ -171,7 +175,7 @@ def test_opcheck():
             (operators.blur_up_backward, (random_map(2, 3, 6, 8, layout=layout), 3, 4)),
         ):
             torch.library.opcheck(operator.default, arguments, test_utils=("test_schema", "test_faketensor"))
-    torch.library.opcheck(operators.instance_norm.default, (x, None, 1e-5, 0.0, 1))
+    torch.library.opcheck(operators.instance_norm.default, (x, None, 1e-5, 0.0, 0, 1))
     torch.library.opcheck(operators.blur_down.default, (x, 3, 3))
 
 
@@ -282,8 +286,8 @@ def test_invalid_arguments():
         fused.reflection_pad(x, 3)
     with pytest.raises(ValueError, match="too small for a reflection of 1"):
         fused.blur_down(x[:, :, :1])
-    with pytest.raises(ValueError, match="the margin must be 0"):
-        fused.instance_norm(x, margin=1, residual=x)
+    with pytest.raises(ValueError, match="a pad or a blur, not both: margin 1, blur 2"):
+        fused.instance_norm(x, margin=1, blur=2)
     with pytest.raises(ValueError, match="shape and dtype"):
         fused.instance_norm(x, residual=x.bfloat16())
 
