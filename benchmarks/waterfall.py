@@ -22,7 +22,7 @@ from benchmarks.step import our_provider, step_case
 from fastnce.common.beside import CudaStreams
 from fastnce.engine.step import Step
 from fastnce.nce import PatchNCEHead
-from fastnce.networks import leave_out_biases, set_implementation
+from fastnce.networks import fuse_neighbours, leave_out_biases, set_implementation
 from fastnce.networks.layers import LastConvolution
 
 
@@ -41,6 +41,8 @@ class Stage:
     weights_at_once: bool = False
     no_cancelled_biases: bool = False
     """Convolutions omit a bias that the following norm cancels."""
+    neighbours: bool = False
+    """Norms compute the pads, blurs and residuals around them, see `fuse_neighbours`."""
     streams: bool = False
     """Independent work runs at the same time (`run.streams`)."""
     graph: bool = True
@@ -70,7 +72,8 @@ def stages(cuda: bool, loss: bool = True) -> list[Stage]:
     ending: dict[str, Any] = layers | {"last": "triton"}
     fused: dict[str, Any] = ending | {"loss": "triton"}
     at_once: dict[str, Any] = fused | {"weights_at_once": True}
-    all_on: dict[str, Any] = at_once | {"no_cancelled_biases": True}
+    without_biases: dict[str, Any] = at_once | {"no_cancelled_biases": True}
+    all_on: dict[str, Any] = without_biases | {"neighbours": True}
     found = [
         Stage("fp32"),
         Stage("+ TF32", tf32=True),
@@ -80,7 +83,8 @@ def stages(cuda: bool, loss: bool = True) -> list[Stage]:
         Stage("+ last convolution", **ending),
         Stage("+ fused NCE", **fused),
         Stage("+ weights converted at once", **at_once),
-        Stage("+ no biases that norms cancel", **all_on),
+        Stage("+ no biases that norms cancel", **without_biases),
+        Stage("+ norms joined with pads, blurs and residuals", **all_on),
         Stage("+ streams", **all_on, streams=True),
         Stage("all, uncaptured", **all_on, streams=True, graph=False),
     ]
@@ -147,6 +151,7 @@ def switch(step: Step, stage: Stage) -> None:
     device = step.bad_steps.device
     step.streams = CudaStreams(device) if stage.streams and device.type == "cuda" else None
     leave_out_biases(step.method, stage.no_cancelled_biases)
+    fuse_neighbours(step.method, stage.neighbours)
     set_implementation(step.method, stage.layers)
     for module in step.method.modules():
         if isinstance(module, LastConvolution):

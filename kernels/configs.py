@@ -41,10 +41,13 @@ MANY_ROWS = 8192
 """From this number of rows, blocks of 64 rows and more fill the processors of a large device."""
 
 FLOAT32 = ("float32", "tf32")
+BITS_16 = ("bfloat16", "float16")
 REGULAR: tuple[Form, ...] = ("unit", "checked", "online", "unit, extra", "checked, extra", "online, extra")
 """Every form but "any"."""
-UP_TO_128, BELOW_512, FROM_512 = range(129), range(512), range(512, 2**31)
+UP_TO_128, UP_TO_2048, BELOW_512, FROM_512 = range(129), range(2049), range(512), range(512, 2**31)
 SMALL_MEMORY = tuple(arch for arch in ARCHITECTURES if SHARED_MEMORY[arch] < 128 * 1024)
+WARP_PRODUCTS = ("sm_80", "sm_86", "sm_89", "sm_120")
+"""NVIDIA architectures whose matrix unit multiplies for one warp, not for several."""
 
 # Tile(block_m, block_n, warps, stages)
 TABLE: tuple[Row, ...] = (
@@ -99,14 +102,7 @@ TABLE: tuple[Row, ...] = (
     Row("nce", Tile(32, 64, 8, 2), arch=("sm_86", "sm_89"), width=128, many_rows=True),
     Row("nce", Tile(16, 64, 8, 2), arch=("sm_86", "sm_89"), width=512, many_rows=True, form="checked, extra"),
     Row("nce", Tile(16, 32, 4, 2), arch=("sm_86", "sm_89"), width=512, form=REGULAR),
-    Row(
-        "nce",
-        Tile(16, 64, 8, 2),
-        arch=("sm_80", "sm_86", "sm_89", "sm_120"),
-        width=256,
-        many_rows=False,
-        form="checked",
-    ),
+    Row("nce", Tile(16, 64, 8, 2), arch=WARP_PRODUCTS, width=256, many_rows=False, form="checked"),
     Row("nce", Tile(16, 64, 8, 2), arch=("sm_86", "sm_89"), width=256, many_rows=False, form="online", ragged=True),
     Row("nce", Tile(32, 32, 8, 2), width=FROM_512),
     Row("nce", Tile(32, 32, 4, 2), width=256, form="any"),
@@ -127,6 +123,13 @@ TABLE: tuple[Row, ...] = (
     Row("project", Tile(16, 16, 4, 1), dtype="tf32"),
     Row("project", Tile(16, 16, 16, 1), arch=("sm_90", "sm_120"), dtype="float32", width=BELOW_512),
     Row("project", Tile(16, 16, 8, 1), dtype="float32"),
+    # 16-bit weights go from memory to the matrix unit without registers between
+    Row("project", Tile(128, 64, 8, 2), arch="sm_100", dtype=BITS_16, width=BELOW_512, many_rows=True),
+    Row("project", Tile(64, 64, 8, 2), arch=("sm_90", "sm_100"), dtype=BITS_16, width=BELOW_512),
+    Row("project", Tile(32, 32, 8, 2), arch=("sm_80", "sm_90", "sm_100"), dtype=BITS_16, width=FROM_512),
+    Row("project", Tile(32, 16, 8, 2), arch=("sm_86", "sm_89", "sm_120"), dtype=BITS_16, width=FROM_512),
+    Row("project", Tile(64, 32, 8, 3), arch="sm_80", dtype=BITS_16, width=BELOW_512),
+    Row("project", Tile(64, 32, 8, 2), arch=("sm_86", "sm_89", "sm_120"), dtype=BITS_16, width=BELOW_512),
     Row("project", Tile(32, 64, 8, 1), arch="sm_90", width=256, many_rows=False),
     Row("project", Tile(16, 32, 8, 1), arch=("sm_86", "sm_89")),
     Row("project", Tile(32, 32, 8, 1), width=BELOW_512, many_rows=True),
@@ -138,15 +141,20 @@ TABLE: tuple[Row, ...] = (
     Row("merge", Tile(32, 32, 8, 1)),
     # gradients of the projectors: block_m outputs by block_n inputs
     Row("weight_gradient", Tile(64, 64, 8, 2), arch="sm_90", dtype="tf32"),
+    Row("weight_gradient", Tile(32, 64, 8, 2), arch="sm_120", dtype="tf32"),
     Row("weight_gradient", Tile(32, 64, 4, 2), dtype="tf32"),
     Row("weight_gradient", Tile(32, 32, 8, 1), dtype="float32"),
-    Row("weight_gradient", Tile(64, 64, 4, 2), arch=("sm_90", "sm_120")),  # measured on sm_90; on sm_120 eight spill
-    Row("weight_gradient", Tile(64, 64, 8, 2)),
+    Row("weight_gradient", Tile(64, 64, 8, 2), arch="gfx942"),
+    Row("weight_gradient", Tile(64, 64, 4, 3), arch="sm_100"),
+    Row("weight_gradient", Tile(128, 128, 8, 3), many_rows=True),
+    Row("weight_gradient", Tile(64, 64, 4, 3)),
+    # their parts, added: block_m numbers
+    Row("weight_join", Tile(1024, 1, 4, 1)),
     # locations of patches: block_m of them
     Row("draw", Tile(256, 1, 4, 1)),
-    # `instance_norm.py`, `blur.py` and `reflect_pad.py`: block_m pixels by at most block_n channels; narrower maps get
-    # more pixels. Whole lines of memory along the channels (64 of 16 bits are 128 bytes), or along the pixels of plain
-    # maps. Fewer elements where each needs many reads, or where no load takes several at once.
+    # `blur.py`, `reflect_pad.py` and some norms: block_m pixels by at most block_n channels; more of narrow maps.
+    # Whole lines of memory along the channels (64 of 16 bits are 128 bytes), or along the pixels of plain maps. Fewer
+    # elements where each needs many reads, or where no load takes several at once.
     Row("layer", Tile(128, 64, 4, 1), arch="interpreter", channels_last=True),  # fewer, larger operations
     Row("layer", Tile(2048, 4, 4, 1), arch="interpreter"),
     Row("layer", Tile(128, 32, 4, 1), arch="sm_90", wide_loads=True, reads=(1, 2)),  # sm_90: measured on an H100
@@ -163,8 +171,22 @@ TABLE: tuple[Row, ...] = (
     Row("layer", Tile(256, 4, 4, 1), reads=(1, 2)),
     Row("layer", Tile(128, 4, 4, 1), reads=range(3, 10)),
     Row("layer", Tile(64, 4, 4, 1)),
-    # parts of a plane, joined: all parts at once by block_n channels
-    Row("layer_join", Tile(1, 16, 8, 1)),
+    # `instance_norm.py`, its gradient and `activate.py` where loads are wide: 16 channels of 16 bits are one sector
+    Row("norm", Tile(512, 16, 8, 1), reads=range(1, 4)),
+    Row("norm", Tile(64, 16, 4, 1), arch=("sm_86", "sm_89"), dtype=("bfloat16", "float16"), reads=range(4, 10)),
+    Row("norm", Tile(256, 16, 8, 1), reads=range(4, 10)),
+    Row("norm", Tile(64, 16, 4, 1), wide_loads=True),
+    Row("norm", Tile(32, 16, 4, 1)),
+    # `norm_whole.py`: planes of at most block_m pixels by block_n channels, in loads of 16 bytes
+    Row("norm_whole", Tile(4096, 64, 4, 1), arch="interpreter", channels_last=True),
+    Row("norm_whole", Tile(4096, 4, 4, 1), arch="interpreter"),
+    Row("norm_whole", Tile(4096, 8, 16, 1), dtype=("bfloat16", "float16"), wide_loads=True, form="forward"),
+    Row("norm_whole", Tile(4096, 8, 16, 1), dtype=("bfloat16", "float16"), wide_loads=True, width=UP_TO_2048),
+    Row("norm_whole", Tile(4096, 2, 16, 1), arch=("sm_80", "sm_100"), dtype="float32", channels_last=True),
+    Row("norm_whole", Tile(4096, 4, 16, 1), channels_last=True),
+    Row("norm_whole", Tile(4096, 1, 8, 1)),
+    # parts of a bias's gradient, joined: block_m parts at a time by block_n channels
+    Row("bias_join", Tile(64, 16, 4, 1)),
     # `few_outputs.py` and `few_outputs_backward.py`. Weights laid out: block_m of them
     Row("pack_weight", Tile(1024, 1, 4, 1)),
     # block_m pixels in each of block_n rows of outputs, which share the rows of x that they read
@@ -212,11 +234,12 @@ SPLITS = (
 
 FEW_OUTPUTS_CHANNELS = 64
 """The most channels that a program of `few_outputs.py` and `few_outputs_backward.py` multiplies at once."""
-WEIGHT_GRADIENT_ROWS = 32
-"""Rows that `weight_gradient_kernel` multiplies at once."""
 EVEN_KEYS = ("sm_90", "interpreter")
-"""Architectures whose `nce_kernel` loads full blocks of keys without masks: measured on sm_90. On the others the same
-code needs more registers than there are."""
+"""Architectures whose `nce_kernel` loads full blocks of keys without masks in every form: measured on sm_90. On the
+others most forms would need more registers than there are, so only those that `nce.peels` allows do this."""
+
+OWN_KEYS_STAGES = 1
+"""Of `nce_kernel`'s second loop, if it has one: a second pipeline would need more registers than there are."""
 
 
 @cached
@@ -283,12 +306,15 @@ def rows_tile(arch: str, width: int) -> Tile:
 
 
 @cached
-def project_tile(arch: str, dtype: torch.dtype, width: int, rows: int, tf32: bool = False) -> Tile:
+def project_tile(
+    arch: str, dtype: torch.dtype, width: int, rows: int, tf32: bool = False, weights: torch.dtype | None = None
+) -> Tile:
     """The tile of `project_kernel` and its backward: block_m rows, block_n hidden units at a time.
 
-    `width` is the padded number of channels or dims, whichever is larger.
+    `width` is the padded number of channels or dims, whichever is larger, and `weights` the dtype of the MLPs, if any.
     """
-    return find_tile("project", arch, dtype=_products(dtype, tf32), width=width, many_rows=rows >= MANY_ROWS)
+    products = "mixed" if weights not in (None, dtype) else _products(dtype, tf32)
+    return find_tile("project", arch, dtype=products, width=width, many_rows=rows >= MANY_ROWS)
 
 
 @cached
@@ -298,14 +324,14 @@ def merge_tile(arch: str, dtype: torch.dtype, width: int) -> Tile:
 
 
 @cached
-def weight_gradient_tile(arch: str, dtype: torch.dtype, tf32: bool = False) -> Tile:
-    """The tile of `weight_gradient_kernel`: block_m x block_n weights."""
-    return find_tile("weight_gradient", arch, dtype=_products(dtype, tf32))
+def weight_gradient_tile(arch: str, dtype: torch.dtype, rows: int, tf32: bool = False) -> Tile:
+    """The tile of `weight_gradient_kernel`: block_m x block_n weights. `rows`: of all layers."""
+    return find_tile("weight_gradient", arch, dtype=_products(dtype, tf32), many_rows=rows >= MANY_ROWS)
 
 
 @cached
 def layer_tile(arch: str, channels: int, channels_last: bool, reads: int = 1) -> Tile:
-    """The tile of the kernels of `instance_norm.py`, `blur.py` and `reflect_pad.py`: block_m pixels, block_n channels.
+    """The tile of the kernels of `blur.py` and `reflect_pad.py`: block_m pixels, block_n channels.
 
     Args:
         reads: of each element; 3 where it is one, and up to nine near a border.

@@ -24,13 +24,17 @@ class Tile:
     stages: int
 
 
-Form = Literal["unit", "checked", "online", "unit, extra", "checked, extra", "online, extra", "any"]
+Form = Literal[
+    "unit", "checked", "online", "unit, extra", "checked, extra", "online, extra", "any", "forward", "backward"
+]
 """Of `nce.py`: rows promised to have unit length, checked for it, or of any length; with extra keys. "any" needs most
-registers: pair weights, the key pass, and rows whose length is not a multiple of 16, which wide loads cannot take."""
+registers: pair weights, the key pass, and rows whose length is not a multiple of 16, which wide loads cannot take. Of
+`norm_whole.py`: forward or backward."""
 
 Kernel = Literal[
-    "nce", "mean", "terms", "rows", "project", "merge", "weight_gradient", "draw", "layer", "layer_join", "pack_weight",
-    "few_outputs_forward", "pack_gradient", "few_outputs_map", "few_outputs_weight", "few_outputs_join",
+    "nce", "mean", "terms", "rows", "project", "merge", "weight_gradient", "weight_join", "draw", "layer", "norm",
+    "norm_whole", "bias_join", "pack_weight", "few_outputs_forward", "pack_gradient", "few_outputs_map",
+    "few_outputs_weight", "few_outputs_join",
 ]  # fmt: skip
 
 
@@ -41,7 +45,7 @@ class Row(NamedTuple):
     tile: Tile
     arch: str | tuple[str, ...] | None = None
     dtype: str | tuple[str, ...] | None = None
-    """bfloat16, float16, float32, or tf32 for float32 on the matrix unit."""
+    """bfloat16, float16, float32, tf32 for float32 on the matrix unit, or mixed for 16 bits and float32 weights."""
     width: int | tuple[int, ...] | range | None = None
     """The padded number of channels or dims."""
     many_rows: bool | None = None

@@ -28,9 +28,19 @@ from .common import (
     number_of,
     precision,
 )
+from .map_layout import MapLayout, map_views
 from .planes import map_strides
 from .planned import planned
-from .project import NORM_EPS, TRITON_DTYPE, FeatureMap, groups_of_four, locations_of, places_of
+from .project import (
+    NORM_EPS,
+    TRITON_DTYPE,
+    FeatureMap,
+    groups_of_four,
+    locations_of,
+    places_of,
+    row_numbers,
+    tile_widths,
+)
 from .weight_gradient import weight_gradients
 
 
@@ -59,6 +69,91 @@ class LayerGradient(NamedTuple):
 
 
 @triton.jit
+def backward_rows(
+    maps,
+    layers,
+    block,
+    length,
+    h_saved,
+    upstream,
+    upstream_stride,
+    d_z,
+    d_h,
+    d_x,
+    hidden,
+    COUNT: tl.constexpr,
+    MLP: tl.constexpr,
+    UPSTREAM: tl.constexpr,
+    DISTINCT: tl.constexpr,
+    ODD: tl.constexpr,
+    WIDE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BC: tl.constexpr,
+    BH: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """`project_backward_kernel` for a block of a layer whose channels are (WIDE) or are not a multiple of 16."""
+    one = LayerGradient(*fields_of(layers, block, COUNT))
+    rows, first_row = one.rows, one.first_row.to(tl.int64)  # type: ignore[attr-defined]
+    channels = one.channels // 16 * 16 if WIDE else one.channels  # as in `project_rows`
+    dim = one.dim if MLP else channels
+    o_r = row_numbers(one, block, BM)
+    o_r64 = o_r.to(tl.int64)
+    m_r = o_r < rows
+    o_d = tl.arange(0, BD)
+    m_rd = m_r[:, None] & (o_d < dim)[None, :]
+    u = tl.load(one.unit + o_r64[:, None] * dim + o_d[None, :], mask=m_rd, other=0.0).to(tl.float32)  # [BM, BD]
+    d_u = tl.load(one.d_unit + o_r64[:, None] * one.d_row + o_d[None, :], mask=m_rd, other=0.0).to(tl.float32)
+    if UPSTREAM:
+        p_up = upstream + o_r // one.per_direction * upstream_stride
+        d_u *= (tl.load(p_up, mask=m_r, other=0.0).to(tl.float32) * one.weight)[:, None]
+    size = tl.load(length + first_row + o_r, mask=m_r, other=0.0)
+    inverse = tl.where(size == 0, 0.0, 1.0 / tl.where(size == 0, 1.0, size))
+    shrunk = tl.where(size == 0, 0.0, 1.0 / (size + NORM_EPS))
+    z = d_u * shrunk[:, None] - u * (tl.sum(u * d_u, 1) * inverse)[:, None]  # d(x / (|x| + eps))
+    o_c = tl.arange(0, BC)
+    m_c = o_c < channels
+    if MLP:
+        z16 = narrow(z, DTYPE)
+        tl.store(d_z + (first_row + o_r64)[:, None] * dim + o_d[None, :], z16, mask=m_rd)
+        x = tl.zeros([BM, BC], tl.float32)
+        for h in range(0, bound(hidden), BH):
+            o_h = h + tl.arange(0, BH)
+            m_h = o_h < hidden
+            m_rh = m_r[:, None] & m_h[None, :]
+            o_rh = (first_row + o_r64)[:, None] * hidden + o_h[None, :]
+            if tl.float32 != DTYPE:  # which needs the registers
+                kept = tl.load(h_saved + o_rh, mask=m_rh, other=0.0) > 0  # ready when the product is
+            p_w = one.weight2 + o_d[:, None] * hidden + o_h[None, :]
+            w = tl.load(p_w, mask=(o_d < dim)[:, None] & m_h[None, :], other=0.0)  # [BD, BH]
+            g = long_dot(z16, narrow(w, DTYPE), tl.zeros([BM, BH], tl.float32), PRECISION)
+            if tl.float32 == DTYPE:
+                kept = tl.load(h_saved + o_rh, mask=m_rh, other=0.0) > 0
+            g = narrow(tl.where(kept, g, 0.0), DTYPE)
+            tl.store(d_h + o_rh, g, mask=m_rh)
+            p_w = one.weight1 + o_h[:, None] * channels + o_c[None, :]
+            w = tl.load(p_w, mask=m_h[:, None] & m_c[None, :], other=0.0)  # [BH, BC]
+            x = dot(g, narrow(w, DTYPE), x, PRECISION)
+    else:
+        x = z
+    if DISTINCT:
+        patch = locations_of(one, o_r, m_r)
+        m_in = m_r & (patch >= 0) & (patch < one.locations)
+        at = tl.where(m_in, patch, 0).to(tl.int32)
+        number = number_of(layers, block, COUNT)
+        for i in tl.static_range(COUNT):
+            if ((ODD >> i) & 1 == 0) == WIDE:  # noqa: SIM102 - known to the compiler
+                if number == i:
+                    p_m = places_of(maps[i], o_r // one.patches, at, o_c)
+                    tl.store(p_m, narrow(x, maps[i].map.dtype.element_ty), mask=m_in[:, None] & m_c[None, :])
+    else:
+        p_x = d_x + one.first_x + o_r64[:, None] * channels + o_c[None, :]
+        tl.store(p_x, narrow(x, DTYPE), mask=m_r[:, None] & m_c[None, :])
+
+
+@triton.jit
 def project_backward_kernel(
     maps,
     layers,
@@ -74,63 +169,33 @@ def project_backward_kernel(
     MLP: tl.constexpr,
     UPSTREAM: tl.constexpr,
     DISTINCT: tl.constexpr,
+    ODD: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BC: tl.constexpr,
+    BO: tl.constexpr,
     BH: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """From the gradient of unit rows to those of the projection, the hidden rows, and the map or the sampled rows."""
+    """From the gradient of unit rows to those of the projection, the hidden rows, and the map or the sampled rows.
+
+    BC, BO, BD and ODD are as in `project_kernel`.
+    """
     block = tl.program_id(0).to(tl.int64)
-    one = LayerGradient(*fields_of(layers, block, COUNT))
-    rows, channels, dim, first_row = one.rows, one.channels, one.dim, one.first_row
-    o_r = (block - one.first_block) * BM + tl.arange(0, BM)
-    m_r = o_r < rows
-    o_d = tl.arange(0, BD)
-    m_rd = m_r[:, None] & (o_d < dim)[None, :]
-    u = tl.load(one.unit + o_r[:, None] * dim + o_d[None, :], mask=m_rd, other=0.0).to(tl.float32)  # [BM, BD]
-    d_u = tl.load(one.d_unit + o_r[:, None] * one.d_row + o_d[None, :], mask=m_rd, other=0.0).to(tl.float32)
-    if UPSTREAM:
-        p_up = upstream + o_r // one.per_direction * upstream_stride
-        d_u *= (tl.load(p_up, mask=m_r, other=0.0).to(tl.float32) * one.weight)[:, None]
-    size = tl.load(length + first_row + o_r, mask=m_r, other=0.0)
-    inverse = tl.where(size == 0, 0.0, 1.0 / tl.where(size == 0, 1.0, size))
-    shrunk = tl.where(size == 0, 0.0, 1.0 / (size + NORM_EPS))
-    z = d_u * shrunk[:, None] - u * (tl.sum(u * d_u, 1) * inverse)[:, None]  # d(x / (|x| + eps))
-    o_c = tl.arange(0, BC)
-    m_c = o_c < channels
-    if MLP:
-        z16 = narrow(z, DTYPE)
-        tl.store(d_z + (first_row + o_r)[:, None] * dim + o_d[None, :], z16, mask=m_rd)
-        x = tl.zeros([BM, BC], tl.float32)
-        for h in range(0, bound(hidden), BH):
-            o_h = h + tl.arange(0, BH)
-            m_h = o_h < hidden
-            m_rh = m_r[:, None] & m_h[None, :]
-            p_w = one.weight2 + o_d[:, None] * hidden + o_h[None, :]
-            w = tl.load(p_w, mask=(o_d < dim)[:, None] & m_h[None, :], other=0.0)  # [BD, BH]
-            g = long_dot(z16, narrow(w, DTYPE), tl.zeros([BM, BH], tl.float32), PRECISION)
-            o_rh = (first_row + o_r)[:, None] * hidden + o_h[None, :]
-            g = narrow(tl.where(tl.load(h_saved + o_rh, mask=m_rh, other=0.0).to(tl.float32) > 0, g, 0.0), DTYPE)
-            tl.store(d_h + o_rh, g, mask=m_rh)
-            p_w = one.weight1 + o_h[:, None] * channels + o_c[None, :]
-            w = tl.load(p_w, mask=m_h[:, None] & m_c[None, :], other=0.0)  # [BH, BC]
-            x = dot(g, narrow(w, DTYPE), x, PRECISION)
-    else:
-        x = z
-    if DISTINCT:
-        patch = locations_of(one, o_r, m_r)
-        m_in = m_r & (patch >= 0) & (patch < one.locations)
-        number = number_of(layers, block, COUNT)
-        for i in tl.static_range(COUNT):
-            if number == i:
-                p_m = places_of(maps[i], o_r // one.patches, patch, o_c)
-                m_x = m_in[:, None] & (o_c < layers[i].channels)[None, :]  # as in `project_kernel`
-                tl.store(p_m, narrow(x, maps[i].map.dtype.element_ty), mask=m_x)
-    else:
-        p_x = d_x + one.first_x + o_r[:, None] * channels + o_c[None, :]
-        tl.store(p_x, narrow(x, DTYPE), mask=m_r[:, None] & m_c[None, :])
+    odd = (ODD >> number_of(layers, block, COUNT)) & 1
+    if BC > 0:  # noqa: SIM102 - known to the compiler
+        if BO == 0 or odd == 0:
+            backward_rows(
+                maps, layers, block, length, h_saved, upstream, upstream_stride, d_z, d_h, d_x, hidden,
+                COUNT, MLP, UPSTREAM, DISTINCT, ODD, True, DTYPE, PRECISION, BM, BC, BH, BD if MLP else BC,
+            )  # fmt: skip
+    if BO > 0:  # noqa: SIM102
+        if BC == 0 or odd == 1:
+            backward_rows(
+                maps, layers, block, length, h_saved, upstream, upstream_stride, d_z, d_h, d_x, hidden,
+                COUNT, MLP, UPSTREAM, DISTINCT, ODD, False, DTYPE, PRECISION, BM, BO, BH, BD if MLP else BO,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -143,13 +208,13 @@ def merge_kernel(maps, layers, d_x, COUNT: tl.constexpr, BM: tl.constexpr, BN: t
     one = LayerGradient(*fields_of(layers, block, COUNT))
     number = number_of(layers, block, COUNT)
     patches, channels = one.patches, one.channels
-    block -= one.first_block
+    within = (block - one.first_block).to(tl.int32)
     blocks = tl.cdiv(patches, BM)
-    image = block // blocks
-    o_m = (block % blocks) * BM + tl.arange(0, BM)
+    image = within // blocks
+    o_m = (within % blocks) * BM + tl.arange(0, BM)
     m_m = o_m < patches
-    ids = one.ids + (image // one.share) * one.i_set
-    own = tl.load(ids + o_m * one.i_patch, mask=m_m, other=-1)
+    ids = one.ids + (image // one.share).to(tl.int64) * one.i_set
+    own = tl.load(ids + o_m.to(tl.int64) * one.i_patch, mask=m_m, other=-1)
     o_c = tl.arange(0, BC)
     m_c = o_c < channels
     acc = tl.zeros([BM, BC], tl.float32)
@@ -159,67 +224,20 @@ def merge_kernel(maps, layers, d_x, COUNT: tl.constexpr, BM: tl.constexpr, BN: t
         other = tl.load(ids + o_n * one.i_patch, mask=m_n, other=-2)
         same = (own[:, None] == other[None, :]).to(tl.int32)  # [BM, BN]
         if tl.max(tl.max(same, 1), 0) > 0:
-            p_x = d_x + one.first_x + (image * patches + o_n)[:, None] * channels + o_c[None, :]
+            p_x = d_x + one.first_x + (image.to(tl.int64) * patches + o_n)[:, None] * channels + o_c[None, :]
             x = tl.load(p_x, mask=m_n[:, None] & m_c[None, :], other=0.0)
             acc = dot(narrow(same.to(tl.float32), x.dtype), x, acc, "ieee")  # a sum of rows as they are
     m_in = m_m & (own >= 0) & (own < one.locations)
+    at = tl.where(m_in, own, 0).to(tl.int32)
     for i in tl.static_range(COUNT):
         if number == i:
             m_x = m_in[:, None] & (o_c < layers[i].channels)[None, :]
-            tl.store(places_of(maps[i], image, own, o_c), narrow(acc, maps[i].map.dtype.element_ty), mask=m_x)
+            tl.store(places_of(maps[i], image, at, o_c), narrow(acc, maps[i].map.dtype.element_ty), mask=m_x)
 
 
 def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the products: bfloat16 for float16 rows, because 1 / |x| of a short row exceeds float16's range."""
     return torch.bfloat16 if dtype == torch.float16 else dtype
-
-
-class MapLayout(NamedTuple):
-    """What the backward needs to know of a map; the values of the map need not be kept."""
-
-    images: int
-    channels: int
-    height: int
-    width: int
-    channels_last: bool
-    dtype: torch.dtype
-
-    def strides(self) -> tuple[int, int, int, int]:
-        _, c, h, w, channels_last, _ = self
-        return (c * h * w, 1, w * c, c) if channels_last else (c * h * w, h * w, w, 1)
-
-    def numel(self) -> int:
-        return self.images * self.channels * self.height * self.width
-
-    def bytes(self) -> int:
-        """Bytes of the gradient in the common zeroed buffer of all maps."""
-        return (self.numel() * self.dtype.itemsize + 255) // 256 * 256
-
-
-def map_layout(feature_map: Tensor) -> MapLayout:
-    """The layout of the gradient of a map: channels-last if the map is, else contiguous."""
-    channels_last = feature_map.is_contiguous(memory_format=torch.channels_last) and not feature_map.is_contiguous()
-    images, channels, height, width = feature_map.shape
-    return MapLayout(images, channels, height, width, channels_last, feature_map.dtype)
-
-
-def map_views(buffer: Tensor, maps: Sequence[MapLayout], wanted: Sequence[bool]) -> list[Tensor | None]:
-    """Views of the gradients of the wanted maps in the buffer; None for the other maps."""
-    views: list[Tensor | None] = []
-    start = 0
-    for m, want in zip(maps, wanted, strict=True):
-        if not want:
-            views.append(None)
-            continue
-        # not `as_strided`: its offset counts from the storage, in which a compiler may place the buffer anywhere
-        images, channels, height, width, channels_last, dtype = m
-        flat = buffer.narrow(0, start, m.numel() * dtype.itemsize).view(dtype)
-        if channels_last:
-            views.append(flat.view(images, height, width, channels).permute(0, 3, 1, 2))
-        else:
-            views.append(flat.view(images, channels, height, width))
-        start += m.bytes()
-    return views
 
 
 def project_backward(
@@ -279,11 +297,13 @@ def into_buffer(
     arch = architecture(first.device)
     dtype = gradient_dtype(units[0].dtype)
     hidden = mlp[0].shape[0] if mlp else 1
+    widths = tile_widths([m.channels for m in maps])
     widest_c = block_dim(max(m.channels for m in maps))
     widest_d = block_dim(max(u.shape[1] for u in units))
     total = sum(u.shape[0] for u in units)
     product = precision(arch, dtype)
-    tile = configs.project_tile(arch, dtype, max(widest_c, widest_d), total, product == "tf32")
+    kind = mlp[0].dtype if mlp else None
+    tile = configs.project_tile(arch, dtype, max(widest_c, widest_d), total, product == "tf32", kind)
     merge = configs.merge_tile(arch, dtype, widest_c)
     gradients = map_views(buffer, maps, wanted)
     places, layers, merges, block, merge_block, row, x = [], [], [], 0, 0, 0, 0
@@ -311,7 +331,8 @@ def into_buffer(
         project_backward_kernel, block, first, tuple(places), tuple(layers), length, h_saved,
         length if upstream is None else upstream, 0 if upstream is None else upstream.stride(0), d_z, d_h, d_x, hidden,
         COUNT=len(layers), MLP=bool(mlp), UPSTREAM=upstream is not None, DISTINCT=distinct,
-        DTYPE=TRITON_DTYPE[dtype], PRECISION=product, BM=tile.block_m, BC=widest_c, BH=tile.block_n, BD=widest_d,
+        ODD=widths.odd_layers, DTYPE=TRITON_DTYPE[dtype], PRECISION=product,
+        BM=tile.block_m, BC=widths.even, BO=widths.odd, BH=tile.block_n, BD=widest_d,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if not distinct and any(wanted):

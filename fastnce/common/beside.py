@@ -125,9 +125,12 @@ class CudaStreams:
 
     def join(self) -> None:
         here = torch.cuda.current_stream(self.index)
+        for stream, flight in self._flights.items():  # the memory of what they keep belongs to these streams
+            if flight:
+                stream.wait_event(flight[-1][0])
         for stream in self._used - {here}:
             here.wait_stream(stream)
-        self._flights.clear()  # after the wait: the memory may be used again
+        self._flights.clear()
 
 
 def _record(value: Any, stream: torch.cuda.Stream) -> None:

@@ -103,6 +103,7 @@ class Step:
         self._generators = list(generators.values())
         self._discriminators = list(method.discriminators().values())
         self._copies = SharedCopies(self._generators, self.dtype)
+        self._projectors = list(method.projectors().values())
         self._spectral = once_per_step(self._discriminators)
         self.averages = (
             {name: WeightAverage(net, options.ema) for name, net in generators.items()} if options.ema else {}
@@ -230,9 +231,11 @@ class Step:
         scale = None if self.loss_scale is None else self.loss_scale.scale
         return Updates(self.groups, scale, self._one, traced)
 
-    def weights(self, networks: Sequence[nn.Module]) -> AbstractContextManager:
-        """Within: the weights of these networks are in the dtype of autocast."""
-        return converted_weights(networks, self.dtype) if self._converts else nullcontext()
+    def weights(self, networks: Sequence[nn.Module], projectors: Sequence[nn.Module] = ()) -> AbstractContextManager:
+        """Within: the weights of these networks are in the dtype of autocast, and those of projectors beside them."""
+        if not self._converts:
+            return nullcontext()
+        return converted_weights(networks, self.dtype, () if self._compiles else projectors)
 
     @property
     def _converts(self) -> bool:
@@ -307,7 +310,8 @@ class Step:
             parameter.requires_grad_(False)
         try:
             made = self._copies.used() if trained.generators and self._converts else nullcontext()
-            with made, self.weights(self._discriminators):  # also for the backward, which may recompute blocks
+            projectors = self._projectors if trained.generators else ()
+            with made, self.weights(self._discriminators, projectors):  # also for the backward
                 return self._gradients(phase, batch, outputs, draws)
         finally:
             for parameter in trained.others:

@@ -8,11 +8,14 @@ uses more than once are added in few launches too. The results are the same.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
+from ..common.dispatch import choose
+from ..common.narrowed import narrowed
+from ..nce import PatchSampleF
 from ..networks.convolution import Collector, Slot, collect
 from ..networks.layers import keeps_float32
 
@@ -24,10 +27,13 @@ class _Convert(torch.autograd.Function):
     """Converts tensors to another dtype, and their collected gradients back."""
 
     @staticmethod
-    def forward(ctx, collector: Collector, dtype: torch.dtype, *tensors: Tensor):
+    def forward(ctx, collector: Collector, dtype: torch.dtype, beside: list[Tensor], *tensors: Tensor):
+        """`beside` are converted in the same launches and replaced in the list by the results, without gradients."""
         ctx.set_materialize_grads(False)
         ctx.collector, ctx.dtype = collector, tensors[0].dtype
-        return tuple(_converted(tensors, dtype))
+        copies = _converted([*tensors, *beside], dtype)
+        beside[:] = copies[len(tensors) :]
+        return tuple(copies[: len(tensors)])
 
     @staticmethod
     def backward(ctx, *gradients: Tensor | None):
@@ -37,7 +43,7 @@ class _Convert(torch.autograd.Function):
             if twice := [i for i in wide if i in sums]:
                 torch._foreach_add_([sums[i] for i in twice], [wide[i] for i in twice])
             sums = wide | sums
-        return None, None, *map(sums.get, range(len(gradients)))
+        return None, None, None, *map(sums.get, range(len(gradients)))
 
 
 class _Use(torch.autograd.Function):
@@ -68,10 +74,10 @@ class ConvertedWeights:
     """Copies of the float32 weights of the convolutions and linear layers of `networks` in `dtype`.
 
     Gradients are computed for the weights themselves, and equal those under autocast. Layers that `keep_float32` has
-    marked are left out.
+    marked are left out. The kernels find copies of the weights of `projectors` (see `common.narrowed`).
     """
 
-    def __init__(self, networks: Sequence[nn.Module], dtype: torch.dtype):
+    def __init__(self, networks: Sequence[nn.Module], dtype: torch.dtype, projectors: Sequence[nn.Module] = ()):
         held: list[tuple[nn.Module, str, nn.Parameter]] = []
         for network in networks:
             for layer in network.modules():
@@ -83,9 +89,12 @@ class ConvertedWeights:
         self._frozen = [entry for entry in held if not entry[2].requires_grad]
         self._collector = Collector()
         self._parts = 0
+        self._projected = _weights_of(projectors, dtype)
+        self._projected_copies = list(self._projected)
+        beside = [self._projected_copies, []] if self._trained else [[], self._projected_copies]
         self._copies, self._frozen_copies = (
-            _Convert.apply(self._collector, dtype, *(p for _, _, p in entries)) if entries else ()
-            for entries in (self._trained, self._frozen)
+            _Convert.apply(self._collector, dtype, more, *(p for _, _, p in entries)) if entries else ()
+            for entries, more in zip((self._trained, self._frozen), beside, strict=True)
         )
         self._sources = [(p, p.requires_grad, p._version) for _, _, p in held]
         self._differentiable = torch.is_grad_enabled()
@@ -110,16 +119,30 @@ class ConvertedWeights:
         try:
             for (layer, name, _), copy in zip(held, (*copies, *self._frozen_copies), strict=True):
                 layer._parameters[name] = copy
-            yield
+            with narrowed(self._projected, self._projected_copies) if held else nullcontext():
+                yield
         finally:
             for layer, name, parameter in held:
                 layer._parameters[name] = parameter
 
 
+def _weights_of(projectors: Sequence[nn.Module], dtype: torch.dtype) -> list[Tensor]:
+    """The float32 weights by which the MLPs of our own projectors multiply in kernels."""
+    found: list[Tensor] = []
+    for projector in projectors:
+        if isinstance(projector, PatchSampleF):
+            weights = [layer._parameters.get("weight") for layer in projector.modules() if type(layer) is nn.Linear]
+            known = [w for w in weights if w is not None and w.dtype == torch.float32]
+            found += [w for w in known if choose(projector.implementation, w.device, dtype).triton]
+    return found
+
+
 @contextmanager
-def converted_weights(networks: Sequence[nn.Module], dtype: torch.dtype) -> Iterator[None]:
-    """Within: the convolutions and linear layers of `networks` compute with copies of their weights in `dtype`."""
-    with ConvertedWeights(networks, dtype).used():
+def converted_weights(
+    networks: Sequence[nn.Module], dtype: torch.dtype, projectors: Sequence[nn.Module] = ()
+) -> Iterator[None]:
+    """Within: layers compute with copies of their weights in `dtype`; for the arguments see `ConvertedWeights`."""
+    with ConvertedWeights(networks, dtype, projectors).used():
         yield
 
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from functools import partial
 
 import pytest
 import torch
+from fastnce.kernels import common
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.observe import launches
+from fastnce import project_patches
+from fastnce.common.narrowed import have_copies, narrowed
 from fastnce.engine.options import OptimOptions
 from fastnce.engine.step import Step
 from fastnce.engine.weights import converted_weights
 from fastnce.methods import Batch, Draws
 from fastnce.methods.presets import PRESETS
+from fastnce.nce import PatchNCEHead
+from fastnce.nce.impl.uses import maps_use
 from fastnce.networks.layers import full_precision, keep_float32
 from tests.engine.test_engine import random_batch, small_method, smaller_method
 from tests.methods.test_methods_more import build, pictures
@@ -146,3 +152,82 @@ def test_frozen_weights_stay_frozen():
         network(torch.rand(1, 3, 8, 8, dtype=torch.bfloat16)).sum().backward()
     assert network[0].weight.grad is None
     assert network[1].weight.grad.dtype == torch.float32
+
+
+def losses_of_rows(projectors, maps, ids) -> torch.Tensor:
+    """The sum of the rows of two projectors in one call, as the dual methods make it."""
+    mlps = [mlp for projector in projectors for mlp in projector.mlps(len(maps))]
+    rows = project_patches([*maps, *maps], [*ids, *ids], mlps, distinct_ids=True, implementation="triton")
+    return torch.stack([(r.float() * torch.linspace(-1, 1, r.shape[1])).sum() for r in rows]).sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", ["loss", "loss alone", "rows", "rows alone"])
+def test_projectors_read_copies_and_give_the_same_bits(form, dtype):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3))
+    heads = [PatchNCEHead([3, 32], dim=32, patches=20, implementation="triton") for _ in range(2)]
+    parameters = [p for head in heads for p in head.parameters()]
+    maps = [torch.randn(1, c, 6, 7).to(dtype).requires_grad_() for c in (3, 32)]
+    keys = [torch.randn(1, c, 6, 7).to(dtype) for c in (3, 32)]
+    ids = [torch.randperm(42)[None, :20] for _ in maps]
+    loss_of = {
+        "loss": lambda: heads[0](maps, keys, patch_ids=ids),
+        "rows": lambda: losses_of_rows(heads, maps, ids),
+    }[form.split()[0]]
+
+    def results(read: bool, factor: float = 1.0) -> list[torch.Tensor]:
+        with torch.autocast("cpu", dtype), torch.set_grad_enabled("alone" not in form), ExitStack() as within:
+            if read:
+                within.enter_context(converted_weights([network], dtype, heads))
+            if factor != 1:
+                weights = [p for p in parameters if p.dim() == 2]
+                within.enter_context(narrowed(weights, [(p.detach() * factor).to(dtype) for p in weights]))
+            loss = loss_of()
+            if "alone" in form:
+                return [loss]
+            wanted = [p for p in parameters if form == "rows" or any(p is own for own in heads[0].parameters())]
+            return [loss.detach(), *torch.autograd.grad(loss, [*maps, *wanted])]
+
+    plain, read = results(False), results(True)
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(plain, read, strict=True))
+    assert all(g.dtype == torch.float32 for g in plain[3:])
+    again, other = results(True), results(True, factor=-1.0)
+    assert all(torch.equal(a, b) for a, b in zip(read, again, strict=True))
+    assert not torch.equal(other[0], read[0])  # the copies are what is multiplied by
+    assert all(torch.equal(a, b) for a, b in zip(results(False), plain, strict=True))
+
+
+def test_projectors_keep_their_weights():
+    """Copies are made where kernels read them: not for a projector that forces plain PyTorch."""
+    network = nn.Sequential(nn.Conv2d(3, 4, 3))
+    for implementation, expected in (("triton", True), ("eager", False), (None, False)):
+        head = PatchNCEHead([3], dim=8, implementation=implementation)
+        own = dict(head.named_parameters())
+        with converted_weights([network], torch.bfloat16, [head, nn.Linear(3, 3)]):
+            assert have_copies([w for four in head.mlps(1) for w in four]) == expected
+            assert all(p is own[name] for name, p in head.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["project_patches", "PatchNCEHead"])
+def test_copies_have_a_check_of_their_own(name):
+    """Kernels that read 16-bit weights are other kernels, so that their first use is checked too."""
+    head = PatchNCEHead([3, 32], dim=32, patches=16)
+    maps = [torch.randn(1, c, 6, 7).bfloat16() for c in (3, 32)]
+    with_weights = maps_use(name, maps, head.mlps(2), 16)
+    weights = [p for p in head.parameters() if p.dim() == 2]
+    with narrowed(weights, [w.detach().bfloat16() for w in weights]):
+        with_copies = maps_use(name, maps, head.mlps(2), 16)
+    assert with_copies.form() != with_weights.form()
+    given = []
+    start = common.start
+    for use in (with_weights, with_copies):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                common, "start", lambda kernel, *a, **o: (given.append((kernel.__name__, a)), start(kernel, *a, **o))
+            )
+            checks = list(use.measure(torch.device("cpu"), torch.bfloat16))
+        assert checks
+        assert all(check.ok for check in checks)
+    dtypes = [one[1][2][0].weight1.dtype for one in given if one[0] == "project_kernel"]
+    assert set(dtypes) == {torch.float32, torch.bfloat16}

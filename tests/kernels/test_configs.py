@@ -35,11 +35,17 @@ NCE = {
     ("interpreter", F32, 256, 256, "any"): Tile(128, 128, 4, 1),
 }
 OTHERS = {
-    ("project_tile", "sm_90", BF16, 256, 2560): Tile(32, 64, 8, 1),
+    ("project_tile", "sm_90", BF16, 256, 2560): Tile(64, 64, 8, 2),
+    ("project_tile", "sm_90", BF16, 256, 2560, False, BF16): Tile(64, 64, 8, 2),
+    ("project_tile", "sm_90", BF16, 256, 2560, False, F32): Tile(32, 64, 8, 1),
+    ("project_tile", "sm_90", F32, 256, 2560, True, F32): Tile(16, 32, 8, 1),
+    ("project_tile", "sm_100", F16, 256, 8192, False, F16): Tile(128, 64, 8, 2),
     ("project_tile", "sm_120", F32, 256, 2560): Tile(16, 16, 16, 1),
     ("project_tile", "gfx942", F32, 64, 8192, True): Tile(16, 16, 4, 1),
     ("merge_tile", "sm_90", F32, 512): Tile(16, 16, 4, 1),
-    ("weight_gradient_tile", "sm_89", F32, True): Tile(32, 64, 4, 2),
+    ("weight_gradient_tile", "sm_89", F32, 2560, True): Tile(32, 64, 4, 2),
+    ("weight_gradient_tile", "sm_90", BF16, 2560): Tile(64, 64, 4, 3),
+    ("weight_gradient_tile", "sm_90", BF16, 8192): Tile(128, 128, 8, 3),
     ("layer_tile", "sm_90", 256, True, 3): Tile(64, 32, 4, 1),
     ("layer_tile", "sm_80", 24, True): Tile(32, 32, 4, 1),
     ("layer_tile", "sm_80", 3, False, 16): Tile(64, 4, 4, 1),
@@ -64,7 +70,7 @@ LISTED = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 """Architectures whose tiles others share in these tests, even if more are listed."""
 DOMAIN = {
     "arch": (*configs.ARCHITECTURES, "interpreter"),
-    "dtype": ("bfloat16", "float16", "float32", "tf32"),
+    "dtype": ("bfloat16", "float16", "float32", "tf32", "mixed"),
     "width": (64, 128, 256, 512, 1024),
     "many_rows": (False, True),
     "form": typing.get_args(lookup.Form),
@@ -160,7 +166,7 @@ def test_every_kernel_has_a_row_on_every_architecture_and_every_row_is_used():
 def test_an_architecture_that_is_not_listed_warns_once(arch, used, listed):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for name, *case in (("nce_tile", BF16, 256, 2560, "unit"), ("weight_gradient_tile", F32, True)):
+        for name, *case in (("nce_tile", BF16, 256, 2560, "unit"), ("weight_gradient_tile", F32, 256, True)):
             assert getattr(configs, name)(arch, *case) == getattr(configs, name)(used, *case)
         configs.layer_tile(arch, 256, True)
     sentence = f"no tiles are tuned for {arch}: those of {used} are used, see kernels/configs.py"

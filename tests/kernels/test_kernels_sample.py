@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastnce.kernels import project, project_backward
+from fastnce.kernels import common, project, project_backward, weight_gradient
+from fastnce.kernels.map_layout import map_layout, map_views
 from fastnce.kernels.nce import mean_by_direction
+from fastnce.kernels.planned import forget_plans
 from fastnce.kernels.sample import draw_ids
 from fastnce.kernels.weight_gradient import weight_views
 
@@ -17,9 +19,12 @@ from tests.oracle import DEVICE, GRADIENT_GATE, error
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def chain(dtype, *, mlp=True, layout="nchw", map_dtype=None, repeated=False, per_image=False, hidden=32, dim=24):
+def chain(
+    dtype, *, mlp=True, layout="nchw", map_dtype=None, repeated=False, per_image=False, hidden=32, dim=24,
+    channels=(3, 20, 33),
+):  # fmt: skip
     """Maps of three layers, ids (sets, patches), and weights that are exact in dtype."""
-    channels, sides, images = (3, 20, 33), (9, 7, 6), 2
+    sides, images = (9, 7, 6), 2
     maps = [torch.randn(images, c, s, s + 1).to(dtype) for c, s in zip(channels, sides, strict=True)]
     maps = [m.to(device=DEVICE, dtype=map_dtype or dtype) for m in maps]
     if layout == "channels_last":
@@ -71,13 +76,13 @@ def gradient_gate(dtype, mlp):
 
 
 def backward(maps, ids, weights, units, saved, upstream, distinct=True, **options):
-    layouts = [project_backward.map_layout(m) for m in maps]
+    layouts = [map_layout(m) for m in maps]
     wanted = [True] * len(maps)
     buffer, flat = project_backward.project_backward(
         upstream, options.get("scale"), options.get("directions", 1), layouts, ids, weights, units, *saved,
         distinct=distinct, wanted=wanted, weights_wanted=True,
     )  # fmt: skip
-    return project_backward.map_views(buffer, layouts, wanted) + weight_views(flat, weights)
+    return map_views(buffer, layouts, wanted) + weight_views(flat, weights)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -91,6 +96,11 @@ def backward(maps, ids, weights, units, saved, upstream, distinct=True, **option
         {"layout": "nchw", "repeated": True, "mlp": False},
         {"layout": "channels_last", "mlp": False},
         {"hidden": 70, "dim": 100},
+        {"channels": (3, 32, 48), "layout": "channels_last"},
+        {"channels": (48, 3, 20), "repeated": True},
+        {"channels": (16, 96, 32), "layout": "odd"},
+        {"channels": (16, 48, 32), "mlp": False, "repeated": True},
+        {"channels": (3, 16, 32), "mlp": False, "layout": "channels_last"},
     ],
     ids=str,
 )
@@ -109,9 +119,58 @@ def test_rows_and_gradients(case, dtype):
         assert dtype == torch.float16 or error(a, b) <= max(2 * eager, 1e-6)  # float16: see `gradient_gate`
     for m, g in zip(maps, ours, strict=False):
         assert g.dtype == m.dtype
-        assert g.is_contiguous(memory_format=torch.channels_last) or not project_backward.map_layout(m).channels_last
+        assert g.is_contiguous(memory_format=torch.channels_last) or not map_layout(m).channels_last
     again = backward(maps, ids, weights, units, saved, upstream, distinct=not case.get("repeated", False))
     assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_in_16_bits_give_the_same_bits(dtype):
+    """A kernel rounds float32 weights to the dtype of the rows."""
+    maps, ids, weights = chain(dtype, channels=(3, 32, 48))
+    weights = [torch.randn_like(w) / 4 for w in weights]
+    narrow = [w.to(dtype) if w.dim() == 2 else w for w in weights]
+    results = []
+    for mlp in (weights, narrow):
+        units, *saved = project.project(maps, ids, mlp, dtype, len(maps))
+        # products of gradients are in bfloat16: float16 weights would be rounded twice
+        of_gradients = mlp if dtype == torch.bfloat16 else weights
+        results.append([*units, *saved, *backward(maps, ids, of_gradients, units, saved, units)])
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_rows_are_split_where_they_are_many():
+    assert weight_gradient.parts_of("sm_90", 36, (4096,) * 5) == 8
+    assert weight_gradient.parts_of("sm_90", 36, (2048, 8192)) == 14
+    assert weight_gradient.parts_of("sm_90", 140, (512,) * 5) == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_in_parts(dtype, monkeypatch):
+    """Layers of 40, 40 and 26 rows in parts of 16: the last part is short, or empty."""
+    maps, ids, weights = chain(dtype, channels=(3, 32, 48))
+    ids[2] = ids[2][:, :13]
+    units, *saved = project.project(maps, ids, weights, dtype, len(maps))
+    upstream = [torch.randn(u.shape).to(u) for u in units]
+    _, truth = definition(maps, ids, weights, upstream)
+    parts, started = [], []
+    start = common.start
+    monkeypatch.setattr(
+        common, "start", lambda kernel, *a, **o: (started.append(kernel.__name__), start(kernel, *a, **o))
+    )
+    monkeypatch.setattr(weight_gradient, "rows_at_once", lambda dtype: 16)
+    for count in (1, 3):
+        monkeypatch.setattr(weight_gradient, "parts_of", lambda arch, programs, rows, n=count: n)
+        forget_plans()
+        parts.append(backward(maps, ids, weights, units, saved, upstream)[len(maps) :])
+    forget_plans()
+    for whole, split, exact in zip(*parts, truth[len(maps) :], strict=True):
+        assert error(split, exact) <= gradient_gate(dtype, True)
+        assert error(split, whole.double().cpu()) <= 1e-6
+    assert [name for name in started if name.startswith("weight")] == ["weight_gradient_kernel"] * 2 + [
+        "weight_join_kernel"
+    ]
 
 
 def test_every_element_is_written(monkeypatch):
@@ -162,13 +221,13 @@ def test_a_location_outside_the_map_gives_nan():
 def test_unwanted_maps_take_no_memory():
     maps, ids, weights = chain(torch.float32)
     units, *saved = project.project(maps, ids, weights, torch.float32, len(maps))
-    layouts, wanted = [project_backward.map_layout(m) for m in maps], [False, True, False]
+    layouts, wanted = [map_layout(m) for m in maps], [False, True, False]
     buffer, flat = project_backward.project_backward(
         units, None, 1, layouts, ids, weights, units, *saved, distinct=True, wanted=wanted, weights_wanted=False
     )
     assert buffer.numel() == layouts[1].bytes()
     assert flat.numel() == 0
-    none, view, also_none = project_backward.map_views(buffer, layouts, wanted)
+    none, view, also_none = map_views(buffer, layouts, wanted)
     assert none is None
     assert also_none is None
     assert view.shape == maps[1].shape

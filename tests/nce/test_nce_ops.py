@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from fastnce.kernels import common
-from fastnce.kernels.project_backward import map_layout
+from fastnce.kernels.map_layout import map_layout
 
 from fastnce import PatchNCEHead, PatchNCELoss, PatchSampleF, patch_nce, project_patches
 from fastnce.common import operators

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...common.autograd import fast_apply
 from ...common.first_use import epoch
+from ...common.narrowed import copies_of
 from ...common.operators import PLAIN, untraced
 from ...kernels.common import fp32_precision
 from ...kernels.plan import INTERPRETED
@@ -36,13 +37,14 @@ def _key(
     The key is None for wrong arguments and for tensors with classes of their own.
 
     Args:
-        leaves: lists of tensors that may get a gradient; the first list has a tensor.
+        leaves: maps and MLPs, which may get a gradient; there is at least one map.
         constants: lists of other tensors.
     """
     enabled, gradient = torch.is_grad_enabled(), False
     kind = leaves[0][0].device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    key = [settings, enabled, epoch(), fp32_precision("cuda", "matmul"), autocast]
+    narrow = copies_of(leaves[1], autocast) is not None
+    key = [settings, enabled, epoch(), fp32_precision("cuda", "matmul"), autocast, narrow]
     try:
         hash(settings)
     except TypeError:
@@ -121,14 +123,20 @@ class LossCall(NamedTuple):
         (key, gradient), drawn = self.key(), not self.ids
         if key is None:
             return None
+        copies = [copies_of(mlp, dtype) for mlp in (self.query_mlp, self.key_mlp)]
+        narrow = dtype if all(copies) else None
+        query_mlp, key_mlp = (c or mlp for c, mlp in zip(copies, (self.query_mlp, self.key_mlp), strict=True))
+        if narrow is None:
+            query_mlp, key_mlp = self.query_mlp, self.key_mlp
         forward = plan_of(
-            loss_forward, *self[:5], _place_of_seeds(self.query_maps, sets) if drawn else None,
+            loss_forward, *self[:2], query_mlp, key_mlp, self.ids,
+            _place_of_seeds(self.query_maps, sets) if drawn else None,
             patches=patches, temperatures=tuple(temperatures), groups=groups, directions=directions, dtype=dtype,
             gradient=gradient,
         )  # fmt: skip
         if forward is None:
             return None
-        entry = Entry(forward, self.query_maps, directions, drawn, sets if drawn else 0)
+        entry = Entry(forward, self.query_maps, directions, drawn, sets if drawn else 0, narrow=narrow)
         if keep:
             _ENTRIES[key] = entry
         return self._run(entry, gradient)
@@ -138,7 +146,8 @@ class LossCall(NamedTuple):
         constants = self.key_maps, self.key_mlp, self.ids, seeds
         if gradient:
             return _LOSS(entry, constants, len(self.query_maps), *self.query_maps, *self.query_mlp)
-        given = [*self.query_maps, *self.key_maps, *self.query_mlp, *self.key_mlp, *self.ids]
+        query_mlp, key_mlp = entry.read(self.query_mlp), entry.read(self.key_mlp)
+        given = [*self.query_maps, *self.key_maps, *query_mlp, *key_mlp, *self.ids]
         return entry.forward.replay(given if seeds is None else [*given, seeds])[0]
 
 
@@ -175,10 +184,15 @@ class RowsCall(NamedTuple):
         if key is None:
             return None
         seeds = None if self.ids else _place_of_seeds(self.maps, 1)
-        forward = plan_of(rows_forward, *self[:3], seeds, patches=patches, dtype=dtype, gradient=gradient)
+        copies = copies_of(self.mlp, dtype)
+        mlp = self.mlp if copies is None else copies
+        forward = plan_of(
+            rows_forward, self.maps, mlp, self.ids, seeds, patches=patches, dtype=dtype, gradient=gradient
+        )
         if forward is None:
             return None
-        entry = Entry(forward, self.maps, 1, distinct or not self.ids, 0 if self.ids else 1, patches)
+        narrow = None if copies is None else dtype
+        entry = Entry(forward, self.maps, 1, distinct or not self.ids, 0 if self.ids else 1, patches, narrow)
         if keep:
             _ENTRIES[key] = entry
         return self._run(entry, gradient)
@@ -186,7 +200,7 @@ class RowsCall(NamedTuple):
     def _run(self, entry: Entry, gradient: bool) -> tuple[list[Tensor], list[Tensor]]:
         constants = [_seeds(self.maps, 1)] if entry.sets else [*self.ids]
         if not gradient:
-            rows, drawn, _ = entry.forward.replay([*self.maps, *self.mlp, *constants])
+            rows, drawn, _ = entry.forward.replay([*self.maps, *entry.read(self.mlp), *constants])
             return rows, [] if drawn is None else list(drawn.split(entry.patches))
         rows = list(_ROWS(entry, constants, len(self.maps), *self.maps, *self.mlp))
         return rows, constants if entry.sets else []

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from ...common.autograd import FirstOrderOnly
+from ...common.narrowed import copies_of
 from ...kernels import nce, project, project_backward, sample
 from ...kernels.common import dense_rows, fp32_precision
+from ...kernels.map_layout import MapLayout, map_layout
 from ...kernels.plan import Field, Plan, State
 from ...kernels.planned import layout, plan_of, planned
-from ...kernels.project_backward import MapLayout, map_layout
 
 
 def _drawn(seeds: Tensor, maps: Sequence[Tensor], patches: int) -> tuple[Tensor, list[Tensor]]:
@@ -131,16 +132,28 @@ class _Gradients(NamedTuple):
 
 
 class Entry:
-    """The plan of a forward pass, and those of its backward passes."""
+    """The plan of a forward pass, and those of its backward passes.
+
+    `narrow`: the dtype of the copies that are read in place of the weights (see `common.narrowed`), or None.
+    """
 
     def __init__(
-        self, forward: Plan, maps: Sequence[Tensor], directions: int, distinct: bool, sets: int = 0, patches: int = 0
-    ) -> None:
-        self.forward, self.sets = forward, sets
+        self, forward: Plan, maps: Sequence[Tensor], directions: int, distinct: bool, sets: int = 0, patches: int = 0,
+        narrow: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        self.forward, self.sets, self.narrow = forward, sets, narrow
         self.patches = [min(patches, m.shape[2] * m.shape[3]) for m in maps]
         self.layouts = tuple(map_layout(m) for m in maps)
         self.directions, self.distinct = directions, distinct
         self.backward: dict[Any, _Gradients] = {}
+
+    def read(self, mlp: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The weights and biases as the forward pass reads them."""
+        return copies_of(mlp, self.narrow) or mlp
+
+    def kept(self, mlp: Sequence[Tensor], read: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The weights as the backward pass reads them: it multiplies in bfloat16 if the rows are float16."""
+        return (mlp if self.narrow is torch.float16 else read)[::2]
 
     def gradients(
         self, state: Tensor, upstream: Tensor | None, rows: Sequence[Sequence[Tensor]], wanted: Sequence[bool]
@@ -194,11 +207,12 @@ class LossFunction(torch.autograd.Function):
     def forward(ctx, entry, constants, count, *leaves):
         key_maps, key_mlp, ids, seeds = constants
         maps, mlp = leaves[:count], leaves[count:]
-        given = [*maps, *key_maps, *mlp, *key_mlp, *ids, *([] if seeds is None else [seeds])]
+        read = entry.read(mlp)
+        given = [*maps, *key_maps, *read, *entry.read(key_mlp), *ids, *([] if seeds is None else [seeds])]
         mean, state = entry.forward.replay(given)
-        ctx.entry, ctx.count = entry, count
+        ctx.entry, ctx.count, ctx.dtype = entry, count, mlp[0].dtype if mlp else None
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(mean, state, *ids, *mlp[::2])
+        ctx.save_for_backward(mean, state, *ids, *entry.kept(mlp, read))
         return mean
 
     @staticmethod
@@ -218,13 +232,15 @@ class LossFunction(torch.autograd.Function):
 class RowsFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, entry, constants, count, *leaves):
-        units, drawn, state = entry.forward.replay([*leaves, *constants])
+        mlp = leaves[count:]
+        read = entry.read(mlp)
+        units, drawn, state = entry.forward.replay([*leaves[:count], *read, *constants])
         if drawn is not None:
             constants[:] = drawn.split(entry.patches)  # in place of the seeds
         ids = constants
-        ctx.entry, ctx.count = entry, count
+        ctx.entry, ctx.count, ctx.dtype = entry, count, mlp[0].dtype if mlp else None
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(state, *units, *ids, *leaves[count::2])
+        ctx.save_for_backward(state, *units, *ids, *entry.kept(mlp, read))
         return tuple(units)
 
     @staticmethod
@@ -243,8 +259,8 @@ class RowsFunction(torch.autograd.Function):
 
 def _once(ctx, enabled: bool, sources: Sequence[Tensor], maps, mlp, weights) -> tuple[Any, ...]:
     """The gradients in the order of the inputs; a derivative of them is an error."""
-    if mlp and mlp[0].dtype is not weights[0].dtype:
-        mlp = [g.to(weights[0].dtype) for g in mlp]
+    if mlp and mlp[0].dtype is not ctx.dtype:
+        mlp = [g.to(ctx.dtype) for g in mlp]
     gradients = [*maps, *(mlp or [None] * (2 * len(weights)))]
     if enabled:
         gradients = [None if g is None else FirstOrderOnly.apply(g, *sources) for g in gradients]

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...common.autograd import FirstOrderOnly, apply, with_fast_path
 from ...common.operators import operator
 from ...kernels import nce, project, project_backward, sample
-from ...kernels.project_backward import MapLayout, map_layout, map_views
+from ...kernels.map_layout import MapLayout, map_layout, map_views
 from ...kernels.weight_gradient import weight_views
 
 _MAP_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)

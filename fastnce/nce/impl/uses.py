@@ -7,12 +7,14 @@ rows are random in one half. In the other half, the probability of the positive 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...common.agreement import TEMPERATURE, Check, confident_queries, exact_device, pattern, unit_rows
+from ...common.narrowed import have_copies
 
 try:
     from . import measure
@@ -237,6 +239,8 @@ class MapsUse(NamedTuple):
     directions: int = 1
     temperature: float = TEMPERATURE
     distinct: bool = True
+    narrow: bool = False
+    """Whether the kernels read 16-bit copies of the weights (see `common.narrowed`)."""
 
     @property
     def family(self) -> str:
@@ -255,6 +259,7 @@ class MapsUse(NamedTuple):
             many,
             bounded,
             self.distinct,
+            self.narrow,
         )
 
     def measure(self, device: torch.device, dtype: torch.dtype) -> Iterator[Check]:
@@ -283,6 +288,8 @@ class MapsUse(NamedTuple):
                 for shape, scale in (((dim, c), c**-0.5), ((dim,), 0.1), ((dim,) * 2, dim**-0.5)):
                     weights.append(draw(*shape, to=self.weight_dtype) * scale)
                 weights.append(draw(dim, to=self.weight_dtype) * 0.1)
+        if self.narrow:
+            weights = [w.to(dtype) if w.dim() > 1 else w for w in weights]
         ids = []
         for i, query in enumerate(queries):
             order = torch.randperm(side * side, generator=generator, device="cpu")
@@ -335,5 +342,5 @@ def maps_use(
     return MapsUse(
         name, tuple(m.shape[1] for m in maps), last, tuple(m.dtype for m in maps), maps[0].shape[0], patches,
         0 if mlps is None else mlps[0][2].shape[0], None if mlps is None else mlps[0][0].dtype,
-        negatives_of_batch, directions, temperature, distinct,
+        negatives_of_batch, directions, temperature, distinct, mlps is not None and have_copies([*chain(*mlps)]),
     )  # fmt: skip
