@@ -29,7 +29,7 @@ Form = Literal["unit", "checked", "online", "unit, extra", "checked, extra", "on
 registers: pair weights, the key pass, and rows whose length is not a multiple of 16, which wide loads cannot take."""
 
 Kernel = Literal[
-    "nce", "mean", "rows", "project", "merge", "weight_gradient", "weight_join", "draw", "layer",
+    "nce", "mean", "rows", "project", "merge", "add_rows", "weight_gradient", "weight_join", "draw", "layer",
     "layer_join", "pack_weight", "few_outputs_forward", "pack_gradient", "few_outputs_map", "few_outputs_weight",
     "few_outputs_join",
 ]  # fmt: skip

@@ -24,6 +24,7 @@ from .base import (
     Phase,
     Sizes,
     check_ranges,
+    tapping,
     together,
 )
 from .losses import SATURATING_HELP, GANMode, gan_loss, gradient_penalty
@@ -103,11 +104,13 @@ class TwoWay(Method):
             "D": Group((self.discriminator_a, self.discriminator_b)),
         }
 
-    def translate_both(self, batch: Batch, identity: bool, layers: Sequence[int] = (), flip: bool = False) -> Outputs:
+    def translate_both(
+        self, batch: Batch, identity: bool, layers: Sequence[int] = (), flip: bool = False, taps: bool = False
+    ) -> Outputs:
         """Compute fake_B = G_A(A) and fake_A = G_B(B), and with `identity` also idt_A = G_A(B) and idt_B = G_B(A).
 
         With `layers`, keys_A and keys_B are the features of G_A(A) and G_B(B) at these layers. With `flip`, the fakes
-        are those of the mirrored images.
+        are those of the mirrored images. With `taps`, features may be taps.
         """
         outputs: Outputs = {}
         for domain, other, generator, real in (
@@ -116,7 +119,8 @@ class TwoWay(Method):
         ):
             first = real[0].flip(3) if flip else real[0]
             pictures = [first, real[1]] if identity else [first]
-            made = together(generator, pictures, independent=generator.features_repeat, layers=layers)
+            more = tapping(generator, taps and bool(layers))
+            made = together(generator, pictures, independent=generator.features_repeat, layers=layers, **more)
             if layers:
                 outputs[f"keys_{domain}"] = made[0][1]
                 made = [picture for picture, _ in made]

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..common.options import option
 from ..data.rain import RainOptions, parse_ranges, render_rain
 from ..nce.api import Negatives
-from .base import WEIGHT, Batch, Draws, Losses, NetworkOptions, Outputs
+from .base import WEIGHT, Batch, Draws, Losses, NetworkOptions, Outputs, tapping
 from .dclgan import DCLGAN, DCLGANOptions
 from .losses import SATURATING_HELP, channel_cycle_loss, frequency_cycle_loss
 
@@ -96,7 +96,9 @@ class DCDGAN(DCLGAN):
         for domain, generator, fake in (("A", self.generator_b, "B"), ("B", self.generator_a, "A")):
             image = outputs[f"fake_{fake}"]
             if self.shares_passes:  # the pass that closes the cycle also returns the queries
-                outputs[f"rec_{domain}"], outputs[f"queries_{fake}"] = generator(image, self.layers)
+                outputs[f"rec_{domain}"], outputs[f"queries_{fake}"] = generator(
+                    image, self.layers, **tapping(generator, self.projects_rows)
+                )
             else:
                 outputs[f"rec_{domain}"] = generator(image)
             if draws.flip:  # the cycle ends at the mirrored image

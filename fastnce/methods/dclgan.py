@@ -34,6 +34,7 @@ from .base import (
     Phase,
     Sizes,
     check_ranges,
+    tapping,
 )
 from .checks import check_contrast, check_learned_temperature, drawn_rows
 from .cyclegan import TwoWay
@@ -219,7 +220,12 @@ class DCLGAN(TwoWay):
     def generate(self, batch: Batch, draws: Draws) -> Outputs:
         # the features of a mirrored image are not the mirrored features, so the keys are then encoded separately
         layers = self.layers if self.shares_passes and not draws.flip else ()
-        return self.translate_both(batch, self.options.lambda_idt > 0, layers, draws.flip)
+        return self.translate_both(batch, self.options.lambda_idt > 0, layers, draws.flip, self.projects_rows)
+
+    @property
+    def projects_rows(self) -> bool:
+        """As in CUT."""
+        return self.options.projector != "reshape"
 
     def g_loss(self, batch: Batch, outputs: Outputs, draws: Draws) -> tuple[Tensor, Losses]:
         options = self.options
@@ -257,7 +263,9 @@ class DCLGAN(TwoWay):
         """
 
         def kept(name: str, generator: nn.Module, images: Tensor) -> list[Tensor]:
-            return outputs[name] if name in outputs else generator(images, self.layers, encode_only=True)
+            if name in outputs:
+                return outputs[name]
+            return generator(images, self.layers, encode_only=True, **tapping(generator, self.projects_rows))
 
         keys_a, keys_b = kept("keys_A", self.generator_a, batch.a), kept("keys_B", self.generator_b, batch.b)
         queries_b = kept("queries_B", self.generator_b, outputs["fake_B"])

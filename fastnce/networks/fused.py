@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..common.autograd import apply, with_fast_path
 from ..common.operators import obstacle, operator
+from ..common.taps import Tap, with_rows
 from ..kernels import blur, few_outputs, few_outputs_backward, reflect_pad
 from ..kernels import instance_norm as norm
 from ..kernels.planes import empty_like
@@ -122,33 +123,49 @@ def instance_norm_formula(x: Tensor, eps: float, slope: float, margin: int) -> T
 @with_fast_path
 class _InstanceNorm(torch.autograd.Function):
     @staticmethod
-    def forward(x, residual, eps, slope, margin):
-        return _norm_forward(x, residual, eps, slope, margin)
+    def forward(x, residual, eps, slope, margin, bias=None, slot=None):
+        results = _norm_forward(x, residual, eps, slope, margin)
+        return results if slot is None else (*results, x.new_empty(0))  # the token of a tap
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, _, ctx.eps, ctx.slope, ctx.margin = inputs
+        x, _, ctx.eps, ctx.slope, ctx.margin, bias, ctx.slot = inputs
+        ctx.bias_dtype = torch.float32 if bias is None else bias.dtype
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, output[1])
 
     @staticmethod
-    def backward(ctx, gradient, _):
-        if gradient is None:
-            return (None,) * 5
+    def backward(ctx, gradient, *_):
+        left = [] if ctx.slot is None else ctx.slot.take()
+        if gradient is None and not left:
+            return (None,) * 7
         x, statistics = ctx.saved_tensors
         d_x = None
-        if ctx.needs_input_grad[0]:
+        if gradient is None:
+            d_x = torch.zeros_like(x)
+        elif ctx.needs_input_grad[0]:
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
                 y = instance_norm_formula(x, ctx.eps, ctx.slope, ctx.margin)
                 (d_x,) = torch.autograd.grad(y, x, gradient, create_graph=True)
             else:
                 d_x = _norm_backward(gradient, x, statistics, ctx.slope, ctx.margin)
-        return d_x, gradient if ctx.needs_input_grad[1] else None, None, None, None
+        d_bias = None
+        if left:
+            d_x, d_bias = with_rows(torch.empty_like(x) if d_x is None else d_x, left, x, ctx.bias_dtype)
+        of_x, of_residual, *_, of_bias, _ = ctx.needs_input_grad
+        return (
+            d_x if of_x else None, gradient if of_residual else None, None, None, None, d_bias if of_bias else None, None
+        )  # fmt: skip
 
 
 def instance_norm(
-    x: Tensor, eps: float = 1e-5, slope: float = 1.0, margin: int = 0, residual: Tensor | None = None
+    x: Tensor,
+    eps: float = 1e-5,
+    slope: float = 1.0,
+    margin: int = 0,
+    residual: Tensor | None = None,
+    tap: Tap | None = None,
 ) -> Tensor:
     """Normalise each channel of each image to mean 0 and variance 1, then activate, pad or add, in one operator.
 
@@ -157,6 +174,7 @@ def instance_norm(
         slope: of the activation for negative values: 1 for none, 0 for ReLU, 0.2 for the published leaky ReLU.
         margin: of the reflection pad at the end.
         residual: added at the end, of x's shape and dtype; cannot be combined with a margin.
+        tap: of x; it gets its token.
 
     Returns:
         (images, channels, height + 2 * margin, width + 2 * margin) in x's dtype and layout.
@@ -168,7 +186,10 @@ def instance_norm(
             f"a residual must have the map's shape and dtype, and the margin must be 0: {tuple(residual.shape)} "
             f"{residual.dtype} for {tuple(x.shape)} {x.dtype}, margin {margin}"
         )
-    return apply(_InstanceNorm, x, residual, eps, slope, margin)[0]
+    if tap is None:
+        return apply(_InstanceNorm, x, residual, eps, slope, margin, None, None)[0]
+    y, _, tap.token = apply(_InstanceNorm, x, residual, eps, slope, margin, tap.bias, tap.slot)
+    return y
 
 
 # Convolutions with few output channels

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..common.dispatch import KERNELS, Implementation, check_implementation, choose
 from ..common.first_use import followed
+from ..common.taps import Tap
 from .uses import is_trusted
 
 try:
@@ -85,7 +86,9 @@ class InstanceNorm(FusedLayer):
         self.channels = channels
         self.eps = eps
 
-    def forward(self, x: Tensor, slope: float = 1.0, margin: int = 0, residual: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, slope: float = 1.0, margin: int = 0, residual: Tensor | None = None, tap: Tap | None = None
+    ) -> Tensor:
         """Normalise, then activate, pad or add a residual, as follows in the networks; the kernel does all in one pass.
 
         Args:
@@ -93,11 +96,12 @@ class InstanceNorm(FusedLayer):
             slope: slope of the activation for negative values: 1 none, 0 ReLU, 0.2 the published leaky ReLU.
             margin: pixels of reflection padding on each side.
             residual: added at the end, of x's shape and dtype; cannot be combined with a margin.
+            tap: of x; it gets its token if kernels compute the norm.
         """
         if x.shape[2] * x.shape[3] == 1:
             raise ValueError("instance norm needs more than one location: the image is too small for this network")
         if self.fused(x, (self.eps, slope, margin), residual):
-            return fused.instance_norm(x, self.eps, slope, margin, residual)
+            return fused.instance_norm(x, self.eps, slope, margin, residual, tap)
         y = self._normalise(x)
         if slope != 1.0:
             y = F.leaky_relu(y, slope) if slope else F.relu(y)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..common.taps import can_tap
 from .layers import InstanceNorm, ReflectionPad
 
 
@@ -68,6 +69,18 @@ def run_one(modules: Sequence[nn.Module], position: int, x: Tensor, kept: Contai
         return F.conv_transpose2d(x, module.weight, None, module.stride, module.padding, *more)  # type: ignore[arg-type]
     assert isinstance(module, nn.Conv2d)
     return module._conv_forward(x, module.weight, None)
+
+
+def tapped(modules: Sequence[nn.Module], position: int, x: Tensor) -> bool:
+    """Whether the output of the convolution at `position`, with input x, can be handed out as a `Tap`.
+
+    It can if kernels compute the norm after it, and if no hook would see the map without its bias.
+    """
+    if not can_tap(x) or not _bias_is_cancelled(modules, position, ()):
+        return False
+    norm = modules[position + 1]
+    assert isinstance(norm, InstanceNorm)
+    return norm.fused(x) and not (norm._backward_hooks or norm._backward_pre_hooks or norm._compiled_call_impl)
 
 
 def _bias_is_cancelled(modules: Sequence[nn.Module], position: int, kept: Container[int]) -> bool:

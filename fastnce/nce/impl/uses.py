@@ -241,6 +241,8 @@ class MapsUse(NamedTuple):
     distinct: bool = True
     narrow: bool = False
     """Whether the kernels read 16-bit copies of the weights (see `common.narrowed`)."""
+    taps: tuple[int, ...] = ()
+    """As `Untapped.kinds`: other kernels read and return these maps."""
 
     @property
     def family(self) -> str:
@@ -260,6 +262,7 @@ class MapsUse(NamedTuple):
             bounded,
             self.distinct,
             self.narrow,
+            *self.taps,
         )
 
     def measure(self, device: torch.device, dtype: torch.dtype) -> Iterator[Check]:
@@ -336,11 +339,12 @@ def maps_use(
     directions: int = 1,
     temperature: float = TEMPERATURE,
     distinct: bool = True,
+    taps: tuple[int, ...] = (),
 ) -> MapsUse:
     """Describe a call by its maps and MLPs."""
     last = tuple(m.stride(1) == 1 and not m.is_contiguous() for m in maps)
     return MapsUse(
         name, tuple(m.shape[1] for m in maps), last, tuple(m.dtype for m in maps), maps[0].shape[0], patches,
         0 if mlps is None else mlps[0][2].shape[0], None if mlps is None else mlps[0][0].dtype,
-        negatives_of_batch, directions, temperature, distinct, mlps is not None and have_copies([*chain(*mlps)]),
+        negatives_of_batch, directions, temperature, distinct, mlps is not None and have_copies([*chain(*mlps)]), taps,
     )  # fmt: skip
