@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import configs
 from .common import architecture, bound, launch, narrow
-from .planes import Map, as_map
+from .planes import as_map
 from .planned import planned
 
 

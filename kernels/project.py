@@ -267,8 +267,8 @@ def project(
     biased = sum(1 << i for i, bias in enumerate(biases) if bias is not None)
     biases = biases or [None] * len(maps)
     places, layers, units, block, row, x = [], [], [], 0, 0, 0
-    sources = zip(maps, biases, ids, groups_of_four(mlp, len(maps)), dims, all_rows, strict=True)
-    for m, bias, i, weights, dim, rows in sources:
+    sources = zip(maps, ids, groups_of_four(mlp, len(maps)), dims, all_rows, strict=True)
+    for bias, (m, i, weights, dim, rows) in zip(biases, sources, strict=True):
         unit = torch.empty(rows, dim, dtype=dtype, device=m.device)
         units.append(unit)
         places.append(FeatureMap(m, *map_strides(m.shape, m.stride()), m.shape[3], m if bias is None else bias))

@@ -339,8 +339,8 @@ def into_buffer(
         length if upstream is None else upstream, 0 if upstream is None else upstream.stride(0), d_z, d_h, d_x, hidden,
         COUNT=len(layers), MLP=bool(mlp), UPSTREAM=upstream is not None, DISTINCT=distinct,
         SAMPLED=sum(1 << k for k, m in enumerate(maps) if m.sampled and wanted[k]), ODD=widths.odd_layers,
-        DTYPE=TRITON_DTYPE[dtype], PRECISION=product, BM=tile.block_m, BC=widths.even, BO=widths.odd, BH=tile.block_n, BD=widest_d,
-        num_warps=tile.warps, num_stages=tile.stages,
+        DTYPE=TRITON_DTYPE[dtype], PRECISION=product, BM=tile.block_m, BC=widths.even, BO=widths.odd, BH=tile.block_n,
+        BD=widest_d, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if not distinct and any(wanted):
         launch(

@@ -105,9 +105,9 @@ class PatchNCEHead(PatchSampleF):
         Returns (patches,) per layer for one set, else (sets, patches). The kernels draw for all layers at once, so a
         seed gives other locations than with `sample_patch_ids`.
         """
-        maps = without_biases(maps)
-        checks.maps("maps", maps, self.layers)
-        return self._draw_ids(maps, checks.directions(directions, maps[0].shape[0]), self.mlps(self.layers))
+        plain = without_biases(maps)
+        checks.maps("maps", plain, self.layers)
+        return self._draw_ids(plain, checks.directions(directions, plain[0].shape[0]), self.mlps(self.layers))
 
     def _draw_ids(self, maps: Sequence[Tensor], directions: int, mlps: MLPs) -> list[Tensor]:
         sets = self._sets(maps[0].shape[0], directions)
@@ -150,8 +150,9 @@ class PatchNCEHead(PatchSampleF):
         )  # fmt: skip
         return planned_calls.LossCall(queries, keys, query_mlp, key_mlp, ids, settings)
 
-    def _choice(self, queries: Untapped, mlps: MLPs, directions: int, distinct: bool) -> Choice:
-        maps = queries.maps
+    def _choice(
+        self, maps: Sequence[Tensor], mlps: MLPs, directions: int, distinct: bool, kinds: tuple[int, ...]
+    ) -> Choice:
         choice, dtypes = choose_maps(self.implementation, maps, mlps, self.patches)
         if choice is not KERNELS:
             return choice
@@ -164,7 +165,7 @@ class PatchNCEHead(PatchSampleF):
             directions=directions,
             temperature=min(self.temperatures),
             distinct=distinct,
-            taps=queries.kinds(),
+            taps=kinds,
         )
         return trusted(use, maps[0].device, dtypes[0])
 
@@ -207,6 +208,7 @@ class PatchNCEHead(PatchSampleF):
         sides = query_maps, key_maps  # taps among them
         of_queries, of_keys = untapped(query_maps, drawn, self.patches), untapped(key_maps, drawn)
         query_maps, key_maps = of_queries.maps, of_keys.maps
+        kinds = of_queries.kinds() or of_keys.kinds()
         if fusable:
             call = self._loss_call(of_queries, of_keys, mlps, key_mlps, patch_ids, directions)
             if call is not None and (means := call.repeat()) is not None:
@@ -217,7 +219,7 @@ class PatchNCEHead(PatchSampleF):
         if not plain and self.others is not None:
             raise ValueError("keys of other ranks cannot be combined with a weighting or symmetric=True")
         ids = [] if patch_ids is None else self.given_ids(patch_ids, images, directions)
-        choice = self._choice(of_queries, mlps, directions, drawn) if fusable else None
+        choice = self._choice(query_maps, mlps, directions, drawn, kinds) if fusable else None
         if choice is not None and choice.triton and self._one_launch(mlps, key_mlps):
             if ids:
                 checks.ids(ids, query_maps)

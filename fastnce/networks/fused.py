@@ -154,9 +154,8 @@ class _InstanceNorm(torch.autograd.Function):
         if left:
             d_x, d_bias = with_rows(torch.empty_like(x) if d_x is None else d_x, left, x, ctx.bias_dtype)
         of_x, of_residual, *_, of_bias, _ = ctx.needs_input_grad
-        return (
-            d_x if of_x else None, gradient if of_residual else None, None, None, None, d_bias if of_bias else None, None
-        )  # fmt: skip
+        d_x, d_residual = d_x if of_x else None, gradient if of_residual else None
+        return d_x, d_residual, None, None, None, d_bias if of_bias else None, None
 
 
 def instance_norm(

@@ -124,11 +124,12 @@ class LossCall(NamedTuple):
 
     def plan(
         self, *, sets: int, patches: int, temperatures: Sequence[float], groups: int, directions: int,
-        dtype: torch.dtype, keep: bool,
+        dtype: torch.dtype, keep: bool, distinct: bool | None = None,
     ) -> Tensor | None:  # fmt: skip
         """Plan a call that has passed its checks and return its loss; None if it cannot be planned.
 
-        `keep`: the kernels are known to be right here, so that later calls may repeat this one.
+        `keep`: the kernels are known to be right here, so that later calls may repeat this one. `distinct`: no location
+        is given twice for an image; by default, those that are drawn here.
         """
         if not usable(self.queries.maps) or not all(w.is_contiguous() for w in (*self.query_mlp, *self.key_mlp)):
             return None
@@ -148,7 +149,8 @@ class LossCall(NamedTuple):
         )  # fmt: skip
         if forward is None:
             return None
-        entry = Entry(forward, self.queries, self.ids or patches, directions, drawn, sets if drawn else 0, narrow)
+        distinct = drawn if distinct is None else distinct
+        entry = Entry(forward, self.queries, self.ids or patches, directions, distinct, sets if drawn else 0, narrow)
         if keep:
             _ENTRIES[key] = entry
         return self._run(entry, gradient)

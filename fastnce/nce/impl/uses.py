@@ -293,8 +293,13 @@ class MapsUse(NamedTuple):
                 weights.append(draw(dim, to=self.weight_dtype) * 0.1)
         if self.narrow:
             weights = [w.to(dtype) if w.dim() > 1 else w for w in weights]
+        biases = [
+            draw(c, to=dtype).float() if kind == 2 else None for c, kind in zip(self.channels, self.taps, strict=False)
+        ]
         ids = []
         for i, query in enumerate(queries):
+            if biases and (bias := biases[i]) is not None:
+                query = query + bias.to(query.dtype)[:, None, None]
             order = torch.randperm(side * side, generator=generator, device="cpu")
             first = [w.to(dtype) if w.dim() > 1 else w for w in weights[4 * i : 4 * i + 2]]
             far = order[~near_the_corner(query.to(dtype), *first).cpu()[order]]
@@ -306,12 +311,15 @@ class MapsUse(NamedTuple):
             for maps in (keys, queries)
         )
         if self.name == "project_patches":
-            yield from measure.measure_projection(queries, ids, weights, dtype, distinct=self.distinct)
+            yield from measure.measure_projection(
+                queries, ids, weights, dtype, distinct=self.distinct, biases=biases, taps=self.taps
+            )
         else:
             groups = self.directions if self.negatives_of_batch else images
             yield from measure.measure_head(
                 queries, keys, ids, weights, weights, temperatures=[typical(self.temperature)] * len(keys),
-                groups=groups, directions=self.directions, dtype=dtype, distinct=self.distinct,
+                groups=groups, directions=self.directions, dtype=dtype, distinct=self.distinct, biases=biases,
+                taps=self.taps,
             )  # fmt: skip
 
 
