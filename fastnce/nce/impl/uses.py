@@ -242,7 +242,7 @@ class MapsUse(NamedTuple):
     narrow: bool = False
     """Whether the kernels read 16-bit copies of the weights (see `common.narrowed`)."""
     taps: tuple[int, ...] = ()
-    """As `Untapped.kinds`: other kernels read and return these maps."""
+    """As `Untapped.kinds`."""
 
     @property
     def family(self) -> str:
@@ -310,16 +310,14 @@ class MapsUse(NamedTuple):
             [m.contiguous(memory_format=layout) for m, layout in zip(maps, layouts, strict=True)]
             for maps in (keys, queries)
         )
+        tapped: Any = {"biases": biases, "taps": self.taps}
         if self.name == "project_patches":
-            yield from measure.measure_projection(
-                queries, ids, weights, dtype, distinct=self.distinct, biases=biases, taps=self.taps
-            )
+            yield from measure.measure_projection(queries, ids, weights, dtype, distinct=self.distinct, **tapped)
         else:
             groups = self.directions if self.negatives_of_batch else images
             yield from measure.measure_head(
                 queries, keys, ids, weights, weights, temperatures=[typical(self.temperature)] * len(keys),
-                groups=groups, directions=self.directions, dtype=dtype, distinct=self.distinct, biases=biases,
-                taps=self.taps,
+                groups=groups, directions=self.directions, dtype=dtype, distinct=self.distinct, **tapped,
             )  # fmt: skip
 
 
