@@ -26,6 +26,11 @@ NORM_EPS = tl.constexpr(1e-7)
 TRITON_DTYPE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the products: bfloat16 for float16 rows, because 1 / |x| of a short row exceeds float16's range."""
+    return torch.bfloat16 if dtype == torch.float16 else dtype
+
+
 class FeatureMap(NamedTuple):
     """A map (or its gradient) with its own dtype, strides and alignment, and the bias that its values lack."""
 

@@ -35,6 +35,7 @@ from .project import (
     NORM_EPS,
     TRITON_DTYPE,
     FeatureMap,
+    gradient_dtype,
     groups_of_four,
     locations_of,
     places_of,
@@ -239,11 +240,6 @@ def merge_kernel(maps, layers, d_x, COUNT: tl.constexpr, BM: tl.constexpr, BN: t
         if number == i:
             m_x = m_in[:, None] & (o_c < layers[i].channels)[None, :]
             tl.store(places_of(maps[i], image, at, o_c), narrow(acc, maps[i].map.dtype.element_ty), mask=m_x)
-
-
-def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the products: bfloat16 for float16 rows, because 1 / |x| of a short row exceeds float16's range."""
-    return torch.bfloat16 if dtype == torch.float16 else dtype
 
 
 def project_backward(

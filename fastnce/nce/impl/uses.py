@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...common.agreement import TEMPERATURE, Check, confident_queries, exact_device, pattern, unit_rows
+from ...common.agreement import TEMPERATURE, Check, confident_queries, pattern, unit_rows
 from ...common.narrowed import have_copies
+from .rows import near_the_corner
 
 try:
     from . import measure
@@ -319,20 +320,6 @@ class MapsUse(NamedTuple):
                 queries, keys, ids, weights, weights, temperatures=[typical(self.temperature)] * len(keys),
                 groups=groups, directions=self.directions, dtype=dtype, distinct=self.distinct, **tapped,
             )  # fmt: skip
-
-
-def near_the_corner(feature_map: Tensor, *first: Tensor) -> Tensor:
-    """Return the locations, () bool each, where rounding may move a hidden unit to the other side of the ReLU's corner.
-
-    Args:
-        first: weight and bias of the first layer; none without an MLP.
-    """
-    wide = exact_device(feature_map.device)
-    rows = feature_map.to(wide, torch.float64).flatten(2).transpose(1, 2)  # (images, locations, channels)
-    if not first:
-        return torch.zeros(rows.shape[1], dtype=torch.bool, device=feature_map.device)
-    weight, bias = (w.detach().to(wide, torch.float64) for w in first)
-    return ((rows @ weight.T + bias).abs() < 1e-5).any(2).any(0).to(feature_map.device)
 
 
 def maps_use(
