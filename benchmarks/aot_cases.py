@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 from fastnce.kernels import (
+    add_rows,
     blur,
     configs,
     cosine,
@@ -16,7 +17,6 @@ from fastnce.kernels import (
     instance_norm,
     nce,
     nce_keys,
-    add_rows,
     project,
     project_backward,
     reflect_pad,
