@@ -16,13 +16,14 @@ that it shares are compiled.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -84,13 +85,14 @@ SHOWN = tuple(field.name for field in fields(Build) if field.name not in ("key",
 WRITTEN = ("key", *(name for name in SHOWN if name != "seconds"))
 """What is written of a build. The same builds give the same file."""
 
-WITHOUT_PRODUCTS = ("float32", "without MLP", "draw", "mean", "rows:", "layer:")
+WITHOUT_PRODUCTS = ("float32", "without MLP", "draw", "mean", "rows:", "layer:", "loss:")
 """Cases without products on the matrix unit."""
 KERNELS_WITHOUT_PRODUCTS = (
     "pack_weight_kernel",
     "pack_gradient_kernel",
     "few_outputs_join_kernel",
     "weight_join_kernel",
+    "add_rows_kernel",
 )
 """Kernels of other cases without products on the matrix unit."""
 
@@ -133,8 +135,6 @@ def compile_all(
 
 
 def _compile_all(archs: tuple[str, ...], only: str, quick: bool, lookup: Lookup) -> Iterator[Build]:
-    kept = common.launch, common.architecture
-    modules = [module for module in sys.modules.values() if getattr(module, "launch", None) is common.launch]
     for arch in archs:
         triton.runtime.driver.set_active(_NamedDriver(arch))
         seen: set[str] = set()
@@ -159,15 +159,23 @@ def _compile_all(archs: tuple[str, ...], only: str, quick: bool, lookup: Lookup)
                     seconds = round(time.perf_counter() - start, 2)
                     builds.append(_inspect(arch, case, compiled, options, seconds, lookup.known.get(compiled.hash)))
 
-            for module in modules:
-                module.launch = compile_only  # type: ignore[attr-defined]
-                module.architecture = lambda device, arch=arch: arch  # type: ignore[attr-defined]
-            try:
+            with launching(compile_only, arch):
                 call()
-            finally:
-                for module in modules:
-                    module.launch, module.architecture = kept  # type: ignore[attr-defined]
             yield from builds
+
+
+@contextlib.contextmanager
+def launching(launch: Callable[..., None], arch: str) -> Iterator[None]:
+    """Within, the launchers of all kernels call `launch` as if every device were of this architecture."""
+    kept = common.launch, common.architecture
+    modules = [module for module in sys.modules.values() if getattr(module, "launch", None) is common.launch]
+    for module in modules:
+        module.launch, module.architecture = launch, lambda device: arch  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.launch, module.architecture = kept  # type: ignore[attr-defined]
 
 
 def _inspect(arch: str, case: str, compiled, options: dict, seconds: float, recorded: Usage | None) -> Build:

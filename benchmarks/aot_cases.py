@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 from fastnce.kernels import (
+    activate,
     add_rows,
     blur,
     configs,
@@ -15,6 +16,8 @@ from fastnce.kernels import (
     few_outputs,
     few_outputs_backward,
     instance_norm,
+    instance_norm_backward,
+    loss_terms,
     nce,
     nce_keys,
     project,
@@ -39,6 +42,13 @@ def nce_cases() -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"nce D={width} many rows", lambda x=many: _forward([x], unit=True)
         yield f"nce D={width} many rows loss only", lambda x=many: _forward([x], unit=True, gradient=False)
         yield f"nce D={width} extra keys", lambda x=many: _forward([x], extra=[x], unit=True)
+        # many rows in groups of few keys: one loop
+        grouped = _tensor(32, 256, width)
+        yield f"nce D={width} many rows, few keys", lambda x=grouped: _forward([x], unit=True)
+        yield (
+            f"nce D={width} many rows, few keys, loss only",
+            lambda x=grouped: _forward([x], unit=True, gradient=False),
+        )
         # blocks of keys that are not full
         yield f"nce D={width} few rows, uneven", lambda x=uneven_few: _forward([x], unit=True)
         yield f"nce D={width} many rows, uneven", lambda x=uneven: _forward([x], unit=True)
@@ -111,6 +121,9 @@ def nce_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "nce five layers float32", lambda: _forward([layer.float() for layer in few], unit=True)
     yield "nce five layers tf32", _in_tf32(lambda: _forward([layer.float() for layer in few], unit=True))
     yield "nce five layers, many rows", lambda: _forward(many, unit=True)
+    dense = [_tensor(1, configs.MANY_ROWS, 256) for _ in range(5)]
+    yield "nce five layers, many keys", lambda: _forward(dense, unit=True)
+    yield "nce five layers, many keys, loss only", lambda: _forward(dense, unit=True, gradient=False)
     yield "nce five layers, many rows, any length", lambda: _forward(many)
     differing, more = ([_tensor(images, 256, dim) for dim in (3, 64, 128, 256, 256)] for images in (1, 16))
     yield "nce five maps", lambda: _forward(differing, unit=True)
@@ -212,6 +225,31 @@ def sample_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "mean", lambda: nce.mean_by_direction(_tensor(1280, dtype=torch.float32), [256] * 5, 1)
 
 
+def loss_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """The losses of generators and discriminators, of every kind and dtype."""
+    kinds = [kind.value for kind in (loss_terms.SQUARE, loss_terms.SOFTPLUS, loss_terms.LINEAR, loss_terms.HINGE)]
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        name = str(dtype).removeprefix("torch.")
+        for kind, objective in zip(kinds, ("squares", "softplus", "means", "hinge"), strict=True):
+            yield f"loss: {objective} {name}", lambda k=kind, t=dtype: _loss(k, t)
+    yield "loss: distances and spectra", lambda: _loss(loss_terms.HINGE.value, torch.bfloat16, cycles=True)
+
+
+def _loss(kind: int, dtype: torch.dtype, cycles: bool = False) -> None:
+    judged, given = _tensor(2, 1, 30, 30, dtype=dtype), _tensor(2, dtype=torch.float32)
+    linear, distance, spectrum = (k.value for k in (loss_terms.LINEAR, loss_terms.DISTANCE, loss_terms.SPECTRUM))
+    tensors = [judged, given]
+    parts = [loss_terms.Part(kind, 1.0, 0.5, 1.0, 0, 0, 0, (i, i + 1)) for i in range(2)]
+    parts += [loss_terms.Part(linear, 1.0, 1.0, 0.5, 1 + i, 1, 1, (i, i + 1)) for i in range(2)]
+    if cycles:
+        tensors += [_tensor(1, 3, 256, 256, dtype=torch.float32) for _ in range(2)]
+        tensors.append(_tensor(2, 3, 256, 129, 2, dtype=torch.float32))
+        parts.append(loss_terms.Part(distance, 0.0, 0.5, 1.0, 3, 2, 3))
+        parts.append(loss_terms.Part(spectrum, 0.0, 0.5, 1.0, 4, 4, 4, (0, 1), (1, 2), 129, 128))
+    loss_terms.loss_values(tensors, *parts)
+    loss_terms.loss_slopes(_tensor(dtype=torch.float32), tensors, [tensors[part.x] for part in parts], *parts)
+
+
 def _sample(
     dim: int,
     channels: tuple[int, ...],
@@ -250,26 +288,40 @@ def _add_rows(dtype: torch.dtype, layout: str) -> None:
 def layer_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """The layers at the published widths, in the forms of the networks, and in some that allow no vector loads."""
     forms = {
-        "norm, ReLU, pad 1": (256, 64, 0.0, 1, False),
-        "norm, ReLU, pad 3": (64, 256, 0.0, 3, False),
-        "norm, ReLU": (128, 256, 0.0, 0, False),
-        "norm, residual": (256, 64, 1.0, 0, True),
-        "norm, leaky ReLU, few pixels": (512, 8, 0.2, 0, False),
-        "norm, ragged": (130, 31, 0.0, 1, False),
-        "norm, one pixel": (64, 1, 0.0, 0, False),
+        "norm, ReLU, pad 1": (256, 64, 0.0, 1, 0, False),
+        "norm, ReLU, pad 3": (64, 256, 0.0, 3, 0, False),
+        "norm, ReLU": (128, 256, 0.0, 0, 0, False),
+        "norm, residual": (256, 64, 1.0, 0, 0, True),
+        "norm, residual, pad 1": (256, 64, 1.0, 1, 0, True),
+        "norm, residual, blur up": (256, 64, 1.0, 0, 2, True),
+        "norm, ReLU, blur up": (128, 128, 0.0, 0, 2, False),
+        "norm, ReLU, blur down": (128, 256, 0.0, 0, 1, False),
+        "norm, leaky ReLU, blur down": (256, 63, 0.2, 0, 1, False),
+        "norm, large, residual, pad 1": (256, 128, 1.0, 1, 0, True),
+        "norm, leaky ReLU, 31x31": (512, 31, 0.2, 0, 0, False),
+        "norm, leaky ReLU, few pixels": (512, 8, 0.2, 0, 0, False),
+        "norm, ragged": (130, 31, 0.0, 1, 0, False),
+        "norm, large, ragged": (130, 127, 0.2, 0, 1, False),
+        "norm, one pixel": (64, 1, 0.0, 0, 0, False),
     }
     for dtype in (torch.bfloat16, torch.float32):
-        for name, (channels, side, slope, margin, residual) in forms.items():
+        for name, (channels, side, *form) in forms.items():
             x = _map(channels, side, dtype)
-            yield f"layer: {name} {dtype}", lambda x=x, s=slope, m=margin, r=residual: _norm(x, s, m, r)
+            yield f"layer: {name} {dtype}", partial(_norm, x, *form)
         for channels, margin in ((256, 1), (64, 3), (3, 3)):
             x = _map(channels, 64, dtype)
             yield f"layer: pad {margin} C={channels} {dtype}", lambda x=x, m=margin: _pad(x, m)
         for channels in (128, 3):
             x = _map(channels, 64, dtype)
             yield f"layer: blur C={channels} {dtype}", lambda x=x: _blurs(x)
-    plain = _tensor(2, 64, 32, 32)
-    yield "layer: norm, plain", lambda: _norm(plain, 0.0, 1, False)
+        for channels in (64, 3):
+            x = _map(channels, 255, dtype)
+            yield f"layer: bias, leaky ReLU, blur down C={channels} {dtype}", partial(_activate, x, 1)
+    plain, large = _tensor(2, 64, 32, 32), _tensor(2, 64, 256, 256)
+    yield "layer: norm, plain", lambda: _norm(plain, 0.0, 1, 0, False)
+    yield "layer: norm, large, plain", lambda: _norm(large, 0.0, 1, 0, False)
+    yield "layer: norm, large, blur down, plain", lambda: _norm(large, 0.2, 0, 1, False)
+    yield "layer: bias, leaky ReLU, plain", partial(_activate, plain, 0)
     yield "layer: pad and blur, plain", lambda: (_pad(plain, 1), _blurs(plain))
 
 
@@ -277,9 +329,16 @@ def _map(channels: int, side: int, dtype: torch.dtype) -> torch.Tensor:
     return _tensor(2, channels, side, side, dtype=dtype).to(memory_format=torch.channels_last)
 
 
-def _norm(x: torch.Tensor, slope: float, margin: int, residual: bool) -> None:
-    y, statistics = instance_norm.instance_norm(x, x if residual else None, 1e-5, slope, margin)
-    instance_norm.instance_norm_backward(y, x, statistics, slope, margin)
+def _norm(x: torch.Tensor, slope: float, margin: int, blurred: int, residual: bool) -> None:
+    """With a residual, its gradient is wanted, and y has another gradient: that of the next block's residual."""
+    more = x if residual else None
+    y, statistics = instance_norm.instance_norm(x, more, 1e-5, slope, margin, blurred)
+    instance_norm_backward.instance_norm_backward(y, more, x, statistics, slope, margin, blurred, residual)
+
+
+def _activate(x: torch.Tensor, blurred: int) -> None:
+    bias = _tensor(x.shape[1], dtype=torch.float32)
+    activate.activate_backward(activate.activate(x, bias, 0.2, blurred), x, bias, 0.2, blurred)
 
 
 def _pad(x: torch.Tensor, margin: int) -> None:
@@ -322,6 +381,7 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """(name, call) of every case."""
     yield from nce_cases()
     yield from sample_cases()
+    yield from loss_cases()
     yield from layer_cases()
     yield from few_outputs_cases()
 
@@ -334,7 +394,7 @@ QUICK = re.compile(
     r"|nce (five layers|five layers tf32|eight problems, extra keys)|rows: .*"
     r"|sample D=256 (bfloat16|bfloat16 repeated ids|float32|tf32|images=64|a set an image, directions)"
     r"|sample D=256 (16-bit weights|images=64, 16-bit weights)"
-    r"|sample without MLP|draw|mean"
+    r"|sample without MLP|draw|mean|loss: (squares bfloat16|distances and spectra)"
     r"|layer: (norm, ReLU, pad 1|norm, residual|norm, one pixel|pad 1 C=256|blur C=128) torch.bfloat16"
     r"|few outputs: 64 to 3, 7x7 (bfloat16|float16|float32|tf32)|few outputs: 256 to 16, 5x5 bfloat16"
 )

@@ -11,7 +11,8 @@ step of any size is counted in seconds on any machine (`step_costs.py`).
 - FLOP: PyTorch's formulas for convolutions and products; 2 per multiply-add.
 - bytes: each operator reads its inputs from memory and writes its outputs to memory once. A view moves nothing, a
   gather only the selected elements. Inputs that two launches need are read twice (`READ_TWICE`).
-- launches: as eager PyTorch on CUDA, one per operator or as in `LAUNCHES`.
+- launches: as eager PyTorch on CUDA, one per operator or as in `LAUNCHES`. Our layers (`LAYERS`) are asked: they run
+  on tensors without memory, and each launch moves its tensors once.
 - live memory: the peak of allocated storages, without scratch memory of libraries.
 """
 
@@ -25,9 +26,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from fastnce.kernels.common import RECORDING
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+
+from fastnce.common.operators import RUNS
 
 aten = torch.ops.aten
 
@@ -51,17 +56,24 @@ READ_TWICE = {
     "native_group_norm": (0,),
     "native_group_norm_backward": (0, 1),
     "convolution_backward": (0,),
-    "instance_norm": (0,),
-    "instance_norm_backward": (0, 1),
 }
 """Positions of arguments that two launches read: a norm's maps, and a convolution's upstream gradient."""
 
 OURS = {
     "head": 5, "project": 1, "project_backward": 4, "nce_forward": 1, "nce_keys": 1, "nce_layers": 3,
-    "row_gradients": 1, "draw_ids": 2, "instance_norm": 3, "instance_norm_backward": 3, "few_outputs": 2,
+    "row_gradients": 1, "draw_ids": 2, "few_outputs": 2,
     "few_outputs_backward": 4,
 }  # fmt: skip
-"""Launches of our own operators."""
+"""Launches of our own operators that are not in `LAYERS`."""
+
+LAYERS = {
+    "instance_norm", "instance_norm_backward", "activate", "activate_backward", "blur_down", "blur_down_backward",
+    "blur_up", "blur_up_backward", "reflect_pad", "reflect_pad_backward",
+}  # fmt: skip
+"""Our operators whose launches are recorded. Each launch moves all its tensors once, those between launches too."""
+
+ARCHITECTURE = "sm_90"
+"""Of the GPU whose launches are recorded: how many there are depends on the tiles."""
 
 OF_PATCHES = {"head", "project", "project_backward"}
 """Our operators that read only patches of maps."""
@@ -169,11 +181,12 @@ class Count(TorchDispatchMode):
         candidates = [t for t in _tensors(out) if t.is_floating_point()] or _tensors((args, kwargs)) or written
         dtype = max(candidates, key=lambda t: t.numel()).dtype
         name = func.name().split("::")[1].split(".")[0]
+        launched = _recorded(name, args) if name in LAYERS and func.namespace == "fastnce" else []
         return Work(
             name,
             flop,
-            _traffic(packet, args, kwargs, written),
-            _launches(packet, args),
+            sum(launched) if launched else _traffic(packet, args, kwargs, written),
+            len(launched) or _launches(packet, args),
             dtype,
             _tiles(packet, args, out),
         )
@@ -232,6 +245,22 @@ def _traffic(packet, args, kwargs, written: list[Tensor]) -> float:
     total += sum(_size(args[position]) for position in READ_TWICE.get(packet.__name__, ()))
     overwritten = packet.__name__.rstrip("_") in ("fill", "zero", "uniform", "normal", "random", "copy")
     return float(total - (_size(written[0]) if overwritten and written[0] is args[0] else 0))
+
+
+def _recorded(name: str, args) -> list[float]:
+    """Run one of our operators on tensors without memory, and return the bytes that each of its launches moves."""
+
+    def without_memory(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+        return value
+
+    with unset_fake_temporarily(), RECORDING.on(ARCHITECTURE) as launches:
+        RUNS[name](*map(without_memory, args))
+    return [
+        float(sum(_size(tensor) for tensor in {id(t): t for t in _tensors(launch.arguments)}.values()))
+        for launch in launches
+    ]
 
 
 def _launches(packet, args) -> int:

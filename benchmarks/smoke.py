@@ -30,7 +30,7 @@ from fastnce.engine.step import Step
 from fastnce.methods import Batch, Draws
 from fastnce.nce.impl import triton_maps as fused_maps
 from fastnce.nce.multilayer import patch_nce_layers
-from fastnce.networks import fused
+from fastnce.networks import fused, fused_last
 
 LAYER_GATES = {torch.float32: 5e-6, torch.bfloat16: 4e-3}
 """Gates of pads, blurs, norms and a convolution's map gradient: one rounding of the result."""
@@ -215,12 +215,12 @@ def check_last_convolution(device: torch.device, size: Size) -> Iterator[Result]
         weight = weight.contiguous(memory_format=torch.channels_last)
         name, sums = f"last convolution, {_short(dtype)}", SUM_GATES[dtype]
         yield from compared(
-            name, fused.few_outputs_convolution, lambda x, w, b: F.conv2d(x, w, b), [x, weight, bias],
+            name, fused_last.few_outputs_convolution, lambda x, w, b: F.conv2d(x, w, b), [x, weight, bias],
             (sums, LAYER_GATES[dtype]),
         )  # fmt: skip
         yield from compared(
             f"{name}, weights alone",
-            lambda w, b, x=x: fused.few_outputs_convolution(x, w, b),
+            lambda w, b, x=x: fused_last.few_outputs_convolution(x, w, b),
             lambda w, b, x=x: F.conv2d(x.double(), w, b),
             [weight, bias],
             (sums, sums),

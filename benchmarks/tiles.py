@@ -28,7 +28,16 @@ if str(ROOT) not in sys.path:
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from fastnce.kernels import blur, configs, few_outputs, few_outputs_backward, instance_norm, nce  # noqa: E402
+from fastnce.kernels import (  # noqa: E402  # noqa: E402
+    blur,
+    configs,
+    few_outputs,
+    few_outputs_backward,
+    instance_norm,
+    instance_norm_backward,
+    nce,
+    norm_tiles,
+)
 from fastnce.kernels.configs import Tile  # noqa: E402
 from torch import Tensor  # noqa: E402
 
@@ -48,10 +57,11 @@ class Workload:
 
     name: str
     chooser: str
-    """The function of `kernels.configs` that returns the tile."""
+    """The function of `chooser_of` that returns the tile."""
     candidates: Sequence[Tile]
     call: Callable[..., Any]
     inputs: list[tuple] = field(default_factory=lambda: [()])
+    chooser_of: Any = configs
 
 
 @dataclass
@@ -140,23 +150,23 @@ def layer_workloads(device: torch.device, quick: bool) -> Iterator[Workload]:
         side = 16 if quick else side
         fit = [tile for tile in candidates if tile.block_n <= channels]
         inputs = [(drawn(channels, side),) for _ in range(1 if quick else 16)]
-        norm = [(x, instance_norm.moments(x, 1e-5)) for (x,) in inputs]
+        norm = [(x, instance_norm.instance_norm(x, None, 1e-5, 0.0, 0)[1]) for (x,) in inputs]
         size = f"{channels}x{side}x{side}"
 
         def forward(x: Tensor) -> Any:
             return instance_norm.instance_norm(x, None, 1e-5, 0.0, 1)[0]
 
         def backward(x: Tensor, statistics: Tensor) -> Any:
-            return instance_norm.instance_norm_backward(x, x, statistics, 0.0, 0)
+            return instance_norm_backward.instance_norm_backward(x, None, x, statistics, 0.0, 0)[0]
 
         def folded(padded: Tensor, x: Tensor, statistics: Tensor) -> Any:
-            return instance_norm.instance_norm_backward(padded, x, statistics, 0.0, 1)
+            return instance_norm_backward.instance_norm_backward(padded, None, x, statistics, 0.0, 1)[0]
 
-        yield Workload(f"norm {size}", "layer_tile", fit, forward, inputs)
-        yield Workload(f"norm backward {size}", "layer_tile", fit, backward, norm)
+        yield Workload(f"norm {size}", "norm_tile", fit, forward, inputs, norm_tiles)
+        yield Workload(f"norm backward {size}", "norm_tile", fit, backward, norm, norm_tiles)
         if channels == 256:
             padded = [(drawn(channels, side + 2), *pair) for pair in norm]
-            yield Workload(f"norm backward {size}, padded", "layer_tile", fit, folded, padded)
+            yield Workload(f"norm backward {size}, padded", "norm_tile", fit, folded, padded, norm_tiles)
         else:
             half = (side + 1) // 2
             yield Workload(f"blur down {size}", "layer_tile", fit, lambda x, h=half: blur.blur_down(x, h, h), inputs)
@@ -237,9 +247,9 @@ def measured(work: Workload, device: torch.device, seconds: float) -> list[Found
     for tile in (None, *work.candidates):
         result = Found(work.name, tile)
         found.append(result)
-        chosen = getattr(configs, work.chooser) if tile is None else lambda *_, tile=tile, **__: tile
+        chosen = getattr(work.chooser_of, work.chooser) if tile is None else lambda *_, tile=tile, **__: tile
         try:
-            with mock.patch.object(configs, work.chooser, chosen):
+            with mock.patch.object(work.chooser_of, work.chooser, chosen):
                 values = flat(work.call(*work.inputs[0]))
                 synchronize(device)
                 call = capture(work.call, work.inputs) if device.type == "cuda" else lambda: work.call(*work.inputs[0])

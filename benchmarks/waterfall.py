@@ -19,9 +19,10 @@ import torch
 from benchmarks.cases import Context, Provider, Row
 from benchmarks.measure import measure
 from benchmarks.step import our_provider, step_case
+from fastnce.common.beside import CudaStreams
 from fastnce.engine.step import Step
 from fastnce.nce import PatchNCEHead
-from fastnce.networks import leave_out_biases, set_implementation
+from fastnce.networks import fuse_neighbours, leave_out_biases, set_implementation
 from fastnce.networks.layers import LastConvolution
 
 
@@ -40,6 +41,10 @@ class Stage:
     weights_at_once: bool = False
     no_cancelled_biases: bool = False
     """Convolutions omit a bias that the following norm cancels."""
+    neighbours: bool = False
+    """Norms compute the pads, blurs and residuals around them, see `fuse_neighbours`."""
+    streams: bool = False
+    """Independent work runs at the same time (`run.streams`)."""
     graph: bool = True
     cudnn_benchmark: bool = False
     """cuDNN benchmarks its kernels for each shape, as in the published repositories."""
@@ -67,7 +72,8 @@ def stages(cuda: bool, loss: bool = True) -> list[Stage]:
     ending: dict[str, Any] = layers | {"last": "triton"}
     fused: dict[str, Any] = ending | {"loss": "triton"}
     at_once: dict[str, Any] = fused | {"weights_at_once": True}
-    all_on: dict[str, Any] = at_once | {"no_cancelled_biases": True}
+    without_biases: dict[str, Any] = at_once | {"no_cancelled_biases": True}
+    all_on: dict[str, Any] = without_biases | {"neighbours": True}
     found = [
         Stage("fp32"),
         Stage("+ TF32", tf32=True),
@@ -77,8 +83,10 @@ def stages(cuda: bool, loss: bool = True) -> list[Stage]:
         Stage("+ last convolution", **ending),
         Stage("+ fused NCE", **fused),
         Stage("+ weights converted at once", **at_once),
-        Stage("+ no biases that norms cancel", **all_on),
-        Stage("all, uncaptured", **all_on, graph=False),
+        Stage("+ no biases that norms cancel", **without_biases),
+        Stage("+ norms joined with pads, blurs and residuals", **all_on),
+        Stage("+ streams", **all_on, streams=True),
+        Stage("all, uncaptured", **all_on, streams=True, graph=False),
     ]
     return found if loss else [replace(stage, loss="triton") for stage in found if stage.name != "+ fused NCE"]
 
@@ -115,7 +123,7 @@ def cudnn(context: Context) -> Iterator[Row]:
     # needs its own process: PyTorch keeps the first kernel chosen for a shape, whatever is set later
     if context.device.type != "cuda":
         return
-    stage = replace(stages(cuda=True)[-1], name="+ cuDNN benchmark", cudnn_benchmark=True, graph=True)
+    stage = replace(stages(cuda=True)[-1], name="+ cuDNN benchmark", cudnn_benchmark=True, streams=False, graph=True)
     for images in (1, 8) if context.large else (1,):
         provider = _provider("cut", stage, context)
         provider.note = "in its own process"
@@ -140,7 +148,10 @@ def _provider(name: str, stage: Stage, context: Context) -> Provider:
 def switch(step: Step, stage: Stage) -> None:
     """Apply the switches of a stage to a built step."""
     step.weights_at_once = stage.weights_at_once
+    device = step.bad_steps.device
+    step.streams = CudaStreams(device) if stage.streams and device.type == "cuda" else None
     leave_out_biases(step.method, stage.no_cancelled_biases)
+    fuse_neighbours(step.method, stage.neighbours)
     set_implementation(step.method, stage.layers)
     for module in step.method.modules():
         if isinstance(module, LastConvolution):

@@ -44,7 +44,7 @@ FLOAT32 = ("float32", "tf32")
 BITS_16 = ("bfloat16", "float16")
 REGULAR: tuple[Form, ...] = ("unit", "checked", "online", "unit, extra", "checked, extra", "online, extra")
 """Every form but "any"."""
-UP_TO_128, BELOW_512, FROM_512 = range(129), range(512), range(512, 2**31)
+UP_TO_128, UP_TO_2048, BELOW_512, FROM_512 = range(129), range(2049), range(512), range(512, 2**31)
 SMALL_MEMORY = tuple(arch for arch in ARCHITECTURES if SHARED_MEMORY[arch] < 128 * 1024)
 WARP_PRODUCTS = ("sm_80", "sm_86", "sm_89", "sm_120")
 """NVIDIA architectures whose matrix unit multiplies for one warp, not for several."""
@@ -110,6 +110,8 @@ TABLE: tuple[Row, ...] = (
     Row("nce", Tile(32, 64, 8, 2)),
     # means of the loss: block_m rows at a time
     Row("mean", Tile(1024, 1, 4, 1)),
+    # terms of a loss, `loss_terms.py`: block_m elements at a time
+    Row("terms", Tile(1024, 1, 8, 1)),
     # rows divided by their length, `cosine.py`: block_m * block_n elements
     Row("rows", Tile(64, 64, 4, 1)),
     # sampling and projection, `project.py` and `project_backward.py`: block_m rows, block_n hidden units at a time
@@ -152,9 +154,9 @@ TABLE: tuple[Row, ...] = (
     Row("weight_join", Tile(1024, 1, 4, 1)),
     # locations of patches: block_m of them
     Row("draw", Tile(256, 1, 4, 1)),
-    # `instance_norm.py`, `blur.py` and `reflect_pad.py`: block_m pixels by at most block_n channels; narrower maps get
-    # more pixels. Whole lines of memory along the channels (64 of 16 bits are 128 bytes), or along the pixels of plain
-    # maps. Fewer elements where each needs many reads, or where no load takes several at once.
+    # `blur.py`, `reflect_pad.py` and some norms: block_m pixels by at most block_n channels; more of narrow maps.
+    # Whole lines of memory along the channels (64 of 16 bits are 128 bytes), or along the pixels of plain maps. Fewer
+    # elements where each needs many reads, or where no load takes several at once.
     Row("layer", Tile(128, 64, 4, 1), arch="interpreter", channels_last=True),  # fewer, larger operations
     Row("layer", Tile(2048, 4, 4, 1), arch="interpreter"),
     Row("layer", Tile(128, 32, 4, 1), arch="sm_90", wide_loads=True, reads=(1, 2)),  # sm_90: measured on an H100
@@ -171,8 +173,20 @@ TABLE: tuple[Row, ...] = (
     Row("layer", Tile(256, 4, 4, 1), reads=(1, 2)),
     Row("layer", Tile(128, 4, 4, 1), reads=range(3, 10)),
     Row("layer", Tile(64, 4, 4, 1)),
-    # parts of a plane, joined: all parts at once by block_n channels
-    Row("layer_join", Tile(1, 16, 8, 1)),
+    # `instance_norm.py`, its gradient and `activate.py` where loads are wide: 16 channels of 16 bits are one sector
+    Row("norm", Tile(512, 16, 8, 1), reads=range(1, 4)),
+    Row("norm", Tile(256, 16, 8, 1), reads=range(4, 10)),
+    Row("norm", Tile(64, 16, 4, 1)),
+    # `norm_whole.py`: planes of at most block_m pixels by block_n channels, in loads of 16 bytes
+    Row("norm_whole", Tile(4096, 64, 4, 1), arch="interpreter", channels_last=True),
+    Row("norm_whole", Tile(4096, 4, 4, 1), arch="interpreter"),
+    Row("norm_whole", Tile(4096, 8, 16, 1), dtype=("bfloat16", "float16"), wide_loads=True, form="forward"),
+    Row("norm_whole", Tile(4096, 8, 16, 1), dtype=("bfloat16", "float16"), wide_loads=True, width=UP_TO_2048),
+    Row("norm_whole", Tile(4096, 2, 16, 1), arch="sm_80", dtype="float32", form="backward", channels_last=True),
+    Row("norm_whole", Tile(4096, 4, 16, 1), channels_last=True),
+    Row("norm_whole", Tile(4096, 1, 8, 1)),
+    # parts of a bias's gradient, joined: block_m parts at a time by block_n channels
+    Row("bias_join", Tile(64, 16, 4, 1)),
     # `few_outputs.py` and `few_outputs_backward.py`. Weights laid out: block_m of them
     Row("pack_weight", Tile(1024, 1, 4, 1)),
     # block_m pixels in each of block_n rows of outputs, which share the rows of x that they read
@@ -221,8 +235,11 @@ SPLITS = (
 FEW_OUTPUTS_CHANNELS = 64
 """The most channels that a program of `few_outputs.py` and `few_outputs_backward.py` multiplies at once."""
 EVEN_KEYS = ("sm_90", "interpreter")
-"""Architectures whose `nce_kernel` loads full blocks of keys without masks: measured on sm_90. On the others the same
-code needs more registers than there are."""
+"""Architectures whose `nce_kernel` loads full blocks of keys without masks in every form: measured on sm_90. On the
+others most forms would need more registers than there are, so only those that `nce.peels` allows do this."""
+
+OWN_KEYS_STAGES = 1
+"""Of `nce_kernel`'s second loop, if it has one: a second pipeline would need more registers than there are."""
 
 
 @cached
@@ -314,7 +331,7 @@ def weight_gradient_tile(arch: str, dtype: torch.dtype, rows: int, tf32: bool = 
 
 @cached
 def layer_tile(arch: str, channels: int, channels_last: bool, reads: int = 1) -> Tile:
-    """The tile of the kernels of `instance_norm.py`, `blur.py` and `reflect_pad.py`: block_m pixels, block_n channels.
+    """The tile of the kernels of `blur.py` and `reflect_pad.py`: block_m pixels, block_n channels.
 
     Args:
         reads: of each element; 3 where it is one, and up to nine near a border.

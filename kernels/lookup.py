@@ -24,14 +24,17 @@ class Tile:
     stages: int
 
 
-Form = Literal["unit", "checked", "online", "unit, extra", "checked, extra", "online, extra", "any"]
+Form = Literal[
+    "unit", "checked", "online", "unit, extra", "checked, extra", "online, extra", "any", "forward", "backward"
+]
 """Of `nce.py`: rows promised to have unit length, checked for it, or of any length; with extra keys. "any" needs most
-registers: pair weights, the key pass, and rows whose length is not a multiple of 16, which wide loads cannot take."""
+registers: pair weights, the key pass, and rows whose length is not a multiple of 16, which wide loads cannot take. Of
+`norm_whole.py`: forward or backward."""
 
 Kernel = Literal[
-    "nce", "mean", "rows", "project", "merge", "add_rows", "weight_gradient", "weight_join", "draw", "layer",
-    "layer_join", "pack_weight", "few_outputs_forward", "pack_gradient", "few_outputs_map", "few_outputs_weight",
-    "few_outputs_join",
+    "nce", "mean", "terms", "rows", "project", "merge", "add_rows", "weight_gradient", "weight_join", "draw", "layer",
+    "norm", "norm_whole", "bias_join", "pack_weight", "few_outputs_forward", "pack_gradient", "few_outputs_map",
+    "few_outputs_weight", "few_outputs_join",
 ]  # fmt: skip
 
 

@@ -10,7 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from . import configs
 from .common import LOG2E, bound, dot, narrow
+
+OWN_STAGES = tl.constexpr(configs.OWN_KEYS_STAGES)
 
 LOWEST_TOTAL = tl.constexpr(2.0**-64)
 HIGHEST_TOTAL = tl.constexpr(2.0**32)
@@ -58,10 +61,15 @@ def load_keys(keys, n, count, stride, o_n, o_d, m_d, EVEN: tl.constexpr):
 
 
 @triton.jit
-def stream(one, group, q, o_m, m_m, c, shift, ONLINE: tl.constexpr, SHIFT: tl.constexpr, GRADIENT: tl.constexpr,
+def stream(one, group, q, m, o_m, m_m, c, shift, ONLINE: tl.constexpr, SHIFT: tl.constexpr, GRADIENT: tl.constexpr,
            EXTRA: tl.constexpr, LOG_WEIGHT: tl.constexpr, PAIR_WEIGHT: tl.constexpr, EVEN: tl.constexpr,
-           PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):  # fmt: skip
-    """Sums over all negatives of the rows `o_m` of a group; `c` is log2(e) / T.
+           PEELED: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+           BD: tl.constexpr):  # fmt: skip
+    """Sums over all negatives of the rows `o_m` (m, m + 1, ...) of a group; `c` is log2(e) / T.
+
+    PEELED: the keys of all other rows stream first, in a loop that neither compares rows with keys nor masks. The keys
+    of the rows themselves follow. It needs EVEN, blocks of rows that are a multiple of the blocks of keys, and no
+    weights.
 
     Returns the sum of the exponentials, the shift of each row's logits, and the sum of the keys times their
     exponentials.
@@ -69,7 +77,7 @@ def stream(one, group, q, o_m, m_m, c, shift, ONLINE: tl.constexpr, SHIFT: tl.co
     o_n = tl.arange(0, BN)
     o_d = tl.arange(0, BD)
     m_d = o_d < one.dim
-    # compared with every key: 64 bits would take twice the instructions
+    # compared with every key: 64 bits would take twice the instructions. With masks the code then spills on sm_90
     own = o_m.to(tl.int32) if EVEN else o_m
     keys = one.keys + group * one.k_group
     log_weight = one.log_weight + group * one.l_group
@@ -77,7 +85,16 @@ def stream(one, group, q, o_m, m_m, c, shift, ONLINE: tl.constexpr, SHIFT: tl.co
     total = tl.zeros([BM], tl.float32)
     top = tl.full([BM], float("-inf"), tl.float32)
     acc = tl.zeros([BM, BD], tl.float32)
-    for n in range(0, bound(one.rows), BN):
+    end = one.rows
+    if PEELED:
+        start = m.to(tl.int32)  # the keys of the rows themselves: start to end
+        end = tl.minimum(start + BM, one.rows)
+        for i in range(0, bound(one.rows - (end - start)), BN):
+            n = tl.where(i < start, i, i + (end - start))
+            k = load_keys(keys, n, one.rows, one.k_row, o_n, o_d, m_d, EVEN)
+            s = dot(q, tl.trans(k), tl.zeros([BM, BN], tl.float32), PRECISION) * c
+            total, top, acc = absorb(s, k, s, total, top, acc, shift, SHIFT, ONLINE, GRADIENT, False, PRECISION)
+    for n in tl.range(bound(start) if PEELED else 0, bound(end), BN, num_stages=OWN_STAGES if PEELED else None):
         m_n = n + o_n < one.rows
         k = load_keys(keys, n, one.rows, one.k_row, o_n, o_d, m_d, EVEN)
         s = dot(q, tl.trans(k), tl.zeros([BM, BN], tl.float32), PRECISION) * c

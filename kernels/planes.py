@@ -61,6 +61,11 @@ def rows_join(*maps: Tensor) -> bool:
     return all(m.shape[2] == 1 or m.stride(2) == m.shape[3] * m.stride(3) for m in maps)
 
 
+def is_near(*maps: Tensor) -> bool:
+    """Whether 32 bits can count the elements between any two of an image, in every map."""
+    return all(sum((m.shape[i] - 1) * m.stride(i) for i in (1, 2, 3)) < 2**31 for m in maps)
+
+
 def check_plane(*maps: Tensor) -> None:
     """Raise ValueError for planes of more than MOST_PIXELS pixels."""
     for m in maps:
@@ -88,17 +93,26 @@ def pixels_from(start, width, FLAT: tl.constexpr, BM: tl.constexpr):
 
 
 @triton.jit
-def load_tile(source, image, y, x, m_p, o_c, m_c):
+def address(source, image, y, x, o_c, NEAR: tl.constexpr):
+    """Pointers to the given pixels and channels. NEAR: within an image they differ by less than 32 bits can count."""
+    if NEAR:
+        offset = (y * source.y + x * source.x)[:, None] + (o_c * source.channel)[None, :]
+        return source.data + image * source.image + offset
+    else:
+        offset = image * source.image + y.to(tl.int64) * source.y + x.to(tl.int64) * source.x
+        return source.data + offset[:, None] + o_c.to(tl.int64)[None, :] * source.channel
+
+
+@triton.jit
+def load_tile(source, image, y, x, m_p, o_c, m_c, NEAR: tl.constexpr = False):
     """Values at the given pixels in float32, 0 where masked: [BM, BC]."""
-    offset = image * source.image + y.to(tl.int64) * source.y + x.to(tl.int64) * source.x
-    p_s = source.data + offset[:, None] + o_c.to(tl.int64)[None, :] * source.channel
+    p_s = address(source, image, y, x, o_c, NEAR)
     return tl.load(p_s, mask=m_p[:, None] & m_c[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit
-def store_tile(target, value, image, y, x, m_p, o_c, m_c):
-    offset = image * target.image + y.to(tl.int64) * target.y + x.to(tl.int64) * target.x
-    p_t = target.data + offset[:, None] + o_c.to(tl.int64)[None, :] * target.channel
+def store_tile(target, value, image, y, x, m_p, o_c, m_c, NEAR: tl.constexpr = False):
+    p_t = address(target, image, y, x, o_c, NEAR)
     tl.store(p_t, narrow(value, target.data.dtype.element_ty), mask=m_p[:, None] & m_c[None, :])
 
 

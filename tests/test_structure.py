@@ -40,7 +40,7 @@ PUBLIC = {
     "fastnce.networks": {"ResnetGenerator", "UnetGenerator", "StyleGAN2Generator", "Restorer", "PatchGAN", "PixelGAN"}
     | {"StyleGAN2Discriminator", "Generator", "Discriminator", "GENERATORS", "DISCRIMINATORS", "build_generator"}
     | {"build_discriminator", "InstanceNorm", "BlurDown", "BlurUp", "Norm", "channels_last", "init_weights"}
-    | {"leave_out_biases", "set_implementation", "MUNITGenerator", "TilePatchGAN"},
+    | {"fuse_neighbours", "leave_out_biases", "set_implementation", "MUNITGenerator", "TilePatchGAN"},
     "fastnce.methods": {"Method", "Batch", "Draws", "Group", "Phase", "NetworkOptions", "option", "PRESETS", "Preset"}
     | {"find_preset", "CUT", "CUTOptions", "CycleGAN", "CycleGANOptions", "DCLGAN", "DCLGANOptions", "SimDCL"}
     | {"SimDCLOptions", "SinCUT", "SinCUTOptions", "DCDGAN", "DCDGANOptions"},

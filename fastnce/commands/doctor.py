@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import __version__, patch_nce, project_patches
 from ..common import first_use, verdicts
@@ -44,18 +44,19 @@ from ..nce import Choice, which
 from ..nce.impl import reference
 from ..nce.impl.rows import gather_patches
 from ..networks.layers import BlurDown, BlurUp, FusedLayer, InstanceNorm, LastConvolution, ReflectionPad
-from ..networks.uses import away_from_the_corner, formula
+from ..networks.uses import away_from_the_bias, away_from_the_corner, formula
 from .parsing import command_parser
 
 LAYERS = {
-    "instance_norm": ((1e-5, 0.0, 1), (1e-5, 0.2, 0)),
+    "instance_norm": ((1e-5, 0.0, 1, 0, False), (1e-5, 0.2, 0, 0, False), (1e-5, 0.2, 0, 1, False)),
+    "activate": ((0.2, 1),),
     "reflection_pad": ((3,),),
     "blur_down": ((),),
     "blur_up": ((),),
     "few_outputs_convolution": ((0,),),
 }
 """The options with which each layer is measured, see `fastnce.networks.uses.formula`."""
-FAMILIES = ("patch_nce", "patch_nce_layers", "draw_ids", "project_patches", "PatchNCEHead", *LAYERS)
+FAMILIES = ("patch_nce", "patch_nce_layers", "draw_ids", "project_patches", "PatchNCEHead", "loss_terms", *LAYERS)
 """The kernels that are checked at their first use."""
 
 
@@ -139,7 +140,8 @@ def check_layers(device: torch.device, dtype: torch.dtype, implementation=None) 
         return x.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else x
 
     layers: dict[str, Callable[..., FusedLayer]] = {
-        "instance_norm": lambda eps, slope, margin: InstanceNorm(32, eps),
+        "instance_norm": lambda eps, *options: InstanceNorm(32, eps),
+        "activate": lambda slope, blur: _Activated(32, slope),
         "reflection_pad": ReflectionPad,
         "blur_down": lambda: BlurDown(32),
         "blur_up": lambda: BlurUp(32),
@@ -156,18 +158,38 @@ def check_layers(device: torch.device, dtype: torch.dtype, implementation=None) 
             with torch.no_grad():
                 for parameter in learned:
                     parameter.copy_(draw(*parameter.shape, to=torch.float32) / 16)
+            if name == "activate":
+                x = away_from_the_bias(x, layer.bias.detach())
             leaf = x.requires_grad_()
-            y = layer(leaf, *options[1:]) if name == "instance_norm" else layer(leaf)
+            if name == "instance_norm":
+                _, slope, margin, blur, _ = options
+                y = layer(leaf, slope, margin, None, blur)
+            else:
+                y = layer(leaf)
             upstream = draw(*y.shape, to=y.dtype)
             measured = [y, *torch.autograd.grad(y, [leaf, *learned], upstream)]
             exact_leaves = [t.detach().double().requires_grad_() for t in (leaf, *learned)]
-            exact_y = formula(name, exact_leaves, options)
+            exact_y = formula(name, exact_leaves, options)[0]
             exact = [exact_y, *torch.autograd.grad(exact_y, exact_leaves, upstream.double())]
-            kinds = ("output", "map gradient", "weight gradient", "bias gradient")
+            kinds = ("output", "map gradient", *(f"{key} gradient" for key, _ in layer.named_parameters()))
             tf32 = dtype == torch.float32 and device.type == "cuda" and name.startswith("few") and tf32_allowed()[1]
             gate = GRADIENT_GATES[torch.float16 if tf32 else dtype]  # TF32 keeps as many digits of a factor
             for kind, ours, truth in zip(kinds, measured, exact, strict=False):
                 yield Check(f"{_short(dtype)} {name} {options or ''}: {kind}", relative(ours, truth), gate)
+
+
+class _Activated(FusedLayer):
+    """A bias, a leaky ReLU and a blur."""
+
+    def __init__(self, channels: int, slope: float):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.blur = BlurDown(channels)
+        self.slope = slope
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.blur.implementation = self.implementation
+        return self.blur.after(x, self.bias, self.slope)
 
 
 def check_library_instance_norm(device: torch.device) -> Check:

@@ -62,6 +62,10 @@ _modes = torch._C._len_torch_dispatch_stack
 _transforms = torch._C._are_functorch_transforms_active
 
 
+RUNS: dict[str, Callable] = {}
+"""What computes each operator, by name: a benchmark counts its launches on tensors without memory."""
+
+
 def operator(schema: str, run: Callable, fake: Callable, tags: Sequence[torch.Tag] = ()) -> Operator:
     """Define `torch.ops.fastnce.<name>`: `run` computes it, `fake` returns empty results of its shapes."""
     name = schema.split("(", 1)[0]
@@ -69,6 +73,7 @@ def operator(schema: str, run: Callable, fake: Callable, tags: Sequence[torch.Ta
     for key in ("CPU", "CUDA", "XPU"):  # CPU runs Triton's interpreter; CUDA includes ROCm
         _library.impl(name, run, key)
     torch.library.register_fake(f"fastnce::{name}", fake, lib=_library)
+    RUNS[name] = run
     return Operator(getattr(torch.ops.fastnce, name).default, run)
 
 

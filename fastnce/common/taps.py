@@ -126,6 +126,12 @@ class Tap:
     def __len__(self) -> int:
         return len(self.map)
 
+    def record_stream(self, stream: Any) -> None:
+        """As of a tensor."""
+        for tensor in (self.map, self.token):
+            if tensor is not None:
+                tensor.record_stream(stream)
+
     def detach(self) -> Tap:
         """The same as a constant."""
         bias, token = (None if t is None else t.detach() for t in (self.bias, self.token))

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..common.imports import CodeError
 from ..data.augment import PINNED
 from ..methods.base import Losses, Phase
-from .optim import ParameterGroup
+from .optim import ParameterGroup, update_groups
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -30,19 +30,20 @@ class Updates:
     Args:
         groups: the parameter groups by name.
         scale: the factor that the losses were multiplied by; None for 1.
-        like: a scalar on the device.
-        update: `ParameterGroup.update`, or `update_traced`.
+        one: the number 1 as a float32 scalar on the device.
+        traced: make the updates in operations that a compiler can trace.
     """
 
     def __init__(
         self,
         groups: Mapping[str, ParameterGroup],
         scale: Tensor | None,
-        like: Tensor,
-        update: Callable[..., None] = ParameterGroup.update,
+        one: Tensor,
+        traced: bool = False,
     ):
-        self.groups, self.scale, self.update = groups, scale, update
-        self.good = torch.ones_like(like, dtype=torch.bool)
+        self.groups, self.scale, self.one, self.traced = groups, scale, one, traced
+        self.found = torch.zeros_like(one)
+        """() float32: 1 if a gradient was not finite, else 0."""
         self.waiting: list[tuple[Phase, Gradients]] = []
 
     def before(self, phase: Phase) -> None:
@@ -52,19 +53,34 @@ class Updates:
 
     def add(self, phase: Phase, gradients: Gradients) -> None:
         """Queue the update of a phase, from the gradients of its groups, one group after another."""
-        norm = torch.nn.utils.get_total_norm([g for g in gradients if g is not None])
-        self.good = self.good & (norm < float("inf"))  # False for infinity and NaN
+        found = [g for g in gradients if g is not None]
+        if self.traced:
+            norm = torch.nn.utils.get_total_norm(found)
+            self.found = torch.where(norm < float("inf"), self.found, self.one)  # False for infinity and NaN
+        elif found:
+            # In place, although a factor of 1 changes nothing: an expanded gradient must not be written to.
+            dense = [g.contiguous() if torch._debug_has_internal_overlap(g) else g for g in found]
+            torch._amp_foreach_non_finite_check_and_unscale_(dense, self.found, self.one)
         self.waiting.append((phase, gradients))
 
     def apply(self) -> Tensor:
-        """Make the queued updates unless a gradient was not finite; returns whether one was not, () bool."""
-        bad = self.good.logical_not()
+        """Make the queued updates unless a gradient was not finite.
+
+        Returns:
+            () float32: 1 if one was not, else 0.
+        """
+        updates: list[tuple[ParameterGroup, Gradients]] = []
         for phase, gradients in self.waiting:
             for group in map(self.groups.__getitem__, phase.groups):
                 own, gradients = gradients[: len(group.parameters)], gradients[len(group.parameters) :]
-                self.update(group, own, bad, self.scale)
+                updates.append((group, own))
         self.waiting = []
-        return bad
+        if self.traced:
+            for group, own in updates:
+                group.update_traced(own, self.found.bool(), self.scale)
+        elif updates:
+            update_groups(updates, self.found, self.scale)
+        return self.found
 
 
 def run_phases(
@@ -76,7 +92,7 @@ def run_phases(
         differentiate: returns the gradients of a phase's groups and the losses that it logs.
 
     Returns:
-        the logged losses, and whether a gradient was not finite, () bool.
+        the logged losses; and 1 if a gradient was not finite, else 0, () float32.
     """
     losses: Losses = {}
     for phase in phases:

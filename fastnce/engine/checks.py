@@ -10,6 +10,7 @@ from ..common.messages import brief, nearest
 from ..common.options import check
 from ..methods.base import Method
 from .accumulate import check_parts
+from .choices import pick_streams
 from .cudagraph import pick_graph
 from .options import TRACKERS, OptimOptions, RunOptions
 from .recompute import blocks_of
@@ -22,6 +23,7 @@ def check_run(method: Method, optim: OptimOptions, run: RunOptions, device: torc
     check_schedule(optim)
     check_parts(method, optim.accumulate)
     pick_graph(run.graph, device)
+    pick_streams(run.streams, device, compiled=False)
     if run.checkpoint_activations:
         blocks_of(method)
 

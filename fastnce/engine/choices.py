@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -88,3 +90,16 @@ def tf32_allowed() -> tuple[bool, bool]:
     libraries = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
     products, convolutions = (library.fp32_precision == "tf32" for library in libraries)
     return products, convolutions
+
+
+def pick_streams(wanted: bool, device: torch.device, compiled: bool | str) -> bool:
+    """Whether independent work runs at the same time; one warning if `compiled` leaves nothing that does.
+
+    Raises:
+        ValueError: it is wanted on a device that is no CUDA device.
+    """
+    if wanted and device.type != "cuda":
+        raise ValueError(f"run.streams=true needs a CUDA device, not {device.type}: leave it false")
+    if wanted and compiled:
+        warnings.warn("run.streams=true has no effect on a compiled step: set run.compile=false too", stacklevel=2)
+    return wanted and not compiled

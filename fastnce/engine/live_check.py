@@ -23,7 +23,7 @@ from ..common import dispatch
 from ..common.agreement import Check, KernelFailed
 from ..common.first_use import in_own_thread
 from ..nce.impl.uses import measure as nce  # None without Triton, when no operator exists either
-from ..networks.uses import away_from_the_corner, measure_layer
+from ..networks.uses import away_from_the_bias, away_from_the_corner, measure_layer
 
 Measure = Callable[..., Iterator[Check]]
 
@@ -43,7 +43,12 @@ def measure_of(name: str, arguments: Sequence[Any]) -> Measure | None:
     if name == "instance_norm":
         x, residual, *options = arguments
         x = away_from_the_corner(x) if options[1] != 1.0 else x
-        return partial(measure_layer, name, [x] if residual is None else [x, residual], options)
+        # the operator does not know whether the output without the pad is used; a residual block's is
+        inner = residual is not None and options[2] > 0
+        return partial(measure_layer, name, [x, *_listed(residual)], (*options, inner))
+    if name == "activate":
+        x, bias, *options = arguments
+        return partial(measure_layer, name, [away_from_the_bias(x, bias), *_listed(bias)], options)
     if name in ("blur_down", "blur_up"):
         return partial(measure_layer, name, [arguments[0]], ())
     if name == "reflect_pad":

@@ -23,7 +23,7 @@ from .bad_steps import BadStepCount
 from .callbacks import Callbacks
 from .checkpoint import Checkpoints
 from .checks import check_run
-from .choices import pick_compile, pick_precision, set_tf32
+from .choices import pick_compile, pick_precision, pick_streams, set_tf32
 from .contracts import DataSet
 from .cudagraph import pick_graph
 from .distributed import RankLost, Ranks
@@ -155,6 +155,7 @@ class _Run:
             ranks,
             graph=pick_graph(run.graph, device),
             recompute=run.checkpoint_activations,
+            streams=pick_streams(run.streams, device, compiled),
         )
         self.device = self.step.bad_steps.device
         self.bad_count = BadStepCount(self.step.bad_steps, optim.max_bad_steps)

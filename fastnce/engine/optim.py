@@ -83,20 +83,7 @@ class ParameterGroup:
         Nothing is read back: fused Adam changes nothing if its `found_inf` is 1. It divides the gradients by `scale`,
         by which the loss was multiplied.
         """
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            # fused Adam ignores strides, so both must have the same
-            if gradient is not None and gradient.stride() != parameter.stride():
-                gradient = torch.empty_like(parameter, requires_grad=False).copy_(gradient)
-            parameter.grad = gradient
-        if not self.adam.state:
-            self.prepare()  # for all parameters, so that checkpoints do not depend on which have a gradient
-        self.adam.grad_scale, self.adam.found_inf = scale, bad.float()  # type: ignore[attr-defined]
-        try:
-            self.adam.step()
-        finally:
-            self.adam.grad_scale = self.adam.found_inf = None  # type: ignore[attr-defined]
-            for parameter in self.parameters:
-                parameter.grad = None
+        update_groups([(self, gradients)], bad.float(), scale)
 
     def prepare(self) -> None:
         """Make the moments that Adam would make at its first step. `update_traced` changes them in place."""
@@ -172,6 +159,55 @@ class ParameterGroup:
                 }
 
 
+def update_groups(
+    updates: Sequence[tuple[ParameterGroup, tuple[Tensor | None, ...]]], bad: Tensor, scale: Tensor | None = None
+) -> None:
+    """Take one Adam step of several groups, or none if `bad`, () float32, is 1: see `ParameterGroup.update`.
+
+    These are the operations of `torch.optim.Adam` with `fused=True`, with one launch for the step counts of all groups.
+    """
+    counts: list[Tensor] = []
+    calls: list[tuple[ParameterGroup, dict[str, Any], list[tuple[nn.Parameter, Tensor]]]] = []
+    for group, gradients in updates:
+        if not group.adam.state:
+            group.prepare()  # for all parameters, so that checkpoints do not depend on which have a gradient
+        by_id = dict(zip(map(id, group.parameters), gradients, strict=True))
+        for settings in group.adam.param_groups:
+            found = [(p, g) for p in settings["params"] if (g := by_id[id(p)]) is not None]
+            if found:
+                calls.append((group, settings, found))
+                counts += [group.adam.state[p]["step"] for p, _ in found]
+    if not calls:
+        return
+    with torch.no_grad():
+        good = 1.0 - bad
+        torch._foreach_add_(counts, [good] * len(counts))
+        for group, settings, found in calls:
+            state = [group.adam.state[p] for p, _ in found]
+            update = torch._fused_adamw_ if group.decoupled else torch._fused_adam_
+            # fused Adam ignores strides, so weights and gradients must have the same
+            slopes = [
+                g if g.stride() == p.stride() else torch.empty_like(p, requires_grad=False).copy_(g) for p, g in found
+            ]
+            update(
+                [p for p, _ in found],
+                slopes,
+                [s["exp_avg"] for s in state],
+                [s["exp_avg_sq"] for s in state],
+                [],
+                [s["step"] for s in state],
+                lr=group.lr,
+                beta1=settings["betas"][0],
+                beta2=settings["betas"][1],
+                weight_decay=settings["weight_decay"],
+                eps=settings["eps"],
+                amsgrad=False,
+                maximize=False,
+                grad_scale=scale,
+                found_inf=bad,
+            )
+
+
 def _without_decay(modules: Sequence[nn.Module]) -> set[int]:
     """The ids of the parameters of learned temperatures."""
     learned = [m for module in modules for m in module.modules() if isinstance(m, LearnedTemperature)]
@@ -190,7 +226,8 @@ class LossScale:
         self.interval = interval
 
     def update(self, bad: Tensor) -> None:
-        """Adjust the factor after a step; `bad`, () bool, says whether a gradient was not finite."""
+        """Adjust the factor after a step; `bad`, (), is 1 if a gradient was not finite, else 0."""
+        bad = bad.bool()
         self.good.add_(1.0).mul_(bad.logical_not())
         grown = self.good >= self.interval
         self.scale.mul_(torch.where(bad, 0.5, torch.where(grown, 2.0, 1.0)).to(self.scale))
@@ -209,7 +246,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, bad: Tensor) -> None:
-        """Update the average after a step, unless `bad`, () bool, is true."""
+        """Update the average after a step, unless `bad`, (), is true or 1."""
         before = Snapshot(list(self.average.values()))
         state = self.network.state_dict()
         smooth = [name for name, tensor in state.items() if tensor.is_floating_point()]

@@ -66,6 +66,9 @@ class RunOptions:
         "record the step in CUDA graphs, one launch per step: true, false; auto: on CUDA devices",
         choices=("auto", "true", "false"),
     )
+    streams: bool = option(
+        False, "compute independent work of a step at the same time on a CUDA device; parts that are compiled do not"
+    )
     tf32: str = option(
         "auto",
         "TF32 in float32 products and convolutions: true, false; auto: the library's choice",

@@ -34,8 +34,8 @@ class Snapshot:
             torch._foreach_copy_(copies, kind)
 
     def restore(self, bad: Tensor) -> None:
-        """Restore the tensors if `bad`, () bool, is true."""
-        good = bad.logical_not().float()
+        """Restore the tensors if `bad`, () bool or float32, is true or 1; else it is 0."""
+        good = 1.0 - bad.float()
         for tensors, copies in self.pairs:
             if tensors[0].is_floating_point():
                 # A conditional copy: the first step of fused SGD sets its momentum to the gradient unless `found_inf`

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common import first_use
+from ..common.beside import CudaStreams, Streams, join, streaming
 from ..methods.base import Batch, Draws, Losses, Method, Outputs, Phase
 from ..methods.contract import check_loss
 from ..networks import channels_last
@@ -22,7 +23,7 @@ from .compiled import Compiled, CompiledWhole, whole_obstacle
 from .cudagraph import CudaRecorder, Graphs, Recorder, library_settings
 from .distributed import Ranks
 from .live_check import Disagreement, LiveCheck
-from .optim import LossScale, ParameterGroup, WeightAverage
+from .optim import LossScale, WeightAverage
 from .options import OptimOptions
 from .recompute import recompute_blocks
 from .rehearsal import rehearse
@@ -30,7 +31,7 @@ from .schedule import Plateau
 from .snapshot import Snapshot
 from .trained import make_groups, trained_by
 from .training_state import TrainingState
-from .weights import converted_weights
+from .weights import SharedCopies, converted_weights
 
 
 class Step:
@@ -50,6 +51,8 @@ class Step:
         recompute: recompute the generators' residual blocks in the backward pass, to save memory.
         layout: memory format of images, maps and convolution weights; None takes the fastest one for the device.
         backend: of `torch.compile`.
+        streams: compute independent work at the same time on a CUDA device (see `fastnce.common.beside`); or streams to
+            use. Compiled parts do not.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class Step:
         recompute: bool = False,
         layout: torch.memory_format | None = None,
         backend: str = "inductor",
+        streams: bool | Streams = False,
     ):
         if precision not in PRECISIONS:
             raise ValueError(f"run.precision must be auto, {', '.join(PRECISIONS)}, not {precision!r}")
@@ -93,9 +97,12 @@ class Step:
         self.loss_scale = LossScale(device) if precision == "fp16" else None
         self.bad_steps = torch.zeros((), device=device)
         """() float32: the number of consecutive steps, up to now, in which a gradient was not finite."""
+        self._one = torch.ones((), device=device)
+        self._finishes = type(method).finish is not Method.finish
         generators = method.generators()
         self._generators = list(generators.values())
         self._discriminators = list(method.discriminators().values())
+        self._copies = SharedCopies(self._generators, self.dtype)
         self._projectors = list(method.projectors().values())
         self._spectral = once_per_step(self._discriminators)
         self.averages = (
@@ -109,6 +116,7 @@ class Step:
         if compile:
             self.generate = Compiled(method.generate, backend)
             self.phases = tuple(phase._replace(loss=Compiled(phase.loss, backend)) for phase in self.phases)
+        self.streams = CudaStreams(device) if streams is True else streams or None
         recorder = CudaRecorder(device) if graph is True else graph
         self._buffers = [module._buffers for module in method.modules() if module._buffers]
         self._kernels_known = not first_use.may_check(device)
@@ -196,13 +204,14 @@ class Step:
         self._spectral.run()
         if self.whole is not None and self.whole.usable:
             losses, bad = self.whole(batch, draws)
-        elif self.options.accumulate > 1:
-            losses, bad = self._in_parts(batch, draws)
         else:
-            losses, bad = self._at_once(batch, draws)
+            compute = self._in_parts if self.options.accumulate > 1 else self._at_once
+            with self._copies, streaming(self.streams):
+                losses, bad = compute(batch, draws)
         before.restore(bad)
-        self.method.finish(bad)
-        self.bad_steps.add_(1).mul_(bad)
+        if self._finishes:
+            self.method.finish(bad.bool())
+        torch.addcmul(bad, self.bad_steps, bad, out=self.bad_steps)  # (bad_steps + 1) * bad
         if self.loss_scale is not None:
             self.loss_scale.update(bad)
         for average in self.averages.values():
@@ -217,23 +226,27 @@ class Step:
         buffers = {id(b): b for module in self._with_state for b in module.buffers() if b.numel()}
         return [*buffers.values(), *(t for group in self._early for t in group.changes())]
 
-    def updates(self, update: Callable[..., None] = ParameterGroup.update) -> Updates:
-        """The updates of one step; `update` is `ParameterGroup.update` or `update_traced`."""
+    def updates(self, traced: bool = False) -> Updates:
+        """The updates of one step; `traced`: in operations that a compiler can trace."""
         scale = None if self.loss_scale is None else self.loss_scale.scale
-        return Updates(self.groups, scale, self.bad_steps, update)
+        return Updates(self.groups, scale, self._one, traced)
 
     def weights(self, networks: Sequence[nn.Module], projectors: Sequence[nn.Module] = ()) -> AbstractContextManager:
         """Within: the weights of these networks are in the dtype of autocast, and those of projectors beside them."""
-        if self.dtype == torch.float32 or not self.weights_at_once:
+        if not self._converts:
             return nullcontext()
         return converted_weights(networks, self.dtype, () if self._compiles else projectors)
 
+    @property
+    def _converts(self) -> bool:
+        return self.weights_at_once and self.dtype != torch.float32
+
     def _generate(self, batch: Batch, draws: Draws) -> Outputs:
-        with self.weights(self._generators), self.autocast():
+        with self._copies.used(anew=True) if self._converts else nullcontext(), self.autocast():
             return self.generate(batch, draws)
 
     def _at_once(self, batch: Batch, draws: Draws) -> tuple[Losses, Tensor]:
-        """Update every network; returns the losses, and whether a gradient was not finite, () bool."""
+        """Update every network; returns the losses, and 1 if a gradient was not finite, else 0, () float32."""
         updates = self.updates()
         outputs = self._generate(batch, draws)
 
@@ -244,7 +257,7 @@ class Step:
 
     def _traced(self, batch: Batch, draws: Draws) -> tuple[Losses, Tensor]:
         """`_at_once` in operations that a compiler can trace as one graph. It changes the same tensors."""
-        updates = self.updates(ParameterGroup.update_traced)
+        updates = self.updates(traced=True)
         with self.autocast():
             outputs = self.method.generate(batch, draws)
         return run_phases(self._uncompiled, updates, lambda phase: self._gradients(phase, batch, outputs, draws))
@@ -282,19 +295,23 @@ class Step:
         loss, logged = check_loss(result, phase) if self._own_method else result
         if objective := self._trained[phase.groups].objective:
             logged = {**logged, objective: loss.detach()}
-        if self.loss_scale is not None:
-            loss = loss * self.loss_scale.scale
-        return torch.autograd.grad(loss, self._trained[phase.groups].own, allow_unused=True), logged
+        # the gradient of scale * loss with respect to loss
+        seed = self._one if self.loss_scale is None else self.loss_scale.scale
+        if loss.dtype != seed.dtype or loss.shape:
+            loss = loss.to(seed.dtype).sum()
+        gradients = torch.autograd.grad(loss, self._trained[phase.groups].own, seed, allow_unused=True)
+        join()
+        return gradients, logged
 
     def _differentiate(self, phase: Phase, batch: Batch, outputs: Outputs, draws: Draws) -> tuple[Gradients, Losses]:
         """`_gradients`, with weights converted at once, and with the other groups' parameters frozen."""
         trained = self._trained[phase.groups]
-        used = self._generators + self._discriminators if trained.generators else self._discriminators
         for parameter in trained.others:  # a compiled loss would compute their gradients too
             parameter.requires_grad_(False)
         try:
+            made = self._copies.used() if trained.generators and self._converts else nullcontext()
             projectors = self._projectors if trained.generators else ()
-            with self.weights(used, projectors):  # also for the backward, which may recompute blocks
+            with made, self.weights(self._discriminators, projectors):  # also for the backward
                 return self._gradients(phase, batch, outputs, draws)
         finally:
             for parameter in trained.others:

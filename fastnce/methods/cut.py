@@ -36,8 +36,9 @@ from .base import (
     tapping,
 )
 from .checks import check_contrast, check_learned_temperature, drawn_rows
-from .losses import SATURATING_HELP, GANMode, gan_loss, gradient_penalty
+from .losses import SATURATING_HELP, GANMode, gradient_penalty
 from .pool import MOST_POOLED, POOL_HELP, ImagePool, check_pool_sizes
+from .terms import Terms, judge
 from .weighting import OPTIONS_HELP, WEIGHTING_HELP, WEIGHTING_NAMES, find_weighting
 
 
@@ -272,38 +273,32 @@ class CUT(Method):
     def d_loss(self, batch: Batch, outputs: Outputs, draws: Draws) -> tuple[Tensor, Losses]:
         fakes, reals = self.pool(outputs["fake_B"]), batch.b
         fake, real = self.augment(fakes), self.augment(reals)
-        if self.discriminator.pictures_independent and fake.shape[1:] == real.shape[1:]:
-            judged_fake, judged_real = self.discriminator(torch.cat([fake, real])).split([len(fake), len(real)])
-        else:
-            judged_fake, judged_real = self.discriminator(fake), self.discriminator(real)
-        loss_fake = gan_loss(judged_fake, False, self.options.gan_mode)
-        loss_real = gan_loss(judged_real, True, self.options.gan_mode)
-        losses = {"D_real": loss_real, "D_fake": loss_fake}
-        total = 0.5 * (loss_fake + loss_real)
+        judged_fake, judged_real = judge(self.discriminator, [fake, real], self.discriminator.pictures_independent)
+        terms = Terms()
+        terms.gan("D_real", judged_real, True, self.options.gan_mode, share=0.5)
+        terms.gan("D_fake", judged_fake, False, self.options.gan_mode, share=0.5)
+        total, losses = terms.total()
         if self.gp > 0:
-            judge = self.augment.before(self.discriminator)
-            losses["D_GP"] = 0.5 * self.gp * gradient_penalty(judge, reals, fakes)
+            losses["D_GP"] = 0.5 * self.gp * gradient_penalty(self.augment.before(self.discriminator), reals, fakes)
             total = total + losses["D_GP"]
         return total, losses
 
     def g_loss(self, batch: Batch, outputs: Outputs, draws: Draws) -> tuple[Tensor, Losses]:
+        total, losses = self.g_terms(outputs, draws).total()
+        return total, losses | {"G": total}
+
+    def g_terms(self, outputs: Outputs, draws: Draws) -> Terms:
+        """Return the terms of the loss of G and F."""
         options = self.options
-        losses: Losses = {}
-        total = outputs["fake"].new_zeros(())
+        terms = Terms()
         if options.lambda_gan > 0:
             judged = self.discriminator(self.augment(outputs["fake_B"]))
-            losses["G_GAN"] = options.lambda_gan * gan_loss(
-                judged, True, options.gan_mode, for_generator=not options.saturating
-            )
-            total = total + losses["G_GAN"]
+            generators = not options.saturating
+            terms.gan("G_GAN", judged, True, options.gan_mode, for_generator=generators, weight=options.lambda_gan)
         if options.lambda_nce > 0:
-            nce = options.lambda_nce * self._contrast(outputs, draws)
-            losses["NCE"] = nce[0]
-            if len(nce) == 2:
-                losses["NCE_Y"] = nce[1]
-            total = total + nce.mean()
-        losses["G"] = total
-        return total, losses
+            nce = self._contrast(outputs, draws)
+            terms.given(["NCE", "NCE_Y"][: len(nce)], nce, weight=options.lambda_nce, share=1.0 / len(nce))
+        return terms
 
     def _contrast(self, outputs: Outputs, draws: Draws) -> Tensor:
         """Compute PatchNCE of (x, G(x)) and, with the identity term, of (y, G(y)): (directions,)."""

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..common.beside import beside
 from ..common.options import option
 from .augment import AUGMENT_HELP, Augment
 from .base import (
@@ -27,8 +26,9 @@ from .base import (
     tapping,
     together,
 )
-from .losses import SATURATING_HELP, GANMode, gan_loss, gradient_penalty
+from .losses import SATURATING_HELP, GANMode, gradient_penalty
 from .pool import MOST_POOLED, ImagePool, check_pool_sizes
+from .terms import Terms, judge
 
 
 @dataclass
@@ -112,51 +112,65 @@ class TwoWay(Method):
         With `layers`, keys_A and keys_B are the features of G_A(A) and G_B(B) at these layers. With `flip`, the fakes
         are those of the mirrored images. With `taps`, features may be taps.
         """
-        outputs: Outputs = {}
-        for domain, other, generator, real in (
-            ("A", "B", self.generator_a, batch),
-            ("B", "A", self.generator_b, batch[::-1]),
-        ):
-            first = real[0].flip(3) if flip else real[0]
-            pictures = [first, real[1]] if identity else [first]
+
+        def half(domain: str, other: str, generator: nn.Module, own: Tensor, foreign: Tensor) -> Outputs:
+            outputs: Outputs = {}
+            first = own.flip(3) if flip else own
+            pictures = [first, foreign] if identity else [first]
+            independent = generator.features_repeat
             more = tapping(generator, taps and bool(layers))
-            made = together(generator, pictures, independent=generator.features_repeat, layers=layers, **more)
+            made = together(generator, pictures, independent=independent, layers=layers, **more)  # type: ignore[arg-type]
             if layers:
                 outputs[f"keys_{domain}"] = made[0][1]
                 made = [picture for picture, _ in made]
             outputs[f"fake_{other}"] = made[0]
             if identity:
                 outputs[f"idt_{domain}"] = made[1]
-        return outputs
+            return outputs
+
+        one, other = beside(
+            lambda: half("A", "B", self.generator_a, batch.a, batch.b),
+            lambda: half("B", "A", self.generator_b, batch.b, batch.a),
+        )
+        return one | other
 
     def d_loss(self, batch: Batch, outputs: Outputs, draws: Draws) -> tuple[Tensor, Losses]:
         """The losses of both discriminators, which judge fakes from their pools."""
-        losses: Losses = {}
-        for name, discriminator, pool, fake, real in (
-            ("D_A", self.discriminator_a, self.pool_b, outputs["fake_B"], batch.b),
-            ("D_B", self.discriminator_b, self.pool_a, outputs["fake_A"], batch.a),
-        ):
-            independent = discriminator.pictures_independent
-            fake = pool(fake)
-            shown = [self.augment(real), self.augment(fake)]
-            judged_real, judged_fake = together(discriminator, shown, independent=independent)
-            losses[name] = 0.5 * (
-                gan_loss(judged_real, True, self.gan_mode) + gan_loss(judged_fake, False, self.gan_mode)
-            )
-            if self.gp > 0:
-                judge = self.augment.before(discriminator)
-                losses[f"{name}_GP"] = 0.5 * self.gp * gradient_penalty(judge, real, fake)
-        total = losses["D_A"] + losses["D_B"]
-        return total + losses["D_A_GP"] + losses["D_B_GP"] if self.gp > 0 else total, losses
+        terms = Terms()
 
-    def adversarial(self, outputs: Outputs, *, saturating: bool = False) -> Losses:
-        """The GAN losses G_A and G_B of the generators; `saturating` takes the hinge of DCLGAN's code."""
-        judged_b = self.discriminator_a(self.augment(outputs["fake_B"]))
-        judged_a = self.discriminator_b(self.augment(outputs["fake_A"]))
-        return {
-            name: gan_loss(judged, True, self.gan_mode, for_generator=not saturating)
-            for name, judged in (("G_A", judged_b), ("G_B", judged_a))
-        }
+        def shown(discriminator: nn.Module, pool: ImagePool, fake: Tensor, real: Tensor) -> tuple[Tensor, ...]:
+            fake = pool(fake)
+            augmented = [self.augment(real), self.augment(fake)]
+            judged = judge(discriminator, augmented, discriminator.pictures_independent)  # type: ignore[arg-type]
+            if self.gp == 0:
+                return tuple(judged)
+            penalty = gradient_penalty(self.augment.before(discriminator), real, fake)
+            return *judged, 0.5 * self.gp * penalty
+
+        first, second = beside(
+            lambda: shown(self.discriminator_a, self.pool_b, outputs["fake_B"], batch.b),
+            lambda: shown(self.discriminator_b, self.pool_a, outputs["fake_A"], batch.a),
+        )
+        penalties = {}
+        for name, (judged_real, judged_fake, *penalty) in ("D_A", first), ("D_B", second):
+            terms.gan(name, judged_real, True, self.gan_mode, weight=0.5)
+            terms.gan(name, judged_fake, False, self.gan_mode, weight=0.5)
+            penalties |= {f"{name}_GP": value for value in penalty}
+        total, losses = terms.total()
+        for value in penalties.values():
+            total = total + value
+        return total, losses | penalties
+
+    def adversarial(
+        self, terms: Terms, outputs: Outputs, *, saturating: bool = False, weight: float = 1.0, share: float = 1.0
+    ) -> None:
+        """Add the GAN losses G_A and G_B of the generators; `saturating` takes the hinge of DCLGAN's code."""
+        judged_b, judged_a = beside(
+            lambda: self.discriminator_a(self.augment(outputs["fake_B"])),
+            lambda: self.discriminator_b(self.augment(outputs["fake_A"])),
+        )
+        for name, judged in ("G_A", judged_b), ("G_B", judged_a):
+            terms.gan(name, judged, True, self.gan_mode, for_generator=not saturating, weight=weight, share=share)
 
     def translate(self, a: Tensor) -> Tensor:
         return self.generator_a(a)
@@ -187,17 +201,19 @@ class CycleGAN(TwoWay):
 
     def generate(self, batch: Batch, draws: Draws) -> Outputs:
         outputs = self.translate_both(batch, identity=self.options.lambda_identity > 0)
-        outputs["rec_A"] = self.generator_b(outputs["fake_B"])
-        outputs["rec_B"] = self.generator_a(outputs["fake_A"])
+        outputs["rec_A"], outputs["rec_B"] = beside(
+            lambda: self.generator_b(outputs["fake_B"]), lambda: self.generator_a(outputs["fake_A"])
+        )
         return outputs
 
     def g_loss(self, batch: Batch, outputs: Outputs, draws: Draws) -> tuple[Tensor, Losses]:
         options = self.options
-        losses = self.adversarial(outputs, saturating=options.saturating)
-        losses["cycle_A"] = options.lambda_a * F.l1_loss(outputs["rec_A"], batch.a)
-        losses["cycle_B"] = options.lambda_b * F.l1_loss(outputs["rec_B"], batch.b)
+        terms = Terms()
+        self.adversarial(terms, outputs, saturating=options.saturating)
+        terms.distance("cycle_A", outputs["rec_A"], batch.a, weight=options.lambda_a)
+        terms.distance("cycle_B", outputs["rec_B"], batch.b, weight=options.lambda_b)
         if options.lambda_identity > 0:
-            losses["idt_A"] = options.lambda_b * options.lambda_identity * F.l1_loss(outputs["idt_A"], batch.b)
-            losses["idt_B"] = options.lambda_a * options.lambda_identity * F.l1_loss(outputs["idt_B"], batch.a)
-        total = torch.stack(list(losses.values())).sum()
+            terms.distance("idt_A", outputs["idt_A"], batch.b, weight=options.lambda_b * options.lambda_identity)
+            terms.distance("idt_B", outputs["idt_B"], batch.a, weight=options.lambda_a * options.lambda_identity)
+        total, losses = terms.total()
         return total, losses | {"G": total}

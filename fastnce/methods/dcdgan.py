@@ -9,16 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..common.beside import beside
 from ..common.options import option
 from ..data.rain import RainOptions, parse_ranges, render_rain
 from ..nce.api import Negatives
-from .base import WEIGHT, Batch, Draws, Losses, NetworkOptions, Outputs, tapping
+from .base import WEIGHT, Batch, Draws, NetworkOptions, Outputs, tapping
 from .dclgan import DCLGAN, DCLGANOptions
-from .losses import SATURATING_HELP, channel_cycle_loss, frequency_cycle_loss
+from .losses import SATURATING_HELP
+from .terms import Terms
 
 HEAVY_RAIN = "density=0.3:0.7,opacity=0.4:0.9,haze=0,angle=-40:40"
 """Rain about as heavy as in Rain800."""
@@ -93,36 +93,39 @@ class DCDGAN(DCLGAN):
 
     def generate(self, batch: Batch, draws: Draws) -> Outputs:
         outputs = super().generate(batch, draws)
-        for domain, generator, fake in (("A", self.generator_b, "B"), ("B", self.generator_a, "A")):
-            image = outputs[f"fake_{fake}"]
-            if self.shares_passes:  # the pass that closes the cycle also returns the queries
-                outputs[f"rec_{domain}"], outputs[f"queries_{fake}"] = generator(
-                    image, self.layers, **tapping(generator, self.projects_rows)
-                )
-            else:
-                outputs[f"rec_{domain}"] = generator(image)
-            if draws.flip:  # the cycle ends at the mirrored image
-                outputs[f"rec_{domain}"] = outputs[f"rec_{domain}"].flip(3)
-        return outputs
 
-    def g_loss(self, batch: Batch, outputs: Outputs, draws: Draws) -> tuple[Tensor, Losses]:
+        def close(domain: str, generator: nn.Module, fake: str) -> Outputs:
+            image = outputs[f"fake_{fake}"]
+            found: Outputs = {}
+            if self.shares_passes:  # the pass that closes the cycle also returns the queries
+                taps = tapping(generator, self.projects_rows)
+                found[f"rec_{domain}"], found[f"queries_{fake}"] = generator(image, self.layers, **taps)
+            else:
+                found[f"rec_{domain}"] = generator(image)
+            if draws.flip:  # the cycle ends at the mirrored image
+                found[f"rec_{domain}"] = found[f"rec_{domain}"].flip(3)
+            return found
+
+        first, second = beside(
+            lambda: close("A", self.generator_b, "B"),
+            lambda: close("B", self.generator_a, "A"),
+        )
+        return outputs | first | second
+
+    def g_terms(self, batch: Batch, outputs: Outputs, draws: Draws) -> Terms:
         options = self.options
-        total, losses = super().g_loss(batch, outputs, draws)
-        cycles: Losses = {}
-        for name, weight, distance in (
-            ("color", options.lambda_color, channel_cycle_loss),
-            ("freq", options.lambda_frequency, frequency_cycle_loss),
-        ):
-            if weight > 0:
-                cycles[f"{name}_A"] = weight * distance(outputs["rec_A"], batch.a)
-                cycles[f"{name}_B"] = weight * distance(outputs["rec_B"], batch.b)
+        terms = super().g_terms(batch, outputs, draws)
         if options.lambda_rendered > 0:
             rainy = render_rain(batch.b, self.rain, side=options.rendered_side or None)
-            losses["rendered"] = options.lambda_rendered * F.l1_loss(self.generator_a(rainy), batch.b)
-            total = total + losses["rendered"]
-        if cycles:
-            total = total + 0.5 * torch.stack(list(cycles.values())).sum()
-        return total, losses | cycles | {"G": total}
+            terms.distance("rendered", self.generator_a(rainy), batch.b, weight=options.lambda_rendered)
+        for name, weight, distance in (
+            ("color", options.lambda_color, terms.channels),
+            ("freq", options.lambda_frequency, terms.spectrum),
+        ):
+            if weight > 0:
+                distance(f"{name}_A", outputs["rec_A"], batch.a, weight=weight, share=0.5)
+                distance(f"{name}_B", outputs["rec_B"], batch.b, weight=weight, share=0.5)
+        return terms
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         clean, rainy = self.generator_a(batch.a), self.generator_b(batch.b)

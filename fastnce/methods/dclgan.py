@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..common.beside import beside
 from ..common.options import option
 from ..nce import NegativeBank, PatchNCEHead, patch_nce_layers, project_patches
 from ..nce.api import Negatives
@@ -40,6 +40,7 @@ from .checks import check_contrast, check_learned_temperature, drawn_rows
 from .cyclegan import TwoWay
 from .losses import SATURATING_HELP, GANMode
 from .pool import MOST_POOLED, POOL_HELP
+from .terms import Terms
 from .weighting import OPTIONS_HELP, WEIGHTING_HELP, WEIGHTING_NAMES, find_weighting
 
 
@@ -129,6 +130,7 @@ class DCLGAN(TwoWay):
         super().__init__(network, options.gan_mode, options.lambda_gp, options.pool_size, options.augment)
         self.options = options
         self.layers = list(options.nce_layers)
+        self.projects_rows = options.projector != "reshape"  # as in CUT
         self.others: Callable[[Tensor], Tensor] | None = None
         """Gathers a constant of the other ranks, (...) -> (ranks - 1, ...), for more negatives."""
         self.weighting = find_weighting(options.weighting, options.weighting_options)
@@ -222,27 +224,26 @@ class DCLGAN(TwoWay):
         layers = self.layers if self.shares_passes and not draws.flip else ()
         return self.translate_both(batch, self.options.lambda_idt > 0, layers, draws.flip, self.projects_rows)
 
-    @property
-    def projects_rows(self) -> bool:
-        """As in CUT."""
-        return self.options.projector != "reshape"
-
     def g_loss(self, batch: Batch, outputs: Outputs, draws: Draws) -> tuple[Tensor, Losses]:
-        options = self.options
-        losses: Losses = {}
-        if options.lambda_gan > 0:
-            adversarial = self.adversarial(outputs, saturating=options.saturating)
-            losses |= {name: options.lambda_gan * loss for name, loss in adversarial.items()}
-        if options.lambda_nce > 0:
-            losses |= self.contrast(batch, outputs, draws)
-        if options.lambda_idt > 0:
-            losses["idt_A"] = options.lambda_idt * F.l1_loss(outputs["idt_A"], batch.b)
-            losses["idt_B"] = options.lambda_idt * F.l1_loss(outputs["idt_B"], batch.a)
-        total = 0.5 * torch.stack(list(losses.values())).sum()
+        total, losses = self.g_terms(batch, outputs, draws).total()
         return total, losses | {"G": total}
 
-    def contrast(self, batch: Batch, outputs: Outputs, draws: Draws) -> Losses:
-        """NCE1: fake_B against A. NCE2: fake_A against B."""
+    def g_terms(self, batch: Batch, outputs: Outputs, draws: Draws) -> Terms:
+        """Return the terms of the loss of the generators and projectors."""
+        options = self.options
+        terms = Terms()
+        if options.lambda_gan > 0:
+            self.adversarial(terms, outputs, saturating=options.saturating, weight=options.lambda_gan, share=0.5)
+        if options.lambda_nce > 0:
+            nce = self.contrast(batch, outputs, draws)
+            terms.given(["NCE1", "NCE2"], nce, weight=options.lambda_nce, share=0.5)
+        if options.lambda_idt > 0:
+            terms.distance("idt_A", outputs["idt_A"], batch.b, weight=options.lambda_idt, share=0.5)
+            terms.distance("idt_B", outputs["idt_B"], batch.a, weight=options.lambda_idt, share=0.5)
+        return terms
+
+    def contrast(self, batch: Batch, outputs: Outputs, draws: Draws) -> Tensor:
+        """Compute PatchNCE, (2,): of fake_B against A, and of fake_A against B."""
         keys_a, keys_b, queries_b, queries_a = self.features(batch, outputs, draws)
         if self.options.projector == "reshape":
             keys_a, keys_b, queries_b, queries_a = map(pooled_maps, (keys_a, keys_b, queries_b, queries_a))
@@ -253,8 +254,7 @@ class DCLGAN(TwoWay):
         with torch.no_grad():
             k1, k2 = self.rows((self.projector_a, keys_a, ids1), (self.projector_b, keys_b, ids2), distinct=drawn)
         q1, q2 = self.rows((self.projector_b, queries_b, ids1), (self.projector_a, queries_a, ids2), distinct=drawn)
-        nce = self.options.lambda_nce * self.nce(q1, k1, q2, k2, len(batch.a))
-        return {"NCE1": nce[0], "NCE2": nce[1]}
+        return self.nce(q1, k1, q2, k2, len(batch.a))
 
     def features(self, batch: Batch, outputs: Outputs, draws: Draws) -> tuple[list[Tensor], ...]:
         """Return the maps at `layers` of (A, B, fake_B, fake_A): G_A encodes A and fake_A, G_B encodes B and fake_B.
@@ -263,13 +263,16 @@ class DCLGAN(TwoWay):
         """
 
         def kept(name: str, generator: nn.Module, images: Tensor) -> list[Tensor]:
-            if name in outputs:
-                return outputs[name]
-            return generator(images, self.layers, encode_only=True, **tapping(generator, self.projects_rows))
+            taps = tapping(generator, self.projects_rows)
+            return outputs[name] if name in outputs else generator(images, self.layers, encode_only=True, **taps)
 
-        keys_a, keys_b = kept("keys_A", self.generator_a, batch.a), kept("keys_B", self.generator_b, batch.b)
-        queries_b = kept("queries_B", self.generator_b, outputs["fake_B"])
-        queries_a = kept("queries_A", self.generator_a, outputs["fake_A"])
+        keys_a, keys_b = beside(
+            lambda: kept("keys_A", self.generator_a, batch.a), lambda: kept("keys_B", self.generator_b, batch.b)
+        )
+        queries_b, queries_a = beside(
+            lambda: kept("queries_B", self.generator_b, outputs["fake_B"]),
+            lambda: kept("queries_A", self.generator_a, outputs["fake_A"]),
+        )
         if draws.flip:
             queries_b, queries_a = ([feature.flip(3) for feature in queries] for queries in (queries_b, queries_a))
         return keys_a, keys_b, queries_b, queries_a

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..common.options import option
@@ -32,8 +31,9 @@ from .base import (
     together,
 )
 from .jitter import color_jitter
-from .losses import GANMode, gan_loss, gradient_penalty
+from .losses import GANMode, gradient_penalty
 from .pool import MOST_POOLED, ImagePool, check_pool_sizes
+from .terms import Terms, judge
 
 LEAST_CHANNELS = 32
 
@@ -223,12 +223,11 @@ class LSeSim(Method):
         fake, real = self.pool(outputs["fake_B"]), batch.b
         independent = self.discriminator.pictures_independent
         shown = [self.augment(real), self.augment(fake)]
-        judged_real, judged_fake = together(self.discriminator, shown, independent=independent)
-        losses = {
-            "D_real": gan_loss(judged_real, True, options.gan_mode),
-            "D_fake": gan_loss(judged_fake, False, options.gan_mode),
-        }
-        total = 0.5 * (losses["D_real"] + losses["D_fake"])
+        judged_real, judged_fake = judge(self.discriminator, shown, independent)
+        terms = Terms()
+        terms.gan("D_real", judged_real, True, options.gan_mode, share=0.5)
+        terms.gan("D_fake", judged_fake, False, options.gan_mode, share=0.5)
+        total, losses = terms.total()
         if self.gp > 0:
             losses["D_Gradient"] = self.gp * gradient_penalty(self.augment.before(self.discriminator), real, fake)
             total = total + losses["D_Gradient"]
@@ -237,16 +236,19 @@ class LSeSim(Method):
     def g_loss(self, batch: Batch, outputs: Outputs, draws: Draws) -> tuple[Tensor, Losses]:
         options = self.options
         judged = self.discriminator(self.augment(outputs["fake_B"]))
-        losses = {"G_GAN": gan_loss(judged, True, options.gan_mode, for_generator=True)}
+        terms = Terms()
+        terms.gan("G_GAN", judged, True, options.gan_mode, for_generator=True)
         call = int(options.learned)
         if options.lambda_spatial > 0:
-            losses["G_s"] = options.lambda_spatial * self._spatial(batch.a, outputs["fake_B"], draws, call)
+            spatial = self._spatial(batch.a, outputs["fake_B"], draws, call)
+            terms.given(["G_s"], spatial[None], weight=options.lambda_spatial)
             call += 1
         if options.lambda_spatial_idt > 0:
-            losses["G_s_idt_B"] = options.lambda_spatial_idt * self._spatial(batch.b, outputs["idt_B"], draws, call)
+            spatial = self._spatial(batch.b, outputs["idt_B"], draws, call)
+            terms.given(["G_s_idt_B"], spatial[None], weight=options.lambda_spatial_idt)
         if options.lambda_identity > 0:
-            losses["idt_B"] = options.lambda_identity * F.l1_loss(outputs["idt_B"], batch.b)
-        total = torch.stack(list(losses.values())).sum()
+            terms.distance("idt_B", outputs["idt_B"], batch.b, weight=options.lambda_identity)
+        total, losses = terms.total()
         return total, losses | {"G": total}
 
     def _spatial(self, source: Tensor, target: Tensor, draws: Draws, call: int) -> Tensor:

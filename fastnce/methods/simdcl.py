@@ -103,7 +103,7 @@ class SimDCL(DCLGAN):
                     f"locations at layer {layer}: use fewer patches, or {remedy}"
                 )
 
-    def contrast(self, batch: Batch, outputs: Outputs, draws: Draws) -> Losses:
+    def contrast(self, batch: Batch, outputs: Outputs, draws: Draws) -> Tensor:
         options = self.options
         keys_a, keys_b, queries_b, queries_a = self.features(batch, outputs, draws)
         draw_a, draw_b = self.projector_a.draw_ids, self.projector_b.draw_ids
@@ -124,14 +124,14 @@ class SimDCL(DCLGAN):
         if options.lambda_sim > 0:
             sides += [(self.projector_b, queries_b, ids_fake_b), (self.projector_a, queries_a, ids_fake_a)]
         k1, k2, q1, q2, *fakes = self.rows(*sides, distinct=drawn)
-        nce = options.lambda_nce * self.nce(q1, k1, q2, k2, 1)
+        nce = self.nce(q1, k1, q2, k2, 1)
         if options.lambda_sim > 0:
             fake_b, fake_a = fakes
             outputs["codes"] = [
                 mapping(torch.stack(codes))
                 for mapping, codes in zip(self.mappings, (k1, fake_b, k2, fake_a), strict=True)
             ]
-        return {"NCE1": nce[0], "NCE2": nce[1]}
+        return nce
 
     def g_loss(self, batch: Batch, outputs: Outputs, draws: Draws) -> tuple[Tensor, Losses]:
         total, losses = super().g_loss(batch, outputs, draws)

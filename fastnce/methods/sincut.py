@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..common.options import option
@@ -12,7 +11,8 @@ from ..nce.api import Negatives
 from ..networks.layers import FusedLayer
 from .base import MOST_PATCHES, WEIGHT, Batch, Draws, Losses, NetworkOptions, Outputs, check_ranges
 from .cut import CUT, CUTOptions
-from .losses import GANMode, gan_loss, gradient_penalty, leave_uncompiled, r1_penalty
+from .losses import GANMode, gradient_penalty, leave_uncompiled, r1_penalty
+from .terms import Terms
 
 
 @dataclass
@@ -63,20 +63,20 @@ class SinCUT(CUT):
         real, fake = batch.b.detach().requires_grad_(), self.pool(outputs["fake_B"])
         judge = self.augment.before(self.discriminator)
         judged_fake, judged_real = judge(fake), judge(real)
-        losses = {
-            "D_real": gan_loss(judged_real, True, options.gan_mode),
-            "D_fake": gan_loss(judged_fake, False, options.gan_mode),
-            "D_R1": 0.5 * options.lambda_r1 * r1_penalty(judged_real, real),
-        }
-        total = 0.5 * (losses["D_real"] + losses["D_fake"]) + losses["D_R1"]
+        terms = Terms()
+        terms.gan("D_real", judged_real, True, options.gan_mode, share=0.5)
+        terms.gan("D_fake", judged_fake, False, options.gan_mode, share=0.5)
+        total, losses = terms.total()
+        losses["D_R1"] = 0.5 * options.lambda_r1 * r1_penalty(judged_real, real)
+        total = total + losses["D_R1"]
         if self.gp > 0:
             losses["D_GP"] = 0.5 * self.gp * gradient_penalty(judge, batch.b, fake)
             total = total + losses["D_GP"]
         return total, losses
 
     def g_loss(self, batch: Batch, outputs: Outputs, draws: Draws) -> tuple[Tensor, Losses]:
-        total, losses = super().g_loss(batch, outputs, draws)
+        terms = self.g_terms(outputs, draws)
         if self.options.lambda_identity > 0:
-            losses["idt"] = self.options.lambda_identity * F.l1_loss(outputs["idt_B"], batch.b)
-            losses["G"] = total = total + losses["idt"]
-        return total, losses
+            terms.distance("idt", outputs["idt_B"], batch.b, weight=self.options.lambda_identity)
+        total, losses = terms.total()
+        return total, losses | {"G": total}

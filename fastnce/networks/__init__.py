@@ -3,7 +3,16 @@
 from ..common.initialise import init_weights
 from .build import DISCRIMINATORS, GENERATORS, build_discriminator, build_generator
 from .contracts import Discriminator, Generator
-from .layers import BlurDown, BlurUp, InstanceNorm, Norm, channels_last, leave_out_biases, set_implementation
+from .layers import (
+    BlurDown,
+    BlurUp,
+    InstanceNorm,
+    Norm,
+    channels_last,
+    fuse_neighbours,
+    leave_out_biases,
+    set_implementation,
+)
 from .munit import MUNITGenerator
 from .patchgan import PatchGAN, PixelGAN, TilePatchGAN
 from .resnet import ResnetGenerator
@@ -32,6 +41,7 @@ __all__ = [
     "build_discriminator",
     "build_generator",
     "channels_last",
+    "fuse_neighbours",
     "init_weights",
     "leave_out_biases",
     "set_implementation",

@@ -1,8 +1,8 @@
-"""The layer kernels as PyTorch operators with gradients: fused norms, pads, blurs and last convolutions.
+"""The layer kernels as PyTorch operators with gradients: norms and activations with their pads and blurs.
 
 The operators (`torch.ops.fastnce.*`) have fakes, so `torch.compile` traces through them without a graph break. Pads and
 blurs are linear, and each is the gradient of its transpose, so they can be differentiated any number of times. Second
-derivatives of norms and convolutions (R1 and WGAN-GP penalties) are computed by plain PyTorch.
+derivatives of norms and activations (R1 and WGAN-GP penalties) are computed by plain PyTorch.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ from torch import Tensor
 from ..common.autograd import apply, with_fast_path
 from ..common.operators import obstacle, operator
 from ..common.taps import Tap, with_rows
-from ..kernels import blur, few_outputs, few_outputs_backward, reflect_pad
+from ..kernels import activate as activation
+from ..kernels import blur, reflect_pad
 from ..kernels import instance_norm as norm
+from ..kernels import instance_norm_backward as norm_backward
+from ..kernels.norm_parts import out_size
 from ..kernels.planes import empty_like
 
 _TAGS = [torch.Tag.needs_exact_strides]  # the layout of the results follows the layout of the arguments
@@ -88,74 +91,112 @@ def _check_margin(x: Tensor, margin: int) -> None:
         )
 
 
-# Instance norm
+# Instance norm, with what surrounds it
 
 _norm_forward = operator(
-    "instance_norm(Tensor x, Tensor? residual, float eps, float slope, int margin) -> (Tensor, Tensor)",
+    "instance_norm(Tensor x, Tensor? residual, float eps, float slope, int margin, int blur) -> (Tensor, Tensor)",
     norm.instance_norm,
-    lambda x, residual, eps, slope, margin: (
-        empty_like(x, x.shape[2] + 2 * margin, x.shape[3] + 2 * margin),
+    lambda x, residual, eps, slope, margin, blur: (
+        empty_like(x, *out_size(x.shape[2], x.shape[3], margin, blur)),
         x.new_empty(x.shape[0], 2, x.shape[1], dtype=torch.float32),
     ),
     _TAGS,
 )
 _norm_backward = operator(
-    "instance_norm_backward(Tensor gradient, Tensor x, Tensor statistics, float slope, int margin) -> Tensor",
-    norm.instance_norm_backward,
-    lambda gradient, x, statistics, slope, margin: empty_like(x, x.shape[2], x.shape[3]),
+    "instance_norm_backward(Tensor gradient, Tensor? inner, Tensor x, Tensor statistics, float slope, int margin, "
+    "int blur, bool total) -> (Tensor, Tensor)",
+    norm_backward.instance_norm_backward,
+    lambda gradient, inner, x, statistics, slope, margin, blur, total: (
+        empty_like(x, x.shape[2], x.shape[3]),
+        empty_like(x, x.shape[2], x.shape[3]) if total else x.new_empty(0),
+    ),
     _TAGS,
 )
 
 
-def instance_norm_formula(x: Tensor, eps: float, slope: float, margin: int) -> Tensor:
+def instance_norm_formula(x: Tensor, eps: float, slope: float, margin: int, blur: int = 0) -> Tensor:
     """The formula of the kernels in plain PyTorch, in float32 or float64; differentiable any number of times."""
     wide = x if x.dtype == torch.float64 else x.float()
     apart = wide - wide.mean(dim=(2, 3), keepdim=True)
     y = apart * torch.rsqrt(apart.square().mean(dim=(2, 3), keepdim=True) + eps)
     y = y if slope == 1.0 else F.leaky_relu(y, slope)
-    if margin > 0 and obstacle(y.device, y.dtype) is None:
-        y = reflection_pad(y, margin)  # deterministic, unlike `F.pad`
-    elif margin > 0:
-        y = F.pad(y, (margin,) * 4, mode="reflect")
-    return y.to(x.dtype)
+    if margin > 0 and obstacle(y.device, y.dtype) is not None:
+        return F.pad(y, (margin,) * 4, mode="reflect").to(x.dtype)
+    return _followed(y, margin, blur).to(x.dtype)  # deterministic, unlike `F.pad`
+
+
+def _followed(y: Tensor, margin: int, blur: int) -> Tensor:
+    """Apply the pad or the blur at a layer's end."""
+    if margin:
+        return reflection_pad(y, margin)
+    return y if blur == 0 else (blur_down, blur_up)[blur - 1](y)
+
+
+def _followed_backward(gradient: Tensor, x: Tensor, margin: int, blur: int) -> Tensor:
+    """The transpose of `_followed`, for a map of x's size; differentiable any number of times."""
+    name = "reflect_pad" if margin else (None, "blur_down", "blur_up")[blur]
+    return gradient if name is None else apply(_Plane, gradient, f"{name}_backward", x.shape[2], x.shape[3])
 
 
 @with_fast_path
 class _InstanceNorm(torch.autograd.Function):
+    """Returns the output and the statistics; with `inner`, also the output without its pad, as a view.
+
+    A residual block writes its output padded for the next block, which also adds the output without the pad. Both
+    gradients arrive here, and the kernels read both. With a `slot` (and no `inner`), the third result is the token of
+    x's tap, and `bias` is the bias that x lacks.
+    """
+
     @staticmethod
-    def forward(x, residual, eps, slope, margin, bias=None, slot=None):
-        results = _norm_forward(x, residual, eps, slope, margin)
-        return results if slot is None else (*results, x.new_empty(0))  # the token of a tap
+    def forward(x, residual, eps, slope, margin, blur, inner, bias, slot):
+        out, statistics = _norm_forward(x, residual, eps, slope, margin, blur)
+        if slot is not None:
+            return out, statistics, x.new_empty(0)
+        return (out, statistics, out[:, :, margin:-margin, margin:-margin]) if inner else (out, statistics)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, _, ctx.eps, ctx.slope, ctx.margin, bias, ctx.slot = inputs
+        x, _, ctx.eps, ctx.slope, ctx.margin, ctx.blur, _, bias, ctx.slot = inputs
         ctx.bias_dtype = torch.float32 if bias is None else bias.dtype
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, output[1])
 
     @staticmethod
-    def backward(ctx, gradient, *_):
+    def backward(ctx, gradient, _, inner=None):
         left = [] if ctx.slot is None else ctx.slot.take()
-        if gradient is None and not left:
-            return (None,) * 7
-        x, statistics = ctx.saved_tensors
-        d_x = None
-        if gradient is None:
-            d_x = torch.zeros_like(x)
-        elif ctx.needs_input_grad[0]:
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-                y = instance_norm_formula(x, ctx.eps, ctx.slope, ctx.margin)
-                (d_x,) = torch.autograd.grad(y, x, gradient, create_graph=True)
-            else:
-                d_x = _norm_backward(gradient, x, statistics, ctx.slope, ctx.margin)
+        d_x, d_residual = _norm_gradients(ctx, gradient, inner)
         d_bias = None
         if left:
-            d_x, d_bias = with_rows(torch.empty_like(x) if d_x is None else d_x, left, x, ctx.bias_dtype)
-        of_x, of_residual, *_, of_bias, _ = ctx.needs_input_grad
-        d_x, d_residual = d_x if of_x else None, gradient if of_residual else None
-        return d_x, d_residual, None, None, None, d_bias if of_bias else None, None
+            (x, _) = ctx.saved_tensors
+            d_x, d_bias = with_rows(torch.zeros_like(x) if d_x is None else d_x, left, x, ctx.bias_dtype)
+        of_x, of_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[7]
+        return (
+            d_x if of_x else None, d_residual, None, None, None, None, None, d_bias if of_bias else None, None
+        )  # fmt: skip
+
+
+def _norm_gradients(ctx, gradient: Tensor | None, inner: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of x and of the residual from those of the outputs."""
+    margin, blur = ctx.margin, ctx.blur
+    if gradient is None:  # the pad is not used
+        gradient, inner, margin = inner, None, 0
+    if gradient is None:
+        return None, None
+    x, statistics = ctx.saved_tensors
+    of_x, of_residual = ctx.needs_input_grad[:2]
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+        total = _followed_backward(gradient, x, margin, blur)
+        total = total if inner is None else total + inner
+        d_x = None
+        if of_x:
+            y = instance_norm_formula(x, ctx.eps, ctx.slope, 0)
+            (d_x,) = torch.autograd.grad(y, x, total, create_graph=True)
+        return d_x, total if of_residual else None
+    apart = of_residual and (margin > 0 or blur > 0 or inner is not None)  # else it is the output's gradient
+    d_x, total = _norm_backward(gradient, inner, x, statistics, ctx.slope, margin, blur, apart)
+    d_residual = total if apart else gradient
+    return d_x, d_residual if of_residual else None
 
 
 def instance_norm(
@@ -164,108 +205,109 @@ def instance_norm(
     slope: float = 1.0,
     margin: int = 0,
     residual: Tensor | None = None,
+    blur: int = 0,
     tap: Tap | None = None,
 ) -> Tensor:
-    """Normalise each channel of each image to mean 0 and variance 1, then activate, pad or add, in one operator.
+    """Normalise each channel of each image to mean 0 and variance 1, activate, add, and pad or blur, in one operator.
 
     Args:
         x: (images, channels, height, width), bfloat16, float16 or float32, any strides.
         slope: of the activation for negative values: 1 for none, 0 for ReLU, 0.2 for the published leaky ReLU.
         margin: of the reflection pad at the end.
-        residual: added at the end, of x's shape and dtype; cannot be combined with a margin.
+        residual: added before the pad or blur, of x's shape and dtype.
+        blur: at the end, without a margin: 0 for none, 1 for `blur_down`, 2 for `blur_up`.
         tap: of x; it gets its token.
 
     Returns:
-        (images, channels, height + 2 * margin, width + 2 * margin) in x's dtype and layout.
+        (images, channels, height + 2 * margin, width + 2 * margin) in x's dtype and layout, or half or twice the size.
+
+    Raises:
+        ValueError: the map is too small for its pad or blur, there are both, or the residual does not fit.
     """
-    if margin:
-        _check_margin(x, margin)
-    if residual is not None and (margin or residual.shape != x.shape or residual.dtype != x.dtype):
-        raise ValueError(
-            f"a residual must have the map's shape and dtype, and the margin must be 0: {tuple(residual.shape)} "
-            f"{residual.dtype} for {tuple(x.shape)} {x.dtype}, margin {margin}"
-        )
+    _check_norm(x, margin, blur, residual)
     if tap is None:
-        return apply(_InstanceNorm, x, residual, eps, slope, margin, None, None)[0]
-    y, _, tap.token = apply(_InstanceNorm, x, residual, eps, slope, margin, tap.bias, tap.slot)
+        return apply(_InstanceNorm, x, residual, eps, slope, margin, blur, False, None, None)[0]
+    y, _, tap.token = apply(_InstanceNorm, x, residual, eps, slope, margin, blur, False, tap.bias, tap.slot)
     return y
 
 
-# Convolutions with few output channels
+def instance_norm_and_inner(
+    x: Tensor, eps: float, slope: float, margin: int, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`instance_norm` with a pad, and its output without the pad: a view of the padded map, with its own gradient."""
+    _check_norm(x, margin, 0, residual)
+    out, _, inner = apply(_InstanceNorm, x, residual, eps, slope, margin, 0, True, None, None)
+    return out, inner
 
-_few_outputs_forward = operator(
-    "few_outputs(Tensor x, Tensor weight, Tensor? bias, int padding) -> Tensor",
-    few_outputs.few_outputs,
-    lambda x, weight, bias, padding: few_outputs.empty_output(x, few_outputs.geometry(x, weight, padding)),
+
+def _check_norm(x: Tensor, margin: int, blur: int, residual: Tensor | None) -> None:
+    if margin and blur:
+        raise ValueError(f"a norm ends with a pad or a blur, not both: margin {margin}, blur {blur}")
+    if margin or blur == 1:
+        _check_margin(x, margin or 1)
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise ValueError(
+            f"a residual must have the map's shape and dtype: {tuple(residual.shape)} {residual.dtype} for "
+            f"{tuple(x.shape)} {x.dtype}"
+        )
+
+
+# A bias, an activation and a blur, where a layer has no norm
+
+_activate_forward = operator(
+    "activate(Tensor x, Tensor? bias, float slope, int blur) -> Tensor",
+    activation.activate,
+    lambda x, bias, slope, blur: empty_like(x, *out_size(x.shape[2], x.shape[3], 0, blur)),
     _TAGS,
 )
-
-
-def _few_outputs_gradients(gradient, x, weight, padding, of_x, of_weight, of_bias):
-    return few_outputs_backward.empty_gradients(x, weight, of_x, of_weight, of_bias)
-
-
-_few_outputs_backward = operator(
-    "few_outputs_backward(Tensor gradient, Tensor x, Tensor weight, int padding, bool of_x, bool of_weight, "
-    "bool of_bias) -> (Tensor, Tensor, Tensor)",
-    few_outputs_backward.few_outputs_backward,
-    _few_outputs_gradients,
+_activate_backward = operator(
+    "activate_backward(Tensor gradient, Tensor x, Tensor? bias, float slope, int blur) -> (Tensor, Tensor)",
+    activation.activate_backward,
+    lambda gradient, x, bias, slope, blur: (
+        empty_like(x, x.shape[2], x.shape[3]),
+        x.new_empty(0 if bias is None else x.shape[1], dtype=torch.float32),
+    ),
     _TAGS,
 )
 
 
 @with_fast_path
-class _FewOutputs(torch.autograd.Function):
+class _Activate(torch.autograd.Function):
     @staticmethod
-    def forward(x, weight, bias, padding):
-        return _few_outputs_forward(x, weight, bias, padding)
+    def forward(x, bias, slope, blur):
+        return _activate_forward(x, bias, slope, blur)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, bias, ctx.padding = inputs
-        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        x, bias, ctx.slope, ctx.blur = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x, bias)
 
     @staticmethod
     def backward(ctx, gradient):
         if gradient is None:
             return (None,) * 4
-        x, weight = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[:3]
+        x, bias = ctx.saved_tensors
+        of_x, of_bias = ctx.needs_input_grad[:2]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            with torch.autocast(x.device.type, enabled=False):
-                y = F.conv2d(x.float(), weight.float(), padding=ctx.padding)
-            sources = [t for t, of in zip((x, weight), wanted, strict=False) if of]
-            found = iter(torch.autograd.grad(y, sources, gradient, create_graph=True) if sources else ())
-            d_x, d_weight = (next(found) if of else None for of in wanted[:2])
-            return d_x, d_weight, gradient.sum((0, 2, 3)).to(ctx.dtypes[1]) if wanted[2] else None, None
-        d_x, d_weight, d_bias = _few_outputs_backward(gradient, x, weight, ctx.padding, *wanted)
-        return (
-            d_x if wanted[0] else None,
-            d_weight.to(ctx.dtypes[0]) if wanted[1] else None,
-            d_bias.to(ctx.dtypes[1]) if wanted[2] else None,
-            None,
-        )
+            total = _followed_backward(gradient, x, 0, ctx.blur)
+            z = x if bias is None else x + bias[None, :, None, None].to(x.dtype)
+            total = torch.where(z > 0, total, ctx.slope * total)
+            d_bias = total.sum((0, 2, 3), dtype=torch.float32)
+        else:
+            total, d_bias = _activate_backward(gradient, x, bias, ctx.slope, ctx.blur)
+        return total if of_x else None, d_bias.to(bias.dtype) if of_bias else None, None, None
 
 
-def few_outputs_obstacle(outputs: int, channels: int, kernel: int) -> str | None:
-    """Why `few_outputs_convolution` does not support weights of this shape, or None if it does."""
-    return few_outputs.obstacle(outputs, channels, kernel, kernel)
-
-
-def few_outputs_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int = 0) -> Tensor:
-    """`F.conv2d(x.float(), weight, bias, padding=padding)` for few output channels, without a float32 copy of x.
+def activate(x: Tensor, bias: Tensor | None, slope: float, blur: int = 0) -> Tensor:
+    """Add a bias to each channel, activate and blur, in one operator.
 
     Args:
         x: (images, channels, height, width), bfloat16, float16 or float32, any strides.
-        weight: (outputs, channels, kernel, kernel), see `few_outputs_obstacle`; float32 or 16 bits.
-        bias: (outputs,), or None.
-        padding: zeros on each side.
-
-    Returns:
-        float32 (images, outputs, height + 2 * padding - kernel + 1, width + 2 * padding - kernel + 1), channels-last if
-        x is.
+        bias: (channels,), float32 or 16 bits, or None.
+        slope: of the activation for negative values: 0 for ReLU, 0.2 for the published leaky ReLU.
+        blur: 0 for none, 1 for `blur_down`, 2 for `blur_up`.
     """
-    few_outputs.geometry(x, weight, padding)
-    return apply(_FewOutputs, x, weight, bias, padding)
+    if blur == 1:
+        _check_margin(x, 1)
+    return apply(_Activate, x, bias, slope, blur)

@@ -18,9 +18,9 @@ from ..common.taps import Tap
 from .uses import is_trusted
 
 try:
-    from . import fused
+    from . import fused, fused_last
 except ImportError:  # no Triton for this platform
-    fused = None  # type: ignore[assignment]
+    fused = fused_last = None  # type: ignore[assignment]
 
 Norm = Literal["instance", "batch", "none"]
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -36,18 +36,23 @@ class FusedLayer(nn.Module):
 
     implementation: Implementation = None
     kernels = ""  # their name in `uses.LAYERS`
+    joins_neighbours = True
+    """See `fuse_neighbours`."""
 
-    def fused(self, x: Tensor, options: tuple[Any, ...] | None = None, *more: Tensor | None) -> bool:
+    def fused(self, x: Tensor, options: tuple[Any, ...] | None = None, *more: Tensor | None, kernels: str = "") -> bool:
         """Whether the kernel computes x. Raises ValueError if "triton" is forced and the kernel cannot run.
 
         With options and tensors as in `uses.formula`, the kernel is checked at its first use.
+
+        kernels: of the layer together with another one, if they are not its own.
         """
+        kernels = kernels or self.kernels
         choice = choose(None if x.is_meta else self.implementation, x.device, x.dtype)  # meta: shapes only
         if choice is not KERNELS:
             return choice.triton
         if options is None or torch.compiler.is_compiling():
-            return followed(self.kernels, x.device, x.dtype).triton
-        return is_trusted(self.kernels, x, options, *more)
+            return followed(kernels, x.device, x.dtype).triton
+        return is_trusted(kernels, x, options, *more)
 
 
 def set_implementation(network: nn.Module, implementation: Implementation) -> None:
@@ -69,6 +74,17 @@ def leave_out_biases(network: nn.Module, leave_out: bool = True) -> None:
             module.leaves_out_biases = leave_out
 
 
+def fuse_neighbours(network: nn.Module, fuse: bool = True) -> None:
+    """Set whether kernels in `network` compute several layers at once, beyond a norm, its activation and its pad.
+
+    By default they do: a norm also computes the blur after it, a residual block the pad or blur of the layer after it,
+    and a convolution without a norm leaves its bias to the activation and blur after it.
+    """
+    for module in network.modules():
+        if isinstance(module, FusedLayer):
+            module.joins_neighbours = fuse
+
+
 class InstanceNorm(FusedLayer):
     """Instance normalisation without parameters: each channel of each image gets mean 0 and variance 1 (eps 1e-5).
 
@@ -87,27 +103,46 @@ class InstanceNorm(FusedLayer):
         self.eps = eps
 
     def forward(
-        self, x: Tensor, slope: float = 1.0, margin: int = 0, residual: Tensor | None = None, tap: Tap | None = None
+        self,
+        x: Tensor,
+        slope: float = 1.0,
+        margin: int = 0,
+        residual: Tensor | None = None,
+        blur: int = 0,
+        tap: Tap | None = None,
     ) -> Tensor:
-        """Normalise, then activate, pad or add a residual, as follows in the networks; the kernel does all in one pass.
+        """Normalise, then activate, add, and pad or blur, as follows in the networks; the kernels do all at once.
 
         Args:
             x: (images, channels, height, width).
             slope: slope of the activation for negative values: 1 none, 0 ReLU, 0.2 the published leaky ReLU.
             margin: pixels of reflection padding on each side.
-            residual: added at the end, of x's shape and dtype; cannot be combined with a margin.
+            residual: added before the padding or blur, of x's shape and dtype.
+            blur: without padding: 0 none, 1 as `BlurDown`, 2 as `BlurUp`.
             tap: of x; it gets its token if kernels compute the norm.
         """
-        if x.shape[2] * x.shape[3] == 1:
-            raise ValueError("instance norm needs more than one location: the image is too small for this network")
-        if self.fused(x, (self.eps, slope, margin), residual):
-            return fused.instance_norm(x, self.eps, slope, margin, residual, tap)
-        y = self._normalise(x)
-        if slope != 1.0:
-            y = F.leaky_relu(y, slope) if slope else F.relu(y)
+        _check_locations(x)
+        if self.fused(x, (self.eps, slope, margin, blur, False), residual):
+            return fused.instance_norm(x, self.eps, slope, margin, residual, blur, tap)
+        y = self._activated(x, slope, residual)
         if margin:
             with own_precision(y):
                 y = F.pad(y, (margin,) * 4, mode="reflect")
+        return y if blur == 0 else _halved(y) if blur == 1 else _doubled(y)
+
+    def with_inner(self, x: Tensor, slope: float, margin: int, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return `forward` with a pad, and the same without the pad, which the kernels return as a view."""
+        _check_locations(x)
+        if self.fused(x, (self.eps, slope, margin, 0, True), residual):
+            return fused.instance_norm_and_inner(x, self.eps, slope, margin, residual)
+        y = self._activated(x, slope, residual)
+        with own_precision(y):
+            return F.pad(y, (margin,) * 4, mode="reflect"), y
+
+    def _activated(self, x: Tensor, slope: float, residual: Tensor | None) -> Tensor:
+        y = self._normalise(x)
+        if slope != 1.0:
+            y = F.leaky_relu(y, slope) if slope else F.relu(y)
         return y if residual is None else residual + y
 
     def _normalise(self, x: Tensor) -> Tensor:
@@ -125,6 +160,11 @@ class InstanceNorm(FusedLayer):
 
     def extra_repr(self) -> str:
         return f"{self.channels}, eps={self.eps}"
+
+
+def _check_locations(x: Tensor) -> None:
+    if x.shape[2] * x.shape[3] == 1:
+        raise ValueError("instance norm needs more than one location: the image is too small for this network")
 
 
 class ReflectionPad(FusedLayer):
@@ -181,12 +221,14 @@ class LastConvolution(FusedLayer, nn.Conv2d):
     def __init__(self, in_channels: int, out_channels: int, kernel: int, padding: int = 0):
         super().__init__(in_channels, out_channels, kernel, padding=padding)
         self.margin = padding
-        self.has_kernel = fused is not None and fused.few_outputs_obstacle(out_channels, in_channels, kernel) is None
+        self.has_kernel = (
+            fused_last is not None and fused_last.few_outputs_obstacle(out_channels, in_channels, kernel) is None
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias  # once: a parametrization recomputes them at each access
         if self.has_kernel and self.fused(x, (self.margin,), weight, bias):
-            return fused.few_outputs_convolution(x, weight, bias, self.margin)
+            return fused_last.few_outputs_convolution(x, weight, bias, self.margin)
         with own_precision(x):
             dtype = torch.float64 if torch.float64 in (x.dtype, weight.dtype) else torch.float32
             return self._conv_forward(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
@@ -211,15 +253,18 @@ def norm_layer(norm: Norm, channels: int) -> nn.Module:
     raise ValueError(f'norm must be "instance", "batch" or "none", not {norm!r}')
 
 
+DOWN_TAPS = [1.0, 2.0, 1.0]
+
+
 class _Blur(FusedLayer):
     """Hold the published filter buffer, so that checkpoints load, and refuse checkpoints with another filter."""
 
     filt: Tensor
+    blur = 0
 
     def __init__(self, channels: int, taps: list[float], gain: float):
         super().__init__()
-        filt = torch.tensor([[gain * a * b / sum(taps) ** 2 for b in taps] for a in taps])  # exact: powers of two
-        self.register_buffer("filt", filt.repeat(channels, 1, 1, 1))
+        self.register_buffer("filt", _blur_filter(channels, taps, gain))
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
         published, loaded = self.filt.clone(), state_dict.get(f"{prefix}filt")
@@ -231,6 +276,25 @@ class _Blur(FusedLayer):
             errors.append(f"{prefix}filt holds another blur filter than the published one")
 
 
+def _blur_filter(channels: int, taps: list[float], gain: float) -> Tensor:
+    filt = torch.tensor([[gain * a * b / sum(taps) ** 2 for b in taps] for a in taps])  # exact: powers of two
+    return filt.repeat(channels, 1, 1, 1)
+
+
+def _halved(x: Tensor, filt: Tensor | None = None) -> Tensor:
+    """Compute `BlurDown` in plain PyTorch, with its filter if there is one."""
+    filt = _blur_filter(x.shape[1], DOWN_TAPS, 1.0) if filt is None else filt
+    with own_precision(x):
+        padded = F.pad(x, (1, 1, 1, 1), mode="reflect")
+    return F.conv2d(padded, filt.to(x), stride=2, groups=x.shape[1])
+
+
+def _doubled(x: Tensor) -> Tensor:
+    """Compute `BlurUp` in plain PyTorch."""
+    # for a shape alone, PyTorch passes through the formula of `interpolate` in Python
+    return x.repeat(1, 1, 2, 2) if x.is_meta else F.interpolate(x, scale_factor=2, mode="bilinear")
+
+
 class BlurDown(_Blur):
     """Blur with the filter [1, 2, 1], reflected at the border, then halve height and width (Zhang, ICML 2019).
 
@@ -238,16 +302,22 @@ class BlurDown(_Blur):
     """
 
     kernels = "blur_down"
+    blur = 1  # see `InstanceNorm.forward`
 
     def __init__(self, channels: int):
-        super().__init__(channels, [1.0, 2.0, 1.0], 1.0)
+        super().__init__(channels, DOWN_TAPS, 1.0)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fused(x, ()):
             return fused.blur_down(x)
-        with own_precision(x):
-            padded = F.pad(x, (1, 1, 1, 1), mode="reflect")
-        return F.conv2d(padded, self.filt.to(x.dtype), stride=2, groups=x.shape[1])
+        return _halved(x, self.filt)
+
+    def after(self, x: Tensor, bias: Tensor | None, slope: float) -> Tensor:
+        """Add a bias to x, activate with this slope for negative values, and blur: in one kernel if there is one."""
+        if self.fused(x, (slope, 1), bias, kernels="activate"):
+            return fused.activate(x, bias, slope, 1)
+        biased = x if bias is None else x + bias.to(x.dtype)[:, None, None]
+        return self(F.leaky_relu(biased, slope))
 
 
 class BlurUp(_Blur):
@@ -258,6 +328,7 @@ class BlurUp(_Blur):
     """
 
     kernels = "blur_up"
+    blur = 2  # see `InstanceNorm.forward`
 
     def __init__(self, channels: int):
         super().__init__(channels, [1.0, 3.0, 3.0, 1.0], 4.0)
@@ -265,5 +336,4 @@ class BlurUp(_Blur):
     def forward(self, x: Tensor) -> Tensor:
         if self.fused(x, ()):
             return fused.blur_up(x)
-        # for a shape alone, PyTorch passes through the formula of `interpolate` in Python
-        return x.repeat(1, 1, 2, 2) if x.is_meta else F.interpolate(x, scale_factor=2, mode="bilinear")
+        return _doubled(x)

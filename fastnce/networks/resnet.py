@@ -17,7 +17,7 @@ from .layers import (
     full_precision,
     norm_layer,
 )
-from .runs import run_all, run_from, run_one, tapped
+from .runs import apply_run, blurs, changed, joins, pads, run_all, run_block, run_from, run_one, tapped
 
 
 class ResnetBlock(nn.Module):
@@ -39,6 +39,22 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return run_all(list(self.conv_block), x, residual=x)
+
+    def joins(self, x: Tensor) -> bool:
+        """Whether the layers beside the block may compute its first pad, and the block what follows it."""
+        first, last = self.conv_block[0], self.conv_block[-1]
+        if type(self) is not ResnetBlock or changed(self) or changed(self.conv_block):
+            return False
+        return pads(first, x) and joins(last) and last.fused(x)  # type: ignore[operator]
+
+    def between(self, x: Tensor, padded: Tensor | None, margin: int, blur: int) -> tuple[Tensor, Tensor | None]:
+        """Apply the block to x, whose pad is already computed if it is given. See `run_block`."""
+        modules = list(self.conv_block)
+        return (
+            run_block(modules, x, x, margin, blur)
+            if padded is None
+            else run_block(modules[1:], padded, x, margin, blur)
+        )
 
 
 class ResnetGenerator(nn.Module):
@@ -123,23 +139,26 @@ class ResnetGenerator(nn.Module):
         # The published ReLUs work in place: a norm's feature is the output of its ReLU, if that is computed.
         kept = [i + 1 if i != stop and isinstance(modules[i + 1], nn.ReLU) else i for i in layers if i < last]
         index = 0
+        padded: Tensor | None = None  # x, padded for the block that follows
         while index < len(modules):
+            module, length = modules[index], 1
             run = run_from(modules, index, x, kept)
-            if run is not None and tap is not None:
-                x, tap = modules[index](x, run.slope, run.margin, tap=tap), None
-            elif run is not None:
-                x = modules[index](x, run.slope, run.margin)
+            if run is not None:
+                x, length, tap = apply_run(module, x, run, tap), run.length, None
             elif taps and index in layers and index != stop and self.hands_out_taps and tapped(modules, index, x):
                 x = run_one(modules, index, x)
-                tap = Tap(x, modules[index].bias, Slot())  # type: ignore[arg-type]
+                tap = Tap(x, module.bias, Slot())  # type: ignore[arg-type]
                 features.append(tap)
                 index += 1
                 continue
+            elif isinstance(module, ResnetBlock) and module.joins(x):
+                margin, blur = (0, 0) if index == stop else _after(modules[index + 1 :], x, index in layers)
+                x, ready = module.between(x, padded, margin, blur)
+                padded, length = (ready, 1) if margin else (None, 1 if ready is None else 2)
             else:
                 tap = None
-                x = full_precision(modules[index], x) if index >= last else run_one(modules, index, x, layers)
-            length = 1 if run is None else run.length
-            if index - 1 in layers and isinstance(modules[index], nn.ReLU):
+                x = full_precision(module, x) if index >= last else run_one(modules, index, x, layers)
+            if index - 1 in layers and isinstance(module, nn.ReLU):
                 features[-1] = x
             for done in range(index, index + length):
                 if done in layers:
@@ -163,6 +182,20 @@ class ResnetGenerator(nn.Module):
                 current = first.in_channels
             channels.append(current)
         return [channels[layer] for layer in layers]
+
+
+def _after(followers: Sequence[nn.Module], x: Tensor, tapped: bool) -> tuple[int, int]:
+    """Return (margin, blur): what a residual block computes for the modules after it.
+
+    Args:
+        tapped: the block's own output is needed, and a blur would replace it.
+    """
+    module = followers[0] if followers else None
+    if isinstance(module, ResnetBlock) and module.joins(x):
+        return module.conv_block[0].margin, 0  # type: ignore[return-value]
+    if not tapped and isinstance(module, BlurUp) and blurs(module, x):
+        return 0, module.blur
+    return 0, 0
 
 
 def check_layers(layers: Sequence[int], count: int) -> None:

@@ -17,62 +17,80 @@ from ..common.first_use import epoch, settled, trusted
 
 try:
     from ..kernels.common import architecture, precision
-    from . import fused
+    from . import fused, fused_last
 except ImportError:  # no Triton for this platform
-    fused = None  # type: ignore[assignment]
+    fused = fused_last = None  # type: ignore[assignment]
 
-LAYERS = ("instance_norm", "reflection_pad", "blur_down", "blur_up", "few_outputs_convolution")
-"""The families of kernels, by their names in the module `fused`."""
+LAYERS = ("instance_norm", "activate", "reflection_pad", "blur_down", "blur_up", "few_outputs_convolution")
+"""The families of kernels, by their names in the modules `fused` and `fused_last`."""
 
 MOST_ELEMENTS = 2**20
 MOST_ELEMENTS_INTERPRETED = 2**12
 
 
-def formula(name: str, tensors: Sequence[Tensor], options: Sequence[Any]) -> Tensor:
-    """Compute a layer in plain PyTorch, in the dtype of its inputs.
+def formula(name: str, tensors: Sequence[Tensor], options: Sequence[Any]) -> tuple[Tensor, ...]:
+    """Compute a layer's outputs in plain PyTorch, in the dtype of its inputs.
 
     Args:
         name: of `LAYERS`.
-        tensors: the map, then the residual of a norm, or weight and bias of a convolution, if there are any.
-        options: (eps, slope, margin) of a norm, (margin,) of a pad, () of a blur, (padding,) of a convolution.
+        tensors: the map, then the residual of a norm, the bias of an activation, or weight and bias of a convolution,
+            if there are any.
+        options: (eps, slope, margin, blur, inner) of a norm, (slope, blur) of an activation, (margin,) of a pad, () of
+            a blur, (padding,) of a convolution. A norm with `inner` has two outputs: with its pad, and without it.
     """
     x, rest = tensors[0], tensors[1:]
     if name == "instance_norm":
-        eps, slope, margin = options
+        eps, slope, margin, blur, inner = options
         apart = x - x.mean(dim=(2, 3), keepdim=True)
         y = apart * torch.rsqrt(apart.square().mean(dim=(2, 3), keepdim=True) + eps)
         y = y if slope == 1.0 else F.leaky_relu(y, slope)
-        y = F.pad(y, (margin,) * 4, mode="reflect") if margin else y
-        return y + rest[0] if rest else y
+        y = y + rest[0] if rest else y
+        out = F.pad(y, (margin,) * 4, mode="reflect") if margin else _blurred(y, blur)
+        return (out, y) if inner else (out,)
+    if name == "activate":
+        slope, blur = options
+        y = F.leaky_relu(x + rest[0][:, None, None] if rest else x, slope)
+        return (_blurred(y, blur),)
     if name == "reflection_pad":
-        return F.pad(x, (options[0],) * 4, mode="reflect")
-    if name == "blur_down":
+        return (F.pad(x, (options[0],) * 4, mode="reflect"),)
+    if name in ("blur_down", "blur_up"):
+        return (_blurred(x, 1 if name == "blur_down" else 2),)
+    return (F.conv2d(x, rest[0], rest[1] if len(rest) > 1 else None, padding=options[0]),)
+
+
+def _blurred(x: Tensor, blur: int) -> Tensor:
+    """x itself (0), halved (1) or doubled (2)."""
+    if blur == 1:
         row = torch.tensor([0.25, 0.5, 0.25], dtype=x.dtype, device=x.device)
         taps = (row[:, None] * row[None, :]).expand(x.shape[1], 1, 3, 3)
         return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), taps, stride=2, groups=x.shape[1])
-    if name == "blur_up":
-        return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
-    return F.conv2d(x, rest[0], rest[1] if len(rest) > 1 else None, padding=options[0])
+    return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False) if blur == 2 else x
 
 
-def by_kernels(name: str, tensors: Sequence[Tensor], options: Sequence[Any]) -> Tensor:
+def by_kernels(name: str, tensors: Sequence[Tensor], options: Sequence[Any]) -> tuple[Tensor, ...]:
     """Compute a layer by its kernels; the arguments are those of `formula`."""
-    function: Callable[..., Tensor] = getattr(fused, name)
+    x, more = tensors[0], [*tensors[1:], None, None]
     if name == "instance_norm":
-        return function(tensors[0], *options, tensors[1] if len(tensors) > 1 else None)
+        eps, slope, margin, blur, inner = options
+        if inner:
+            return fused.instance_norm_and_inner(x, eps, slope, margin, more[0])
+        return (fused.instance_norm(x, eps, slope, margin, more[0], blur),)
+    if name == "activate":
+        return (fused.activate(x, more[0], *options),)
     if name == "few_outputs_convolution":
-        return function(tensors[0], tensors[1], tensors[2] if len(tensors) > 2 else None, *options)
-    return function(tensors[0], *options)
+        return (fused_last.few_outputs_convolution(x, tensors[1], more[1], *options),)
+    function: Callable[..., Tensor] = getattr(fused, name)
+    return (function(x, *options),)
 
 
-def in_float32(name: str, tensors: Sequence[Tensor], options: Sequence[Any]) -> Tensor:
-    """Compute a layer by `formula` in float32, with a result of the kernels' dtype."""
-    y = formula(name, [t.float() for t in tensors], options)
-    return y if name == "few_outputs_convolution" else y.to(tensors[0].dtype)
+def in_float32(name: str, tensors: Sequence[Tensor], options: Sequence[Any]) -> tuple[Tensor, ...]:
+    """Compute a layer by `formula` in float32, with results of the kernels' dtype."""
+    ys = formula(name, [t.float() for t in tensors], options)
+    return ys if name == "few_outputs_convolution" else tuple(y.to(tensors[0].dtype) for y in ys)
 
 
 def measure_layer(name: str, tensors: Sequence[Tensor], options: Sequence[Any], plain: bool = False) -> Iterator[Check]:
-    """Measure the output of a layer's kernels, and the gradients of all its tensors.
+    """Measure the outputs of a layer's kernels, and the gradients of all its tensors.
 
     Args:
         name, tensors, options: as `formula` takes them.
@@ -84,17 +102,18 @@ def measure_layer(name: str, tensors: Sequence[Tensor], options: Sequence[Any], 
     if name == "few_outputs_convolution" and precision(architecture(x.device), x.dtype, True) == "tf32":
         gate = GRADIENT_GATES[torch.float16]  # TF32 keeps as many digits of a factor
 
-    def run(function, given: Sequence[Tensor], upstream: Tensor | None) -> list[Tensor]:
+    def run(function, given: Sequence[Tensor], upstream: Sequence[Tensor] | None) -> list[Tensor]:
         own = leaves(given)
-        y = function(name, own, options)
-        arriving = upstream_of(y) if upstream is None else upstream.to(y)
-        return [y.detach(), *torch.autograd.grad(y, own, arriving)]
+        ys = function(name, own, options)
+        arriving = [upstream_of(y) for y in ys] if upstream is None else [g.to(ys[0]) for g in upstream]
+        return [*(y.detach() for y in ys), *torch.autograd.grad(ys, own, arriving)]
 
     function = in_float32 if plain else by_kernels
     measured = run_kernels(lambda: run(function, tensors, None), x.device)
-    upstream = upstream_of(measured[0])
-    exact = run(formula, widened(tensors, wide), upstream.to(wide))
-    names = ["the output", *[f"the gradient of {what}" for what in _names(name, len(tensors))]]
+    outputs = len(measured) - len(tensors)
+    exact = run(formula, widened(tensors, wide), [upstream_of(y).to(wide) for y in measured[:outputs]])
+    names = ["the output", "the output without its pad"][:outputs]
+    names += [f"the gradient of {what}" for what in _names(name, len(tensors))]
     yield from compared(names, measured, exact, [gate] * len(exact))
 
 
@@ -104,7 +123,7 @@ def upstream_of(y: Tensor) -> Tensor:
 
 
 def _names(name: str, count: int) -> list[str]:
-    more = ["residual"] if name == "instance_norm" else ["weight", "bias"]
+    more = {"instance_norm": ["residual"], "activate": ["bias"]}.get(name, ["weight", "bias"])
     return ["the map", *more][:count]
 
 
@@ -147,6 +166,8 @@ class LayerUse(NamedTuple):
         for size, to in self.more:
             values = draw(*(shape if self._adds else size), to=to) / 16
             tensors.append(values.contiguous(memory_format=layout) if len(size) == 4 else values)
+        if self.name == "activate":
+            tensors[0] = away_from_the_bias(*tensors)
         yield from measure_layer(self.name, tensors, self.options)
 
     def _fitted(self, most: int) -> tuple[int, int, int, int]:
@@ -174,6 +195,13 @@ def away_from_the_corner(x: Tensor) -> Tensor:
     apart = wide - wide.mean((2, 3), keepdim=True)
     deviation = apart.square().mean((2, 3), keepdim=True).sqrt()
     return torch.where(apart.abs() < 1e-3 * deviation, wide + 0.05 * deviation, wide).to(x.dtype)
+
+
+def away_from_the_bias(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Move values whose sum with the bias may fall on either side of the activation's corner by rounding."""
+    wide = x.float()
+    biased = wide if bias is None else wide + bias.float()[:, None, None]
+    return torch.where(biased.abs() < 2e-2, wide + 0.1, wide).to(x.dtype)
 
 
 _known: dict[Any, bool] = {}

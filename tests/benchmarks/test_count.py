@@ -8,12 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import observe, predict
 from benchmarks.count import Count
 from benchmarks.step import build
 from benchmarks.step_costs import Counted, count_step
 from fastnce.methods import Batch
+from fastnce.networks.fused import blur_down, instance_norm, reflection_pad
 from tests.programs import run_program
 
 SMALL = {"generator": "resnet_4blocks", "width": 8, "discriminator_width": 8}
@@ -43,6 +45,36 @@ def test_the_cost_of_convolution_and_norm():
     assert backward.flop == 2 * forward
     assert backward.bytes == 2 * map_out + 2 * map_in + 2 * kernel
     assert backward.launches == 2
+
+
+def test_a_launch_of_a_layer_moves_its_tensors_once():
+    """The layers say how many launches they take; maps of a pad and a blur are read once and written once."""
+    x = torch.randn(1, 64, 32, 32).bfloat16().contiguous(memory_format=torch.channels_last).requires_grad_()
+    for layer, written in ((functools.partial(reflection_pad, margin=3), 38 * 38), (blur_down, 16 * 16)):
+        with Count() as count:
+            y = layer(x)
+        (work,) = count.works
+        assert (work.launches, work.bytes) == (1, 2 * 64 * (32 * 32 + written))
+        with Count() as count:
+            torch.autograd.grad(y, x, torch.ones_like(y))
+        backward = next(work for work in count.works if work.name.endswith("_backward"))
+        assert (backward.launches, backward.bytes) == (1, 2 * 64 * (32 * 32 + written))
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_norm_counts_its_own_launches(residual):
+    x = torch.randn(1, 64, 96, 96).bfloat16().contiguous(memory_format=torch.channels_last)
+    more = torch.randn_like(x) if residual else None
+    with Count() as count:
+        instance_norm(x, residual=more, slope=0.0)
+    (work,) = count.works
+    size = 2 * x.numel()
+    # a plane that does not fit on chip is read twice; means, deviations and their parts are small
+    assert work.launches >= 2
+    assert (3 + residual) * size < work.bytes < (3.1 + residual) * size
+    with FakeTensorMode(allow_non_fake_inputs=True), Count() as fake:
+        instance_norm(x, residual=more, slope=0.0)
+    assert (fake.launches, fake.bytes) == (count.launches, count.bytes)
 
 
 def test_views_move_nothing_and_gathers_only_selected_rows():

@@ -54,6 +54,7 @@ WRONG = [
     ("cut", ["optim.lr=nan"], "optim.lr must be a number from"),
     ("cut", ["optim.max_bad_steps=-1"], "optim.max_bad_steps must be a whole number of at least 0"),
     ("cut", ["loss.lambda_gan=0", "loss.lambda_nce=0"], "every term has weight 0"),
+    ("cut", ["run.streams=true"], "run.streams=true needs a CUDA device"),
     ("cut", ["run.graph=true"], "run.graph=true needs a CUDA device"),
     ("cut", ["data.batch=4", "optim.accumulate=2", "loss.negatives=batch"], "optim.accumulate=2 would change"),
     ("cyclegan", ["network.generator=unet_128", "run.checkpoint_activations=true"], "no residual blocks"),

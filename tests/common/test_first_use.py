@@ -18,13 +18,14 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from fastnce.kernels import (
+    activate,
     blur,
     common,
     cosine,
     few_outputs,
-    instance_norm,
     nce,
     nce_keys,
+    norm_whole,
     project,
     reflect_pad,
     sample,
@@ -99,11 +100,12 @@ def layer(name: str, implementation=None) -> torch.Tensor:
         "few_outputs_convolution": LastConvolution(8, 3, 3),
     }
     torch.manual_seed(1)
-    one = layers[name]
+    one = layers[name] if name != "activate" else BlurDown(8)
     for parameter in one.parameters():
         torch.nn.init.normal_(parameter)
     one.implementation = implementation
-    return one(torch.randn(1, 8, 12, 10, generator=torch.Generator().manual_seed(2)))
+    x = torch.randn(1, 8, 12, 10, generator=torch.Generator().manual_seed(2))
+    return one.after(x, torch.linspace(-1, 1, 8), 0.2) if name == "activate" else one(x)
 
 
 CALLS = {
@@ -117,7 +119,7 @@ CALLS = {
     "PatchNCEHead": head_loss,
     **{
         name: (lambda implementation=None, name=name: layer(name, implementation))
-        for name in ("instance_norm", "reflection_pad", "blur_down", "blur_up", "few_outputs_convolution")
+        for name in ("instance_norm", "activate", "reflection_pad", "blur_down", "blur_up", "few_outputs_convolution")
     },
 }
 """One call per family; each returns a tensor."""
@@ -127,7 +129,8 @@ HOSTS = {
     "patch_nce_layers": (cosine, "cosine"),
     "project_patches": (project, "project"),
     "PatchNCEHead": (nce, "mean_by_direction"),
-    "instance_norm": (instance_norm, "moments"),
+    "instance_norm": (norm_whole, "forward"),
+    "activate": (activate, "launch"),
     "reflection_pad": (reflect_pad, "launch"),
     "blur_down": (blur, "launch"),
     "blur_up": (blur, "launch"),
@@ -143,11 +146,13 @@ def doubled(result):
 
 
 def make_wrong(monkeypatch, family: str) -> None:
-    """Let a kernel return wrong numbers: all results are doubled, or a launch leaves its results unwritten."""
+    """Let a kernel return wrong numbers: doubled, with another epsilon, or left unwritten by a launch."""
     module, name = HOSTS[family]
     right = getattr(module, name)
 
     def wrong(*arguments, **options):
+        if name == "forward":
+            return right(*arguments[:5], 1.0, *arguments[6:])  # another epsilon
         if name != "launch":
             return doubled(right(*arguments, **options))
         for field in arguments[3:5]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from fastnce.kernels import common, instance_norm, nce
+from fastnce.kernels import common, nce, norm_whole
 from fastnce.kernels.planned import forget_plans
 from torch import nn
 
@@ -177,7 +177,7 @@ def test_right_kernels_agree_on_live_data(name, precision, accelerated, monkeypa
         rehearse(step, a_batch(), step.method.draw(random.Random(0)))
     assert live.found is None
     assert live.compared > 10
-    assert live.families >= {"instance_norm", "blur_down", "blur_up", "few_outputs_convolution"}
+    assert live.families >= {"instance_norm", "activate", "reflection_pad", "few_outputs_convolution"}
     assert live.families & {"PatchNCEHead", "patch_nce_layers", "patch_nce"}
 
 
@@ -215,15 +215,15 @@ def test_recorded_steps_with_comparisons_are_bit_equal(accelerated):
 @interpreted
 def test_a_kernel_that_becomes_wrong_stops_the_run(tmp_path, accelerated, monkeypatch):
     """The third step finds it: nothing is saved after the checkpoint of step 2, which stays whole."""
-    right = instance_norm.moments
+    right = norm_whole.forward
     calls = []
 
-    def wrong_later(x, eps):
+    def wrong_later(tile, x, residual, out, statistics, eps, form):
         calls.append(len(calls))
-        return right(x, eps) * 1.01 if wrong else right(x, eps)
+        right(tile, x, residual, out, statistics, 1.0 if wrong else eps, form)
 
     wrong = False
-    monkeypatch.setattr(instance_norm, "moments", wrong_later)
+    monkeypatch.setattr(norm_whole, "forward", wrong_later)
     begin(tmp_path / "run", 2, check_every=2)
     before = training_tensors(tmp_path / "run")
     wrong = True

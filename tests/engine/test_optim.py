@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastnce.engine.bad_steps import Updates
 from fastnce.engine.optim import ParameterGroup
 from fastnce.engine.options import OptimOptions
 from fastnce.engine.schedule import Plateau
 from fastnce.engine.step import Step
-from fastnce.methods import Draws
+from fastnce.methods import Draws, Phase
 from fastnce.nce import PatchNCEHead
 from tests.engine.test_cudagraph import WARM_UP, AsksTheHost, Tape, assert_same_state
 from tests.engine.test_progress import Dot
@@ -148,3 +149,23 @@ def test_a_checkpoint_of_adamw():
     other.load_state(state)
     steps(other, 3, 3)
     assert not torch.equal(other.method.generator.weight, whole.method.generator.weight)
+
+
+@pytest.mark.parametrize("value", [1.0, float("inf"), float("nan")])
+def test_gradients_are_checked_as_they_are(value):
+    """Expanded, strided and missing ones too; none is changed. A later sound phase does not hide an earlier bad one."""
+    layer = torch.nn.Linear(3, 2)
+    groups = {name: ParameterGroup((layer,), 1e-2, (0.5, 0.999)) for name in ("first", "second")}
+    phases = [Phase(torch.nn.Module(), (name,), apart=True) for name in groups]  # type: ignore[arg-type]
+    before = [p.detach().clone() for p in layer.parameters()]
+    updates = Updates(groups, None, torch.ones(()))
+    expanded, strided = torch.tensor(value).expand(2, 3), torch.full((4,), 2.0)[::2]
+    updates.add(phases[0], (expanded, strided))
+    updates.add(phases[1], (torch.ones(2, 3).t().contiguous().t(), None))
+    bad = updates.apply()
+    assert bad.item() == float(value != 1.0)
+    assert strided.tolist() == [2.0, 2.0]
+    assert torch.equal(expanded[1], torch.tensor([value] * 3)) or value != value
+    steps = [group.adam.state[p]["step"].item() for group in groups.values() for p in group.parameters]
+    assert steps == ([1.0, 1.0, 1.0, 0.0] if value == 1.0 else [0.0] * 4)
+    assert all(torch.equal(p, b) != (value == 1.0) for p, b in zip(layer.parameters(), before, strict=True))

@@ -11,7 +11,7 @@ from fastnce.kernels import configs, few_outputs, few_outputs_backward
 from fastnce.kernels.configs import Tile
 from torch import Tensor
 
-from fastnce.networks import ResnetGenerator, Restorer, fused, set_implementation
+from fastnce.networks import ResnetGenerator, Restorer, fused_last, set_implementation
 from fastnce.networks.layers import LastConvolution, full_precision, keeps_float32
 from tests.maps import DEVICE, GATE, error, launches, random_map
 
@@ -218,11 +218,11 @@ def test_unsupported_weights():
     for shape in ((17, 4, 3, 3), (3, 4, 4, 4), (3, 4, 3, 5), (3, 4, 9, 9)):
         assert "at most 16 outputs" in few_outputs.obstacle(*shape)
         with pytest.raises(ValueError, match="at most 16 outputs"):
-            fused.few_outputs_convolution(x, torch.empty(shape), None)
+            fused_last.few_outputs_convolution(x, torch.empty(shape), None)
     with pytest.raises(ValueError, match="4 channels, but the weights are for 5"):
-        fused.few_outputs_convolution(x, torch.empty(3, 5, 3, 3), None)
+        fused_last.few_outputs_convolution(x, torch.empty(3, 5, 3, 3), None)
     with pytest.raises(ValueError, match="leave no output of 5x5"):
-        fused.few_outputs_convolution(x, torch.empty(3, 4, 7, 7), None)
+        fused_last.few_outputs_convolution(x, torch.empty(3, 4, 7, 7), None)
 
 
 # As PyTorch operators
@@ -246,7 +246,7 @@ def test_second_derivatives():
     x, (weight, bias) = random_map(1, 4, 6, 5), parameters(3, 4, 3)
     second = []
     for function, leaves in (
-        (fused.few_outputs_convolution, [x, weight, bias]),
+        (fused_last.few_outputs_convolution, [x, weight, bias]),
         (lambda x, w, b, p: F.conv2d(x, w, b, padding=p), [t.double().cpu() for t in (x, weight, bias)]),
     ):
         leaves = [t.detach().clone().requires_grad_() for t in leaves]
@@ -258,7 +258,7 @@ def test_second_derivatives():
 
 def test_functional_gradient():
     x, (weight, bias) = random_map(1, 4, 6, 5), parameters(3, 4, 3)
-    ours = torch.func.grad(lambda w: fused.few_outputs_convolution(x, w, bias).pow(3).sum())(weight)
+    ours = torch.func.grad(lambda w: fused_last.few_outputs_convolution(x, w, bias).pow(3).sum())(weight)
     leaf = weight.double().cpu().requires_grad_()
     truth = F.conv2d(x.double().cpu(), leaf, bias.double().cpu()).pow(3).sum()
     assert error(ours, torch.autograd.grad(truth, leaf)[0]) <= 1e-5

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
-from fastnce.networks import fused
+from fastnce.networks import fused_last
 from fastnce.networks.layers import LastConvolution
 from tests.kernels.test_few_outputs import parameters
 from tests.maps import DEVICE, error, random_map
@@ -17,7 +17,7 @@ from tests.maps import DEVICE, error, random_map
 def test_no_images():
     x = random_map(0, 16, 5, 6, dtype=torch.bfloat16).requires_grad_()
     leaves = [x, *(t.requires_grad_() for t in parameters(3, 16, 3))]
-    y = fused.few_outputs_convolution(*leaves)
+    y = fused_last.few_outputs_convolution(*leaves)
     assert y.shape == (0, 3, 3, 4)
     found = torch.autograd.grad(y.sum(), leaves)
     assert [g.shape for g in found] == [leaf.shape for leaf in leaves]
@@ -28,7 +28,7 @@ def test_a_second_derivative_taken_under_autocast():
     x, (weight, bias) = random_map(1, 4, 6, 5), parameters(3, 4, 3)
     found = []
     for function, leaves in (
-        (fused.few_outputs_convolution, [x, weight, bias]),
+        (fused_last.few_outputs_convolution, [x, weight, bias]),
         (F.conv2d, [t.double().cpu() for t in (x, weight, bias)]),
     ):
         leaves = [t.detach().clone().requires_grad_() for t in leaves]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastnce.kernels import blur, configs, instance_norm, planes
+from fastnce.kernels import blur, configs, instance_norm, instance_norm_backward, norm_tiles, planes
+from fastnce.kernels.planned import forget_plans
 
 from tests.maps import DEVICE, FILTERS, GATE, error, filter_truth, norm_truth, random_map
 
@@ -26,7 +27,11 @@ def poison(monkeypatch):
 def small_tiles(monkeypatch):
     """Tiles so small that every map takes several programs, and a reduction several parts."""
     monkeypatch.setattr(configs, "layer_tile", lambda arch, channels, *_, **__: configs.Tile(16, 32, 4, 1))
-    monkeypatch.setattr(configs, "layer_splits", lambda arch, programs, tiles: min(tiles, 5))
+    monkeypatch.setattr(norm_tiles, "norm_splits", lambda arch, programs, tiles, reduction: min(tiles, 5))
+    monkeypatch.setattr(norm_tiles, "whole_tile", lambda *_: None)
+    forget_plans()
+    yield
+    forget_plans()
 
 
 NORM_CASES = (
@@ -40,6 +45,10 @@ NORM_CASES = (
 )
 
 
+def gradient_of_x(gradient, x, statistics, slope, margin):
+    return instance_norm_backward.instance_norm_backward(gradient, None, x, statistics, slope, margin)[0]
+
+
 def check_norm(case, dtype, layout="channels_last", upstream_layout="channels_last"):
     images, channels, height, width, slope, margin, with_residual = case
     x = random_map(images, channels, height, width, dtype=dtype, layout=layout)
@@ -48,7 +57,7 @@ def check_norm(case, dtype, layout="channels_last", upstream_layout="channels_la
         images, channels, height + 2 * margin, width + 2 * margin, dtype=dtype, layout=upstream_layout, centre=0.3
     )
     y, statistics = instance_norm.instance_norm(x, residual, 1e-5, slope, margin)
-    d_x = instance_norm.instance_norm_backward(upstream, x, statistics, slope, margin)
+    d_x = gradient_of_x(upstream, x, statistics, slope, margin)
     truth, d_truth = norm_truth(x, slope, margin, residual, upstream)
     assert y.dtype == d_x.dtype == dtype
     if channels > 1:
@@ -87,7 +96,7 @@ def test_instance_norm_of_an_expanded_gradient():
     x = random_map(2, 8, 6, 6)
     y, statistics = instance_norm.instance_norm(x, None, 1e-5, 0.0, 0)
     upstream = torch.tensor(0.5, device=DEVICE).expand(y.shape)
-    d_x = instance_norm.instance_norm_backward(upstream, x, statistics, 0.0, 0)
+    d_x = gradient_of_x(upstream, x, statistics, 0.0, 0)
     assert error(d_x, norm_truth(x, 0.0, 0, None, upstream)[1]) <= 5e-6
 
 
@@ -97,7 +106,7 @@ def test_instance_norm_of_a_large_flat_image():
     x[0, 0, 5, 7] = 200.0  # an outlier, so that shifting by the first value is not enough
     upstream = torch.randn_like(x)
     y, statistics = instance_norm.instance_norm(x, None, 1e-5, 1.0, 0)
-    d_x = instance_norm.instance_norm_backward(upstream, x, statistics, 1.0, 0)
+    d_x = gradient_of_x(upstream, x, statistics, 1.0, 0)
     truth, d_truth = norm_truth(x, 1.0, 0, None, upstream)
     assert error(y[:, 1:], truth[:, 1:]) <= 5e-5  # mostly the rounding of x - 3
     assert error(y[:, :1], truth[:, :1]) <= 5e-5
@@ -153,7 +162,7 @@ def test_offsets_beyond_32_bits():
         upstream = random_map(*values.shape, dtype=torch.float16)
         truth, d_truth = norm_truth(values, 1.0, 0, None, upstream)
         assert error(y, truth) <= 5e-4
-        assert error(instance_norm.instance_norm_backward(upstream, x, statistics, 1.0, 0), d_truth) <= 5e-4
+        assert error(gradient_of_x(upstream, x, statistics, 1.0, 0), d_truth) <= 5e-4
         assert error(blur.blur_up(x, 6, 80), filter_truth("blur_up", values.double())) <= 5e-4
 
 

@@ -95,7 +95,7 @@ def test_only_blocks_with_long_rows_stream_their_keys_again(monkeypatch):
     online: list[bool] = []
 
     def counted(*args, stream=nce.stream):
-        online.append(bool(args[7]))
+        online.append(bool(args[8]))
         return stream(*args)
 
     monkeypatch.setattr(nce, "stream", counted)

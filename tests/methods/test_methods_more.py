@@ -238,6 +238,12 @@ def test_dclgan_adams():
     assert build("dclgan-paper").pool_a.size == 50
 
 
+def contrast_of(method, *arguments) -> dict:
+    """The logged values of a dual method's contrast."""
+    found = method.options.lambda_nce * method.contrast(*arguments)
+    return {"NCE1": found[0], "NCE2": found[1]}
+
+
 def dual_contrast(method, batch, ids, external):
     """NCE1 and NCE2, computed one layer and one row at a time."""
     options = method.options
@@ -288,7 +294,7 @@ def test_dual_contrast_row_by_row(external, negatives):
     ids = [[torch.randperm(1024)[:5], torch.randperm(256)[:5]] for _ in range(2)]
     draws = Draws(patch_ids=ids)
     outputs = method.generate(batch, draws)
-    ours = method.contrast(batch, outputs, draws)
+    ours = contrast_of(method, batch, outputs, draws)
     plain = dual_contrast(method, batch, ids, external == "branch")
     weights = [*method.generator_a.parameters(), *method.projector_b.parameters()]
     for loss, expected in zip((ours["NCE1"], ours["NCE2"]), plain, strict=True):
@@ -306,7 +312,7 @@ def test_bank_holds_past_keys_of_its_domain():
     batch = pictures()
     ids = [[torch.arange(16), torch.arange(16)] for _ in range(2)]
     draws = Draws(patch_ids=ids)
-    method.contrast(batch, method.generate(batch, draws), draws)
+    contrast_of(method, batch, method.generate(batch, draws), draws)
     with torch.no_grad():
         maps = method.generator_a(batch.a, [4, 8], encode_only=True)
         rows, _ = PatchSampleF.forward(method.projector_a, maps, 16, ids[0])
@@ -314,13 +320,13 @@ def test_bank_holds_past_keys_of_its_domain():
     for kept, code in zip(banks, rows, strict=True):
         torch.testing.assert_close(kept[:16], code, rtol=1e-12, atol=1e-12)
     first = banks[0].clone()
-    found = method.contrast(batch, method.generate(batch, draws), draws)["NCE1"]
+    found = contrast_of(method, batch, method.generate(batch, draws), draws)["NCE1"]
     method.options.external = "none"
     queries = F.normalize(rows[0], dim=1)
     assert first.shape == (32, 8)
     assert (queries @ first.T).amax() > 0.999  # the same image came before, so its codes are negatives now
     method.bank_a = method.bank_b = None
-    assert found > method.contrast(batch, method.generate(batch, draws), draws)["NCE1"]
+    assert found > contrast_of(method, batch, method.generate(batch, draws), draws)["NCE1"]
 
 
 def test_dcdgan_adds_both_cycle_terms():

@@ -14,7 +14,14 @@ from fastnce.engine.options import OptimOptions
 from fastnce.engine.step import Step
 from fastnce.methods import Batch, Draws
 from fastnce.methods.losses import channel_cycle_loss
-from tests.methods.test_methods_more import build, count_passes, dual_contrast, losses_and_gradients, pictures
+from tests.methods.test_methods_more import (
+    build,
+    contrast_of,
+    count_passes,
+    dual_contrast,
+    losses_and_gradients,
+    pictures,
+)
 
 SMALL = {"generator": "resnet_4blocks", "discriminator": "n_layers", "discriminator_layers": 1}
 DUAL = {"network": SMALL, "nce_layers": [4, 8], "patches": 5}
@@ -35,7 +42,7 @@ def test_the_contrast_of_mirrored_images_row_by_row(external):
     batch = pictures(2)
     ids = [[torch.randperm(1024)[:5], torch.randperm(256)[:5]] for _ in range(2)]
     outputs = method.generate(batch, draws := Draws(True, ids))
-    ours = method.contrast(batch, outputs, draws)
+    ours = contrast_of(method, batch, outputs, draws)
 
     def mirrored(generator) -> Callable[..., object]:
         def call(x, layers=(), encode_only=False):
@@ -52,7 +59,7 @@ def test_the_contrast_of_mirrored_images_row_by_row(external):
     wanted = dual_contrast(plain, batch, ids, external == "branch")
     for name, expected in zip(("NCE1", "NCE2"), wanted, strict=True):
         torch.testing.assert_close(ours[name], expected, rtol=1e-10, atol=1e-10)
-    straight = method.contrast(batch, method.generate(batch, Draws()), Draws(False, ids))
+    straight = contrast_of(method, batch, method.generate(batch, Draws()), Draws(False, ids))
     assert not torch.isclose(straight["NCE1"], ours["NCE1"])
 
 
@@ -171,7 +178,7 @@ def test_gathered_negatives_are_those_of_the_whole_batch(preset, external, cosin
 
     def contrast(images: Batch):
         draws = Draws(patch_ids=ids)
-        losses = method.contrast(images, method.generate(images, draws), draws)
+        losses = contrast_of(method, images, method.generate(images, draws), draws)
         weights = [p for net in (method.generator_a, method.projector_b) for p in net.parameters() if p.dim() > 1]
         slopes = torch.autograd.grad(losses["NCE1"] + losses["NCE2"], weights, allow_unused=True)
         return torch.stack([losses["NCE1"], losses["NCE2"]]).detach(), [s for s in slopes if s is not None]
@@ -200,12 +207,12 @@ def test_simdcl_gathers_too():
         half, parts = Half(), [Batch(*(images[i : i + 1] for images in batch)) for i in (1 - rank, rank)]
         for others, part in zip((half.record, half), parts, strict=True):
             method.share_keys(others)
-            losses = method.contrast(part, method.generate(part, draws), draws)
+            losses = contrast_of(method, part, method.generate(part, draws), draws)
         values.append(losses["NCE1"])
     dual = build("dclgan", **DUAL, lambda_nce=1.0)
     dual.load_state_dict({k: v for k, v in method.state_dict().items() if not k.startswith("mappings")})
     ids = Draws(patch_ids=[[torch.arange(5)] * 2] * 2)
-    torch.testing.assert_close(sum(values) / 2, dual.contrast(batch, dual.generate(batch, ids), ids)["NCE1"])
+    torch.testing.assert_close(sum(values) / 2, contrast_of(dual, batch, dual.generate(batch, ids), ids)["NCE1"])
 
 
 @pytest.mark.parametrize(

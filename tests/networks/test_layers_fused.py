@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from fastnce.kernels import common, configs
+from fastnce.kernels import common
 from torch import Tensor
 
 from fastnce.methods.losses import gradient_penalty, r1_penalty
@@ -34,18 +34,15 @@ def exact_products():
 
 
 def test_launches_of_a_block(monkeypatch):
-    """Pad; norm, ReLU and pad; norm and sum: seven launches apart from the convolutions, and seven backward."""
-    monkeypatch.setattr(configs, "layer_splits", lambda arch, programs, tiles: 2)
+    """Pad; norm, ReLU and pad; norm and sum: three launches apart from the convolutions, and three backward."""
     names, block = launches(monkeypatch), ResnetBlock(4).to(DEVICE)
     set_implementation(block, "triton")
     x = random_map(1, 4, 64, 64).requires_grad_()
     y = block(x)
-    norm = ["moments_kernel", "join_kernel", "normalise_kernel"]
-    assert names == ["reflect_pad_kernel", *norm, *norm]
+    assert names == ["reflect_pad_kernel", "whole_norm_kernel", "whole_norm_kernel"]
     del names[:]
     torch.autograd.grad(y.sum(), x)
-    norm = ["sums_kernel", "join_kernel", "gradient_kernel"]
-    assert names == [*norm, *norm, "reflect_pad_backward_kernel"]
+    assert names == ["whole_gradient_kernel", "whole_gradient_kernel", "reflect_pad_backward_kernel"]
 
 
 # In networks
@@ -109,13 +106,13 @@ def test_runs_of_modules(monkeypatch):
     x = random_map(1, 4, 6, 6)
     separate = network(x)
     del names[:]
-    assert run_from(modules, 0, x) == (3, 0.2, 1)
-    assert run_from(modules, 0, x, kept=[1]) == (2, 0.2, 0)
-    assert run_from(modules, 0, x, kept=[0]) == (1, 1.0, 0)
+    assert run_from(modules, 0, x) == (3, 0.2, 1, 0)
+    assert run_from(modules, 0, x, kept=[1]) == (2, 0.2, 0, 0)
+    assert run_from(modules, 0, x, kept=[0]) == (1, 1.0, 0, 0)
     assert run_from(modules, 3, x) is None
-    assert run_from(modules, 4, x) == (1, 1.0, 0)
+    assert run_from(modules, 4, x) == (1, 1.0, 0, 0)
     assert error(run_all(modules, x), separate.double()) <= 5e-6
-    assert names.count("normalise_kernel") == 2
+    assert names.count("whole_norm_kernel") == 2
     assert "reflect_pad_kernel" not in names
     seen: list[Tensor] = []
     for hooked, expected in ((modules[1], separate), (modules[2], separate), (modules[0], separate)):
@@ -131,7 +128,7 @@ def test_runs_of_modules(monkeypatch):
     handle.remove()
     assert torch.equal(before[0], x)
     modules[2].implementation = "eager"
-    assert run_from(modules, 0, x) == (2, 0.2, 0)
+    assert run_from(modules, 0, x) == (2, 0.2, 0, 0)
     assert error(run_all(modules, x), separate.double()) <= 5e-6
 
 
@@ -161,11 +158,15 @@ def test_opcheck():
     operators = torch.ops.fastnce
     for layout in ("channels_last", "contiguous"):
         x = random_map(2, 3, 6, 5, layout=layout)
-        y, statistics = operators.instance_norm(x, None, 1e-5, 0.0, 1)
+        y, statistics = operators.instance_norm(x, None, 1e-5, 0.0, 1, 0)
+        small = operators.blur_down(x, 3, 3)
         for operator, arguments in (
-            (operators.instance_norm, (x, None, 1e-5, 0.0, 1)),
-            (operators.instance_norm, (x, x.flip(0), 1e-5, 1.0, 0)),
-            (operators.instance_norm_backward, (y, x, statistics, 0.0, 1)),
+            (operators.instance_norm, (x, None, 1e-5, 0.0, 1, 0)),
+            (operators.instance_norm, (x, x.flip(0), 1e-5, 1.0, 0, 2)),
+            (operators.instance_norm_backward, (y, None, x, statistics, 0.0, 1, 0, False)),
+            (operators.instance_norm_backward, (small, x, x, statistics, 0.0, 0, 1, True)),
+            (operators.activate, (x, x[0, :, 0, 0], 0.2, 1)),
+            (operators.activate_backward, (small, x, x[0, :, 0, 0], 0.2, 1)),
             (operators.reflect_pad, (x, 10, 9)),
             (operators.reflect_pad_backward, (x, 2, 1)),
             (operators.blur_down, (x, 3, 3)),
@@ -174,7 +175,7 @@ def test_opcheck():
             (operators.blur_up_backward, (random_map(2, 3, 6, 8, layout=layout), 3, 4)),
         ):
             torch.library.opcheck(operator.default, arguments, test_utils=("test_schema", "test_faketensor"))
-    torch.library.opcheck(operators.instance_norm.default, (x, None, 1e-5, 0.0, 1))
+    torch.library.opcheck(operators.instance_norm.default, (x, None, 1e-5, 0.0, 0, 1))
     torch.library.opcheck(operators.blur_down.default, (x, 3, 3))
 
 
@@ -285,8 +286,8 @@ def test_invalid_arguments():
         fused.reflection_pad(x, 3)
     with pytest.raises(ValueError, match="too small for a reflection of 1"):
         fused.blur_down(x[:, :, :1])
-    with pytest.raises(ValueError, match="the margin must be 0"):
-        fused.instance_norm(x, margin=1, residual=x)
+    with pytest.raises(ValueError, match="a pad or a blur, not both: margin 1, blur 2"):
+        fused.instance_norm(x, margin=1, blur=2)
     with pytest.raises(ValueError, match="shape and dtype"):
         fused.instance_norm(x, residual=x.bfloat16())
 
