@@ -23,6 +23,7 @@ from .base import (
     Phase,
     Sizes,
     check_ranges,
+    tapping,
     together,
 )
 from .losses import SATURATING_HELP, GANMode, gradient_penalty
@@ -103,11 +104,13 @@ class TwoWay(Method):
             "D": Group((self.discriminator_a, self.discriminator_b)),
         }
 
-    def translate_both(self, batch: Batch, identity: bool, layers: Sequence[int] = (), flip: bool = False) -> Outputs:
+    def translate_both(
+        self, batch: Batch, identity: bool, layers: Sequence[int] = (), flip: bool = False, taps: bool = False
+    ) -> Outputs:
         """Compute fake_B = G_A(A) and fake_A = G_B(B), and with `identity` also idt_A = G_A(B) and idt_B = G_B(A).
 
         With `layers`, keys_A and keys_B are the features of G_A(A) and G_B(B) at these layers. With `flip`, the fakes
-        are those of the mirrored images.
+        are those of the mirrored images. With `taps`, features may be taps.
         """
 
         def half(domain: str, other: str, generator: nn.Module, own: Tensor, foreign: Tensor) -> Outputs:
@@ -115,7 +118,8 @@ class TwoWay(Method):
             first = own.flip(3) if flip else own
             pictures = [first, foreign] if identity else [first]
             independent = generator.features_repeat
-            made = together(generator, pictures, independent=independent, layers=layers)  # type: ignore[arg-type]
+            more = tapping(generator, taps and bool(layers))
+            made = together(generator, pictures, independent=independent, layers=layers, **more)  # type: ignore[arg-type]
             if layers:
                 outputs[f"keys_{domain}"] = made[0][1]
                 made = [picture for picture, _ in made]
