@@ -92,6 +92,7 @@ KERNELS_WITHOUT_PRODUCTS = (
     "pack_gradient_kernel",
     "few_outputs_join_kernel",
     "weight_join_kernel",
+    "add_rows_kernel",
 )
 """Kernels of other cases without products on the matrix unit."""
 

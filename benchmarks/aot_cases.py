@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from fastnce.kernels import (
     activate,
+    add_rows,
     blur,
     configs,
     cosine,
@@ -24,7 +25,7 @@ from fastnce.kernels import (
     reflect_pad,
     sample,
 )
-from fastnce.kernels.map_layout import map_layout
+from fastnce.kernels.map_layout import map_layout, rows_layout
 
 
 def _tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -204,6 +205,21 @@ def sample_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "sample D=256 images=64, 16-bit weights", lambda: _sample(256, published, images=64, weights=torch.bfloat16)
     yield "sample D=256 images=64", lambda: _sample(256, published, images=64)
     yield "sample D=256 a set an image, directions", lambda: _sample(256, published, images=2, sets=2, directions=2)
+    for dtype, weights in (
+        (torch.bfloat16, None),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, None),
+        (torch.float32, None),
+    ):
+        name = f"{str(dtype).removeprefix('torch.')}{', 16-bit weights' if weights else ''}"
+        yield (
+            f"sample D=256 taps {name}",
+            lambda t=dtype, w=weights: _sample(256, published, dtype=t, weights=w or torch.float32, taps=True),
+        )
+    yield "sample D=256 taps tf32", _in_tf32(lambda: _sample(256, published, dtype=torch.float32, taps=True))
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for layout in ("nchw", "channels_last"):
+            yield f"add rows {layout} {str(dtype).removeprefix('torch.')}", lambda t=dtype, o=layout: _add_rows(t, o)
     yield "sample without MLP", lambda: _sample(0, published)
     yield "draw", lambda: sample.draw_ids(_tensor(5, 2, dtype=torch.int64), [68644, 65536, 16384], 256)
     yield "mean", lambda: nce.mean_by_direction(_tensor(1280, dtype=torch.float32), [256] * 5, 1)
@@ -244,18 +260,29 @@ def _sample(
     distinct: bool = True,
     dtype: torch.dtype = torch.bfloat16,
     weights: torch.dtype = torch.float32,
+    taps: bool = False,
 ) -> None:
     maps = [_tensor(images, c, 32, 32, dtype=dtype).to(memory_format=torch.channels_last) for c in channels]
     maps[0] = _tensor(images, channels[0], 32, 32, dtype=torch.float32)  # an image beside 16-bit features
     ids = [_tensor(sets, 256, dtype=torch.int64) for _ in maps]
     shapes = [s for c in channels for s in ((dim, c), (dim,), (dim, dim), (dim,))] if dim else []
     mlp = [_tensor(*shape, dtype=weights if len(shape) == 2 else torch.float32) for shape in shapes]
-    units, *saved = project.project(maps, ids, mlp, dtype, len(maps))
+    biases = [None, *(_tensor(c, dtype=torch.float32) for c in channels[1:])] if taps else []
+    units, *saved = project.project(maps, ids, mlp, dtype, len(maps), biases)
+    layouts = [rows_layout(m, 256) if taps and i else map_layout(m) for i, m in enumerate(maps)]
     upstream = _tensor(directions, dtype=torch.float32) if directions else None
     project_backward.project_backward(
-        units, upstream, directions or 1, [map_layout(m) for m in maps], ids, mlp, units, *saved,
+        units, upstream, directions or 1, layouts, ids, mlp, units, *saved,
         distinct=distinct, wanted=[True] * len(maps), weights_wanted=True,
     )  # fmt: skip
+
+
+def _add_rows(dtype: torch.dtype, layout: str) -> None:
+    target = _tensor(2, 128, 32, 32, dtype=dtype)
+    target = target.to(memory_format=torch.channels_last) if layout == "channels_last" else target
+    rows, ids = _tensor(2 * 256, 128, dtype=torch.float32), _tensor(2, 256, dtype=torch.int64)
+    for more in (False, True):
+        add_rows.add_rows(target, rows, ids, _tensor(128, dtype=torch.float32), more=more)
 
 
 def layer_cases() -> Iterator[tuple[str, Callable[[], object]]]:

@@ -139,6 +139,8 @@ TABLE: tuple[Row, ...] = (
     Row("merge", Tile(16, 16, 4, 1), dtype="float32"),
     Row("merge", Tile(16, 32, 8, 1), width=FROM_512),
     Row("merge", Tile(32, 32, 8, 1)),
+    # gradients of sampled rows, added to that of their map, `add_rows.py`: block_m rows of block_n channels
+    Row("add_rows", Tile(256, 16, 8, 1)),
     # gradients of the projectors: block_m outputs by block_n inputs
     Row("weight_gradient", Tile(64, 64, 8, 2), arch="sm_90", dtype="tf32"),
     Row("weight_gradient", Tile(32, 64, 8, 2), arch="sm_120", dtype="tf32"),

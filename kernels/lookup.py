@@ -32,8 +32,8 @@ registers: pair weights, the key pass, and rows whose length is not a multiple o
 `norm_whole.py`: forward or backward."""
 
 Kernel = Literal[
-    "nce", "mean", "terms", "rows", "project", "merge", "weight_gradient", "weight_join", "draw", "layer", "norm",
-    "norm_whole", "bias_join", "pack_weight", "few_outputs_forward", "pack_gradient", "few_outputs_map",
+    "nce", "mean", "terms", "rows", "project", "merge", "add_rows", "weight_gradient", "weight_join", "draw", "layer",
+    "norm", "norm_whole", "bias_join", "pack_weight", "few_outputs_forward", "pack_gradient", "few_outputs_map",
     "few_outputs_weight", "few_outputs_join",
 ]  # fmt: skip
 

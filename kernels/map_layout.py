@@ -18,9 +18,11 @@ class MapLayout(NamedTuple):
     width: int
     channels_last: bool
     dtype: torch.dtype
+    sampled: bool = False
+    """The gradient is that of the sampled rows, (images, channels, patches, 1), and not of the whole map."""
 
     def strides(self) -> tuple[int, int, int, int]:
-        _, c, h, w, channels_last, _ = self
+        _, c, h, w, channels_last, *_ = self
         return (c * h * w, 1, w * c, c) if channels_last else (c * h * w, h * w, w, 1)
 
     def numel(self) -> int:
@@ -38,6 +40,12 @@ def map_layout(feature_map: Tensor) -> MapLayout:
     return MapLayout(images, channels, height, width, channels_last, feature_map.dtype)
 
 
+def rows_layout(feature_map: Tensor, patches: int) -> MapLayout:
+    """The layout of the gradient of so many sampled rows per image: float32, the channels of a row adjacent."""
+    images, channels = feature_map.shape[:2]
+    return MapLayout(images, channels, patches, 1, True, torch.float32, sampled=True)
+
+
 def map_views(buffer: Tensor, maps: Sequence[MapLayout], wanted: Sequence[bool]) -> list[Tensor | None]:
     """Views of the gradients of the wanted maps in the buffer; None for the other maps."""
     views: list[Tensor | None] = []
@@ -47,7 +55,7 @@ def map_views(buffer: Tensor, maps: Sequence[MapLayout], wanted: Sequence[bool])
             views.append(None)
             continue
         # not `as_strided`: its offset counts from the storage, in which a compiler may place the buffer anywhere
-        images, channels, height, width, channels_last, dtype = m
+        images, channels, height, width, channels_last, dtype, _ = m
         flat = buffer.narrow(0, start, m.numel() * dtype.itemsize).view(dtype)
         if channels_last:
             views.append(flat.view(images, height, width, channels).permute(0, 3, 1, 2))

@@ -26,8 +26,13 @@ NORM_EPS = tl.constexpr(1e-7)
 TRITON_DTYPE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the products: bfloat16 for float16 rows, because 1 / |x| of a short row exceeds float16's range."""
+    return torch.bfloat16 if dtype == torch.float16 else dtype
+
+
 class FeatureMap(NamedTuple):
-    """A map (or its gradient) with its own dtype, strides and alignment."""
+    """A map (or its gradient) with its own dtype, strides and alignment, and the bias that its values lack."""
 
     map: Tensor  # (images, channels, height, width)
     m_image: int
@@ -35,6 +40,7 @@ class FeatureMap(NamedTuple):
     m_y: int
     m_x: int
     width: int
+    bias: Tensor  # (channels,), any floating dtype; not read for a map without bias
 
 
 class Layer(NamedTuple):
@@ -92,6 +98,7 @@ def project_rows(
     COUNT: tl.constexpr,
     SAVED: tl.constexpr,
     MLP: tl.constexpr,
+    BIASED: tl.constexpr,
     ODD: tl.constexpr,
     WIDE: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -120,7 +127,11 @@ def project_rows(
             if number == i:
                 p_x = places_of(maps[i], o_r // one.patches, at, o_c)
                 m_x = m_in[:, None] & m_c[None, :]
-                x = narrow(tl.load(p_x, mask=m_x, other=0.0), DTYPE)
+                value = tl.load(p_x, mask=m_x, other=0.0)
+                if (BIASED >> i) & 1:
+                    bias = tl.load(maps[i].bias + o_c, mask=m_c, other=0.0).to(tl.float32)
+                    value = value.to(tl.float32) + bias[None, :]
+                x = narrow(value, DTYPE)
     m_saved = (m_r & (number < SAVED))[:, None]
     if SAVED > 0:
         tl.store(x_saved + one.first_x + o_r64[:, None] * channels + o_c[None, :], x, mask=m_saved & m_c[None, :])
@@ -167,6 +178,7 @@ def project_kernel(
     COUNT: tl.constexpr,
     SAVED: tl.constexpr,
     MLP: tl.constexpr,
+    BIASED: tl.constexpr,
     ODD: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -179,7 +191,8 @@ def project_kernel(
     """Write unit rows. The first SAVED layers also save lengths, sampled values and hidden values for the backward.
 
     BC is the width of a tile for layers whose channels are a multiple of 16, and BO for the others, whose bits are set
-    in ODD; 0 if there are none. BD is that of the projection; without an MLP it is BC or BO.
+    in ODD; 0 if there are none. BD is that of the projection; without an MLP it is BC or BO. The bits of BIASED are set
+    for maps with a bias.
     """
     block = tl.program_id(0).to(tl.int64)
     odd = (ODD >> number_of(layers, block, COUNT)) & 1
@@ -187,13 +200,13 @@ def project_kernel(
         if BO == 0 or odd == 0:
             project_rows(
                 maps, layers, block, length, x_saved, h_saved, hidden,
-                COUNT, SAVED, MLP, ODD, True, DTYPE, PRECISION, BM, BC, BH, BD if MLP else BC,
+                COUNT, SAVED, MLP, BIASED, ODD, True, DTYPE, PRECISION, BM, BC, BH, BD if MLP else BC,
             )  # fmt: skip
     if BO > 0:  # noqa: SIM102
         if BC == 0 or odd == 1:
             project_rows(
                 maps, layers, block, length, x_saved, h_saved, hidden,
-                COUNT, SAVED, MLP, ODD, False, DTYPE, PRECISION, BM, BO, BH, BD if MLP else BO,
+                COUNT, SAVED, MLP, BIASED, ODD, False, DTYPE, PRECISION, BM, BO, BH, BD if MLP else BO,
             )  # fmt: skip
 
 
@@ -226,7 +239,12 @@ def groups_of_four(mlp: Sequence[Tensor], layers: int) -> list[Weights] | list[N
 
 @planned(products="matmul")
 def project(
-    maps: Sequence[Tensor], ids: Sequence[Tensor], mlp: Sequence[Tensor], dtype: torch.dtype, saved: int
+    maps: Sequence[Tensor],
+    ids: Sequence[Tensor],
+    mlp: Sequence[Tensor],
+    dtype: torch.dtype,
+    saved: int,
+    biases: Sequence[Tensor | None] = (),
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     """Unit rows of all layers, and what the backward of the first `saved` layers needs, in one launch.
 
@@ -236,6 +254,7 @@ def project(
         mlp: none, or weight1, bias1, weight2, bias2 of each map in turn, contiguous and of one dtype.
         dtype: of the products and of the rows.
         saved: the number of layers, from the first, to save for the backward.
+        biases: none, or one (channels,) or None per map, which is added in float32 to the values of the map.
 
     Returns:
         [(images * patches, dim)], float32 lengths, sampled rows, hidden rows (the last three flat, over all layers).
@@ -250,11 +269,14 @@ def project(
     product = precision(arch, dtype)
     width, kind = max(widest_c, block_dim(max(dims))), mlp[0].dtype if mlp else None
     tile = configs.project_tile(arch, dtype, width, sum(all_rows), product == "tf32", kind)
+    biased = sum(1 << i for i, bias in enumerate(biases) if bias is not None)
+    biases = biases or [None] * len(maps)
     places, layers, units, block, row, x = [], [], [], 0, 0, 0
-    for m, i, weights, dim, rows in zip(maps, ids, groups_of_four(mlp, len(maps)), dims, all_rows, strict=True):
+    sources = zip(maps, ids, groups_of_four(mlp, len(maps)), dims, all_rows, strict=True)
+    for bias, (m, i, weights, dim, rows) in zip(biases, sources, strict=True):
         unit = torch.empty(rows, dim, dtype=dtype, device=m.device)
         units.append(unit)
-        places.append(FeatureMap(m, *map_strides(m.shape, m.stride()), m.shape[3]))
+        places.append(FeatureMap(m, *map_strides(m.shape, m.stride()), m.shape[3], m if bias is None else bias))
         layers.append(
             Layer(
                 i, *(weights or (unit, unit, unit, unit)), unit, i.stride(0), i.stride(1), m.shape[0] // i.shape[0],
@@ -271,7 +293,7 @@ def project(
     h_saved = torch.empty(kept_rows * hidden if mlp else 0, dtype=dtype, device=first.device)
     launch(
         project_kernel, block, first, tuple(places), tuple(layers), length, x_saved, h_saved, hidden,
-        COUNT=len(layers), SAVED=saved, MLP=bool(mlp), ODD=widths.odd_layers, DTYPE=TRITON_DTYPE[dtype],
+        COUNT=len(layers), SAVED=saved, MLP=bool(mlp), BIASED=biased, ODD=widths.odd_layers, DTYPE=TRITON_DTYPE[dtype],
         PRECISION=product, BM=tile.block_m, BC=widths.even, BO=widths.odd, BH=tile.block_n, BD=block_dim(max(dims)),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -35,6 +35,7 @@ from .project import (
     NORM_EPS,
     TRITON_DTYPE,
     FeatureMap,
+    gradient_dtype,
     groups_of_four,
     locations_of,
     places_of,
@@ -85,6 +86,7 @@ def backward_rows(
     MLP: tl.constexpr,
     UPSTREAM: tl.constexpr,
     DISTINCT: tl.constexpr,
+    SAMPLED: tl.constexpr,
     ODD: tl.constexpr,
     WIDE: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -146,8 +148,12 @@ def backward_rows(
         for i in tl.static_range(COUNT):
             if ((ODD >> i) & 1 == 0) == WIDE:  # noqa: SIM102 - known to the compiler
                 if number == i:
-                    p_m = places_of(maps[i], o_r // one.patches, at, o_c)
-                    tl.store(p_m, narrow(x, maps[i].map.dtype.element_ty), mask=m_in[:, None] & m_c[None, :])
+                    if (SAMPLED >> i) & 1:
+                        p_m = maps[i].map + o_r64[:, None] * channels + o_c[None, :]
+                        tl.store(p_m, x, mask=m_r[:, None] & m_c[None, :])
+                    else:
+                        p_m = places_of(maps[i], o_r // one.patches, at, o_c)
+                        tl.store(p_m, narrow(x, maps[i].map.dtype.element_ty), mask=m_in[:, None] & m_c[None, :])
     else:
         p_x = d_x + one.first_x + o_r64[:, None] * channels + o_c[None, :]
         tl.store(p_x, narrow(x, DTYPE), mask=m_r[:, None] & m_c[None, :])
@@ -169,6 +175,7 @@ def project_backward_kernel(
     MLP: tl.constexpr,
     UPSTREAM: tl.constexpr,
     DISTINCT: tl.constexpr,
+    SAMPLED: tl.constexpr,
     ODD: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -180,7 +187,7 @@ def project_backward_kernel(
 ):
     """From the gradient of unit rows to those of the projection, the hidden rows, and the map or the sampled rows.
 
-    BC, BO, BD and ODD are as in `project_kernel`.
+    BC, BO, BD and ODD are as in `project_kernel`. The bits of SAMPLED are set for layers whose rows are stored as rows.
     """
     block = tl.program_id(0).to(tl.int64)
     odd = (ODD >> number_of(layers, block, COUNT)) & 1
@@ -188,13 +195,13 @@ def project_backward_kernel(
         if BO == 0 or odd == 0:
             backward_rows(
                 maps, layers, block, length, h_saved, upstream, upstream_stride, d_z, d_h, d_x, hidden,
-                COUNT, MLP, UPSTREAM, DISTINCT, ODD, True, DTYPE, PRECISION, BM, BC, BH, BD if MLP else BC,
+                COUNT, MLP, UPSTREAM, DISTINCT, SAMPLED, ODD, True, DTYPE, PRECISION, BM, BC, BH, BD if MLP else BC,
             )  # fmt: skip
     if BO > 0:  # noqa: SIM102
         if BC == 0 or odd == 1:
             backward_rows(
                 maps, layers, block, length, h_saved, upstream, upstream_stride, d_z, d_h, d_x, hidden,
-                COUNT, MLP, UPSTREAM, DISTINCT, ODD, False, DTYPE, PRECISION, BM, BO, BH, BD if MLP else BO,
+                COUNT, MLP, UPSTREAM, DISTINCT, SAMPLED, ODD, False, DTYPE, PRECISION, BM, BO, BH, BD if MLP else BO,
             )  # fmt: skip
 
 
@@ -233,11 +240,6 @@ def merge_kernel(maps, layers, d_x, COUNT: tl.constexpr, BM: tl.constexpr, BN: t
         if number == i:
             m_x = m_in[:, None] & (o_c < layers[i].channels)[None, :]
             tl.store(places_of(maps[i], image, at, o_c), narrow(acc, maps[i].map.dtype.element_ty), mask=m_x)
-
-
-def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the products: bfloat16 for float16 rows, because 1 / |x| of a short row exceeds float16's range."""
-    return torch.bfloat16 if dtype == torch.float16 else dtype
 
 
 def project_backward(
@@ -310,7 +312,8 @@ def into_buffer(
     for k, (m, i, w) in enumerate(zip(maps, ids, groups_of_four(mlp, len(maps)), strict=True)):
         d_map, unit = gradients[k], units[k]
         rows, channels = unit.shape[0], m.channels
-        places.append(FeatureMap(unit if d_map is None else d_map, *map_strides(m[:4], m.strides()), m.width))
+        target = unit if d_map is None else d_map
+        places.append(FeatureMap(target, *map_strides(m[:4], m.strides()), m.width, target))
         fields = LayerGradient(
             i, w[0] if w else unit, w[2] if w else unit, unit, d_units[k], i.stride(0), i.stride(1),
             m.images // i.shape[0], d_units[k].stride(0),
@@ -331,9 +334,9 @@ def into_buffer(
         project_backward_kernel, block, first, tuple(places), tuple(layers), length, h_saved,
         length if upstream is None else upstream, 0 if upstream is None else upstream.stride(0), d_z, d_h, d_x, hidden,
         COUNT=len(layers), MLP=bool(mlp), UPSTREAM=upstream is not None, DISTINCT=distinct,
-        ODD=widths.odd_layers, DTYPE=TRITON_DTYPE[dtype], PRECISION=product,
-        BM=tile.block_m, BC=widths.even, BO=widths.odd, BH=tile.block_n, BD=widest_d,
-        num_warps=tile.warps, num_stages=tile.stages,
+        SAMPLED=sum(1 << k for k, m in enumerate(maps) if m.sampled and wanted[k]), ODD=widths.odd_layers,
+        DTYPE=TRITON_DTYPE[dtype], PRECISION=product, BM=tile.block_m, BC=widths.even, BO=widths.odd, BH=tile.block_n,
+        BD=widest_d, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if not distinct and any(wanted):
         launch(

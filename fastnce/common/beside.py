@@ -24,6 +24,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from .taps import Tap
+
 First = TypeVar("First")
 Second = TypeVar("Second")
 
@@ -135,7 +137,7 @@ class CudaStreams:
 
 def _record(value: Any, stream: torch.cuda.Stream) -> None:
     """Tell the allocator that a stream uses the tensors of a result, which another stream has made."""
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor | Tap):
         value.record_stream(stream)
     elif isinstance(value, dict):
         _record(list(value.values()), stream)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..common.imports import CodeError, first_line
 from ..common.options import check
+from ..networks import ResnetGenerator
 from ..networks.contracts import check_output
 from ..networks.tracing import ReadsValue, is_own
 from .checks import Sizes, extremes, trace_shapes
@@ -288,3 +289,13 @@ def together(network: nn.Module, pictures: Sequence[Tensor], *, independent: boo
     output, features = result
     maps = zip(*(feature.split(sizes) for feature in features), strict=True)
     return list(zip(output.split(sizes), map(list, maps), strict=True))
+
+
+def tapping(generator: nn.Module, wanted: bool = True) -> dict[str, bool]:
+    """Return the arguments with which `generator` hands out taps in place of features; none if it cannot.
+
+    A method passes them where it does no more with the features than sample and project rows (see `common.taps`).
+    """
+    own = isinstance(generator, ResnetGenerator) and type(generator).forward is ResnetGenerator.forward
+    plain = own and not generator._forward_hooks and "forward" not in generator.__dict__
+    return {"taps": True} if wanted and plain else {}

@@ -33,6 +33,7 @@ from .base import (
     Phase,
     Sizes,
     check_ranges,
+    tapping,
 )
 from .checks import check_contrast, check_learned_temperature, drawn_rows
 from .losses import SATURATING_HELP, GANMode, gradient_penalty
@@ -103,6 +104,8 @@ class CUT(Method):
 
     keys_learn = False
     """Whether a loss differentiates the features of the real images too."""
+    taps_keys = True
+    """Whether `projects_rows` holds for the features of the real images too."""
 
     def __init__(self, options: CUTOptions, network: NetworkOptions):
         super().__init__()
@@ -236,6 +239,12 @@ class CUT(Method):
         """Whether the generator also receives B, in one batch with A."""
         return self.options.nce_idt and self.options.lambda_nce > 0
 
+    @property
+    def projects_rows(self) -> bool:
+        """Whether the loss reads no more of the features than a few rows per image, at distinct locations."""
+        options = self.options
+        return options.patches > 0 and options.projector != "reshape" and options.selection == "uniform"
+
     def draw(self, rng: random.Random) -> Draws:
         return Draws(flip=self.options.flip_equivariance and rng.random() < 0.5)
 
@@ -251,7 +260,7 @@ class CUT(Method):
         keys = None
         # The features of a mirrored image are not the mirrored features, so x is then encoded separately.
         if options.reuse_key_features and options.lambda_nce > 0 and not draws.flip and generator.features_repeat:
-            fake, features = generator(real, self.layers)
+            fake, features = generator(real, self.layers, **tapping(generator, self.projects_rows and self.taps_keys))
             keys = features if self.keys_learn else [feature.detach() for feature in features]
         else:
             fake = generator(real.flip(3) if draws.flip else real)
@@ -299,13 +308,15 @@ class CUT(Method):
 
     def maps(self, outputs: Outputs, draws: Draws) -> tuple[list[Tensor], list[Tensor], int]:
         """Return the features of the fakes, those of the real images, and the number of directions."""
-        queries = self.generator(outputs["fake"], self.layers, encode_only=True)
+        taps = tapping(self.generator, self.projects_rows)
+        queries = self.generator(outputs["fake"], self.layers, encode_only=True, **taps)
         if draws.flip:
             queries = [query.flip(3) for query in queries]
         keys = outputs["keys"]
         if keys is None:
             with torch.set_grad_enabled(self.keys_learn and torch.is_grad_enabled()):
-                keys = self.generator(outputs["real"], self.layers, encode_only=True)
+                taps = tapping(self.generator, self.projects_rows and self.taps_keys)
+                keys = self.generator(outputs["real"], self.layers, encode_only=True, **taps)
         if self.options.projector == "reshape":
             queries, keys = pooled_maps(queries), pooled_maps(keys)
         return queries, keys, 2 if "idt_B" in outputs else 1

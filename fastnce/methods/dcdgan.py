@@ -15,7 +15,7 @@ from ..common.beside import beside
 from ..common.options import option
 from ..data.rain import RainOptions, parse_ranges, render_rain
 from ..nce.api import Negatives
-from .base import WEIGHT, Batch, Draws, NetworkOptions, Outputs
+from .base import WEIGHT, Batch, Draws, NetworkOptions, Outputs, tapping
 from .dclgan import DCLGAN, DCLGANOptions
 from .losses import SATURATING_HELP
 from .terms import Terms
@@ -98,7 +98,8 @@ class DCDGAN(DCLGAN):
             image = outputs[f"fake_{fake}"]
             found: Outputs = {}
             if self.shares_passes:  # the pass that closes the cycle also returns the queries
-                found[f"rec_{domain}"], found[f"queries_{fake}"] = generator(image, self.layers)
+                taps = tapping(generator, self.projects_rows)
+                found[f"rec_{domain}"], found[f"queries_{fake}"] = generator(image, self.layers, **taps)
             else:
                 found[f"rec_{domain}"] = generator(image)
             if draws.flip:  # the cycle ends at the mirrored image

@@ -34,6 +34,7 @@ from .base import (
     Phase,
     Sizes,
     check_ranges,
+    tapping,
 )
 from .checks import check_contrast, check_learned_temperature, drawn_rows
 from .cyclegan import TwoWay
@@ -129,6 +130,7 @@ class DCLGAN(TwoWay):
         super().__init__(network, options.gan_mode, options.lambda_gp, options.pool_size, options.augment)
         self.options = options
         self.layers = list(options.nce_layers)
+        self.projects_rows = options.projector != "reshape"  # as in CUT
         self.others: Callable[[Tensor], Tensor] | None = None
         """Gathers a constant of the other ranks, (...) -> (ranks - 1, ...), for more negatives."""
         self.weighting = find_weighting(options.weighting, options.weighting_options)
@@ -220,7 +222,7 @@ class DCLGAN(TwoWay):
     def generate(self, batch: Batch, draws: Draws) -> Outputs:
         # the features of a mirrored image are not the mirrored features, so the keys are then encoded separately
         layers = self.layers if self.shares_passes and not draws.flip else ()
-        return self.translate_both(batch, self.options.lambda_idt > 0, layers, draws.flip)
+        return self.translate_both(batch, self.options.lambda_idt > 0, layers, draws.flip, self.projects_rows)
 
     def g_loss(self, batch: Batch, outputs: Outputs, draws: Draws) -> tuple[Tensor, Losses]:
         total, losses = self.g_terms(batch, outputs, draws).total()
@@ -261,7 +263,8 @@ class DCLGAN(TwoWay):
         """
 
         def kept(name: str, generator: nn.Module, images: Tensor) -> list[Tensor]:
-            return outputs[name] if name in outputs else generator(images, self.layers, encode_only=True)
+            taps = tapping(generator, self.projects_rows)
+            return outputs[name] if name in outputs else generator(images, self.layers, encode_only=True, **taps)
 
         keys_a, keys_b = beside(
             lambda: kept("keys_A", self.generator_a, batch.a), lambda: kept("keys_B", self.generator_b, batch.b)

@@ -47,6 +47,7 @@ class NEGCUT(CUT):
 
     options: NEGCUTOptions
     keys_learn = True
+    taps_keys = False  # F_ reads every location
 
     def __init__(self, options: NEGCUTOptions, network: NetworkOptions):
         super().__init__(options, network)

@@ -44,6 +44,7 @@ class QSAttn(CUT):
 
     options: QSAttnOptions
     keys_learn = True
+    projects_rows = False
 
     def __init__(self, options: QSAttnOptions, network: NetworkOptions):
         super().__init__(options, network)

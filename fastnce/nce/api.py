@@ -15,6 +15,7 @@ from torch import Tensor
 from ..common.dispatch import KERNELS, Implementation, operators
 from ..common.first_use import settled, trusted
 from ..common.precision import autocast_dtype, without_autocast
+from ..common.taps import Tap, Untapped, untapped
 from . import checks
 from .impl import eager
 from .impl.dispatch import choose_maps, choose_rows, planned_calls, triton_maps, triton_rows
@@ -205,7 +206,7 @@ def sample_patch_ids(
 
 
 def project_patches(
-    maps: Sequence[Tensor],
+    maps: Sequence[Tensor | Tap],
     patch_ids: Sequence[Tensor],
     mlps: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]] | None = None,
     *,
@@ -216,7 +217,8 @@ def project_patches(
     """Gather the rows of each map at its ids, apply its two-layer MLP if given, divide by the length plus 1e-7.
 
     Args:
-        maps: one (images, channels, height, width) per layer, of any floating dtype, all on one device.
+        maps: one (images, channels, height, width) per layer, of any floating dtype, all on one device; tensors, or
+            taps of a generator's maps.
         patch_ids: per layer (patches,) for all images, or (sets, patches), where each set serves equally many
             consecutive images (sets = images: one set per image). int64, on the device of the maps.
         mlps: one (weight1 (dim, channels), bias1, weight2 (dim, dim), bias2) per layer, as in `nn.Linear`, all of one
@@ -234,7 +236,9 @@ def project_patches(
     Raises:
         ValueError: lists that do not match, or a tensor of a shape, dtype or device other than above.
     """
-    call = None if check_ids else _call(maps, patch_ids, mlps, (distinct_ids, implementation))
+    sources = untapped(maps, distinct_ids, patch_ids)
+    maps = sources.maps
+    call = None if check_ids else _call(sources, patch_ids, mlps, (distinct_ids, implementation))
     if call is not None and (found := call.repeat()) is not None:
         return found[0]
     checks.maps("maps", maps)
@@ -246,12 +250,15 @@ def project_patches(
     choice, dtypes = choose_maps(implementation, maps, mlps, patches)
     if choice is KERNELS:
         choice = trusted(
-            maps_use("project_patches", maps, mlps, patches, distinct=distinct_ids), maps[0].device, dtypes[0]
+            maps_use("project_patches", maps, mlps, patches, distinct=distinct_ids, taps=sources.kinds()),
+            maps[0].device,
+            dtypes[0],
         )
     if choice.triton:
         if call is not None and (found := call.plan(dtype=dtypes[0], distinct=distinct_ids, keep=settled(choice))):
             return found[0]
-        return triton_maps.project_rows(maps, ids, mlps, dtypes[0], distinct_ids)
+        return triton_maps.project_rows(sources.dense(), ids, mlps, dtypes[0], distinct_ids)
+    maps = sources.dense()
     rows = []
     for layer, (feature_map, given, dtype) in enumerate(zip(maps, ids, dtypes, strict=True)):
         images = feature_map.shape[0]
@@ -269,9 +276,9 @@ def project_patches(
     return rows
 
 
-def _call(maps: Any, patch_ids: Any, mlps: Any, settings: tuple[Any, ...]) -> Any:
+def _call(sources: Untapped, patch_ids: Any, mlps: Any, settings: tuple[Any, ...]) -> Any:
     """A call of `project_patches` as `planned_calls` takes it; None if it is traced, malformed or on a CPU."""
-    if planned_calls is None or torch.compiler.is_compiling() or not planned_calls.usable(maps):
+    if planned_calls is None or torch.compiler.is_compiling() or not planned_calls.usable(sources.maps):
         return None
     ids = planned_calls.given_ids(patch_ids)
     if not ids:
@@ -280,7 +287,7 @@ def _call(maps: Any, patch_ids: Any, mlps: Any, settings: tuple[Any, ...]) -> An
         weights = [] if mlps is None else [w for mlp in mlps for w in mlp]
     except TypeError:
         return None
-    return planned_calls.RowsCall(maps, weights, ids, settings)
+    return planned_calls.RowsCall(sources, weights, ids, settings)
 
 
 def products(dtype: torch.dtype, device: torch.device) -> str:

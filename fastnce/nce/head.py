@@ -17,6 +17,7 @@ from ..common.dispatch import KERNELS, Choice, Implementation
 from ..common.first_use import settled, trusted
 from ..common.messages import shown
 from ..common.precision import autocast_dtype
+from ..common.taps import Tap, Untapped, untapped, without_biases
 from . import checks
 from .api import NEGATIVES, Negatives, patch_nce, project_patches, sample_patch_ids
 from .impl.dispatch import choose_maps, planned_calls, triton_maps
@@ -98,14 +99,15 @@ class PatchNCEHead(PatchSampleF):
         """Return T of each layer: numbers, or tensors () with a gradient if T is learned."""
         return [*(self.temperatures if self.learned_temperature is None else self.learned_temperature())]
 
-    def draw_ids(self, maps: Sequence[Tensor], directions: int = 1) -> list[Tensor]:
+    def draw_ids(self, maps: Sequence[Tensor | Tap], directions: int = 1) -> list[Tensor]:
         """Draw locations for each layer of these maps, on their device: one set per direction, or per image.
 
         Returns (patches,) per layer for one set, else (sets, patches). The kernels draw for all layers at once, so a
         seed gives other locations than with `sample_patch_ids`.
         """
-        checks.maps("maps", maps, self.layers)
-        return self._draw_ids(maps, checks.directions(directions, maps[0].shape[0]), self.mlps(self.layers))
+        plain = without_biases(maps)
+        checks.maps("maps", plain, self.layers)
+        return self._draw_ids(plain, checks.directions(directions, plain[0].shape[0]), self.mlps(self.layers))
 
     def _draw_ids(self, maps: Sequence[Tensor], directions: int, mlps: MLPs) -> list[Tensor]:
         sets = self._sets(maps[0].shape[0], directions)
@@ -130,7 +132,7 @@ class PatchNCEHead(PatchSampleF):
     def _sets(self, images: int, directions: int) -> int:
         return images if self.ids_per_image else directions
 
-    def _loss_call(self, query_maps, key_maps, mlps: MLPs, key_mlps: MLPs, patch_ids, directions) -> Any:
+    def _loss_call(self, queries: Untapped, keys: Untapped, mlps: MLPs, key_mlps: MLPs, patch_ids, directions) -> Any:
         """The call as `planned_calls` takes it; None if it is traced, or if there are no kernels."""
         if planned_calls is None or torch.compiler.is_compiling():
             return None
@@ -146,9 +148,11 @@ class PatchNCEHead(PatchSampleF):
             directions, self.patches, *self.temperatures, self.negatives, self.ids_per_image, self.implementation,
             patch_ids is None,
         )  # fmt: skip
-        return planned_calls.LossCall(query_maps, key_maps, query_mlp, key_mlp, ids, settings)
+        return planned_calls.LossCall(queries, keys, query_mlp, key_mlp, ids, settings)
 
-    def _choice(self, maps: Sequence[Tensor], mlps: MLPs, directions: int, distinct: bool) -> Choice:
+    def _choice(
+        self, maps: Sequence[Tensor], mlps: MLPs, directions: int, distinct: bool, kinds: tuple[int, ...]
+    ) -> Choice:
         choice, dtypes = choose_maps(self.implementation, maps, mlps, self.patches)
         if choice is not KERNELS:
             return choice
@@ -161,13 +165,14 @@ class PatchNCEHead(PatchSampleF):
             directions=directions,
             temperature=min(self.temperatures),
             distinct=distinct,
+            taps=kinds,
         )
         return trusted(use, maps[0].device, dtypes[0])
 
     def forward(  # type: ignore[override]
         self,
-        query_maps: Sequence[Tensor],
-        key_maps: Sequence[Tensor],
+        query_maps: Sequence[Tensor | Tap],
+        key_maps: Sequence[Tensor | Tap],
         *,
         patch_ids: Sequence[Tensor] | Sequence[Sequence[Tensor]] | None = None,
         directions: int = 1,
@@ -199,8 +204,13 @@ class PatchNCEHead(PatchSampleF):
         plain = self.weighting is None and not self.symmetric
         call = None
         fusable = plain and self.others is None and self.learned_temperature is None
+        drawn = patch_ids is None
+        sides = query_maps, key_maps  # taps among them
+        of_queries, of_keys = untapped(query_maps, drawn, self.patches), untapped(key_maps, drawn)
+        query_maps, key_maps = of_queries.maps, of_keys.maps
+        kinds = of_queries.kinds() or of_keys.kinds()
         if fusable:
-            call = self._loss_call(query_maps, key_maps, mlps, key_mlps, patch_ids, directions)
+            call = self._loss_call(of_queries, of_keys, mlps, key_mlps, patch_ids, directions)
             if call is not None and (means := call.repeat()) is not None:
                 return means if directions > 1 else means.view(())
         images = self.images_of(query_maps, key_maps, projected=mlps is not None and key_mlps is not None)
@@ -208,15 +218,14 @@ class PatchNCEHead(PatchSampleF):
         groups = images if self.negatives == "image" else directions
         if not plain and self.others is not None:
             raise ValueError("keys of other ranks cannot be combined with a weighting or symmetric=True")
-        drawn = patch_ids is None
         ids = [] if patch_ids is None else self.given_ids(patch_ids, images, directions)
-        choice = self._choice(query_maps, mlps, directions, drawn) if fusable else None
+        choice = self._choice(query_maps, mlps, directions, drawn, kinds) if fusable else None
         if choice is not None and choice.triton and self._one_launch(mlps, key_mlps):
             if ids:
                 checks.ids(ids, query_maps)
-            for given, maps in ((mlps, query_maps), (key_mlps, key_maps)):
-                if given is not None:
-                    checks.mlps(given, maps)
+            for weights, maps in ((mlps, query_maps), (key_mlps, key_maps)):
+                if weights is not None:
+                    checks.mlps(weights, maps)
             options: Any = {
                 "temperatures": [float(t) for t in self.temperatures],  # an attribute may have been replaced
                 "groups": groups,
@@ -230,13 +239,13 @@ class PatchNCEHead(PatchSampleF):
                 means = call.plan(sets=self._sets(images, directions), patches=self.patches, keep=keep, **options)
             if means is None:
                 ids = [i[None] if i.dim() == 1 else i for i in ids or self._draw_ids(key_maps, directions, mlps)]
-                sides = query_maps, key_maps, ids, mlps, key_mlps
-                means = triton_maps.head_loss(*sides, distinct=drawn, **options)
+                maps_of = of_queries.dense(), of_keys.dense()
+                means = triton_maps.head_loss(*maps_of, ids, mlps, key_mlps, distinct=drawn, **options)
             return means if directions > 1 else means.view(())
         ids = ids or self._draw_ids(key_maps, directions, mlps)
         with torch.no_grad():
-            keys = project_patches(key_maps, ids, key_mlps, distinct_ids=drawn, implementation=self.implementation)
-        queries = project_patches(query_maps, ids, mlps, distinct_ids=drawn, implementation=self.implementation)
+            keys = project_patches(sides[1], ids, key_mlps, distinct_ids=drawn, implementation=self.implementation)
+        queries = project_patches(sides[0], ids, mlps, distinct_ids=drawn, implementation=self.implementation)
         temperatures = self.current_temperatures()
         if plain and self.others is None and self.learned_temperature is not None:
             means = patch_nce_layers(

@@ -17,6 +17,7 @@ from ..common.dispatch import IMPLEMENTATIONS, KERNELS, Implementation
 from ..common.first_use import settled, trusted
 from ..common.initialise import INIT_TYPES, init_weights
 from ..common.messages import shown
+from ..common.taps import Untapped, dense
 from . import checks
 from .api import NEGATIVES, Negatives, patch_nce, project_patches, sample_patch_ids
 from .impl.dispatch import choose_maps, planned_calls, triton_rows
@@ -233,6 +234,7 @@ class PatchSampleF(nn.Module):
         Raises:
             ValueError: maps or ids that do not fit; no MLPs are created then.
         """
+        feats = dense(feats)
         call = self._rows_call(feats, num_patches, patch_ids)
         if call is not None and (found := call.repeat()) is not None:
             return found[0], found[1] or list(patch_ids or ())
@@ -264,7 +266,7 @@ class PatchSampleF(nn.Module):
         if (ids := planned_calls.given_ids(patch_ids)) is None:
             return None
         weights = [w for mlp in self.mlps(len(feats)) or () for w in mlp]
-        return planned_calls.RowsCall(feats, weights, ids, ("sampler", num_patches, self.implementation))
+        return planned_calls.RowsCall(Untapped(feats, ()), weights, ids, ("sampler", num_patches, self.implementation))
 
     def _plan_rows(self, call: Any, feats: Sequence[Tensor], num_patches: int, given: list[Tensor] | None) -> Any:
         """Plan the call if the kernels compute it; else return None."""

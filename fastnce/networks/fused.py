@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..common.autograd import apply, with_fast_path
 from ..common.operators import obstacle, operator
+from ..common.taps import Tap, with_rows
 from ..kernels import activate as activation
 from ..kernels import blur, reflect_pad
 from ..kernels import instance_norm as norm
@@ -142,42 +143,60 @@ class _InstanceNorm(torch.autograd.Function):
     """Returns the output and the statistics; with `inner`, also the output without its pad, as a view.
 
     A residual block writes its output padded for the next block, which also adds the output without the pad. Both
-    gradients arrive here, and the kernels read both.
+    gradients arrive here, and the kernels read both. With a `slot` (and no `inner`), the third result is the token of
+    x's tap, and `bias` is the bias that x lacks.
     """
 
     @staticmethod
-    def forward(x, residual, eps, slope, margin, blur, inner):
+    def forward(x, residual, eps, slope, margin, blur, inner, bias, slot):
         out, statistics = _norm_forward(x, residual, eps, slope, margin, blur)
+        if slot is not None:
+            return out, statistics, x.new_empty(0)
         return (out, statistics, out[:, :, margin:-margin, margin:-margin]) if inner else (out, statistics)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, _, ctx.eps, ctx.slope, ctx.margin, ctx.blur, _ = inputs
+        x, _, ctx.eps, ctx.slope, ctx.margin, ctx.blur, _, bias, ctx.slot = inputs
+        ctx.bias_dtype = torch.float32 if bias is None else bias.dtype
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, output[1])
 
     @staticmethod
     def backward(ctx, gradient, _, inner=None):
-        margin, blur = ctx.margin, ctx.blur
-        if gradient is None:  # the pad is not used
-            gradient, inner, margin = inner, None, 0
-        if gradient is None:
-            return (None,) * 7
-        x, statistics = ctx.saved_tensors
-        of_x, of_residual = ctx.needs_input_grad[:2]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            total = _followed_backward(gradient, x, margin, blur)
-            total = total if inner is None else total + inner
-            d_x = None
-            if of_x:
-                y = instance_norm_formula(x, ctx.eps, ctx.slope, 0)
-                (d_x,) = torch.autograd.grad(y, x, total, create_graph=True)
-            return d_x, total if of_residual else None, None, None, None, None, None
-        apart = of_residual and (margin > 0 or blur > 0 or inner is not None)  # else it is the output's gradient
-        d_x, total = _norm_backward(gradient, inner, x, statistics, ctx.slope, margin, blur, apart)
-        d_residual = total if apart else gradient
-        return d_x if of_x else None, d_residual if of_residual else None, None, None, None, None, None
+        left = [] if ctx.slot is None else ctx.slot.take()
+        d_x, d_residual = _norm_gradients(ctx, gradient, inner)
+        d_bias = None
+        if left:
+            (x, _) = ctx.saved_tensors
+            d_x, d_bias = with_rows(torch.zeros_like(x) if d_x is None else d_x, left, x, ctx.bias_dtype)
+        of_x, of_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[7]
+        return (
+            d_x if of_x else None, d_residual, None, None, None, None, None, d_bias if of_bias else None, None
+        )  # fmt: skip
+
+
+def _norm_gradients(ctx, gradient: Tensor | None, inner: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of x and of the residual from those of the outputs."""
+    margin, blur = ctx.margin, ctx.blur
+    if gradient is None:  # the pad is not used
+        gradient, inner, margin = inner, None, 0
+    if gradient is None:
+        return None, None
+    x, statistics = ctx.saved_tensors
+    of_x, of_residual = ctx.needs_input_grad[:2]
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+        total = _followed_backward(gradient, x, margin, blur)
+        total = total if inner is None else total + inner
+        d_x = None
+        if of_x:
+            y = instance_norm_formula(x, ctx.eps, ctx.slope, 0)
+            (d_x,) = torch.autograd.grad(y, x, total, create_graph=True)
+        return d_x, total if of_residual else None
+    apart = of_residual and (margin > 0 or blur > 0 or inner is not None)  # else it is the output's gradient
+    d_x, total = _norm_backward(gradient, inner, x, statistics, ctx.slope, margin, blur, apart)
+    d_residual = total if apart else gradient
+    return d_x, d_residual if of_residual else None
 
 
 def instance_norm(
@@ -187,6 +206,7 @@ def instance_norm(
     margin: int = 0,
     residual: Tensor | None = None,
     blur: int = 0,
+    tap: Tap | None = None,
 ) -> Tensor:
     """Normalise each channel of each image to mean 0 and variance 1, activate, add, and pad or blur, in one operator.
 
@@ -196,6 +216,7 @@ def instance_norm(
         margin: of the reflection pad at the end.
         residual: added before the pad or blur, of x's shape and dtype.
         blur: at the end, without a margin: 0 for none, 1 for `blur_down`, 2 for `blur_up`.
+        tap: of x; it gets its token.
 
     Returns:
         (images, channels, height + 2 * margin, width + 2 * margin) in x's dtype and layout, or half or twice the size.
@@ -204,7 +225,10 @@ def instance_norm(
         ValueError: the map is too small for its pad or blur, there are both, or the residual does not fit.
     """
     _check_norm(x, margin, blur, residual)
-    return apply(_InstanceNorm, x, residual, eps, slope, margin, blur, False)[0]
+    if tap is None:
+        return apply(_InstanceNorm, x, residual, eps, slope, margin, blur, False, None, None)[0]
+    y, _, tap.token = apply(_InstanceNorm, x, residual, eps, slope, margin, blur, False, tap.bias, tap.slot)
+    return y
 
 
 def instance_norm_and_inner(
@@ -212,7 +236,7 @@ def instance_norm_and_inner(
 ) -> tuple[Tensor, Tensor]:
     """`instance_norm` with a pad, and its output without the pad: a view of the padded map, with its own gradient."""
     _check_norm(x, margin, 0, residual)
-    out, _, inner = apply(_InstanceNorm, x, residual, eps, slope, margin, 0, True)
+    out, _, inner = apply(_InstanceNorm, x, residual, eps, slope, margin, 0, True, None, None)
     return out, inner
 
 

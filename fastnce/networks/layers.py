@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..common.dispatch import KERNELS, Implementation, check_implementation, choose
 from ..common.first_use import followed
+from ..common.taps import Tap
 from .uses import is_trusted
 
 try:
@@ -102,7 +103,13 @@ class InstanceNorm(FusedLayer):
         self.eps = eps
 
     def forward(
-        self, x: Tensor, slope: float = 1.0, margin: int = 0, residual: Tensor | None = None, blur: int = 0
+        self,
+        x: Tensor,
+        slope: float = 1.0,
+        margin: int = 0,
+        residual: Tensor | None = None,
+        blur: int = 0,
+        tap: Tap | None = None,
     ) -> Tensor:
         """Normalise, then activate, add, and pad or blur, as follows in the networks; the kernels do all at once.
 
@@ -112,10 +119,11 @@ class InstanceNorm(FusedLayer):
             margin: pixels of reflection padding on each side.
             residual: added before the padding or blur, of x's shape and dtype.
             blur: without padding: 0 none, 1 as `BlurDown`, 2 as `BlurUp`.
+            tap: of x; it gets its token if kernels compute the norm.
         """
         _check_locations(x)
         if self.fused(x, (self.eps, slope, margin, blur, False), residual):
-            return fused.instance_norm(x, self.eps, slope, margin, residual, blur)
+            return fused.instance_norm(x, self.eps, slope, margin, residual, blur, tap)
         y = self._activated(x, slope, residual)
         if margin:
             with own_precision(y):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..common.taps import Slot, Tap, given_tokens
 from .layers import (
     BlurDown,
     BlurUp,
@@ -16,7 +17,7 @@ from .layers import (
     full_precision,
     norm_layer,
 )
-from .runs import apply_run, blurs, changed, joins, pads, run_all, run_block, run_from, run_one
+from .runs import apply_run, blurs, changed, joins, pads, run_all, run_block, run_from, run_one, tapped
 
 
 class ResnetBlock(nn.Module):
@@ -71,6 +72,8 @@ class ResnetGenerator(nn.Module):
 
     factor = 4
     """Height and width of an image must be multiples of this."""
+    hands_out_taps = True
+    """Whether `forward` hands out taps if it is asked to."""
     smallest = 8
     """Smallest side of an image: the residual blocks pad maps of a quarter of it by reflection."""
 
@@ -116,18 +119,20 @@ class ResnetGenerator(nn.Module):
         # The encoder's features depend only on the image, so those of the pass that made the output can be reused.
         self.features_repeat = norm != "batch" and not dropout
 
-    def forward(self, x: Tensor, layers: Sequence[int] = (), encode_only: bool = False):
+    def forward(self, x: Tensor, layers: Sequence[int] = (), encode_only: bool = False, taps: bool = False):
         """Translate images, return features, or both.
 
         Args:
             x: (images, channels, height, width) in [-1, 1], with sides that are multiples of 4.
             layers: ascending positions in `model` whose outputs are returned as features.
             encode_only: stop after the last of these layers.
+            taps: features may be `Tap`s where they are outputs of convolutions before a norm.
 
         Returns:
             the output; with `layers`, (output, features); with `encode_only`, the list of features.
         """
-        features: list[Tensor] = []
+        features: list[Tensor | Tap] = []
+        tap: Tap | None = None
         modules = list(self.model)
         last = len(modules) - 2  # the last convolution and the tanh
         stop = layers[-1] if encode_only and layers else len(modules)
@@ -139,12 +144,19 @@ class ResnetGenerator(nn.Module):
             module, length = modules[index], 1
             run = run_from(modules, index, x, kept)
             if run is not None:
-                x, length = apply_run(module, x, run), run.length
+                x, length, tap = apply_run(module, x, run, tap), run.length, None
+            elif taps and index in layers and index != stop and self.hands_out_taps and tapped(modules, index, x):
+                x = run_one(modules, index, x)
+                tap = Tap(x, module.bias, Slot())  # type: ignore[arg-type]
+                features.append(tap)
+                index += 1
+                continue
             elif isinstance(module, ResnetBlock) and module.joins(x):
                 margin, blur = (0, 0) if index == stop else _after(modules[index + 1 :], x, index in layers)
                 x, ready = module.between(x, padded, margin, blur)
                 padded, length = (ready, 1) if margin else (None, 1 if ready is None else 2)
             else:
+                tap = None
                 x = full_precision(module, x) if index >= last else run_one(modules, index, x, layers)
             if index - 1 in layers and isinstance(module, nn.ReLU):
                 features[-1] = x
@@ -152,9 +164,9 @@ class ResnetGenerator(nn.Module):
                 if done in layers:
                     features.append(x)
                     if done == stop:
-                        return features
+                        return given_tokens(features)
             index += length
-        return (x, features) if layers else x
+        return (x, given_tokens(features)) if layers else x
 
     @torch.no_grad()
     def feature_channels(self, layers: Sequence[int]) -> list[int]:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..common.taps import Tap, can_tap
 from .convolution import PLAIN, convolve
 from .layers import BlurDown, BlurUp, FusedLayer, InstanceNorm, ReflectionPad
 
@@ -172,6 +173,20 @@ def run_block(
     return x if residual is None else residual + x, None
 
 
-def apply_run(norm: nn.Module, x: Tensor, run: FusedRun) -> Tensor:
+def tapped(modules: Sequence[nn.Module], position: int, x: Tensor) -> bool:
+    """Whether the output of the convolution at `position`, with input x, can be handed out as a `Tap`.
+
+    It can if kernels compute the norm after it, and if no hook would see the map without its bias.
+    """
+    if not can_tap(x) or not _is_plain(modules[position]) or not _bias_is_cancelled(modules, position, ()):
+        return False
+    norm = modules[position + 1]
+    assert isinstance(norm, InstanceNorm)
+    return norm.fused(x) and not changed(norm)
+
+
+def apply_run(norm: nn.Module, x: Tensor, run: FusedRun, tap: Tap | None = None) -> Tensor:
     """Apply a run to x. A subclass of the norm may not know a blur, and none is passed to it (see `joins`)."""
+    if tap is not None:
+        return norm(x, run.slope, run.margin, None, run.blur, tap)
     return norm(x, run.slope, run.margin, None, run.blur) if run.blur else norm(x, run.slope, run.margin)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,9 @@ from ...common.agreement import (
     widened,
 )
 from ...common.operators import uses_tf32
-from . import eager, triton_layers, triton_maps, triton_rows
+from ...common.taps import untapped
+from . import eager, planned_calls, triton_layers, triton_maps, triton_rows
+from .measure_taps import Biased, as_stored
 from .rows import gather_patches, mlp, normalize_rows
 
 Lists = Sequence[Tensor]
@@ -200,11 +203,14 @@ def measure_projection(
     distinct: bool,
     with_gradients: bool = True,
     plain: bool = False,
+    biases: Sequence[Tensor | None] = (),
+    taps: Sequence[int] = (),
 ) -> Iterator[Check]:
-    """Measure the rows, map gradients and weight gradients of `triton_maps.project_rows`.
+    """Measure the rows, map gradients and weight gradients of `triton_maps.project_rows`, or of taps.
 
     Args:
         flat_mlp: four weights per layer, one after another; empty without MLPs.
+        biases, taps: which maps are taps, as `Untapped.kinds`, and the bias of each map; none without taps.
     """
     device = maps[0].device
     gate, gradient_gate = _chain_gates(dtype, device, bool(flat_mlp))
@@ -222,14 +228,23 @@ def measure_projection(
 
     def by_kernels() -> tuple[Lists, Lists]:
         own, weights = leaves(maps), leaves(flat_mlp)
-        rows = triton_maps.project_rows(own, ids, _fours(weights) if weights else None, dtype, distinct)
-        return [r.detach() for r in rows], gradients(rows, [*own, *weights])
+        parts = Biased(own, biases, taps)
+        sources, rows = untapped(parts.opened(), distinct), None
+        if sources.taps:
+            found = planned_calls.RowsCall(sources, weights, ids, ("check",)).plan(
+                dtype=dtype, distinct=distinct, keep=False
+            )
+            rows = None if found is None else found[0]
+        if rows is None:
+            rows = triton_maps.project_rows(sources.dense(), ids, _fours(weights) if weights else None, dtype, distinct)
+        return [r.detach() for r in rows], parts.joined(gradients(rows, [*own, *weights, *parts.given]))
 
     def by_formula(to: torch.dtype, where: torch.device) -> tuple[Lists, Lists]:
         own, weights = (_rounded(x, dtype, to, where) for x in (maps, flat_mlp))
         fours: list[Lists | None] = list(_fours(weights)) or [None] * len(maps)
-        rows = [_rows_of(m, i.to(where), four) for m, i, four in zip(own, ids, fours, strict=True)]
-        return [r.detach() for r in rows], gradients(rows, [*own, *weights])
+        parts = Biased(own, biases, ())
+        rows = [_rows_of(m, i.to(where), four) for m, i, four in zip(parts.dense(dtype), ids, fours, strict=True)]
+        return [r.detach() for r in rows], parts.joined(gradients(rows, [*own, *weights, *parts.given]))
 
     measured = by_formula(dtype, device) if plain else run_kernels(by_kernels, device)
     rows, exact = by_formula(torch.float64, wide)
@@ -266,19 +281,33 @@ def measure_head(
     distinct: bool,
     with_gradients: bool = True,
     plain: bool = False,
+    biases: Sequence[Tensor | None] = (),
+    taps: Sequence[int] = (),
 ) -> Iterator[Check]:
-    """Measure the loss, map gradients and weight gradients of `triton_maps.head_loss`, with flat lists of MLPs."""
+    """Measure the loss, map gradients and weight gradients of `triton_maps.head_loss`, with flat lists of MLPs.
+
+    `biases` and `taps` are as in `measure_projection`, and those of the keys too.
+    """
     device = query_maps[0].device
     gate, gradient_gate = _chain_gates(dtype, device, bool(query_mlp))
     wide = exact_device(device)
 
     def by_kernels() -> tuple[Tensor, Lists]:
         own, weights = leaves(query_maps), leaves(query_mlp)
-        mean = triton_maps.head_loss(
-            own, key_maps, ids, _fours(weights) if weights else None, _fours(key_mlp) if key_mlp else None,
-            temperatures=temperatures, groups=groups, directions=directions, dtype=dtype, distinct=distinct,
-        )  # fmt: skip
-        return mean.detach(), gradients_of(mean, [*own, *weights])
+        parts = Biased(own, biases, taps)
+        queries = untapped(parts.opened(), distinct)
+        keys = untapped([m.detach() for m in Biased(key_maps, biases, taps).opened()], distinct)
+        settings: dict[str, Any] = {
+            "temperatures": temperatures, "groups": groups, "directions": directions, "dtype": dtype
+        }  # fmt: skip
+        mean = None
+        if queries.taps:
+            call = planned_calls.LossCall(queries, keys, weights, key_mlp, ids, ("check",))
+            mean = call.plan(sets=0, patches=0, keep=False, distinct=distinct, **settings)
+        if mean is None:
+            mlps = _fours(weights) if weights else None, _fours(key_mlp) if key_mlp else None
+            mean = triton_maps.head_loss(queries.dense(), keys.dense(), ids, *mlps, distinct=distinct, **settings)
+        return mean.detach(), parts.joined(gradients_of(mean, [*own, *weights, *parts.given]))
 
     def gradients_of(mean: Tensor, sources: Lists) -> Lists:
         return torch.autograd.grad(mean.sum() * UPSTREAM, sources) if with_gradients else []
@@ -289,15 +318,16 @@ def measure_head(
         )
         fours: list[Lists | None] = list(_fours(weights)) or [None] * len(own)
         key_fours: list[Lists | None] = list(_fours(key_weights)) or [None] * len(own)
-        losses = []
-        for i, (q, k) in enumerate(zip(own, constants, strict=True)):
+        parts, losses = Biased(own, biases, ()), []
+        key_values = Biased(constants, biases, ()).dense(dtype)
+        for i, (q, k) in enumerate(zip(parts.dense(dtype), key_values, strict=True)):
             at = ids[i].to(where)
-            units = _as_stored(_rows_of(q, at, fours[i]), dtype)
-            keys = _as_stored(_rows_of(k, at, key_fours[i]), dtype).detach()
+            units = as_stored(_rows_of(q, at, fours[i]), dtype)
+            keys = as_stored(_rows_of(k, at, key_fours[i]), dtype).detach()
             loss, _ = eager.nce_losses(units, keys, None, None, None, groups, temperatures[i])
             losses.append(loss.unflatten(0, (directions, -1)).mean(dim=1))
         mean = torch.stack(losses).mean(dim=0)
-        return mean.detach(), gradients_of(mean, [*own, *weights])
+        return mean.detach(), parts.joined(gradients_of(mean, [*own, *weights, *parts.given]))
 
     mean, gradients = by_formula(dtype, device) if plain else run_kernels(by_kernels, device)
     exact, exact_gradients = by_formula(torch.float64, wide)
@@ -309,8 +339,3 @@ def _chain_gates(dtype: torch.dtype, device: torch.device, projected: bool) -> t
     """Return the gates of rows (and losses of rows) and of gradients."""
     gates = gates_of(dtype, device)
     return SAMPLING_GATES[gates], (MLP_GRADIENT_GATES if projected else SAMPLING_GATES)[gates]
-
-
-def _as_stored(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round unit rows to the dtype in which the kernels store them. The gradient passes unchanged."""
-    return rows + (rows.detach().to(dtype).to(rows.dtype) - rows.detach())

@@ -12,6 +12,7 @@ from ...common.autograd import fast_apply
 from ...common.first_use import epoch
 from ...common.narrowed import copies_of
 from ...common.operators import PLAIN, untraced
+from ...common.taps import Untapped
 from ...kernels.common import fp32_precision
 from ...kernels.plan import INTERPRETED
 from ...kernels.planned import PlanCache, plan_of
@@ -37,7 +38,7 @@ def _key(
     The key is None for wrong arguments and for tensors with classes of their own.
 
     Args:
-        leaves: maps and MLPs, which may get a gradient; there is at least one map.
+        leaves: maps, MLPs and tokens of taps, which may get a gradient; there is at least one map.
         constants: lists of other tensors.
     """
     enabled, gradient = torch.is_grad_enabled(), False
@@ -82,11 +83,15 @@ def _place_of_seeds(maps: Sequence[Tensor], sets: int) -> Tensor:
     return torch.empty(len(maps), sets, dtype=torch.int64, device=maps[0].device)
 
 
+def _given(biases: Sequence[Tensor | None]) -> list[Tensor]:
+    return [bias for bias in biases if bias is not None]
+
+
 class LossCall(NamedTuple):
     """The tensors of one call of `PatchNCEHead`: maps, all weights in turn, and ids (none if they are drawn)."""
 
-    query_maps: Sequence[Tensor]
-    key_maps: Sequence[Tensor]
+    queries: Untapped
+    keys: Untapped
     query_mlp: Sequence[Tensor]
     key_mlp: Sequence[Tensor]
     ids: Sequence[Tensor]
@@ -96,7 +101,14 @@ class LossCall(NamedTuple):
 
     def key(self) -> tuple[tuple[Any, ...] | None, bool]:
         key_mlp: Sequence[Tensor] = () if self.key_mlp is self.query_mlp else self.key_mlp
-        return _key(self.settings, (self.query_maps, self.query_mlp), (self.key_maps, key_mlp, self.ids))
+        queries, keys = self.queries, self.keys
+        leaves, constants = (queries.maps, self.query_mlp), (keys.maps, key_mlp, self.ids)
+        if not (queries.taps or keys.taps):
+            return _key(self.settings, leaves, constants)
+        settings = *self.settings, queries.kinds(), keys.kinds()
+        return _key(
+            settings, (*leaves, queries.tokens()), (*constants, _given(queries.biases()), _given(keys.biases()))
+        )
 
     def repeat(self) -> Tensor | None:
         """Return the loss (directions,) if a call with the same key has been planned; else None.
@@ -104,7 +116,7 @@ class LossCall(NamedTuple):
         Checks and choices of a call depend only on types, shapes, dtypes and devices. They cost more CPU time than the
         launches, and are not made again.
         """
-        if not usable(self.query_maps) or (self.ids and not self.ids[0].is_cuda):  # ids on a CPU are always checked
+        if not usable(self.queries.maps) or (self.ids and not self.ids[0].is_cuda):  # ids on a CPU are always checked
             return None
         key, gradient = self.key()
         entry = _ENTRIES.get(key)
@@ -112,13 +124,14 @@ class LossCall(NamedTuple):
 
     def plan(
         self, *, sets: int, patches: int, temperatures: Sequence[float], groups: int, directions: int,
-        dtype: torch.dtype, keep: bool,
+        dtype: torch.dtype, keep: bool, distinct: bool | None = None,
     ) -> Tensor | None:  # fmt: skip
         """Plan a call that has passed its checks and return its loss; None if it cannot be planned.
 
-        `keep`: the kernels are known to be right here, so that later calls may repeat this one.
+        `keep`: the kernels are known to be right here, so that later calls may repeat this one. `distinct`: no location
+        is given twice for an image; by default, those that are drawn here.
         """
-        if not usable(self.query_maps) or not all(w.is_contiguous() for w in (*self.query_mlp, *self.key_mlp)):
+        if not usable(self.queries.maps) or not all(w.is_contiguous() for w in (*self.query_mlp, *self.key_mlp)):
             return None
         (key, gradient), drawn = self.key(), not self.ids
         if key is None:
@@ -129,43 +142,49 @@ class LossCall(NamedTuple):
         if narrow is None:
             query_mlp, key_mlp = self.query_mlp, self.key_mlp
         forward = plan_of(
-            loss_forward, *self[:2], query_mlp, key_mlp, self.ids,
-            _place_of_seeds(self.query_maps, sets) if drawn else None,
+            loss_forward, self.queries.maps, self.keys.maps, self.queries.biases(), self.keys.biases(),
+            query_mlp, key_mlp, self.ids, _place_of_seeds(self.queries.maps, sets) if drawn else None,
             patches=patches, temperatures=tuple(temperatures), groups=groups, directions=directions, dtype=dtype,
             gradient=gradient,
         )  # fmt: skip
         if forward is None:
             return None
-        entry = Entry(forward, self.query_maps, directions, drawn, sets if drawn else 0, narrow=narrow)
+        distinct = drawn if distinct is None else distinct
+        entry = Entry(forward, self.queries, self.ids or patches, directions, distinct, sets if drawn else 0, narrow)
         if keep:
             _ENTRIES[key] = entry
         return self._run(entry, gradient)
 
     def _run(self, entry: Entry, gradient: bool) -> Tensor:
-        seeds = _seeds(self.query_maps, entry.sets) if entry.sets else None
-        constants = self.key_maps, self.key_mlp, self.ids, seeds
+        queries, keys = self.queries, self.keys
+        biases = _given([*queries.biases(), *keys.biases()])
+        chosen = self.ids if not entry.sets else [_seeds(queries.maps, entry.sets)]
         if gradient:
-            return _LOSS(entry, constants, len(self.query_maps), *self.query_maps, *self.query_mlp)
+            constants = queries, keys.maps, biases, self.key_mlp, chosen
+            return _LOSS(entry, constants, len(queries.maps), *queries.leaves(), *self.query_mlp)
         query_mlp, key_mlp = entry.read(self.query_mlp), entry.read(self.key_mlp)
-        given = [*self.query_maps, *self.key_maps, *query_mlp, *key_mlp, *self.ids]
-        return entry.forward.replay(given if seeds is None else [*given, seeds])[0]
+        return entry.forward.replay([*queries.maps, *keys.maps, *biases, *query_mlp, *key_mlp, *chosen])[0]
 
 
 class RowsCall(NamedTuple):
     """The tensors of one call of `project_patches`: maps, all weights in turn, and ids (none if they are drawn)."""
 
-    maps: Sequence[Tensor]
+    sources: Untapped
     mlp: Sequence[Tensor]
     ids: Sequence[Tensor]
     """(sets, patches) per layer."""
     settings: tuple[Any, ...]
 
     def key(self) -> tuple[tuple[Any, ...] | None, bool]:
-        return _key(self.settings, (self.maps, self.mlp), (self.ids,))
+        sources = self.sources
+        if not sources.taps:
+            return _key(self.settings, (sources.maps, self.mlp), (self.ids,))
+        settings = *self.settings, sources.kinds()
+        return _key(settings, (sources.maps, self.mlp, sources.tokens()), (self.ids, _given(sources.biases())))
 
     def repeat(self) -> tuple[list[Tensor], list[Tensor]] | None:
         """As `LossCall.repeat`: the unit rows of each layer, and the drawn ids (patches,)."""
-        if not usable(self.maps) or (self.ids and not self.ids[0].is_cuda):
+        if not usable(self.sources.maps) or (self.ids and not self.ids[0].is_cuda):
             return None
         key, gradient = self.key()
         entry = _ENTRIES.get(key)
@@ -178,29 +197,33 @@ class RowsCall(NamedTuple):
 
         `patches`: locations to draw, one set for all images. `keep`: as in `LossCall.plan`.
         """
-        if not usable(self.maps) or not all(w.is_contiguous() for w in self.mlp):
+        if not usable(self.sources.maps) or not all(w.is_contiguous() for w in self.mlp):
             return None
         key, gradient = self.key()
         if key is None:
             return None
-        seeds = None if self.ids else _place_of_seeds(self.maps, 1)
+        maps, biases = self.sources.maps, self.sources.biases()
+        seeds = None if self.ids else _place_of_seeds(maps, 1)
         copies = copies_of(self.mlp, dtype)
         mlp = self.mlp if copies is None else copies
         forward = plan_of(
-            rows_forward, self.maps, mlp, self.ids, seeds, patches=patches, dtype=dtype, gradient=gradient
+            rows_forward, maps, biases, mlp, self.ids, seeds, patches=patches, dtype=dtype, gradient=gradient
         )
         if forward is None:
             return None
         narrow = None if copies is None else dtype
-        entry = Entry(forward, self.maps, 1, distinct or not self.ids, 0 if self.ids else 1, patches, narrow)
+        sets = 0 if self.ids else 1
+        entry = Entry(forward, self.sources, self.ids or patches, 1, distinct or not self.ids, sets, narrow)
         if keep:
             _ENTRIES[key] = entry
         return self._run(entry, gradient)
 
     def _run(self, entry: Entry, gradient: bool) -> tuple[list[Tensor], list[Tensor]]:
-        constants = [_seeds(self.maps, 1)] if entry.sets else [*self.ids]
+        sources = self.sources
+        biases, chosen = _given(sources.biases()), [_seeds(sources.maps, 1)] if entry.sets else [*self.ids]
         if not gradient:
-            rows, drawn, _ = entry.forward.replay([*self.maps, *entry.read(self.mlp), *constants])
+            rows, drawn, _ = entry.forward.replay([*sources.maps, *biases, *entry.read(self.mlp), *chosen])
             return rows, [] if drawn is None else list(drawn.split(entry.patches))
-        rows = list(_ROWS(entry, constants, len(self.maps), *self.maps, *self.mlp))
-        return rows, constants if entry.sets else []
+        constants = sources, biases, chosen
+        rows = list(_ROWS(entry, constants, len(sources.maps), *sources.leaves(), *self.mlp))
+        return rows, chosen if entry.sets else []

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from ...common.autograd import FirstOrderOnly
 from ...common.narrowed import copies_of
+from ...common.taps import Slot, Untapped
 from ...kernels import nce, project, project_backward, sample
 from ...kernels.common import dense_rows, fp32_precision
-from ...kernels.map_layout import MapLayout, map_layout
+from ...kernels.map_layout import MapLayout, map_layout, rows_layout
 from ...kernels.plan import Field, Plan, State
 from ...kernels.planned import layout, plan_of, planned
 
@@ -32,6 +33,8 @@ def _drawn(seeds: Tensor, maps: Sequence[Tensor], patches: int) -> tuple[Tensor,
 def loss_forward(
     query_maps: Sequence[Tensor],
     key_maps: Sequence[Tensor],
+    query_biases: Sequence[Tensor | None],
+    key_biases: Sequence[Tensor | None],
     query_mlp: Sequence[Tensor],
     key_mlp: Sequence[Tensor],
     ids: Sequence[Tensor],
@@ -44,14 +47,19 @@ def loss_forward(
     dtype: torch.dtype,
     gradient: bool,
 ) -> tuple[Tensor, State | None]:
-    """The loss (directions,) of drawn (`seeds`) or given ids, and what `_backward` needs."""
+    """The loss (directions,) of drawn (`seeds`) or given ids, and what `_backward` needs.
+
+    Biases are those that the maps lack: one or None per map, or none at all.
+    """
     layers = len(query_maps)
+    none = [None] * layers
+    biases = [*(query_biases or none), *(key_biases or none)] if query_biases or key_biases else []
     drawn: list[Tensor] = []
     if seeds is not None:
         _, drawn = _drawn(seeds, query_maps, patches)
     ids = ids or drawn
     units, *saved = project.project(
-        [*query_maps, *key_maps], [*ids, *ids], [*query_mlp, *key_mlp], dtype, layers if gradient else 0
+        [*query_maps, *key_maps], [*ids, *ids], [*query_mlp, *key_mlp], dtype, layers if gradient else 0, biases
     )
     grouped = [u.unflatten(0, (groups, -1)) for u in units]
     loss, _, _, d_units = nce.nce_forward(
@@ -66,6 +74,7 @@ def loss_forward(
 @planned(products="matmul")
 def rows_forward(
     maps: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
     mlp: Sequence[Tensor],
     ids: Sequence[Tensor],
     seeds: Tensor | None,
@@ -78,7 +87,7 @@ def rows_forward(
     flat = None
     if seeds is not None:
         flat, ids = _drawn(seeds, maps, patches)
-    units, *saved = project.project(maps, ids, mlp, dtype, len(maps) if gradient else 0)
+    units, *saved = project.project(maps, ids, mlp, dtype, len(maps) if gradient else 0, biases)
     return units, flat, State(tuple(saved)) if gradient else None
 
 
@@ -134,16 +143,26 @@ class _Gradients(NamedTuple):
 class Entry:
     """The plan of a forward pass, and those of its backward passes.
 
-    `narrow`: the dtype of the copies that are read in place of the weights (see `common.narrowed`), or None.
+    Args:
+        ids: the locations of each map, or how many are drawn.
+        sets: how many sets of locations are drawn; 0 for none.
+        narrow: the dtype of the copies that are read in place of the weights (see `common.narrowed`), or None.
     """
 
     def __init__(
-        self, forward: Plan, maps: Sequence[Tensor], directions: int, distinct: bool, sets: int = 0, patches: int = 0,
-        narrow: torch.dtype | None = None,
+        self, forward: Plan, sources: Untapped, ids: Sequence[Tensor] | int, directions: int, distinct: bool,
+        sets: int = 0, narrow: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         self.forward, self.sets, self.narrow = forward, sets, narrow
-        self.patches = [min(patches, m.shape[2] * m.shape[3]) for m in maps]
-        self.layouts = tuple(map_layout(m) for m in maps)
+        maps = sources.maps
+        if isinstance(ids, int):
+            self.patches = [min(ids, m.shape[2] * m.shape[3]) for m in maps]
+        else:
+            self.patches = [i.shape[-1] for i in ids]
+        self.layouts = tuple(
+            map_layout(m) if tap is None else rows_layout(m, patches)
+            for m, tap, patches in zip(maps, sources.taps or [None] * len(maps), self.patches, strict=True)
+        )
         self.directions, self.distinct = directions, distinct
         self.backward: dict[Any, _Gradients] = {}
 
@@ -205,13 +224,15 @@ class Entry:
 class LossFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, entry, constants, count, *leaves):
-        key_maps, key_mlp, ids, seeds = constants
-        maps, mlp = leaves[:count], leaves[count:]
+        queries, key_maps, biases, key_mlp, chosen = constants
+        mlp = leaves[count:]
         read = entry.read(mlp)
-        given = [*maps, *key_maps, *read, *entry.read(key_mlp), *ids, *([] if seeds is None else [seeds])]
+        given = [*queries.maps, *key_maps, *biases, *read, *entry.read(key_mlp), *chosen]
         mean, state = entry.forward.replay(given)
         ctx.entry, ctx.count, ctx.dtype = entry, count, mlp[0].dtype if mlp else None
+        ctx.slots = _slots(queries)
         ctx.set_materialize_grads(False)
+        ids = [] if entry.sets else chosen
         ctx.save_for_backward(mean, state, *ids, *entry.kept(mlp, read))
         return mean
 
@@ -226,19 +247,24 @@ class LossFunction(torch.autograd.Function):
         enabled = torch.is_grad_enabled()
         with torch.no_grad():
             maps, mlp = entry.gradients(state, upstream.detach(), ((), (), ids, weights), wanted)
+            if ctx.slots:
+                drawn = [field.of(state) for field in entry.forward.state[-ctx.count :]]
+                _leave(ctx.slots, maps, ids or drawn)
         return _once(ctx, enabled, (mean, upstream), maps, mlp, weights)
 
 
 class RowsFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, entry, constants, count, *leaves):
+        sources, biases, chosen = constants
         mlp = leaves[count:]
         read = entry.read(mlp)
-        units, drawn, state = entry.forward.replay([*leaves[:count], *read, *constants])
+        units, drawn, state = entry.forward.replay([*sources.maps, *biases, *read, *chosen])
         if drawn is not None:
-            constants[:] = drawn.split(entry.patches)  # in place of the seeds
-        ids = constants
+            chosen[:] = drawn.split(entry.patches)  # in place of the seeds
+        ids = chosen
         ctx.entry, ctx.count, ctx.dtype = entry, count, mlp[0].dtype if mlp else None
+        ctx.slots = _slots(sources)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(state, *units, *ids, *entry.kept(mlp, read))
         return tuple(units)
@@ -254,7 +280,24 @@ class RowsFunction(torch.autograd.Function):
                 torch.zeros_like(u) if d is None else dense_rows(d) for d, u in zip(upstream, units, strict=True)
             ]
             maps, mlp = entry.gradients(state, None, (d_units, units, ids, weights), wanted)
+            if ctx.slots:
+                _leave(ctx.slots, maps, ids)
         return _once(ctx, enabled, (*units, *(d for d in upstream if d is not None)), maps, mlp, weights)
+
+
+def _slots(sources: Untapped) -> list[tuple[Slot, int] | None]:
+    """The slot and the first image of each tap, None for other maps; empty without taps."""
+    return [None if tap is None else (tap.slot, tap.first) for tap in sources.taps]
+
+
+def _leave(slots: Sequence[tuple[Slot, int] | None], gradients: list[Tensor | None], ids: Sequence[Tensor]) -> None:
+    """Leave the gradients of tapped rows in their slots, and None in their places."""
+    for i, found in enumerate(slots):
+        rows = gradients[i]
+        if found is not None and rows is not None:
+            slot, first = found
+            slot.leave(rows, ids[i] if ids[i].dim() == 2 else ids[i][None], first)
+            gradients[i] = None
 
 
 def _once(ctx, enabled: bool, sources: Sequence[Tensor], maps, mlp, weights) -> tuple[Any, ...]:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...common.agreement import exact_device
+
 NORM_EPS = 1e-7
 """Added to the length of a row before dividing by it (published `Normalize`). It matters at initialisation, when
 projected rows are as short as 1e-6."""
@@ -63,3 +65,17 @@ def similarity(x: Tensor, y: Tensor) -> Tensor:
     """Return all products of rows, (groups, rows, rows), in the precision of x, also under autocast."""
     with torch.autocast(x.device.type, enabled=False):
         return torch.bmm(x, y.transpose(1, 2))
+
+
+def near_the_corner(feature_map: Tensor, *first: Tensor) -> Tensor:
+    """Return the locations, () bool each, where rounding may move a hidden unit to the other side of the ReLU's corner.
+
+    Args:
+        first: weight and bias of the first layer; none without an MLP.
+    """
+    wide = exact_device(feature_map.device)
+    rows = feature_map.to(wide, torch.float64).flatten(2).transpose(1, 2)  # (images, locations, channels)
+    if not first:
+        return torch.zeros(rows.shape[1], dtype=torch.bool, device=feature_map.device)
+    weight, bias = (w.detach().to(wide, torch.float64) for w in first)
+    return ((rows @ weight.T + bias).abs() < 1e-5).any(2).any(0).to(feature_map.device)

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...common.agreement import TEMPERATURE, Check, confident_queries, exact_device, pattern, unit_rows
+from ...common.agreement import TEMPERATURE, Check, confident_queries, pattern, unit_rows
 from ...common.narrowed import have_copies
+from .rows import near_the_corner
 
 try:
     from . import measure
@@ -241,6 +242,8 @@ class MapsUse(NamedTuple):
     distinct: bool = True
     narrow: bool = False
     """Whether the kernels read 16-bit copies of the weights (see `common.narrowed`)."""
+    taps: tuple[int, ...] = ()
+    """As `Untapped.kinds`."""
 
     @property
     def family(self) -> str:
@@ -260,6 +263,7 @@ class MapsUse(NamedTuple):
             bounded,
             self.distinct,
             self.narrow,
+            *self.taps,
         )
 
     def measure(self, device: torch.device, dtype: torch.dtype) -> Iterator[Check]:
@@ -290,8 +294,13 @@ class MapsUse(NamedTuple):
                 weights.append(draw(dim, to=self.weight_dtype) * 0.1)
         if self.narrow:
             weights = [w.to(dtype) if w.dim() > 1 else w for w in weights]
+        biases = [
+            draw(c, to=dtype).float() if kind == 2 else None for c, kind in zip(self.channels, self.taps, strict=False)
+        ]
         ids = []
         for i, query in enumerate(queries):
+            if biases and (bias := biases[i]) is not None:
+                query = query + bias.to(query.dtype)[:, None, None]
             order = torch.randperm(side * side, generator=generator, device="cpu")
             first = [w.to(dtype) if w.dim() > 1 else w for w in weights[4 * i : 4 * i + 2]]
             far = order[~near_the_corner(query.to(dtype), *first).cpu()[order]]
@@ -302,28 +311,15 @@ class MapsUse(NamedTuple):
             [m.contiguous(memory_format=layout) for m, layout in zip(maps, layouts, strict=True)]
             for maps in (keys, queries)
         )
+        tapped: Any = {"biases": biases, "taps": self.taps}
         if self.name == "project_patches":
-            yield from measure.measure_projection(queries, ids, weights, dtype, distinct=self.distinct)
+            yield from measure.measure_projection(queries, ids, weights, dtype, distinct=self.distinct, **tapped)
         else:
             groups = self.directions if self.negatives_of_batch else images
             yield from measure.measure_head(
                 queries, keys, ids, weights, weights, temperatures=[typical(self.temperature)] * len(keys),
-                groups=groups, directions=self.directions, dtype=dtype, distinct=self.distinct,
+                groups=groups, directions=self.directions, dtype=dtype, distinct=self.distinct, **tapped,
             )  # fmt: skip
-
-
-def near_the_corner(feature_map: Tensor, *first: Tensor) -> Tensor:
-    """Return the locations, () bool each, where rounding may move a hidden unit to the other side of the ReLU's corner.
-
-    Args:
-        first: weight and bias of the first layer; none without an MLP.
-    """
-    wide = exact_device(feature_map.device)
-    rows = feature_map.to(wide, torch.float64).flatten(2).transpose(1, 2)  # (images, locations, channels)
-    if not first:
-        return torch.zeros(rows.shape[1], dtype=torch.bool, device=feature_map.device)
-    weight, bias = (w.detach().to(wide, torch.float64) for w in first)
-    return ((rows @ weight.T + bias).abs() < 1e-5).any(2).any(0).to(feature_map.device)
 
 
 def maps_use(
@@ -336,11 +332,12 @@ def maps_use(
     directions: int = 1,
     temperature: float = TEMPERATURE,
     distinct: bool = True,
+    taps: tuple[int, ...] = (),
 ) -> MapsUse:
     """Describe a call by its maps and MLPs."""
     last = tuple(m.stride(1) == 1 and not m.is_contiguous() for m in maps)
     return MapsUse(
         name, tuple(m.shape[1] for m in maps), last, tuple(m.dtype for m in maps), maps[0].shape[0], patches,
         0 if mlps is None else mlps[0][2].shape[0], None if mlps is None else mlps[0][0].dtype,
-        negatives_of_batch, directions, temperature, distinct, mlps is not None and have_copies([*chain(*mlps)]),
+        negatives_of_batch, directions, temperature, distinct, mlps is not None and have_copies([*chain(*mlps)]), taps,
     )  # fmt: skip
