@@ -7,6 +7,7 @@ import triton
 
 from . import configs
 from .lookup import Tile
+from .tiles import layer_splits, layer_tile
 
 NORM_PARTS = 64
 """The most parts of a plane whose sums a norm's second launch joins.
@@ -30,7 +31,7 @@ def norm_tile(
     if arch == "interpreter" or not channels_last or channels % 16:
         if channels_last and channels > 16 and reads >= 9 and arch != "interpreter":
             return configs.find_tile("norm", arch, channels_last=True, reads=16)  # 64 channels would spill
-        return configs.layer_tile(arch, channels, channels_last, min(reads, 16))
+        return layer_tile(arch, channels, channels_last, min(reads, 16))
     name = str(dtype).removeprefix("torch.")
     return configs.find_tile("norm", arch, dtype=name, channels_last=True, wide_loads=True, reads=reads)
 
@@ -42,7 +43,7 @@ def norm_splits(arch: str, programs: int, tiles: int, reduction: bool) -> int:
         programs: side by side, for images and blocks of channels.
     """
     if reduction:
-        return min(NORM_PARTS, configs.layer_splits(arch, programs, tiles))
+        return min(NORM_PARTS, layer_splits(arch, programs, tiles))
     return max(1, min(tiles, PROGRAMS // max(programs, 1)))
 
 

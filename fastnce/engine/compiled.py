@@ -78,13 +78,15 @@ TRACES_GRADIENTS = "trace_autograd_ops"
 """The compiler's setting that allows `torch.autograd.grad` in traced code; PyTorch 2.11 and 2.13 have it."""
 
 
-def whole_obstacle() -> str:
-    """Why this PyTorch cannot compile a step as one graph, as a clause; empty if it can."""
+def whole_obstacle(ranks: int = 1, parts: int = 1) -> str:
+    """Why a step of several ranks or parts cannot be compiled as one graph, as a clause; empty if it can."""
     import torch._dynamo.config  # slow to import
 
-    if hasattr(torch._dynamo.config, TRACES_GRADIENTS):
-        return ""
-    return f"PyTorch {torch.__version__} does not trace gradients"
+    if not hasattr(torch._dynamo.config, TRACES_GRADIENTS):
+        return f"PyTorch {torch.__version__} does not trace gradients"
+    if ranks > 1:
+        return "several ranks exchange gradients in it"
+    return f"it is computed in optim.accumulate={parts} parts" if parts > 1 else ""
 
 
 StepFunction = Callable[[Batch, Draws], tuple[Losses, Tensor]]

@@ -125,12 +125,7 @@ class Step:
 
     def _compile_whole(self, backend: str) -> CompiledWhole | None:
         """The step compiled as one graph; None, and one warning, if it cannot be."""
-        reason = whole_obstacle()
-        if not reason and self.ranks.world > 1:
-            reason = "several ranks exchange gradients in it"
-        if not reason and self.options.accumulate > 1:
-            reason = f"it is computed in optim.accumulate={self.options.accumulate} parts"
-        if reason:
+        if reason := whole_obstacle(self.ranks.world, self.options.accumulate):
             warnings.warn(f"the step is compiled in parts, not whole: {reason}", stacklevel=3)
             return None
         for group in self.groups.values():

@@ -17,6 +17,7 @@ import pytest
 import torch
 from fastnce.kernels import common, configs, lookup
 from fastnce.kernels.configs import Tile
+from fastnce.kernels.tiles import layer_tile, nce_tile
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -60,7 +61,7 @@ OTHERS = {
 
 def test_cases_written_out():
     for case, tile in NCE.items():
-        assert configs.nce_tile(*case) == tile, case
+        assert nce_tile(*case) == tile, case
     for (name, *case), tile in OTHERS.items():
         assert getattr(configs, name)(*case) == tile, (name, *case)
 
@@ -168,23 +169,23 @@ def test_an_architecture_that_is_not_listed_warns_once(arch, used, listed):
         warnings.simplefilter("always")
         for name, *case in (("nce_tile", BF16, 256, 2560, "unit"), ("weight_gradient_tile", F32, 256, True)):
             assert getattr(configs, name)(arch, *case) == getattr(configs, name)(used, *case)
-        configs.layer_tile(arch, 256, True)
+        layer_tile(arch, 256, True)
     sentence = f"no tiles are tuned for {arch}: those of {used} are used, see kernels/configs.py"
     assert [str(w.message) for w in caught] == [sentence]
 
 
 @pytest.mark.parametrize(("arch", "used"), configs.RELATIVES.items())
 def test_a_relative_shares_the_tiles_in_silence(arch, used, listed, recwarn):
-    assert configs.nce_tile(arch, BF16, 256, 2560, "unit") == configs.nce_tile(used, BF16, 256, 2560, "unit")
+    assert nce_tile(arch, BF16, 256, 2560, "unit") == nce_tile(used, BF16, 256, 2560, "unit")
     assert not recwarn
 
 
 def test_a_row_for_a_relative_takes_effect_in_silence(listed, monkeypatch, recwarn):
     row = lookup.Row("nce", Tile(48, 48, 4, 2), arch="sm_103", width=256)
     monkeypatch.setattr(configs, "TABLE", (*configs.TABLE, row))
-    assert configs.nce_tile("sm_103", BF16, 256, 2560, "unit") == row.tile
-    assert configs.nce_tile("sm_100", BF16, 256, 2560, "unit") != row.tile
-    assert configs.nce_tile("sm_103", BF16, 128, 9999, "unit") == configs.nce_tile("sm_100", BF16, 128, 9999, "unit")
+    assert nce_tile("sm_103", BF16, 256, 2560, "unit") == row.tile
+    assert nce_tile("sm_100", BF16, 256, 2560, "unit") != row.tile
+    assert nce_tile("sm_103", BF16, 128, 9999, "unit") == nce_tile("sm_100", BF16, 128, 9999, "unit")
     assert not recwarn
 
 
