@@ -175,14 +175,16 @@ TABLE: tuple[Row, ...] = (
     Row("layer", Tile(64, 4, 4, 1)),
     # `instance_norm.py`, its gradient and `activate.py` where loads are wide: 16 channels of 16 bits are one sector
     Row("norm", Tile(512, 16, 8, 1), reads=range(1, 4)),
+    Row("norm", Tile(64, 16, 4, 1), arch=("sm_86", "sm_89"), dtype=("bfloat16", "float16"), reads=range(4, 10)),
     Row("norm", Tile(256, 16, 8, 1), reads=range(4, 10)),
-    Row("norm", Tile(64, 16, 4, 1)),
+    Row("norm", Tile(64, 16, 4, 1), wide_loads=True),
+    Row("norm", Tile(32, 16, 4, 1)),
     # `norm_whole.py`: planes of at most block_m pixels by block_n channels, in loads of 16 bytes
     Row("norm_whole", Tile(4096, 64, 4, 1), arch="interpreter", channels_last=True),
     Row("norm_whole", Tile(4096, 4, 4, 1), arch="interpreter"),
     Row("norm_whole", Tile(4096, 8, 16, 1), dtype=("bfloat16", "float16"), wide_loads=True, form="forward"),
     Row("norm_whole", Tile(4096, 8, 16, 1), dtype=("bfloat16", "float16"), wide_loads=True, width=UP_TO_2048),
-    Row("norm_whole", Tile(4096, 2, 16, 1), arch="sm_80", dtype="float32", form="backward", channels_last=True),
+    Row("norm_whole", Tile(4096, 2, 16, 1), arch=("sm_80", "sm_100"), dtype="float32", channels_last=True),
     Row("norm_whole", Tile(4096, 4, 16, 1), channels_last=True),
     Row("norm_whole", Tile(4096, 1, 8, 1)),
     # parts of a bias's gradient, joined: block_m parts at a time by block_n channels

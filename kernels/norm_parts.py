@@ -42,7 +42,7 @@ class Tiling:
     """
 
     def __init__(self, x: Tensor, arch: str, pixels: int, reads: int, *, reduction: bool) -> None:
-        self.tile = norm_tiles.norm_tile(arch, x.shape[1], is_channels_last(x), reads)
+        self.tile = norm_tiles.norm_tile(arch, x.shape[1], is_channels_last(x), reads, x.dtype)
         tiles = triton.cdiv(pixels, self.tile.block_m)
         self.side = x.shape[0] * triton.cdiv(x.shape[1], self.tile.block_n)
         parts = norm_tiles.norm_splits(arch, self.side, tiles, reduction)

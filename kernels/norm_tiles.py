@@ -19,15 +19,20 @@ PROGRAMS = 512
 """The most programs of a second launch: about four for each processor, so that the parts are joined only that often."""
 
 
-def norm_tile(arch: str, channels: int, channels_last: bool, reads: int = 1) -> Tile:
+def norm_tile(
+    arch: str, channels: int, channels_last: bool, reads: int = 1, dtype: torch.dtype = torch.bfloat16
+) -> Tile:
     """The tile of the kernels of `instance_norm.py`, its gradient and `activate.py`: block_m pixels, block_n channels.
 
     Args:
         reads: of each element.
     """
     if arch == "interpreter" or not channels_last or channels % 16:
-        return configs.layer_tile(arch, channels, channels_last, 16 if reads >= 9 else reads)
-    return configs.find_tile("norm", arch, channels_last=True, wide_loads=True, reads=reads)
+        if channels_last and channels > 16 and reads >= 9 and arch != "interpreter":
+            return configs.find_tile("norm", arch, channels_last=True, reads=16)  # 64 channels would spill
+        return configs.layer_tile(arch, channels, channels_last, min(reads, 16))
+    name = str(dtype).removeprefix("torch.")
+    return configs.find_tile("norm", arch, dtype=name, channels_last=True, wide_loads=True, reads=reads)
 
 
 def norm_splits(arch: str, programs: int, tiles: int, reduction: bool) -> int:

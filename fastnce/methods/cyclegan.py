@@ -28,7 +28,7 @@ from .base import (
 )
 from .losses import SATURATING_HELP, GANMode, gradient_penalty
 from .pool import MOST_POOLED, ImagePool, check_pool_sizes
-from .terms import Terms, judge
+from .terms import Judged, Terms, judge
 
 
 @dataclass
@@ -136,26 +136,28 @@ class TwoWay(Method):
 
     def d_loss(self, batch: Batch, outputs: Outputs, draws: Draws) -> tuple[Tensor, Losses]:
         """The losses of both discriminators, which judge fakes from their pools."""
-        terms = Terms()
 
-        def shown(discriminator: nn.Module, pool: ImagePool, fake: Tensor, real: Tensor) -> tuple[Tensor, ...]:
+        def judged(
+            discriminator: nn.Module, pool: ImagePool, fake: Tensor, real: Tensor
+        ) -> tuple[list[Judged], Losses]:
             fake = pool(fake)
-            augmented = [self.augment(real), self.augment(fake)]
-            judged = judge(discriminator, augmented, discriminator.pictures_independent)  # type: ignore[arg-type]
+            independent = discriminator.pictures_independent
+            outputs = judge(discriminator, [self.augment(real), self.augment(fake)], bool(independent))
             if self.gp == 0:
-                return tuple(judged)
+                return outputs, {}
             penalty = gradient_penalty(self.augment.before(discriminator), real, fake)
-            return *judged, 0.5 * self.gp * penalty
+            return outputs, {"GP": 0.5 * self.gp * penalty}
 
-        first, second = beside(
-            lambda: shown(self.discriminator_a, self.pool_b, outputs["fake_B"], batch.b),
-            lambda: shown(self.discriminator_b, self.pool_a, outputs["fake_A"], batch.a),
+        found = beside(
+            lambda: judged(self.discriminator_a, self.pool_b, outputs["fake_B"], batch.b),
+            lambda: judged(self.discriminator_b, self.pool_a, outputs["fake_A"], batch.a),
         )
-        penalties = {}
-        for name, (judged_real, judged_fake, *penalty) in ("D_A", first), ("D_B", second):
-            terms.gan(name, judged_real, True, self.gan_mode, weight=0.5)
-            terms.gan(name, judged_fake, False, self.gan_mode, weight=0.5)
-            penalties |= {f"{name}_GP": value for value in penalty}
+        terms = Terms()
+        penalties: Losses = {}
+        for name, ((real, fake), penalty) in zip(("D_A", "D_B"), found, strict=True):
+            terms.gan(name, real, True, self.gan_mode, weight=0.5)
+            terms.gan(name, fake, False, self.gan_mode, weight=0.5)
+            penalties |= {f"{name}_{kind}": value for kind, value in penalty.items()}
         total, losses = terms.total()
         for value in penalties.values():
             total = total + value

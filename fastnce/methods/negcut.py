@@ -75,9 +75,11 @@ class NEGCUT(CUT):
     @torch.no_grad()
     def finish(self, bad: Tensor) -> None:
         """Move F_ towards F. A learned temperature is F's alone."""
-        share, weights = 1.0 - self.options.momentum, dict(self.head.named_parameters())
-        for name, mean in self.average.named_parameters():
-            mean.lerp_(weights[name], bad.logical_not().to(mean.dtype) * share)
+        weights = dict(self.head.named_parameters())
+        means = dict(self.average.named_parameters())
+        towards = torch._foreach_sub([weights[name] for name in means], list(means.values()))
+        torch._foreach_mul_(towards, bad.logical_not().to(towards[0].dtype) * (1.0 - self.options.momentum))
+        torch._foreach_add_(list(means.values()), towards)
 
     def generate(self, batch: Batch, draws: Draws) -> Outputs:
         outputs = super().generate(batch, draws)

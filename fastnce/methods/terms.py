@@ -26,6 +26,9 @@ from .base import Losses
 from .loss_kernels import MOST_TERMS, Entry, TermUse, kinds, total_and_values
 from .losses import GANMode, channel_cycle_loss, frequency_cycle_loss, gan_loss
 
+Judged = tuple[Tensor, tuple[int, int] | None]
+"""A discriminator's output, and the rows of it that belong to a batch; None: all."""
+
 
 class _Term(NamedTuple):
     name: str
@@ -46,7 +49,7 @@ class Terms:
     def gan(
         self,
         name: str,
-        judged: Tensor | tuple[Tensor, tuple[int, int] | None],
+        judged: Tensor | Judged,
         real: bool,
         mode: GANMode = "lsgan",
         *,
@@ -133,9 +136,7 @@ class Terms:
         return trusted(use, tensors[0].device, tensors[0].dtype).triton
 
 
-def judge(
-    discriminator: Callable[[Tensor], Tensor], batches: Sequence[Tensor], independent: bool
-) -> list[tuple[Tensor, tuple[int, int] | None]]:
+def judge(discriminator: Callable[[Tensor], Tensor], batches: Sequence[Tensor], independent: bool) -> list[Judged]:
     """Judge batches of images, in one pass if they have one size and do not influence each other.
 
     Args:

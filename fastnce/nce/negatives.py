@@ -134,4 +134,4 @@ def contrast_with(queries: Tensor, keys: Tensor, negatives: Tensor, temperature:
     q = widened(queries).unflatten(0, (len(negatives), -1))
     positive = (q * widened(keys.detach()).view_as(q)).sum(2, keepdim=True) / temperature
     logits = torch.cat([positive, similarity(q, widened(negatives)) / temperature], dim=2)
-    return (logits.logsumexp(2) - positive[:, :, 0]).flatten()
+    return -logits.log_softmax(2)[:, :, 0].flatten()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -30,7 +32,7 @@ def relation_loss(queries: Tensor, keys: Tensor, images: int = 1) -> Tensor:
     images = checks.groups_of("images", images, queries.shape[0])
     q, k = (widened(rows).unflatten(0, (images, -1)) for rows in (queries, keys.detach()))
     log_p, log_q = (similarity(rows, rows).log_softmax(1) for rows in (q, k))
-    log_m = torch.logaddexp(log_p, log_q) - torch.log(log_p.new_full((), 2.0))
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2.0)
     divergence = log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)
     return 0.5 * divergence.sum((1, 2)).mean()
 

@@ -131,7 +131,8 @@ def hdce_pair_weight(keys: Tensor, images: int = 1, *, gamma: float | Tensor = 1
     k, _ = _codes(keys, keys, images)
     gamma = gamma if isinstance(gamma, Tensor) else checks.number("gamma", gamma, 1e-4, 1e4)
     relation = similarity(k, k)
-    relation = relation.masked_fill(_diagonal(relation), -10.0) / gamma
+    relation.diagonal(dim1=1, dim2=2).fill_(-10.0)
+    relation = relation / gamma
     return (relation - relation.amax(2, keepdim=True)).exp()
 
 

@@ -20,7 +20,7 @@ def normalize_rows(rows: Tensor) -> Tensor:
     The gradient at a row of zeros is 0; in the published code it is NaN (the derivative of a length at 0).
     """
     length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    scale = torch.where(length > 0, 1.0 / (length + NORM_EPS), torch.zeros_like(length))
+    scale = torch.where(length > 0, 1.0 / (length + NORM_EPS), 0.0)
     return rows * scale
 
 
