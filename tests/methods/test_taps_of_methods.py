@@ -47,7 +47,7 @@ def contrasted(method: nn.Module, handed_out: bool) -> tuple[list[Tensor], dict[
     torch.manual_seed(3)
     if hasattr(method, "contrast"):
         outputs: dict[str, Any] = {"fake_A": fake_a, "fake_B": fake_b}
-        losses = list(method.contrast(batch, outputs, draws).values())
+        losses = [*method.contrast(batch, outputs, draws)]
         losses += [(codes * torch.arange(64).cos()).sum() for codes in outputs.get("codes", [])]
     else:
         both = method.contrasts_both
