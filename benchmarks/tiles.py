@@ -30,7 +30,7 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from fastnce.kernels import (  # noqa: E402  # noqa: E402
     blur,
-    configs,
+    chosen,
     few_outputs,
     few_outputs_backward,
     instance_norm,
@@ -61,7 +61,7 @@ class Workload:
     candidates: Sequence[Tile]
     call: Callable[..., Any]
     inputs: list[tuple] = field(default_factory=lambda: [()])
-    chooser_of: Any = configs
+    chooser_of: Any = chosen
 
 
 @dataclass
@@ -247,9 +247,9 @@ def measured(work: Workload, device: torch.device, seconds: float) -> list[Found
     for tile in (None, *work.candidates):
         result = Found(work.name, tile)
         found.append(result)
-        chosen = getattr(work.chooser_of, work.chooser) if tile is None else lambda *_, tile=tile, **__: tile
+        pick = getattr(work.chooser_of, work.chooser) if tile is None else lambda *_, tile=tile, **__: tile
         try:
-            with mock.patch.object(work.chooser_of, work.chooser, chosen):
+            with mock.patch.object(work.chooser_of, work.chooser, pick):
                 values = flat(work.call(*work.inputs[0]))
                 synchronize(device)
                 call = capture(work.call, work.inputs) if device.type == "cuda" else lambda: work.call(*work.inputs[0])

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import chosen
 from .common import architecture, launch
 from .planes import (
     as_map,
@@ -28,7 +29,6 @@ from .planes import (
     store_tile,
 )
 from .planned import planned
-from .tiles import layer_tile
 
 DOWN, DOWN_BACK, UP, UP_BACK = (tl.constexpr(kind) for kind in range(4))
 
@@ -125,7 +125,7 @@ def _blur(x: Tensor, height: int, width: int, kind: int) -> Tensor:
     out = empty_like(x, height, width)
     check_plane(out)
     images, channels = x.shape[:2]
-    tile = layer_tile(architecture(x.device), channels, is_channels_last(x), reads=_TAPS[kind] ** 2)
+    tile = chosen.layer_tile(architecture(x.device), channels, is_channels_last(x), reads=_TAPS[kind] ** 2)
     parts = triton.cdiv(height * width, tile.block_m)
     launch(
         blur_kernel, images * parts * triton.cdiv(channels, tile.block_n), x, as_map(x), as_map(out), channels,

@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import chosen
 from .common import architecture, block_dim, dense_rows, fields_of, launch, narrow
 from .planned import planned
-from .tiles import rows_tile
 
 SHORTEST = tl.constexpr(1e-8)
 """Shorter rows are divided by this, as in `F.cosine_similarity`, so that rows of zeros stay zero."""
@@ -90,7 +90,7 @@ def cosine(rows: Sequence[Tensor]) -> list[Tensor]:
     rows = [dense_rows(r) for r in rows]
     units = [torch.empty(r.shape, dtype=r.dtype, device=r.device) for r in rows]
     widest = block_dim(max(r.shape[1] for r in rows))
-    tile = rows_tile(architecture(rows[0].device), widest)
+    tile = chosen.rows_tile(architecture(rows[0].device), widest)
     problems: list[Rows] = []
     block = 0
     for r, unit in zip(rows, units, strict=True):
@@ -119,7 +119,7 @@ def row_gradients(
     rows = [dense_rows(r) for r in rows]
     gradients = [torch.empty(r.shape, dtype=r.dtype, device=r.device) for r in rows]
     widest = block_dim(max(r.shape[1] for r in rows))
-    tile = rows_tile(architecture(rows[0].device), widest)
+    tile = chosen.rows_tile(architecture(rows[0].device), widest)
     directions = upstream.shape[0]
     problems: list[RowGradient] = []
     block = 0

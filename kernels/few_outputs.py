@@ -26,11 +26,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs
+from . import chosen, configs
 from .common import architecture, dot, launch, narrow, precision
 from .planes import as_map, check_plane, is_channels_last
 from .planned import planned
-from .tiles import few_outputs_tile
 
 OUT: tl.constexpr = tl.constexpr(4)
 """Output channels per program: with both parts of a bfloat16 pair they are one load of 16 bytes."""
@@ -265,7 +264,7 @@ def few_outputs(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) ->
     pair = is_pair(x.dtype)
     multiply = precision(arch, x.dtype, convolution=True)
     out = empty_output(x, size)
-    tile = few_outputs_tile(arch, x.dtype, "forward", multiply == "tf32", reads_lines(x))
+    tile = chosen.few_outputs_tile(arch, x.dtype, "forward", multiply == "tf32", reads_lines(x))
     rows, block = tile.block_n, channel_block(size.channels)
     packed = packed_weight(weight, pair, rows, multiply == "tf32")
     places = triton.cdiv(size.out_height, rows) * size.span

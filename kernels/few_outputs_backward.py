@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs
+from . import chosen, configs
 from .common import architecture, bound, dot, launch, narrow, precision
 from .few_outputs import (
     OUT,
@@ -37,7 +37,6 @@ from .few_outputs import (
 )
 from .planes import as_map, check_plane, empty_like, rows_join
 from .planned import planned
-from .tiles import few_outputs_pack_tile, few_outputs_tile, layer_splits
 
 
 @triton.jit
@@ -205,9 +204,9 @@ def _packed_gradient(
     images = gradient.shape[0]
     front = (size.kernel - 1) * (size.span + 1)
     length = front + size.span * size.rows + margin
-    tile = few_outputs_pack_tile(arch := architecture(gradient.device))
+    tile = chosen.few_outputs_pack_tile(arch := architecture(gradient.device))
     tiles = triton.cdiv(length, tile.block_m)
-    parts = layer_splits(arch, images * size.blocks, tiles)
+    parts = chosen.layer_splits(arch, images * size.blocks, tiles)
     each = triton.cdiv(tiles, parts)
     parts = triton.cdiv(tiles, each)
 
@@ -228,7 +227,7 @@ def _packed_gradient(
 def _map_gradient(
     wide: Tensor, x: Tensor, weight: Tensor, out: Tensor, size: Geometry, length: int, multiply: str
 ) -> None:
-    tile = few_outputs_tile(architecture(x.device), x.dtype, "map", multiply == "tf32", reads_lines(x))
+    tile = chosen.few_outputs_tile(architecture(x.device), x.dtype, "map", multiply == "tf32", reads_lines(x))
     block = min(tile.block_n, channel_block(size.channels))
     pixels = size.span * size.rows
     parts = triton.cdiv(pixels, tile.block_m)
@@ -244,7 +243,7 @@ def _weight_sums(packed: Tensor, x: Tensor, size: Geometry, length: int, multipl
     """The gradient of the weights in parts: float32 (parts, outputs, kernel, kernel, channels)."""
     arch = architecture(x.device)
     pair = is_pair(x.dtype)
-    tile = few_outputs_tile(arch, x.dtype, "weight", multiply == "tf32", reads_lines(x))
+    tile = chosen.few_outputs_tile(arch, x.dtype, "weight", multiply == "tf32", reads_lines(x))
     taps, block = padded_taps(size.kernel, pair), channel_block(size.channels)
     columns = size.blocks * size.kernel * taps * (1 + pair) * OUT.value
     width = min(tile.block_n, triton.next_power_of_2(columns))
@@ -252,7 +251,7 @@ def _weight_sums(packed: Tensor, x: Tensor, size: Geometry, length: int, multipl
     tiles = triton.cdiv(pixels, tile.block_m)
     programs = triton.cdiv(columns, width) * triton.cdiv(size.channels, block)
     every = tiles * x.shape[0]
-    each = max(1, triton.cdiv(every, layer_splits(arch, programs, every)))  # no images: no parts
+    each = max(1, triton.cdiv(every, chosen.layer_splits(arch, programs, every)))  # no images: no parts
     parts = triton.cdiv(every, each)
     partial = torch.empty(
         parts, size.outputs, size.kernel, size.kernel, size.channels, dtype=torch.float32, device=x.device

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs
+from . import chosen, configs
 from .common import (
     LN2,
     LN2_HIGH,
@@ -41,7 +41,6 @@ from .common import (
 )
 from .nce_stream import HIGHEST_TOTAL, LOWEST_TOTAL, log1p, stream
 from .planned import planned
-from .tiles import nce_tile
 
 UNIT_TEMPERATURE = 0.023
 """Above this temperature, rows of unit length need no running maximum: exp2(-2 log2(e) / T) is a normal float32."""
@@ -271,7 +270,7 @@ def _nce_forward(
     if weighted or any(dim % 16 for dim in dims):
         form = "any"
     width = block_dim(max(dims))
-    tile_of = partial(nce_tile, arch, first.dtype, width, total, form, product == "tf32")
+    tile_of = partial(chosen.nce_tile, arch, first.dtype, width, total, form, product == "tf32")
     tile = tile_of()
     loss = first.new_empty(total, dtype=torch.float32)
     negative, positive = (torch.empty_like(loss) if statistics else loss for _ in range(2))

@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import chosen
 from .common import LOG2E, architecture, block_dim, bound, dense_rows, dot, fields_of, launch, narrow, precision
 from .nce import weight_strides
 from .planned import planned
-from .tiles import nce_tile
 
 
 class KeyProblem(NamedTuple):
@@ -172,7 +172,7 @@ def _nce_key_gradients(
     count = sum(k.shape[0] * k.shape[1] for k in keys)
     arch = architecture(first.device)
     product = precision(arch, first.dtype)
-    tile = nce_tile(arch, first.dtype, widest, count, "any", product == "tf32")
+    tile = chosen.nce_tile(arch, first.dtype, widest, count, "any", product == "tf32")
     gradients = [torch.empty(k.shape, dtype=k.dtype, device=k.device) for k in keys]
     problems, block, row = [], 0, 0
     for i, (q, k) in enumerate(zip(queries, keys, strict=True)):

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 import triton
 
-from . import configs
+from . import chosen, configs
 from .lookup import Tile
-from .tiles import layer_splits, layer_tile
 
 NORM_PARTS = 64
 """The most parts of a plane whose sums a norm's second launch joins.
@@ -31,7 +30,7 @@ def norm_tile(
     if arch == "interpreter" or not channels_last or channels % 16:
         if channels_last and channels > 16 and reads >= 9 and arch != "interpreter":
             return configs.find_tile("norm", arch, channels_last=True, reads=16)  # 64 channels would spill
-        return layer_tile(arch, channels, channels_last, min(reads, 16))
+        return chosen.layer_tile(arch, channels, channels_last, min(reads, 16))
     name = str(dtype).removeprefix("torch.")
     return configs.find_tile("norm", arch, dtype=name, channels_last=True, wide_loads=True, reads=reads)
 
@@ -43,7 +42,7 @@ def norm_splits(arch: str, programs: int, tiles: int, reduction: bool) -> int:
         programs: side by side, for images and blocks of channels.
     """
     if reduction:
-        return min(NORM_PARTS, layer_splits(arch, programs, tiles))
+        return min(NORM_PARTS, chosen.layer_splits(arch, programs, tiles))
     return max(1, min(tiles, PROGRAMS // max(programs, 1)))
 
 

@@ -16,10 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import chosen
 from .common import architecture, block_dim, bound, dot, fields_of, launch, long_dot, narrow, number_of, precision
 from .planes import map_strides
 from .planned import planned
-from .tiles import project_tile
 
 NORM_EPS = tl.constexpr(1e-7)
 
@@ -268,7 +268,7 @@ def project(
     all_rows = [m.shape[0] * i.shape[-1] for m, i in zip(maps, ids, strict=True)]
     product = precision(arch, dtype)
     width, kind = max(widest_c, block_dim(max(dims))), mlp[0].dtype if mlp else None
-    tile = project_tile(arch, dtype, width, sum(all_rows), product == "tf32", kind)
+    tile = chosen.project_tile(arch, dtype, width, sum(all_rows), product == "tf32", kind)
     biased = sum(1 << i for i, bias in enumerate(biases) if bias is not None)
     biases = biases or [None] * len(maps)
     places, layers, units, block, row, x = [], [], [], 0, 0, 0

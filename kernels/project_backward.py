@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import chosen
 from .common import (
     architecture,
     block_dim,
@@ -41,7 +42,6 @@ from .project import (
     row_numbers,
     tile_widths,
 )
-from .tiles import merge_tile, project_tile
 from .weight_gradient import weight_gradients
 
 
@@ -305,8 +305,8 @@ def into_buffer(
     total = sum(u.shape[0] for u in units)
     product = precision(arch, dtype)
     kind = mlp[0].dtype if mlp else None
-    tile = project_tile(arch, dtype, max(widest_c, widest_d), total, product == "tf32", kind)
-    merge = merge_tile(arch, dtype, widest_c)
+    tile = chosen.project_tile(arch, dtype, max(widest_c, widest_d), total, product == "tf32", kind)
+    merge = chosen.merge_tile(arch, dtype, widest_c)
     gradients = map_views(buffer, maps, wanted)
     places, layers, merges, block, merge_block, row, x = [], [], [], 0, 0, 0, 0
     for k, (m, i, w) in enumerate(zip(maps, ids, groups_of_four(mlp, len(maps)), strict=True)):

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import chosen
 from .common import architecture, launch
 from .planes import (
     as_map,
@@ -25,7 +26,6 @@ from .planes import (
     store_tile,
 )
 from .planned import planned
-from .tiles import layer_tile
 
 
 @triton.jit
@@ -68,7 +68,7 @@ def reflect_pad(x: Tensor, height: int, width: int) -> Tensor:
     out = empty_like(x, height, width)
     check_plane(out)
     images, channels = x.shape[:2]
-    tile = layer_tile(architecture(x.device), channels, is_channels_last(x))
+    tile = chosen.layer_tile(architecture(x.device), channels, is_channels_last(x))
     parts = triton.cdiv(height * width, tile.block_m)
     launch(
         reflect_pad_kernel, images * parts * triton.cdiv(channels, tile.block_n), x, as_map(x), as_map(out), channels,
@@ -84,7 +84,7 @@ def reflect_pad_backward(gradient: Tensor, height: int, width: int) -> Tensor:
     check_plane(gradient)
     out = empty_like(gradient, height, width)
     images, channels = gradient.shape[:2]
-    tile = layer_tile(architecture(gradient.device), channels, is_channels_last(gradient), reads=3)
+    tile = chosen.layer_tile(architecture(gradient.device), channels, is_channels_last(gradient), reads=3)
     parts = triton.cdiv(height * width, tile.block_m)
     launch(
         reflect_pad_backward_kernel, images * parts * triton.cdiv(channels, tile.block_n), gradient, as_map(gradient),

@@ -13,10 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs
+from . import chosen, configs
 from .common import architecture, bound, dot, fields_of, launch, narrow, number_of, precision
 from .planned import planned
-from .tiles import layer_splits, weight_gradient_tile
 
 
 class WeightGradient(NamedTuple):
@@ -44,7 +43,7 @@ def rows_at_once(dtype: torch.dtype) -> int:
 
 def parts_of(arch: str, programs: int, rows: Sequence[int]) -> int:
     """Into how many parts the rows of each layer are split. `programs`: without a split."""
-    return layer_splits(arch, programs, max(rows) // PART_ROWS) if sum(rows) >= configs.MANY_ROWS else 1
+    return chosen.layer_splits(arch, programs, max(rows) // PART_ROWS) if sum(rows) >= configs.MANY_ROWS else 1
 
 
 @triton.jit
@@ -159,7 +158,7 @@ def weight_gradients(
     """
     arch = architecture(d_z.device)
     product = precision(arch, d_z.dtype)
-    tile = weight_gradient_tile(arch, d_z.dtype, sum(rows), product == "tf32")
+    tile = chosen.weight_gradient_tile(arch, d_z.dtype, sum(rows), product == "tf32")
     inputs_of = [shape[1] for shape in shapes[::2]]
     odd = max([n for n in inputs_of if n % 16], default=0)
     narrow_n = 16 if 0 < odd < 16 else tile.block_n if odd else 0

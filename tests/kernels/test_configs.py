@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastnce.kernels import common, configs, lookup
+from fastnce.kernels import chosen, common, configs, lookup
+from fastnce.kernels.chosen import layer_tile, nce_tile
 from fastnce.kernels.configs import Tile
-from fastnce.kernels.tiles import layer_tile, nce_tile
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -63,7 +63,7 @@ def test_cases_written_out():
     for case, tile in NCE.items():
         assert nce_tile(*case) == tile, case
     for (name, *case), tile in OTHERS.items():
-        assert getattr(configs, name)(*case) == tile, (name, *case)
+        assert getattr(chosen, name)(*case) == tile, (name, *case)
 
 
 KERNELS = typing.get_args(lookup.Kernel)
@@ -95,7 +95,7 @@ NEW_ROWS = {
 
 
 def clear_caches():
-    for function in vars(configs).values():
+    for function in [*vars(configs).values(), *vars(chosen).values()]:
         if hasattr(function, "cache_clear"):
             function.cache_clear()
 
@@ -168,7 +168,7 @@ def test_an_architecture_that_is_not_listed_warns_once(arch, used, listed):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for name, *case in (("nce_tile", BF16, 256, 2560, "unit"), ("weight_gradient_tile", F32, 256, True)):
-            assert getattr(configs, name)(arch, *case) == getattr(configs, name)(used, *case)
+            assert getattr(chosen, name)(arch, *case) == getattr(chosen, name)(used, *case)
         layer_tile(arch, 256, True)
     sentence = f"no tiles are tuned for {arch}: those of {used} are used, see kernels/configs.py"
     assert [str(w.message) for w in caught] == [sentence]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastnce.kernels import blur, configs, instance_norm, instance_norm_backward, norm_tiles, planes
+from fastnce.kernels import blur, chosen, configs, instance_norm, instance_norm_backward, norm_tiles, planes
 from fastnce.kernels.planned import forget_plans
 
 from tests.maps import DEVICE, FILTERS, GATE, error, filter_truth, norm_truth, random_map
@@ -26,7 +26,7 @@ def poison(monkeypatch):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles so small that every map takes several programs, and a reduction several parts."""
-    monkeypatch.setattr(configs, "layer_tile", lambda arch, channels, *_, **__: configs.Tile(16, 32, 4, 1))
+    monkeypatch.setattr(chosen, "layer_tile", lambda arch, channels, *_, **__: configs.Tile(16, 32, 4, 1))
     monkeypatch.setattr(norm_tiles, "norm_splits", lambda arch, programs, tiles, reduction: min(tiles, 5))
     monkeypatch.setattr(norm_tiles, "whole_tile", lambda *_: None)
     forget_plans()

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from fastnce.kernels import configs, nce
+from fastnce.kernels import chosen, nce
 from fastnce.kernels.lookup import Tile
 from fastnce.kernels.planned import forget_plans
 
@@ -44,7 +44,7 @@ def few_keys_are_peeled(monkeypatch):
     forget_plans()
     with monkeypatch.context() as patch:
         patch.setattr(nce, "PEELED_KEYS", 1)
-        patch.setattr(configs, "nce_tile", lambda *_, **__: Tile(64, 32, 4, 1))
+        patch.setattr(chosen, "nce_tile", lambda *_, **__: Tile(64, 32, 4, 1))
         yield
     forget_plans()
 
