@@ -120,7 +120,8 @@ class Step:
         recorder = CudaRecorder(device) if graph is True else graph
         self._kernels_known = not first_use.may_check(device)
         self._compiles = bool(compile)
-        self.graphs = Graphs(self.compute, recorder, self._settings, self._tensors.places, self.layout) if recorder else None
+        places = self._tensors.places
+        self.graphs = Graphs(self.compute, recorder, self._settings, places, self.layout) if recorder else None
 
     def _compile_whole(self, backend: str) -> CompiledWhole | None:
         """The step compiled as one graph; None, and one warning, if it cannot be."""
