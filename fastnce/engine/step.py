@@ -120,8 +120,7 @@ class Step:
         recorder = CudaRecorder(device) if graph is True else graph
         self._kernels_known = not first_use.may_check(device)
         self._compiles = bool(compile)
-        places = self._tensors.places
-        self.graphs = Graphs(self.compute, recorder, self._settings, places, self.layout) if recorder else None
+        self.graphs = Graphs(self.compute, recorder, self._settings, self._places, self.layout) if recorder else None
 
     def _compile_whole(self, backend: str) -> CompiledWhole | None:
         """The step compiled as one graph; None, and one warning, if it cannot be."""
@@ -150,6 +149,10 @@ class Step:
     def _settings(self) -> Hashable:
         """The settings that a recorded step depends on."""
         return self.method.training, library_settings()
+
+    def _places(self) -> Hashable:
+        """The addresses that a recorded step reads and writes."""
+        return self.bad_steps.data_ptr(), self._tensors.places()
 
     def run(self, batch: Batch, draws: Draws) -> Losses:
         """Update every network once, or nothing if a gradient is not finite; does not wait for the device.

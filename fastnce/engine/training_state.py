@@ -38,11 +38,11 @@ class TrainingState:
         self._buffers = [module._buffers for module in method.modules() if module._buffers]
 
     def places(self) -> Hashable:
-        """Return the addresses that a recorded step reads and writes. It costs about 0.1 us per tensor.
+        """Return the addresses of all that a recorded step changes, but `bad_steps`. It costs about 0.1 us per tensor.
 
         Of Adam's state, only the first moment of each parameter is listed: the others are replaced together with it.
         """
-        tensors = [self.bad_steps, *self.schedule.values()]
+        tensors = list(self.schedule.values())
         for group in self.groups.values():
             tensors += [group.lr, *group.parameters]
             tensors += [moments["exp_avg"] for moments in group.adam.state.values()]
