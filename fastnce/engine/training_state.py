@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -35,6 +35,24 @@ class TrainingState:
     ):
         self.method, self.groups, self.averages = method, groups, averages
         self.loss_scale, self.bad_steps, self.schedule = loss_scale, bad_steps, schedule or {}
+        self._buffers = [module._buffers for module in method.modules() if module._buffers]
+
+    def places(self) -> Hashable:
+        """Return the addresses of all that a recorded step changes, but `bad_steps`. It costs about 0.1 us per tensor.
+
+        Of Adam's state, only the first moment of each parameter is listed: the others are replaced together with it.
+        """
+        tensors = list(self.schedule.values())
+        for group in self.groups.values():
+            tensors += [group.lr, *group.parameters]
+            tensors += [moments["exp_avg"] for moments in group.adam.state.values()]
+        for buffers in self._buffers:  # pools and banks among them
+            tensors += [buffer for buffer in buffers.values() if buffer is not None]
+        for average in self.averages.values():
+            tensors += average.average.values()
+        if self.loss_scale is not None:
+            tensors += [self.loss_scale.scale, self.loss_scale.good]
+        return tuple(map(Tensor.data_ptr, tensors))
 
     def generator_weights(self) -> dict[str, Tensor]:
         """The generators' weights as "G/model.1.weight": the averaged ones if there are any."""
