@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from fastnce.kernels import blur, few_outputs, few_outputs_backward, instance_norm, nce
+from fastnce.kernels import blur, few_outputs, few_outputs_backward, instance_norm, instance_norm_backward, nce
 from fastnce.kernels.specialise import specialised
 
 from benchmarks import aot, aot_cases
@@ -86,7 +86,7 @@ def cases() -> Iterator[Case]:
     yield Case("nce five layers 256x256", partial(_nce, few), ("nce_kernel",))
     projected = ("project_kernel", "project_backward_kernel", "weight_gradient_kernel")
     for images in (1, 8):
-        yield Case(f"project B={images}", partial(aot_cases._sample, 256, CHANNELS, images=images), projected)
+        yield Case(f"project B={images}", partial(_project, images), projected)
     for margin, residual in ((1, False), (0, True)):
         name = "residual" if residual else "ReLU, pad 1"
         yield Case(f"norm 256x64x64, {name}", partial(_norm, _map(256, 64), margin, residual), ())
@@ -111,10 +111,15 @@ def _nce(rows: list[torch.Tensor]) -> None:
     nce.nce_forward(rows, rows, [], [], [], [0.07] * len(rows), unit=True)
 
 
+def _project(images: int) -> None:
+    """With copies of the weights in 16 bits, as a training step makes them."""
+    aot_cases._sample(256, CHANNELS, images=images, weights=torch.bfloat16)
+
+
 def _norm(x: torch.Tensor, margin: int, residual: bool) -> None:
     slope = 1.0 if residual else 0.0
     y, statistics = instance_norm.instance_norm(x, x if residual else None, 1e-5, slope, margin)
-    instance_norm.instance_norm_backward(y, x, statistics, slope, margin)
+    instance_norm_backward.instance_norm_backward(y, None, x, statistics, slope, margin, 0, residual)
 
 
 def _last_convolution() -> None:

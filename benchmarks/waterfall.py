@@ -22,7 +22,7 @@ from benchmarks.step import our_provider, step_case
 from fastnce.common.beside import CudaStreams
 from fastnce.engine.step import Step
 from fastnce.nce import PatchNCEHead
-from fastnce.networks import fuse_neighbours, leave_out_biases, set_implementation
+from fastnce.networks import ResnetGenerator, fuse_neighbours, leave_out_biases, set_implementation
 from fastnce.networks.layers import LastConvolution
 
 
@@ -43,6 +43,8 @@ class Stage:
     """Convolutions omit a bias that the following norm cancels."""
     neighbours: bool = False
     """Norms compute the pads, blurs and residuals around them, see `fuse_neighbours`."""
+    taps: bool = False
+    """Sampled maps get the gradients of their rows alone (`hands_out_taps`)."""
     streams: bool = False
     """Independent work runs at the same time (`run.streams`)."""
     graph: bool = True
@@ -73,7 +75,8 @@ def stages(cuda: bool, loss: bool = True) -> list[Stage]:
     fused: dict[str, Any] = ending | {"loss": "triton"}
     at_once: dict[str, Any] = fused | {"weights_at_once": True}
     without_biases: dict[str, Any] = at_once | {"no_cancelled_biases": True}
-    all_on: dict[str, Any] = without_biases | {"neighbours": True}
+    neighbours: dict[str, Any] = without_biases | {"neighbours": True}
+    all_on: dict[str, Any] = neighbours | {"taps": True}
     found = [
         Stage("fp32"),
         Stage("+ TF32", tf32=True),
@@ -84,9 +87,10 @@ def stages(cuda: bool, loss: bool = True) -> list[Stage]:
         Stage("+ fused NCE", **fused),
         Stage("+ weights converted at once", **at_once),
         Stage("+ no biases that norms cancel", **without_biases),
-        Stage("+ norms joined with pads, blurs and residuals", **all_on),
+        Stage("+ norms joined with pads, blurs and residuals", **neighbours),
+        Stage("+ gradients of sampled rows alone", **all_on),
         Stage("+ streams", **all_on, streams=True),
-        Stage("all, uncaptured", **all_on, streams=True, graph=False),
+        Stage("all, uncaptured", **all_on, graph=False),
     ]
     return found if loss else [replace(stage, loss="triton") for stage in found if stage.name != "+ fused NCE"]
 
@@ -156,5 +160,7 @@ def switch(step: Step, stage: Stage) -> None:
     for module in step.method.modules():
         if isinstance(module, LastConvolution):
             module.implementation = stage.last
+        if isinstance(module, ResnetGenerator):
+            module.hands_out_taps = stage.taps
         if isinstance(module, PatchNCEHead):
             module.implementation = stage.loss

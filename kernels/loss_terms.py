@@ -70,7 +70,7 @@ class Term(NamedTuple):
     factor: float
     share: float
     length: int
-    columns: int
+    frequencies: int
     last: int
     place: int
     first_block: int
@@ -95,7 +95,7 @@ def values_of(term, o, KIND: tl.constexpr):
         a, b = loaded(term.x, 2 * o, m), loaded(term.x, 2 * o + 1, m)
         c, d = loaded(term.y, 2 * o, m), loaded(term.y, 2 * o + 1, m)
         value = tl.abs(length_of(a, b) - length_of(c, d)) + length_of(a - c, b - d)
-        column = o % term.columns
+        column = o % term.frequencies
         value *= tl.where((column == 0) | (column == term.last), 1.0, 2.0)
     elif KIND == DISTANCE:
         value = tl.abs(loaded(term.x, o, m) - loaded(term.y, o, m))

@@ -235,7 +235,7 @@ def merge_kernel(maps, layers, d_x, COUNT: tl.constexpr, BM: tl.constexpr, BN: t
             x = tl.load(p_x, mask=m_n[:, None] & m_c[None, :], other=0.0)
             acc = dot(narrow(same.to(tl.float32), x.dtype), x, acc, "ieee")  # a sum of rows as they are
     m_in = m_m & (own >= 0) & (own < one.locations)
-    at = tl.where(m_in, own, 0).to(tl.int32)
+    at = own.to(tl.int32)  # nothing is stored at a location outside the map
     for i in tl.static_range(COUNT):
         if number == i:
             m_x = m_in[:, None] & (o_c < layers[i].channels)[None, :]

@@ -19,7 +19,7 @@ BEYOND_32_BITS = 2**40
 
 COUNTS = {
     "locations", "share", "direction", "parts", "joins", "each", "span", "images", "blocks", "programs",
-    "length", "places", "front", "sets", "side", "columns", "last", "place",
+    "length", "places", "front", "sets", "side", "frequencies", "last", "place",
 }  # fmt: skip
 """Names of arguments and fields of which a kernel needs only the value."""
 

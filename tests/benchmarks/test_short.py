@@ -33,6 +33,6 @@ def test_the_parts_of_the_check_on_a_gpu(planned, monkeypatch):
 
 def test_every_stage_of_the_waterfall_is_captured(planned):
     (interleaved,) = planned(lambda context: waterfall.measure_stages("cut", 1, context), waterfall)
-    assert [p.mode for p in interleaved.providers] == ["captured"] * 10 + ["eager"]
+    assert [p.mode for p in interleaved.providers] == ["captured"] * 12 + ["eager"]
     in_turn = planned(lambda context: waterfall.measure_stages("cut", 8, context), waterfall)
-    assert [len(case.providers) for case in in_turn] == [1] * 11
+    assert [len(case.providers) for case in in_turn] == [1] * 13
