@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -39,6 +40,7 @@ from fastnce.kernels import (  # noqa: E402  # noqa: E402
     norm_tiles,
 )
 from fastnce.kernels.configs import Tile  # noqa: E402
+from fastnce.kernels.planned import forget_plans  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from fastnce import PatchNCEHead  # noqa: E402
@@ -49,6 +51,8 @@ SAME = 2e-2
 """The largest relative difference between the results of two tiles, for sums of 16-bit numbers."""
 BEST = 3
 """Candidates that are measured again."""
+NONE = Tile(0, 0, 0, 0)
+"""Stands for no tile: a norm of a small plane then takes two launches."""
 
 
 @dataclass
@@ -162,11 +166,16 @@ def layer_workloads(device: torch.device, quick: bool) -> Iterator[Workload]:
         def folded(padded: Tensor, x: Tensor, statistics: Tensor) -> Any:
             return instance_norm_backward.instance_norm_backward(padded, None, x, statistics, 0.0, 1)[0]
 
-        yield Workload(f"norm {size}", "norm_tile", fit, forward, inputs, norm_tiles)
-        yield Workload(f"norm backward {size}", "norm_tile", fit, backward, norm, norm_tiles)
-        if channels == 256:
+        if channels < 256:
+            yield Workload(f"norm {size}", "norm_tile", fit, forward, inputs, norm_tiles)
+            yield Workload(f"norm backward {size}", "norm_tile", fit, backward, norm, norm_tiles)
+        if channels == 256:  # in one launch; NONE is the tile of two
             padded = [(drawn(channels, side + 2), *pair) for pair in norm]
-            yield Workload(f"norm backward {size}, padded", "norm_tile", fit, folded, padded, norm_tiles)
+            whole = [Tile(side * side, few, warps, 1) for few in (4, 8, 16) for warps in (8, 16, 32)]
+            whole = [NONE, *whole]
+            yield Workload(f"norm {size}, one launch", "whole_tile", whole, forward, inputs, norm_tiles)
+            yield Workload(f"norm backward {size}, one launch", "whole_tile", whole, backward, norm, norm_tiles)
+            yield Workload(f"norm backward {size}, padded", "whole_tile", whole, folded, padded, norm_tiles)
         else:
             half = (side + 1) // 2
             yield Workload(f"blur down {size}", "layer_tile", fit, lambda x, h=half: blur.blur_down(x, h, h), inputs)
@@ -241,14 +250,19 @@ def flat(result: Any) -> Tensor:
     return torch.cat([flat(part) for part in result]) if result else torch.empty(0)
 
 
+def _pick(tile: Tile, *_: Any, **__: Any) -> Tile | None:
+    return None if tile == NONE else tile
+
+
 def measured(work: Workload, device: torch.device, seconds: float) -> list[Found]:
     """Measure the tile of the table (tile None), then every candidate, then the best ones again."""
     expected, ready, found = None, {}, []
     for tile in (None, *work.candidates):
         result = Found(work.name, tile)
         found.append(result)
-        pick = getattr(work.chooser_of, work.chooser) if tile is None else lambda *_, tile=tile, **__: tile
+        pick = getattr(work.chooser_of, work.chooser) if tile is None else partial(_pick, tile)
         try:
+            forget_plans()  # they keep the tile of an earlier candidate
             with mock.patch.object(work.chooser_of, work.chooser, pick):
                 values = flat(work.call(*work.inputs[0]))
                 synchronize(device)
@@ -262,6 +276,7 @@ def measured(work: Workload, device: torch.device, seconds: float) -> list[Found
             ready[id(result)] = call
         except Exception as error:  # too much shared memory, for example
             result.why = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+    forget_plans()
     fastest = sorted((f for f in found[1:] if f.ms is not None and not f.why), key=lambda f: f.ms or 0.0)[:BEST]
     again = [f for f in (found[0], *fastest) if id(f) in ready]
     times = time_interleaved({str(id(f)): ready[id(f)] for f in again}, device, 4 * seconds, least_ms=5.0)
