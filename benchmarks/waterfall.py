@@ -90,7 +90,7 @@ def stages(cuda: bool, loss: bool = True) -> list[Stage]:
         Stage("+ norms joined with pads, blurs and residuals", **neighbours),
         Stage("+ gradients of sampled rows alone", **all_on),
         Stage("+ streams", **all_on, streams=True),
-        Stage("all, uncaptured", **all_on, graph=False),
+        Stage("all, uncaptured", **all_on, streams=True, graph=False),
     ]
     return found if loss else [replace(stage, loss="triton") for stage in found if stage.name != "+ fused NCE"]
 

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from fastnce.kernels import configs, few_outputs, few_outputs_backward
+from fastnce.kernels import chosen, few_outputs, few_outputs_backward
 from fastnce.kernels.configs import Tile
 from torch import Tensor
 
@@ -46,8 +46,8 @@ def poison(monkeypatch):
 def small_tiles(monkeypatch, rows: int = 2) -> None:
     """Tiles so small that everything takes several programs, and a reduction several parts."""
     tiles = {"forward": Tile(16, rows, 4, 1), "map": Tile(32, 16, 4, 1), "weight": Tile(32, 32, 4, 1)}
-    monkeypatch.setattr(configs, "few_outputs_tile", lambda arch, dtype, kernel, *_: tiles[kernel])
-    monkeypatch.setattr(configs, "few_outputs_pack_tile", lambda arch: Tile(64, 1, 4, 1))
+    monkeypatch.setattr(chosen, "few_outputs_tile", lambda arch, dtype, kernel, *_: tiles[kernel])
+    monkeypatch.setattr(chosen, "few_outputs_pack_tile", lambda arch: Tile(64, 1, 4, 1))
 
 
 def parameters(outputs: int, channels: int, kernel: int, bias: bool = True) -> tuple[Tensor, Tensor | None]:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 PROGRAM = """\
 from fastnce.kernels.blur import blur_down
-from fastnce.kernels.configs import layer_splits
+from fastnce.kernels.chosen import layer_splits
 
 blur_down(1)
 layer_splits("sm_90", programs=1)
