@@ -49,7 +49,10 @@ def test_differences_name_old_and_new_counts():
 def test_the_committed_table_has_every_case():
     tables = launches.read()
     assert set(tables) == {case.name for case in cases.CASES if expected.is_recorded(case.name)}
-    assert {f"{preset}+published/bf16/eager" for preset in cases.SIZES} <= set(tables)
+    unrecorded = [case for case in cases.CASES if not expected.is_recorded(case.name)]
+    assert {case.form for case in unrecorded} <= {"parts", "whole"}
+    late = ("negcut/", "fsesim/", "lsesim/", "dclgan+")  # all other cases are recorded, except whole ones
+    assert {case.form for case in unrecorded if not case.name.startswith(late)} <= {"whole"}
     for name, table in tables.items():
         assert sum(table.values()) > 100, name
         assert any(kernel.startswith("triton ") and "inductor" not in kernel for kernel in +table), name
@@ -89,13 +92,12 @@ def test_a_case_with_other_launches_fails_and_the_journal_keeps_what_ran():
     found = outcome("cut/bf16/eager")
     matrix.compare(found, Counter({"triton nce_kernel": 2}))
     assert (found.outcome, found.problems) == (matrix.PASSED, [])
-    recorded = outcome("cut+published/bf16/eager")
-    matrix.compare(recorded, Counter())
-    assert recorded.problems == ["the case is not in the launch table: --write adds it"]
+    matrix.compare(found, Counter())
+    assert found.problems == ["the case is not in the launch table: --write adds it"]
 
 
 def test_a_case_without_a_record_is_not_compared_until_it_has_one(monkeypatch):
-    monkeypatch.setattr(expected, "RECORDED", "dclgan/*/eager")
+    monkeypatch.setattr(expected, "UNRECORDED", ("dclgan/*/whole",))
     found = outcome("dclgan/bf16/whole")
     matrix.compare(found, Counter())
     assert found.outcome == matrix.PASSED
