@@ -16,6 +16,7 @@ for other streams. Three rules make that safe, in the warm-up as in a recording:
 from __future__ import annotations
 
 import functools
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,25 +43,37 @@ class Streams(Protocol):
 
     def join(self) -> None: ...
 
+    def drop(self) -> None: ...
 
-_active: Streams | None = None  # not per thread: autograd's threads read it
+
+class _Active(threading.local):
+    streams: Streams | None = None
+
+
+_active = _Active()
 
 
 def active() -> Streams | None:
-    """The streams of the step that runs now; None if it computes one thing after another."""
-    return None if torch.compiler.is_compiling() else _active
+    """The streams of the step that this thread runs now; None if it computes one thing after another.
+
+    Autograd computes backward passes in threads of its own: keep the streams of the forward pass for them.
+    """
+    return None if torch.compiler.is_compiling() else _active.streams
 
 
 @contextmanager
 def streaming(streams: Streams | None) -> Iterator[None]:
-    """Within: independent work runs on `streams`. All of it is joined at the end."""
-    global _active
-    before, _active = _active, streams
+    """Within: independent work runs on `streams`. All of it is joined at the end, or dropped after an error."""
+    before, _active.streams = _active.streams, streams
     try:
         yield
         join()
+    except BaseException:
+        if streams is not None:
+            streams.drop()
+        raise
     finally:
-        _active = before
+        _active.streams = before
 
 
 def beside(first: Callable[[], First], second: Callable[[], Second]) -> tuple[First, Second]:
@@ -132,6 +145,10 @@ class CudaStreams:
                 stream.wait_event(flight[-1][0])
         for stream in self._used - {here}:
             here.wait_stream(stream)
+        self._flights.clear()
+
+    def drop(self) -> None:
+        """Keep nothing for work that was started. Nobody reads its results."""
         self._flights.clear()
 
 

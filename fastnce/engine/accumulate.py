@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.taps import Tap
 from ..methods.base import Batch, Draws, Method
 
 
@@ -42,7 +43,7 @@ def _share(ids: Tensor, part: int, parts: int) -> Tensor:
 
 def detached(value: Any) -> Any:
     """The same tensors, in the same lists and dicts, without their autograd graph."""
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor | Tap):
         return value.detach()
     if isinstance(value, dict):
         return {key: detached(one) for key, one in value.items()}

@@ -2,7 +2,8 @@
 
 Autocast converts each weight and each gradient on its own: two of ten launches of CUT's step in bf16. Here, all weights
 of a network are converted in one call, which CUDA splits into few launches, and all gradients of a weight that a step
-uses more than once are added in few launches too. The results are the same.
+uses more than once are added in few launches too. The results are the same bits, except under a gradient penalty, whose
+16-bit gradients are added in another order.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from ..common.dispatch import KERNELS, choose
 from ..common.first_use import trusted
 from .base import Losses
 from .loss_kernels import MOST_TERMS, Entry, TermUse, kinds, total_and_values
-from .losses import GANMode, channel_cycle_loss, frequency_cycle_loss, gan_loss
+from .losses import GAN_MODES, GANMode, channel_cycle_loss, frequency_cycle_loss, gan_loss
 
 Judged = tuple[Tensor, tuple[int, int] | None]
 """A discriminator's output, and the rows of it that belong to a batch; None: all."""
@@ -41,7 +41,7 @@ class _Term(NamedTuple):
 
 
 class Terms:
-    """Collects the terms of one loss. Terms of one name are added to one value; they follow each other."""
+    """Collects the terms of one loss. Terms of one name are added to one value."""
 
     def __init__(self) -> None:
         self._terms: list[_Term] = []
@@ -71,21 +71,23 @@ class Terms:
             own = output if rows is None else output[slice(*rows)]
             return gan_loss(own, real, mode, for_generator=for_generator)
 
-        entry = Entry(*kinds(mode, real, for_generator), 1.0, output, None, rows)
+        known = mode in GAN_MODES and isinstance(real, bool)  # else `gan_loss` explains what is wrong
+        entry = Entry(*kinds(mode, real, for_generator), 1.0, output, None, rows) if known else None
         self._terms.append(_Term(name, weight, share, formula, entry))
 
     def distance(self, name: str, x: Tensor, y: Tensor, *, weight: float = 1.0, share: float = 1.0) -> None:
         """Add `weight` times the mean absolute difference of x and y, a constant of x's shape."""
-        self._terms.append(_Term(name, weight, share, lambda: F.l1_loss(x, y), Entry("distance", 0.0, 1.0, x, y)))
+        entry = _compared("distance", 1.0, x, y)
+        self._terms.append(_Term(name, weight, share, lambda: F.l1_loss(x, y), entry))
 
     def channels(self, name: str, x: Tensor, y: Tensor, *, weight: float = 1.0, share: float = 1.0) -> None:
         """Add `weight` times `channel_cycle_loss`; y is a constant."""
-        entry = Entry("distance", 0.0, float(x.shape[1]), x, y)
+        entry = _compared("distance", float(x.shape[1]), x, y) if x.dim() == 4 else None
         self._terms.append(_Term(name, weight, share, lambda: channel_cycle_loss(x, y), entry))
 
     def spectrum(self, name: str, x: Tensor, y: Tensor, *, weight: float = 1.0, share: float = 1.0) -> None:
         """Add `weight` times `frequency_cycle_loss`; y is a constant."""
-        entry = Entry("spectrum", 0.0, 1.0, x, y)
+        entry = _compared("spectrum", 1.0, x, y) if x.dim() == 4 else None
         self._terms.append(_Term(name, weight, share, lambda: frequency_cycle_loss(x, y), entry))
 
     def given(self, names: Sequence[str], values: Tensor, *, weight: float = 1.0, share: float = 1.0) -> None:
@@ -99,7 +101,7 @@ class Terms:
 
         Only the total can be differentiated where kernels compute it.
         """
-        names = list(dict.fromkeys(term.name for term in self._terms))
+        names = self._names()
         if self._by_kernels():
             entries = [
                 term.entry._replace(
@@ -118,6 +120,9 @@ class Terms:
             shares.append(value if term.share == 1.0 else term.share * value)
         return (shares[0] if len(shares) == 1 else torch.stack(shares).sum()), losses
 
+    def _names(self) -> list[str]:
+        return list(dict.fromkeys(term.name for term in self._terms))
+
     def _by_kernels(self) -> bool:
         """Whether the kernels compute all terms."""
         if torch.compiler.is_compiling() or not 0 < len(self._terms) <= MOST_TERMS or not torch.is_grad_enabled():
@@ -126,7 +131,13 @@ class Terms:
         tensors = [t for entry in entries if entry is not None for t in (entry.x, entry.y) if t is not None]
         if any(entry is not None and entry.y is not None and entry.y.requires_grad for entry in entries):
             return False
-        if None in entries or torch._C._are_functorch_transforms_active():
+        places = [self._names().index(term.name) for term in self._terms]
+        if (
+            None in entries
+            or places != sorted(places)
+            or not _are_apart(entries)
+            or torch._C._are_functorch_transforms_active()
+        ):
             return False
         if not all(type(t) is Tensor and t.numel() and t.device == tensors[0].device for t in tensors):
             return False
@@ -134,6 +145,25 @@ class Terms:
             return False
         use = TermUse(tuple(sorted({(entry.kind, entry.x.dtype) for entry in entries if entry is not None}, key=str)))
         return trusted(use, tensors[0].device, tensors[0].dtype).triton
+
+
+def _compared(kind: str, scale: float, x: Tensor, y: Tensor) -> Entry | None:
+    """The entry of a term that compares x with y; None if they differ in shape, which the kernels do not know."""
+    return Entry(kind, 0.0, scale, x, y) if x.shape == y.shape else None
+
+
+def _are_apart(entries: Sequence[Entry | None]) -> bool:
+    """Whether no element of a tensor is in two terms that name rows of it: each writes the gradient of its rows."""
+    rows: dict[int, list[tuple[int, int]]] = {}
+    for entry in entries:
+        if entry is not None and entry.rows is not None:
+            rows.setdefault(id(entry.x), []).append(entry.rows)
+    if any(entry is not None and entry.rows is None and id(entry.x) in rows for entry in entries):
+        return False
+    borders = [[0, *itertools.chain(*sorted(own))] for own in rows.values()]
+    return all(ends == sorted(ends) for ends in borders) and all(
+        entry is None or entry.rows is None or entry.rows[0] < entry.rows[1] <= len(entry.x) for entry in entries
+    )
 
 
 def judge(discriminator: Callable[[Tensor], Tensor], batches: Sequence[Tensor], independent: bool) -> list[Judged]:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..common.beside import active, join
+from ..common.beside import active
 from ..common.precision import autocast_dtype
 
 PLAIN = (nn.Conv2d, nn.ConvTranspose2d)
@@ -33,6 +33,7 @@ class Collector:
 
     def __init__(self) -> None:
         self._found: dict[int, dict[int, list[Tensor]]] = {}
+        self.streams = active()
 
     def add(self, part: int, weight: int, gradient: Tensor) -> None:
         """Store a gradient of weight number `weight`. `take` may change the first one of a weight in place."""
@@ -43,7 +44,8 @@ class Collector:
 
         The gradients of all weights are added in one call: the second of each to the first, then the third, and so on.
         """
-        join()
+        if self.streams is not None:
+            self.streams.join()
         found, self._found = self._found, {}
         for gradients in found.values():
             for use in range(1, max(map(len, gradients.values()))):
@@ -62,6 +64,9 @@ class Slot(NamedTuple):
     part: int
     weight: int
     owner: Any
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # a network that is pickled in the middle of a step keeps its weights alone
 
 
 def collect(weight: Tensor, slot: Slot) -> None:
@@ -95,9 +100,9 @@ def convolve(layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor, bias: Tensor | No
 
 def _collects(layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether the gradients of this use of the weights go to their slots. A compiler adds gradients by itself."""
-    if torch.compiler.is_compiling() or not hasattr(weight, "slot") or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or getattr(weight, "slot", None) is None or not torch.is_grad_enabled():
         return False
-    if bias is not None and not hasattr(bias, "slot"):
+    if bias is not None and getattr(bias, "slot", None) is None:
         return False
     if layer.padding_mode != "zeros" or isinstance(layer.padding, str) or x.dim() != 4:
         return False
@@ -126,7 +131,7 @@ class _Convolution(torch.autograd.Function):
         wanted = [ctx.needs_input_grad[0], *map(_will_run, ctx.sources)]
         # PyTorch copies the gradient of a single channel to another layout in each computation
         late = not torch.is_grad_enabled() and all(slot is None or _will_run(slot.owner) for slot in ctx.slots)
-        streams = active() if late and gradient.shape[1] > 1 else None
+        streams = ctx.slots[0].collector.streams if late and gradient.shape[1] > 1 else None
         if streams is not None and wanted[0] and (wanted[1] or wanted[2]):
             if x.is_contiguous(memory_format=torch.channels_last):  # once, not in each of the two computations
                 gradient = gradient.contiguous(memory_format=torch.channels_last)

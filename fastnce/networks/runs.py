@@ -12,6 +12,10 @@ from ..common.taps import Tap, can_tap
 from .convolution import PLAIN, convolve
 from .layers import BlurDown, BlurUp, FusedLayer, InstanceNorm, ReflectionPad
 
+ACTIVATIONS = (nn.ReLU, nn.LeakyReLU)
+"""The activations that the kernels compute. A subclass may compute something else."""
+has_global_hook = nn.modules.module._has_any_global_hook
+
 
 class FusedRun(NamedTuple):
     """Consecutive modules that one kernel computes: a norm, and the activation and the pad or blur after it."""
@@ -37,11 +41,11 @@ def run_from(modules: Sequence[nn.Module], first: int, x: Tensor, kept: Containe
         return None
     slope, margin, blur, end = 1.0, 0, 0, first + 1
     follower = _follower(modules, end, kept)
-    if isinstance(follower, nn.ReLU | nn.LeakyReLU):
-        slope = _slope(follower)
+    if type(follower) in ACTIVATIONS:
+        slope = _slope(follower)  # type: ignore[arg-type]
         end += 1
         follower = _follower(modules, end, kept)
-    if isinstance(follower, ReflectionPad) and follower.fused(x):
+    if type(follower) is ReflectionPad and follower.fused(x):
         margin = follower.margin
         end += 1
     elif joins(norm) and blurs(follower, x):
@@ -63,12 +67,12 @@ def joins(norm: nn.Module) -> bool:
 
 def blurs(module: nn.Module | None, x: Tensor) -> bool:
     """Whether a module is a blur that can be fused with the layers before it, of which x is a map."""
-    return isinstance(module, BlurDown | BlurUp) and not changed(module) and _may_join(module, x)
+    return type(module) in (BlurDown, BlurUp) and not changed(module) and _may_join(module, x)  # type: ignore[arg-type]
 
 
 def pads(module: nn.Module | None, x: Tensor) -> bool:
     """Whether a module is a reflection pad that can be fused with the layers before it, of which x is a map."""
-    return isinstance(module, ReflectionPad) and not changed(module) and _may_join(module, x)
+    return type(module) is ReflectionPad and not changed(module) and _may_join(module, x)
 
 
 def _may_join(module: FusedLayer, x: Tensor) -> bool:
@@ -79,12 +83,17 @@ def _follower(modules: Sequence[nn.Module], position: int, kept: Container[int])
     """Return the module at `position` if it can be fused with the one before it."""
     if position - 1 in kept or position == len(modules):
         return None
-    module = modules[position]
-    return None if module._forward_hooks or module._forward_pre_hooks else module
+    return None if changed(modules[position]) else modules[position]
 
 
 def changed(module: nn.Module) -> bool:
-    """Whether a module has hooks, a `forward` of its own (as of a wrapper), or was compiled by itself."""
+    """Whether a module has hooks, a `forward` of its own (as of a wrapper), or was compiled by itself.
+
+    Hooks of all modules (`torch.nn.modules.module.register_module_forward_hook`) count. What a subclass computes is not
+    known either: callers compare the type.
+    """
+    if has_global_hook():
+        return True
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks) or "forward" in module.__dict__ or module._compiled_call_impl is not None
 
@@ -117,7 +126,7 @@ def _activation_after(modules: Sequence[nn.Module], position: int, x: Tensor) ->
     if position + 3 > len(modules) or torch.compiler.is_compiling():
         return False
     convolution, activation, blur = modules[position : position + 3]
-    if type(convolution) is not nn.Conv2d or type(activation) not in (nn.ReLU, nn.LeakyReLU):
+    if type(convolution) is not nn.Conv2d or type(activation) not in ACTIVATIONS:
         return False
     return type(blur) is BlurDown and blurs(blur, x) and not changed(convolution) and not changed(activation)
 

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from fastnce import PatchNCEHead
 from fastnce.common.narrowed import copies_of, have_copies, narrowed
+from tests.maps import DEVICE
 
 
 def mlp() -> list[nn.Parameter]:
@@ -66,3 +68,19 @@ def test_another_thread_has_its_own():
         thread.start()
         thread.join()
     assert found == [False]
+
+
+def test_a_repeated_call_reads_no_weight_in_place_of_a_copy():
+    """The plan of a call with copies of both MLPs is not for a later one that has copies of the queries' alone."""
+    torch.manual_seed(0)
+    head, other = (PatchNCEHead([8, 16], dim=16, patches=8, implementation="triton").to(DEVICE) for _ in range(2))
+    query, key = ([torch.randn(2, c, 6, 6, device=DEVICE).bfloat16() for c in (8, 16)] for _ in range(2))
+
+    def run(*held: PatchNCEHead) -> float:
+        weights = [w for one in held for mlp in one.mlps(2) for w in mlp[::2]]
+        torch.manual_seed(3)
+        with torch.autocast(DEVICE.type, torch.bfloat16), narrowed(weights, [w.detach().bfloat16() for w in weights]):
+            return head(query, key, key_projector=other).item()
+
+    results = [run(head, other), run(head), run(head, other), run()]
+    assert max(results) - min(results) < 1e-2

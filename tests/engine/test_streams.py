@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
@@ -39,6 +41,9 @@ class LateStreams:
         self.joined += len(self.late)
         for result, value in self.late:
             result.copy_(value)
+        self.late.clear()
+
+    def drop(self):
         self.late.clear()
 
 
@@ -142,3 +147,39 @@ def test_a_device_gives_the_same_bits(graph):
         steps.append(step.state())
     assert all(torch.equal(tensor, steps[1][name]) for name, tensor in steps[0].items())
     torch.backends.cudnn.deterministic = False
+
+
+def test_another_thread_has_streams_of_its_own():
+    first, second, found = LateStreams(), LateStreams(), []
+    begun, over = threading.Event(), threading.Event()
+
+    def other():
+        with streaming(second):
+            found.append(active())
+            begun.set()
+            over.wait(10)
+        found.append(active())
+
+    with streaming(first):
+        thread = threading.Thread(target=other)
+        thread.start()
+        begun.wait(10)
+        found.append(active())
+    over.set()
+    thread.join()
+    assert found == [second, first, None]
+    assert active() is None
+
+
+def test_nothing_is_kept_after_a_failure():
+    streams = LateStreams()
+
+    def fail() -> None:
+        with streaming(streams):
+            streams.aside(lambda: [torch.ones(2)], ())
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert not streams.late
+    assert streams.joined == 0

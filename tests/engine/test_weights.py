@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from contextlib import ExitStack
 from functools import partial
 
@@ -231,3 +232,10 @@ def test_copies_have_a_check_of_their_own(name):
         assert all(check.ok for check in checks)
     dtypes = [one[1][2][0].weight1.dtype for one in given if one[0] == "project_kernel"]
     assert set(dtypes) == {torch.float32, torch.bfloat16}
+
+
+def test_a_network_can_be_pickled_within():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3))
+    with converted_weights([network], torch.bfloat16):
+        found = pickle.loads(pickle.dumps(network))
+        assert torch.equal(found[0].weight, network[0].weight)

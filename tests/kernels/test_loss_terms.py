@@ -175,3 +175,71 @@ def test_terms_are_the_objectives(mode, for_generator, accelerator, monkeypatch)
         torch.testing.assert_close([values["real"], values["fake"]], expected)
         torch.testing.assert_close(total, 0.5 * expected[0] + expected[1])
         torch.testing.assert_close(slope, plain[2])
+
+
+def compared(fill, *leaves: torch.Tensor) -> list[bool]:
+    """Whether values and gradients of the terms that `fill` adds equal those of plain PyTorch."""
+    found = []
+    for plain in (False, True):
+        terms = Terms()
+        fill(terms)
+        if plain:
+            terms._by_kernels = lambda: False
+        total, values = terms.total()
+        found.append([*values.values(), *torch.autograd.grad(total, leaves)])
+    return [torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6) for ours, theirs in zip(*found, strict=True)]
+
+
+def test_terms_may_share_rows(accelerator):
+    x = torch.randn(4, 1, 2, 2, device=DEVICE, requires_grad=True)
+    values = torch.randn(2, device=DEVICE, requires_grad=True)
+
+    def twice(terms):
+        terms.gan("a", (x, (0, 2)), True)
+        terms.gan("b", (x, (1, 3)), False, "hinge")
+
+    def whole(terms):
+        terms.gan("a", x, True)
+        terms.gan("b", (x, (0, 2)), False)
+
+    def given(terms):
+        terms.given(["a", "b"], values)
+        terms.given(["c"], values, weight=3.0)
+
+    def apart(terms):
+        terms.gan("a", (x, (2, 4)), True)
+        terms.gan("b", (x, (0, 1)), False)
+
+    for fill, leaf in ((twice, x), (whole, x), (given, values), (apart, x)):
+        assert all(compared(fill, leaf)), fill.__name__
+
+
+def test_names_may_come_again(accelerator):
+    x = torch.randn(2, 1, 3, 3, device=DEVICE, requires_grad=True)
+
+    def fill(terms):
+        terms.gan("a", x, True)
+        terms.gan("b", x, False)
+        terms.gan("a", x, False, "hinge")
+
+    assert all(compared(fill, x))
+
+
+def test_terms_refuse_what_their_functions_refuse(accelerator):
+    x, y = torch.randn(2, 3, 4, 4, device=DEVICE, requires_grad=True), torch.randn(1, 3, 4, 4, device=DEVICE)
+    for add, message in (
+        (lambda terms: terms.gan("a", x, True, "lsgn"), "gan_mode must be one of"),
+        (lambda terms: terms.gan("a", x, 1), "target_is_real must be True or False"),
+        (lambda terms: terms.gan("a", (x, (1, 1)), True), "must not be empty"),
+        (lambda terms: terms.channels("a", x, y), "shape"),
+        (lambda terms: terms.spectrum("a", x, y), "shape"),
+    ):
+        terms = Terms()
+        add(terms)
+        with pytest.raises(ValueError, match=message):
+            terms.total()
+    terms = Terms()
+    terms.distance("a", x, y)
+    with pytest.warns(UserWarning, match="broadcasting"):
+        total, _ = terms.total()
+    assert torch.allclose(total, (x - y).abs().mean())

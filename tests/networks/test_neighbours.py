@@ -17,6 +17,7 @@ from fastnce.networks import (
     fuse_neighbours,
     set_implementation,
 )
+from fastnce.networks.layers import BlurDown, BlurUp, ReflectionPad
 from fastnce.networks.resnet import ResnetBlock
 from tests.maps import DEVICE, error, launches, random_map
 
@@ -301,3 +302,44 @@ def test_without_kernels_nothing_changes(monkeypatch):
     for module in network.model:
         expected = module(expected)
     assert error(network(x), expected.double()) <= 1e-5
+
+
+class NearestUp(BlurUp):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+
+class EveryOther(BlurDown):
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :, ::2, ::2]
+
+
+class ZeroPad(ReflectionPad):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.pad(x, (self.margin,) * 4)
+
+
+class Capped(nn.ReLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clamp(0.0, 0.5)
+
+
+@pytest.mark.parametrize("kind", [NearestUp, EveryOther, ZeroPad, Capped])
+def test_subclasses_with_a_forward_of_their_own_are_called(kind):
+    for place in range(2):
+        network = resnet()
+        owners = [network.model, *(m.conv_block for m in network.model if type(m) is ResnetBlock)]
+        found = [m for owner in owners for m in owner if type(m) is kind.__mro__[1]]
+        found[place].__class__ = kind
+        agree(network, random_map(1, 3, 16, 16, spread=1.0))
+
+
+def test_a_hook_of_every_module_sees_blocks():
+    network, seen = resnet(), []
+    set_implementation(network, "triton")
+    handle = nn.modules.module.register_module_forward_hook(lambda module, inputs, y: seen.append(type(module)))
+    try:
+        network(random_map(1, 3, 16, 16))
+    finally:
+        handle.remove()
+    assert seen.count(ResnetBlock) == 3

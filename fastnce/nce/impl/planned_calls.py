@@ -31,7 +31,10 @@ def usable(maps: Sequence[Tensor]) -> bool:
 
 
 def _key(
-    settings: tuple[Any, ...], leaves: Sequence[Sequence[Tensor]], constants: Sequence[Sequence[Tensor]]
+    settings: tuple[Any, ...],
+    leaves: Sequence[Sequence[Tensor]],
+    constants: Sequence[Sequence[Tensor]],
+    key_mlp: Sequence[Tensor] = (),
 ) -> tuple[tuple[Any, ...] | None, bool]:
     """Return all that the checks and plans of a call depend on, and whether autograd records it.
 
@@ -40,11 +43,12 @@ def _key(
     Args:
         leaves: maps, MLPs and tokens of taps, which may get a gradient; there is at least one map.
         constants: lists of other tensors.
+        key_mlp: an MLP among the constants, if it is another one.
     """
     enabled, gradient = torch.is_grad_enabled(), False
     kind = leaves[0][0].device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    narrow = copies_of(leaves[1], autocast) is not None
+    narrow = copies_of(leaves[1], autocast) is not None, copies_of(key_mlp, autocast) is not None
     key = [settings, enabled, epoch(), fp32_precision("cuda", "matmul"), autocast, narrow]
     try:
         hash(settings)
@@ -104,11 +108,12 @@ class LossCall(NamedTuple):
         queries, keys = self.queries, self.keys
         leaves, constants = (queries.maps, self.query_mlp), (keys.maps, key_mlp, self.ids)
         if not (queries.taps or keys.taps):
-            return _key(self.settings, leaves, constants)
+            return _key(self.settings, leaves, constants, key_mlp)
         settings = *self.settings, queries.kinds(), keys.kinds()
         return _key(
-            settings, (*leaves, queries.tokens()), (*constants, _given(queries.biases()), _given(keys.biases()))
-        )
+            settings, (*leaves, queries.tokens()), (*constants, _given(queries.biases()), _given(keys.biases())),
+            key_mlp,
+        )  # fmt: skip
 
     def repeat(self) -> Tensor | None:
         """Return the loss (directions,) if a call with the same key has been planned; else None.
@@ -136,11 +141,10 @@ class LossCall(NamedTuple):
         (key, gradient), drawn = self.key(), not self.ids
         if key is None:
             return None
-        copies = [copies_of(mlp, dtype) for mlp in (self.query_mlp, self.key_mlp)]
-        narrow = dtype if all(copies) else None
-        query_mlp, key_mlp = (c or mlp for c, mlp in zip(copies, (self.query_mlp, self.key_mlp), strict=True))
-        if narrow is None:
-            query_mlp, key_mlp = self.query_mlp, self.key_mlp
+        query_mlp, key_mlp = copies_of(self.query_mlp, dtype), copies_of(self.key_mlp, dtype)
+        narrow = dtype if query_mlp and key_mlp else None
+        if not query_mlp or not key_mlp:
+            query_mlp, key_mlp = list(self.query_mlp), list(self.key_mlp)
         forward = plan_of(
             loss_forward, self.queries.maps, self.keys.maps, self.queries.biases(), self.keys.biases(),
             query_mlp, key_mlp, self.ids, _place_of_seeds(self.queries.maps, sets) if drawn else None,
