@@ -48,6 +48,7 @@ for name in ("fork", "sched_getaffinity", "getloadavg", "O_CLOEXEC", "O_NONBLOCK
     delattr(os, name)
 for name in ("SIGHUP", "SIGALRM", "SIGUSR1", "SIGUSR2", "SIGQUIT"):
     delattr(signal, name)
+import pkgutil
 import numpy, torch
 from PIL import Image
 import fastnce
@@ -70,6 +71,17 @@ assert main([*command, "run.steps=3"]) == 0
 assert main(["translate", "run", "data/trainA", "--out", "out"]) == 0
 assert len(os.listdir("out")) >= 3
 assert main(["export", "run", "--out", "weights"]) == 0
+needing = set()
+for module in pkgutil.walk_packages(fastnce.__path__, "fastnce."):
+    if not module.name.endswith("__main__") and not module.name.startswith("fastnce.kernels."):
+        try:
+            __import__(module.name)
+        except ModuleNotFoundError as error:
+            assert error.name == "triton", (module.name, error)
+            needing.add(module.name.removeprefix("fastnce."))
+kernels = {"planned_calls", "planned_maps", "triton_rows", "triton_maps", "triton_layers", "measure"}
+wanted = {"common.operators", "networks.fused", "networks.fused_last"} | {"nce.impl." + name for name in kernels}
+assert needing == wanted, needing
 """
 
 
