@@ -48,7 +48,7 @@ def imported(path: str, content: bytes) -> set[str]:
         if isinstance(node, ast.Import | ast.ImportFrom) and not getattr(node, "level", 0):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
             if any(name.split(".")[0] == "fastnce" for name in names):
-                raise ValueError(f"{path}:{node.lineno} imports fastnce by its name: only relative imports can be copied")
+                raise ValueError(f"{path}:{node.lineno} imports fastnce by its name: import it relatively")
         elif isinstance(node, ast.ImportFrom):
             folder = PurePosixPath(path).parents[node.level - 1]
             module = folder.joinpath(*(node.module or "").split("."))

@@ -1,4 +1,4 @@
-"""PatchNCE as Triton kernels with gradients: the functions and modules of fastnce's loss, without its training engine."""
+"""PatchNCE as Triton kernels with gradients: fastnce's loss without its training engine."""
 
 from . import layers
 from .nce import (

@@ -1,4 +1,4 @@
-"""The namespace of the kernels' PyTorch operators: unique to this build, beside other builds and an installed fastnce."""
+"""The namespace of the kernels' PyTorch operators: its own for each build."""
 
 from .._ops import add_op_namespace_prefix
 
