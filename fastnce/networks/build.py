@@ -95,8 +95,8 @@ GENERATORS: dict[str, Callable[..., nn.Module]] = {
     "smallstylegan2": partial(_stylegan2, small=True),
     "restorer": _restorer,
 }
-"""Called with (in_channels, out_channels, width), and with those of norm, norm_affine, dropout, antialias, antialias_up,
-resolution and stylegan2_downsampling that are arguments of the function."""
+"""Called with (in_channels, out_channels, width), and with those of norm, norm_affine, dropout, antialias,
+antialias_up, resolution and stylegan2_downsampling that are arguments of the function."""
 
 
 def _basic(in_channels: int, width: int, norm: Norm, antialias: bool, norm_affine: bool) -> PatchGAN:

@@ -146,9 +146,9 @@ def load_weights(network: nn.Module, state: dict[str, Tensor], name: str = "the 
 def network_from_weights(state: dict[str, Tensor], name: str = "the file") -> nn.Module:
     """Build the generator or discriminator that this state dict belongs to, and load it.
 
-    Names and shapes determine the network, also where a ResNet's blocks are named `block`, and where instance norms have
-    weights and biases. They do not show the dropout of a U-Net and the training resolution of a
-    StyleGAN2 generator, but these do not change a trained network. The file of a "patch" discriminator is that of a
+    Names and shapes determine the network, also where a ResNet's blocks are named `block` (see `published_names`), and
+    where instance norms have weights and biases. They do not show the dropout of a U-Net and the training resolution of
+    a StyleGAN2 generator, but these do not change a trained network. The file of a "patch" discriminator is that of a
     PatchGAN of 2 layers, and is read as one.
 
     Raises:

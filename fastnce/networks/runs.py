@@ -137,8 +137,9 @@ def _activation_after(modules: Sequence[nn.Module], position: int, x: Tensor) ->
 def _bias_is_cancelled(modules: Sequence[nn.Module], position: int, kept: Container[int]) -> bool:
     """Whether the plain convolution at `position` is followed by an instance norm that leaves out biases."""
     norm = _follower(modules, position + 1, kept)
-    known = type(norm) in (InstanceNorm, AffineInstanceNorm) and "forward" not in norm.__dict__  # type: ignore[union-attr]
-    return known and norm.leaves_out_biases  # type: ignore[union-attr, return-value]
+    if not isinstance(norm, InstanceNorm) or type(norm) not in (InstanceNorm, AffineInstanceNorm):
+        return False
+    return "forward" not in norm.__dict__ and norm.leaves_out_biases
 
 
 def run_all(modules: Sequence[nn.Module], x: Tensor, residual: Tensor | None = None) -> Tensor:
