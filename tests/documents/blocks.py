@@ -5,7 +5,8 @@ A fenced block runs if the line directly above its fence is a marker:
     <!-- runs -->
     <!-- runs: SETUP -->
 
-SETUP names a fixture of `tests/documents/conftest.py`. The blocks of a page run in order, in one namespace and one folder.
+SETUP names a fixture of `tests/documents/conftest.py`. The blocks of a page run in order, in one namespace and one
+folder.
 """
 
 from __future__ import annotations
