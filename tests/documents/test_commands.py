@@ -92,6 +92,23 @@ def test_the_parser_of_a_command_reads_its_examples(document, parse):
             check_values(f"{document.name}:{line}", args.method, [*args.overrides, *args.change])
 
 
+INLINE = re.compile(r"`fastnce ([a-z-]+) ([^`]*)`")
+
+
+@each_document
+def test_inline_commands_name_options_that_exist(document, parse, monkeypatch):
+    def known(parser, *_):
+        raise Parsed({name for action in parser._actions for name in action.option_strings})
+
+    for name in ("parse_args", "parse_intermixed_args"):
+        monkeypatch.setattr(SuggestingParser, name, known)
+    for number, line in enumerate(document.read_text().splitlines(), 1):
+        for command, words in INLINE.findall(line):
+            flags = set(re.findall(r"(?<!\S)--[\w-]+", words))
+            if command in COMMANDS and command != "import-options" and flags:  # that one takes published options too
+                assert flags <= parse(command, ["SOURCE"]), f"{document.name}:{number} names {flags}"
+
+
 def check_values(where: str, method: str, settings: list[str]) -> None:
     """Check keys and values, apart from values that stand for something else: RUN, mynets.py:Net."""
     real = [text for text in settings if not re.search(r"=.*([A-Z]{2,}|\.py:)", text)]
