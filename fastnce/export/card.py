@@ -12,7 +12,7 @@ from typing import Any
 from .. import __version__
 from ..common.imports import is_import_path
 from ..common.messages import counted
-from ..translate.exported import CARD, CONFIG, NETWORK_KEYS, READABLE, VERSION, WEIGHTS
+from ..translate.exported import CONFIG, READABLE, VERSION
 from .source import Source
 
 LICENCE = "license: unknown  # replace: such as apache-2.0, mit, cc-by-nc-4.0, or other with license_name, license_link"
@@ -28,7 +28,6 @@ def details(source: Source, format: str, files: Sequence[str], dtype: str) -> di
         dtype: of the weights, such as "float32".
     """
     facts = source.facts
-    options = None if source.options is None else {key: source.options[key] for key in NETWORK_KEYS}
     return {
         "fastnce": __version__,
         "version": VERSION,
@@ -36,7 +35,7 @@ def details(source: Source, format: str, files: Sequence[str], dtype: str) -> di
         "file": files[0],
         "method": facts.get("method", ""),
         "generator": source.name,
-        "network": None if source.own else options,
+        "network": None if source.own else source.options,
         "reverse": source.reverse,
         "input": {
             "channels": source.in_channels,
@@ -158,6 +157,3 @@ def _line(value: Any) -> str:
     """A value as one line of a table, without characters that would end a cell or begin a tag."""
     text = " ".join(str(value).split())
     return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").encode("utf-8", "replace").decode()
-
-
-__all__ = ["CARD", "CONFIG", "WEIGHTS", "as_json", "card", "details"]

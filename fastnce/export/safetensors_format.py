@@ -17,11 +17,12 @@ from .source import DTYPES, Source, weights_of
 FORMAT = "safetensors"
 
 
-def write_safetensors(source: Source, out: Path, dtype: str = "float32") -> list[Path]:
+def write_safetensors(source: Source, out: Path, dtype: str = "float32", own_card: str = "") -> list[Path]:
     """Write model.safetensors, config.json and README.md; they are read again before an earlier export is replaced.
 
     Args:
         dtype: of the weights, "float32", "float16" or "bfloat16". `fastnce` computes in float32 with any of them.
+        own_card: the text of README.md; empty: what `card` writes.
 
     Raises:
         ValueError: what `save_weights` and `check_target` refuse.
@@ -34,7 +35,7 @@ def write_safetensors(source: Source, out: Path, dtype: str = "float32") -> list
     contents: dict[str, bytes | Callable[[Path], None]] = {
         WEIGHTS: weights,
         CONFIG: as_json(details(source, FORMAT, [WEIGHTS], dtype)),
-        CARD: card(source, FORMAT, [WEIGHTS], dtype, checked).encode(),
+        CARD: (own_card or card(source, FORMAT, [WEIGHTS], dtype, checked)).encode("utf-8", "replace"),
     }
     return write_folder(out, contents, partial(_check, source, dtype))
 
