@@ -77,7 +77,7 @@ def mixed() -> Any:
 
 @contextmanager
 def one_sentence(what: str) -> Iterator[None]:
-    """Within: an error of the hub, or of the way to it, becomes a ValueError of one sentence that begins with `what`."""
+    """Within: an error of the hub, or of the way to it, becomes a ValueError that begins with `what`."""
     try:
         yield
     except Exception as error:

@@ -135,7 +135,7 @@ class HubModel:
             the address of the commit.
 
         Raises:
-            ValueError: huggingface_hub is absent, the hub refuses or cannot be reached, or the model cannot be exported.
+            ValueError: huggingface_hub is absent, the hub refuses or cannot be reached, or the model cannot be written.
         """
         check_name(repo_id)
         with one_sentence(f"{repo_id} cannot be written"):

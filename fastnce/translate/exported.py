@@ -126,7 +126,7 @@ def read_details(folder: Path) -> dict[str, Any]:
     if version != VERSION:
         raise ValueError(f"{path}: version must be {VERSION}, not {brief(version)}")
     name = details["file"]
-    if name.startswith(".") or Path(name).name != name or "\0" in name or "\\" in name:
+    if not name or name.startswith(".") or Path(name).name != name or "\0" in name or "\\" in name:
         raise ValueError(f"{path}: file must be the name of a file beside it, not {brief(name)}")
     for key in ("direction", "paired_direction"):
         if details.setdefault(key, "AtoB") not in ("AtoB", "BtoA"):
