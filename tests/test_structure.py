@@ -20,8 +20,8 @@ FLOORS = [
     {"engine"},
     {"config"},
     {"translate", "accelerate", "watch", "published"},
-    {"training"},
-    {"api"},
+    {"training", "export"},
+    {"api", "hub"},
     {"commands"},
     {"__main__"},
 ]

@@ -1,0 +1,10 @@
+"""Write a trained generator for others: weights that are read again, a card, and what describes them."""
+
+from .card import as_json, card, details
+from .folder import DTYPES, check_readable, check_target, save_weights, write_folder
+from .source import Source, open_source
+
+__all__ = [
+    *("DTYPES", "Source", "as_json", "card", "check_readable", "check_target"),
+    *("details", "open_source", "save_weights", "write_folder"),
+]
