@@ -1,10 +1,20 @@
 """Write a trained generator for others: weights that are read again, a card, and what describes them."""
 
 from .card import as_json, card, details
-from .folder import DTYPES, check_readable, check_target, save_weights, write_folder
-from .source import Source, open_source
+from .folder import check_target, write_folder
+from .safetensors_format import check_readable, save_weights, write_safetensors
+from .source import DTYPES, Source, open_source
 
 __all__ = [
-    *("DTYPES", "Source", "as_json", "card", "check_readable", "check_target"),
-    *("details", "open_source", "save_weights", "write_folder"),
+    "DTYPES",
+    "Source",
+    "as_json",
+    "card",
+    "check_readable",
+    "check_target",
+    "details",
+    "open_source",
+    "save_weights",
+    "write_folder",
+    "write_safetensors",
 ]

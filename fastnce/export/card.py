@@ -128,31 +128,25 @@ def _usage(format: str, files: Sequence[str]) -> str:
 
 def _training(facts: dict[str, Any]) -> str:
     rows: list[tuple[str, Any]] = []
-    data = facts.get("data") if isinstance(facts.get("data"), dict) else {}
-    assert isinstance(data, dict)
+    data = facts.get("data", {})
     if data.get("name"):
-        counts = [f"{counted(data[side], 'image')} of {side}" for side in "AB" if type(data.get(side)) is int]
+        counts = [f"{counted(data[side], 'image')} of {side}" for side in "AB" if side in data]
         rows.append(("data folder", data["name"] + (f": {' and '.join(counts)}" if counts else "")))
-    if type(facts.get("step")) is int:
-        rows.append(("steps", f"{facts['step']:,}"))
-    if type(facts.get("epoch")) is int:
-        rows.append(("epochs completed", f"{facts['epoch']:,}"))
-    if type(facts.get("seen")) is int:
-        rows.append(("images seen of each domain", f"{facts['seen']:,}"))
+    for key, name in (("step", "steps"), ("epoch", "epochs completed"), ("seen", "images seen of each domain")):
+        if key in facts:
+            rows.append((name, f"{facts[key]:,}"))
     return f"## Training\n\n{_rows(('', ''), rows)}" if rows else ""
 
 
 def _figures(facts: dict[str, Any]) -> str:
     figures = facts.get("figures")
-    if not isinstance(figures, dict) or not figures:
-        return ""
-    rows = [(name, f"{value:.6g}") for name, value in figures.items() if isinstance(value, int | float)]
+    rows = [(name, f"{value:.6g}") for name, value in (figures or {}).items()]
     return f"## Measured on held-out images\n\n{_rows(('measure', 'value'), rows)}" if rows else ""
 
 
 def _configuration(facts: dict[str, Any]) -> str:
     text = facts.get("config")
-    return f"## Configuration\n\n```toml\n{text}```\n" if isinstance(text, str) and "```" not in text else ""
+    return f"## Configuration\n\n```toml\n{text}```\n" if text and "```" not in text else ""
 
 
 def _rows(head: tuple[str, str], rows: Sequence[tuple[str, Any]]) -> str:

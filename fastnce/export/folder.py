@@ -1,4 +1,4 @@
-"""Write the files of an export: all of them or none, and the weights as safetensors."""
+"""Write the files of an export: all of them or none."""
 
 from __future__ import annotations
 
@@ -8,47 +8,13 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-import torch
-from safetensors.torch import save
-
 from ..common.locking import hold
 from ..common.writing import check_folder, flush_to_disk, named, partial_name, sweep
 from ..translate.exported import CONFIG, is_exported, read_details
-from .source import Source, weights_of
 
 Content = bytes | Callable[[Path], None]
 """The bytes of a file, or a function that writes it to a path."""
 LOCK = ".fastnce-export-lock"
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-def save_weights(source: Source, dtype: str = "float32") -> bytes:
-    """The bytes of model.safetensors.
-
-    Args:
-        dtype: "float32", "float16" or "bfloat16".
-
-    Raises:
-        ValueError: the generator is code of the user's own, which config.json cannot describe; a weight is not finite,
-            or too large for `dtype`.
-    """
-    check_readable(source)
-    weights = weights_of(source, DTYPES[dtype])
-    for key, tensor in weights.items():
-        if not torch.isfinite(tensor).all():
-            wide = torch.isfinite(source.network.state_dict()[key]).all()
-            reason = f"is too large for {dtype}: take another --dtype" if wide else "holds numbers that are not finite"
-            raise ValueError(f"{key} of {source.name} {reason}")
-    return save(weights, metadata={"format": "pt"})
-
-
-def check_readable(source: Source) -> None:
-    """Raise ValueError if reading the generator again would need code of the user's own."""
-    if source.own:
-        raise ValueError(
-            f"{source.name} is code of its own, {source.own}, which config.json cannot describe and which is never "
-            f"imported from an export: --format torch or onnx takes the computation along"
-        )
 
 
 def check_target(out: Path, format: str) -> None:
@@ -68,7 +34,7 @@ def check_target(out: Path, format: str) -> None:
         raise ValueError(f"{out} holds an export of the format {earlier}: take another folder for --out")
 
 
-def write_folder(out: Path, contents: Mapping[str, Content]) -> list[Path]:
+def write_folder(out: Path, contents: Mapping[str, Content], check: Callable[[Path], None] | None = None) -> list[Path]:
     """Write files into a folder, all of them or none: after an error or a kill the earlier ones are whole.
 
     The files are written to a hidden folder beside them first. Then they replace the earlier ones one after another;
@@ -78,6 +44,7 @@ def write_folder(out: Path, contents: Mapping[str, Content]) -> list[Path]:
     Args:
         out: is created if it does not exist.
         contents: by file name.
+        check: is called with the hidden folder, before an earlier file is replaced; it raises if a file is wrong.
 
     Returns:
         the paths, in the order of `contents`.
@@ -101,6 +68,8 @@ def write_folder(out: Path, contents: Mapping[str, Content]) -> list[Path]:
                     flush_to_disk(partial / name)
                 except OSError as error:
                     raise named(error, out / name) from None
+            if check is not None:
+                check(partial)
             earlier.mkdir()
             names = sorted(contents, key=lambda name: name == CONFIG)
             _replace(partial, out, names, earlier)

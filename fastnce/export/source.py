@@ -21,6 +21,9 @@ from ..data.folder import domain_folders
 from ..methods.checks import channels_of
 from ..translate.load import Loaded, load_generator
 
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+"""What the weights of an export may be."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -96,9 +99,8 @@ def _own(config: Config | None) -> str:
 def _facts(loaded: Loaded) -> dict[str, Any]:
     facts: dict[str, Any] = {"direction": loaded.direction, "paired_direction": loaded.paired_direction}
     if loaded.details:  # exported once more
-        facts |= {"method": loaded.details.get("method", "")}
-        training = loaded.details.get("training")
-        return facts | (training if isinstance(training, dict) else {})
+        facts["method"] = str(loaded.details.get("method", ""))
+        return facts | _checked(loaded.details.get("training"))
     if loaded.config is None:
         return facts
     state = loaded.state
@@ -112,6 +114,21 @@ def _facts(loaded: Loaded) -> dict[str, Any]:
         "config": config_text(loaded.config),
         "figures": figures,
     }
+
+
+def _checked(training: Any) -> dict[str, Any]:
+    """What config.json tells of the training; values that nothing here writes are left out."""
+    training = training if isinstance(training, dict) else {}
+    found = {key: training[key] for key in ("step", "epoch", "seen") if type(training.get(key)) is int}
+    if isinstance(training.get("config"), str):
+        found["config"] = training["config"]
+    if isinstance(data := training.get("data"), dict) and isinstance(data.get("name", ""), str):
+        found["data"] = {
+            key: data[key] for key in ("name", "A", "B") if type(data.get(key)) is (str if key == "name" else int)
+        }
+    if isinstance(figures := training.get("figures"), dict):
+        found["figures"] = {key: value for key, value in figures.items() if _is_number(value)}
+    return found
 
 
 def _is_number(value: Any) -> bool:
