@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from .autograd import FirstOrderOnly
-from .operators import obstacle, untraced
 
 try:
     from ..kernels import add_rows as kernel
+    from .operators import obstacle, untraced
 except ImportError:  # no Triton for this platform
     kernel = None  # type: ignore[assignment]
 

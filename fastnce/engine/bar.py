@@ -10,7 +10,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from tqdm import tqdm
+try:
+    from tqdm import tqdm as _Tqdm
+except ImportError:  # the extra `bar`: without it a run prints lines
+    _Tqdm = object
 
 LAYOUTS = (
     "{desc}{percentage:3.0f}%|{bar:16}| {steps} [{elapsed}<{remaining}, {speed}{checkpoint}] {values}",
@@ -27,6 +30,11 @@ def on_terminal() -> bool:
         return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
     except (OSError, ValueError):  # closed
         return False
+
+
+def can_draw() -> bool:
+    """Whether stdout is a terminal and tqdm is installed."""
+    return _Tqdm is not object and on_terminal()
 
 
 class Bar:
@@ -76,7 +84,7 @@ class Bar:
         self._bar.close()
 
 
-class _Line(tqdm):
+class _Line(_Tqdm):
     """tqdm without a thread of its own, with the next checkpoint and the newest values."""
 
     monitor_interval = 0

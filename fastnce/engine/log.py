@@ -12,7 +12,7 @@ from typing import Any
 
 from ..common.streams import report_error
 from . import history
-from .bar import Bar, on_terminal
+from .bar import Bar, can_draw
 from .callbacks import Callbacks, RunInfo
 from .lines import Lines
 
@@ -57,7 +57,7 @@ class RunLog:
         machine = "; ".join(f"{name} {value}" for name, value in {**run.versions, **run.machine}.items())
         self.note(f"start after step {run.step:,} of {run.total:,}: {' '.join(values.get('command', []))} ({machine})")
         self.event("start", total=run.total, device=run.device, machine=run.machine, versions=run.versions, **values)
-        if on_terminal() and not self._quiet:
+        if can_draw() and not self._quiet:
             self._bar = Bar(run.step, run.total, batch, save_every, self._lose)
 
     def step(self, done: int) -> None:

@@ -66,9 +66,12 @@ def test_a_terminal_shows_a_bar_that_redraws(command, tmp_path):
     assert len([line for line in log_lines(tmp_path / "run") if " step " in line and line.startswith("epoch")]) == 6
 
 
-@pytest.mark.parametrize("how", ["dumb", "quiet"])
-def test_other_terminals_get_plain_lines_or_none(command, how):
-    code, text = on_terminal([*command, "--quiet"] if how == "quiet" else command, TERM="dumb")
+@pytest.mark.parametrize("how", ["dumb", "quiet", "without tqdm"])
+def test_other_terminals_get_plain_lines_or_none(command, how, monkeypatch):
+    if how == "without tqdm":
+        monkeypatch.setattr("fastnce.engine.bar._Tqdm", object)
+    terminal = "xterm" if how == "without tqdm" else "dumb"
+    code, text = on_terminal([*command, "--quiet"] if how == "quiet" else command, TERM=terminal)
     assert code == 0
     if how == "quiet":
         assert text == ""
