@@ -20,8 +20,8 @@ FLOORS = [
     {"engine"},
     {"config"},
     {"translate", "accelerate", "watch", "published"},
-    {"training"},
-    {"api"},
+    {"training", "export"},
+    {"api", "hub"},
     {"commands"},
     {"__main__"},
 ]
@@ -50,6 +50,18 @@ PUBLIC = {
     "fastnce.config": {"Config", "resolve"},
     "fastnce.training": {"train_run"},
     "fastnce.accelerate": {"main", "patch"},
+    "fastnce.export": {
+        "DTYPES",
+        "Source",
+        "as_json",
+        "card",
+        "check_readable",
+        "check_target",
+        "details",
+        "open_source",
+    }
+    | {"save_weights", "write_folder", "write_safetensors"},
+    "fastnce.hub": {"HubModel", "push"},
     "fastnce.watch": {"NotebookCallback", "ReportCallback", "write_report"},
 }
 """Names that users import: removing one needs a line in CHANGELOG.md and a deprecation first."""
