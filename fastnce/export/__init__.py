@@ -2,12 +2,16 @@
 
 from .card import as_json, card, details
 from .folder import check_target, write_folder
+from .graph_formats import GRAPHS, Written, write_graph
+from .published_format import write_published
 from .safetensors_format import check_readable, save_weights, write_safetensors
 from .source import DTYPES, Source, open_source
 
 __all__ = [
     "DTYPES",
+    "GRAPHS",
     "Source",
+    "Written",
     "as_json",
     "card",
     "check_readable",
@@ -16,5 +20,7 @@ __all__ = [
     "open_source",
     "save_weights",
     "write_folder",
+    "write_graph",
+    "write_published",
     "write_safetensors",
 ]

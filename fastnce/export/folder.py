@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..common.locking import hold
 from ..common.writing import check_folder, flush_to_disk, named, partial_name, sweep
-from ..translate.exported import CONFIG, is_exported, read_details
+from ..translate.exported import CARD, CONFIG, read_details
 
 Content = bytes | Callable[[Path], None]
 """The bytes of a file, or a function that writes it to a path."""
@@ -21,10 +21,13 @@ def check_target(out: Path, format: str) -> None:
     """Refuse a folder that an export must not write to.
 
     Raises:
-        ValueError: it is a file, or holds an export of another format, whose card and config.json would be replaced.
+        ValueError: it is a file, or holds an export of another format, or a config.json or README.md of another program, which
+            would be replaced.
     """
-    check_folder(out, f"the model, {CONFIG} and README.md")
-    if not is_exported(out) or not (out / CONFIG).exists():
+    check_folder(out, f"the model, {CONFIG} and {CARD}")
+    if not (out / CONFIG).exists():
+        if (out / CARD).exists() or (out / CARD).is_symlink():
+            raise ValueError(f"{out / CARD} is of no export and would be replaced: take another folder for --out")
         return
     try:
         earlier = read_details(out)["format"]

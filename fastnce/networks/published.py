@@ -259,8 +259,7 @@ def save_published(networks: dict[str, nn.Module], folder: str | Path, label: st
         OSError: names the file that could not be written. The files before it are complete.
     """
     folder = Path(folder)
-    if not label or Path(label).name != label:
-        raise ValueError(f"label must be the first part of a file name, such as latest or 400, not {label!r}")
+    check_label(label)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: a file is in the way, a folder is needed")
     paths = []
@@ -269,15 +268,30 @@ def save_published(networks: dict[str, nn.Module], folder: str | Path, label: st
         sweep(folder, held=True)
         for name, network in networks.items():
             path = folder / f"{label}_net_{name}.pth"
-            packed = io.BytesIO()  # PyTorch's file writer hides the errors of the disk
-            state = network.state_dict()
-            if getattr(network, "has_spectral_norm", False):  # the published code has none
-                state = without_spectral_norm(state)
-            state = {key: t.detach().cpu() for key, t in state.items() if not key.endswith(LEARNED_TEMPERATURE)}
-            torch.save(state, packed)
-            write_whole(path, packed.getvalue())
+            write_whole(path, packed(published_state(network)))
             paths.append(path)
     return paths
+
+
+def check_label(label: str) -> None:
+    """Raise ValueError if `label` cannot be the first part of a file name."""
+    if not label or Path(label).name != label:
+        raise ValueError(f"label must be the first part of a file name, such as latest or 400, not {label!r}")
+
+
+def published_state(network: nn.Module) -> dict[str, Tensor]:
+    """A network's weights on the CPU as the published code has them: without spectral norm and learned temperature."""
+    state = network.state_dict()
+    if getattr(network, "has_spectral_norm", False):
+        state = without_spectral_norm(state)
+    return {key: t.detach().cpu() for key, t in state.items() if not key.endswith(LEARNED_TEMPERATURE)}
+
+
+def packed(state: dict[str, Tensor]) -> bytes:
+    """The bytes of a `.pth` file. PyTorch's file writer would hide the errors of the disk."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
 
 
 def load_published(networks: dict[str, nn.Module], folder: str | Path, label: str = "latest") -> list[str]:
