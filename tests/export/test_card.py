@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from fastnce.export import as_json, card, details
+from fastnce.export import card, details
+from fastnce.export.card import as_json
 from fastnce.methods import NetworkOptions
 from tests.export.test_folder import made
 

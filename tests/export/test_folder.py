@@ -16,8 +16,9 @@ from PIL import Image
 import fastnce
 from fastnce.commands.main import main
 from fastnce.common.locking import InUse
-from fastnce.export import Source, check_target, open_source, save_weights, write_folder, write_safetensors
+from fastnce.export import Source, open_source, save_weights, write_folder, write_safetensors
 from fastnce.export import folder as folder_module
+from fastnce.export.folder import check_target
 from fastnce.methods import NetworkOptions
 from fastnce.translate.exported import network_options, read_folder
 from tests.ends import NO_ROOM, largest_file, tiny
@@ -169,6 +170,27 @@ def test_an_export_of_another_format_is_not_replaced(tmp_path):
 
 ONNX = {"fastnce": "1", "version": 1, "format": "onnx", "file": "model.onnx", "generator": "G", "network": None}
 ONNX["reverse"] = False
+
+
+def test_a_readme_that_is_edited_or_of_another_is_not_replaced(tmp_path):
+    write_safetensors(made(2), tmp_path / "one")
+    card = tmp_path / "one" / "README.md"
+    text = card.read_text()
+    card.write_bytes(text.replace("\n", "\r\n").encode())
+    check_target(tmp_path / "one", "safetensors")  # only the ends of lines have changed
+    card.write_text(text.replace("license: unknown", "license: mit"))
+    before = content(tmp_path / "one")
+    with pytest.raises(ValueError, match=r"README\.md was edited or is of no export, and would be replaced: move it"):
+        write_safetensors(made(3), tmp_path / "one")
+    assert content(tmp_path / "one") == before
+    write_safetensors(made(3), tmp_path / "one", own_card=card.read_text())  # the same text
+    assert content(tmp_path / "one")["README.md"] == before["README.md"]
+    for name, make in {"text": lambda p: p.write_text("My project"), "link": lambda p: p.symlink_to("x")}.items():
+        (tmp_path / name).mkdir()
+        make(tmp_path / name / "README.md")
+        with pytest.raises(ValueError, match=r"README\.md was edited or is of no export"):
+            write_safetensors(made(), tmp_path / name)
+        assert [path.name for path in (tmp_path / name).iterdir()] == ["README.md"]
 
 
 @pytest.mark.parametrize("at", [0, 1, 2])

@@ -29,6 +29,7 @@ class Hub:
         self.asked: list[dict] = []
         self.tokens: set[object] = set()
         self.error: Exception | None = None
+        self.cache = Path()
 
     def api(self, token=None):
         self.tokens.add(token)
@@ -63,11 +64,11 @@ class Hub:
             (place / name).write_bytes(data)
         return place
 
-    def hf_hub_download(self, *, repo_id, filename, cache_dir, **asked):
+    def hf_hub_download(self, repo_id, filename, cache_dir=None, **asked):
         if self.error:
             raise self.error
         self.asked.append({"file": filename, **asked})
-        return str(self.folder(repo_id, Path(cache_dir)) / filename)
+        return str(self.folder(repo_id, Path(cache_dir or self.cache)) / filename)
 
     def snapshot_download(self, repo_id, *, cache_dir, **asked):
         self.asked.append(asked)
@@ -75,8 +76,9 @@ class Hub:
 
 
 @pytest.fixture
-def hub(monkeypatch) -> Hub:
+def hub(monkeypatch, tmp_path) -> Hub:
     stand_in = Hub()
+    stand_in.cache = tmp_path / "downloaded"
     monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", stand_in.api)
     monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", stand_in.hf_hub_download)
     monkeypatch.setattr(library, "HfApi", stand_in.api, raising=False)
@@ -125,7 +127,7 @@ def test_a_folder_needs_no_hub(exported, tmp_path, monkeypatch):
 
 
 def test_a_licence_that_was_filled_is_kept(hub, exported, tmp_path):
-    """In the folder, which is then uploaded; and on the hub, where a run is pushed once more."""
+    """In the folder, which is then uploaded; and on the hub, where a run is pushed once more. Others are replaced."""
     folder = tmp_path / "mine"
     write_safetensors(made(method="cut"), folder)
     text = (folder / "README.md").read_text().replace("license: unknown", "license: mit")
@@ -137,9 +139,12 @@ def test_a_licence_that_was_filled_is_kept(hub, exported, tmp_path):
     assert b"license: mit" in hub.models["ann/zebras"]["README.md"]
     model = HubModel.from_pretrained("ann/zebras", cache_dir=tmp_path / "cache")
     assert model.source.options["width"] == 3
-    push(exported, "ann/zebras", branch="old")
+    push(exported, "ann/lions", branch="old")
     assert hub.commits[-1]["revision"] == "old"
-    assert b"license: unknown" in hub.models["ann/zebras"]["README.md"]
+    first = hub.models["ann/lions"]["README.md"]
+    HubModel(made(3)).push_to_hub("ann/lions")
+    assert hub.commits[-1]["files"] == FILES
+    assert b"width 3" in hub.models["ann/lions"]["README.md"] != first
 
 
 def test_the_command(hub, exported, tmp_path, capsys):
