@@ -50,17 +50,8 @@ PUBLIC = {
     "fastnce.config": {"Config", "resolve"},
     "fastnce.training": {"train_run"},
     "fastnce.accelerate": {"main", "patch"},
-    "fastnce.export": {
-        "DTYPES",
-        "Source",
-        "as_json",
-        "card",
-        "check_readable",
-        "check_target",
-        "details",
-        "open_source",
-    }
-    | {"save_weights", "write_folder", "write_safetensors"},
+    "fastnce.export": {"DTYPES", "GRAPHS", "Source", "Written", "card", "details", "open_source", "save_weights"}
+    | {"write_folder", "write_graph", "write_published", "write_safetensors"},
     "fastnce.hub": {"HubModel", "push"},
     "fastnce.watch": {"NotebookCallback", "ReportCallback", "write_report"},
 }

@@ -5,14 +5,17 @@ The card's front matter is what the Hugging Face Hub reads. `fastnce.translate.e
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from .. import __version__
 from ..common.imports import is_import_path
 from ..common.messages import counted
-from ..translate.exported import CONFIG, READABLE, VERSION
+from ..translate.exported import CONFIG, LARGEST, READABLE, VERSION
 from .source import Source
 
 LICENCE = "license: unknown  # replace: such as apache-2.0, mit, cc-by-nc-4.0, or other with license_name, license_link"
@@ -82,7 +85,35 @@ def card(source: Source, format: str, files: Sequence[str], dtype: str, checked:
         "## Licence\n\nNot stated yet: write it into the field `license` at the top of this file, and say here whose "
         "pictures the model was trained on.\n",
     ]
-    return "\n".join(part for part in parts if part)
+    return sealed("\n".join(part for part in parts if part))
+
+
+SEAL = re.compile(r"\n<!-- As fastnce wrote it: ([0-9a-f]{64}) -->\n?$")
+
+
+def sealed(text: str) -> str:
+    """The text with a last line, invisible on the hub, by which `is_untouched` knows that nobody has edited it."""
+    text = text.encode("utf-8", "replace").decode()
+    return f"{text}\n<!-- As fastnce wrote it: {_digest(text)} -->\n"
+
+
+def is_untouched(text: str) -> bool:
+    """Whether a README.md is a card as `card` returned it, which may be replaced. Ends of lines do not count."""
+    text = text.replace("\r\n", "\n")
+    seal = SEAL.search(text)
+    return seal is not None and seal[1] == _digest(text[: seal.start()])
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
+
+
+def read_card(file: Path) -> str:
+    """The text of a README.md; empty if there is none that can be read. At most `LARGEST` bytes are read."""
+    if not file.is_file():
+        return ""
+    with file.open("rb") as opened:
+        return opened.read(LARGEST).decode("utf-8", "replace")
 
 
 def _front_matter(source: Source) -> str:

@@ -13,12 +13,10 @@ import torch
 from torch import Tensor
 
 from ..export import Source, open_source, write_safetensors
+from ..export.card import is_untouched, read_card
 from ..translate import Translator
-from ..translate.exported import CARD, CONFIG, WEIGHTS, is_exported, read_details
+from ..translate.exported import CARD, CONFIG, WEIGHTS, is_exported
 from .mixin import check_name, mixed, one_sentence, reading_config
-
-LARGEST_CARD = 2**20
-"""Bytes. A larger README.md is not read."""
 
 
 class HubModel:
@@ -29,7 +27,7 @@ class HubModel:
 
     Args:
         source: as `fastnce.export.open_source` returns.
-        card: the text of README.md that belongs to it; empty: it is written anew.
+        card: the text of README.md, as its user has edited it; empty: it is written anew.
         device: where it translates.
     """
 
@@ -121,7 +119,7 @@ class HubModel:
     ) -> str:
         """Upload the files of `save_pretrained` in one commit; the repository is created if there is none.
 
-        A README.md that is on the hub already is kept, unless this model came from a folder with a README.md.
+        A README.md that was edited on the hub is kept, unless this model came from a folder with an edited one.
 
         Args:
             repo_id: "USER/NAME".
@@ -141,7 +139,7 @@ class HubModel:
         with one_sentence(f"{repo_id} cannot be written"):
             carrier = mixed()()
             carrier.save = lambda folder: self.save_pretrained(folder, dtype)
-            kept = None if self.card or not _has_card(repo_id, token, branch) else [CARD]
+            kept = None if self.card or not _keeps_card(repo_id, token, branch) else [CARD]
             return str(
                 carrier.push_to_hub(
                     repo_id,
@@ -194,16 +192,17 @@ def push(
     return model.push_to_hub(repo_id, private=private, token=token, branch=branch, dtype=dtype)
 
 
-def _card_of(folder: Path) -> str:
-    """The README.md of an exported folder; empty if there is none that can be read."""
-    file = folder / CARD
-    if not is_exported(folder) or not file.is_file() or file.stat().st_size > LARGEST_CARD:
-        return ""
-    read_details(folder)
-    return file.read_text(encoding="utf-8", errors="replace")
+def _card_of(path: Path) -> str:
+    """The README.md of an exported folder; empty for other sources, and for a card that nobody has edited."""
+    text = read_card(path / CARD) if is_exported(path) else ""
+    return "" if is_untouched(text) else text
 
 
-def _has_card(repo_id: str, token: str | None, branch: str | None) -> bool:
+def _keeps_card(repo_id: str, token: str | None, branch: str | None) -> bool:
+    """Whether the hub has a README.md that somebody has edited."""
     from huggingface_hub import HfApi
 
-    return bool(HfApi(token=token).file_exists(repo_id, CARD, revision=branch))
+    api = HfApi(token=token)
+    if not api.file_exists(repo_id, CARD, revision=branch):
+        return False
+    return not is_untouched(read_card(Path(api.hf_hub_download(repo_id, CARD, revision=branch))))
