@@ -71,6 +71,24 @@ def test_a_run_and_its_export_translate_alike(run, data, tmp_path):
     assert torch.equal(fastnce.load(tmp_path / "again", device="cpu")(picture), wanted)
 
 
+def test_a_generator_of_sincut_loads_again(data, tmp_path):
+    """Trained, and exported in both formats that are read again."""
+    small = ["network.width=1", "network.discriminator_width=1", "network.resolution=16", "data.crop_size=16"]
+    words = ["train", "sincut", "--data", str(data), "--out", str(tmp_path / "run"), "--quiet", *small]
+    words += ["data.load_size=64", "data.batch=2", "data.max_images=1", "loss.projection=8", "run.device=cpu"]
+    assert main([*words, "run.steps=1", "run.sample_every=0"]) == 0
+    wanted = open_source(tmp_path / "run")
+    assert type(wanted.network).__name__ == "StyleGAN2Generator"
+    assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "published")]) == 0
+    write_safetensors(wanted, tmp_path / "safetensors")
+    picture = torch.rand(1, 3, 12, 18) * 2 - 1
+    for place in ("published/latest_net_G.pth", "safetensors"):
+        found = open_source(tmp_path / place)
+        assert (found.factor, found.smallest) == (wanted.factor, wanted.smallest)
+        with torch.no_grad():
+            assert torch.equal(found.network(picture), wanted.network(picture))
+
+
 def test_what_is_known_of_a_run(run, data, tmp_path):
     source = open_source(run / "checkpoints" / "latest")
     facts = source.facts
