@@ -21,8 +21,8 @@ def check_target(out: Path, format: str) -> None:
     """Refuse a folder that an export must not write to.
 
     Raises:
-        ValueError: it is a file, or holds an export of another format, or a config.json or README.md of another program, which
-            would be replaced.
+        ValueError: it is a file, or holds an export of another format, or a config.json or README.md of another
+            program, which would be replaced.
     """
     check_folder(out, f"the model, {CONFIG} and {CARD}")
     if not (out / CONFIG).exists():
