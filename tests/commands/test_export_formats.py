@@ -69,6 +69,9 @@ def test_torch(run, picture, tmp_path, capfd):
     assert sorted(path.name for path in out.iterdir()) == ["README.md", "config.json", "model.pt2"]
     details = json.loads((out / "config.json").read_text())
     assert (details["method"], details["generator"], details["reverse"]) == ("cyclegan", "G_B", True)
+    card = (out / "README.md").read_text()
+    assert said.out.partition("). ")[2] in card
+    assert 'model = torch.export.load("model.pt2").module()' in card
     names = {str(node.target) for node in torch.export.load(out / "model.pt2").graph.nodes if node.op != "placeholder"}
     assert all(name.startswith("aten.") for name in names - {"output"}), names
     compare("infer_torch.py", run, out, picture, tmp_path / "b.png")
