@@ -20,8 +20,8 @@ FLOORS = [
     {"engine"},
     {"config"},
     {"translate", "accelerate", "watch", "published"},
-    {"training"},
-    {"api"},
+    {"training", "export"},
+    {"api", "hub"},
     {"commands"},
     {"__main__"},
 ]
@@ -50,6 +50,9 @@ PUBLIC = {
     "fastnce.config": {"Config", "resolve"},
     "fastnce.training": {"train_run"},
     "fastnce.accelerate": {"main", "patch"},
+    "fastnce.export": {"DTYPES", "GRAPHS", "Source", "Written", "card", "details", "open_source", "save_weights"}
+    | {"write_folder", "write_graph", "write_published", "write_safetensors"},
+    "fastnce.hub": {"HubModel", "push"},
     "fastnce.watch": {"NotebookCallback", "ReportCallback", "write_report"},
 }
 """Names that users import: removing one needs a line in CHANGELOG.md and a deprecation first."""

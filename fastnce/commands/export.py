@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 from ..common.writing import check_folder
@@ -9,19 +10,51 @@ from ..config.build import build_method
 from ..config.stored import from_dict
 from ..engine.checkpoint import open_checkpoint
 from ..engine.stored import check_numbers, load_generators, read_tensors, using
-from ..networks.published import load_weights, save_published
-from .parsing import TRUST_HELP, command_parser
+from ..export import DTYPES, GRAPHS, open_source, write_graph, write_published, write_safetensors
+from ..networks.published import load_weights
+from ..translate.exported import CARD, CONFIG
+from .parsing import GENERATOR_HELP, TRUST_HELP, command_parser
+
+FORMATS = ("published", "safetensors", *GRAPHS)
+FORMAT_HELP = (
+    "published (default): a .pth file for each network, for the published code; safetensors: weights that fastnce "
+    "reads; torch: a torch.export program; onnx; aoti: compiled for the CPU of this machine"
+)
+DTYPE_HELP = "of the weights (default float32); not for published"
 
 
 def main(arguments: list[str]) -> int:
-    """Write a run's networks as files of the published code, such as latest_net_G.pth."""
+    """Write a run's generator for other programs, or its networks as files of the published code."""
     parser = command_parser("export", main)
     parser.add_argument("run", type=Path, metavar="RUN", help="a run, or a checkpoint such as RUN/checkpoints/best")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the files")
-    parser.add_argument("--label", default="latest", help="first part of the file names (default %(default)s)")
+    parser.add_argument("--format", choices=FORMATS, default="published", help=FORMAT_HELP)
+    parser.add_argument("--generator", default="", help=GENERATOR_HELP)
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help=DTYPE_HELP)
+    parser.add_argument("--label", default=None, help="of published: first part of the file names (default latest)")
     parser.add_argument("--trust-code", action="store_true", help=TRUST_HELP)
     args = parser.parse_args(arguments)
-    check_folder(args.out, f"one file per network, such as {args.label}_net_G.pth")
+    if args.format == "published":
+        return _published(args)
+    if args.label is not None:
+        raise ValueError(f"--label {args.label} is for --format published: {args.format} has one model file")
+    check_folder(args.out, f"the model, {CONFIG} and {CARD}")
+    source = open_source(args.run, args.generator, args.trust_code)
+    if args.format == "safetensors":
+        path = write_safetensors(source, args.out, args.dtype)[0]
+        checked = "Read again: the weights are equal."
+    else:
+        written = write_graph(source, args.out, args.format, args.dtype)
+        path, checked = written.paths[0], written.sentence
+    print(f"{path} ({path.stat().st_size / 1e6:.3g} MB, {source.name}). {checked}")
+    return 0
+
+
+def _published(args: argparse.Namespace) -> int:
+    label = "latest" if args.label is None else args.label
+    if args.dtype != "float32":
+        raise ValueError(f"--dtype {args.dtype} is not for --format published: the published code reads float32")
+    check_folder(args.out, f"one file per network, such as {label}_net_G.pth")
     folder, state = open_checkpoint(args.run)
     with using(folder):
         config = from_dict(state["config"], trust_code=args.trust_code)
@@ -37,6 +70,7 @@ def main(arguments: list[str]) -> int:
             if name not in generators:
                 raise ValueError(f"{config.method} has no generator {name}")
             load_weights(generators[name], weights, str(folder))
-    for path in save_published(networks, args.out, args.label):
+        source = open_source(folder, args.generator, args.trust_code)
+    for path in write_published(networks, source, args.out, label):
         print(path)
     return 0

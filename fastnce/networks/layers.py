@@ -28,7 +28,9 @@ Layer = TypeVar("Layer", bound=nn.Module)
 
 def own_precision(x: Tensor) -> AbstractContextManager:
     """Return a context without autocast, in which operations keep the precision of x."""
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+    if x.is_meta or (torch.compiler.is_exporting() and not torch.is_autocast_enabled(x.device.type)):
+        return nullcontext()  # an exported graph would hold the context, which other programs do not know
+    return torch.autocast(x.device.type, enabled=False)
 
 
 class FusedLayer(nn.Module):

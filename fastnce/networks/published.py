@@ -66,7 +66,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     for key, tensor in state.items():
         if not isinstance(key, str):
             raise ValueError(f"{path}: not a state dict: its key {key!r} must be text")
-        problem = _oddity(key, tensor)
+        problem = oddity(key, tensor)
         if problem:
             raise ValueError(f"{path}: {key} {problem}")
     return {key.removeprefix("module."): tensor for key, tensor in state.items()}
@@ -91,7 +91,7 @@ def _check_archive(path: Path) -> None:
                     pass
 
 
-def _oddity(key: str, tensor: Tensor) -> str:
+def oddity(key: str, tensor: Tensor) -> str:
     """Return why a tensor cannot be a weight; empty if it can."""
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
         return "is sparse, quantised or without values; weights must be ordinary tensors"
@@ -125,6 +125,19 @@ def load_weights(network: nn.Module, state: dict[str, Tensor], name: str = "the 
         except (RuntimeError, KeyError, IndexError) as error:
             raise ValueError(f"{name} does not fit: {' '.join(str(error).split())}") from None
         return
+    state = fitting(network, state, name)
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:  # a layer's own check of its state
+        raise ValueError(f"{name} does not fit: {' '.join(str(error).split())}") from None
+
+
+def fitting(network: nn.Module, state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Return the tensors that a network takes, as `load_weights` describes. The network may be on the meta device.
+
+    Raises:
+        ValueError: keys or shapes differ; the message lists them.
+    """
     wanted, state = network.state_dict(), fitted(published_names(state, network), network)
     state = {k: t for k, t in state.items() if k in wanted or k.rsplit(".", 1)[-1] not in STALE}
     problems = [f"{key} is missing" for key in wanted if key not in state and not key.endswith(LEARNED_TEMPERATURE)]
@@ -137,10 +150,7 @@ def load_weights(network: nn.Module, state: dict[str, Tensor], name: str = "the 
     if problems:
         more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
         raise ValueError(f"{name} does not fit: {'; '.join(problems[:6])}{more}{other_norms(state, network)}")
-    try:
-        network.load_state_dict(state)
-    except RuntimeError as error:  # a layer's own check of its state
-        raise ValueError(f"{name} does not fit: {' '.join(str(error).split())}") from None
+    return state
 
 
 def network_from_weights(state: dict[str, Tensor], name: str = "the file") -> nn.Module:
@@ -287,8 +297,7 @@ def save_published(networks: dict[str, nn.Module], folder: str | Path, label: st
         OSError: names the file that could not be written. The files before it are complete.
     """
     folder = Path(folder)
-    if not label or Path(label).name != label:
-        raise ValueError(f"label must be the first part of a file name, such as latest or 400, not {label!r}")
+    check_label(label)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: a file is in the way, a folder is needed")
     paths = []
@@ -297,15 +306,30 @@ def save_published(networks: dict[str, nn.Module], folder: str | Path, label: st
         sweep(folder, held=True)
         for name, network in networks.items():
             path = folder / f"{label}_net_{name}.pth"
-            packed = io.BytesIO()  # PyTorch's file writer hides the errors of the disk
-            state = network.state_dict()
-            if getattr(network, "has_spectral_norm", False):  # the published code has none
-                state = without_spectral_norm(state)
-            state = {key: t.detach().cpu() for key, t in state.items() if not key.endswith(LEARNED_TEMPERATURE)}
-            torch.save(state, packed)
-            write_whole(path, packed.getvalue())
+            write_whole(path, packed(published_state(network)))
             paths.append(path)
     return paths
+
+
+def check_label(label: str) -> None:
+    """Raise ValueError if `label` cannot be the first part of a file name."""
+    if not label or Path(label).name != label:
+        raise ValueError(f"label must be the first part of a file name, such as latest or 400, not {label!r}")
+
+
+def published_state(network: nn.Module) -> dict[str, Tensor]:
+    """A network's weights on the CPU as the published code has them: without spectral norm and learned temperature."""
+    state = network.state_dict()
+    if getattr(network, "has_spectral_norm", False):
+        state = without_spectral_norm(state)
+    return {key: t.detach().cpu() for key, t in state.items() if not key.endswith(LEARNED_TEMPERATURE)}
+
+
+def packed(state: dict[str, Tensor]) -> bytes:
+    """The bytes of a `.pth` file. PyTorch's file writer would hide the errors of the disk."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
 
 
 def load_published(networks: dict[str, nn.Module], folder: str | Path, label: str = "latest") -> list[str]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ from ..methods.checks import channels_of
 from ..methods.translation import translation_of
 from ..networks.contracts import fitting_side
 from ..networks.published import load_weights, network_from_weights, read_weights
+from .exported import is_exported, network_options, read_folder
 from .translator import Tiles, Translator
 
 
@@ -35,38 +38,62 @@ def load_translator(
     say: Callable[[str], None] | None = None,
     trust_code: bool = False,
 ) -> Translator:
-    """Load a translator from a run's folder, a checkpoint's folder or a published `.pth` file.
+    """Load a translator from a run, a checkpoint's folder, an exported folder or a published `.pth` file.
 
     Args:
-        source: the path; the pointers RUN/checkpoints/best and latest are followed.
+        source: the path; the pointers RUN/checkpoints/best and latest are followed. An exported folder is one that
+            `fastnce export --format safetensors` or `published` wrote; weights of 16 bits are computed in float32.
         generator: for a method with two generators, "G_A" (A to B, the default) or "G_B".
         device, tiles, tile_size, say: see `Translator`.
-        trust_code: import the user's own classes that the checkpoint names. Importing runs their code.
+        trust_code: import the user's own classes that the checkpoint names. Importing runs their code. An exported
+            folder or a published file never names any.
 
     Raises:
         ValueError: there is no such run or file, or it does not contain a usable generator.
     """
+    loaded = load_generator(source, generator, trust_code=trust_code)
+    translator = Translator(loaded.network, device, tiles=tiles, tile_size=tile_size, say=say)
+    translator.sources = loaded.sources
+    translator.direction, translator.paired_direction = loaded.direction, loaded.paired_direction
+    return translator
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A generator with what is known of it.
+
+    network: on the CPU.
+    name: "G", "G_A" or "G_B".
+    sources: the files that were read.
+    reverse: it translates from B to A.
+    direction, paired_direction: as the attributes of `Translator`.
+    options: the options of the network; None for a published file and for a user's own method.
+    config, state: of a run: its configuration, and what state.json holds.
+    details: of an exported folder: what config.json holds.
+    """
+
+    network: nn.Module
+    name: str
+    sources: tuple[Path, ...]
+    reverse: bool = False
+    direction: str = "AtoB"
+    paired_direction: str = "AtoB"
+    options: dict[str, Any] | None = None
+    config: Config | None = None
+    state: dict[str, Any] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+def load_generator(source: str | os.PathLike[str], generator: str = "", *, trust_code: bool = False) -> Loaded:
+    """Load a generator on the CPU; arguments and errors are those of `load_translator`."""
     source = follow(Path(source))
+    if is_exported(source):
+        found = read_folder(source, generator)
+        d = found.details
+        where = (d["direction"], d["paired_direction"])
+        return Loaded(found.network, d["generator"], found.files, d["reverse"], *where, found.options, details=d)
     if source.is_dir():
-        folder, state = open_checkpoint(source, ("generator.safetensors",))
-        with using(folder):
-            weights = load_generators(folder, state)
-            config = from_dict(state["config"], trust_code=trust_code, generators_only=True)
-        first = next(iter(weights))
-        name = generator or first
-        if name not in weights:
-            raise ValueError(f"{folder}: no generator {name!r}, it holds {', '.join(weights)}{nearest(name, weights)}")
-        if is_import_path(config.method):
-            network = _own_network(config, folder, weights, name)
-        else:
-            network = config.network.build_generator(reverse=name != first)
-            with using(folder):
-                load_weights(network, weights[name], str(folder))
-        translator = Translator(network, device, tiles=tiles, tile_size=tile_size, say=say)
-        translator.sources = (folder / "state.json", folder / "generator.safetensors")
-        translator.direction = config.data.direction
-        translator.paired_direction = "BtoA" if exchanges_pairs(config.data) else "AtoB"
-        return translator
+        return _of_run(source, generator, trust_code)
     if not source.exists():
         raise ValueError(missing(source))
     if generator:
@@ -74,9 +101,36 @@ def load_translator(
     network = network_from_weights(read_weights(source), str(source))
     if not hasattr(network, "factor"):
         raise ValueError(f"{source}: holds a discriminator; translation needs a generator (..._net_G.pth)")
-    translator = Translator(network, device, tiles=tiles, tile_size=tile_size, say=say)
-    translator.sources = (source,)
-    return translator
+    return Loaded(network, "G", (source,))
+
+
+def _of_run(source: Path, generator: str, trust_code: bool) -> Loaded:
+    folder, state = open_checkpoint(source, ("generator.safetensors",))
+    with using(folder):
+        weights = load_generators(folder, state)
+        config = from_dict(state["config"], trust_code=trust_code, generators_only=True)
+    first = next(iter(weights))
+    name = generator or first
+    if name not in weights:
+        raise ValueError(f"{folder}: no generator {name!r}, it holds {', '.join(weights)}{nearest(name, weights)}")
+    own = is_import_path(config.method)
+    if own:
+        network = _own_network(config, folder, weights, name)
+    else:
+        network = config.network.build_generator(reverse=name != first)
+        with using(folder):
+            load_weights(network, weights[name], str(folder))
+    return Loaded(
+        network,
+        name,
+        (folder / "state.json", folder / "generator.safetensors"),
+        reverse=name != first,
+        direction=config.data.direction,
+        paired_direction="BtoA" if exchanges_pairs(config.data) else "AtoB",
+        options=None if own else network_options(config.network),
+        config=config,
+        state=state,
+    )
 
 
 def _own_network(config: Config, folder: Path, weights: dict[str, dict[str, Tensor]], name: str) -> nn.Module:

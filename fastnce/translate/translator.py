@@ -86,7 +86,7 @@ class Translator:
 
     def __repr__(self) -> str:
         place = self.sources[0] if self.sources else None
-        if place is not None and place.name == "state.json":  # of a checkpoint, which is a folder
+        if place is not None and place.name in ("state.json", "config.json"):  # in the folder of a model
             place = place.parent
         known = f", from {place}" if place else ""
         name = type(self.generator).__name__
