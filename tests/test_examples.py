@@ -10,7 +10,9 @@ from fastnce.commands import methods
 from fastnce.methods import PRESETS, find_preset
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-FILES = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name != "pictures.py")
+INFERENCE = ("infer_torch.py", "infer_onnx.py")
+"""They take an exported folder: tests/commands/test_export_formats.py runs them."""
+FILES = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name not in ("pictures.py", *INFERENCE))
 
 
 def run(name: str, monkeypatch):
@@ -37,11 +39,12 @@ def test_an_example_runs(name, monkeypatch, capsys):
         assert "step 3/3" in printed
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [*FILES, *INFERENCE])
 def test_an_example_is_short_and_named_in_the_docs(name):
     code = (EXAMPLES / name).read_text().partition("from __future__ import annotations\n")[2]
     assert len([line for line in code.splitlines() if line.strip()]) <= 60
-    docs = (EXAMPLES.parent / "docs" / "extending.md").read_text()
+    page = "export.md" if name in INFERENCE else "extending.md"
+    docs = (EXAMPLES.parent / "docs" / page).read_text()
     assert f"../examples/{name}" in docs
 
 

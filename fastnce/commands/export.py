@@ -37,9 +37,7 @@ def main(arguments: list[str]) -> int:
     if args.format == "published":
         return _published(args)
     if args.label is not None:
-        raise ValueError(
-            f"--label {args.label} names the files of --format published; {args.format} has one model file"
-        )
+        raise ValueError(f"--label {args.label} is for --format published: {args.format} has one model file")
     check_folder(args.out, f"the model, {CONFIG} and {CARD}")
     source = open_source(args.run, args.generator, args.trust_code)
     if args.format == "safetensors":

@@ -36,7 +36,6 @@ def write(program: torch.export.ExportedProgram, path: Path) -> None:
     from torch._inductor import aoti_compile_and_package, config
     from torch._inductor.utils import fresh_cache
 
-    program._example_inputs = None  # type: ignore[assignment]
     # what the compiler leaves goes with the folder, also after an error; no pool of processes for one program
     with tempfile.TemporaryDirectory(prefix="fastnce-aoti-", ignore_cleanup_errors=True) as place:
         package = Path(place) / FILE

@@ -17,6 +17,7 @@ from ..common.imports import is_import_path
 from ..common.messages import counted
 from ..translate.exported import CONFIG, LARGEST, READABLE, VERSION
 from .source import Source
+from .usage import graph_usage
 
 LICENCE = "license: unknown  # replace: such as apache-2.0, mit, cc-by-nc-4.0, or other with license_name, license_link"
 """The field to fill. `unknown` is a value that the hub accepts."""
@@ -146,7 +147,7 @@ def _table(source: Source, format: str, files: Sequence[str], dtype: str) -> str
 
 def _usage(format: str, files: Sequence[str]) -> str:
     if format not in READABLE:
-        return ""
+        return graph_usage(format, files[0])
     return (
         "## Use\n\n```python\nimport fastnce\nimport PIL.Image\n\n"
         'model = fastnce.load("FOLDER")  # the folder of this file\n'

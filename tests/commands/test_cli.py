@@ -240,7 +240,8 @@ def test_train_translate_export_and_cache(tmp_path, capsys):
         out = tmp_path / name
         assert main(["translate", str(source), str(photo), "--out", str(out), "--device", "cpu"]) == 0
     assert main(["export", str(run), "--out", str(tmp_path / "published")]) == 0
-    assert sorted(p.name for p in (tmp_path / "published").iterdir()) == [f"latest_net_{n}.pth" for n in "DFG"]
+    names = ["README.md", "config.json", *(f"latest_net_{n}.pth" for n in "DFG")]
+    assert sorted(p.name for p in (tmp_path / "published").iterdir()) == names
     file = tmp_path / "published" / "latest_net_G.pth"
     assert main(["translate", str(file), str(photo), "--out", str(tmp_path / "from_file"), "--device", "cpu"]) == 0
     pictures = [
