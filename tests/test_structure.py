@@ -39,8 +39,8 @@ PUBLIC = {
     | {"dense_patch_ids", "asp_query_weight", "hdce_pair_weight", "monce_log_weight", "Weighting"},
     "fastnce.networks": {"ResnetGenerator", "UnetGenerator", "StyleGAN2Generator", "Restorer", "PatchGAN", "PixelGAN"}
     | {"StyleGAN2Discriminator", "Generator", "Discriminator", "GENERATORS", "DISCRIMINATORS", "build_generator"}
-    | {"build_discriminator", "InstanceNorm", "BlurDown", "BlurUp", "Norm", "channels_last", "init_weights"}
-    | {"fuse_neighbours", "leave_out_biases", "set_implementation", "MUNITGenerator", "TilePatchGAN"},
+    | {"build_discriminator", "InstanceNorm", "AffineInstanceNorm", "BlurDown", "BlurUp", "Norm", "channels_last"}
+    | {"init_weights", "fuse_neighbours", "leave_out_biases", "set_implementation", "MUNITGenerator", "TilePatchGAN"},
     "fastnce.methods": {"Method", "Batch", "Draws", "Group", "Phase", "NetworkOptions", "option", "PRESETS", "Preset"}
     | {"find_preset", "CUT", "CUTOptions", "CycleGAN", "CycleGANOptions", "DCLGAN", "DCLGANOptions", "SimDCL"}
     | {"SimDCLOptions", "SinCUT", "SinCUTOptions", "DCDGAN", "DCDGANOptions"},
