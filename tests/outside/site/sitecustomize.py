@@ -17,13 +17,17 @@ from torch import nn
 from benchmarks import published
 
 SETTINGS = os.environ["FASTNCE_OUTSIDE"].split()  # float64, ids, norm
+UNUSED = "blitz dgl ipdb matplotlib nibabel piq pylab sklearn wget".split()  # noqa: SIM905
 
 torch.set_num_threads(1)
 random.seed(0)
 np.random.seed(0)
 torch.manual_seed(0)
-sys.meta_path.append(published._StandIns([*published.OPTIONAL, "dgl", "ipdb", "matplotlib", "pylab", "sklearn"]))
-if "torchvision" in published._broken():  # it lacks its operators, which no step uses: naming two lets the rest be imported
+sys.meta_path.append(published._StandIns([*published.OPTIONAL, *UNUSED]))
+published._Missing.__mro_entries__ = lambda self, bases: ()  # a class may name a stand-in as its base
+if (
+    "torchvision" in published._broken()
+):  # it lacks its operators, which no step uses: naming two lets the rest be imported
     for name in ("nms", "qnms"):
         torch.library.define(f"torchvision::{name}", "(Tensor boxes, Tensor scores, float threshold) -> Tensor")
 if not hasattr(torch, "rfft"):
@@ -31,6 +35,10 @@ if not hasattr(torch, "rfft"):
 if "float64" in SETTINGS:
     # Adam's first step is the sign of the gradient, which amplifies float32 rounding differences
     torch.set_default_dtype(torch.float64)
+    torch.Tensor.float = torch.Tensor.double
+if "cpu" in SETTINGS:  # for scripts that call these whatever --gpu_ids says
+    torch.Tensor.cuda = nn.Module.cuda = lambda self, *_: self
+    torch.cuda.synchronize = lambda *_: None
 
 _call = nn.Module.__call__
 _ids = np.random.RandomState(1)
@@ -61,5 +69,7 @@ def _instance_norm(x, *_, eps=1e-5, **__):
 
 if "ids" in SETTINGS:
     nn.Module.__call__ = _with_ids
-if "norm" in SETTINGS:  # at batch 1 on a CPU, PyTorch's own is wrong for the gradients that only the published sampler sends
+if (
+    "norm" in SETTINGS
+):  # at batch 1 on a CPU, PyTorch's own is wrong for the gradients that only the published sampler sends
     torch.nn.functional.instance_norm = _instance_norm
