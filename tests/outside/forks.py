@@ -64,7 +64,7 @@ TRAINED = {
     "NEGCUT": Fork(
         "NEGCUT",
         USUAL | {"LearnedPatchNCELoss": f"{CUT}; calls with neg_sample run as before"},
-        arguments=f"--model negcut {SMALL}",
+        arguments=SMALL,
     ),
     "EnCo": Fork(
         "EnCo-pytorch",
@@ -75,6 +75,20 @@ TRAINED = {
     "UNSB": Fork(
         "UNSB", USUAL, arguments="--num_patches 32 --netF_nc 32 --nce_layers 4,8,12", settings="float64 ids cpu"
     ),
+    "hneg-src": Fork(
+        "HNEG/Single-modal",
+        USUAL | {"PatchHDCELoss": "one pass, hDCE: without the positive"},
+        arguments=SMALL,
+        batch=1,
+        settings="float64 ids norm",
+    ),
+    "AdaptiveSupervisedPatchNCE": Fork(
+        "AdaptiveSupervisedPatchNCE",
+        {"PatchNCELoss": CUT},
+        {"PatchSampleF": "its rows or gradients differ by 1.1e-07"},
+        arguments=f"--dataset_mode aligned {SMALL}",
+    ),
+    "AI-FFPE": Fork("AI-FFPE", USUAL, arguments=f"{SMALL} --ngf 64"),
 }
 """Their train.py runs on a CPU."""
 
@@ -82,10 +96,10 @@ IMPORTED = {
     "MoNCE": Fork(
         "MoNCE/CUT_MoNCE",
         {"PatchSampleF": SAMPLING},
-        {name: "its trial ended with ZeroDivisionError" for name in ("PatchNCELoss", "MoNCELoss")},
+        dict.fromkeys(("PatchNCELoss", "MoNCELoss"), "its trial ended with ZeroDivisionError"),
         modules="models.patchnce models.networks models.monce",
     ),
-    "AdaptiveSupervisedPatchNCE": Fork(
+    "AdaptiveSupervisedPatchNCE, its own loss": Fork(
         "AdaptiveSupervisedPatchNCE",
         {"PatchNCELoss": CUT},
         {"PatchSampleF": "its rows or gradients differ by 1.1e-07"}
@@ -125,9 +139,30 @@ IMPORTED = {
     "joliGEN": Fork(
         "joliGEN",
         {},
-        {name: "its forward does not take (feat_q, feat_k)" for name in ("PatchNCELoss", "MoNCELoss")},
+        dict.fromkeys(("BaseNCELoss", "PatchNCELoss", "MoNCELoss"), "its forward does not take (feat_q, feat_k)")
+        | {"PatchSampleF": "its constructor does not take use_mlp", "PatchSampleF_QSAttn": "name 'F' is not defined"},
         bare="models models.modules",
-        modules="models.modules.NCE.patchnce models.modules.NCE.monce",
+        modules="models.modules.NCE.patchnce models.modules.NCE.monce models.modules.cut_networks",
+    ),
+    "TPSeNCE": Fork(
+        "TPSeNCE",
+        USUAL,
+        {"MoNCELoss": "its forward does not take (feat_q, feat_k)"},
+        modules="models.patchnce models.networks models.monce",
+    ),
+    "3D-MRI-style-transfer": Fork(
+        "3D-MRI-style-transfer",
+        {"PatchNCELoss": CUT},
+        {"PatchSampleF": "its rows or gradients differ by 2.6e-04"},
+        bare="models",
+        modules="models.patchnce models.networks",
+    ),
+    "pytorch-image-translation-models": Fork(
+        "PITM",
+        {},
+        {"LearnedPatchNCELoss": "its constructor does not take (opt)"},
+        bare="src src.models src.models.negcut",
+        modules="src.models.negcut.losses",
     ),
     "ASCON": Fork(
         "ASCON", {}, {"PatchNCELoss": "it does not read opt.nce_T"}, bare="models", modules="models.patchnce"
