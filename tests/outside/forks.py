@@ -37,6 +37,7 @@ class Fork:
         settings: for `site/sitecustomize.py`.
         bare: packages whose `__init__.py` is not run, because it imports what is not installed.
         modules: those with the classes.
+        small_gradients: some gradients are no larger than Adam's epsilon, so that it scales their rounding.
     """
 
     folder: str
@@ -47,6 +48,7 @@ class Fork:
     settings: str = "float64 ids"
     bare: str = ""
     modules: str = ""
+    small_gradients: bool = False
 
     def path(self) -> Path:
         """Return the folder, or skip the test."""
@@ -73,7 +75,11 @@ TRAINED = {
         arguments="--model dcl --num_patches 32 --netG resnet_6blocks",
     ),
     "UNSB": Fork(
-        "UNSB", USUAL, arguments="--num_patches 32 --netF_nc 32 --nce_layers 4,8,12", settings="float64 ids cpu"
+        "UNSB",
+        USUAL,
+        arguments="--num_patches 32 --netF_nc 32 --nce_layers 4,8,12",
+        settings="float64 ids cpu",
+        small_gradients=True,
     ),
     "hneg-src": Fork(
         "HNEG/Single-modal",

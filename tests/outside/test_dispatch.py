@@ -4,6 +4,9 @@ import pytest
 
 from tests.outside.forks import IMPORTED, TRAINED, Fork, import_classes, table_of, train, write_pictures
 
+STEP = 2e-4
+"""The learning rate, which is the largest step of Adam."""
+
 
 def assert_table(fork: Fork, found: dict[str, dict[str, str]]) -> None:
     for kind, expected in (("replaced", fork.replaced), ("kept", fork.kept)):
@@ -29,7 +32,8 @@ def test_a_checkout_trains_alike(name, tmp_path):
     for key, value in plain.weights.items():
         if value.dim() > 1:  # a bias before a norm has no effect: its gradient is rounding, which Adam scales to 1
             difference = (fast.weights[key] - value).abs().max().item()
-            assert difference <= 1e-8 * value.abs().max().item(), key
+            bound = STEP / 100 if fork.small_gradients else 1e-8 * value.abs().max().item()
+            assert difference <= bound, key
             compared += 1
     assert compared > 20
 
