@@ -32,7 +32,7 @@ def test_a_checkout_trains_alike(name, tmp_path):
     for key, value in plain.weights.items():
         if value.dim() > 1:  # a bias before a norm has no effect: its gradient is rounding, which Adam scales to 1
             difference = (fast.weights[key] - value).abs().max().item()
-            bound = STEP / 100 if fork.small_gradients else 1e-8 * value.abs().max().item()
+            bound = STEP / 100 if fork.by_steps else 1e-8 * value.abs().max().item()
             assert difference <= bound, key
             compared += 1
     assert compared > 20
