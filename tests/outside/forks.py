@@ -37,7 +37,7 @@ class Fork:
         settings: for `site/sitecustomize.py`.
         bare: packages whose `__init__.py` is not run, because it imports what is not installed.
         modules: those with the classes.
-        by_steps: weights are compared with a hundredth of a step of Adam, a bound set after UNSB exceeded the usual one.
+        by_steps: compare weights with a hundredth of a step of Adam: a bound set after UNSB exceeded the usual one.
     """
 
     folder: str
