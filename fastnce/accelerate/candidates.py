@@ -14,6 +14,7 @@ import fastnce
 
 from . import harmless
 from .sampler import CALL, CONSTRUCTOR
+from .trial import OPTIONS
 
 TEMPERATURE = "nce_T"
 _NCE = re.compile(r"(?<![a-z])nce(?![a-z])|NCE|Nce(?![a-z])")
@@ -82,13 +83,14 @@ def _class(cls: type[nn.Module]) -> Candidate | None:
     if cls.__name__ == "PatchSampleF":
         return Candidate(cls, "", "its forward does not take (feats, num_patches, patch_ids)")
     pairs, reads = _takes(forward, 2), reads_the_temperature(cls)
-    if pairs and reads and _takes(constructor, 1):
+    values = [name for name in list(inspect.signature(constructor).parameters)[1:] if name in OPTIONS]
+    if pairs and reads and not values and _takes(constructor, 1):
         return Candidate(cls, "loss")
     if not _NCE.search(cls.__name__):
         return None
     if not pairs:
         return Candidate(cls, "", "its forward does not take (feat_q, feat_k)")
-    if not _takes(constructor, 1):
+    if values or not _takes(constructor, 1):
         return Candidate(cls, "", "its constructor does not take (opt)")
     return Candidate(cls, "", f"it does not read opt.{TEMPERATURE}")
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import abc
 import builtins
+import contextlib
 import copy
 import dis
 import functools
+import importlib.metadata
 import site
 import sys
 import sysconfig
@@ -21,6 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -61,6 +64,10 @@ CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, tor
 def _library_folders() -> tuple[str, ...]:
     paths = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
     paths |= {*site.getsitepackages(), site.getusersitepackages()}
+    for name in ("torch", "numpy", "packaging", "einops"):  # may be installed elsewhere, and found by PYTHONPATH
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            paths.add(str(importlib.metadata.distribution(name).locate_file("")))
+    paths |= {*torch.__path__, *np.__path__}
     return tuple(f"{Path(path).resolve()}/" for path in paths if path)
 
 

@@ -137,6 +137,11 @@ def try_loss(cls: type[nn.Module], reads: Reads) -> Agreed:
         _known_only(more)
     _known_only(options)
     formula = _agreeing(cases)
+    for devices in ([0], [0, 1]):  # a script on one GPU or more; the cases before are those of a CPU
+        settings = Settings(0.2, 4, False)
+        made.append(cls(Options(*settings, gpu_ids=devices)))
+        if _difference(formula, _call(made[-1], settings, *_data(16, 8))) is not None:
+            raise ValueError("it may depend on opt.gpu_ids")
     become(options, dict(zip(OPTIONS, then, strict=True)))
     changed = _call(loss, first, *_data(12, 5))
     live = _difference(formula, changed._replace(settings=then)) is None

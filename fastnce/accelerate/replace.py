@@ -15,7 +15,7 @@ from torch import nn
 
 from . import harmless, losses, sampler
 from .candidates import Candidate, candidates
-from .trial import isolated
+from .trial import Lacking, isolated
 from .unchanged import Reads
 
 
@@ -96,7 +96,9 @@ def _tried_and_replaced(cls: type[nn.Module], kind: str, reads: Reads) -> str:
 
 
 def _sentence(error: Exception) -> str:
-    first, *_ = str(error).strip().splitlines() or [type(error).__name__]
+    first, *_ = str(error).strip().splitlines() or [""]
+    if not isinstance(error, ValueError | NameError | Lacking):
+        first = f"its trial ended with {type(error).__name__}{first and ': '}{first}"
     return first if len(first) <= 300 else f"{first[:300]} ..."
 
 

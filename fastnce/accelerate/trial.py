@@ -26,6 +26,10 @@ class Late(BaseException):
     """A trial lasts too long. Code that catches every Exception does not catch this."""
 
 
+class Lacking(AttributeError):
+    """A class reads an option that the published losses do not have."""
+
+
 class Options:
     """An options object as CUT's parser makes it, which remembers what it lacks and was asked for.
 
@@ -45,7 +49,7 @@ class Options:
         if name in given:
             return given[name]
         object.__getattribute__(self, "_asked").add(name)
-        raise AttributeError(f"the options have no {name}")
+        raise Lacking(f"the options have no {name}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         object.__getattribute__(self, "_asked").add(name)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import traceback
 import types
+from collections.abc import Mapping
 from pathlib import Path
 
 from fastnce import accelerate
@@ -170,10 +171,12 @@ def write_checkout(folder: Path, flavour: str) -> Path:
     return folder
 
 
-def run(folder: Path, *arguments: str, accelerated: bool = True) -> subprocess.CompletedProcess:
-    """Run a script in a process of its own."""
+def run(
+    folder: Path, *arguments: str, accelerated: bool = True, more: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess:
+    """Run a script in a process of its own, with `more` environment variables."""
     command = [sys.executable, *(["-m", "fastnce.accelerate"] if accelerated else []), *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(more or {})}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
 
 

@@ -193,3 +193,24 @@ def test_classes_and_functions_of_such_names_are_mentioned():
         "patch_nce_loss": "a function: its arguments have no agreed meaning, so it is not tried",
     }
     assert not any(outcome.tried for outcome in found.values())
+
+
+def test_pytorch_may_be_installed_in_another_folder(monkeypatch, tmp_path):
+    """Clusters put packages on PYTHONPATH, outside of Python's own folders."""
+    (tmp_path / "torch-1.dist-info").mkdir()
+    (tmp_path / "torch-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(harmless.sysconfig, "get_path", lambda name: None)
+    monkeypatch.setattr(harmless.site, "getsitepackages", list)
+    monkeypatch.setattr(harmless.site, "getusersitepackages", str)
+    caches = harmless._library_folders, harmless._lies_in_a_library
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        assert harmless.of_a_library("torch.nn.functional")
+        assert harmless.of_a_library("numpy.random")
+        assert not harmless.of_a_library("tests.accelerate.test_harmless")
+        assert harmless._lies_in_a_library(str(tmp_path / "beside.py"))
+    finally:
+        for cache in caches:
+            cache.cache_clear()

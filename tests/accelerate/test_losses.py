@@ -127,6 +127,19 @@ KEPT = {
     "another option": ({"temperature": "self.opt.tau"}, "it does not read opt.nce_T"),
     "one more option": ({"out": "rows * getattr(self.opt, 'lambda_q', 1)"}, "it may depend on opt.lambda_q"),
     "an option that is missing": ({"out": "rows * self.opt.lambda_q"}, "the options have no lambda_q"),
+    "the images of one of several GPUs": (
+        {"images": "self.opt.batch_size // max(1, len(self.opt.gpu_ids))"},
+        "it may depend on opt.gpu_ids",
+    ),
+    "a GPU that a trial lacks": (
+        {"images": "self.opt.batch_size // len(self.opt.gpu_ids)"},
+        "its trial ended with ZeroDivisionError: integer",
+    ),
+    "values instead of options": (
+        {"options": "nce_T=0.07, batch_size=1", "init": "self.nce_T, self.images = nce_T, batch_size"}
+        | {"temperature": "self.nce_T", "images": "self.images", "every": "False"},
+        "its constructor does not take (opt)",
+    ),
     "a parameter": ({"init": "self.opt, self.w = opt, nn.Parameter(torch.ones(1))"}, "it has parameters of its own"),
     "a counter": (
         {"init": "self.opt, self.calls = opt, 0", "logits": "self.calls += 1"},
