@@ -1,17 +1,21 @@
-# make demo | make test | make soak | make bench | make lint: each sets up .venv by itself and reuses it.
+# make demo | make test | make docs | make soak | make bench | make lint: each sets up .venv by itself and reuses it.
 # make capture has a folder of its own, .capture (2 GB). ARGS has its options: make capture ARGS='--only cut'
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test soak bench capture lint clean
+.PHONY: demo test docs soak bench capture lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m fastnce demo
 
 test: lint
 	$(BIN)/python -m pytest tests -n auto --maxprocesses 8 --dist worksteal
+
+# The site is in site/: open site/index.html, without a server. mkdocs-material says at each call which program follows it.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 lint: $(VENV)/.test | $(VENV)/typed/fastnce/kernels
 	$(BIN)/ruff check .
@@ -34,12 +38,13 @@ capture:
 	@$(PYTHON) -m tools.standin $(ARGS)
 
 clean:
-	rm -rf $(VENV) .capture build dist *.egg-info
+	rm -rf $(VENV) .capture build dist site *.egg-info
 
 $(VENV)/.demo: EXTRAS := demo
 $(VENV)/.test: EXTRAS := demo,test
 $(VENV)/.bench: EXTRAS := demo,bench
-$(VENV)/.demo $(VENV)/.test $(VENV)/.bench: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.docs: EXTRAS := docs
+$(VENV)/.demo $(VENV)/.test $(VENV)/.bench $(VENV)/.docs: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing fastnce[$(EXTRAS)] into $(VENV) (some minutes the first time)"
 	$(PIP) --editable '.[$(EXTRAS)]'
 	@touch $@

@@ -57,6 +57,7 @@ class Case:
         make_inputs: draws one set of inputs.
         flop, bytes: the least cost of the work, for the floor; None if unknown.
         steps: of a whole training, to project its time.
+        do_bench: measure each provider with `triton.testing.do_bench` as well, after all times of the part.
     """
 
     benchmark: str
@@ -66,6 +67,7 @@ class Case:
     flop: float | None = None
     bytes: float | None = None
     steps: int | None = None
+    do_bench: bool = False
 
 
 @dataclass
@@ -74,7 +76,7 @@ class Row:
 
     floor_ms is the larger of `flop` at the measured rate of the row's precision and `bytes` at the measured bandwidth.
     launch_floor_ms is the number of launches times the measured cost of one. ceiling_fraction is the rate of `flop`
-    divided by the measured rate of the row's precision.
+    divided by the measured rate of the row's precision. do_bench_ms is the median of `triton.testing.do_bench`.
     """
 
     benchmark: str
@@ -102,6 +104,9 @@ class Row:
     floor_ms: float | None = None
     floor_fraction: float | None = None
     launch_floor_ms: float | None = None
+    do_bench_ms: float | None = None
+    do_bench_p20_ms: float | None = None
+    do_bench_p80_ms: float | None = None
     note: str = ""
 
     def key(self) -> str:

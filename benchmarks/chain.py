@@ -76,6 +76,7 @@ def chain_case(context: Context, shapes: list[tuple[int, int]], images: int, pat
         + 4.0 * len(shapes) * images * patches**2 * DIM,
         # reads the sampled rows of queries and keys, writes dense gradients of the query maps
         bytes=sum(w * (2 * s + m) for w, s, m in zip(widths, sampled, whole, strict=True)),
+        do_bench=True,
     )
 
 

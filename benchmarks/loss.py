@@ -141,6 +141,7 @@ def _patchnce_cases(context: Context) -> Iterator[Case]:
             with_graph(providers, context),
             flop=4.0 * rows * patches * DIM,
             bytes=3.0 * rows * DIM * 4,
+            do_bench=True,
         )
 
 
@@ -165,6 +166,7 @@ def infonce_cases(context: Context, sizes: Sequence[int] = (*GOALS, 1024, 4096))
             list(_infonce_providers(context, rows, dtype)),
             flop=4.0 * rows * rows * DIM,
             bytes=3.0 * rows * DIM * dtype.itemsize,
+            do_bench=True,
         )
         yield case
     for rows in (1024, 16384) if context.large else ():

@@ -4,8 +4,9 @@ A `Case` is one piece of work on fixed inputs for several `Provider`s. `measure(
 Times are percentiles over rounds. In each round every provider runs once in the same process, so that changing clocks
 and other load affect all of them alike. A quantity that cannot be measured stays None.
 
-Each provider is first timed alone: a less accurate time, kept in case a later provider crashes the process. Energy and
-launches are measured after all times of a part (`measure_rest`), because a profiler stays attached to the process.
+Each provider is first timed alone: a less accurate time, kept in case a later provider crashes the process. Energy,
+the figures of `triton.testing.do_bench` and launches are measured after all times of a part (`measure_rest`), because a
+profiler stays attached to the process.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks.cases import CAPTURED, Case, Context, Provider, Row
-from benchmarks.observe import joules, launches, peak_bytes
+from benchmarks.observe import do_bench, joules, launches, peak_bytes
 from fastnce.common.timing import capture, floor_ms, percentiles, synchronize, time_interleaved
 
 L2_MULTIPLE = 2
@@ -118,7 +119,7 @@ def measure(case: Case, context: Context) -> Iterator[Row]:
 
 
 def measure_rest(context: Context) -> Iterator[Row]:
-    """Yield the rows of `measure` again with energy, then with launches, as far as the time permits."""
+    """Yield the rows of `measure` again: with energy, with Triton's figures, with launches, if the time permits."""
     timed, context.timed[:] = list(context.timed), []
     for ready in timed:
         if ready.provider.energy and not context.quick and context.left() > 2 * LEAST_LEFT:
@@ -127,6 +128,13 @@ def measure_rest(context: Context) -> Iterator[Row]:
                 ready.row.joules = energy / ready.calls
                 _derive(ready.row, ready.case, ready.provider, context.limits)
                 yield ready.row
+    for ready in timed:
+        row = ready.row
+        if ready.case.do_bench and row.p50_ms < SLOW * 1e3 and context.left() > 2 * LEAST_LEFT:
+            found = _try(row, do_bench, ready.single, context.device, ready.provider.mode)
+            if found is not None:
+                row.do_bench_ms, row.do_bench_p20_ms, row.do_bench_p80_ms = found
+                yield row
     for ready in timed:
         if context.left() > LEAST_LEFT:
             ready.row.launches = _try(ready.row, launches, ready.single, context.device, ready.provider.mode)

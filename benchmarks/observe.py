@@ -1,4 +1,4 @@
-"""Measure what a call costs besides time: peak memory, launches, energy."""
+"""Measure what a call costs besides time: peak memory, launches, energy; and its time by Triton's own functions."""
 
 from __future__ import annotations
 
@@ -43,6 +43,22 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
         now += change
         highest = max(highest, now)
     return highest if changes else None
+
+
+def do_bench(call: Callable[[], Any], device: torch.device, mode: str) -> tuple[float, float, float] | None:
+    """Return the median and the 20th and 80th percentile of `triton.testing.do_bench`, in ms; None without a GPU.
+
+    It times each call alone and overwrites the L2 cache before it, so a call starts with cold inputs and an idle
+    device. A call to be captured (mode "graph") is timed with `do_bench_cudagraph`, in a graph of many calls.
+    """
+    if device.type != "cuda":
+        return None
+    from triton import testing
+
+    function = testing.do_bench_cudagraph if mode == "graph" else testing.do_bench
+    with torch.cuda.device(device):
+        median, p20, p80 = function(call, quantiles=[0.5, 0.2, 0.8])
+    return median, p20, p80
 
 
 class _Counter(TorchDispatchMode):

@@ -25,7 +25,7 @@ def _cells(row: dict[str, Any], own: float | None, counted: str) -> list[Cell]:
     """Return (column, text) pairs of a row. The text is empty if nothing was measured."""
 
     def text(name: str, form: str, scale: float = 1.0) -> str:
-        return "" if row[name] is None else format(row[name] * scale, form)
+        return "" if row.get(name) is None else format(row[name] * scale, form)
 
     size = [str(row[name]) for name in ("images", "side", "patches") if row[name] is not None]
     p50 = row["p50_ms"]
@@ -36,6 +36,7 @@ def _cells(row: dict[str, Any], own: float | None, counted: str) -> list[Cell]:
         ("mode", row["mode"]),
         ("ms", text("p50_ms", ".3f")),
         ("20..80 %", "" if p50 is None else f"{row['p20_ms']:.3f}..{row['p80_ms']:.3f}"),
+        ("do_bench ms", text("do_bench_ms", ".3f")),
         ("x ours", "" if p50 is None or not own else f"{p50 / own:.2f}"),
         ("images/s", text("images_per_s", ",.4g")),
         ("GFLOP", text("flop", ",.4g", 1e-9)),

@@ -39,8 +39,8 @@ PUBLIC = {
     | {"dense_patch_ids", "asp_query_weight", "hdce_pair_weight", "monce_log_weight", "Weighting"},
     "fastnce.networks": {"ResnetGenerator", "UnetGenerator", "StyleGAN2Generator", "Restorer", "PatchGAN", "PixelGAN"}
     | {"StyleGAN2Discriminator", "Generator", "Discriminator", "GENERATORS", "DISCRIMINATORS", "build_generator"}
-    | {"build_discriminator", "InstanceNorm", "BlurDown", "BlurUp", "Norm", "channels_last", "init_weights"}
-    | {"fuse_neighbours", "leave_out_biases", "set_implementation", "MUNITGenerator", "TilePatchGAN"},
+    | {"build_discriminator", "InstanceNorm", "AffineInstanceNorm", "BlurDown", "BlurUp", "Norm", "channels_last"}
+    | {"init_weights", "fuse_neighbours", "leave_out_biases", "set_implementation", "MUNITGenerator", "TilePatchGAN"},
     "fastnce.methods": {"Method", "Batch", "Draws", "Group", "Phase", "NetworkOptions", "option", "PRESETS", "Preset"}
     | {"find_preset", "CUT", "CUTOptions", "CycleGAN", "CycleGANOptions", "DCLGAN", "DCLGANOptions", "SimDCL"}
     | {"SimDCLOptions", "SinCUT", "SinCUTOptions", "DCDGAN", "DCDGANOptions"},
@@ -50,6 +50,9 @@ PUBLIC = {
     "fastnce.config": {"Config", "resolve"},
     "fastnce.training": {"train_run"},
     "fastnce.accelerate": {"main", "patch"},
+    "fastnce.export": {"DTYPES", "GRAPHS", "Source", "Written", "card", "details", "open_source", "save_weights"}
+    | {"write_folder", "write_graph", "write_published", "write_safetensors"},
+    "fastnce.hub": {"HubModel", "push"},
     "fastnce.watch": {"NotebookCallback", "ReportCallback", "write_report"},
 }
 """Names that users import: removing one needs a line in CHANGELOG.md and a deprecation first."""

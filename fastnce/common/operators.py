@@ -10,10 +10,11 @@ import torch
 from torch.autograd import forward_ad
 
 from ..kernels import common
+from .namespace import NAMESPACE
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-_library = torch.library.Library("fastnce", "DEF")
+_library = torch.library.Library(NAMESPACE, "DEF")
 
 
 class Operator:
@@ -72,9 +73,9 @@ def operator(schema: str, run: Callable, fake: Callable, tags: Sequence[torch.Ta
     _library.define(schema, tags=tuple(tags))
     for key in ("CPU", "CUDA", "XPU"):  # CPU runs Triton's interpreter; CUDA includes ROCm
         _library.impl(name, run, key)
-    torch.library.register_fake(f"fastnce::{name}", fake, lib=_library)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     RUNS[name] = run
-    return Operator(getattr(torch.ops.fastnce, name).default, run)
+    return Operator(getattr(getattr(torch.ops, NAMESPACE), name).default, run)
 
 
 _NEWEST = (99, 0)

@@ -306,7 +306,8 @@ def open_checkpoint(source: Path, files: tuple[str, ...] = state_file.FILES) -> 
     found = store.newest(read_finite)
     if found is None:
         raise ValueError(
-            f"{source}: no checkpoint here (looked for checkpoints/step-*; a published one has latest_net_G.pth)"
+            f"{source}: no checkpoint here (looked for checkpoints/step-*; a published one has latest_net_G.pth; "
+            f"an exported one has config.json)"
         )
     return found
 

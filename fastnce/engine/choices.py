@@ -21,7 +21,7 @@ def pick_device(name: str) -> torch.device:
         if device.type == "meta":
             raise RuntimeError("it stores no data")
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].partition(". ")[0]  # PyTorch goes on about other builds and devices
         raise ValueError(
             f"run.device={name} cannot be used here ({reason}); use auto, cpu or an available device"
         ) from None

@@ -1,10 +1,10 @@
 """Write a trained generator for others: weights that are read again, a card, and what describes them."""
 
-from .card import as_json, card, details
-from .folder import check_target, write_folder
+from .card import card, details
+from .folder import write_folder
 from .graph_formats import GRAPHS, Written, write_graph
 from .published_format import write_published
-from .safetensors_format import check_readable, save_weights, write_safetensors
+from .safetensors_format import save_weights, write_safetensors
 from .source import DTYPES, Source, open_source
 
 __all__ = [
@@ -12,10 +12,7 @@ __all__ = [
     "GRAPHS",
     "Source",
     "Written",
-    "as_json",
     "card",
-    "check_readable",
-    "check_target",
     "details",
     "open_source",
     "save_weights",

@@ -5,14 +5,17 @@ The card's front matter is what the Hugging Face Hub reads. `fastnce.translate.e
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from .. import __version__
 from ..common.imports import is_import_path
 from ..common.messages import counted
-from ..translate.exported import CARD, CONFIG, NETWORK_KEYS, READABLE, VERSION, WEIGHTS
+from ..translate.exported import CONFIG, LARGEST, READABLE, VERSION
 from .source import Source
 from .usage import graph_usage
 
@@ -29,7 +32,6 @@ def details(source: Source, format: str, files: Sequence[str], dtype: str) -> di
         dtype: of the weights, such as "float32".
     """
     facts = source.facts
-    options = None if source.options is None else {key: source.options[key] for key in NETWORK_KEYS}
     return {
         "fastnce": __version__,
         "version": VERSION,
@@ -37,7 +39,7 @@ def details(source: Source, format: str, files: Sequence[str], dtype: str) -> di
         "file": files[0],
         "method": facts.get("method", ""),
         "generator": source.name,
-        "network": None if source.own else options,
+        "network": None if source.own else source.options,
         "reverse": source.reverse,
         "input": {
             "channels": source.in_channels,
@@ -84,7 +86,35 @@ def card(source: Source, format: str, files: Sequence[str], dtype: str, checked:
         "## Licence\n\nNot stated yet: write it into the field `license` at the top of this file, and say here whose "
         "pictures the model was trained on.\n",
     ]
-    return "\n".join(part for part in parts if part)
+    return sealed("\n".join(part for part in parts if part))
+
+
+SEAL = re.compile(r"\n<!-- As fastnce wrote it: ([0-9a-f]{64}) -->\n?$")
+
+
+def sealed(text: str) -> str:
+    """The text with a last line, invisible on the hub, by which `is_untouched` knows that nobody has edited it."""
+    text = text.encode("utf-8", "replace").decode()
+    return f"{text}\n<!-- As fastnce wrote it: {_digest(text)} -->\n"
+
+
+def is_untouched(text: str) -> bool:
+    """Whether a README.md is a card as `card` returned it, which may be replaced. Ends of lines do not count."""
+    text = text.replace("\r\n", "\n")
+    seal = SEAL.search(text)
+    return seal is not None and seal[1] == _digest(text[: seal.start()])
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
+
+
+def read_card(file: Path) -> str:
+    """The text of a README.md; empty if there is none that can be read. At most `LARGEST` bytes are read."""
+    if not file.is_file():
+        return ""
+    with file.open("rb") as opened:
+        return opened.read(LARGEST).decode("utf-8", "replace")
 
 
 def _front_matter(source: Source) -> str:
@@ -159,6 +189,3 @@ def _line(value: Any) -> str:
     """A value as one line of a table, without characters that would end a cell or begin a tag."""
     text = " ".join(str(value).split())
     return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").encode("utf-8", "replace").decode()
-
-
-__all__ = ["CARD", "CONFIG", "WEIGHTS", "as_json", "card", "details"]

@@ -11,23 +11,32 @@ from pathlib import Path
 from ..common.locking import hold
 from ..common.writing import check_folder, flush_to_disk, named, partial_name, sweep
 from ..translate.exported import CARD, CONFIG, read_details
+from .card import is_untouched, read_card
 
 Content = bytes | Callable[[Path], None]
 """The bytes of a file, or a function that writes it to a path."""
 LOCK = ".fastnce-export-lock"
 
 
-def check_target(out: Path, format: str) -> None:
-    """Refuse a folder that an export must not write to.
+def check_target(out: Path, format: str, own_card: str = "") -> None:
+    """Refuse a folder that an export must not write to. An earlier export of the same format is replaced.
+
+    Args:
+        own_card: a text that README.md may have, though it is edited: it will be written again.
 
     Raises:
-        ValueError: it is a file, or holds an export of another format, or a config.json or README.md of another
-            program, which would be replaced.
+        ValueError: it is a file, or holds an export of another format, a config.json of another program, or a README.md
+            that is edited or of no export.
     """
     check_folder(out, f"the model, {CONFIG} and {CARD}")
-    if not (out / CONFIG).exists():
-        if (out / CARD).exists() or (out / CARD).is_symlink():
-            raise ValueError(f"{out / CARD} is of no export and would be replaced: take another folder for --out")
+    if os.path.lexists(out / CARD):
+        text = read_card(out / CARD)
+        if not is_untouched(text) and not (text and text == own_card):
+            raise ValueError(
+                f"{out / CARD} was edited or is of no export, and would be replaced: move it, or take another folder "
+                f"for --out"
+            )
+    if not os.path.lexists(out / CONFIG):
         return
     try:
         earlier = read_details(out)["format"]

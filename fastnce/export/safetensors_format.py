@@ -17,24 +17,25 @@ from .source import DTYPES, Source, weights_of
 FORMAT = "safetensors"
 
 
-def write_safetensors(source: Source, out: Path, dtype: str = "float32") -> list[Path]:
+def write_safetensors(source: Source, out: Path, dtype: str = "float32", own_card: str = "") -> list[Path]:
     """Write model.safetensors, config.json and README.md; they are read again before an earlier export is replaced.
 
     Args:
         dtype: of the weights, "float32", "float16" or "bfloat16". `fastnce` computes in float32 with any of them.
+        own_card: the text of README.md; empty: what `card` writes.
 
     Raises:
         ValueError: what `save_weights` and `check_target` refuse.
         OSError: names the file that could not be written; an earlier export is untouched.
     """
-    check_target(out, FORMAT)
+    check_target(out, FORMAT, own_card)
     weights = save_weights(source, dtype)
     checked = f"Read again after writing: the network of {CONFIG} takes {WEIGHTS}, and every weight is the one of the "
     checked += "trained generator." if dtype == "float32" else f"trained generator, rounded to {dtype}."
     contents: dict[str, bytes | Callable[[Path], None]] = {
         WEIGHTS: weights,
         CONFIG: as_json(details(source, FORMAT, [WEIGHTS], dtype)),
-        CARD: card(source, FORMAT, [WEIGHTS], dtype, checked).encode(),
+        CARD: (own_card or card(source, FORMAT, [WEIGHTS], dtype, checked)).encode("utf-8", "replace"),
     }
     return write_folder(out, contents, partial(_check, source, dtype))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class Source:
     smallest: the smallest side of an image.
     in_channels, out_channels: of the images.
     own: the import path of the user's code that computes it; empty for our networks.
+    dtype: of the weights in the exported folder that they came from; "float32" for other sources.
     """
 
     network: nn.Module
@@ -52,7 +53,8 @@ class Source:
     smallest: int
     in_channels: int
     out_channels: int
-    own: str = field(default="")
+    own: str = ""
+    dtype: str = "float32"
 
 
 def open_source(path: str | os.PathLike[str], generator: str = "", trust_code: bool = False) -> Source:
@@ -79,6 +81,7 @@ def open_source(path: str | os.PathLike[str], generator: str = "", trust_code: b
         channels,
         int(getattr(network, "out_channels", channels)),
         _own(loaded.config),
+        _stored_dtype(loaded.details),
     )
 
 
@@ -88,6 +91,12 @@ def weights_of(source: Source, dtype: torch.dtype = torch.float32) -> dict[str, 
         key: (t.to(dtype) if t.is_floating_point() else t).detach().cpu().contiguous().clone()
         for key, t in source.network.state_dict().items()
     }
+
+
+def _stored_dtype(details: dict[str, Any]) -> str:
+    weights = details.get("weights")
+    dtype = weights.get("dtype") if isinstance(weights, dict) else None
+    return dtype if isinstance(dtype, str) and dtype in DTYPES else "float32"
 
 
 def _own(config: Config | None) -> str:

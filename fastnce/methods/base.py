@@ -44,7 +44,7 @@ class Draws:
     """The random choices of one step.
 
     The host decides on the flip ahead of the step, because it selects which computation runs. The step draws patch ids
-    on the device unless they are given: [NCE call][layer] -> (patches,), in the paper's order of calls.
+    on the device unless they are given: `patch_ids[NCE call][layer]` is (patches,), in the paper's order of calls.
     """
 
     flip: bool = False

@@ -56,6 +56,9 @@ class NetworkOptions:
     discriminator_norm: Literal["", "instance", "batch", "none"] = option(
         "", "instance, batch or none, for the discriminator (published normD); empty: as `norm`"
     )
+    norm_affine: bool = option(
+        False, "learn a weight and a bias in each instance norm of both networks, as some CycleGANs do"
+    )
     spectral_norm: bool = option(
         False, "limit each convolution of the discriminator to gain 1 (spectral norm); steadier, and it learns slower"
     )
@@ -73,6 +76,7 @@ class NetworkOptions:
             *channels,
             self.width,
             norm=self.norm,
+            norm_affine=self.norm_affine,
             dropout=self.dropout,
             antialias=self.antialias,
             antialias_up=self.antialias_up,
@@ -84,12 +88,14 @@ class NetworkOptions:
 
     def build_discriminator(self, channels: int):
         """Build a discriminator of images with so many channels."""
+        norm = self.discriminator_norm or self.norm
         return build_discriminator(
             self.discriminator,
             channels,
             self.discriminator_width,
             layers=self.discriminator_layers,
-            norm=self.discriminator_norm or self.norm,
+            norm=norm,
+            norm_affine=self.norm_affine and norm == "instance" and "stylegan2" not in self.discriminator,
             antialias=self.antialias,
             init_type=self.init_type,
             init_gain=self.init_gain,

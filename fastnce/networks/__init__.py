@@ -14,6 +14,7 @@ from .layers import (
     set_implementation,
 )
 from .munit import MUNITGenerator
+from .norms import AffineInstanceNorm
 from .patchgan import PatchGAN, PixelGAN, TilePatchGAN
 from .resnet import ResnetGenerator
 from .restorer import Restorer
@@ -23,6 +24,7 @@ from .unet import UnetGenerator
 __all__ = [
     "DISCRIMINATORS",
     "GENERATORS",
+    "AffineInstanceNorm",
     "BlurDown",
     "BlurUp",
     "Discriminator",

@@ -5,6 +5,7 @@ To add a generator, write its class in a file of this folder (see `contracts.Gen
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -26,8 +27,10 @@ from .tracing import on_cpu
 from .unet import UnetGenerator
 
 
-def _unet(in_channels: int, out_channels: int, width: int, norm: Norm, dropout: bool, *, downs: int) -> UnetGenerator:
-    return UnetGenerator(in_channels, out_channels, downs, width, norm, dropout)
+def _unet(
+    in_channels: int, out_channels: int, width: int, norm: Norm, dropout: bool, norm_affine: bool, *, downs: int
+) -> UnetGenerator:
+    return UnetGenerator(in_channels, out_channels, downs, width, norm, dropout, norm_affine)
 
 
 def _stylegan2(
@@ -66,6 +69,14 @@ def _restorer(in_channels: int, out_channels: int, width: int, norm: Norm, dropo
     return Restorer(in_channels, width)
 
 
+def _refuse_affine(key: str, name: str, found: Callable[..., nn.Module]) -> None:
+    if "norm_affine" not in inspect.signature(found).parameters:
+        raise ValueError(
+            f"network.norm_affine=true does not fit {key}={name}, which has no instance norm with weights: leave it "
+            f"false, or choose another {key.rpartition('.')[2]}"
+        )
+
+
 def _refuse_norms(name: str, norm: Norm, dropout: bool) -> None:
     if norm == "batch" or dropout:
         raise ValueError(
@@ -84,18 +95,24 @@ GENERATORS: dict[str, Callable[..., nn.Module]] = {
     "smallstylegan2": partial(_stylegan2, small=True),
     "restorer": _restorer,
 }
-"""Called with (in_channels, out_channels, width), and with those of norm, dropout, antialias, antialias_up, resolution
-and stylegan2_downsampling that are arguments of the function."""
+"""Called with (in_channels, out_channels, width), and with those of norm, norm_affine, dropout, antialias,
+antialias_up, resolution and stylegan2_downsampling that are arguments of the function."""
+
+
+def _basic(in_channels: int, width: int, norm: Norm, antialias: bool, norm_affine: bool) -> PatchGAN:
+    return PatchGAN(in_channels, width, 3, norm, antialias, norm_affine)
+
 
 DISCRIMINATORS: dict[str, Callable[..., nn.Module]] = {
-    "basic": lambda in_channels, width, norm, antialias: PatchGAN(in_channels, width, 3, norm, antialias),
+    "basic": _basic,
     "n_layers": PatchGAN,
     "pixel": PixelGAN,
     "patch": TilePatchGAN,
     "stylegan2": StyleGAN2Discriminator,
     "tilestylegan2": StyleGAN2Discriminator,  # as published: `define_D` never builds the class that cuts tiles
 }
-"""Called with (in_channels, width), and with those of layers, norm, antialias and resolution that are arguments."""
+"""Called with (in_channels, width), and with those of layers, norm, norm_affine, antialias and resolution that are
+arguments."""
 
 OWN_INITIALISATION = (StyleGAN2Generator, StyleGAN2Discriminator, Restorer)
 """Networks that initialise themselves: `init_type` and `init_gain` have no effect."""
@@ -108,6 +125,7 @@ def build_generator(
     width: int = 64,
     *,
     norm: Norm = "instance",
+    norm_affine: bool = False,
     dropout: bool = False,
     antialias: bool = True,
     antialias_up: bool | None = None,
@@ -124,6 +142,7 @@ def build_generator(
         width: channels after the first convolution.
         norm, dropout, antialias, antialias_up, resolution: for the networks that have them. "stylegan2",
             "smallstylegan2" and "restorer" have neither instance nor batch norm, and initialise themselves.
+        norm_affine: learn a weight and a bias in every instance norm of a ResNet or a U-Net.
         stylegan2_downsampling: halvings of "stylegan2" and "smallstylegan2".
         init_type, init_gain: see `init_weights`. A class with the attribute `own_initialisation = True` is not
             initialised.
@@ -137,8 +156,11 @@ def build_generator(
         known = f"{', '.join(GENERATORS)}, or an import path"
         raise ValueError(f"generator must be one of {known}, not {name!r}{nearest(name, GENERATORS)}")
     found = load_object(name, "network.generator") if own else GENERATORS[name]
+    if norm_affine and not own:
+        _refuse_affine("network.generator", name, found)
     options = {
         "norm": norm,
+        "norm_affine": norm_affine,
         "dropout": dropout,
         "antialias": antialias,
         "antialias_up": antialias_up,
@@ -161,6 +183,7 @@ def build_discriminator(
     *,
     layers: int = 3,
     norm: Norm = "instance",
+    norm_affine: bool = False,
     antialias: bool = True,
     init_type: str = "xavier",
     init_gain: float = 0.02,
@@ -175,6 +198,7 @@ def build_discriminator(
         width: channels after the first convolution.
         layers: number of halvings, for "n_layers".
         norm, antialias, resolution, init_type, init_gain: as in `build_generator`.
+        norm_affine: learn a weight and a bias in every instance norm of a PatchGAN or a PixelGAN.
         spectral_norm: divide the weight of each convolution by its largest singular value (`networks.spectral`).
 
     Raises:
@@ -195,7 +219,15 @@ def build_discriminator(
         known = f"{', '.join(DISCRIMINATORS)}, or an import path"
         raise ValueError(f"discriminator must be one of {known}, not {name!r}{nearest(name, DISCRIMINATORS)}")
     found = load_object(name, "network.discriminator") if own else DISCRIMINATORS[name]
-    options = {"layers": layers, "norm": norm, "antialias": antialias, "resolution": resolution}
+    if norm_affine and not own:
+        _refuse_affine("network.discriminator", name, found)
+    options = {
+        "layers": layers,
+        "norm": norm,
+        "norm_affine": norm_affine,
+        "antialias": antialias,
+        "resolution": resolution,
+    }
     build = partial(build_own, found, name, "network.discriminator" if own else "", in_channels, width, **options)
     if not own:
         network = _initialised(build(), init_type, init_gain)

@@ -18,8 +18,8 @@ class Generator(Protocol):
     """A network from images to images: an `nn.Module` that is built as `Net(in_channels, out_channels, width)`.
 
     Every method needs `forward`; methods that contrast features also need `feature_channels`. The other members are
-    optional, with the defaults below. If the constructor has arguments `norm`, `dropout`, `antialias`, `antialias_up`,
-    `resolution` or `stylegan2_downsampling`, they receive the options of the same name.
+    optional, with the defaults below. If the constructor has arguments `norm`, `norm_affine`, `dropout`, `antialias`,
+    `antialias_up`, `resolution` or `stylegan2_downsampling`, they receive the options of the same name.
     """
 
     out_channels: int
@@ -56,8 +56,9 @@ class Generator(Protocol):
 class Discriminator(Protocol):
     """A network that judges images: an `nn.Module` that is built as `Net(in_channels, width)`.
 
-    If the constructor has arguments `layers`, `norm`, `antialias` or `resolution`, they receive the options of the same
-    name; `norm` is `network.discriminator_norm` if that is set.
+    If the constructor has arguments `layers`, `norm`, `norm_affine`, `antialias` or `resolution`, they receive the
+    options of the same name; `norm` is `network.discriminator_norm` if that is set, and `norm_affine` is true only with
+    instance norm.
     """
 
     pictures_independent: bool

@@ -126,26 +126,27 @@ class InstanceNorm(FusedLayer):
         _check_locations(x)
         if self.fused(x, (self.eps, slope, margin, blur, False), residual):
             return fused.instance_norm(x, self.eps, slope, margin, residual, blur, tap)
-        y = self._activated(x, slope, residual)
-        if margin:
-            with own_precision(y):
-                y = F.pad(y, (margin,) * 4, mode="reflect")
-        return y if blur == 0 else _halved(y) if blur == 1 else _doubled(y)
+        return self._ended(self._normalise(x), slope, margin, residual, blur)
 
     def with_inner(self, x: Tensor, slope: float, margin: int, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return `forward` with a pad, and the same without the pad, which the kernels return as a view."""
         _check_locations(x)
         if self.fused(x, (self.eps, slope, margin, 0, True), residual):
             return fused.instance_norm_and_inner(x, self.eps, slope, margin, residual)
-        y = self._activated(x, slope, residual)
+        y = self._ended(self._normalise(x), slope, 0, residual, 0)
         with own_precision(y):
             return F.pad(y, (margin,) * 4, mode="reflect"), y
 
-    def _activated(self, x: Tensor, slope: float, residual: Tensor | None) -> Tensor:
-        y = self._normalise(x)
+    @staticmethod
+    def _ended(y: Tensor, slope: float, margin: int, residual: Tensor | None, blur: int) -> Tensor:
+        """Activate, add, and pad or blur in plain PyTorch."""
         if slope != 1.0:
             y = F.leaky_relu(y, slope) if slope else F.relu(y)
-        return y if residual is None else residual + y
+        y = y if residual is None else residual + y
+        if margin:
+            with own_precision(y):
+                y = F.pad(y, (margin,) * 4, mode="reflect")
+        return y if blur == 0 else _halved(y) if blur == 1 else _doubled(y)
 
     def _normalise(self, x: Tensor) -> Tensor:
         if x.is_meta and not torch.is_grad_enabled():  # for a shape, PyTorch passes through the formula in Python
@@ -242,17 +243,6 @@ def full_precision(layer: nn.Module, x: Tensor) -> Tensor:
         return layer(x)
     with own_precision(x):
         return layer(x.float() if x.dtype in (torch.bfloat16, torch.float16) else x)
-
-
-def norm_layer(norm: Norm, channels: int) -> nn.Module:
-    """Return the normalisation that follows a convolution."""
-    if norm == "instance":
-        return InstanceNorm(channels)
-    if norm == "batch":
-        return nn.BatchNorm2d(channels)
-    if norm == "none":
-        return nn.Identity()
-    raise ValueError(f'norm must be "instance", "batch" or "none", not {norm!r}')
 
 
 DOWN_TAPS = [1.0, 2.0, 1.0]

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .layers import BlurDown, Norm, norm_layer
+from .layers import BlurDown, Norm
+from .norms import norm_layer
 from .runs import run_all
 
 
@@ -20,10 +21,17 @@ class PatchGAN(nn.Module):
         layers: number of halvings. With 3, the patches have 70x70 pixels (published "basic").
         norm: "instance", "batch" or "none".
         antialias: use stride-1 convolutions and blur-down instead of strided convolutions.
+        norm_affine: learn a weight and a bias in every instance norm.
     """
 
     def __init__(
-        self, in_channels: int = 3, width: int = 64, layers: int = 3, norm: Norm = "instance", antialias: bool = True
+        self,
+        in_channels: int = 3,
+        width: int = 64,
+        layers: int = 3,
+        norm: Norm = "instance",
+        antialias: bool = True,
+        norm_affine: bool = False,
     ):
         super().__init__()
         if layers < 1:
@@ -38,7 +46,7 @@ class PatchGAN(nn.Module):
             wider = min(2**i, 8) * width
             model += [
                 nn.Conv2d(channels, wider, 4, stride=1 if last else stride, padding=1, bias=norm == "instance"),
-                norm_layer(norm, wider),
+                norm_layer(norm, wider, norm_affine),
                 nn.LeakyReLU(0.2, True),
             ]
             channels = wider
@@ -62,8 +70,15 @@ class TilePatchGAN(PatchGAN):
     factor = 16
     """Height and width of an image must be multiples of this: the side of a tile."""
 
-    def __init__(self, in_channels: int = 3, width: int = 64, norm: Norm = "instance", antialias: bool = True):
-        super().__init__(in_channels, width, 2, norm, antialias)
+    def __init__(
+        self,
+        in_channels: int = 3,
+        width: int = 64,
+        norm: Norm = "instance",
+        antialias: bool = True,
+        norm_affine: bool = False,
+    ):
+        super().__init__(in_channels, width, 2, norm, antialias, norm_affine)
 
     def forward(self, x: Tensor) -> Tensor:
         images, channels, height, width = x.shape
@@ -82,14 +97,14 @@ class TilePatchGAN(PatchGAN):
 class PixelGAN(nn.Module):
     """Score each pixel with 1x1 convolutions: one logit per pixel, (images, 1, height, width)."""
 
-    def __init__(self, in_channels: int = 3, width: int = 64, norm: Norm = "instance"):
+    def __init__(self, in_channels: int = 3, width: int = 64, norm: Norm = "instance", norm_affine: bool = False):
         super().__init__()
         bias = norm == "instance"
         self.net = nn.Sequential(
             nn.Conv2d(in_channels, width, 1),
             nn.LeakyReLU(0.2, True),
             nn.Conv2d(width, 2 * width, 1, bias=bias),
-            norm_layer(norm, 2 * width),
+            norm_layer(norm, 2 * width, norm_affine),
             nn.LeakyReLU(0.2, True),
             nn.Conv2d(2 * width, 1, 1, bias=bias),
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 import zipfile
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from ..common.locking import hold
 from ..common.writing import sweep, write_whole
 from . import (
+    InstanceNorm,
     MUNITGenerator,
     Norm,
     PatchGAN,
@@ -27,6 +29,7 @@ from . import (
     StyleGAN2Generator,
     UnetGenerator,
 )
+from .norms import AffineInstanceNorm
 from .spectral import fitted, without_spectral_norm
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -135,7 +138,7 @@ def fitting(network: nn.Module, state: dict[str, Tensor], name: str) -> dict[str
     Raises:
         ValueError: keys or shapes differ; the message lists them.
     """
-    wanted, state = network.state_dict(), fitted(state, network)
+    wanted, state = network.state_dict(), fitted(published_names(state, network), network)
     state = {k: t for k, t in state.items() if k in wanted or k.rsplit(".", 1)[-1] not in STALE}
     problems = [f"{key} is missing" for key in wanted if key not in state and not key.endswith(LEARNED_TEMPERATURE)]
     problems += [f"{key} is not in this network" for key in state if key not in wanted]
@@ -146,15 +149,16 @@ def fitting(network: nn.Module, state: dict[str, Tensor], name: str) -> dict[str
     ]
     if problems:
         more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
-        raise ValueError(f"{name} does not fit: {'; '.join(problems[:6])}{more}")
+        raise ValueError(f"{name} does not fit: {'; '.join(problems[:6])}{more}{other_norms(state, network)}")
     return state
 
 
 def network_from_weights(state: dict[str, Tensor], name: str = "the file") -> nn.Module:
     """Build the generator or discriminator that this state dict belongs to, and load it.
 
-    Names and shapes determine the network. They do not show the dropout of a U-Net and the training resolution of a
-    StyleGAN2 generator, but these do not change a trained network. The file of a "patch" discriminator is that of a
+    Names and shapes determine the network, also where a ResNet's blocks are named `block` (see `published_names`), and
+    where instance norms have weights and biases. They do not show the dropout of a U-Net and the training resolution of
+    a StyleGAN2 generator, but these do not change a trained network. The file of a "patch" discriminator is that of a
     PatchGAN of 2 layers, and is read as one.
 
     Raises:
@@ -163,7 +167,7 @@ def network_from_weights(state: dict[str, Tensor], name: str = "the file") -> nn
     if any(key.startswith("mlp_") for key in state):
         raise ValueError(f"{name}: holds a projector (F), not a generator or discriminator")
     try:
-        network = _build(state)
+        network = _build(_with_published_names(state))
     except (KeyError, IndexError, ZeroDivisionError, ValueError):
         raise ValueError(
             f"{name} is not a published ResNet, U-Net, StyleGAN2, MUNIT or PatchGAN, nor a restorer: it begins with "
@@ -173,9 +177,36 @@ def network_from_weights(state: dict[str, Tensor], name: str = "the file") -> nn
     return network.eval()
 
 
+_BLOCK = re.compile(r"(model\.\d+\.)block(\.\d+\.\w+)")
+
+
+def published_names(state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """Return a state dict for a network with the published names, if the network is a ResNet generator.
+
+    Some CycleGANs have the published layers in the published order, and call a residual block's layers `block` instead
+    of `conv_block`. State dicts for other networks are returned as they are.
+    """
+    return _with_published_names(state) if isinstance(network, ResnetGenerator) else state
+
+
+def _with_published_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {_BLOCK.sub(r"\1conv_block\2", key) if _BLOCK.fullmatch(key) else key: t for key, t in state.items()}
+
+
+def other_norms(state: dict[str, Tensor], network: nn.Module) -> str:
+    """Return a clause if only one of a state dict and a network has instance norms with weights; else empty."""
+    here = any(isinstance(module, AffineInstanceNorm) for module in network.modules())
+    there = _norm(state) == "instance" and _is_affine(state)
+    if here == there or not any(isinstance(module, InstanceNorm) for module in network.modules()):
+        return ""
+    has = "have a weight and a bias" if there else "have no weight and bias"
+    return f"; its instance norms {has}, which network.norm_affine={str(there).lower()} fits"
+
+
 def _build(state: dict[str, Tensor]) -> nn.Module:
     """Build a network with these names and shapes; raise KeyError or a similar error if there is none."""
     norm = _norm(state)
+    affine = norm == "instance" and _is_affine(state)
     numbers = sum(tensor.numel() for tensor in state.values())
 
     def width_of(first: Tensor) -> int:
@@ -197,13 +228,15 @@ def _build(state: dict[str, Tensor]) -> nn.Module:
             dropout=any(key.endswith(".conv_block.6.weight") and t.dim() == 4 for key, t in state.items()),
             antialias=any(index < min(places) for index in filters),
             antialias_up=any(index > min(places) for index in filters),
+            norm_affine=affine,
         )
     if "model.model.0.weight" in state:
         first = state["model.model.0.weight"]
         downs = 1
         while f"model.model.1{'.model.3' * (downs - 1)}.model.1.weight" in state:
             downs += 1
-        return UnetGenerator(first.shape[1], state["model.model.3.weight"].shape[1], downs, width_of(first), norm)
+        last = state["model.model.3.weight"]
+        return UnetGenerator(first.shape[1], last.shape[1], downs, width_of(first), norm, norm_affine=affine)
     if "decoder.convs.0.conv1.0.weight" in state:
         first = state["encoder.convs.1.0.weight"]
         last = state[f"decoder.convs.{max(_indices(state, 'decoder.convs.'))}.0.weight"]
@@ -226,11 +259,11 @@ def _build(state: dict[str, Tensor]) -> nn.Module:
         width = -(-width_of(at_256) // 2 ** (8 - min(level, 8)))
         return StyleGAN2Discriminator(first.shape[1], width, 2**level)
     if "net.0.weight" in state:
-        return PixelGAN(state["net.0.weight"].shape[1], width_of(state["net.0.weight"]), norm)
+        return PixelGAN(state["net.0.weight"].shape[1], width_of(state["net.0.weight"]), norm, affine)
     first = state["model.0.weight"]
     convolutions = sum(tensor.dim() == 4 for key, tensor in state.items() if key.endswith(".weight"))
     antialias = any(key.endswith(".filt") for key in state)
-    return PatchGAN(first.shape[1], width_of(first), convolutions - 2, norm, antialias)
+    return PatchGAN(first.shape[1], width_of(first), convolutions - 2, norm, antialias, affine)
 
 
 def _norm(state: dict[str, Tensor]) -> Norm:
@@ -240,6 +273,11 @@ def _norm(state: dict[str, Tensor]) -> Norm:
         return "batch"
     convolutions = [key for key, tensor in state.items() if key.endswith(".weight") and tensor.dim() == 4]
     return "instance" if all(key.replace(".weight", ".bias") in state for key in convolutions) else "none"
+
+
+def _is_affine(state: dict[str, Tensor]) -> bool:
+    """Whether norms have weights. Of the networks with `Norm`, only norms have weights of one dimension."""
+    return any(key.endswith(".weight") and tensor.dim() == 1 for key, tensor in state.items())
 
 
 def _indices(state: dict[str, Tensor], prefix: str) -> list[int]:

@@ -15,26 +15,26 @@ from .layers import (
     Norm,
     ReflectionPad,
     full_precision,
-    norm_layer,
 )
+from .norms import norm_layer
 from .runs import apply_run, blurs, changed, joins, pads, run_all, run_block, run_from, run_one, tapped
 
 
 class ResnetBlock(nn.Module):
     """Two 3x3 convolutions with reflection padding, and a skip connection."""
 
-    def __init__(self, channels: int, norm: Norm = "instance", dropout: bool = False):
+    def __init__(self, channels: int, norm: Norm = "instance", dropout: bool = False, norm_affine: bool = False):
         super().__init__()
         bias = norm == "instance"
         self.conv_block = nn.Sequential(
             ReflectionPad(1),
             nn.Conv2d(channels, channels, 3, bias=bias),
-            norm_layer(norm, channels),
+            norm_layer(norm, channels, norm_affine),
             nn.ReLU(True),
             *([nn.Dropout(0.5)] if dropout else []),
             ReflectionPad(1),
             nn.Conv2d(channels, channels, 3, bias=bias),
-            norm_layer(norm, channels),
+            norm_layer(norm, channels, norm_affine),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,6 +68,7 @@ class ResnetGenerator(nn.Module):
         dropout: apply dropout inside the residual blocks.
         antialias: use blur-down and blur-up instead of strided and transposed convolutions.
         antialias_up: the same for the decoder alone; default `antialias`.
+        norm_affine: learn a weight and a bias in every instance norm.
     """
 
     factor = 4
@@ -87,6 +88,7 @@ class ResnetGenerator(nn.Module):
         dropout: bool = False,
         antialias: bool = True,
         antialias_up: bool | None = None,
+        norm_affine: bool = False,
     ):
         super().__init__()
         antialias_up = antialias if antialias_up is None else antialias_up
@@ -94,25 +96,25 @@ class ResnetGenerator(nn.Module):
         layers: list[nn.Module] = [
             ReflectionPad(3),
             nn.Conv2d(in_channels, width, 7, bias=bias),
-            norm_layer(norm, width),
+            norm_layer(norm, width, norm_affine),
             nn.ReLU(True),
         ]
         for channels in (width, 2 * width):
             stride = 1 if antialias else 2
             layers += [
                 nn.Conv2d(channels, 2 * channels, 3, stride=stride, padding=1, bias=bias),
-                norm_layer(norm, 2 * channels),
+                norm_layer(norm, 2 * channels, norm_affine),
                 nn.ReLU(True),
                 *([BlurDown(2 * channels)] if antialias else []),
             ]
-        layers += [ResnetBlock(4 * width, norm, dropout) for _ in range(blocks)]
+        layers += [ResnetBlock(4 * width, norm, dropout, norm_affine) for _ in range(blocks)]
         for channels in (4 * width, 2 * width):
             half = channels // 2
             if antialias_up:
                 layers += [BlurUp(channels), nn.Conv2d(channels, half, 3, padding=1, bias=bias)]
             else:
                 layers += [nn.ConvTranspose2d(channels, half, 3, stride=2, padding=1, output_padding=1, bias=bias)]
-            layers += [norm_layer(norm, half), nn.ReLU(True)]
+            layers += [norm_layer(norm, half, norm_affine), nn.ReLU(True)]
         layers += [ReflectionPad(3), LastConvolution(width, out_channels, 7), nn.Tanh()]
         self.model = nn.Sequential(*layers)
         self.out_channels = out_channels

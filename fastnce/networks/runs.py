@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..common.taps import Tap, can_tap
 from .convolution import PLAIN, convolve
 from .layers import BlurDown, BlurUp, FusedLayer, InstanceNorm, ReflectionPad
+from .norms import AffineInstanceNorm
 
 ACTIVATIONS = (nn.ReLU, nn.LeakyReLU)
 """The activations that the kernels compute. A subclass may compute something else."""
@@ -39,6 +40,8 @@ def run_from(modules: Sequence[nn.Module], first: int, x: Tensor, kept: Containe
     norm = modules[first]
     if not isinstance(norm, InstanceNorm) or not norm.fused(x) or norm._forward_hooks:
         return None
+    if isinstance(norm, AffineInstanceNorm):  # its weight and bias come between the kernel and the activation
+        return FusedRun(1)
     slope, margin, blur, end = 1.0, 0, 0, first + 1
     follower = _follower(modules, end, kept)
     if type(follower) in ACTIVATIONS:
@@ -134,7 +137,9 @@ def _activation_after(modules: Sequence[nn.Module], position: int, x: Tensor) ->
 def _bias_is_cancelled(modules: Sequence[nn.Module], position: int, kept: Container[int]) -> bool:
     """Whether the plain convolution at `position` is followed by an instance norm that leaves out biases."""
     norm = _follower(modules, position + 1, kept)
-    return type(norm) is InstanceNorm and "forward" not in norm.__dict__ and norm.leaves_out_biases
+    if not isinstance(norm, InstanceNorm) or type(norm) not in (InstanceNorm, AffineInstanceNorm):
+        return False
+    return "forward" not in norm.__dict__ and norm.leaves_out_biases
 
 
 def run_all(modules: Sequence[nn.Module], x: Tensor, residual: Tensor | None = None) -> Tensor:

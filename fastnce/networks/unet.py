@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import Norm, full_precision, keep_float32, norm_layer
+from .layers import Norm, full_precision, keep_float32
+from .norms import norm_layer
 from .resnet import check_layers
 from .runs import run_one
 
@@ -17,7 +18,15 @@ class UnetBlock(nn.Module):
     """One level: down, the levels below, up. Except at the top, its input is concatenated to its output."""
 
     def __init__(
-        self, outer: int, inner: int, in_channels: int, below: UnetBlock | None, top: bool, norm: Norm, dropout: bool
+        self,
+        outer: int,
+        inner: int,
+        in_channels: int,
+        below: UnetBlock | None,
+        top: bool,
+        norm: Norm,
+        dropout: bool,
+        norm_affine: bool = False,
     ):
         super().__init__()
         bias = norm == "instance"
@@ -28,8 +37,8 @@ class UnetBlock(nn.Module):
         if top:
             up += [keep_float32(widen), nn.Tanh()]
         else:
-            down = [nn.LeakyReLU(0.2), *down, *([] if below is None else [norm_layer(norm, inner)])]
-            up += [widen, norm_layer(norm, outer)]
+            down = [nn.LeakyReLU(0.2), *down, *([] if below is None else [norm_layer(norm, inner, norm_affine)])]
+            up += [widen, norm_layer(norm, outer, norm_affine)]
         middle = [] if below is None else [below]
         self.model = nn.Sequential(*down, *middle, *up, *([nn.Dropout(0.5)] if dropout else []))
         self.top = top
@@ -72,16 +81,17 @@ class UnetGenerator(nn.Module):
         width: int = 64,
         norm: Norm = "instance",
         dropout: bool = False,
+        norm_affine: bool = False,
     ):
         super().__init__()
         if downs < 5:
             raise ValueError(f"a U-Net has at least 5 halvings, not {downs}")
-        block = UnetBlock(8 * width, 8 * width, 8 * width, None, False, norm, False)
+        block = UnetBlock(8 * width, 8 * width, 8 * width, None, False, norm, False, norm_affine)
         for _ in range(downs - 5):
-            block = UnetBlock(8 * width, 8 * width, 8 * width, block, False, norm, dropout)
+            block = UnetBlock(8 * width, 8 * width, 8 * width, block, False, norm, dropout, norm_affine)
         for outer in (4 * width, 2 * width, width):
-            block = UnetBlock(outer, 2 * outer, outer, block, False, norm, False)
-        self.model = UnetBlock(out_channels, width, in_channels, block, True, norm, False)
+            block = UnetBlock(outer, 2 * outer, outer, block, False, norm, False, norm_affine)
+        self.model = UnetBlock(out_channels, width, in_channels, block, True, norm, False, norm_affine)
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.width = width

@@ -20,7 +20,14 @@ from ..config.config import Config
 from ..engine.checkpoint import open_checkpoint
 from ..engine.stored import all_finite, check_numbers, follow, load_generators, missing, read_tensors, step_of, using
 from ..methods import Method
-from ..networks.published import LEARNED_TEMPERATURE, STALE, load_weights, read_weights
+from ..networks.published import (
+    LEARNED_TEMPERATURE,
+    STALE,
+    load_weights,
+    other_norms,
+    published_names,
+    read_weights,
+)
 from ..networks.spectral import fitted
 
 MOST_PROBLEMS = 3
@@ -195,7 +202,7 @@ def _compare(name: str, network: nn.Module, state: dict[str, Tensor], where: str
         raise ValueError(f"{where} holds numbers that are not finite (NaN or infinity)")
     if _to_be_built(network):
         load_weights(network, state, where)
-    own, state = network.state_dict(), fitted(state, network)
+    own, state = network.state_dict(), fitted(published_names(state, network), network)
     state = {key: tensor for key, tensor in state.items() if key in own or key.rpartition(".")[2] not in STALE}
     fit = {key: tensor for key, tensor in state.items() if key in own and tensor.shape == own[key].shape}
     problems = [
@@ -214,7 +221,8 @@ def _compare(name: str, network: nn.Module, state: dict[str, Tensor], where: str
     more = [f"and {len(problems) - MOST_PROBLEMS} more"] if len(problems) > MOST_PROBLEMS else []
     most = ", so most of it begins with its own initial weights" if 2 * len(fit) < len(own) else ""
     count = f"{len(fit)} of {len(own)} tensors{most}"
-    return fit, f"{name}: {'; '.join([count, *problems[:MOST_PROBLEMS], *more])}"
+    norms = other_norms(state, network)
+    return fit, f"{name}: {'; '.join([count, *problems[:MOST_PROBLEMS], *more])}{norms}"
 
 
 def _load(network: nn.Module, weights: dict[str, Tensor], where: str) -> None:

@@ -30,9 +30,8 @@ LARGEST = 2**20
 """Bytes. A larger config.json is not read."""
 READABLE = ("safetensors", "published")
 """The formats that are read again; the others are for other programs."""
-NETWORK_KEYS = (
-    *("generator", "width", "resolution", "stylegan2_downsampling", "in_channels", "out_channels"),
-    *("norm", "dropout", "antialias", "antialias_up"),
+NETWORK_KEYS = tuple(
+    f.name for f in fields(NetworkOptions) if not f.name.startswith(("discriminator", "spectral", "init_"))
 )
 """The keys of `NetworkOptions` that determine a generator. The others are of discriminators and of initial weights."""
 
@@ -43,7 +42,7 @@ class Exported:
 
     network: in eval mode on the CPU, in float32. Weights of 16 bits are converted.
     details: the content of config.json.
-    options: the network's keys of `NETWORK_KEYS`; None if names and shapes of the weights determined it.
+    options: the values of `NETWORK_KEYS`; None if names and shapes of the weights determined the network.
     files: that were read.
     """
 
@@ -85,7 +84,8 @@ def read_folder(folder: Path, generator: str = "") -> Exported:
         what = "no regular file" if file.exists() else f"not there, and {CONFIG} names it"
         raise ValueError(f"{file} is {what}: export again")
     tensors = _tensors(file)
-    options = details["network"]
+    values = details["network"]
+    options = None if values is None else network_options(NetworkOptions(**values))
     if options is None:
         network = network_from_weights(tensors, str(file))
         if not hasattr(network, "factor"):
@@ -126,7 +126,7 @@ def read_details(folder: Path) -> dict[str, Any]:
     if version != VERSION:
         raise ValueError(f"{path}: version must be {VERSION}, not {brief(version)}")
     name = details["file"]
-    if name.startswith(".") or Path(name).name != name or "\0" in name or "\\" in name:
+    if not name or name.startswith(".") or Path(name).name != name or "\0" in name or "\\" in name:
         raise ValueError(f"{path}: file must be the name of a file beside it, not {brief(name)}")
     for key in ("direction", "paired_direction"):
         if details.setdefault(key, "AtoB") not in ("AtoB", "BtoA"):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..networks import BlurDown, BlurUp, InstanceNorm, ResnetGenerator, Restorer
 from ..networks.layers import ReflectionPad
+from ..networks.norms import AffineInstanceNorm
 from ..networks.resnet import ResnetBlock
 from ..networks.restorer import GatedBlock
 
@@ -64,7 +65,8 @@ class Normalise(Operation):
 
     def run(self, x: Tensor, have: Window, want: Window, size: Size) -> Tensor:
         mean, variance = self.statistics[self.norm]
-        return (x - mean) * torch.rsqrt(variance + self.norm.eps)
+        y = (x - mean) * torch.rsqrt(variance + self.norm.eps)
+        return self.norm.scaled(y) if isinstance(self.norm, AffineInstanceNorm) else y
 
 
 @dataclass

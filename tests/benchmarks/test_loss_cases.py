@@ -24,6 +24,13 @@ def test_a_compiled_provider_has_its_own_case(monkeypatch):
     assert not any(provider.mode == "compile" for case in found[:3] for provider in case.providers)
 
 
+def test_every_case_of_a_loss_has_the_figures_of_triton():
+    context = cases.Context(CPU, quick=True)
+    found = [*loss.patchnce_cases(context), *loss.infonce_cases(context), *chain.chain_cases(context)]
+    assert {case.benchmark for case in found} >= {"patchnce", "infonce", "chain"}
+    assert all(case.do_bench for case in found)
+
+
 def test_graphs_of_a_compiled_function_are_counted():
     def broken(x):
         x = x + 1

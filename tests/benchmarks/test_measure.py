@@ -36,6 +36,33 @@ def test_energy_and_launches_are_measured_after_all_times(monkeypatch):
     assert not list(measure.measure_rest(context))
 
 
+def test_losses_have_the_figures_of_triton_after_all_times(monkeypatch):
+    order = []
+    monkeypatch.setattr(measure, "time_interleaved", lambda calls, *_, **__: {name: [9.0] for name in calls})
+    monkeypatch.setattr(measure, "peak_bytes", lambda *_: 1)
+    monkeypatch.setattr(measure, "joules", lambda *_: order.append("joules") or 3.0)
+    monkeypatch.setattr(measure, "launches", lambda *_: order.append("launches") or 7)
+
+    def do_bench(call, device, mode):
+        order.append((call().item(), device, mode))
+        if mode == "compile":
+            raise RuntimeError("out of memory")
+        return 2.0, 1.0, 4.0
+
+    monkeypatch.setattr(measure, "do_bench", do_bench)
+    providers = [cases.Provider("a", lambda x: x * 5, energy=True), cases.Provider("b", lambda x: x, mode="compile")]
+    context = cases.Context(CPU)
+    work = {"size": {}, "make_inputs": lambda: (torch.ones(1),)}
+    plain = list(measure.measure(cases.Case("plain", providers=providers[:1], **work), context))
+    loss = list(measure.measure(cases.Case("loss", providers=providers, do_bench=True, **work), context))
+    list(measure.measure_rest(context))
+    assert order == ["joules"] * 2 + [(5.0, CPU, "eager"), (1.0, CPU, "compile")] + ["launches"] * 3
+    figures = [(row.do_bench_ms, row.do_bench_p20_ms, row.do_bench_p80_ms) for row in plain + loss]
+    assert figures == [(None,) * 3, (2.0, 1.0, 4.0), (None,) * 3]
+    assert loss[0].p50_ms == 9.0
+    assert loss[1].note == "no do_bench: RuntimeError"
+
+
 def test_the_first_call_is_the_time_alone_of_a_slow_call(monkeypatch):
     called = []
     monkeypatch.setattr(measure, "SLOW", -1.0)

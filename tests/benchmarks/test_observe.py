@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 
+import pytest
 import torch
+from triton import testing
 
 from benchmarks import machine, observe
 
@@ -19,6 +22,33 @@ def test_peak_memory_on_the_cpu_is_that_of_the_tensors():
         return torch.empty(500, 1000), b
 
     assert observe.peak_bytes(call, CPU) == 8_000_000
+
+
+@pytest.mark.parametrize(
+    ("mode", "name"),
+    [("eager", "do_bench"), ("compile", "do_bench"), ("captured", "do_bench"), ("graph", "do_bench_cudagraph")],
+)
+def test_triton_times_the_call_on_its_device(monkeypatch, mode, name):
+    used = []
+
+    def function(call, quantiles):
+        used.append(call())
+        return [10 * q for q in quantiles]
+
+    def device(given):
+        used.append(given)
+        return contextlib.nullcontext()
+
+    monkeypatch.delattr(testing, "do_bench")
+    monkeypatch.delattr(testing, "do_bench_cudagraph")
+    monkeypatch.setattr(testing, name, function, raising=False)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    assert observe.do_bench(lambda: "called", torch.device("cuda:1"), mode) == (5.0, 2.0, 8.0)
+    assert used == [torch.device("cuda:1"), "called"]
+
+
+def test_triton_times_nothing_on_a_cpu():
+    assert observe.do_bench(lambda: 1 / 0, CPU, "eager") is None
 
 
 def test_operators_are_counted():

@@ -13,6 +13,18 @@ def test_a_table_omits_empty_columns():
     assert header.split() == ["benchmark", "size", "provider", "mode", "ms", "20..80", "%", "x", "ours"]
     assert line.split() == ["toy", "2", "fastnce", "eager", "1.000", "0.500..2.000", "1.00"]
     assert table.table([], {}) == "no rows"
+    row |= {"do_bench_ms": 1.25, "do_bench_p20_ms": 1.0, "do_bench_p80_ms": 1.5}
+    header, line = table.table([row], {"device": "CPU"}).splitlines()
+    assert "do_bench ms  x ours" in header
+    assert line.split()[-2:] == ["1.250", "1.00"]
+
+
+def test_results_from_before_a_column_are_read():
+    old = vars(cases.Row("infonce", "fastnce", "eager", patches=64, p50_ms=1.0, p20_ms=0.5, p80_ms=2.0)).copy()
+    for name in ("do_bench_ms", "do_bench_p20_ms", "do_bench_p80_ms"):
+        del old[name]
+    assert "1.000" in table.table([old], {})
+    assert plot.series([old], "p50_ms") == {"fastnce": [(64, 1.0)]}
 
 
 def test_growth_is_fitted_and_a_missing_matplotlib_is_reported(tmp_path, monkeypatch):

@@ -59,6 +59,7 @@ WRONG = [
     ("cut", ["data.batch=4", "optim.accumulate=2", "loss.negatives=batch"], "optim.accumulate=2 would change"),
     ("cyclegan", ["network.generator=unet_128", "run.checkpoint_activations=true"], "no residual blocks"),
     ("cut", ["run.device=meta"], "run.device=meta cannot be used here"),
+    ("cut", ["run.device=mps"], "the 'MPS' backend); use auto, cpu or an available device"),
     ("cut", ["run.device="], "run.device= cannot be used here"),
     ("cut", ["network.width=60000"], "take at least"),
     ("cut", ["data.batch=20000"], "a step with 20000 pictures of 32x32 at once takes at least"),

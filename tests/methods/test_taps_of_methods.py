@@ -63,6 +63,7 @@ def contrasted(method: nn.Module, handed_out: bool) -> tuple[list[Tensor], dict[
 CASES = {
     "cut": NONE,
     "cut, blocks computed again": NONE,
+    "fastcut, affine norms": {"flip_equivariance": False, "nce_layers": [4, 8, 9]},
     "cut, symmetric": {"symmetric": True, "nce_idt": False},
     "cut, learned temperature": {"learn_temperature": True, "nce_idt": False},
     "fastcut": {"flip_equivariance": False},
@@ -78,7 +79,9 @@ CASES = {
 def test_losses_and_gradients_are_those_of_dense_features(name, monkeypatch):
     preset, _, kind = name.partition(", ")
     with_blocks(1 if "again" in kind else 0, monkeypatch)
-    method = method_of(preset, {"nce_layers": [0, 4, 8, 12], "projection": 16, **CASES[name]})
+    method = method_of(
+        preset, {"nce_layers": [0, 4, 8, 12], "projection": 16, **CASES[name]}, norm_affine="affine" in kind
+    )
     if "again" in kind:
         assert recompute_blocks(method) == 1
     left: list[int] = []

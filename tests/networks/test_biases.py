@@ -50,6 +50,10 @@ NETWORKS = {
     ),
     "resnet, batch norm": (lambda: ResnetGenerator(width=4, blocks=1, norm="batch"), 16, {}, set()),
     "resnet, no norm": (lambda: ResnetGenerator(width=4, blocks=1, norm="none"), 16, {}, set()),
+    "resnet, affine norm": (
+        lambda: ResnetGenerator(width=4, blocks=1, norm_affine=True), 16, {"layers": [0, 4, 9]},
+        resnet_biases(1, 8, 14, 18),
+    ),
     "unet": (lambda: UnetGenerator(downs=5, width=2), 64, {}, UNET_LEFT_OUT),
     "unet, tapped": (
         lambda: UnetGenerator(downs=5, width=2), 64, {"layers": [0, 1, 3]},

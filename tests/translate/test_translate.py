@@ -13,7 +13,7 @@ from PIL import Image, ImageCms
 from fastnce.commands.main import main
 from fastnce.common.streams import ProgressLine
 from fastnce.engine.memory import available_memory
-from fastnce.networks import ResnetGenerator, Restorer, UnetGenerator, init_weights
+from fastnce.networks import AffineInstanceNorm, ResnetGenerator, Restorer, UnetGenerator, init_weights
 from fastnce.networks.published import save_published
 from fastnce.translate import files
 from fastnce.translate import translator as translator_module
@@ -32,6 +32,7 @@ NETWORKS = {
     "batch norm": {"norm": "batch"},
     "no norm": {"norm": "none"},
     "dropout": {"dropout": True},
+    "affine norm": {"norm_affine": True},
 }
 
 
@@ -42,6 +43,9 @@ def resnet(**options) -> ResnetGenerator:
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.running_mean, -1, 1)
             torch.nn.init.uniform_(module.running_var, 0.5, 2)
+        if isinstance(module, AffineInstanceNorm):
+            torch.nn.init.uniform_(module.weight, 0.5, 2)
+            torch.nn.init.uniform_(module.bias, -1, 1)
     return network.eval()
 
 
@@ -105,7 +109,7 @@ def test_large_maps_are_not_stored(monkeypatch):
 
 
 def test_fast_tiles_with_the_pictures_own_statistics_are_exact():
-    for network in (resnet().double(), restorer().double()):
+    for network in (resnet().double(), resnet(norm_affine=True).double(), restorer().double()):
         picture = smooth(64, 64).double()
         with torch.no_grad():
             whole = network(picture)

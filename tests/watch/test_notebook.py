@@ -1,4 +1,4 @@
-"""The display of a run in a notebook."""
+"""The display of a run in a notebook. `tests/documents/test_notebook.py` shows it in a real one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import io
 import re
 import sys
 import types
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,6 @@ from fastnce.methods import NetworkOptions
 from fastnce.translate.translator import Translator
 from fastnce.watch import notebook
 from fastnce.watch.notebook import NotebookCallback, in_notebook
-from tests.engine.test_engine import SMALL
 from tests.watch.made import grid
 
 
@@ -178,29 +176,3 @@ def test_this_is_no_notebook(monkeypatch):
     assert not in_notebook()
     vars(shell)["get_ipython"] = lambda: types.SimpleNamespace(kernel=object())
     assert in_notebook()
-
-
-@pytest.mark.skipif(not (find_spec("nbclient") and find_spec("ipykernel")), reason="nbclient or ipykernel is missing")
-def test_a_real_notebook(folder, tmp_path, monkeypatch):
-    """A kernel trains four steps in one cell: one output has its end and its newest samples."""
-    import nbformat
-    from nbclient import NotebookClient
-
-    monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")
-    overrides = [text for text in SMALL if not text.startswith("run.sample_every")]
-    overrides += ["run.sample_every=2", "run.steps=4", f"data.dir={folder}"]
-    code = (
-        "from fastnce.config import resolve\n"
-        "from fastnce.training import train_run\n"
-        "from fastnce.watch.notebook import NotebookCallback, in_notebook\n"
-        "assert in_notebook()\n"
-        f"config = resolve('fastcut', None, {overrides!r})\n"
-        f"train_run(config, {str(tmp_path / 'run')!r}, quiet=True, callbacks=[NotebookCallback()])"
-    )
-    made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
-    NotebookClient(made, timeout=300, kernel_name="python3").execute()
-    outputs = made.cells[0].outputs
-    (page,) = [one.data["text/html"] for one in outputs if one.output_type == "display_data"]
-    assert "step 4 of 4" in page
-    assert "finished" in page
-    assert "<figcaption>fake_B</figcaption>" in page

@@ -165,7 +165,7 @@ def _divided(rows: Tensor) -> Tensor:
 def measure_ids(seeds: Tensor, locations: Sequence[int], patches: int) -> Iterator[Check]:
     """Count the drawn ids that are out of range or occur twice in a set."""
     sets = seeds.shape[1]
-    flat = run_kernels(lambda: torch.ops.fastnce.draw_ids(seeds, list(locations), patches), seeds.device)
+    flat = run_kernels(lambda: triton_maps.draw.op(seeds, list(locations), patches), seeds.device)
     sizes = [sets * min(patches, n) for n in locations]
     for layer, (ids, count) in enumerate(zip(flat.split(sizes), locations, strict=True)):
         drawn = ids.view(sets, -1).sort(dim=1).values

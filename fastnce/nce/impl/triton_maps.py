@@ -18,7 +18,7 @@ from ...kernels.weight_gradient import weight_views
 
 _MAP_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
-_draw = operator(
+draw = operator(
     "draw_ids(Tensor seeds, SymInt[] locations, SymInt patches) -> Tensor",
     sample.draw_ids,
     lambda seeds, locations, patches: seeds.new_empty(seeds.shape[1] * sum(min(patches, n) for n in locations)),
@@ -28,7 +28,7 @@ _draw = operator(
 def draw_ids(locations: Sequence[int], patches: int, sets: int, device: torch.device) -> list[Tensor]:
     """Draw distinct locations for every layer in two launches: [(sets, min(patches, locations))]."""
     seeds = torch.randint(2**62, (len(locations), sets), device=device)
-    flat = _draw(seeds, list(locations), patches)
+    flat = draw(seeds, list(locations), patches)
     return [part.view(sets, -1) for part in flat.split([sets * min(patches, n) for n in locations])]
 
 

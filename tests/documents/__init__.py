@@ -1,0 +1,1 @@
+"""The documents as a site, and as programs: pages, links, blocks of code, commands, the notebook."""
