@@ -37,6 +37,8 @@ CASES: list[tuple[str, dict]] = [
     ("resnet_9blocks", {"norm": "batch"}),
     ("unet_128", {"norm": "instance", "dropout": True}),
     ("unet_128", {"norm": "batch", "in_channels": 1}),
+    ("resnet_4blocks", {"norm": "instance", "norm_affine": True}),
+    ("unet_128", {"norm": "instance", "norm_affine": True}),
     ("unet_256", {"norm": "none"}),
     ("stylegan2", {"resolution": 256, "width": 5, "in_channels": 2, "out_channels": 1}),
     ("stylegan2", {"resolution": 512, "width": 7, "stylegan2_downsampling": 0}),
