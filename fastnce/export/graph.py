@@ -11,8 +11,10 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.fx.experimental._config as _tracer
 from torch import Tensor, nn
 
 from ..common.imports import first_line
@@ -25,6 +27,8 @@ TOLERANCE = 1e-4
 """The largest difference from the network in float32, relative to the largest output or to 1."""
 MOST = 2**14
 """Pixels: about the largest side that a graph takes."""
+
+tracer: Any = _tracer  # its functions are made at run time
 
 Run = Callable[[Tensor], Tensor]
 """Float32 images (images, channels, height, width) to translated ones, as a written file computes it."""
@@ -89,7 +93,7 @@ def trace(source: Source, network: Interface, format: str) -> torch.export.Expor
     example = pictures(source, images, height, width)
     try:
         # Without this, PyTorch takes a side of 1 for a case of its own. The deepest maps of a U-Net have such sides.
-        with quiet(), torch.no_grad(), torch.fx.experimental._config.patch(backed_size_oblivious=True):
+        with quiet(), torch.no_grad(), tracer.patch(backed_size_oblivious=True):
             program = torch.export.export(network, (example,), dynamic_shapes=(free,))
     except Exception as error:  # a user's code can raise anything
         name = source.own or type(source.network).__name__

@@ -9,7 +9,7 @@ from types import ModuleType
 from ..translate.exported import CARD, CONFIG
 from . import aoti_format, onnx_format, torch_format
 from .card import as_json, card, details
-from .folder import check_target, write_folder
+from .folder import Content, check_target, write_folder
 from .graph import Checked, check, prepared, trace
 from .source import Source
 
@@ -53,7 +53,7 @@ def write_graph(source: Source, out: Path, format: str, dtype: str = "float32") 
     def text(path: Path) -> None:  # after the model, of which it tells
         path.write_text(card(source, format, [file], dtype, sentence_of(source, module, found[0])), encoding="utf-8")
 
-    contents = {file: model, CONFIG: as_json(details(source, format, [file], dtype)), CARD: text}
+    contents: dict[str, Content] = {file: model, CONFIG: as_json(details(source, format, [file], dtype)), CARD: text}
     paths = write_folder(out, contents)
     return Written(paths, found[0], sentence_of(source, module, found[0]))
 

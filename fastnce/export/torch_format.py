@@ -20,7 +20,7 @@ def missing(dtype: str) -> str:
 
 def write(program: torch.export.ExportedProgram, path: Path) -> None:
     """Write the program; its example pictures are left out."""
-    program._example_inputs = None  # type: ignore[assignment]
+    program._example_inputs = None
     packed = io.BytesIO()  # PyTorch's file writer hides the errors of the disk
     with quiet():
         torch.export.save(program, packed)
