@@ -4,9 +4,6 @@ import pytest
 
 from tests.outside.forks import IMPORTED, TRAINED, Fork, import_classes, table_of, train, write_pictures
 
-STEP = 2e-4
-"""The learning rate, which is the largest step of Adam."""
-
 
 def assert_table(fork: Fork, found: dict[str, dict[str, str]]) -> None:
     for kind, expected in (("replaced", fork.replaced), ("kept", fork.kept)):
@@ -32,8 +29,7 @@ def test_a_checkout_trains_alike(name, tmp_path):
     for key, value in plain.weights.items():
         if value.dim() > 1:  # a bias before a norm has no effect: its gradient is rounding, which Adam scales to 1
             difference = (fast.weights[key] - value).abs().max().item()
-            bound = STEP / 100 if fork.by_steps else 1e-8 * value.abs().max().item()
-            assert difference <= bound, key
+            assert difference <= (1e-12 if fork.gradients else 1e-8) * value.abs().max().item(), key
             compared += 1
     assert compared > 20
 

@@ -78,3 +78,20 @@ if (
     "norm" in SETTINGS
 ):  # at batch 1 on a CPU, PyTorch's own is wrong for the gradients that only the published sampler sends
     torch.nn.functional.instance_norm = _instance_norm
+
+_step = torch.optim.Adam.step
+_seen = []
+
+
+def _saving_step(self, *arguments, **named):
+    """Save the gradients of an optimiser's first step."""
+    if self not in _seen:
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        gradients = {str(number): p.grad.clone() for number, p in enumerate(parameters)}
+        torch.save(gradients, os.path.join(os.environ["FASTNCE_GRADIENTS"], f"{len(_seen)}.pth"))
+        _seen.append(self)
+    return _step(self, *arguments, **named)
+
+
+if "FASTNCE_GRADIENTS" in os.environ:
+    torch.optim.Adam.step = _saving_step
