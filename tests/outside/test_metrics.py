@@ -14,8 +14,10 @@ from statistics import fmean
 import pytest
 import torch
 
+from fastnce import DerainingMetrics
 from fastnce.evaluate.pairs import Pair, find_pairs
 
+from .conventions import conventions
 from .prenet import BLOCKS, GATES, NETWORKS, Weights, derain, load_weights, measure
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,6 +87,18 @@ def test_other_weights_are_refused():
         derain(made(True, 1) | {"more.bias": torch.zeros(3)}, torch.rand(1, 3, 9, 9))
     with pytest.raises(ValueError, match="no weights of PReNet or PRN: 2 blocks"):
         derain(made(True, 2), torch.rand(1, 3, 9, 9))
+
+
+def test_other_conventions_give_other_figures():
+    truth = torch.randint(30, 226, (1, 3, 24, 31))
+    output = truth + torch.randint(-30, 31, truth.shape)
+    (measured,) = DerainingMetrics().update(output.byte(), truth.byte())
+    (psnr, ssim), *others = conventions(output.double(), truth.double()).values()
+    assert (float(psnr), float(ssim)) == pytest.approx((measured["psnr_y"], measured["ssim_y"]), abs=1e-9)
+    assert len(others) == 7
+    for other_psnr, other_ssim in others:
+        assert other_psnr is None or abs(float(other_psnr) - measured["psnr_y"]) > 1e-4
+        assert other_ssim is None or abs(float(other_ssim) - measured["ssim_y"]) > 1e-6
 
 
 # --- with the published weights ---------------------------------------------------------------------------------------
