@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from tests.export.networks import Small, source_of
 HERE = aoti_format.missing("float32") == ""
 
 
-@pytest.mark.skipif("FASTNCE_EXPORTS" not in os.environ, reason="FASTNCE_EXPORTS=1 compiles: 30 seconds of CPU time")
+@pytest.mark.slow
 @pytest.mark.skipif(not HERE, reason="no C++ compiler here")
 def test_a_program_is_compiled_and_compared(tmp_path, monkeypatch):
     place = tmp_path / "temporary"
