@@ -21,8 +21,8 @@ def missing(dtype: str) -> str:
         return f"--format onnx needs {' and '.join(absent)}: pip install {' '.join(absent)} (the extra export)"
     if dtype == "bfloat16":
         return (
-            "onnxruntime has no convolutions in bfloat16 on a CPU, so the file could not be checked: take --dtype "
-            "float16, or --format torch"
+            "ONNX has no convolutions in bfloat16 in the operator set that PyTorch writes: take --dtype float16, or "
+            "--format torch"
         )
     return ""
 
