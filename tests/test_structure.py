@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,12 @@ def test_imports_point_downward(name):
             continue
         same = room_of(target) == room_of(name)
         assert same or floor_of(target) < floor_of(name), f"{MODULES[name]}:{line} imports {target}, which is not below"
+
+
+def test_the_drawing_shows_every_package():
+    drawing = (ROOT / "docs" / "figures" / "rooms.svg").read_text()
+    packages = {path.parent.name for path in (ROOT / "fastnce").glob("*/__init__.py")} | {"kernels"}
+    assert packages == set(re.findall(r">(\w+)/<", drawing))
 
 
 def test_imports_form_no_circle():

@@ -15,7 +15,7 @@ from ..translate.exported import CARD, CONFIG, WEIGHTS
 
 INSTALL = "pip install huggingface_hub"
 _NAME = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", re.ASCII)
-_OF_THE_HUB = ("huggingface_hub", "hf_xet", "httpx", "httpcore", "requests", "urllib3")
+_OF_THE_HUB = ("huggingface_hub", "hf_xet", "httpx", "httpcore", "httpx2", "httpcore2", "requests", "urllib3")
 """The packages whose errors are the hub's."""
 
 

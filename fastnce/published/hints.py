@@ -47,7 +47,7 @@ def published_words(arguments: list[str], own: Collection[str], command: str) ->
             continue
         follows = arguments[place + 1] if place + 1 < len(arguments) else "--"
         value = text if equals else "" if follows.startswith("--") else follows
-        found.setdefault(name if bare else f"--{name}", _word(published, value, command))
+        found.setdefault(name if bare else f"--{name}", _word(published, value, command, own))
     if not found:
         return ""
     return f"{', '.join(f'{name} {word}' for name, word in found.items())} ({WHOLE})"
@@ -61,7 +61,7 @@ def _published(name: str) -> str:
     return next((one for one in NAMES if one.replace("_", "") == plain), "") if "-" in name else ""
 
 
-def _word(name: str, value: str, command: str) -> str:
+def _word(name: str, value: str, command: str, own: Collection[str]) -> str:
     """What is said of one option: "is --data DIR here"."""
     flags = named(name)
     if (said := SAID.get(name)) and (name == "continue_train") == (command == "train"):
@@ -71,6 +71,8 @@ def _word(name: str, value: str, command: str) -> str:
             return "is what fastnce does without --train-mode"
         here = next((flag.test for flag in flags if flag.test), "")
         here = {"DATA": "--data TEST"}.get(here, here) if command == "evaluate" else here
+        if here.startswith("--") and here.split()[0] not in own:
+            return f"is {here} of fastnce translate"
         if here:
             return f"is {here} here" if here != "RUN" else "is a part of RUN here"
         flags = [flag for flag in flags if not flag.ours] or flags

@@ -222,6 +222,7 @@ def test_no_printout(tmp_path, capsys):
         (["translate", "--dataroot", "d", "--name", "n"], "--dataroot is DATA here, --name is a part of RUN here"),
         (["translate", "r", "d", "--out", "o", "--ngf", "3"], "--ngf is part of the trained model here"),
         (["evaluate", "r", "--dataroot=d"], "--dataroot is --data TEST here"),
+        (["evaluate", "r", "--data", "d", "--load-size", "256"], "--load-size is --load-size of fastnce translate"),
         (["evaluate", "r", "--data", "d", "--eval"], "--eval is the default here, and --train-mode"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

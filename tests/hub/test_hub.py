@@ -177,6 +177,15 @@ def answer(code: int):
     return library.errors.HfHubHTTPError(f"{code} Client Error.\n\nYou may not.", response=response)
 
 
+def unreachable() -> Exception:
+    """An error of the package that huggingface_hub sends its requests with: httpx, httpx2 or requests."""
+    kinds = library.errors.HfHubHTTPError.__mro__[1:]
+    package = next(kind.__module__ for kind in kinds if not kind.__module__.startswith("huggingface_hub"))
+    transport = sys.modules[package.partition(".")[0]]
+    kind = getattr(transport, "ConnectError", None) or transport.ConnectionError
+    return kind("no such host")
+
+
 ERRORS = {
     "refused": (lambda: answer(403), "403 Client Error. You may not."),
     "offline": (lambda: library.errors.OfflineModeIsEnabled("no\nnetwork"), "no network"),
@@ -184,6 +193,7 @@ ERRORS = {
     "no token": (lambda: library.errors.LocalTokenNotFoundError("run `hf auth login`"), "run `hf auth login`"),
     "no connection": (lambda: ConnectionError("refused"), "refused"),
     "no answer": (lambda: pytest.importorskip("httpx").ConnectTimeout("too slow"), "too slow"),
+    "no host": (unreachable, "no such host"),
 }
 
 
