@@ -20,13 +20,17 @@ FORMAT_HELP = (
     "published (default): a .pth file for each network, for the published code; safetensors: weights that fastnce "
     "reads; torch: a torch.export program; onnx; aoti: compiled for the CPU of this machine"
 )
+RUN_HELP = (
+    "a run, or a checkpoint such as RUN/checkpoints/best; for every format but published also an exported folder or a "
+    "published .pth file"
+)
 DTYPE_HELP = "of the weights (default float32); not for published"
 
 
 def main(arguments: list[str]) -> int:
     """Write a run's generator for other programs, or its networks as files of the published code."""
     parser = command_parser("export", main)
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run, or a checkpoint such as RUN/checkpoints/best")
+    parser.add_argument("run", type=Path, metavar="RUN", help=RUN_HELP)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the files")
     parser.add_argument("--format", choices=FORMATS, default="published", help=FORMAT_HELP)
     parser.add_argument("--generator", default="", help=GENERATOR_HELP)
