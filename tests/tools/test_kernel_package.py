@@ -129,9 +129,11 @@ def test_a_clean_interpreter_computes_with_the_kernels(package, tmp_path):
     name = metadata(package)["id"]
     paths = dict.fromkeys(str(Path(module.__file__).parents[1]) for module in (torch, triton))
     program = [sys.executable, "-I", "-S", str(Path(__file__).with_name("alone.py"))]
+    kept = {key: os.environ[key] for key in ("PATH", "LD_LIBRARY_PATH") if key in os.environ}
+    environment = {**kept, "HOME": str(tmp_path), "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*program, str(package / "build" / "torch-cpu"), name, *paths],
-        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        env=environment,
         cwd=tmp_path,
         capture_output=True,
         text=True,
