@@ -65,8 +65,11 @@ def _library_folders() -> tuple[str, ...]:
     paths = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
     paths |= {*site.getsitepackages(), site.getusersitepackages()}
     for name in ("torch", "numpy", "packaging", "einops"):  # may be installed elsewhere, and found by PYTHONPATH
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            paths.add(str(importlib.metadata.distribution(name).locate_file("")))
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError, OSError):
+            found = importlib.metadata.distribution(name)
+            folder = Path(str(found.locate_file("")))
+            beside = Path.cwd().is_relative_to(folder.resolve())  # the user's own code lies in the same folder
+            paths.add(str(found.locate_file(name) if beside else folder))
     paths |= {*torch.__path__, *np.__path__}
     return tuple(f"{Path(path).resolve()}/" for path in paths if path)
 

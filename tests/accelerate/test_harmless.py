@@ -195,8 +195,9 @@ def test_classes_and_functions_of_such_names_are_mentioned():
     assert not any(outcome.tried for outcome in found.values())
 
 
-def test_pytorch_may_be_installed_in_another_folder(monkeypatch, tmp_path):
-    """Clusters put packages on PYTHONPATH, outside of Python's own folders."""
+@pytest.fixture
+def elsewhere(monkeypatch, tmp_path):
+    """A folder on PYTHONPATH with PyTorch's metadata, which is the only folder of packages."""
     (tmp_path / "torch-1.dist-info").mkdir()
     (tmp_path / "torch-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 1\n")
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -206,11 +207,26 @@ def test_pytorch_may_be_installed_in_another_folder(monkeypatch, tmp_path):
     caches = harmless._library_folders, harmless._lies_in_a_library
     for cache in caches:
         cache.cache_clear()
-    try:
+    yield tmp_path
+    for cache in caches:
+        cache.cache_clear()
+
+
+def test_pytorch_may_be_installed_in_another_folder(elsewhere):
+    """Clusters put packages on PYTHONPATH, outside of Python's own folders."""
+    assert harmless.of_a_library("torch.nn.functional")
+    assert harmless.of_a_library("numpy.random")
+    assert not harmless.of_a_library("tests.accelerate.test_harmless")
+    assert harmless._lies_in_a_library(str(elsewhere / "beside.py"))
+
+
+def test_the_user_s_code_beside_pytorch_is_no_library(elsewhere, monkeypatch):
+    """After `pip install --target .` in a checkout, its code would be trusted unread."""
+    (elsewhere / "checkout").mkdir()
+    for folder in (elsewhere, elsewhere / "checkout"):
+        harmless._library_folders.cache_clear()
+        harmless._lies_in_a_library.cache_clear()
+        monkeypatch.chdir(folder)
+        assert not harmless._lies_in_a_library(str(elsewhere / "models" / "patchnce.py"))
+        assert harmless._lies_in_a_library(str(elsewhere / "torch" / "nn" / "functional.py"))
         assert harmless.of_a_library("torch.nn.functional")
-        assert harmless.of_a_library("numpy.random")
-        assert not harmless.of_a_library("tests.accelerate.test_harmless")
-        assert harmless._lies_in_a_library(str(tmp_path / "beside.py"))
-    finally:
-        for cache in caches:
-            cache.cache_clear()
