@@ -192,7 +192,10 @@ def _rounding(source: Source, x: Tensor, found: Tensor) -> float:
         return float((exact.double()(x.double()) - found).abs().max())
 
 
-HARMLESS = (r"`isinstance\(treespec, LeafSpec\)` is deprecated",)
+HARMLESS = (
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    r"The given buffer is not writable",  # PyTorch 2.11, of a file that it reads
+)
 """Beginnings of warnings that PyTorch's exporters give about their own code."""
 
 

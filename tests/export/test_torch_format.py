@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -49,6 +50,15 @@ def test_a_copy_is_exported_which_uses_no_kernels():
     assert {copied.model[1].weight.dtype, copied.model[-2].weight.dtype} == {torch.float16, torch.float32}
     assert all(torch.equal(value, before[key]) for key, value in source.network.state_dict().items())
     assert source.network.model[0].implementation == "triton"
+
+
+def test_warnings_of_the_exporters_about_their_own_code_are_hidden():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with graph.quiet():
+            warnings.warn("The given buffer is not writable, and PyTorch does not support this", stacklevel=1)
+            warnings.warn("another", stacklevel=1)
+    assert [str(warning.message) for warning in caught] == ["another"]
 
 
 @pytest.mark.parametrize("wrong", ["values", "NaN", "size", "dtype", "error"])
