@@ -118,6 +118,31 @@ def test_published_has_a_card_and_is_all_or_nothing(run, tmp_path, capsys, monke
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
+def test_published_is_translated_as_config_json_says(run, picture, tmp_path, capsys):
+    def found(*words: str) -> bytes:
+        out = tmp_path / "translated"
+        assert main(["translate", *words, str(picture), "--out", str(out), "--device", "cpu"]) == 0
+        return (out / "a.png").read_bytes()
+
+    out = tmp_path / "out"
+    assert main(["export", str(run), "--out", str(out), "--label", "3", "--generator", "G_B"]) == 0
+    g_a, g_b = found(str(run)), found(str(run), "--generator", "G_B")
+    assert g_a != g_b
+    assert (
+        found(str(out))
+        == found(str(out), "--generator", "G_B")
+        == found(str(out), "--epoch", "3", "--generator", "G_B")
+    )
+    assert found(str(out)) == g_b
+    assert found(str(out), "--epoch", "3", "--generator", "G_A") == g_a
+    whole = (out / "config.json").read_text()
+    (out / "config.json").write_text('{"model_type": "of another program"}')
+    assert found(str(out), "--epoch", "3") == g_a
+    (out / "config.json").write_text(whole[:99])
+    assert main(["translate", str(out), str(picture), "--out", str(out), "--device", "cpu"]) == 2
+    assert "config.json is no JSON" in capsys.readouterr().err
+
+
 REFUSED = {
     "onnx --dtype bfloat16": "ONNX has no convolutions in bfloat16",
     "torch --label 3": "--label 3 is for --format published",
