@@ -25,10 +25,12 @@ def check_target(out: Path, format: str, own_card: str = "") -> None:
         own_card: a text that README.md may have, though it is edited: it will be written again.
 
     Raises:
-        ValueError: it is a file, or holds an export of another format, a config.json of another program, or a README.md
+        ValueError: it is a file, a run or its checkpoint, or holds an export of another format, a config.json of another program, or a README.md
             that is edited or of no export.
     """
     check_folder(out, f"the model, {CONFIG} and {CARD}")
+    if (out / "checkpoints").is_dir() or (out / "state.json").exists() or any(out.glob("step-*/state.json")):
+        raise ValueError(f"{out} belongs to a run, and an export in it would not be read: take another folder for --out")
     if os.path.lexists(out / CARD):
         text = read_card(out / CARD)
         if not is_untouched(text) and not (text and text == own_card):

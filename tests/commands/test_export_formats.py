@@ -170,6 +170,15 @@ def test_files_of_other_programs_stay(there, run, tmp_path, capsys):
     assert (tmp_path / there).read_text() == "{}"
 
 
+@pytest.mark.parametrize("place", [".", "checkpoints", "checkpoints/step-00000001"])
+@pytest.mark.parametrize("form", ["published", "safetensors", "torch"])
+def test_a_run_gets_no_export_into_it(form, place, run, capsys):
+    before = sorted(run.rglob("*"))
+    assert main(["export", str(run), "--out", str(run / place), "--format", form]) == 2
+    assert f"{run / place} belongs to a run" in capsys.readouterr().err
+    assert sorted(run.rglob("*")) == before
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
 def test_an_interrupted_or_full_disk_leaves_nothing(error, run, tmp_path, monkeypatch, capsys):
     def fail(program, path):
