@@ -170,6 +170,28 @@ def test_files_of_other_programs_stay(there, run, tmp_path, capsys):
     assert (tmp_path / there).read_text() == "{}"
 
 
+MODELS = {"published": "latest_net_D_A.pth", "safetensors": "model.safetensors", "torch": "model.pt2"}
+
+
+@pytest.mark.parametrize("form", MODELS)
+def test_the_model_of_another_program_stays(form, run, tmp_path, capsys):
+    there = tmp_path / MODELS[form]
+    there.write_text("mine")
+    assert main(["export", str(run), "--out", str(tmp_path), "--format", form]) == 2
+    assert f"{there} is of no export" in capsys.readouterr().err
+    assert [(path, path.read_text()) for path in tmp_path.iterdir()] == [(there, "mine")]
+
+
+def test_published_needs_all_networks(run, tmp_path, capsys):
+    assert main(["export", str(run / "checkpoints" / "latest"), "--out", str(tmp_path / "one")]) == 0
+    assert main(["export", str(run), "--out", str(tmp_path / "two"), "--format", "safetensors"]) == 0
+    for source in (tmp_path / "one", tmp_path / "one" / "latest_net_G_A.pth", tmp_path / "two"):
+        capsys.readouterr()
+        assert main(["export", str(source), "--out", str(tmp_path / "out")]) == 2
+        assert f"needs a run, which has all networks: {source} holds" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("place", [".", "checkpoints", "checkpoints/step-00000001"])
 @pytest.mark.parametrize("form", ["published", "safetensors", "torch"])
 def test_a_run_gets_no_export_into_it(form, place, run, capsys):
