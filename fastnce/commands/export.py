@@ -9,10 +9,10 @@ from ..common.writing import check_folder
 from ..config.build import build_method
 from ..config.stored import from_dict
 from ..engine.checkpoint import open_checkpoint
-from ..engine.stored import check_numbers, load_generators, read_tensors, using
+from ..engine.stored import check_numbers, follow, load_generators, read_tensors, using
 from ..export import DTYPES, GRAPHS, open_source, write_graph, write_published, write_safetensors
 from ..networks.published import load_weights
-from ..translate.exported import CARD, CONFIG
+from ..translate.exported import CARD, CONFIG, is_exported
 from .parsing import GENERATOR_HELP, TRUST_HELP, command_parser
 
 FORMATS = ("published", "safetensors", *GRAPHS)
@@ -59,6 +59,12 @@ def _published(args: argparse.Namespace) -> int:
     if args.dtype != "float32":
         raise ValueError(f"--dtype {args.dtype} is not for --format published: the published code reads float32")
     check_folder(args.out, f"one file per network, such as {label}_net_G.pth")
+    named = follow(args.run)
+    if named.is_file() or is_exported(named):
+        raise ValueError(
+            f"--format published needs a run, which has all networks: {args.run} holds generators alone. Take another "
+            f"--format, such as safetensors"
+        )
     folder, state = open_checkpoint(args.run)
     with using(folder):
         config = from_dict(state["config"], trust_code=args.trust_code)

@@ -16,7 +16,7 @@ from .. import __version__
 from ..common.imports import is_import_path
 from ..common.messages import counted
 from ..translate.exported import CONFIG, LARGEST, READABLE, VERSION
-from .source import Source
+from .source import Source, without_folders
 from .usage import graph_usage
 
 LICENCE = "license: unknown  # replace: such as apache-2.0, mit, cc-by-nc-4.0, or other with license_name, license_link"
@@ -129,11 +129,12 @@ def _front_matter(source: Source) -> str:
 def _table(source: Source, format: str, files: Sequence[str], dtype: str) -> str:
     numbers = sum(parameter.numel() for parameter in source.network.parameters())
     side = f"sides that are multiples of {source.factor}, at least {source.smallest}"
-    way = "from B to A" if source.reverse else "from A to B"
+    turned = source.facts.get("direction") == "BtoA"  # A and B are those of the data folder
+    way = "from B to A" if source.reverse != turned else "from A to B"
     if source.options is not None:
-        kind = f"{source.options['generator']}, width {source.options['width']}"
+        kind = f"{without_folders(source.options['generator'])}, width {source.options['width']}"
     else:
-        kind = source.own or type(source.network).__name__
+        kind = without_folders(source.own) or type(source.network).__name__
     rows = [
         ("method", source.facts.get("method") or "not known"),
         ("generator", f"{source.name} ({kind}), {way}, {counted(numbers, 'parameter')}"),

@@ -18,17 +18,22 @@ Content = bytes | Callable[[Path], None]
 LOCK = ".fastnce-export-lock"
 
 
-def check_target(out: Path, format: str, own_card: str = "") -> None:
+def check_target(out: Path, format: str, files: Iterable[str], own_card: str = "") -> None:
     """Refuse a folder that an export must not write to. An earlier export of the same format is replaced.
 
     Args:
+        files: names of the model's files.
         own_card: a text that README.md may have, though it is edited: it will be written again.
 
     Raises:
-        ValueError: it is a file, or holds an export of another format, a config.json of another program, or a README.md
-            that is edited or of no export.
+        ValueError: it is a file, a run or its checkpoint, or holds an export of another format, a config.json or a
+            model of another program, or a README.md that is edited or of no export.
     """
     check_folder(out, f"the model, {CONFIG} and {CARD}")
+    if (out / "checkpoints").is_dir() or (out / "state.json").exists() or any(out.glob("step-*/state.json")):
+        raise ValueError(
+            f"{out} belongs to a run, and an export in it would not be read: take another folder for --out"
+        )
     if os.path.lexists(out / CARD):
         text = read_card(out / CARD)
         if not is_untouched(text) and not (text and text == own_card):
@@ -37,6 +42,12 @@ def check_target(out: Path, format: str, own_card: str = "") -> None:
                 f"for --out"
             )
     if not os.path.lexists(out / CONFIG):
+        there = next((out / name for name in files if os.path.lexists(out / name)), None)
+        if there is not None and not os.path.lexists(out / CARD):
+            raise ValueError(
+                f"{there} is of no export, as {CONFIG} is not beside it, and would be replaced: move it, or take "
+                f"another folder for --out"
+            )
         return
     try:
         earlier = read_details(out)["format"]

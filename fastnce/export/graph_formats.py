@@ -39,7 +39,7 @@ def write_graph(source: Source, out: Path, format: str, dtype: str = "float32") 
         OSError: names the file that could not be written; an earlier export is untouched.
     """
     module = GRAPHS[format]
-    check_target(out, format)
+    check_target(out, format, [module.FILE])
     if reason := module.missing(dtype):
         raise ValueError(reason)
     network = prepared(source, dtype)

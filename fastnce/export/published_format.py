@@ -33,8 +33,8 @@ def write_published(networks: Mapping[str, nn.Module], source: Source, out: Path
         OSError: names the file that could not be written; an earlier export is untouched.
     """
     check_label(label)
-    check_target(out, FORMAT)
     named = {f"{label}_net_{name}.pth": published_state(network) for name, network in networks.items()}
+    check_target(out, FORMAT, named)
     files = sorted(named, key=lambda name: name != f"{label}_net_{source.name}.pth")  # the generator first
     checked = "Read again after writing: every file holds the weights of its network, bit for bit."
     contents: dict[str, Content] = {

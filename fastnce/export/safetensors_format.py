@@ -28,7 +28,7 @@ def write_safetensors(source: Source, out: Path, dtype: str = "float32", own_car
         ValueError: what `save_weights` and `check_target` refuse.
         OSError: names the file that could not be written; an earlier export is untouched.
     """
-    check_target(out, FORMAT, own_card)
+    check_target(out, FORMAT, [WEIGHTS], own_card)
     weights = save_weights(source, dtype)
     checked = f"Read again after writing: the network of {CONFIG} takes {WEIGHTS}, and every weight is the one of the "
     checked += "trained generator." if dtype == "float32" else f"trained generator, rounded to {dtype}."

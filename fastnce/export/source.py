@@ -116,7 +116,7 @@ def _facts(loaded: Loaded) -> dict[str, Any]:
     progress = state.get("progress", {})
     figures = {key: value for key, value in state.get("validation", {}).items() if _is_number(value)}
     return facts | {
-        "method": _without_folders(loaded.config.method),
+        "method": without_folders(loaded.config.method),
         "step": state["step"],
         **({"epoch": progress["epoch"], "seen": progress["seen"]} if progress else {}),
         "data": _data(loaded.config.data),
@@ -158,16 +158,16 @@ def _data(data: DataOptions) -> dict[str, Any]:
 
 def config_text(config: Config) -> str:
     """The configuration as TOML without comments. Folders are left out: they tell of the machine, not of the model."""
-    lines = [f"method = {format_value(_without_folders(config.method))}"]
+    lines = [f"method = {format_value(without_folders(config.method))}"]
     for section in config.SECTIONS:
         lines += ["", f"[{section}]"]
         for key, (value, _) in describe(getattr(config, section)).items():
             if isinstance(value, bool | int | float | str | list):
-                lines.append(f"{key} = {format_value(_without_folders(value))}")
+                lines.append(f"{key} = {format_value(without_folders(value))}")
     return "\n".join(lines) + "\n"
 
 
-def _without_folders(value: Any) -> Any:
+def without_folders(value: Any) -> Any:
     """A path without its folders, such as mynets.py:Net of /home/me/mynets.py:Net; any other value unchanged."""
     if isinstance(value, str) and ("/" in value or os.sep in value):
         return value.replace("\\", "/").rstrip("/").rpartition("/")[2]

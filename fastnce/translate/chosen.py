@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..engine.stored import missing, step_of
+from .exported import CONFIG, LARGEST, READABLE, read_details
 from .translator import Translator
 
 CHECKPOINTS = ("best", "last", "both")
@@ -61,7 +62,8 @@ def chosen_model(model: Path, epoch: str = "", generator: str = "") -> tuple[Pat
     """Find what `load_translator` takes for a run, or for a folder of published files.
 
     Args:
-        model: a run; a folder with files such as latest_net_G.pth; anything else is returned unchanged.
+        model: a run; a folder with files such as latest_net_G.pth; anything else is returned unchanged, as is a folder
+            whose config.json describes the generator.
         epoch: "last" or "latest", "best", or the number of an epoch whose checkpoint is kept; empty: the last.
         generator: as `load_translator` takes it. Of published files, it chooses between latest_net_G_A.pth and
             latest_net_G_B.pth.
@@ -89,11 +91,28 @@ def chosen_model(model: Path, epoch: str = "", generator: str = "") -> tuple[Pat
         if epoch:
             raise ValueError(f"--epoch {epoch} chooses a checkpoint of a run, and {model} is none")
         return model, generator
+    if not epoch and _described(model, generator):
+        return model, generator
     names = [f"{label}_net_{generator}.pth"] if generator else [f"{label}_net_{g}.pth" for g in ("G", "G_A")]
     for name in names:
         if name in files:
             return files[name], ""
     raise ValueError(f"{model} has no {' or '.join(names)}: it holds {', '.join(files)}")
+
+
+def _described(model: Path, generator: str) -> bool:
+    """Whether a config.json of `fastnce export` describes this generator of a folder of published files.
+
+    Raises:
+        ValueError: it is damaged. One of another program is ignored.
+    """
+    if not (model / CONFIG).is_file():
+        return False
+    with (model / CONFIG).open("rb") as opened:
+        if b'"fastnce"' not in opened.read(LARGEST):
+            return False
+    details = read_details(model)
+    return details["format"] in READABLE and generator in ("", details["generator"])
 
 
 def of_epoch(model: Path, epoch: int) -> Path:

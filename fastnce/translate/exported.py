@@ -121,12 +121,16 @@ def read_details(folder: Path) -> dict[str, Any]:
     if type(version) is int and version > VERSION:
         raise ValueError(f"{path} is of a newer fastnce, {brief(details['fastnce'])}: install that version")
     for key, (kinds, wanted) in _KINDS.items():
-        if not isinstance(details.get(key), kinds) or (kinds is int and isinstance(details[key], bool)):
+        if (
+            key not in details
+            or not isinstance(details[key], kinds)
+            or (kinds is int and isinstance(details[key], bool))
+        ):
             raise ValueError(f"{path}: {key} must be {wanted}, not {brief(details.get(key))}")
     if version != VERSION:
         raise ValueError(f"{path}: version must be {VERSION}, not {brief(version)}")
     name = details["file"]
-    if not name or name.startswith(".") or Path(name).name != name or "\0" in name or "\\" in name:
+    if not name or len(name) > 255 or name.startswith(".") or Path(name).name != name or "\0" in name or "\\" in name:
         raise ValueError(f"{path}: file must be the name of a file beside it, not {brief(name)}")
     for key in ("direction", "paired_direction"):
         if details.setdefault(key, "AtoB") not in ("AtoB", "BtoA"):

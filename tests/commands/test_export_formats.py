@@ -118,6 +118,31 @@ def test_published_has_a_card_and_is_all_or_nothing(run, tmp_path, capsys, monke
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
+def test_published_is_translated_as_config_json_says(run, picture, tmp_path, capsys):
+    def found(*words: str) -> bytes:
+        out = tmp_path / "translated"
+        assert main(["translate", *words, str(picture), "--out", str(out), "--device", "cpu"]) == 0
+        return (out / "a.png").read_bytes()
+
+    out = tmp_path / "out"
+    assert main(["export", str(run), "--out", str(out), "--label", "3", "--generator", "G_B"]) == 0
+    g_a, g_b = found(str(run)), found(str(run), "--generator", "G_B")
+    assert g_a != g_b
+    assert (
+        found(str(out))
+        == found(str(out), "--generator", "G_B")
+        == found(str(out), "--epoch", "3", "--generator", "G_B")
+    )
+    assert found(str(out)) == g_b
+    assert found(str(out), "--epoch", "3", "--generator", "G_A") == g_a
+    whole = (out / "config.json").read_text()
+    (out / "config.json").write_text('{"model_type": "of another program"}')
+    assert found(str(out), "--epoch", "3") == g_a
+    (out / "config.json").write_text(whole[:99])
+    assert main(["translate", str(out), str(picture), "--out", str(out), "--device", "cpu"]) == 2
+    assert "config.json is no JSON" in capsys.readouterr().err
+
+
 REFUSED = {
     "onnx --dtype bfloat16": "ONNX has no convolutions in bfloat16",
     "torch --label 3": "--label 3 is for --format published",
@@ -143,6 +168,37 @@ def test_files_of_other_programs_stay(there, run, tmp_path, capsys):
         assert "take another folder for --out" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == [there]
     assert (tmp_path / there).read_text() == "{}"
+
+
+MODELS = {"published": "latest_net_D_A.pth", "safetensors": "model.safetensors", "torch": "model.pt2"}
+
+
+@pytest.mark.parametrize("form", MODELS)
+def test_the_model_of_another_program_stays(form, run, tmp_path, capsys):
+    there = tmp_path / MODELS[form]
+    there.write_text("mine")
+    assert main(["export", str(run), "--out", str(tmp_path), "--format", form]) == 2
+    assert f"{there} is of no export" in capsys.readouterr().err
+    assert [(path, path.read_text()) for path in tmp_path.iterdir()] == [(there, "mine")]
+
+
+def test_published_needs_all_networks(run, tmp_path, capsys):
+    assert main(["export", str(run / "checkpoints" / "latest"), "--out", str(tmp_path / "one")]) == 0
+    assert main(["export", str(run), "--out", str(tmp_path / "two"), "--format", "safetensors"]) == 0
+    for source in (tmp_path / "one", tmp_path / "one" / "latest_net_G_A.pth", tmp_path / "two"):
+        capsys.readouterr()
+        assert main(["export", str(source), "--out", str(tmp_path / "out")]) == 2
+        assert f"needs a run, which has all networks: {source} holds" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("place", [".", "checkpoints", "checkpoints/step-00000001"])
+@pytest.mark.parametrize("form", ["published", "safetensors", "torch"])
+def test_a_run_gets_no_export_into_it(form, place, run, capsys):
+    before = sorted(run.rglob("*"))
+    assert main(["export", str(run), "--out", str(run / place), "--format", form]) == 2
+    assert f"{run / place} belongs to a run" in capsys.readouterr().err
+    assert sorted(run.rglob("*")) == before
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from fastnce.export import card, details
 from fastnce.export.card import as_json
 from fastnce.methods import NetworkOptions
+from tests.export.networks import Small, source_of
 from tests.export.test_folder import made
 
 FACTS = {
@@ -104,3 +106,19 @@ def test_config_json():
     assert (found["format"], found["file"], found["method"], found["generator"]) == ("onnx", "model.onnx", "cut", "G")
     assert NetworkOptions(**found["network"]).width == 2
     assert found["training"]["figures"] == FACTS["figures"]
+
+
+def test_folders_of_the_users_code_are_left_out():
+    own = "/home/ann/nets.py:Net"
+    mine = made()
+    for source in (source_of(Small(), own=own), replace(mine, options={**mine.options, "generator": own}, own=own)):
+        text = card(source, "torch", ["model.pt2"], "float32")
+        assert "G (nets.py:Net" in text
+        assert "ann" not in text
+
+
+@pytest.mark.parametrize("direction", ["AtoB", "BtoA"])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_and_b_are_those_of_the_data_folder(reverse, direction):
+    text = card(source_of(Small(), reverse=reverse, facts={"direction": direction}), "torch", ["model.pt2"], "float32")
+    assert ("from B to A" if reverse != (direction == "BtoA") else "from A to B") in text

@@ -173,7 +173,7 @@ def test_an_export_of_another_format_is_not_replaced(tmp_path):
     before = content(tmp_path)
     with pytest.raises(ValueError, match="holds an export of the format onnx: take another folder for --out"):
         write_safetensors(made(), tmp_path / "onnx")
-    check_target(tmp_path / "onnx", "onnx")
+    check_target(tmp_path / "onnx", "onnx", ["model.onnx"])
     (tmp_path / "onnx" / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="was not written by fastnce export.*; take another folder for --out"):
         write_safetensors(made(), tmp_path / "onnx")
@@ -195,7 +195,7 @@ def test_a_readme_that_is_edited_or_of_another_is_not_replaced(tmp_path):
     card = tmp_path / "one" / "README.md"
     text = card.read_text()
     card.write_bytes(text.replace("\n", "\r\n").encode())
-    check_target(tmp_path / "one", "safetensors")  # only the ends of lines have changed
+    check_target(tmp_path / "one", "safetensors", ["model.safetensors"])  # only the ends of lines have changed
     card.write_text(text.replace("license: unknown", "license: mit"))
     before = content(tmp_path / "one")
     with pytest.raises(ValueError, match=r"README\.md was edited or is of no export, and would be replaced: move it"):

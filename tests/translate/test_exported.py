@@ -318,3 +318,15 @@ def test_the_keys_of_config_are_those_that_build_a_generator():
     """A new option of generators is written by itself, and one of discriminators is not."""
     assert {"generator", "width", "norm", "antialias_up", "in_channels"} <= set(NETWORK_KEYS)
     assert not [key for key in NETWORK_KEYS if "discriminator" in key or "init" in key]
+
+
+def test_a_missing_network_and_a_long_name_are_one_sentence(tmp_path):
+    write_safetensors(source_of(SMALL), tmp_path)
+    whole = json.loads((tmp_path / "config.json").read_text())
+    for changed, wanted in (({"file": "x" * 1000}, "file must be the name of a file"), ({}, "network must be a table")):
+        content = whole | changed
+        if not changed:
+            del content["network"]
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=wanted):
+            read_folder(tmp_path)
