@@ -104,7 +104,13 @@ FILES = (
 
 
 def check_folder(out: Path, holds: str) -> None:
-    """Raise ValueError if `out` is a file, or does not exist and is named like a file. `holds`: what it will hold."""
+    """Raise ValueError if `out` is a file, a link to nothing, or does not exist and is named like a file.
+
+    Args:
+        holds: what it will hold.
+    """
+    if out.is_symlink() and not out.exists():
+        raise ValueError(f"{out} is a link to {os.readlink(out)}, which does not exist: make that folder first")
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: a file is in the way, a folder is needed")
     if not out.exists() and out.suffix.lower() in FILES:

@@ -79,7 +79,7 @@ def card(source: Source, format: str, files: Sequence[str], dtype: str, checked:
         "Replace this line: what the model translates, from which pictures to which.\n",
         _table(source, format, files, dtype),
         checked and f"{checked}\n",
-        _usage(format, files),
+        "" if source.own and format in READABLE else _usage(format, files),  # its weights need its code
         _training(facts),
         _figures(facts),
         _configuration(facts),

@@ -78,7 +78,8 @@ def read_folder(folder: Path, generator: str = "") -> Exported:
             f"with --format safetensors, or name the run"
         )
     if generator and generator != details["generator"]:
-        raise ValueError(f"{folder} holds the generator {details['generator']}, and no {generator!r}")
+        hint = ": name its .pth file itself" if details["format"] == "published" else ""
+        raise ValueError(f"{folder} holds the generator {details['generator']}, and no {generator!r}{hint}")
     file = folder / details["file"]
     if not file.is_file():
         what = "no regular file" if file.exists() else f"not there, and {CONFIG} names it"

@@ -146,8 +146,14 @@ def test_reports_go_through_links_and_pipes(pairs, tmp_path):
 def test_files_in_place_of_folders_and_the_reverse(model, photos, pairs, tmp_path, capsys):
     file = photos / "a.png"
     measure = ["evaluate", "--inputs-only", "--data", str(pairs), "--device", "cpu"]
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
     for arguments, wanted in (
         (["translate", model, photos, "--out", file], "a file is in the way, a folder is needed"),
+        (
+            ["translate", model, photos, "--out", tmp_path / "dangling"],
+            "nothing, which does not exist: make that folder",
+        ),
+        (["export", model, "--out", tmp_path / "dangling"], "nothing, which does not exist: make that folder first"),
         (["translate", photos, photos, "--out", tmp_path / "o"], "no checkpoint here"),
         (["translate", file, photos, "--out", tmp_path / "o"], "not a PyTorch weight file"),
         (["rain", photos, "--out", file], "a file is in the way, a folder is needed"),

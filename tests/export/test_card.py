@@ -115,6 +115,9 @@ def test_folders_of_the_users_code_are_left_out():
         text = card(source, "torch", ["model.pt2"], "float32")
         assert "G (nets.py:Net" in text
         assert "ann" not in text
+        assert "## Use" in text
+        # its weights say nothing without its code
+        assert "fastnce.load" not in card(source, "published", ["latest_net_G.pth"], "float32")
 
 
 @pytest.mark.parametrize("direction", ["AtoB", "BtoA"])
