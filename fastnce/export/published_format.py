@@ -26,7 +26,7 @@ def write_published(networks: Mapping[str, nn.Module], source: Source, out: Path
         source: the generator that the card describes; it is one of them.
 
     Returns:
-        the paths of the networks.
+        the paths of all files, the networks' first.
 
     Raises:
         ValueError: what `check_label` and `check_target` refuse, or another process exports there (`InUse`).
@@ -42,7 +42,7 @@ def write_published(networks: Mapping[str, nn.Module], source: Source, out: Path
         CONFIG: as_json(details(source, FORMAT, files, "float32")),
         CARD: card(source, FORMAT, files, "float32", checked).encode(),
     }
-    return write_folder(out, contents, partial(_check, named))[: len(named)]
+    return write_folder(out, contents, partial(_check, named))
 
 
 def _check(named: Mapping[str, dict[str, Tensor]], folder: Path) -> None:
