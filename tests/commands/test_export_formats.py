@@ -104,8 +104,8 @@ def test_published_has_a_card_and_is_all_or_nothing(run, tmp_path, capsys, monke
     out = tmp_path / "out"
     assert main(["export", str(run), "--out", str(out), "--label", "3", "--generator", "G_B"]) == 0
     printed = [Path(line).name for line in capsys.readouterr().out.splitlines()]
-    assert sorted(printed) == [f"3_net_{name}.pth" for name in ("D_A", "D_B", "G_A", "G_B")]
-    assert sorted(path.name for path in out.iterdir()) == sorted([*printed, "README.md", "config.json"])
+    networks = [f"3_net_{name}.pth" for name in ("D_A", "D_B", "G_A", "G_B")]
+    assert sorted(printed) == sorted(path.name for path in out.iterdir()) == [*networks, "README.md", "config.json"]
     assert json.loads((out / "config.json").read_text())["file"] == "3_net_G_B.pth"
     before = {path.name: path.read_bytes() for path in out.iterdir()}
 
