@@ -16,6 +16,8 @@ RANGE_HELP = {
     "angle": "degrees from the vertical; positive leans to the right at the top",
     "opacity": "opacity of the nearest streaks, 0 to 1",
     "haze": "fraction of the light that the veil absorbs where it is thickest",
+    "additive": "0: streaks cover what is behind them; 1: they only add light, as in most synthetic sets",
+    "drizzle": "opacity of fine rain: dense thin streaks over the whole picture, 0 to 1",
 }
 
 

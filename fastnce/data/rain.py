@@ -49,12 +49,17 @@ class RainOptions:
     """Opacity of the nearest and brightest streaks, 0 to 1."""
     haze: Range = (0.0, 0.15)
     """Fraction of the light that the veil absorbs where it is thickest, 0 to 1."""
+    additive: Range = (0.0, 0.0)
+    """0: streaks cover what is behind them. 1: they only add light, as in most synthetic sets (Rain100L, Rain800)."""
+    drizzle: Range = (0.0, 0.0)
+    """Opacity of fine rain: dense streaks about one pixel wide, over the whole picture, 0 to 1."""
     layers: int = 3
     """Number of depths. Farther streaks are shorter, thinner, fainter and more numerous."""
 
     def __post_init__(self) -> None:
         least = {"length": 1e-3, "width": 1e-4, "angle": -80.0}
-        most = {"density": 0.9, "length": 1.0, "width": 0.2, "angle": 80.0, "opacity": 1.0, "haze": 1.0}
+        most = {"density": 0.9, "length": 1.0, "width": 0.2, "angle": 80.0}
+        most |= dict.fromkeys(("opacity", "haze", "additive", "drizzle"), 1.0)
         for name, limit in most.items():
             low, high = getattr(self, name)
             if not least.get(name, 0.0) <= low <= high <= limit:
@@ -79,7 +84,8 @@ def render_rain(
     First a veil of haze is added, thicker towards the top, where scenes are far away. Then streaks are added from the
     farthest layer to the nearest. A layer is sparse noise convolved with one motion-blurred drop. A streak has the
     light of its drop, which shows the bright sky: dark places change more than bright ones, and nothing becomes
-    brighter than that light.
+    brighter than that light, unless `additive` is above 0. Fine rain (`drizzle`) comes last: white noise convolved with
+    a thin drop, of which only what is brighter than a threshold shows.
 
     Args:
         clean: (images, 1 or 3, height, width) float in [-1, 1].
@@ -120,22 +126,38 @@ def render_rain(
 
     down = torch.fft.fftfreq(height, 1 / height, device=device)[:, None]  # signed distance from row 0, wrapped
     right = torch.fft.fftfreq(width, 1 / width, device=device)[None, :]
+
+    def fall_as(drops: Tensor, lean: Tensor, long: Tensor, wide: Tensor) -> Tensor:
+        along = (down * lean.cos() - right * lean.sin()).abs()  # (B, H, W)
+        across = down * lean.sin() + right * lean.cos()
+        ends = 0.35 * long  # streaks fade in and out
+        drop = ((long / 2 - along) / ends + 0.5).clamp(0, 1) * torch.exp(-4 * math.log(2) * (across / wide) ** 2)
+        return torch.fft.irfft2(torch.fft.rfft2(drops) * torch.fft.rfft2(drop), s=(height, width))
+
+    # Options that are off draw nothing: the rain of the others stays the same.
+    adds = between(options.additive)[:, None] if options.additive[1] > 0 else None
+
+    def show(x: Tensor, cover: Tensor) -> Tensor:
+        covered = cover * (light - x).clamp(min=0)
+        return x + (covered if adds is None else (1 - adds) * covered + adds * cover * light)
+
     for layer in reversed(range(options.layers)):
         near = 0.6**layer
         lean = torch.deg2rad(angle + 4 * draw(images, 1, 1) - 2)
         long = length * near * (0.7 + 0.6 * draw(images, 1, 1))
         wide = (thick * near).clamp(min=1.0)
-        along = (down * lean.cos() - right * lean.sin()).abs()  # (B, H, W)
-        across = down * lean.sin() + right * lean.cos()
-        ends = 0.35 * long  # streaks fade in and out
-        drop = ((long / 2 - along) / ends + 0.5).clamp(0, 1) * torch.exp(-4 * math.log(2) * (across / wide) ** 2)
         # the clamp to `height` counts only the part of a streak inside the image
         chance = density / options.layers / (long.clamp(max=height) * wide).clamp(min=1.0)
         # squaring makes bright drops rare
         drops = (draw(images, height, width) < chance) * draw(images, height, width).square().mul(0.8).add(0.2)
-        streaks = torch.fft.irfft2(torch.fft.rfft2(drops) * torch.fft.rfft2(drop), s=(height, width))
-        cover = (opacity * near**0.5 * streaks.clamp(0, 1))[:, None]
-        x = x + cover * (light - x).clamp(min=0)
+        x = show(x, (opacity * near**0.5 * fall_as(drops, lean, long, wide).clamp(0, 1))[:, None])
+    if options.drizzle[1] > 0:
+        strength, threshold = between(options.drizzle), 2 * draw(images, 1, 1) - 0.5
+        lean = torch.deg2rad(angle + 4 * draw(images, 1, 1) - 2)
+        long = (length * (0.2 + 0.6 * draw(images, 1, 1))).clamp(min=2.0)
+        fine = fall_as(draw(images, height, width), lean, long, 1 + 0.5 * draw(images, 1, 1))
+        fine = (fine - fine.mean((1, 2), keepdim=True)) / fine.std((1, 2), keepdim=True).clamp(min=1e-6)
+        x = show(x, (strength * ((fine - threshold) / 2.5).clamp(0, 1))[:, None])
     return x.mul(2).sub(1).clamp(-1, 1).to(clean.dtype)
 
 
