@@ -137,7 +137,6 @@ def fetch(folder: Path) -> None:
 
 def make(packages: Path, out: Path) -> int:
     """Unpack the packages, and write the folders; return the number of photographs."""
-    (out / "trainB").mkdir(parents=True)
     rows = []
     with tempfile.TemporaryDirectory() as unpacked:
         versions = {}
@@ -147,6 +146,7 @@ def make(packages: Path, out: Path) -> int:
                 raise ValueError(f"{packages} holds no {package}_VERSION_all.deb: fetch it with apt-get download")
             versions[package] = found[-1].name.split("_")[1].replace("%3a", ":")
             subprocess.run(["dpkg-deb", "-x", str(found[-1]), str(Path(unpacked) / package)], check=True)
+        (out / "trainB").mkdir(parents=True)
         for place, photograph in enumerate(PHOTOGRAPHS):
             path = Path(unpacked) / photograph.package / "usr/share" / photograph.file
             name = path.stem if path.stem != "2560x1600" else path.parts[-4]

@@ -69,6 +69,41 @@ def test_density_is_the_fraction_covered():
     assert covered[1] > 4 * covered[0]
 
 
+def test_additive_streaks_also_brighten_what_is_bright():
+    """The values are almost 0, and not 0, so that both options draw the same rain."""
+    clean = torch.full((1, 3, 64, 64), 0.9)
+    covering, adding = (
+        render_rain(clean, RainOptions(additive=(a, a), **STREAKS_ONLY), seeded(0)) for a in (1e-9, 1.0)
+    )
+    assert (adding >= covering - 1e-6).all()
+    assert covering.max() < 1 - 1e-3  # no brighter than the light of the drops
+    assert adding.max() == 1
+    black = torch.full((1, 3, 64, 64), -1.0)
+    one_layer = {"layers": 1, **STREAKS_ONLY}
+    covering, adding = (render_rain(black, RainOptions(additive=(a, a), **one_layer), seeded(0)) for a in (1e-9, 1.0))
+    torch.testing.assert_close(adding, covering)  # on black, adding light and covering with light are the same
+
+
+def test_drizzle_covers_the_whole_image_with_thin_streaks():
+    clean = torch.full((1, 1, 128, 128), -0.6)
+    fine = RainOptions(density=(0, 0), drizzle=(0.8, 0.8), angle=(0, 0), **STREAKS_ONLY)
+    change = (render_rain(clean, fine, seeded(0)) - clean)[0, 0]
+    assert (change >= -1e-6).all()
+    assert (change.unfold(0, 16, 16).unfold(1, 16, 16).amax((2, 3)) > 0.1).all()  # in every part of the image
+    change = change - change.mean()
+    down, right = (change[1:] * change[:-1]).mean(), (change[:, 3:] * change[:, :-3]).mean()
+    assert down > 0.8 * change.square().mean()  # long
+    assert right < 0.2 * change.square().mean()  # and thin
+
+
+def test_options_that_are_off_change_nothing():
+    """The rain of earlier versions stays the same, number for number."""
+    clean = torch.zeros(1, 1, 24, 24)
+    plain = render_rain(clean, RainOptions(), seeded(0))
+    with_fine = render_rain(clean, RainOptions(drizzle=(1e-9, 1e-9)), seeded(0))  # drawn after all others
+    torch.testing.assert_close(plain, with_fine)
+
+
 @pytest.mark.parametrize("angle", [-40.0, 0.0, 30.0])
 def test_the_angle_is_that_of_the_streaks(angle):
     clean = torch.full((1, 1, 128, 128), -1.0)
