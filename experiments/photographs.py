@@ -27,7 +27,7 @@ if __name__ == "__main__":
 
 from fastnce.data.encoding import save_image
 from fastnce.data.folder import load_image
-from fastnce.data.rain import RainOptions, parse_ranges, render_rain
+from fastnce.data.rain import parse_kinds, render_rain
 
 SIDES = (320, 480, 720)
 """Shorter sides in pixels of the training pictures: textures of several finenesses."""
@@ -156,7 +156,7 @@ def make(packages: Path, out: Path) -> int:
                 clean = resized(whole, HELD_OUT_SIDE)
                 for kind, text in enumerate(RAIN):
                     generator = torch.Generator().manual_seed(len(RAIN) * place + kind)
-                    rain = RainOptions(**parse_ranges("RAIN", text))
+                    rain = parse_kinds("RAIN", text)
                     save_image(render_rain(clean[None], rain, generator)[0], out / "test/rain" / f"{name}-{kind}.png")
                     save_image(clean, out / "test/norain" / f"{name}-{kind}.png")
             else:

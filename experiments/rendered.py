@@ -15,7 +15,7 @@ from torch import Tensor
 
 from experiments.photographs import RAIN
 from fastnce.common.options import option
-from fastnce.data.rain import RainOptions, parse_ranges, render_rain
+from fastnce.data.rain import parse_kinds, render_rain
 from fastnce.methods import Batch, Draws, Group, Method, NetworkOptions, Phase
 from fastnce.methods.base import WEIGHT, Losses, Outputs
 
@@ -43,7 +43,7 @@ class Rendered(Method):
         super().__init__()
         self.options = options
         self.generator = network.build_generator()
-        self.kinds = [RainOptions(**parse_ranges("loss.rain", text)) for text in options.rain.split(";")]
+        self.kinds = parse_kinds("loss.rain", options.rain)
 
     def generators(self):
         return {"G": self.generator}
@@ -62,11 +62,11 @@ class Rendered(Method):
 
     @torch.no_grad()
     def rained(self, image: Tensor) -> Tensor:
-        dry, kind, scale = torch.rand(3).tolist()
+        dry, scale = torch.rand(2).tolist()
         if dry < self.options.dry:
             return image
         side = round(self.options.side * 2 ** (2 * scale - 1))  # half to twice as large
-        rainy = render_rain(image, self.kinds[int(kind * len(self.kinds))], side=side)
+        rainy = render_rain(image, self.kinds, side=side)
         return rainy.add(1).mul(127.5).round().div(127.5).sub(1)  # as in a file of 8 bits
 
     def loss(self, batch: Batch, outputs: Outputs, draws: Draws) -> tuple[Tensor, Losses]:

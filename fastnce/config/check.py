@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..common.options import check as check_options
 from ..data.folder import check_phase
-from ..data.rain import RainOptions, parse_ranges
+from ..data.rain import parse_kinds
 from ..data.target import SINGLE
 from ..engine.checks import check_schedule, track_names
 from ..methods.presets import find_preset
@@ -38,7 +38,7 @@ def check(config: Config) -> None:
         ("loss.rendered_rain", getattr(config.loss, "rendered_rain", "")),
     ):
         try:
-            RainOptions(**parse_ranges(name, text))
+            parse_kinds(name, text)
         except ValueError as error:
             raise ValueError(f"{name}: {str(error).removeprefix(f'{name}: ')}") from None
     _check_places(data)

@@ -48,7 +48,10 @@ class DataOptions:
     flip: bool = option(True, "mirror half of the images")
     rain: float = option(0.0, "share of A's images that are B's with rendered rain; 1 needs no trainA", low=0, high=1)
     rain_like: str = option(
-        "", "rain for data.rain, e.g. density=0.1:0.3,angle=-40:40; empty: the defaults of fastnce rain", anything=True
+        "",
+        "rain for data.rain, e.g. density=0.1:0.3,angle=-40:40, or several kinds with ; between them; empty: the "
+        "defaults of fastnce rain",
+        anything=True,
     )
     validate: str = option(
         "",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -70,11 +70,15 @@ class RainOptions:
         if not 1 <= self.layers <= 8:
             raise ValueError(f"rain layers must be from 1 to 8, not {self.layers}")
 
+    def limits(self, name: str) -> Range:
+        """The range (low, high) of an option."""
+        return getattr(self, name)
+
 
 @torch.no_grad()
 def render_rain(
     clean: Tensor,
-    options: RainOptions | None = None,
+    options: RainOptions | Sequence[RainOptions] | None = None,
     generator: torch.Generator | None = None,
     *,
     side: int | None = None,
@@ -89,7 +93,7 @@ def render_rain(
 
     Args:
         clean: (images, 1 or 3, height, width) float in [-1, 1].
-        options: of the rain; None for the defaults.
+        options: of the rain; None for the defaults. Of several, each image draws one; they have equally many layers.
         generator: of the random draws. With a CPU generator, the rain is the same on every device.
         side: length in pixels that the options' lengths are fractions of; default the shorter side. For a crop, pass
             the shorter side of its photograph.
@@ -98,9 +102,12 @@ def render_rain(
         the same shape, dtype and device.
 
     Raises:
-        ValueError: the shape is wrong.
+        ValueError: the shape is wrong, or the layers of several options differ.
     """
-    options = options or RainOptions()
+    kinds = [options or RainOptions()] if options is None or isinstance(options, RainOptions) else list(options)
+    if len({kind.layers for kind in kinds}) != 1:
+        raise ValueError(f"kinds of rain must have equally many layers, not {[kind.layers for kind in kinds]}")
+    layers = kinds[0].layers
     if clean.dim() != 4 or clean.shape[1] not in (1, 3):
         raise ValueError(f"clean must be (images, 1 or 3, height, width), not {tuple(clean.shape)}")
     images, _, height, width = clean.shape
@@ -110,12 +117,20 @@ def render_rain(
     def draw(*shape: int) -> Tensor:
         return torch.rand(shape, generator=generator, device=source).to(device)
 
-    def between(limits: Range) -> Tensor:
-        return limits[0] + (limits[1] - limits[0]) * draw(images, 1, 1)
+    kind = None if len(kinds) == 1 else (draw(images, 1, 1) * len(kinds)).floor()
+
+    def between(name: str) -> Tensor:
+        low, high = (edge if kind is None else torch.full_like(kind, edge) for edge in kinds[0].limits(name))
+        for place, other in enumerate(kinds[1:], 1):  # without a table, which a CUDA graph could not copy to the device
+            low, high = (torch.where(kind == place, n, o) for n, o in zip(other.limits(name), (low, high), strict=True))
+        return low + (high - low) * draw(images, 1, 1)
+
+    def has(name: str) -> bool:
+        return any(k.limits(name)[1] > 0 for k in kinds)
 
     side = side or min(height, width)
-    density, length, thick = between(options.density), between(options.length) * side, between(options.width) * side
-    angle, opacity, haze = between(options.angle), between(options.opacity), between(options.haze)
+    density, length, thick = between("density"), between("length") * side, between("width") * side
+    angle, opacity, haze = between("angle"), between("opacity"), between("haze")
     light = 0.8 + 0.2 * draw(images, 1, 1, 1)  # of sky and drops
 
     x = clean.float().add(1).div(2)
@@ -135,24 +150,24 @@ def render_rain(
         return torch.fft.irfft2(torch.fft.rfft2(drops) * torch.fft.rfft2(drop), s=(height, width))
 
     # Options that are off draw nothing: the rain of the others stays the same.
-    adds = between(options.additive)[:, None] if options.additive[1] > 0 else None
+    adds = between("additive")[:, None] if has("additive") else None
 
     def show(x: Tensor, cover: Tensor) -> Tensor:
         covered = cover * (light - x).clamp(min=0)
         return x + (covered if adds is None else (1 - adds) * covered + adds * cover * light)
 
-    for layer in reversed(range(options.layers)):
+    for layer in reversed(range(layers)):
         near = 0.6**layer
         lean = torch.deg2rad(angle + 4 * draw(images, 1, 1) - 2)
         long = length * near * (0.7 + 0.6 * draw(images, 1, 1))
         wide = (thick * near).clamp(min=1.0)
         # the clamp to `height` counts only the part of a streak inside the image
-        chance = density / options.layers / (long.clamp(max=height) * wide).clamp(min=1.0)
+        chance = density / layers / (long.clamp(max=height) * wide).clamp(min=1.0)
         # squaring makes bright drops rare
         drops = (draw(images, height, width) < chance) * draw(images, height, width).square().mul(0.8).add(0.2)
         x = show(x, (opacity * near**0.5 * fall_as(drops, lean, long, wide).clamp(0, 1))[:, None])
-    if options.drizzle[1] > 0:
-        strength, threshold = between(options.drizzle), 2 * draw(images, 1, 1) - 0.5
+    if has("drizzle"):
+        strength, threshold = between("drizzle"), 2 * draw(images, 1, 1) - 0.5
         lean = torch.deg2rad(angle + 4 * draw(images, 1, 1) - 2)
         long = (length * (0.2 + 0.6 * draw(images, 1, 1))).clamp(min=2.0)
         fine = fall_as(draw(images, height, width), lean, long, 1 + 0.5 * draw(images, 1, 1))
@@ -260,6 +275,18 @@ def parse_range(name: str, text: str) -> Range:
         return float(low), float(high or low)
     except ValueError:
         raise ValueError(f"--{name} must be a number or LOW:HIGH, not {text!r}") from None
+
+
+def parse_kinds(name: str, text: str) -> list[RainOptions]:
+    """Parse kinds of rain with semicolons between them, each as `parse_ranges` takes it; no text is the default rain.
+
+    Raises:
+        ValueError: an unknown key, a value that is not a range, or kinds whose layers differ.
+    """
+    kinds = [RainOptions(**parse_ranges(name, part)) for part in text.split(";") if part.strip()] or [RainOptions()]
+    if len({kind.layers for kind in kinds}) != 1:
+        raise ValueError(f"{name}: kinds of rain must have equally many layers, not {[k.layers for k in kinds]}")
+    return kinds
 
 
 def parse_ranges(name: str, text: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,8 @@ class RainedData(UnpairedData):
         root: holds trainA and trainB. With `share` 1, trainA is not needed and not read. (With direction="BtoA", B is
             trainA, and trainB is not needed.)
         share: probability that a picture of A is a rained one, above 0 and at most 1.
-        rain: parameters of the rain. Lengths are fractions of the cached picture's shorter side, before cropping.
+        rain: parameters of the rain, or several kinds of which each picture draws one. Lengths are fractions of the
+            cached picture's shorter side, before cropping.
         arguments: see `UnpairedData`; 1 or 3 channels, the same for both domains.
 
     Raises:
@@ -39,7 +41,12 @@ class RainedData(UnpairedData):
     """
 
     def __init__(
-        self, root: str | os.PathLike[str], *, share: float = 1.0, rain: RainOptions | None = None, **arguments: Any
+        self,
+        root: str | os.PathLike[str],
+        *,
+        share: float = 1.0,
+        rain: RainOptions | Sequence[RainOptions] | None = None,
+        **arguments: Any,
     ) -> None:
         if not 0 < share <= 1:
             raise DataError(f"share={share} should be above 0 and at most 1")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..common.beside import beside
 from ..common.options import option
-from ..data.rain import RainOptions, parse_ranges, render_rain
+from ..data.rain import parse_kinds, render_rain
 from ..nce.api import Negatives
 from .base import WEIGHT, Batch, Draws, NetworkOptions, Outputs, tapping
 from .dclgan import DCLGAN, DCLGANOptions
@@ -49,7 +49,8 @@ class DCDGANOptions(DCLGANOptions):
     )
     rendered_rain: str = option(
         "",
-        "rain for lambda_rendered, e.g. density=0.1:0.3,angle=-40:40; empty: the defaults of fastnce rain",
+        "rain for lambda_rendered, e.g. density=0.1:0.3,angle=-40:40, or several kinds with ; between them; empty: the "
+        "defaults of fastnce rain",
         anything=True,
     )
     rendered_side: int = option(
@@ -86,7 +87,7 @@ class DCDGAN(DCLGAN):
                 f"out_channels={network.out_channels} must be equal, or loss.lambda_rendered=0"
             )
         super().__init__(options, network)
-        self.rain = RainOptions(**parse_ranges("loss.rendered_rain", options.rendered_rain))
+        self.rain = parse_kinds("loss.rendered_rain", options.rendered_rain)
 
     def identity_losses(self) -> tuple[str, ...]:
         return (*super().identity_losses(), "rendered")

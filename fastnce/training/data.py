@@ -17,7 +17,7 @@ from ..config.options import MAX_PIXELS, exchanges_pairs, sides
 from ..data.cache import cache_places
 from ..data.limit import accepting
 from ..data.own import OwnData, open_own
-from ..data.rain import RainOptions, parse_ranges
+from ..data.rain import parse_kinds
 from ..data.rained import RainedData
 from ..data.removal import remove_caches
 from ..data.single import SinglePictureData
@@ -215,7 +215,7 @@ def open_data(
         zoom = 1 / options.random_scale_max
         return SinglePictureData(options.dir, crop_size=options.crop_size, zoom=zoom, **common)
     if options.rain:
-        rain = RainOptions(**parse_ranges("data.rain_like", options.rain_like))
+        rain = parse_kinds("data.rain_like", options.rain_like)
         common |= {"share": options.rain, "rain": rain}
     return (RainedData if options.rain else UnpairedData)(
         options.dir,

@@ -12,7 +12,7 @@ from PIL import Image
 
 from fastnce.commands.main import main
 from fastnce.data import DataError, load_image
-from fastnce.data.rain import RainOptions, parse_range, render_rain, write_rain
+from fastnce.data.rain import RainOptions, parse_kinds, parse_range, render_rain, write_rain
 from fastnce.data.rained import RainedData
 from fastnce.data.unpaired import UnpairedData
 from fastnce.engine.options import OptimOptions
@@ -102,6 +102,25 @@ def test_options_that_are_off_change_nothing():
     plain = render_rain(clean, RainOptions(), seeded(0))
     with_fine = render_rain(clean, RainOptions(drizzle=(1e-9, 1e-9)), seeded(0))  # drawn after all others
     torch.testing.assert_close(plain, with_fine)
+
+
+def test_each_image_draws_one_of_several_kinds():
+    clean = torch.full((40, 1, 32, 32), -0.6)
+    none, heavy = RainOptions(density=(0, 0), **STREAKS_ONLY), RainOptions(density=(0.8, 0.8), **STREAKS_ONLY)
+    change = (render_rain(clean, [none, heavy], seeded(0)) - clean).abs().amax((1, 2, 3))
+    assert 10 < (change < 1e-6).sum() < 30
+    assert (change > 0.1).sum() == (change > 1e-6).sum()
+    assert torch.equal(render_rain(clean, [heavy], seeded(0)), render_rain(clean, heavy, seeded(0)))
+
+
+def test_kinds_of_rain_are_parsed():
+    light, heavy = parse_kinds("here", "density=0.1; density=0.3:0.7,layers=3 ;")
+    assert (light.density, heavy.density) == ((0.1, 0.1), (0.3, 0.7))
+    assert parse_kinds("here", "") == [RainOptions()]
+    with pytest.raises(ValueError, match=r"here: kinds of rain must have equally many layers, not \[3, 2\]"):
+        parse_kinds("here", "density=0.1; layers=2")
+    with pytest.raises(ValueError, match="here: 'wet=1' is not a range of rain"):
+        parse_kinds("here", "density=0.1; wet=1")
 
 
 @pytest.mark.parametrize("angle", [-40.0, 0.0, 30.0])
