@@ -117,12 +117,18 @@ def render_rain(
     def draw(*shape: int) -> Tensor:
         return torch.rand(shape, generator=generator, device=source).to(device)
 
-    kind = None if len(kinds) == 1 else (draw(images, 1, 1) * len(kinds)).floor()
+    kind = (draw(images, 1, 1) * len(kinds)).floor() if len(kinds) > 1 else None
+
+    def of_kind(edges: list[float]) -> Tensor | float:
+        if kind is None:
+            return edges[0]
+        values = torch.full_like(kind, edges[0])
+        for place, edge in enumerate(edges[1:], 1):  # without a table, which a CUDA graph could not copy to the device
+            values = torch.where(kind == place, edge, values)
+        return values
 
     def between(name: str) -> Tensor:
-        low, high = (edge if kind is None else torch.full_like(kind, edge) for edge in kinds[0].limits(name))
-        for place, other in enumerate(kinds[1:], 1):  # without a table, which a CUDA graph could not copy to the device
-            low, high = (torch.where(kind == place, n, o) for n, o in zip(other.limits(name), (low, high), strict=True))
+        low, high = (of_kind(list(edges)) for edges in zip(*(k.limits(name) for k in kinds), strict=True))
         return low + (high - low) * draw(images, 1, 1)
 
     def has(name: str) -> bool:
