@@ -76,13 +76,13 @@ VARIANTS: dict[str, list[str]] = {
         "network.antialias=true",
     ],
     "rendered pairs alone": [
-        "loss.lambda_rendered=5",
         "loss.lambda_nce=0",
         "loss.lambda_gan=0",
         "loss.lambda_color=0",
         "loss.lambda_frequency=0",
-        "loss.lambda_idt=0.01",
+        "loss.lambda_idt=0",
     ],
+    "plus, no external negatives": ["loss.external=none"],
 }
 PAIRED = "with pairs"
 

@@ -15,7 +15,7 @@ from ..common.beside import beside
 from ..common.options import option
 from ..data.rain import parse_kinds, render_rain
 from ..nce.api import Negatives
-from .base import WEIGHT, Batch, Draws, NetworkOptions, Outputs, tapping
+from .base import WEIGHT, Batch, Draws, Group, NetworkOptions, Outputs, Phase, tapping
 from .dclgan import DCLGAN, DCLGANOptions
 from .losses import SATURATING_HELP
 from .terms import Terms
@@ -74,11 +74,15 @@ class DCDGANOptions(DCLGANOptions):
 
 
 class DCDGAN(DCLGAN):
-    """DCLGAN plus a colour and a frequency loss on both cycles, A to B to A and B to A to B."""
+    """DCLGAN plus a colour and a frequency loss on both cycles, A to B to A and B to A to B.
+
+    If `lambda_rendered` is the only weight above 0, G_A is the only network, and a step one pass through it.
+    """
 
     Options = DCDGANOptions
 
     options: DCDGANOptions
+    weights = (*DCLGAN.weights, "lambda_color", "lambda_frequency", "lambda_rendered")
 
     def __init__(self, options: DCDGANOptions, network: NetworkOptions):
         if options.lambda_rendered > 0 and network.in_channels != network.out_channels:
@@ -89,10 +93,32 @@ class DCDGAN(DCLGAN):
         super().__init__(options, network)
         self.rain = parse_kinds("loss.rendered_rain", options.rendered_rain)
 
+    @property
+    def rendered_alone(self) -> bool:
+        """Whether the rendered pairs are all that trains."""
+        return not any(getattr(self.options, name) > 0 for name in self.weights if name != "lambda_rendered")
+
+    def generators(self) -> dict[str, nn.Module]:
+        return {"G_A": self.generator_a} if self.rendered_alone else super().generators()
+
+    def discriminators(self) -> dict[str, nn.Module]:
+        return {} if self.rendered_alone else super().discriminators()
+
+    def projectors(self) -> dict[str, nn.Module]:
+        return {} if self.rendered_alone else super().projectors()
+
+    def groups(self) -> dict[str, Group]:
+        return {"G": Group((self.generator_a,))} if self.rendered_alone else super().groups()
+
+    def phases(self) -> tuple[Phase, ...]:
+        return (Phase(self.g_loss, ("G",)),) if self.rendered_alone else super().phases()
+
     def identity_losses(self) -> tuple[str, ...]:
         return (*super().identity_losses(), "rendered")
 
     def generate(self, batch: Batch, draws: Draws) -> Outputs:
+        if self.rendered_alone:
+            return {}
         outputs = super().generate(batch, draws)
 
         def close(domain: str, generator: nn.Module, fake: str) -> Outputs:
@@ -129,6 +155,8 @@ class DCDGAN(DCLGAN):
         return terms
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
+        if self.rendered_alone:
+            return {"A": batch.a, "fake_B": self.generator_a(batch.a), "B": batch.b}
         clean, rainy = self.generator_a(batch.a), self.generator_b(batch.b)
         return {
             "A": batch.a,

@@ -107,6 +107,9 @@ class DCLGAN(TwoWay):
 
     Options = DCLGANOptions
 
+    weights: tuple[str, ...] = ("lambda_gan", "lambda_nce", "lambda_idt")
+    """The options that weigh a term which can train alone."""
+
     def __init__(self, options: DCLGANOptions, network: NetworkOptions):
         check_ranges(options, network)
         if network.in_channels != network.out_channels and options.lambda_idt > 0:
@@ -114,8 +117,9 @@ class DCLGAN(TwoWay):
                 f"the identity loss feeds B to G_A: network.in_channels={network.in_channels} and "
                 f"out_channels={network.out_channels} must be equal, or loss.lambda_idt=0"
             )
-        if not (options.lambda_gan > 0 or options.lambda_nce > 0 or options.lambda_idt > 0):
-            raise ValueError("every term has weight 0: set loss.lambda_gan, loss.lambda_nce or loss.lambda_idt above 0")
+        if not any(getattr(options, name) > 0 for name in self.weights):
+            *names, last = (f"loss.{name}" for name in self.weights)
+            raise ValueError(f"every term has weight 0: set {', '.join(names)} or {last} above 0")
         check_learned_temperature(options.learn_temperature, options.lambda_nce)
         if options.gather_negatives and (options.negatives, options.weighting) != ("batch", "none"):
             raise ValueError(

@@ -348,8 +348,10 @@ def test_rendered_pairs_teach(clean_only, monkeypatch):
     layers = {"nce_layers": [4, 8]}
     with pytest.raises(ValueError, match="every term has weight 0"):
         DCDGAN(DCDGANOptions(**weights, **layers), network).check(1, 16, 16)
-    weights |= {"lambda_idt": 0.01, "lambda_rendered": 1.0, "rendered_rain": "haze=0,density=0.4"}
+    weights |= {"lambda_rendered": 1.0, "rendered_rain": "haze=0,density=0.4"}
     method = DCDGAN(DCDGANOptions(**weights, **layers), network)
+    assert list(method.networks()) == ["G_A"]  # nothing else is trained, stored or computed
+    assert [phase.groups for phase in method.phases()] == [("G",)]
     data = RainedData(clean_only, **SIZES)
     step = Step(method, OptimOptions(lr=1e-2))
     losses = []
@@ -357,6 +359,8 @@ def test_rendered_pairs_teach(clean_only, monkeypatch):
         torch.manual_seed(i % 2)
         losses.append(step.run(Batch(*data.batch(0)), Draws())["rendered"].item())
     assert sum(losses[-2:]) < 0.7 * sum(losses[:2])
+    with_another = DCDGAN(DCDGANOptions(**{**weights, "lambda_color": 0.1}, **layers), network)
+    assert list(with_another.networks()) == ["G_A", "G_B", "D_A", "D_B", "F1", "F2"]
     with pytest.raises(ValueError, match=r"loss\.rendered_rain: 'fog=1' is not a range"):
         DCDGAN(DCDGANOptions(rendered_rain="fog=1", **layers), network)
 
