@@ -4,6 +4,7 @@ python experiments/derain.py --train DIR --test TEST [TEST ...] --out RESULTS   
 python experiments/derain.py ... --pairs PAIRS                                   # also train with pairs, as a bound
 python experiments/derain.py ... --only plus paper --seeds 0 1 --steps 2000
 python experiments/derain.py ... --seeds 0 1 --collect                           # only collect finished runs
+python experiments/derain.py ... --options "loss.rendered_rain=density=0.1:0.3"  # other options, for all variants
 
 Every run is `fastnce train` with other options. Finished runs are not repeated. The results are those of the averaged
 weights after the last step: choosing the best step on the test set would bias them.
@@ -146,7 +147,8 @@ def configuration(args: argparse.Namespace, name: str, seed: int) -> Config:
     """Return the configuration of a variant. The learning rate decays over the last third."""
     size = ["network.width=4", "data.batch=1", "loss.patches=8", "loss.projection=8"] if args.quick else []
     variant = VARIANTS.get(name, [])
-    config = resolve("dcdgan-plus", None, [*SMALL, *variant, *size, f"run.seed={seed}", "run.device=cpu"])
+    options = [*SMALL, *variant, *size, *args.options, f"run.seed={seed}", "run.device=cpu"]
+    config = resolve("dcdgan-plus", None, options)
     config.data.dir = str(args.train)
     steps_per_epoch = max(len(list((args.train / f"train{d}").iterdir())) for d in "AB") // config.data.batch
     epochs = max(2, math.ceil(args.steps / steps_per_epoch))
@@ -165,6 +167,7 @@ def run_one(args: argparse.Namespace, name: str, seed: int, folder: Path) -> dic
     """Train and measure a variant, and return its row of the table."""
     config = configuration(args, name, seed)
     settings = {"variant": name, "seed": seed, "steps": args.steps, "pictures": args.pictures}
+    settings |= {"options": " ".join(args.options)} if args.options else {}
     result = folder / "row.json"
     if result.exists():
         row = json.loads(result.read_text())
@@ -265,6 +268,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--held-out", type=int, default=8, help="pictures of the first set for validation")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help=f"one or more of {', '.join([*VARIANTS, PAIRED])}")
+    parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="for all variants")
     parser.add_argument("--collect", action="store_true", help="write the results of finished runs, train nothing")
     parser.add_argument("--quick", action="store_true", help="tiny networks, to test that everything runs")
     args = parser.parse_args(arguments)
