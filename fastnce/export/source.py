@@ -19,6 +19,7 @@ from ..config.options import DataOptions
 from ..data import DataError
 from ..data.folder import domain_folders
 from ..methods.checks import channels_of
+from ..translate.exported import about
 from ..translate.load import Loaded, load_generator
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -36,7 +37,8 @@ class Source:
     reverse: it translates from B to A.
     facts: for the model card; each may be missing: "method", "step", "epoch", "seen" (images of each domain), "data" (a
         table of "name", and of "A" and "B", the numbers of training images), "config" (TOML, without folders),
-        "figures" (measured values by name), "direction", "paired_direction".
+        "figures" (measured values by name), "direction", "paired_direction", "about" (of an exported folder, as
+        `fastnce.translate.exported.about` returns).
     factor: both sides of an image must be multiples of it.
     smallest: the smallest side of an image.
     in_channels, out_channels: of the images.
@@ -58,7 +60,7 @@ class Source:
 
 
 def open_source(path: str | os.PathLike[str], generator: str = "", trust_code: bool = False) -> Source:
-    """Load the generator of a run, a checkpoint's folder, an exported folder or a published `.pth` file.
+    """Load the generator of a run, a checkpoint's folder, an exported folder, a published file or a shipped model.
 
     Args:
         path, generator, trust_code: as `fastnce.translate.load_translator` takes them.
@@ -109,6 +111,8 @@ def _facts(loaded: Loaded) -> dict[str, Any]:
     facts: dict[str, Any] = {"direction": loaded.direction, "paired_direction": loaded.paired_direction}
     if loaded.details:  # exported once more
         facts["method"] = str(loaded.details.get("method", ""))
+        if said := about(loaded.details):
+            facts["about"] = said
         return facts | _checked(loaded.details.get("training"))
     if loaded.config is None:
         return facts
