@@ -95,7 +95,6 @@ REFUSED = {
         "has 4 channels, which cannot be made to match the 3 that the network takes (network.in_channels); grey and "
         "colour of 8 or 16 bits can",
     ),
-    "two.npy": (lambda path: np.save(path, levels(2)), "has 2 channels, which cannot be made to match the 3 that"),
     "floats.npy": (lambda path: np.save(path, levels(3) / 65535), "it should hold uint8 or uint16 of shape"),
     "floats.tiff": (
         lambda path: Image.fromarray(levels().astype(np.float32)).save(path),
@@ -154,9 +153,8 @@ def test_an_export_takes_weights_licence_and_card_along(capsys):
     stored, written = (load_file(place / "model.safetensors") for place in (folder("derain"), Path("copy")))
     assert stored.keys() == written.keys()
     assert all(torch.equal(stored[key], written[key]) and stored[key].dtype == written[key].dtype for key in stored)
-    assert main(["export", "derain", "--out", "copy"]) == 0  # once more
-    assert main(["export", "derain", "--out", "wide", "--dtype", "float32"]) == 0
-    assert {tensor.dtype for tensor in load_file("wide/model.safetensors").values()} == {torch.float32}
+    assert main(["export", "derain", "--out", "copy", "--dtype", "float32"]) == 0  # its card may be there
+    assert {tensor.dtype for tensor in load_file("copy/model.safetensors").values()} == {torch.float32}
     assert HubModel.open("derain").card == Path("copy/README.md").read_text(encoding="utf-8")
 
 
@@ -175,6 +173,7 @@ def test_the_demo_shows_the_model_before_it_trains(monkeypatch, capsys):
         raise Training
 
     monkeypatch.setattr(demo, "LONGEST", 96)
+    monkeypatch.setattr(demo, "write_folders", lambda folder: None)  # of the training
     monkeypatch.setattr(demo, "train_run", train)
     with pytest.raises(Training):
         demo.main(["--out", "run"])
