@@ -79,16 +79,17 @@ def show_derain(file: Path) -> str:
     Returns:
         a sentence with PSNR and SSIM of the rainy picture and of the result, on Y.
     """
-    began = time.perf_counter()
     picture = Image.fromarray(photographs()[DUSK][..., :3])
     picture.thumbnail((LONGEST, LONGEST), Image.Resampling.BICUBIC)
     clean = as_tensor(np.asarray(picture))[None]
     rainy = render_rain(clean, RAIN, torch.Generator().manual_seed(0))
+    began = time.perf_counter()
     restored = load_translator("derain", pick_device("auto"))(rainy)
+    seconds = time.perf_counter() - began
     save_grid({"rendered rain": rainy, "by the model derain": restored, "original": clean}, file)
     before, after = (DerainingMetrics().update(x, clean)[0] for x in (rainy, restored))
     return (
-        f"derain, a trained model that comes with fastnce, in {time.perf_counter() - began:.1f} s: PSNR from "
+        f"derain, a trained model that comes with fastnce, in {seconds:.1f} s: PSNR from "
         f"{before['psnr_y']:.2f} to {after['psnr_y']:.2f} dB, SSIM from {before['ssim_y']:.3f} to "
         f"{after['ssim_y']:.3f}. {file} shows rain, result and original."
     )
@@ -105,13 +106,13 @@ def main(arguments: list[str]) -> int:
     args = parser.parse_args(arguments)
     if args.steps < 1:
         raise ValueError(f"--steps must be at least 1, not {args.steps}")
-    began = time.perf_counter()
     folder = args.out / "photographs"
     epochs = f"optim.n_epochs={max(1, args.steps // len(DAY))}"
     config = resolve("fastcut", None, [*SETTINGS, epochs, "optim.n_epochs_decay=0", f"run.minutes={args.minutes}"])
     config.data.dir = str(folder)
     write_folders(folder)
     print(f"{show_derain(args.out / 'derain.png')}\n", flush=True)
+    began = time.perf_counter()
     steps = train_run(config, args.out)
 
     translator = load_translator(args.out, pick_device("auto"))
