@@ -90,8 +90,8 @@ def _main(arguments: list[str]) -> int:
     except OSError as error:
         code = 2
         if error.filename is None and isinstance(error, BrokenPipeError):
-            # The reader of stdout, such as head, has stopped. Except for commands that only print, the
-            # command may not have finished its work: give the exit code of a program that SIGPIPE ends.
+            # The reader of stdout, such as head, has stopped. A command that does more than print may not have finished
+            # its work: give the exit code of a program that SIGPIPE ends.
             code = 0 if arguments[:1] in (["methods"], ["models"], ["runs"]) else 141
         elif error.filename is not None:
             report_error(sentence_of(error), code)
