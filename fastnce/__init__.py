@@ -3,7 +3,7 @@
 from fastnce import PatchNCELoss, PatchSampleF     # drop-in losses
 
 run = fastnce.train("cut", data="DIR", out="RUN")  # the training engine; on the command line: fastnce train
-picture = fastnce.load("RUN").translate(picture)
+picture = fastnce.load("RUN").translate(picture)     # or "derain", a trained model that comes with the package
 fastnce.evaluate("RUN", "TEST")
 """
 
@@ -64,7 +64,7 @@ _PLACES = {"DerainingMetrics": "evaluate"} | dict.fromkeys(
 
 def __getattr__(name: str) -> object:
     """Import a public name at its first use: importing PyTorch takes seconds, during which Ctrl-C must work."""
-    if name in ("data", "evaluate", "kernels", "nce", "networks", "watch"):
+    if name in ("data", "evaluate", "kernels", "models", "nce", "networks", "watch"):
         found: object = _import_module(f"{__name__}.{name}")
     elif name in __all__:
         found = getattr(_import_module(f"{__name__}.{_PLACES.get(name, 'nce')}"), name)

@@ -161,8 +161,8 @@ def load(
     """Load a trained model; its method `translate` takes a PIL image, a NumPy array or a tensor.
 
     Args:
-        source: a run (its folder, or what `train` returned), a checkpoint's folder, an exported folder, or a published
-            `.pth` file.
+        source: a run (its folder, or what `train` returned), a checkpoint's folder, an exported folder, a published
+            `.pth` file, or the name of a model that comes with the package: "derain".
         device: "auto" is the first accelerator, else the CPU.
         generator, tiles, tile_size, trust_code: see `fastnce.translate.load_translator`.
 

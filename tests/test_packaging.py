@@ -55,8 +55,10 @@ def test_every_module_is_inside(built):
         assert relative in inside["sdist"], relative
         in_wheel = f"fastnce/{relative}" if relative.startswith("kernels/") else relative
         assert in_wheel in inside["wheel"], in_wheel
+    models = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fastnce" / "models").glob("*/*.*")}
+    assert {path.rpartition("/")[2] for path in models} >= {"README.md", "config.json", "model.safetensors"}
     for names in inside.values():
-        assert {"fastnce/py.typed", "fastnce/watch/page.css", "fastnce/watch/page.js"} <= names
+        assert {"fastnce/py.typed", "fastnce/watch/page.css", "fastnce/watch/page.js"} | models <= names
     assert not any(name.startswith("kernels/") for name in inside["wheel"])
 
 

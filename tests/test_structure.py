@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     {"kernels"},
     {"common"},
-    {"data", "networks", "nce.impl"},
+    {"data", "models", "networks", "nce.impl"},
     {"evaluate", "nce"},
     {"methods"},
     {"engine"},
@@ -45,6 +45,7 @@ PUBLIC = {
     "fastnce.methods": {"Method", "Batch", "Draws", "Group", "Phase", "NetworkOptions", "option", "PRESETS", "Preset"}
     | {"find_preset", "CUT", "CUTOptions", "CycleGAN", "CycleGANOptions", "DCLGAN", "DCLGANOptions", "SimDCL"}
     | {"SimDCLOptions", "SinCUT", "SinCUTOptions", "DCDGAN", "DCDGANOptions"},
+    "fastnce.models": {"folder", "names"},
     "fastnce.data": {"UnpairedData", "DataError", "build_cache", "find_images", "load_image", "save_image"},
     "fastnce.evaluate": {"DerainingMetrics", "luma", "psnr", "ssim"},
     "fastnce.translate": {"Translator", "load_translator", "translate_files"},

@@ -16,6 +16,7 @@ from ..evaluate.pairs import RAIN_SIDE_HELP, RAIN_SIDES
 from ..evaluate.report import evaluate as measure
 from ..translate.chosen import CHECKPOINTS, chosen_model, last_and_best, step_loaded
 from ..translate.load import load_translator
+from ..translate.named import model_path
 from ..translate.translator import Translator
 from .parsing import (
     EPOCH_HELP,
@@ -35,7 +36,7 @@ from .parsing import (
 def main(arguments: list[str]) -> int:
     """Measure PSNR, SSIM and FID of a model, or of the inputs themselves, on a test set."""
     parser = command_parser("evaluate", main)
-    parser.add_argument("model", type=Path, nargs="?", metavar="RUN|FILE.pth", help=MODEL_HELP)
+    parser.add_argument("model", type=model_path, nargs="?", metavar="RUN|FILE.pth|NAME", help=MODEL_HELP)
     parser.add_argument(
         "--data", type=Path, required=True, metavar="TEST", help="folder with rain/ and norain/, or testA and testB"
     )

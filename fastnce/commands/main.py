@@ -28,6 +28,7 @@ from . import (
     export,
     import_options,
     methods,
+    models,
     push,
     rain,
     report,
@@ -52,6 +53,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "doctor": doctor.main,
     "bench": bench.main,
     "methods": methods.main,
+    "models": models.main,
     "runs": runs.main,
 }
 
@@ -88,9 +90,9 @@ def _main(arguments: list[str]) -> int:
     except OSError as error:
         code = 2
         if error.filename is None and isinstance(error, BrokenPipeError):
-            # The reader of stdout, such as head, has stopped. Except for `methods` and `runs`, which only print, the
-            # command may not have finished its work: give the exit code of a program that SIGPIPE ends.
-            code = 0 if arguments[:1] in (["methods"], ["runs"]) else 141
+            # The reader of stdout, such as head, has stopped. A command that does more than print may not have finished
+            # its work: give the exit code of a program that SIGPIPE ends.
+            code = 0 if arguments[:1] in (["methods"], ["models"], ["runs"]) else 141
         elif error.filename is not None:
             report_error(sentence_of(error), code)
         elif getattr(sys.stdout, "write_through", False):  # unbuffered: flushing cannot reveal the error again

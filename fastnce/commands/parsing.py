@@ -9,10 +9,14 @@ from typing import NoReturn
 
 from ..common.messages import nearest
 from ..common.streams import report_error
+from ..models import names
 from ..published.hints import published_words
 
 GENERATOR_HELP = "for a method with two generators: G_A (A to B, default) or G_B"
-MODEL_HELP = "a run, a checkpoint folder, an exported folder or a published file"
+MODEL_HELP = (
+    "a run, a checkpoint folder, an exported folder, a published file, or the name of a model that comes with fastnce: "
+    f"{', '.join(names())}"
+)
 TILES_HELP = "auto (default): whole pictures, or exact tiles if memory is too small; exact, fast: always tiles"
 EPOCH_HELP = "of a run: the checkpoint that was kept for an epoch (run.keep_epochs), the best, or the last (default)"
 NUM_HELP = "take so many pictures at most, in the order of their names; default: all (test.py takes 50)"

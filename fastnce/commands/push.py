@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from ..export import DTYPES
 from ..hub import push
 from ..translate.chosen import chosen_model
-from .parsing import EPOCH_HELP, GENERATOR_HELP, TRUST_HELP, command_parser
+from ..translate.named import model_path
+from .parsing import EPOCH_HELP, GENERATOR_HELP, MODEL_HELP, TRUST_HELP, command_parser
 
-RUN_HELP = "a run, a checkpoint folder, an exported folder or a published .pth file"
 DTYPE_HELP = "of the uploaded weights: float32, float16 or bfloat16; default: float32, or as an export has them"
 
 
 def main(arguments: list[str]) -> int:
     """Upload a generator to the Hugging Face Hub: model.safetensors, config.json and a model card."""
     parser = command_parser("push", main)
-    parser.add_argument("run", type=Path, metavar="RUN|DIR|FILE.pth", help=RUN_HELP)
+    parser.add_argument("run", type=model_path, metavar="RUN|DIR|FILE.pth", help=MODEL_HELP)
     parser.add_argument("name", metavar="USER/NAME", help="of the model on the hub; it is created if there is none")
     parser.add_argument("--private", action="store_true", help="a new model is private; default: public")
     parser.add_argument("--generator", default="", help=GENERATOR_HELP)

@@ -16,6 +16,7 @@ from ..translate.chosen import chosen_model
 from ..translate.files import FORMATS, translate_files
 from ..translate.index import Index
 from ..translate.load import load_translator
+from ..translate.named import model_path
 from .parsing import (
     EPOCH_HELP,
     GENERATOR_HELP,
@@ -37,9 +38,9 @@ LOAD_SIZE_HELP = "resize pictures to N x N first, as test.py does (there N is 25
 
 
 def main(arguments: list[str]) -> int:
-    """Translate pictures of any size with a run, a checkpoint or a published .pth file."""
+    """Translate pictures of any size with a run, a published .pth file or a model that comes with fastnce."""
     parser = command_parser("translate", main)
-    parser.add_argument("model", type=Path, metavar="RUN|FILE.pth", help=MODEL_HELP)
+    parser.add_argument("model", type=model_path, metavar="RUN|FILE.pth|NAME", help=MODEL_HELP)
     parser.add_argument("source", type=Path, nargs="+", metavar="IMAGE|DIR", help="pictures, and folders of them")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR|FILE", help=OUT_HELP)
     parser.add_argument("--generator", default="", help=GENERATOR_HELP)

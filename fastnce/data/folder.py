@@ -250,10 +250,7 @@ def match_channels(image: Image.Image, head: Head, channels: int, path: Path) ->
         image = image.convert("L")
     bands = len(image.getbands())
     if bands != channels:
-        raise DataError(
-            f"{path} has {bands} channels ({image.mode}), which cannot be made to match the {channels} of "
-            f"network.in_channels"
-        )
+        raise DataError(f"{path} has {bands} channels ({image.mode}), {_unlike(channels)}")
     return np.array(image).reshape(image.height, image.width, channels)
 
 
@@ -287,7 +284,12 @@ def _match_array(array: np.ndarray, channels: int, path: Path) -> np.ndarray:
     if bands == 3 and channels == 1:  # PIL's fixed-point luma, so that 8 bits agree with mode L
         luma = (array.astype(np.uint64) * np.array([19595, 38470, 7471], np.uint64)).sum(2, keepdims=True)
         return ((luma + 0x8000) >> 16).astype(array.dtype)
-    raise DataError(f"{path} has {bands} channels, which cannot be made to match the {channels} of network.in_channels")
+    raise DataError(f"{path} has {bands} channels, {_unlike(channels)}")
+
+
+def _unlike(channels: int) -> str:
+    fits = "; grey and colour of 8 or 16 bits can" if channels in (1, 3) else ""
+    return f"which cannot be made to match the {channels} that the network takes (network.in_channels){fits}"
 
 
 def resize_picture(picture: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -15,11 +15,11 @@ from typing import Any
 from .. import __version__
 from ..common.imports import is_import_path
 from ..common.messages import counted
-from ..translate.exported import CONFIG, LARGEST, READABLE, VERSION
+from ..translate.exported import CARD, CONFIG, LARGEST, READABLE, VERSION, is_exported
 from .source import Source, without_folders
 from .usage import graph_usage
 
-LICENCE = "license: unknown  # replace: such as apache-2.0, mit, cc-by-nc-4.0, or other with license_name, license_link"
+UNKNOWN = "license: unknown  # replace: such as apache-2.0, mit, cc-by-nc-4.0, or other with license_name, license_link"
 """The field to fill. `unknown` is a value that the hub accepts."""
 
 
@@ -52,6 +52,7 @@ def details(source: Source, format: str, files: Sequence[str], dtype: str) -> di
         "weights": {"dtype": dtype},
         "direction": facts.get("direction", "AtoB"),
         "paired_direction": facts.get("paired_direction", "AtoB"),
+        **({"about": facts["about"]} if "about" in facts else {}),
         "training": {key: facts[key] for key in _TRAINING if key in facts},
     }
 
@@ -71,20 +72,20 @@ def card(source: Source, format: str, files: Sequence[str], dtype: str, checked:
         format, files, dtype: as `details` takes them.
         checked: a sentence about what was compared after writing; empty: none.
     """
-    facts = source.facts
+    facts, about = source.facts, source.facts.get("about", {})
     title = _line(facts.get("method") or "an image translation")
     parts = [
         _front_matter(source),
         f"# A generator of {title}\n",
-        "Replace this line: what the model translates, from which pictures to which.\n",
+        _line(about.get("what") or "Replace this line: what the model translates, from which pictures to which.")
+        + "\n",
         _table(source, format, files, dtype),
         checked and f"{checked}\n",
         "" if source.own and format in READABLE else _usage(format, files),  # its weights need its code
         _training(facts),
         _figures(facts),
         _configuration(facts),
-        "## Licence\n\nNot stated yet: write it into the field `license` at the top of this file, and say here whose "
-        "pictures the model was trained on.\n",
+        _licence(about),
     ]
     return sealed("\n".join(part for part in parts if part))
 
@@ -117,12 +118,20 @@ def read_card(file: Path) -> str:
         return opened.read(LARGEST).decode("utf-8", "replace")
 
 
+def edited_card(folder: Path) -> str:
+    """The README.md of an exported folder that somebody has edited; empty for other sources and other cards."""
+    text = read_card(folder / CARD) if is_exported(folder) else ""
+    return "" if is_untouched(text) else text
+
+
 def _front_matter(source: Source) -> str:
     method = source.facts.get("method", "")
     tags = ["fastnce", "unpaired-image-translation"]
     if isinstance(method, str) and method and not is_import_path(method):
         tags.append(method)
-    lines = ["---", "library_name: fastnce", "pipeline_tag: image-to-image", LICENCE, "tags:"]
+    known = str(source.facts.get("about", {}).get("license", ""))
+    licence = f"license: {known}" if re.fullmatch(r"[a-z0-9][a-z0-9.-]*", known) else UNKNOWN
+    lines = ["---", "library_name: fastnce", "pipeline_tag: image-to-image", licence, "tags:"]
     return "\n".join([*lines, *(f"- {json.dumps(tag)}" for tag in tags), "---", ""])
 
 
@@ -179,6 +188,16 @@ def _figures(facts: dict[str, Any]) -> str:
 def _configuration(facts: dict[str, Any]) -> str:
     text = facts.get("config")
     return f"## Configuration\n\n```toml\n{text}```\n" if text and "```" not in text else ""
+
+
+def _licence(about: dict[str, str]) -> str:
+    if "license" not in about:
+        return (
+            "## Licence\n\nNot stated yet: write it into the field `license` at the top of this file, and say here "
+            "whose pictures the model was trained on.\n"
+        )
+    trained = f" Trained on {_line(about['trained_on'])}." if "trained_on" in about else ""
+    return f"## Licence\n\n{_line(about['license'])}.{trained}\n"
 
 
 def _rows(head: tuple[str, str], rows: Sequence[tuple[str, Any]]) -> str:

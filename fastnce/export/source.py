@@ -18,7 +18,10 @@ from ..config import Config
 from ..config.options import DataOptions
 from ..data import DataError
 from ..data.folder import domain_folders
+from ..methods import NetworkOptions
 from ..methods.checks import channels_of
+from ..networks.contracts import fitting_side
+from ..translate.exported import about, network_options
 from ..translate.load import Loaded, load_generator
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -31,12 +34,13 @@ class Source:
 
     network: in eval mode on the CPU, in float32. Of a run with averaged weights, it has the average.
     name: "G", "G_A" or "G_B".
-    options: the options that build it (`fastnce.translate.exported.NETWORK_KEYS`); None for a published file and for a
-        user's own method.
+    options: the options that build it (`fastnce.translate.exported.NETWORK_KEYS`); None for a published file, and for a
+        user's own method unless it translates with the generator of these options alone.
     reverse: it translates from B to A.
     facts: for the model card; each may be missing: "method", "step", "epoch", "seen" (images of each domain), "data" (a
         table of "name", and of "A" and "B", the numbers of training images), "config" (TOML, without folders),
-        "figures" (measured values by name), "direction", "paired_direction".
+        "figures" (measured values by name), "direction", "paired_direction", "about" (of an exported folder, as
+        `fastnce.translate.exported.about` returns).
     factor: both sides of an image must be multiples of it.
     smallest: the smallest side of an image.
     in_channels, out_channels: of the images.
@@ -58,7 +62,7 @@ class Source:
 
 
 def open_source(path: str | os.PathLike[str], generator: str = "", trust_code: bool = False) -> Source:
-    """Load the generator of a run, a checkpoint's folder, an exported folder or a published `.pth` file.
+    """Load the generator of a run, a checkpoint's folder, an exported folder, a published file or a shipped model.
 
     Args:
         path, generator, trust_code: as `fastnce.translate.load_translator` takes them.
@@ -70,19 +74,37 @@ def open_source(path: str | os.PathLike[str], generator: str = "", trust_code: b
     network = loaded.network.eval().requires_grad_(False)
     factor = int(getattr(network, "factor", 1))
     channels = channels_of(network)
+    options, own = loaded.options, _own(loaded.config)
+    if options is None and loaded.config is not None and _builds(loaded.config.network, network, loaded.reverse):
+        options, own = network_options(loaded.config.network), ""  # the user's own method trained our network
     return Source(
         network,
         loaded.name,
-        loaded.options,
+        options,
         loaded.reverse,
         _facts(loaded),
         factor,
         int(getattr(network, "smallest", factor)),
         channels,
         int(getattr(network, "out_channels", channels)),
-        _own(loaded.config),
+        own,
         _stored_dtype(loaded.details),
     )
+
+
+def _builds(options: NetworkOptions, network: nn.Module, reverse: bool) -> bool:
+    """Whether options build a network: its class, its weights' names and shapes, and what it computes on an image."""
+    if is_import_path(options.generator):
+        return False
+    twin = options.build_generator(reverse).eval()
+    weights, shapes = network.state_dict(), {key: tensor.shape for key, tensor in twin.state_dict().items()}
+    if type(twin) is not type(network) or {key: tensor.shape for key, tensor in weights.items()} != shapes:
+        return False
+    twin.load_state_dict(weights)
+    side = fitting_side(64, int(getattr(network, "factor", 1)), int(getattr(network, "smallest", 1)))
+    probe = torch.rand(1, channels_of(network), side, side) * 2 - 1
+    with torch.no_grad():
+        return torch.equal(twin(probe), network(probe))
 
 
 def weights_of(source: Source, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
@@ -109,6 +131,8 @@ def _facts(loaded: Loaded) -> dict[str, Any]:
     facts: dict[str, Any] = {"direction": loaded.direction, "paired_direction": loaded.paired_direction}
     if loaded.details:  # exported once more
         facts["method"] = str(loaded.details.get("method", ""))
+        if said := about(loaded.details):
+            facts["about"] = said
         return facts | _checked(loaded.details.get("training"))
     if loaded.config is None:
         return facts

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from ..export import Source, open_source, write_safetensors
-from ..export.card import is_untouched, read_card
+from ..export.card import edited_card, is_untouched, read_card
 from ..translate import Translator
 from ..translate.exported import CARD, CONFIG, WEIGHTS, is_exported
+from ..translate.named import locate
 from .mixin import check_name, mixed, one_sentence, reading_config
 
 
@@ -44,13 +45,13 @@ class HubModel:
         trust_code: bool = False,
         device: str | torch.device = "cpu",
     ) -> HubModel:
-        """Load a run, a checkpoint, an exported folder (with its README.md) or a published `.pth` file.
+        """Load a run, a checkpoint, an exported folder (with its README.md), a published file or a shipped model.
 
         Raises:
             ValueError: there is none, or it is damaged.
         """
-        source = open_source(path, generator, trust_code)
-        return cls(source, _card_of(Path(path)), device)
+        path = locate(path)
+        return cls(open_source(path, generator, trust_code), edited_card(path), device)
 
     @classmethod
     def from_pretrained(
@@ -190,12 +191,6 @@ def push(
     check_name(repo_id)
     model = HubModel.open(path, generator, trust_code=trust_code)
     return model.push_to_hub(repo_id, private=private, token=token, branch=branch, dtype=dtype)
-
-
-def _card_of(path: Path) -> str:
-    """The README.md of an exported folder; empty for other sources, and for a card that nobody has edited."""
-    text = read_card(path / CARD) if is_exported(path) else ""
-    return "" if is_untouched(text) else text
 
 
 def _keeps_card(repo_id: str, token: str | None, branch: str | None) -> bool:

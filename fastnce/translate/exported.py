@@ -26,6 +26,8 @@ from ..networks.published import fitting, load_weights, network_from_weights, od
 VERSION = 1
 """Of the format of config.json."""
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+ABOUT = ("what", "trained_on", "license")
+"""What "about" in config.json may say, each in one line: what the model does, its training pictures, its licence."""
 LARGEST = 2**20
 """Bytes. A larger config.json is not read."""
 READABLE = ("safetensors", "published")
@@ -149,6 +151,14 @@ _KINDS: dict[str, tuple[Any, str]] = {
     "network": (dict | None, "a table of network options, or null"),
     "reverse": (bool, "true or false"),
 }
+
+
+def about(details: dict[str, Any]) -> dict[str, str]:
+    """What config.json says of a model in words: those of `ABOUT` that are there, each as one line."""
+    said = details.get("about")
+    said = said if isinstance(said, dict) else {}
+    lines = {key: " ".join(said[key].split()) for key in ABOUT if isinstance(said.get(key), str)}
+    return {key: line for key, line in lines.items() if line}
 
 
 def _check_network(values: dict[str, Any], path: Path) -> None:

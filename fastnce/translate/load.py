@@ -1,4 +1,4 @@
-"""Load a translator from a run, a checkpoint or a published file."""
+"""Load a translator from a run, a checkpoint, an export or a published file, or by the name of a shipped model."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from ..config.build import build_method
 from ..config.options import exchanges_pairs
 from ..config.stored import from_dict
 from ..engine.checkpoint import open_checkpoint
-from ..engine.stored import follow, load_generators, missing, using
+from ..engine.stored import follow, load_generators, using
 from ..methods.base import Method
 from ..methods.checks import channels_of
 from ..methods.translation import translation_of
 from ..networks.contracts import fitting_side
 from ..networks.published import load_weights, network_from_weights, read_weights
 from .exported import is_exported, network_options, read_folder
+from .named import absent, locate
 from .translator import Tiles, Translator
 
 
@@ -41,7 +42,8 @@ def load_translator(
     """Load a translator from a run, a checkpoint's folder, an exported folder or a published `.pth` file.
 
     Args:
-        source: the path; the pointers RUN/checkpoints/best and latest are followed. An exported folder is one that
+        source: the path, or the name of a model that comes with the package, such as "derain"; a path that exists
+            comes first. The pointers RUN/checkpoints/best and latest are followed. An exported folder is one that
             `fastnce export --format safetensors` or `published` wrote; weights of 16 bits are computed in float32.
         generator: for a method with two generators, "G_A" (A to B, the default) or "G_B".
         device, tiles, tile_size, say: see `Translator`.
@@ -86,7 +88,7 @@ class Loaded:
 
 def load_generator(source: str | os.PathLike[str], generator: str = "", *, trust_code: bool = False) -> Loaded:
     """Load a generator on the CPU; arguments and errors are those of `load_translator`."""
-    source = follow(Path(source))
+    source = follow(locate(source))
     if is_exported(source):
         found = read_folder(source, generator)
         d = found.details
@@ -95,7 +97,7 @@ def load_generator(source: str | os.PathLike[str], generator: str = "", *, trust
     if source.is_dir():
         return _of_run(source, generator, trust_code)
     if not source.exists():
-        raise ValueError(missing(source))
+        raise ValueError(absent(source))
     if generator:
         raise ValueError(f"{source} holds one generator, so there is no {generator!r} to choose: name the file itself")
     network = network_from_weights(read_weights(source), str(source))

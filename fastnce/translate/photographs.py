@@ -98,6 +98,8 @@ def write_photograph(result: Tensor, path: str | os.PathLike[str], source: Photo
     suffix, channels = path.suffix.lower(), result.shape[0]
     deep = bits == 16 or (bits is None and source.bits == 16 and _holds_16(suffix, channels))
     alpha = source.alpha if suffix in ALPHA and channels in (1, 3) else None
+    if bits is None and source.bits == 16 and not deep:
+        warn_of_file("16 bits are written as 8 (PIL writes 16 only as grey PNG or TIFF; --format npy keeps them)", path)
     if deep and alpha is not None:
         alpha = None
         warn_of_file("16 bits are written without alpha, which PIL does not support (--bits 8 keeps it)", path)

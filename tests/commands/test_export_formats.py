@@ -187,7 +187,7 @@ def test_published_needs_all_networks(run, tmp_path, capsys):
     assert main(["export", str(run), "--out", str(tmp_path / "two"), "--format", "safetensors"]) == 0
     for source in (tmp_path / "one", tmp_path / "one" / "latest_net_G_A.pth", tmp_path / "two"):
         capsys.readouterr()
-        assert main(["export", str(source), "--out", str(tmp_path / "out")]) == 2
+        assert main(["export", str(source), "--out", str(tmp_path / "out"), "--format", "published"]) == 2
         assert f"needs a run, which has all networks: {source} holds" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 

@@ -275,7 +275,7 @@ def bad_pictures(folder):
         "gone.png": "there is no file",
         "float.tif": "32-bit floats",
         "deep.tif": "holds 32-bit signed integers",
-        "five.npy": "has 5 channels, which cannot be made to match the 3 of network.in_channels",
+        "five.npy": "has 5 channels, which cannot be made to match the 3 that the network takes",
         "float.npy": r"holds float64 of shape \(8, 8\)",
         "none.npy": "no pixels",
         "cut.npy": "cannot be decoded",
@@ -289,7 +289,8 @@ def test_the_error_of_each_kind_of_bad_file(tmp_path):
         assert str(tmp_path / name) in str(caught.value)
         assert "\n" not in str(caught.value)
     with pytest.raises(
-        DataError, match=r"3 channels \(RGB\), which cannot be made to match the 4 of network.in_channels"
+        DataError,
+        match=r"3 channels \(RGB\), which cannot be made to match the 4 that the network takes",
     ):
         read_picture(tmp_path / "ok.png", 4)
 

@@ -81,6 +81,24 @@ def test_a_card_of_a_file_of_which_nothing_is_known():
         assert f"## {title}" not in text
 
 
+def test_what_a_model_is_said_to_be_goes_along():
+    """As an exported folder says it in config.json."""
+    about = {"what": "removes rain", "trained_on": "photographs <of> mine", "license": "apache-2.0"}
+    source = made(**FACTS, about=about)
+    text = card(source, "onnx", ["model.onnx"], "float32")
+    assert hub_data(text)["license"] == "apache-2.0"
+    assert "\nremoves rain\n" in text
+    assert "## Licence\n\napache-2.0. Trained on photographs &lt;of> mine.\n" in text
+    assert "Replace this line" not in text
+    assert details(source, "onnx", ["model.onnx"], "float32")["about"] == about
+
+
+def test_a_licence_that_the_hub_would_not_read_is_stated_below():
+    text = card(made(about={"license": "ask me\nfirst: now"}), "safetensors", FILES, "float32")
+    assert hub_data(text)["license"] == "unknown"
+    assert "## Licence\n\nask me first: now.\n" in text
+
+
 def test_a_format_that_fastnce_does_not_read_again_has_no_example():
     assert "fastnce.load(" in card(made(), "safetensors", FILES, "float32")
     assert "fastnce.load(" not in card(made(), "onnx", ["model.onnx"], "float32")

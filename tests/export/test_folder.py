@@ -144,6 +144,34 @@ def test_a_generator_of_the_users_own(data, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+OWN_METHODS = {
+    "Plain": "",  # it translates with the generator that network.* describes
+    "Darker": "\n    def translate(self, a):\n        return self.generator(a) * 0.5\n",
+    "Changed": "\n    def __init__(self, options, network):\n        super().__init__(options, network)\n"
+    "        for layer in self.generator.modules():\n            if hasattr(layer, 'eps'):\n"
+    "                layer.eps = 0.5\n",
+}
+
+
+@pytest.mark.parametrize("name", OWN_METHODS)
+def test_a_method_of_the_users_own(name, data, tmp_path):
+    head = f"from fastnce.methods import CUT, CUTOptions\n\n\nclass {name}(CUT):\n    Options = CUTOptions\n"
+    (tmp_path / "mine.py").write_text(head + OWN_METHODS[name])
+    arguments = tiny(data, tmp_path / "run", "--quiet", "run.steps=1")
+    arguments[1] = f"{tmp_path / 'mine.py'}:{name}"
+    assert main(arguments) == 0
+    source = open_source(tmp_path / "run", trust_code=True)
+    if name != "Plain":
+        with pytest.raises(ValueError, match=rf"G is code of its own, .*mine\.py:{name}, which config\.json cannot "):
+            write_safetensors(source, tmp_path / "out")
+        return
+    write_safetensors(source, tmp_path / "out")
+    picture = torch.rand(1, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        assert torch.equal(open_source(tmp_path / "out").network(picture), source.network(picture))
+    assert open_source(tmp_path / "out").facts["method"] == "mine.py:Plain"
+
+
 def test_weights_that_16_bits_cannot_hold():
     source = made()
     with torch.no_grad():

@@ -175,7 +175,10 @@ def test_a_run_and_its_export_translate_alike(folder, tmp_path, capsys):
     assert load_published({"D": network}, out) == ["D"]
     capsys.readouterr()
     for arguments, wanted in (
-        (["export", str(out / "latest_net_G.pth"), "--out", str(tmp_path / "x")], "needs a run"),
+        (
+            ["export", str(out / "latest_net_G.pth"), "--out", str(tmp_path / "x"), "--format", "published"],
+            "needs a run",
+        ),
         (["export", str(run), "--out", str(out / "latest_net_G.pth")], "a file is in the way"),
         (["export", str(run), "--out", str(tmp_path / "x"), "--label", "a/b"], "label must be"),
         (["translate", str(out / "latest_net_G.pth"), str(picture), "--out", str(run), "--generator", "G_B"], "'G_B'"),
