@@ -25,9 +25,9 @@ class Series(NamedTuple):
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Return two to five round numbers from `low` to `high`: multiples of 1, 2 or 5 times a power of ten."""
-    power = 10.0 ** math.floor(math.log10((high - low) / 4))
-    unit = next(u * power for u in (1, 2, 5, 10) if (high - low) / (u * power) <= 4)
+    """Return two to six round numbers from `low` to `high`: multiples of 1, 2 or 5 times a power of ten."""
+    power = 10.0 ** math.floor(math.log10((high - low) / 5))
+    unit = next(u * power for u in (1, 2, 5, 10) if (high - low) / (u * power) <= 5)
     return [round(i * unit, 12) for i in range(math.ceil(low / unit - 1e-9), math.floor(high / unit + 1e-9) + 1)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import statistics
@@ -15,6 +16,8 @@ from fastnce.export.source import without_folders
 from fastnce.translate.translator import Translator
 from fastnce.watch.reading import read_facts
 
+GRID = 16
+"""The most pictures of grid.jpg."""
 OWN = ("dir", "cache_dir", "track_dir")
 """Keys of a configuration that tell of the machine and not of the training."""
 
@@ -102,19 +105,58 @@ def table_of(facts: dict[str, Any]) -> str:
     return "\n".join([*lines, "", "```bash", facts["command"], "```"])
 
 
-def replace_table(page: Path, name: str, facts: dict[str, Any] | None) -> None:
-    """Write the table of facts between the lines `<!-- facts: NAME -->` and `<!-- facts: end -->` of a page.
+def marks_of(out: Path) -> tuple[str, str]:
+    """The lines around the section of a run in a page."""
+    return f"<!-- run: {out.name} -->\n", "<!-- run: end -->"
 
-    Args:
-        facts: as `facts_of` returns; None only checks that the page has these lines.
+
+def check_page(page: Path, out: Path) -> None:
+    """Raise ValueError if `write_section` cannot write to a page."""
+    if page.is_dir() or not page.parent.is_dir():
+        raise ValueError(f"{page} should be a Markdown page in a folder that exists")
+    begin, end = marks_of(out)
+    _, found, rest = (page.read_text(encoding="utf-8") if page.exists() else "").partition(begin)
+    if found and end not in rest:
+        raise ValueError(f"{page} has {begin.strip()}, and no {end} after it")
+
+
+def write_section(page: Path, out: Path, title: str, facts: dict[str, Any]) -> None:
+    """Show a run in a Markdown page, between the lines `<!-- run: NAME -->` and `<!-- run: end -->`.
+
+    NAME is that of the folder `out`. If the page has these lines, what is between them is replaced. Otherwise a section
+    with this title is added at its end. Text around the lines stays.
 
     Raises:
-        ValueError: the page has no such lines.
+        ValueError: see `check_page`.
     """
-    begin, end = f"<!-- facts: {name} -->\n", "<!-- facts: end -->"
-    before, found, rest = page.read_text(encoding="utf-8").partition(begin)
-    _, ended, after = rest.partition(end)
-    if not (found and ended):
-        raise ValueError(f"{page} should hold the lines {begin.strip()} and {end}")
-    if facts is not None:
-        write_whole(page, f"{before}{begin}{table_of(facts)}\n{end}{after}".encode())
+    check_page(page, out)
+    begin, end = marks_of(out)
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
+    if begin not in text:
+        text = f"{text.rstrip()}\n\n## {title}\n\n{begin}{end}\n".lstrip()
+    before, _, rest = text.partition(begin)
+    after = rest.partition(end)[2]
+    folder = Path(os.path.relpath(out, page.parent)).as_posix()
+    write_whole(page, f"{before}{begin}{section_of(facts, folder)}\n{end}{after}".encode())
+
+
+def section_of(facts: dict[str, Any], folder: str) -> str:
+    """Write the pictures, the facts, the command and the files of a run as Markdown.
+
+    Args:
+        folder: of the files, as the page links to it.
+    """
+    pictures = facts["pictures"]
+    if facts["images_are_crops"]:
+        over_time = "The whole picture over the steps, and the target:"
+        newest = f"Input, output after step {facts['steps']:,}, and target:"
+    else:
+        count = min(GRID, pictures["inputs"])
+        over_time = "The first test pictures, in sorted order, over the steps:"
+        newest = f"The first {count} test pictures, in sorted order, unpicked, after step {facts['steps']:,}:"
+    shown = f"![Pictures over the steps]({folder}/strip.jpg)", f"![Inputs and outputs]({folder}/grid.jpg)"
+    losses = f"![The curves of the losses]({folder}/losses.svg)"
+    names = ("metrics.csv", "checkpoints.csv", "facts.json")
+    files = ", ".join(f"[{name}]({folder}/{name})" for name in names)
+    parts = [over_time, shown[0], newest, shown[1], table_of(facts), losses, f"All numbers: {files}."]
+    return "\n\n".join(parts)

@@ -13,7 +13,7 @@ checkpoints.csv  the newest checkpoint and those that the run keeps: step, featu
 facts.json       machine, versions, seed, command, steps, images, speed, hours, parameters
 
 Of a run of single pictures (SinCUT), strip.jpg and grid.jpg show the whole picture, its translations and the target.
-With `--page`, the facts replace the table between the markers of OUT's name in a Markdown page.
+With `--page`, a section of a Markdown page shows them. It is made once, and replaced from then on.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import argparse
 import csv
 import io
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ if __name__ == "__main__":
 from benchmarks.machine import facts as machine_facts
 from experiments.curves import Series, draw_curves
 from experiments.distances import feature_distances
-from experiments.run_facts import facts_of, replace_table, table_of
+from experiments.run_facts import GRID, check_page, facts_of, table_of, write_section
 from experiments.sheets import Cell, draw_sheet, jpeg, to_image
 from fastnce.api import Run
 from fastnce.common.writing import check_folder, write_whole
@@ -51,7 +52,7 @@ from fastnce.watch.reading import check_is_run, stored_config
 from fastnce.watch.series import Metrics
 from fastnce.watch.strips import layout
 
-MOMENTS, STRIP_ROWS, GRID, PAIRS_PER_ROW = 7, 4, 16, 4
+MOMENTS, STRIP_ROWS, PAIRS_PER_ROW = 7, 4, 4
 WHOLE_SIDE, WHOLE_PER_ROW = 400, 3
 """Of a run of single pictures: the longest side in a sheet in pixels, and the cells of a row."""
 FILES = ("strip.jpg", "grid.jpg", "losses.svg", "metrics.csv", "checkpoints.csv", "facts.json")
@@ -125,7 +126,7 @@ def sampled(run: Run, pictures: Pictures, rows: int) -> dict[int, list[tuple[Ima
     are left out.
     """
     height, width = pictures.input(0).shape[1:]
-    grids = {int(path.stem.removeprefix("step-")): path for path in run.samples}
+    grids = {int(match[1]): path for path in run.samples if (match := re.fullmatch(r"step-(\d+)", path.stem))}
     found = {}
     for step in spread_evenly(sorted(grids), MOMENTS):
         with Image.open(grids[step]) as grid:
@@ -249,7 +250,7 @@ def show(folder: Path, data: Path, out: Path, *, features: bool = True) -> dict[
         facts["distances_of_the_inputs"] = untranslated
     drawn = machine_facts(torch.device("cpu"))
     facts["drawn"] = {key: drawn[key] for key in ("date", "commit", "fastnce", "torch", "python", "cpu")}
-    title = f"{facts['method']}, {data.name}, {facts['steps']:,} steps"
+    title = f"{facts['method']}, {data.resolve().name}, {facts['steps']:,} steps"
     texts = {
         "losses.svg": draw_losses(folder, rows, title),
         "metrics.csv": csv_text(run.metrics),
@@ -272,15 +273,17 @@ def main(arguments: list[str] | None = None) -> int:
         "--data", type=Path, required=True, help="folder with testA and testB; of SinCUT: trainA, trainB"
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the files")
-    parser.add_argument("--page", type=Path, metavar="FILE.md", help="replace the table of facts in this page")
+    parser.add_argument("--page", type=Path, metavar="FILE.md", help="show the run in a section of this page")
+    parser.add_argument("--title", default="", help="of a new section; default: METHOD on DATA")
     parser.add_argument("--no-features", action="store_true", help="measure no feature distance, which takes minutes")
     args = parser.parse_args(arguments)
     try:
         if args.page is not None:
-            replace_table(args.page, args.out.name, None)
+            check_page(args.page, args.out)
         facts = show(args.run, args.data, args.out, features=not args.no_features)
         if args.page is not None:
-            replace_table(args.page, args.out.name, facts)
+            title = args.title or f"{facts['method']} on {args.data.resolve().name}"
+            write_section(args.page, args.out, title, facts)
     except (ValueError, OSError) as error:
         print(f"showcase: {error}", file=sys.stderr)
         return 2

@@ -17,7 +17,7 @@ from PIL import Image
 import fastnce
 from experiments import distances, showcase
 from experiments.curves import Series, draw_curves, smooth, ticks
-from experiments.run_facts import command_of, table_of
+from experiments.run_facts import command_of, section_of, write_section
 from experiments.sheets import LARGEST, LINE, MARGIN, jpeg
 from experiments.showcase import FILES, spread_evenly
 from fastnce.commands import main as commands
@@ -231,18 +231,25 @@ def test_a_mistake_gets_one_sentence(run, data, change, message, tmp_path, capsy
     assert not (tmp_path / "out").is_dir()
 
 
-def test_a_page_gets_the_table(run, data, tmp_path, capsys):
-    page = tmp_path / "page.md"
-    page.write_text("before\n")
-    command = [str(run), "--data", str(data), "--out", str(tmp_path / "tiny"), "--no-features", "--page", str(page)]
-    assert showcase.main(command) == 2
-    assert "should hold the lines <!-- facts: tiny --> and <!-- facts: end -->" in capsys.readouterr().err
-    page.write_text("before\n<!-- facts: tiny -->\nold\n<!-- facts: end -->\nafter\n")
-    assert showcase.main(command) == 0
-    facts = json.loads((tmp_path / "tiny" / "facts.json").read_text())
-    table = table_of(facts)
-    assert page.read_text() == f"before\n<!-- facts: tiny -->\n{table}\n<!-- facts: end -->\nafter\n"
-    assert "| steps | 6; 6 images of each domain |" in table
+def test_a_page_gets_a_section_once(run, data, tmp_path, capsys):
+    page, out = tmp_path / "page.md", tmp_path / "results" / "tiny"
+    page.write_text("# Results\n")
+    command = [str(run), "--data", str(data), "--out", str(out), "--no-features", "--page", str(page)]
+    assert showcase.main([*command, "--title", "Tiny pictures"]) == 0
+    facts = json.loads((out / "facts.json").read_text())
+    body = section_of(facts, "results/tiny")
+    assert "(results/tiny/strip.jpg)" in body
+    assert "| steps | 6; 6 images of each domain |" in body
+    begin, end = "<!-- run: tiny -->", "<!-- run: end -->"
+    assert page.read_text() == f"# Results\n\n## Tiny pictures\n\n{begin}\n{body}\n{end}\n"
+    page.write_text(f"Before.\n{begin}\nold\n{end}\nAfter.\n")
+    write_section(page, out, "unused", facts)
+    assert page.read_text() == f"Before.\n{begin}\n{body}\n{end}\nAfter.\n"
+    page.write_text(f"{begin}\nold\n")
+    with pytest.raises(ValueError, match=f"page.md has {begin}, and no {end} after it"):
+        write_section(page, out, "unused", facts)
+    assert showcase.main([*command[:-1], str(tmp_path)]) == 2
+    assert "should be a Markdown page in a folder that exists" in capsys.readouterr().err
 
 
 def test_a_large_sheet_is_made_to_fit():
@@ -264,7 +271,7 @@ def test_curves_are_smoothed_and_drawn_to_scale():
     assert smooth(values).tolist() == pytest.approx(values.tolist())  # a line stays a line, also at its ends
     assert smooth([0, 3, 0]).tolist() == [0, 1, 0]
     assert ticks(0, 20_000) == [0, 5_000, 10_000, 15_000, 20_000]
-    assert ticks(0.13, 0.52) == [0.2, 0.3, 0.4, 0.5]
+    assert ticks(0.09, 0.93) == [0.2, 0.4, 0.6, 0.8]
     drawn = draw_curves([Series("a < b", [1, 2], [1.0, 2.0]), Series("flat", [1, 2], [3.0, 3.0])], "title & more")
     places = re.findall(r'points="([\d., ]+)"', drawn)
     assert places == ["167.0,146.0 290.0,24.0", "167.0,85.0 290.0,85.0"]
