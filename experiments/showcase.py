@@ -7,9 +7,10 @@ Reads a run that trains, stopped or finished, and writes to OUT:
 
 strip.jpg        the first test pictures, and their translations at up to seven steps (the run's sample grids)
 grid.jpg         input and output of the first 16 test pictures in sorted order, with the newest checkpoint
-losses.svg       each loss over the steps as logged (pale) and smoothed; the feature distance over the checkpoints
+losses.svg       each loss over the steps as logged (pale) and smoothed; the measures of checkpoints.csv
 metrics.csv      every line of metrics.jsonl
-checkpoints.csv  the newest checkpoint and those that the run keeps: step, feature distance
+checkpoints.csv  the newest checkpoint and those that the run keeps: step, and measures that compare the translations
+                 of all test pictures with the target domain
 facts.json       machine, versions, seed, command, steps, images, speed, hours, parameters
 
 Of a run of single pictures (SinCUT), strip.jpg and grid.jpg show the whole picture, its translations and the target.
@@ -37,8 +38,8 @@ if __name__ == "__main__":
 
 from benchmarks.machine import facts as machine_facts
 from experiments.curves import Series, draw_curves
-from experiments.distances import feature_distances
 from experiments.run_facts import GRID, check_page, facts_of, table_of, write_section
+from experiments.set_measures import set_measures
 from experiments.sheets import Cell, draw_sheet, jpeg, to_image
 from fastnce.api import Run
 from fastnce.common.writing import check_folder, write_whole
@@ -226,7 +227,7 @@ def csv_text(rows: Sequence[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def show(folder: Path, data: Path, out: Path, *, features: bool = True) -> dict[str, Any]:
+def show(folder: Path, data: Path, out: Path, *, measure: bool = True) -> dict[str, Any]:
     """Write the files of a run to `out`, and return its facts. Nothing is written unless everything could be made.
 
     Raises:
@@ -243,11 +244,11 @@ def show(folder: Path, data: Path, out: Path, *, features: bool = True) -> dict[
     facts = facts_of(run, config, model)
     facts["pictures"] = {"inputs": len(pictures.inputs), "targets": len(pictures.targets), "side": pictures.side}
     rows: list[dict[str, Any]] = [{"step": step} for step in kept]
-    if features and pictures.side is not None:
+    if measure and pictures.side is not None:
         domains = (pictures.inputs, pictures.targets)
-        measures, untranslated = feature_distances(kept.values(), *domains, model.channels, pictures.side)
+        measures, untranslated = set_measures(kept.values(), *domains, model.channels, pictures.side)
         rows = [row | measure for row, measure in zip(rows, measures, strict=True)]
-        facts["distances_of_the_inputs"] = untranslated
+        facts["measures_of_the_inputs"] = untranslated
     drawn = machine_facts(torch.device("cpu"))
     facts["drawn"] = {key: drawn[key] for key in ("date", "commit", "fastnce", "torch", "python", "cpu")}
     title = f"{facts['method']}, {data.resolve().name}, {facts['steps']:,} steps"
@@ -275,12 +276,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for the files")
     parser.add_argument("--page", type=Path, metavar="FILE.md", help="show the run in a section of this page")
     parser.add_argument("--title", default="", help="of a new section; default: METHOD on DATA")
-    parser.add_argument("--no-features", action="store_true", help="measure no feature distance, which takes minutes")
+    parser.add_argument("--no-measures", action="store_true", help="do not compare the sets, which takes minutes")
     args = parser.parse_args(arguments)
     try:
         if args.page is not None:
             check_page(args.page, args.out)
-        facts = show(args.run, args.data, args.out, features=not args.no_features)
+        facts = show(args.run, args.data, args.out, measure=not args.no_measures)
         if args.page is not None:
             title = args.title or f"{facts['method']} on {args.data.resolve().name}"
             write_section(args.page, args.out, title, facts)

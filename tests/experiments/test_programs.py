@@ -15,6 +15,7 @@ from tests.programs import run_program
         ["experiments/derain.py"],
         ["experiments/parity.py"],
         ["experiments/record_networks.py"],
+        ["experiments/showcase.py"],
         ["-m", "experiments.derain"],
     ],
     ids=" ".join,

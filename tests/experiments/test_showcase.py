@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import fastnce
-from experiments import distances, showcase
+from experiments import set_measures, showcase
 from experiments.curves import Series, draw_curves, smooth, ticks
 from experiments.run_facts import command_of, section_of, write_section
 from experiments.sheets import LARGEST, LINE, MARGIN, jpeg
@@ -59,7 +59,7 @@ def run(data, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def shown(run, data, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("shown") / "tiny"
-    assert showcase.main([str(run), "--data", str(data), "--out", str(out), "--no-features"]) == 0
+    assert showcase.main([str(run), "--data", str(data), "--out", str(out), "--no-measures"]) == 0
     return out
 
 
@@ -72,7 +72,7 @@ def sheets(run, data, tmp_path_factory) -> dict[str, np.ndarray]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(showcase, "jpeg", lambda sheet: found.append(sheet) or b"")
         patch.setattr(showcase, "draw_sheet", lambda cells: rows.append([c.label for c in cells[0]]) or draw(cells))
-        showcase.show(run, data, tmp_path_factory.mktemp("sheets") / "out", features=False)
+        showcase.show(run, data, tmp_path_factory.mktemp("sheets") / "out", measure=False)
     return {"strip": np.asarray(found[0]), "grid": np.asarray(found[1]), "labels": np.array(rows[0])}
 
 
@@ -159,7 +159,7 @@ def test_commands_lose_the_folders_of_this_machine():
     assert command_of([]) == ""
 
 
-def test_distances_are_measured_per_checkpoint(run, data, monkeypatch, tmp_path):
+def test_checkpoints_are_compared_with_the_target_domain(run, data, monkeypatch, tmp_path):
     class MeanLevel:
         """Stands for a distance: the difference of the means."""
 
@@ -174,7 +174,7 @@ def test_distances_are_measured_per_checkpoint(run, data, monkeypatch, tmp_path)
             assert (len(self.outputs), len(self.reference)) == (17, 3)
             return {"level": sum(self.outputs) / 17 - sum(self.reference) / 3}
 
-    monkeypatch.setattr(distances, "new_distance", MeanLevel)
+    monkeypatch.setattr(set_measures, "new_distance", MeanLevel)
     facts = showcase.show(run, data, tmp_path / "out")
     with (tmp_path / "out" / "checkpoints.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -183,12 +183,33 @@ def test_distances_are_measured_per_checkpoint(run, data, monkeypatch, tmp_path)
         name: torch.stack([load_image(path, 3, SIDE).mean() for path in sorted((data / name).iterdir())]).mean()
         for name in ("testA", "testB")
     }
-    assert facts["distances_of_the_inputs"]["level"] == pytest.approx(float(means["testA"] - means["testB"]), abs=1e-6)
+    assert facts["measures_of_the_inputs"]["level"] == pytest.approx(float(means["testA"] - means["testB"]), abs=1e-6)
     model = fastnce.load(run, device="cpu")
-    made = [model(load_image(path, 3, SIDE)[None]).mean() for path in sorted((data / "testA").iterdir())]
+    made = [model(picture[None]).mean() for picture in first_inputs(data, 17)]
     assert float(rows[-1]["level"]) == pytest.approx(float(torch.stack(made).mean() - means["testB"]), abs=1e-6)
     assert len({row["level"] for row in rows}) == 3
+    one, other = (
+        np.stack([levels(picture) for picture in pictures]).astype(float)
+        for pictures in (
+            [model(picture[None])[0] for picture in first_inputs(data, 17)],
+            [load_image(path, 3, SIDE) for path in sorted((data / "testB").iterdir())],
+        )
+    )
+    shift = np.linalg.norm(one.mean((0, 1, 2)) - other.mean((0, 1, 2)))
+    assert float(rows[-1]["colour_shift"]) == pytest.approx(shift)
+    variety = np.sqrt(one.var(0).mean() / other.var(0).mean())
+    assert float(rows[-1]["variety"]) == pytest.approx(variety)
     assert ">level<" in (tmp_path / "out" / "losses.svg").read_text()
+
+
+def test_one_picture_for_all_inputs_has_no_variety():
+    outputs, targets = set_measures.Colours(), set_measures.Colours()
+    for level in (-0.5, 0.5):
+        outputs.add(torch.full((1, 3, 4, 4), 0.2))
+        targets.add(torch.full((1, 3, 4, 4), level))
+    found = set_measures.compared(outputs, targets)
+    assert found == {"colour_shift": pytest.approx((153 - 127.5) * 3**0.5), "variety": 0}
+    assert "variety" not in set_measures.compared(targets, outputs)
 
 
 def test_single_pictures_are_shown_whole_beside_the_target(tmp_path, capsys):
@@ -234,7 +255,7 @@ def test_a_mistake_gets_one_sentence(run, data, change, message, tmp_path, capsy
 def test_a_page_gets_a_section_once(run, data, tmp_path, capsys):
     page, out = tmp_path / "page.md", tmp_path / "results" / "tiny"
     page.write_text("# Results\n")
-    command = [str(run), "--data", str(data), "--out", str(out), "--no-features", "--page", str(page)]
+    command = [str(run), "--data", str(data), "--out", str(out), "--no-measures", "--page", str(page)]
     assert showcase.main([*command, "--title", "Tiny pictures"]) == 0
     facts = json.loads((out / "facts.json").read_text())
     body = section_of(facts, "results/tiny")
