@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import statistics
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,8 @@ def table_of(facts: dict[str, Any]) -> str:
         "versions": versions,
     }
     lines = ["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows.items())]
-    return "\n".join([*lines, "", "```bash", facts["command"], "```"])
+    command = textwrap.wrap(facts["command"], 110, break_long_words=False, break_on_hyphens=False)
+    return "\n".join([*lines, "", "```bash", " \\\n    ".join(command), "```"])
 
 
 def marks_of(out: Path) -> tuple[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 from xml.etree import ElementTree
@@ -255,12 +256,15 @@ def test_a_mistake_gets_one_sentence(run, data, change, message, tmp_path, capsy
 def test_a_page_gets_a_section_once(run, data, tmp_path, capsys):
     page, out = tmp_path / "page.md", tmp_path / "results" / "tiny"
     page.write_text("# Results\n")
-    command = [str(run), "--data", str(data), "--out", str(out), "--no-measures", "--page", str(page)]
-    assert showcase.main([*command, "--title", "Tiny pictures"]) == 0
+    arguments = [str(run), "--data", str(data), "--out", str(out), "--no-measures", "--page", str(page)]
+    assert showcase.main([*arguments, "--title", "Tiny pictures"]) == 0
     facts = json.loads((out / "facts.json").read_text())
     body = section_of(facts, "results/tiny")
     assert "(results/tiny/strip.jpg)" in body
     assert "| steps | 6; 6 images of each domain |" in body
+    command = body.partition("```bash\n")[2].partition("\n```")[0]
+    assert shlex.split(command) == shlex.split(facts["command"])
+    assert max(map(len, command.splitlines())) < 120
     begin, end = "<!-- run: tiny -->", "<!-- run: end -->"
     assert page.read_text() == f"# Results\n\n## Tiny pictures\n\n{begin}\n{body}\n{end}\n"
     page.write_text(f"Before.\n{begin}\nold\n{end}\nAfter.\n")
@@ -269,7 +273,7 @@ def test_a_page_gets_a_section_once(run, data, tmp_path, capsys):
     page.write_text(f"{begin}\nold\n")
     with pytest.raises(ValueError, match=f"page.md has {begin}, and no {end} after it"):
         write_section(page, out, "unused", facts)
-    assert showcase.main([*command[:-1], str(tmp_path)]) == 2
+    assert showcase.main([*arguments[:-1], str(tmp_path)]) == 2
     assert "should be a Markdown page in a folder that exists" in capsys.readouterr().err
 
 
