@@ -6,7 +6,6 @@ import os
 import re
 import shlex
 import statistics
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +102,17 @@ def table_of(facts: dict[str, Any]) -> str:
         "versions": versions,
     }
     lines = ["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows.items())]
-    command = textwrap.wrap(facts["command"], 110, break_long_words=False, break_on_hyphens=False)
-    return "\n".join([*lines, "", "```bash", " \\\n    ".join(command), "```"])
+    return "\n".join([*lines, "", "```bash", wrapped(facts["command"]), "```"])
+
+
+def wrapped(command: str, width: int = 110) -> str:
+    """Break a command between two words where a line would be longer than `width`."""
+    lines = [""]
+    for word in map(shlex.quote, shlex.split(command)):
+        if lines[-1] and len(lines[-1]) + 1 + len(word) > width:
+            lines.append("")
+        lines[-1] += f" {word}" if lines[-1] else word
+    return " \\\n    ".join(lines)
 
 
 def marks_of(out: Path) -> tuple[str, str]:
