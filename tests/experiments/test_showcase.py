@@ -18,7 +18,7 @@ from PIL import Image
 import fastnce
 from experiments import set_measures, showcase
 from experiments.curves import Series, draw_curves, smooth, ticks
-from experiments.run_facts import command_of, section_of, write_section
+from experiments.run_facts import command_of, section_of, wrapped, write_section
 from experiments.sheets import LARGEST, LINE, MARGIN, jpeg
 from experiments.showcase import FILES, spread_evenly
 from fastnce.commands import main as commands
@@ -160,6 +160,14 @@ def test_commands_lose_the_folders_of_this_machine():
     assert command_of([]) == ""
 
 
+def test_long_commands_are_broken_between_words():
+    command = shlex.join(["fastnce", "train", "cut", *(f"network.{'x' * n}={n}" for n in range(20)), "a b=c  d", "e"])
+    broken = wrapped(command)
+    assert broken.replace(" \\\n    ", " ") == command
+    assert len(broken.splitlines()) > 2
+    assert max(map(len, broken.splitlines())) < 120
+
+
 def test_checkpoints_are_compared_with_the_target_domain(run, data, monkeypatch, tmp_path):
     class MeanLevel:
         """Stands for a distance: the difference of the means."""
@@ -262,9 +270,7 @@ def test_a_page_gets_a_section_once(run, data, tmp_path, capsys):
     body = section_of(facts, "results/tiny")
     assert "(results/tiny/strip.jpg)" in body
     assert "| steps | 6; 6 images of each domain |" in body
-    command = body.partition("```bash\n")[2].partition("\n```")[0]
-    assert shlex.split(command) == shlex.split(facts["command"])
-    assert max(map(len, command.splitlines())) < 120
+    assert f"```bash\n{wrapped(facts['command'])}\n```" in body
     begin, end = "<!-- run: tiny -->", "<!-- run: end -->"
     assert page.read_text() == f"# Results\n\n## Tiny pictures\n\n{begin}\n{body}\n{end}\n"
     page.write_text(f"Before.\n{begin}\nold\n{end}\nAfter.\n")
