@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import pickle
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -48,6 +49,8 @@ class Inception:
         ValueError: torch-fidelity is not installed, or the weights are not there or not usable.
     """
 
+    width = FEATURES
+
     def __init__(self, device: torch.device | str = "cpu", weights: str | os.PathLike[str] = ""):
         require_fidelity()
         from torch_fidelity.utils import create_feature_extractor
@@ -71,6 +74,15 @@ class Inception:
             raise ValueError(_missing(error)) from None
         self.device = torch.device(device)
         self.network = network.to(self.device)
+
+    @property
+    def measures(self) -> Mapping[str, Callable[[Tensor, Tensor], float]]:
+        """The distances on these features, by name."""
+        return {"fid": fid, "kid": lambda features, reference: kid(features, reference)[0]}
+
+    def compute(self, features: Tensor, reference: Tensor) -> dict[str, float]:
+        """See `fid_kid`."""
+        return fid_kid(features, reference)
 
     @torch.no_grad()
     def features(self, picture: Tensor) -> Tensor:
@@ -113,10 +125,10 @@ def _missing(error: BaseException) -> str:
     )
 
 
-def check_counts(outputs: int, reference: int) -> None:
-    """Raise ValueError if the sets are too small for FID and KID."""
+def check_counts(outputs: int, reference: int, measures: str = "FID and KID") -> None:
+    """Raise ValueError if the sets are too small for these measures."""
     if min(outputs, reference) < 2:
-        raise ValueError(f"FID and KID need at least two pictures of each set, not {outputs} and {reference}")
+        raise ValueError(f"measuring {measures} takes at least two pictures of each set, not {outputs} and {reference}")
 
 
 def fid(features: Tensor, reference: Tensor) -> float:
