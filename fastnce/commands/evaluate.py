@@ -11,6 +11,7 @@ from ..data.folder import DIRECTIONS, check_phase
 from ..data.limit import accepting
 from ..engine.choices import pick_device
 from ..evaluate.distribution import INSTALL, WEIGHTS_FLAG
+from ..evaluate.features import INSTALL as INSTALL_LITE0
 from ..evaluate.gallery import LABELS, Gallery
 from ..evaluate.pairs import RAIN_SIDE_HELP, RAIN_SIDES
 from ..evaluate.report import evaluate as measure
@@ -34,7 +35,7 @@ from .parsing import (
 
 
 def main(arguments: list[str]) -> int:
-    """Measure PSNR, SSIM and FID of a model, or of the inputs themselves, on a test set."""
+    """Measure PSNR, SSIM, FID and other distances of a model, or of the inputs themselves, on a test set."""
     parser = command_parser("evaluate", main)
     parser.add_argument("model", type=model_path, nargs="?", metavar="RUN|FILE.pth|NAME", help=MODEL_HELP)
     parser.add_argument(
@@ -62,6 +63,9 @@ def main(arguments: list[str]) -> int:
         "--index", type=Path, metavar="DIR", help="write inputs, outputs and truths, and DIR/index.html"
     )
     parser.add_argument("--fid", action="store_true", help=f"also compute FID and KID ({INSTALL})")
+    parser.add_argument(
+        "--features", action="store_true", help=f"also compute frechet_lite0 and kernel_lite0 ({INSTALL_LITE0})"
+    )
     parser.add_argument(WEIGHTS_FLAG, type=Path, metavar="FILE", help="torch-fidelity's Inception weights, for --fid")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results to FILE")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write one line per picture to FILE")
@@ -117,6 +121,7 @@ def main(arguments: list[str]) -> int:
             channels=translator.channels if translator is not None else 3,
             device=device,
             fid=args.fid,
+            features=args.features,
             feature_weights=args.feature_extractor_weights_path or "",
             json_file=args.json,
             csv_file=args.csv,

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..common.imports import CodeError, first_line
+from ..common.imports import CodeError
 from ..common.messages import counted
 from ..data import DataError, load_image
-from ..evaluate.distribution import FEATURES, Inception, check_counts, fid, kid
 from ..evaluate.metrics import PSNR_Y, Metric, measured
+from ..evaluate.networks import Networks
 from ..evaluate.pairs import Pair
 from ..evaluate.quality import KEYS, DerainingMetrics
 from ..methods.base import Method
@@ -33,7 +33,7 @@ class Validation:
     """Translates held-out images with a method's first generator (A to B), measures them and keeps the best value.
 
     Images are whole, at their own size, in float32. Every rank translates its share of them; the first rank computes
-    FID and KID from the features of all.
+    FID and other distances of sets from the features of all.
 
     Args:
         pairs: as `find_validation` returns; or the images of testA as `find_unpaired` returns, all without truth.
@@ -45,11 +45,11 @@ class Validation:
         skip_bad: leave out an image that cannot be read.
         metric: decides which checkpoint is the best.
         more: are measured as well.
-        inception: the network for FID and KID; needed if a measure is one of them.
-        reference: the files that FID and KID compare with; empty: the truths of the pairs.
+        networks: those of the measures that compare sets.
+        reference: the files that these compare with; empty: the truths of the pairs.
 
     Raises:
-        ValueError: the channels cannot be measured, or FID has too few images.
+        ValueError: the channels cannot be measured, or a distance of sets has too few images.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Validation:
         skip_bad: bool = False,
         metric: Metric = PSNR_Y,
         more: Sequence[Metric] = (),
-        inception: Inception | None = None,
+        networks: Networks | None = None,
         reference: Sequence[Path] = (),
         truth_channels: int | None = None,
     ):
@@ -71,13 +71,13 @@ class Validation:
         if pairs and (wrong := {channels, self.truth_channels} - {1, 3}):
             raise ValueError(f"run.validate_every measures pictures of 1 or 3 channels, not {wrong.pop()}: set it to 0")
         self.translator, self.ranks, self.skip_bad = translator, ranks or Ranks(), skip_bad
-        self.metric, self.inception, self.reference = metric, inception, list(reference)
+        self.metric, self.networks, self.reference = metric, networks or Networks(), list(reference)
         self.paired = not any(isinstance(item, Lone) for item in self.pairs)
         named = {each.name: each for each in (metric, *more)}
         self.functions = [each for each in named.values() if each.measure is not None]
         self.sets = [each for each in named.values() if each.needs == "sets"]
         if self.sets:
-            check_counts(len(self.pairs), len(self.pairs) if self.paired else len(self.reference))
+            self.networks.check_counts(len(self.pairs), len(self.pairs) if self.paired else len(self.reference))
         self.columns = [*(KEYS if self.paired else ()), *(each.name for each in self.functions)]
         """The means over single images."""
         self.sizes = {item.name: sizes_of(item) for item in self.pairs}
@@ -135,12 +135,13 @@ class Validation:
         return better
 
     def _measure(self, translate: Translate | None) -> dict[str, float]:
-        """The means over the images, then FID and KID. If an image cannot be read and `skip_bad` is off, DataError on
-        every rank.
+        """The means over the images, then the distances of sets.
+
+        If an image cannot be read and `skip_bad` is off, DataError on every rank.
         """
         quality, columns = DerainingMetrics(), list(self.columns)
         channels = self.truth_channels if translate is None else self.channels
-        width = FEATURES if self.sets else 0
+        width = self.networks.width if self.sets else 0
         # the columns, the features, and 1 where an image was read
         table = torch.zeros(len(self.pairs), len(columns) + width + 1, dtype=torch.float64)
         reasons: dict[int, str] = {}
@@ -158,7 +159,7 @@ class Validation:
                 row = self._row(quality, output, None if truth is None else truth[None], failures)
                 table[place, : len(columns)] = torch.tensor([row.get(key, 0.0) for key in columns], dtype=torch.float64)
                 if self.sets:
-                    table[place, len(columns) : -1] = self._features(output, failures)
+                    table[place, len(columns) : -1] = self.networks.features(output, self._names(), failures)
                 table[place, -1] = 1.0
         if self.ranks.world > 1:
             table = (self.ranks.mean(table.to(self.device)) * self.ranks.world).cpu()
@@ -186,17 +187,6 @@ class Validation:
                     failures[metric.name] = str(error)
         return row
 
-    def _features(self, picture: Tensor, failures: dict[str, str]) -> Tensor:
-        """The features of one image for FID and KID; zeros after a failure."""
-        name = self.sets[0].name
-        if name not in failures:
-            assert self.inception is not None
-            try:
-                return self.inception.features(picture)
-            except Exception as error:
-                failures |= {each.name: f"{each.name} fails: {first_line(error)}" for each in self.sets}
-        return torch.zeros(FEATURES, dtype=torch.float64)
-
     def _stop_failing(self, failures: dict[str, str]) -> None:
         """Give up the measures that failed, on any rank, and say so."""
         able = [*self.functions, *self.sets]
@@ -217,33 +207,32 @@ class Validation:
         self.columns = [name for name in self.columns if name not in names]
 
     def _of_sets(self, features: Tensor) -> dict[str, float]:
-        """FID and KID of these features: computed by the first rank, so that all ranks have the same number."""
+        """The distances of these features: computed by the first rank, so that all ranks have the same number."""
         if not self.sets:
             return {}
         failures: dict[str, str] = {}
         if self._reference_features is None:
             self._reference_features = self._measure_reference(failures)
-        values = torch.zeros(len(self.sets), dtype=torch.float64)
-        if self.ranks.first and not failures:
-            try:
-                for place, metric in enumerate(self.sets):
-                    compute = fid if metric.name == "fid" else lambda *both: kid(*both)[0]
-                    values[place] = compute(features, self._reference_features)
-            except Exception as error:
-                failures |= {each.name: f"{each.name} fails: {first_line(error)}" for each in self.sets}
+        measured: dict[str, float] = {}
+        if self.ranks.first:
+            measured = self.networks.distances(features, self._reference_features, self._names(), failures)
+        values = torch.tensor([measured.get(name, 0.0) for name in self._names()], dtype=torch.float64)
         if self.ranks.world > 1:
             values = (self.ranks.mean(values.to(self.device)) * self.ranks.world).cpu()
-        found = dict(zip([each.name for each in self.sets], values.tolist(), strict=True))
+        found = dict(zip(self._names(), values.tolist(), strict=True))
         self._stop_failing(failures)
         for name in found:
             self._not_finite(name, found[name], "these pictures")
         return {each.name: found[each.name] for each in self.sets}
 
+    def _names(self) -> list[str]:
+        return [each.name for each in self.sets]
+
     def _measure_reference(self, failures: dict[str, str]) -> Tensor:
         """The features of the truths, or of the reference, (images, features). They are computed once."""
         pairs = [item for item in self.pairs if isinstance(item, Pair)]
         count = len(pairs) or len(self.reference)
-        table = torch.zeros(count, FEATURES + 1, dtype=torch.float64)
+        table = torch.zeros(count, self.networks.width + 1, dtype=torch.float64)
         with self.ranks.together(self.device):
             for place in range(self.ranks.rank, count, self.ranks.world):
                 try:
@@ -252,9 +241,9 @@ class Validation:
                 except DataError as error:
                     if not self.skip_bad:
                         raise
-                    self.messages.append(f"left out of FID's reference: {error}")
+                    self.messages.append(f"left out of the reference: {error}")
                     continue
-                table[place, :-1] = self._features(picture[None], failures)
+                table[place, :-1] = self.networks.features(picture[None], self._names(), failures)
                 table[place, -1] = 1.0
         if self.ranks.world > 1:
             table = (self.ranks.mean(table.to(self.device)) * self.ranks.world).cpu()

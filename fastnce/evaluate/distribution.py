@@ -6,10 +6,13 @@ MMD GANs", ICLR 2018. FID of few images is far too high: compare it only between
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,6 +51,8 @@ class Inception:
         ValueError: torch-fidelity is not installed, or the weights are not there or not usable.
     """
 
+    width = FEATURES
+
     def __init__(self, device: torch.device | str = "cpu", weights: str | os.PathLike[str] = ""):
         require_fidelity()
         from torch_fidelity.utils import create_feature_extractor
@@ -66,11 +71,21 @@ class Inception:
         except (OSError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
             if file:
                 raise ValueError(
-                    f"{file} does not fit torch-fidelity's Inception network: {first_line(error)}"
+                    f"{file} does not fit torch-fidelity's Inception network: its tensors have other names or shapes, "
+                    f"as those of another network"
                 ) from None
             raise ValueError(_missing(error)) from None
         self.device = torch.device(device)
         self.network = network.to(self.device)
+
+    @property
+    def measures(self) -> Mapping[str, Callable[[Tensor, Tensor], float]]:
+        """The distances on these features, by name."""
+        return {"fid": fid, "kid": lambda features, reference: kid(features, reference)[0]}
+
+    def compute(self, features: Tensor, reference: Tensor) -> dict[str, float]:
+        """See `fid_kid`."""
+        return fid_kid(features, reference)
 
     @torch.no_grad()
     def features(self, picture: Tensor) -> Tensor:
@@ -96,27 +111,46 @@ def _check_weights(file: Path) -> None:
     try:
         with warnings.catch_warnings(action="ignore"):
             stored = torch.load(file, map_location="cpu", weights_only=True, mmap=False)
-    except (OSError, pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{file} does not hold torch-fidelity's Inception weights: {first_line(error)}") from None
+    except PermissionError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}") from None
+    except Exception:  # the texts of PyTorch advise to run the code of a damaged file
+        raise ValueError(
+            f"{file} does not hold torch-fidelity's Inception weights: it is damaged, or no file of tensors that "
+            f"torch.save wrote"
+        ) from None
     if not isinstance(stored, dict) or not all(isinstance(tensor, Tensor) for tensor in stored.values()):
         raise ValueError(f"{file} does not hold torch-fidelity's Inception weights, which are a table of tensors")
+    begin = file.stem.rpartition("-")[2]
+    if file.name == _published().name and not hashlib.sha256(file.read_bytes()).hexdigest().startswith(begin):
+        raise ValueError(f"{file} is damaged: its SHA-256 should begin with {begin}, as its name says; fetch it again")
+
+
+class _Published(NamedTuple):
+    """The file of weights that torch-fidelity fetches."""
+
+    source: str
+    name: str
+
+
+def _published() -> _Published:
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+    return _Published(URL_INCEPTION_V3, URL_INCEPTION_V3.rpartition("/")[2])
 
 
 def _missing(error: BaseException) -> str:
-    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
-
-    name = URL_INCEPTION_V3.rpartition("/")[2]
+    source, name = _published()
     return (
         f"FID and KID need the file {name}, which torch-fidelity could not load ({first_line(error)}): fetch "
-        f"{URL_INCEPTION_V3} and put it into {torch.hub.get_dir()}/checkpoints, or name it by run.feature_weights=FILE "
+        f"{source} and put it into {torch.hub.get_dir()}/checkpoints, or name it by run.feature_weights=FILE "
         f"(fastnce evaluate: {WEIGHTS_FLAG} FILE)"
     )
 
 
-def check_counts(outputs: int, reference: int) -> None:
-    """Raise ValueError if the sets are too small for FID and KID."""
+def check_counts(outputs: int, reference: int, measures: str = "FID and KID") -> None:
+    """Raise ValueError if the sets are too small for these measures."""
     if min(outputs, reference) < 2:
-        raise ValueError(f"FID and KID need at least two pictures of each set, not {outputs} and {reference}")
+        raise ValueError(f"measuring {measures} takes at least two pictures of each set, not {outputs} and {reference}")
 
 
 def fid(features: Tensor, reference: Tensor) -> float:

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from ..common.imports import first_line
 from ..common.messages import nearest
+from .networks import SETS
 from .quality import to_levels
 
-OWN = ("psnr_y", "ssim_y", "psnr_rgb", "ssim_rgb", "l1", "fid", "kid")
+OWN = ("psnr_y", "ssim_y", "psnr_rgb", "ssim_rgb", "l1", *SETS)
 """Measures that need no pyiqa."""
 INSTALL = "pip install 'pyiqa>=0.1.14'"
 NOT_OF_ONE_IMAGE = ("fid", "fid_dinov2", "sfid", "inception_score", "clipscore")

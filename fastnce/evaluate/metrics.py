@@ -6,7 +6,7 @@ To add one, write its function here and add it to `METRICS`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..common.imports import CodeError, first_line, is_import_path, load_object
 from . import iqa
-from .distribution import Inception
+from .networks import SETS, Networks, load_networks
 from .quality import KEYS
 
 
@@ -23,10 +23,10 @@ class Metric(NamedTuple):
 
     name: name of the column in metrics.jsonl.
     measure: (output, truth) -> number, or (output) -> number, float32 (1, channels, height, width) in [-1, 1]. None for
-        the keys of `DerainingMetrics`, which are always measured on pairs, and for FID and KID.
+        the keys of `DerainingMetrics`, which are always measured on pairs, and for the measures of sets.
     higher_is_better: the direction. A user's function sets it to False by the attribute `lower_is_better = True`.
     path: as `run.best` names a user's own function, such as mymetrics.py:distance.
-    needs: "truth" for a measure of pairs, "nothing" for one of single images, "sets" for FID and KID.
+    needs: "truth" for a measure of pairs, "nothing" for one of single images, "sets" for those of `SETS`.
     """
 
     name: str
@@ -47,17 +47,19 @@ def l1(output: Tensor, truth: Tensor) -> float:
 l1.lower_is_better = True  # type: ignore[attr-defined]
 
 METRICS: dict[str, Callable[[Tensor, Tensor], Any]] = {"l1": l1}
-SETS = ("fid", "kid")
 NAMED = (*KEYS, *METRICS, *SETS)
 TAKEN = (*NAMED, "seconds", "pairs")
 """Names that held-out measures already have in metrics.jsonl (as held_out_NAME) or in a checkpoint."""
 AUTO = "auto"
 BEST_HELP = (
-    "the measure that decides which checkpoint is the best: psnr_y, ssim_y, psnr_rgb, ssim_rgb, l1, fid, kid, one of "
-    "pyiqa's (lpips, niqe, ...), or your own (mymetrics.py:distance); auto: psnr_y of pairs, else the first of "
-    "run.metrics"
+    "the measure that decides which checkpoint is the best: psnr_y, ssim_y, psnr_rgb, ssim_rgb, l1, fid, kid, "
+    "frechet_lite0, kernel_lite0, one of pyiqa's (lpips, niqe, ...), or your own (mymetrics.py:distance); auto: psnr_y "
+    "of pairs, else the first of run.metrics"
 )
-METRICS_HELP = "further measures at each validation, with commas between them: fid,kid,lpips,niqe,mymetrics.py:distance"
+METRICS_HELP = (
+    "further measures at each validation, with commas between them: fid,kid,frechet_lite0,kernel_lite0,lpips,niqe,"
+    "mymetrics.py:distance"
+)
 FEATURE_WEIGHTS_HELP = "file with torch-fidelity's Inception weights, for fid and kid; empty: its own place"
 
 
@@ -68,12 +70,12 @@ class Measures:
     Args:
         best: the measure that `run.best` names; None for "auto".
         more: those of `run.metrics`.
-        inception: the network for FID and KID, if one of them is named.
+        networks: those of the measures of sets that are named.
     """
 
     best: Metric | None = None
     more: tuple[Metric, ...] = ()
-    inception: Inception | None = None
+    networks: Networks = field(default_factory=Networks)
 
     def deciding(self, paired: bool) -> Metric | None:
         """Return the measure that decides which checkpoint is best; None if nothing can be measured.
@@ -89,7 +91,8 @@ class Measures:
                 if metric is not None and metric.needs == "truth":
                     raise ValueError(
                         f"{key}={metric.path or metric.name} compares pairs, and testA and testB are none: take fid, "
-                        f"kid or a measure of single pictures such as niqe, or name pairs by data.validate"
+                        f"kid, kernel_lite0 or a measure of single pictures such as niqe, or name pairs by "
+                        f"data.validate"
                     )
         if self.best is not None:
             return self.best
@@ -109,7 +112,7 @@ def find_measures(
         weights: of `Inception`.
 
     Raises:
-        ValueError: as `find_metric` and `Inception` do; or two measures have the same name.
+        ValueError: as `find_metric` and `load_networks` do; or two measures have the same name.
     """
     names = [name.strip() for name in metrics.split(",") if name.strip()]
     first = None if best == AUTO else find_metric(best, channels, "run.best", device)
@@ -121,8 +124,8 @@ def find_measures(
         if metric.name in {each.name for each in [*more, *([first] if first else [])]}:
             raise ValueError(f"run.metrics={metrics}: two measures have the name {metric.name}: name each one once")
         more.append(metric)
-    sets = any(metric.needs == "sets" for metric in [*more, *([first] if first else [])])
-    return Measures(first, tuple(more), Inception(device, weights) if sets else None)
+    sets = [metric.name for metric in [*more, *([first] if first else [])] if metric.needs == "sets"]
+    return Measures(first, tuple(more), load_networks(sets, device, weights))
 
 
 def find_metric(name: str, channels: int = 3, key: str = "run.best", device: torch.device | str = "cpu") -> Metric:

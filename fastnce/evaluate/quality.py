@@ -57,6 +57,13 @@ def check_range(pictures: Tensor, value_range: tuple[float, float] = (-1.0, 1.0)
         raise ValueError(f"float pictures must lie in [{low:g}, {high:g}]; these reach from {least:g} to {most:g}")
 
 
+def check_value_range(value_range: tuple[float, float]) -> None:
+    """Raise ValueError unless a range is (black, white), finite and in ascending order."""
+    low, high = value_range
+    if not -math.inf < low < high < math.inf:
+        raise ValueError(f"value_range must be (black, white), finite and in ascending order, not {value_range}")
+
+
 def _range(numbers: Tensor, of_none: tuple[float, float]) -> tuple[float, float]:
     """Return the least and the greatest number (NaN if there is one), or `of_none` if there are none."""
     if not numbers.numel():
@@ -176,9 +183,7 @@ class DerainingMetrics:
     """
 
     def __init__(self, value_range: tuple[float, float] = (-1.0, 1.0)):
-        low, high = value_range
-        if not -math.inf < low < high < math.inf:
-            raise ValueError(f"value_range must be (black, white), finite and in ascending order, not {value_range}")
+        check_value_range(value_range)
         self.value_range = value_range
         self.pictures: list[dict[str, float]] = []
 

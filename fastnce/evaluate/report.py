@@ -27,8 +27,9 @@ from ..common.messages import counted
 from ..common.writing import check_not_replaced, sweep, write_whole
 from ..data import DataError, find_images, load_image
 from ..data.folder import check_phase, order_of
-from .distribution import Inception, check_counts, fid_kid
+from .features import FRECHET, KERNEL
 from .gallery import Gallery
+from .networks import INCEPTION, LITE0, Comparison, load_networks
 from .pairs import Pair, find_pairs
 from .quality import KEYS, DerainingMetrics
 from .sheet import Translate, draw_sheet
@@ -40,7 +41,8 @@ class Report:
 
     Args:
         data: the test set.
-        mean: of psnr_y, ssim_y, psnr_rgb, ssim_rgb over the pictures; fid, kid, kid_std if requested.
+        mean: of psnr_y, ssim_y, psnr_rgb, ssim_rgb over the pictures; if requested, also fid, kid, kid_std,
+            frechet_lite0 and kernel_lite0.
         inputs: the same means for the untranslated pictures; empty for an unpaired set.
         pictures: "name" and the four measures of each picture; empty for an unpaired set.
         checkpoint: which one of a run was measured, "last", "best" or "best and last"; empty if nothing else is known.
@@ -95,6 +97,8 @@ class Report:
                 parts.append(f"(inputs: {_line(self.inputs)})")
         if "fid" in self.mean:
             parts.append(f"FID {self.mean['fid']:.2f}, KID {self.mean['kid']:.5f} +- {self.mean['kid_std']:.5f}")
+        if FRECHET in self.mean:
+            parts.append(f"{FRECHET} {self.mean[FRECHET]:.2f}, {KERNEL} {self.mean[KERNEL]:.5f}")
         return "  ".join(parts)
 
 
@@ -110,20 +114,6 @@ def _finite(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-class _Sets:
-    """FID and KID of several models against the same reference, whose features are computed once."""
-
-    def __init__(self, inception: Inception):
-        self.inception = inception
-        self.reference: list[Tensor] = []
-
-    def measure(self, features: list[Tensor]) -> dict[str, float]:
-        check_counts(len(features), len(self.reference))
-        if not all(row.isfinite().all() for row in features):
-            raise ValueError("the generator's output is not finite, so it has no FID")
-        return fid_kid(torch.stack(features), torch.stack(self.reference))
-
-
 @gathering()
 def evaluate(
     data: str | os.PathLike[str],
@@ -135,6 +125,7 @@ def evaluate(
     channels: int = 3,
     device: torch.device | str = "cpu",
     fid: bool = False,
+    features: bool = False,
     feature_weights: str | os.PathLike[str] = "",
     checkpoint: str = "",
     steps: tuple[int | None, int | None] = (None, None),
@@ -149,7 +140,7 @@ def evaluate(
     """Measure a test set. Files are written only after everything has been measured.
 
     Args:
-        data: a paired set (see `find_pairs`), or a folder with testA and testB for FID alone.
+        data: a paired set (see `find_pairs`), or a folder with testA and testB for `fid` and `features` alone.
         translate: the model; None measures the inputs themselves.
         best: the best checkpoint of the same run, to be measured too. `Report.best` has its results.
         rain_side: the half of strips that is rainy, "right" or "left".
@@ -158,6 +149,7 @@ def evaluate(
         channels: of the model's input.
         device: where the measures are computed.
         fid: also compute FID and KID between outputs and truths (or testB); needs torch-fidelity.
+        features: also compute frechet_lite0 and kernel_lite0 between these; see `FeatureDistance`.
         feature_weights: the file of Inception weights for `fid`; empty: torch-fidelity's own place.
         checkpoint: `Report.checkpoint` of `translate`.
         steps: of the checkpoints `translate` and `best`.
@@ -169,8 +161,8 @@ def evaluate(
         progress: called with a sentence after each picture.
 
     Raises:
-        ValueError: the set or a picture cannot be used (`DataError`), a file cannot be written, or torch-fidelity or
-            its weights are missing.
+        ValueError: the set or a picture cannot be used (`DataError`), a file cannot be written, or a package
+            or its weights are missing.
     """
     data = Path(data)
     json_file, csv_file, sheet = (None if file is None else Path(file) for file in (json_file, csv_file, sheet))
@@ -186,12 +178,13 @@ def evaluate(
     unpaired = side_a.is_dir() and side_b.is_dir()
     if phase != "test" and not unpaired:
         raise DataError(f"{data} has no {phase}A and {phase}B, which --phase {phase} names")
-    if unpaired and (not fid or csv_file or sheet):
+    if unpaired and (not (fid or features) or csv_file or sheet):
         raise DataError(
-            f"{data} holds {phase}A and {phase}B, which are not paired: add --fid, without --csv and --sheet (these, "
-            f"PSNR and SSIM need pairs, such as rain/ and norain/)"
+            f"{data} holds {phase}A and {phase}B, which are not paired: add --fid or --features, without --csv and "
+            f"--sheet (these, PSNR and SSIM need pairs, such as rain/ and norain/)"
         )
-    sets = _Sets(Inception(device, feature_weights)) if fid else None
+    measures = (*(INCEPTION if fid else ()), *(LITE0 if features else ()))
+    sets = Comparison(load_networks(measures, device, feature_weights)) if measures else None
     drawn = b""
     pairs: list[Pair] = []
     names: list[str] = []
@@ -277,7 +270,7 @@ def _paired(
     translate: Translate | None,
     channels: int,
     device: torch.device | str,
-    sets: _Sets | None,
+    sets: Comparison | None,
     progress: Callable[[str], None],
     gallery: Gallery | None,
 ) -> Report:
@@ -296,9 +289,9 @@ def _paired(
                 rainy = pair.load(made_channels)[0][None]
             inputs.update(rainy.to(device), clean.to(device))
         if sets is not None:
-            made.append(sets.inception.features(output))
+            made.append(sets.features(output))
             if len(sets.reference) < len(pairs):
-                sets.reference.append(sets.inception.features(clean))
+                sets.reference.append(sets.features(clean))
         pictures.append({"name": pair.name, **row})
         progress(f"{len(pictures)}/{len(pairs)} {pair.name}: {_line(row)}")
     mean = metrics.compute()
@@ -314,7 +307,7 @@ def _unpaired(
     names: list[str],
     translate: Translate | None,
     channels: int,
-    sets: _Sets,
+    sets: Comparison,
     progress: Callable[[str], None],
     gallery: Gallery | None,
 ) -> Report:
@@ -326,11 +319,11 @@ def _unpaired(
         if gallery is not None:
             other = load_image(others[(count - 1) % len(others)], output.shape[1])[None]
             _show(gallery, names[count - 1], picture, output, other)
-        made.append(sets.inception.features(output))
+        made.append(sets.features(output))
         progress(f"{count}/{len(sources)} {file.name}")
     if not sets.reference:
         made_channels = getattr(translate, "out_channels", channels)
-        sets.reference = [sets.inception.features(load_image(file, made_channels)[None]) for file in others]
+        sets.reference = [sets.features(load_image(file, made_channels)[None]) for file in others]
     return Report(str(data), sets.measure(made), {}, [])
 
 

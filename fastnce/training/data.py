@@ -69,12 +69,12 @@ def open_validation(
             options.skip_bad,
             metric,
             measures.more,
-            measures.inception,
+            measures.networks,
             reference,
             truth_channels=config.network.out_channels,
         )
     if pairs:
-        why = f"{folder}/testA and testB are not paired; run.metrics=fid measures them"
+        why = f"{folder}/testA and testB are not paired; run.metrics=fid or kernel_lite0 measures them"
     else:
         where = f"{options.dir}/test holds no pairs" if options.dir else "there is no data.dir"
         why = f"{where}, and data.validate names none"

@@ -32,6 +32,8 @@ TITLES = {
     "held_out_ssim_rgb": "SSIM on RGB",
     "held_out_fid": "FID",
     "held_out_kid": "KID",
+    "held_out_frechet_lite0": "Fréchet distance on EfficientNet-Lite0 features",
+    "held_out_kernel_lite0": "Kernel distance on EfficientNet-Lite0 features",
 }
 AXES = ("step", "epoch", "pictures")
 SPEED = ("images_per_second", "lr", "data_share", "response", "identity_psnr", "skipped_steps", "warnings")

@@ -265,9 +265,13 @@ def test_sets_without_pairs_are_compared_in_the_direction_of_the_run(direction, 
         return [pixels(file).float().div(127.5).sub(1).mean().item() for file in files]
 
     seen = []
-    mean = SimpleNamespace(features=lambda image: image.mean().view(1))  # in place of a network of 90 MB
-    monkeypatch.setattr("fastnce.evaluate.report.Inception", lambda *_: mean)
-    monkeypatch.setattr("fastnce.evaluate.report.fid_kid", lambda made, truth: seen.append((made, truth)) or {})
+    mean = SimpleNamespace(  # in place of a network of 90 MB
+        features=lambda image: image.mean().view(1),
+        compute=lambda made, truth: seen.append((made, truth)) or {},
+        measures={"fid": None},
+        width=1,
+    )
+    monkeypatch.setattr("fastnce.evaluate.networks.Inception", lambda *_: mean)
 
     def model(images):
         return images / 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from fastnce.engine.checkpoint import Checkpoints
 from fastnce.engine.held_out import find_unpaired
 from fastnce.engine.state_file import read
 from fastnce.engine.validate import Validation
-from fastnce.evaluate import metrics as named
+from fastnce.evaluate import networks
 from fastnce.evaluate.distribution import FEATURES, Inception
 from fastnce.evaluate.metrics import Metric, find_measures
 from fastnce.training import train_run
@@ -100,6 +101,22 @@ def test_pairs_are_compared_with_their_truths(with_pairs, tmp_path, inception):
     assert scores["mean"]["psnr_y"] == pytest.approx(lines(run, "held_out_psnr_y")[2], abs=1e-4)
 
 
+def test_distances_without_a_download(two_sets, tmp_path):
+    """The kernel distance decides; `fastnce evaluate` finds the same values."""
+    pytest.importorskip("efficientnet_lite_pytorch", reason="EfficientNet-Lite0 (extra features) is not installed")
+    run, names = tmp_path / "run", ("frechet_lite0", "kernel_lite0")
+    options = ["run.steps=2", "run.validate_every=2", "run.best=kernel_lite0", "run.metrics=frechet_lite0"]
+    train_run(config(two_sets, *options, method="fastcut"), run, quiet=True)
+    values = {name: lines(run, f"held_out_{name}") for name in names}
+    assert all(list(found) == [0, 2] for found in values.values())
+    assert Checkpoints(run / "checkpoints").best()[1]["validation"]["kernel_lite0"] == values["kernel_lite0"][2]
+    out = tmp_path / "scores.json"
+    command = ["evaluate", str(run), "--data", str(two_sets), "--features", "--device", "cpu", "--json", str(out)]
+    assert main(command) == 0
+    scores = json.loads(out.read_text())["mean"]
+    assert scores == {name: pytest.approx(values[name][2], rel=1e-4) for name in names}
+
+
 def test_the_lower_value_is_the_best_and_continues(two_sets, tmp_path, monkeypatch):
     """With scripted values; they decide alone, and the best one survives a new process."""
     values = [9.0, 5.0, 3.0, 4.0, 9.0, 3.5, 2.0]  # the inputs' first, in each process
@@ -108,11 +125,13 @@ def test_the_lower_value_is_the_best_and_continues(two_sets, tmp_path, monkeypat
         def __init__(self, *args):
             pass
 
+        width = FEATURES
+        measures: ClassVar = {"fid": lambda features, reference: values.pop(0)}
+
         def features(self, picture):
             return torch.zeros(FEATURES, dtype=torch.float64)
 
-    monkeypatch.setattr(named, "Inception", Nothing)
-    monkeypatch.setattr("fastnce.engine.validate.fid", lambda features, reference: values.pop(0))
+    monkeypatch.setattr(networks, "Inception", Nothing)
     extra = ["run.validate_every=1", "run.best=fid"]
     for steps, best in ((3, 2), (4, 2), (5, 5)):
         train_run(config(two_sets, f"run.steps={steps}", *extra, method="fastcut"), tmp_path / "run", quiet=True)
@@ -216,7 +235,7 @@ def test_an_unreadable_reference(two_sets, inception):
         Path(reference[0]).write_bytes(b"broken")
         measures = find_measures("fid", "", weights=str(inception))
         found = Validation(
-            *(items, 3, torch.device("cpu"), Translator, None, skip_bad, measures.best, (), measures.inception),
+            *(items, 3, torch.device("cpu"), Translator, None, skip_bad, measures.best, (), measures.networks),
             reference,
         )
         found.measure_inputs()
@@ -225,7 +244,7 @@ def test_an_unreadable_reference(two_sets, inception):
     with pytest.raises(ValueError, match=r"0\.png is not a picture"):
         measured(False)
     found = measured(True)
-    assert "left out of FID's reference: " in found.take_messages()[0]
+    assert "left out of the reference: " in found.take_messages()[0]
     assert found.inputs["fid"] > 0
 
 
@@ -245,7 +264,10 @@ def test_how_many_of_each(two_sets):
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        (["run.best=psnr_y"], "run.best=psnr_y compares pairs, and testA and testB are none: take fid, kid or "),
+        (
+            ["run.best=psnr_y"],
+            "run.best=psnr_y compares pairs, and testA and testB are none: take fid, kid, kernel_lite0 or ",
+        ),
         (["run.metrics=l1"], "run.metrics=l1 compares pairs"),
         (["run.best=fid", "run.validate_pictures=1"], "at least two pictures of each set, not 1 and 1"),
         (["run.best=fid", "run.validate_every=0"], "run.best=fid measures nothing, because run.validate_every=0"),
@@ -280,7 +302,7 @@ def test_nothing_to_measure(two_sets, tmp_path, inception, capsys):
     plain = ["train", "fastcut", "--data", str(two_sets), *SMALL, "run.steps=1", "run.validate_every=1"]
     assert main([*plain, "--out", str(tmp_path / "one")]) == 0
     said = capsys.readouterr().out
-    assert f"nothing is validated: {two_sets}/testA and testB are not paired; run.metrics=fid measures them" in said
+    assert f"nothing is validated: {two_sets}/testA and testB are not paired; run.metrics=fid or kernel_lite0" in said
     (two_sets / "testB").rename(tmp_path / "moved")
     weights = [f"run.feature_weights={inception}", "run.metrics=fid"]
     assert main([*plain, *weights, "--out", str(tmp_path / "two")]) == 2

@@ -123,6 +123,12 @@ def test_wrong_weights_are_named(inception, tmp_path, capsys):
     assert "a table of tensors" in error_of(capsys, *arguments, "--fid", *flag)
     torch.save({"weight": torch.zeros(3)}, file)
     assert "does not fit torch-fidelity's Inception network" in error_of(capsys, *arguments, "--fid", *flag)
+    torch.save(torch.nn.Linear(1, 1), file)  # PyTorch's own message advises to run the code in the file
+    assert "it is damaged, or no file of tensors that torch.save wrote" in error_of(capsys, *arguments, "--fid", *flag)
+    known = tmp_path / "weights-inception-2015-12-05-6726825d.pth"
+    known.symlink_to(inception)
+    message = error_of(capsys, *arguments, "--fid", *flag[:1], str(known))
+    assert f"{known} is damaged: its SHA-256 should begin with 6726825d" in message
     assert not out.exists()
 
 
@@ -143,7 +149,10 @@ def test_what_is_missing_is_named(inception, tmp_path, monkeypatch, capsys):
     assert "FID and KID need torch-fidelity: pip install 'torch-fidelity>=0.4'" in error_of(capsys, *arguments)
 
 
-def test_pictures_of_different_sizes(inception, tmp_path):
+def test_pictures_of_different_sizes_without_a_connection(inception, tmp_path, monkeypatch):
+    for name in ("socket.socket.connect", "socket.getaddrinfo"):
+        monkeypatch.setattr(name, offline)
+    monkeypatch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", offline)
     for side in "AB":
         for i, size in enumerate(((30, 41), (50, 22))):
             file = tmp_path / f"test{side}" / f"{i}.png"

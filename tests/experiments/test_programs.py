@@ -14,6 +14,7 @@ from tests.programs import run_program
     [
         ["experiments/derain.py"],
         ["experiments/parity.py"],
+        ["experiments/feature_distance.py"],
         ["experiments/record_networks.py"],
         ["experiments/showcase.py"],
         ["-m", "experiments.derain"],
