@@ -78,7 +78,10 @@ class RunOptions:
         False, "recompute the generators' residual blocks in the backward pass: less memory, more time"
     )
     start_from: str = option(
-        "", "begin with the weights of a run, a checkpoint, a published .pth file or a folder of them", anything=True
+        "",
+        "begin with the weights of a run, a checkpoint, a published .pth file or a folder of them, an export, or a "
+        "model that comes with fastnce (derain)",
+        anything=True,
     )
     start_networks: str = option(
         "", "networks that take them, such as G,D; empty: all that are found there", anything=True

@@ -1,8 +1,9 @@
 """Begin a run with weights that are there already: `run.start_from`.
 
-The source is a published file such as latest_net_G.pth, a folder of such files, a run, or one of its checkpoints. A
-tensor is taken if it has the name and the shape of one here; all others keep their initial values. Of a run that keeps
-averaged generators, those are taken. The optimisers and the schedule start at their beginning.
+The source is a published file such as latest_net_G.pth, a folder of such files, a run, one of its checkpoints, what
+`fastnce export` wrote, or the name of a model that comes with fastnce. A tensor is taken if it has the name and the
+shape of one here; all others keep their initial values. Of a run that keeps averaged generators, those are taken. The
+optimisers and the schedule start at their beginning.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from ..networks.published import (
     read_weights,
 )
 from ..networks.spectral import fitted
+from ..translate.exported import is_exported, read_folder
+from ..translate.named import locate
 
 MOST_PROBLEMS = 3
 """So many tensors of a network are named in the report; the others are counted."""
@@ -94,7 +97,10 @@ def plan_start(config: Config, planned: Method) -> Start | None:
                 f"run.start_networks={config.run.start_networks}: {config.method} has no network {name}"
                 f"{nearest(name, networks)}; it has {here}"
             )
-    source = _find(Path(path), config.method, networks, names)
+    if is_exported(located := locate(path)):
+        source = _exported(located, list(planned.generators()), names)
+    else:
+        source = _find(Path(path), config.method, networks, names)
     there = ", ".join(source.read) or "no networks"
     for name in names:
         if name not in source.read:
@@ -144,6 +150,14 @@ def _find(path: Path, method: str, networks: Iterable[str], names: list[str]) ->
     if path.exists():
         raise ValueError(f"run.start_from={path}: not a regular file")
     raise ValueError(f"run.start_from: {missing(path)}")
+
+
+def _exported(folder: Path, generators: list[str], names: list[str]) -> Source:
+    """An exported generator is the one of its name here, or else the first of those that `names` chooses."""
+    found = read_folder(folder)
+    generators = [name for name in generators if not names or name in names] or generators
+    name = found.details["generator"] if found.details["generator"] in generators else generators[0]
+    return Source(folder, {name: found.network.state_dict})
 
 
 def _labels(folder: Path) -> set[str]:

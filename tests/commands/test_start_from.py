@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastnce import models
 from fastnce.commands.main import main
 from fastnce.common.messages import counted
 from fastnce.config import resolve
 from fastnce.config.build import build_method, plan
+from fastnce.config.paths import absolute
 from fastnce.engine.checkpoint import Checkpoints
 from fastnce.engine.history import read_history
 from fastnce.engine.stored import load_generators
@@ -23,6 +25,7 @@ from fastnce.nce import PatchSampleF
 from fastnce.networks.published import save_published
 from fastnce.training import train_run
 from fastnce.training.starting import plan_start
+from fastnce.translate.exported import read_details
 from tests.engine.test_engine import SMALL, small_config, small_method, training_tensors
 from tests.logs import log_lines
 
@@ -261,3 +264,31 @@ def test_a_damaged_checkpoint_of_the_source_is_named(folder, tmp_path):
         started(folder, f"run.start_from={tmp_path / 'first'}")
     with pytest.raises(ValueError, match="is damaged"):
         started(folder, f"run.start_from={path}")
+
+
+def test_a_model_that_comes_with_fastnce(tmp_path, monkeypatch):
+    """Its generator is the method's first one, whatever the method calls it."""
+    monkeypatch.chdir(tmp_path)
+    width = read_details(models.folder("derain"))["network"]["width"]
+    config = resolve("dcdgan-plus", None, ["run.start_from=derain", f"network.width={width}"])
+    start = plan_start(config, plan(config))
+    assert start is not None
+    assert list(start.weights) == ["G_A"]
+    total = len(start.weights["G_A"])
+    assert start.lines[0] == f"G_A: {total} of {total} tensors"
+    assert absolute(config).run.start_from == str(models.folder("derain"))  # stored in a run, for other folders
+    config.run.start_networks = "G_B"
+    assert list(plan_start(config, plan(config)).weights) == ["G_B"]
+    config.run.start_networks = "D_A"
+    with pytest.raises(ValueError, match="run.start_networks names D_A, and .*derain holds G_A$"):
+        plan_start(config, plan(config))
+
+
+def test_an_export_is_taken_by_its_name(folder, published, other, tmp_path):
+    exported = tmp_path / "exported"
+    assert main(["export", str(published / "latest_net_G.pth"), "--out", str(exported)]) == 0
+    start, before, after = started(folder, f"run.start_from={exported}")
+    wanted = weights(other)
+    for key in wanted:
+        assert torch.equal(after[key], (wanted if key.startswith("G/") else before)[key]), key
+    assert sorted(start.lines[1:]) == [f"{name} begins with its own initial weights" for name in "DF"]
