@@ -13,11 +13,13 @@ from PIL import Image
 
 import fastnce
 from experiments import photographs, rendered
+from fastnce.config import resolve
 from fastnce.data import load_image
 from fastnce.data.rain import RainOptions, parse_ranges, render_rain
 from fastnce.evaluate.pairs import find_pairs
 from fastnce.evaluate.quality import ssim
 from fastnce.methods import Batch, Draws, NetworkOptions
+from fastnce.translate.exported import network_options, read_details
 
 HERE = Path(rendered.__file__)
 HEAVY = "density=0.5,opacity=0.7"
@@ -123,3 +125,11 @@ def test_it_learns_to_remove_rain(tmp_path):
     rainy = render_rain(clean, RainOptions(**parse_ranges("rain", HEAVY)), torch.Generator().manual_seed(0))
     restored = run.load(trust_code=True)(rainy)
     assert (restored - clean).abs().mean() < 0.9 * (rainy - clean).abs().mean()
+
+
+def test_the_configuration_of_the_shipped_model(tmp_path, monkeypatch):
+    """It builds the network whose weights are shipped."""
+    monkeypatch.chdir(HERE.parents[1])
+    config = resolve("", HERE.with_name("derain_model.toml"), [f"data.dir={tmp_path}"])
+    shipped = read_details(fastnce.models.folder("derain"))["network"]
+    assert network_options(config.network) == shipped
