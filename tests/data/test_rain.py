@@ -95,6 +95,7 @@ def test_drizzle_covers_the_whole_image_with_thin_streaks():
     down, right = (change[1:] * change[:-1]).mean(), (change[:, 3:] * change[:, :-3]).mean()
     assert down > 0.8 * change.square().mean()  # long
     assert right < 0.2 * change.square().mean()  # and thin
+    assert render_rain(clean[..., :1, :1], fine, seeded(0)).isfinite().all()  # a pixel has no deviation
 
 
 def test_options_that_are_off_change_nothing():
@@ -112,6 +113,8 @@ def test_each_image_draws_one_of_several_kinds():
     assert 10 < (change < 1e-6).sum() < 30
     assert (change > 0.1).sum() == (change > 1e-6).sum()
     assert torch.equal(render_rain(clean, [heavy], seeded(0)), render_rain(clean, heavy, seeded(0)))
+    with pytest.raises(ValueError, match="options holds no kind of rain"):
+        render_rain(clean, [])
 
 
 def test_kinds_of_rain_are_parsed():
