@@ -171,7 +171,7 @@ def run_one(args: argparse.Namespace, name: str, seed: int, folder: Path) -> dic
     result = folder / "row.json"
     if result.exists():
         row = json.loads(result.read_text())
-        if row.items() >= settings.items():
+        if row.items() >= settings.items() and row.get("options") == settings.get("options"):
             return row
     began, cpu = time.monotonic(), time.process_time()
     if name == PAIRED:
@@ -276,6 +276,10 @@ def main(arguments: list[str] | None = None) -> int:
     unknown = [name for name in names if name not in (*VARIANTS, PAIRED)]
     if unknown or (PAIRED in names and not args.pairs):
         parser.error(f"no variant {unknown[0]!r}" if unknown else f"{PAIRED!r} needs --pairs")
+    try:
+        resolve("dcdgan-plus", None, args.options)
+    except ValueError as error:
+        parser.error(f"--options: {error}")
     for test in args.test:
         find_pairs(test)
     rows, curves = [], {}

@@ -146,9 +146,15 @@ def make(packages: Path, out: Path) -> int:
                 raise ValueError(f"{packages} holds no {package}_VERSION_all.deb: fetch it with apt-get download")
             versions[package] = found[-1].name.split("_")[1].replace("%3a", ":")
             subprocess.run(["dpkg-deb", "-x", str(found[-1]), str(Path(unpacked) / package)], check=True)
+        paths = [Path(unpacked) / photograph.package / "usr/share" / photograph.file for photograph in PHOTOGRAPHS]
+        for path, photograph in zip(paths, PHOTOGRAPHS, strict=True):
+            if not path.is_file():
+                raise ValueError(
+                    f"{photograph.package} {versions[photograph.package]} holds no usr/share/{photograph.file}: take "
+                    f"the packages of Debian 12"
+                )
         (out / "trainB").mkdir(parents=True)
-        for place, photograph in enumerate(PHOTOGRAPHS):
-            path = Path(unpacked) / photograph.package / "usr/share" / photograph.file
+        for place, (path, photograph) in enumerate(zip(paths, PHOTOGRAPHS, strict=True)):
             name = path.stem if path.stem != "2560x1600" else path.parts[-4]
             rows.append([name, *photograph, versions[photograph.package]])
             whole = load_image(path, 3)
@@ -183,8 +189,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--packages", type=Path, metavar="DEBS", help="folder with the packages; default: fetch them")
     parser.add_argument("--out", type=Path, required=True, metavar="PHOTOS", help="a new folder")
     args = parser.parse_args(arguments)
-    if args.out.exists() and any(args.out.iterdir()):
-        parser.error(f"{args.out} is not empty: take a new folder")
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        parser.error(f"{args.out} is not an empty folder: take a new one")
     needed = ["dpkg-deb"] if args.packages else ["dpkg-deb", "apt-get"]
     for program in needed:
         if shutil.which(program) is None:

@@ -8,6 +8,7 @@ import shlex
 import statistics
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from fastnce.api import Run
 from fastnce.common.writing import write_whole
@@ -156,7 +157,7 @@ def section_of(facts: dict[str, Any], folder: str) -> str:
     Args:
         folder: of the files, as the page links to it.
     """
-    pictures = facts["pictures"]
+    pictures, folder = facts["pictures"], quote(folder)
     if facts["images_are_crops"]:
         over_time = "The whole picture over the steps, and the target:"
         newest = f"Input, output after step {facts['steps']:,}, and target:"

@@ -29,6 +29,7 @@ from .training.continuing import apply_changes, continue_config
 from .training.run import train_run
 from .translate.chosen import CHECKPOINTS, last_and_best, step_loaded
 from .translate.load import load_translator
+from .translate.named import locate
 from .translate.translator import Tiles, Translator
 from .watch.notebook import NotebookCallback, in_notebook, report_link
 
@@ -208,7 +209,7 @@ def evaluate(
         return measure(data, model, **options)
     if checkpoint not in (None, *CHECKPOINTS):
         raise ValueError(f"checkpoint must be one of {', '.join(CHECKPOINTS)}, not {checkpoint!r}")
-    place = model.folder if isinstance(model, Run) else Path(model)
+    place = model.folder if isinstance(model, Run) else locate(model)
     last, best, name = last_and_best(place, load, checkpoint)
     steps = (step_loaded(last) if name else None, step_loaded(best))
     known = {"channels": last.channels, "device": last.device, "best": best, "checkpoint": name, "steps": steps}

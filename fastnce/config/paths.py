@@ -8,7 +8,6 @@ from typing import Any
 
 from ..common.imports import is_import_path
 from ..common.options import kinds
-from ..models import folder, names
 from .config import Config
 
 PATHS = ("data.dir", "data.validate", "data.cache_dir", "run.start_from", "loss.vgg_weights", "run.feature_weights")
@@ -26,8 +25,7 @@ def absolute(config: Config) -> Config:
         for key, (_, accepts) in kinds(options).items():
             value = getattr(options, key)
             if f"{section}.{key}" in PATHS and value:
-                named = f"{section}.{key}" == "run.start_from" and value in names() and not os.path.lexists(value)
-                setattr(options, key, str(folder(value)) if named else os.path.abspath(value))
+                setattr(options, key, os.path.abspath(value))
             elif accepts.imports or f"{section}.{key}" in CODE:
                 setattr(options, key, _absolute_code(value))
     return config

@@ -102,9 +102,11 @@ def render_rain(
         the same shape, dtype and device.
 
     Raises:
-        ValueError: the shape is wrong, or the layers of several options differ.
+        ValueError: the shape is wrong, `options` is empty, or the layers of several options differ.
     """
     kinds = [options or RainOptions()] if options is None or isinstance(options, RainOptions) else list(options)
+    if not kinds:
+        raise ValueError("options holds no kind of rain: give at least one, or None for the defaults")
     if len({kind.layers for kind in kinds}) != 1:
         raise ValueError(f"kinds of rain must have equally many layers, not {[kind.layers for kind in kinds]}")
     layers = kinds[0].layers
@@ -177,7 +179,8 @@ def render_rain(
         lean = torch.deg2rad(angle + 4 * draw(images, 1, 1) - 2)
         long = (length * (0.2 + 0.6 * draw(images, 1, 1))).clamp(min=2.0)
         fine = fall_as(draw(images, height, width), lean, long, 1 + 0.5 * draw(images, 1, 1))
-        fine = (fine - fine.mean((1, 2), keepdim=True)) / fine.std((1, 2), keepdim=True).clamp(min=1e-6)
+        deviation = fine.std((1, 2), correction=min(1, height * width - 1), keepdim=True)
+        fine = (fine - fine.mean((1, 2), keepdim=True)) / deviation.clamp(min=1e-6)
         x = show(x, (strength * ((fine - threshold) / 2.5).clamp(0, 1))[:, None])
     return x.mul(2).sub(1).clamp(-1, 1).to(clean.dtype)
 

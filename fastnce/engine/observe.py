@@ -26,6 +26,7 @@ from .options import RunOptions
 from .progress import Progress
 from .samples import padded, translated
 from .step import Step
+from .trained import count_parameters
 from .validate import Validation
 
 
@@ -70,7 +71,7 @@ class Observer:
         """
         self._announced = done
         device = next(self.method.parameters()).device
-        numbers = sum(p.numel() for p in self.method.parameters())
+        numbers = count_parameters(self.method)
         info = RunInfo(self.folder, config, done, total, str(device), numbers, machine(device), versions())
         known = {"command": sys.argv, "ranks": self.ranks.world, "parameters": numbers}
         self.log.begin(info, batch, self.run.save_every, **known)

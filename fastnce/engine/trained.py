@@ -39,6 +39,12 @@ def make_groups(method: Method, options: OptimOptions) -> dict[str, ParameterGro
     }
 
 
+def count_parameters(method: Method) -> int:
+    """Count the parameters of a method's networks and groups. Those of networks that it leaves out are not counted."""
+    modules = [*method.networks().values(), *(module for g in method.groups().values() for module in g.modules)]
+    return sum({id(p): p.numel() for module in modules for p in module.parameters()}.values())
+
+
 def trained_by(
     phases: Sequence[Phase], groups: Mapping[str, ParameterGroup], generators: Sequence[nn.Module], *, follow: bool
 ) -> dict[tuple[str, ...], TrainedParameters]:

@@ -39,6 +39,7 @@ from ..engine.loop import TrainingFailed, train
 from ..engine.memory import check_room, keep_freed_memory, out_of_memory, too_large
 from ..engine.progress import check_pictures
 from ..engine.recompute import recompute_blocks
+from ..engine.trained import count_parameters
 from ..watch import ReportCallback
 from ..watch.report import NAME as REPORT
 from ..watch.trackers import make_trackers
@@ -174,6 +175,7 @@ def _train_rank(
     method = build_method(config).to(device)
     if start is not None:
         start.load(method)
+        config = replace(config, run=replace(config.run, start_from=start.path))  # a name depends on the folder here
     steps = data.steps_per_epoch
     left = state is None or steps_left(config, state, processes=ranks.world, steps_per_epoch=steps)
     with ranks.together(device):
@@ -181,7 +183,7 @@ def _train_rank(
             out.mkdir(parents=True, exist_ok=True)
             write_whole(out / "config.toml", absolute(config).as_toml().encode("utf-8"))
     if not quiet:
-        parameters = sum(p.numel() for p in method.parameters())
+        parameters = count_parameters(method)
         sizes = [getattr(data, name, None) for name in ("size_a", "size_b")]
         pictures = "" if None in sizes else f"{sizes[0]:,} + {sizes[1]:,} pictures, "
         print_line(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..common.messages import nearest
 from ..config.config import Config
 from ..engine.checkpoint import open_checkpoint
-from ..engine.stored import all_finite, check_numbers, follow, load_generators, missing, read_tensors, step_of, using
+from ..engine.stored import all_finite, check_numbers, follow, load_generators, read_tensors, step_of, using
 from ..methods import Method
 from ..networks.published import (
     LEARNED_TEMPERATURE,
@@ -31,7 +31,7 @@ from ..networks.published import (
 )
 from ..networks.spectral import fitted
 from ..translate.exported import is_exported, read_folder
-from ..translate.named import locate
+from ..translate.named import absent, locate
 
 MOST_PROBLEMS = 3
 """So many tensors of a network are named in the report; the others are counted."""
@@ -55,11 +55,13 @@ class Source:
 class Start:
     """Weights that a run begins with.
 
+    path: `run.start_from`; if a name was taken, the folder of its model.
     source: where they are from, for the history.
     weights: the tensors that fit, by network.
     lines: the report, one sentence per network.
     """
 
+    path: str
     source: str
     weights: dict[str, dict[str, Tensor]]
     lines: list[str]
@@ -123,7 +125,8 @@ def plan_start(config: Config, planned: Method) -> Start | None:
         ([name for name in networks if name not in weights], "begins with its own initial weights"),
     ):
         lines += [f"{name} {verb}" for name in group]
-    return Start(str(source.path), {name: state for name, state in weights.items() if state}, lines)
+    taken = path if located == Path(path) else str(located)
+    return Start(taken, str(source.path), {name: state for name, state in weights.items() if state}, lines)
 
 
 def _find(path: Path, method: str, networks: Iterable[str], names: list[str]) -> Source:
@@ -149,7 +152,7 @@ def _find(path: Path, method: str, networks: Iterable[str], names: list[str]) ->
         return _published(path.parent, path.name)
     if path.exists():
         raise ValueError(f"run.start_from={path}: not a regular file")
-    raise ValueError(f"run.start_from: {missing(path)}")
+    raise ValueError(f"run.start_from: {absent(path)}")
 
 
 def _exported(folder: Path, generators: list[str], names: list[str]) -> Source:

@@ -18,14 +18,15 @@ def locate(source: str | os.PathLike[str]) -> Path:
     """Return the path of a model: `source` itself, or the folder of the model of this name.
 
     A path that exists comes before a name, unless it is a folder without a model, such as the `--out` of an earlier
-    translation. A warning says what was taken. `./derain` is never a name.
+    translation. A warning says what was taken. `./derain` is never a name. A path that `Path` would shorten to a name
+    is returned as an absolute one, so that it stays a path.
 
     Args:
         source: a path, or one of `fastnce.models.names()`. It need not exist.
     """
     path, name = Path(source), os.fspath(source)
     if name not in names():
-        return path
+        return path.absolute() if str(path) in names() else path
     shipped = folder(name)
     if not os.path.lexists(path):
         return shipped
@@ -39,7 +40,7 @@ def locate(source: str | os.PathLike[str]) -> Path:
     warnings.warn(
         f"{name} is taken as the {kind} of this name; the model that comes with fastnce is {shipped}", stacklevel=3
     )
-    return path
+    return path.absolute()
 
 
 def model_path(text: str) -> Path:

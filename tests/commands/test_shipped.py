@@ -158,6 +158,13 @@ def test_an_export_takes_weights_licence_and_card_along(capsys):
     assert HubModel.open("derain").card == Path("copy/README.md").read_text(encoding="utf-8")
 
 
+def test_a_model_of_this_name_here_is_warned_of_once():
+    assert main(["export", "derain", "--out", "derain"]) == 0
+    with pytest.warns(UserWarning, match="derain is taken as the folder of this name") as said:
+        assert main(["export", "derain", "--out", "copy"]) == 0
+    assert len(said) == 1
+
+
 def test_published_files_need_a_run(capsys):
     assert main(["export", "derain", "--out", "OUT", "--format", "published"]) == 2
     assert "--format published needs a run, which has all networks" in one_sentence(capsys)

@@ -16,7 +16,6 @@ from fastnce.commands.main import main
 from fastnce.common.messages import counted
 from fastnce.config import resolve
 from fastnce.config.build import build_method, plan
-from fastnce.config.paths import absolute
 from fastnce.engine.checkpoint import Checkpoints
 from fastnce.engine.history import read_history
 from fastnce.engine.stored import load_generators
@@ -217,6 +216,7 @@ def test_what_cannot_be_taken_is_refused_before_anything_is_written(folder, publ
     g = published / "latest_net_G.pth"
     for words, sentence in (
         (["run.start_from=nowhere.pth"], "nowhere.pth: no such run or file"),
+        (["run.start_from=nowhere"], "nowhere: no such run or file, and the models that come with fastnce are: derain"),
         (["run.start_from=empty"], "holds neither a run"),
         (["run.start_from=nan_net_G.pth"], "not finite"),
         (["run.start_from=odd_net_G.pth"], "nothing fits: G: 0 of"),
@@ -276,7 +276,11 @@ def test_a_model_that_comes_with_fastnce(tmp_path, monkeypatch):
     assert list(start.weights) == ["G_A"]
     total = len(start.weights["G_A"])
     assert start.lines[0] == f"G_A: {total} of {total} tensors"
-    assert absolute(config).run.start_from == str(models.folder("derain"))  # stored in a run, for other folders
+    assert start.path == str(models.folder("derain"))  # stored in a run, for other folders
+    Path("derain").mkdir()
+    with pytest.warns(UserWarning, match="holds no model"):
+        assert plan_start(config, plan(config)).path == start.path
+    Path("derain").rmdir()
     config.run.start_networks = "G_B"
     assert list(plan_start(config, plan(config)).weights) == ["G_B"]
     config.run.start_networks = "D_A"
@@ -292,3 +296,16 @@ def test_an_export_is_taken_by_its_name(folder, published, other, tmp_path):
     for key in wanted:
         assert torch.equal(after[key], (wanted if key.startswith("G/") else before)[key]), key
     assert sorted(start.lines[1:]) == [f"{name} begins with its own initial weights" for name in "DF"]
+
+
+@pytest.mark.filterwarnings("ignore:the folder exported holds no model")
+def test_a_run_stores_the_folder_of_a_model_by_name(folder, published, tmp_path, monkeypatch):
+    """A folder of this name, such as the outputs of the model, does not change what the run's own file says."""
+    exported = tmp_path / "models" / "exported"
+    assert main(["export", str(published / "latest_net_G.pth"), "--out", str(exported)]) == 0
+    monkeypatch.setattr(models.shipped, "_HERE", exported.parent)
+    (tmp_path / "here" / "exported").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    for steps in (1, 2):  # the same command continues the run
+        train_run(small_config(folder, f"run.steps={steps}", "run.start_from=exported"), "run", quiet=True)
+        assert f'start_from = "{exported}"' in Path("run/config.toml").read_text(encoding="utf-8")

@@ -17,6 +17,7 @@ from fastnce.data.rained import RainedData
 from fastnce.data.unpaired import UnpairedData
 from fastnce.engine.options import OptimOptions
 from fastnce.engine.step import Step
+from fastnce.engine.trained import count_parameters
 from fastnce.evaluate.pairs import find_pairs
 from fastnce.methods import DCDGAN, Batch, DCDGANOptions, Draws, NetworkOptions
 from fastnce.networks import build
@@ -94,6 +95,7 @@ def test_drizzle_covers_the_whole_image_with_thin_streaks():
     down, right = (change[1:] * change[:-1]).mean(), (change[:, 3:] * change[:, :-3]).mean()
     assert down > 0.8 * change.square().mean()  # long
     assert right < 0.2 * change.square().mean()  # and thin
+    assert render_rain(clean[..., :1, :1], fine, seeded(0)).isfinite().all()  # a pixel has no deviation
 
 
 def test_options_that_are_off_change_nothing():
@@ -111,6 +113,8 @@ def test_each_image_draws_one_of_several_kinds():
     assert 10 < (change < 1e-6).sum() < 30
     assert (change > 0.1).sum() == (change > 1e-6).sum()
     assert torch.equal(render_rain(clean, [heavy], seeded(0)), render_rain(clean, heavy, seeded(0)))
+    with pytest.raises(ValueError, match="options holds no kind of rain"):
+        render_rain(clean, [])
 
 
 def test_kinds_of_rain_are_parsed():
@@ -352,6 +356,7 @@ def test_rendered_pairs_teach(clean_only, monkeypatch):
     method = DCDGAN(DCDGANOptions(**weights, **layers), network)
     assert list(method.networks()) == ["G_A"]  # nothing else is trained, stored or computed
     assert [phase.groups for phase in method.phases()] == [("G",)]
+    assert count_parameters(method) == sum(p.numel() for p in method.generator_a.parameters())  # as a run says
     data = RainedData(clean_only, **SIZES)
     step = Step(method, OptimOptions(lr=1e-2))
     losses = []
@@ -361,6 +366,7 @@ def test_rendered_pairs_teach(clean_only, monkeypatch):
     assert sum(losses[-2:]) < 0.7 * sum(losses[:2])
     with_another = DCDGAN(DCDGANOptions(**{**weights, "lambda_color": 0.1}, **layers), network)
     assert list(with_another.networks()) == ["G_A", "G_B", "D_A", "D_B", "F1", "F2"]
+    assert count_parameters(with_another) == sum(p.numel() for p in with_another.parameters())
     with pytest.raises(ValueError, match=r"loss\.rendered_rain: 'fog=1' is not a range"):
         DCDGAN(DCDGANOptions(rendered_rain="fog=1", **layers), network)
 

@@ -102,6 +102,14 @@ def test_the_experiment_at_its_smallest(pairs, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         derain.main([*arguments, "--only", "magic"])
     assert "no variant 'magic'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        derain.main([*arguments, "--only", "plus", "--options", "loss.magic=1"])
+    assert "--options: unknown key 'loss.magic'" in capsys.readouterr().err
+    # a run with other options is not a finished run of the variant itself
+    finished = out / "runs/plus-0/row.json"
+    finished.write_text(json.dumps({**json.loads(finished.read_text()), "options": "optim.lr=1e-4"}))
+    with pytest.raises(pytest.fail.Exception, match="a finished run was repeated"):
+        derain.main([*arguments, "--only", "plus"])
 
 
 def test_variants_are_configurations(tmp_path):

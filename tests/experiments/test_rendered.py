@@ -79,6 +79,15 @@ def test_a_missing_package_is_named(two, tmp_path, capsys):
     assert left.value.code == 2
     assert "holds no other_VERSION_all.deb" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+    package(tmp_path, "other", "3.0-1", {"wallpapers/Lake/contents/images/1x1.jpg": (4, 4)})
+    for out, sentence in (
+        ("out", "other 3.0-1 holds no usr/share/wallpapers/Lake/"),
+        ("one", "is not an empty folder"),
+    ):
+        with pytest.raises(SystemExit):
+            photographs.main(["--packages", str(tmp_path), "--out", str(tmp_path / out)])
+        assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_photographs_are_licensed_and_distinct():

@@ -269,6 +269,7 @@ def test_a_page_gets_a_section_once(run, data, tmp_path, capsys):
     facts = json.loads((out / "facts.json").read_text())
     body = section_of(facts, "results/tiny")
     assert "(results/tiny/strip.jpg)" in body
+    assert "(my%20results/tiny/strip.jpg)" in section_of(facts, "my results/tiny")  # Markdown ends a link at a space
     assert "| steps | 6; 6 images of each domain |" in body
     assert f"```bash\n{wrapped(facts['command'])}\n```" in body
     begin, end = "<!-- run: tiny -->", "<!-- run: end -->"

@@ -47,17 +47,17 @@ def test_a_model_here_comes_first():
 @pytest.mark.parametrize(
     "name", ["checkpoints/step-00000001/x", "config.toml", "model.safetensors", "latest_net_G.pth"]
 )
-def test_what_may_be_a_model_here_comes_first(name):
+def test_what_may_be_a_model_here_comes_first(name, here):
     (Path("derain") / name).parent.mkdir(parents=True)
     (Path("derain") / name).touch()
     with pytest.warns(UserWarning, match="taken as the folder"):
-        assert locate("derain") == Path("derain")
+        assert locate("derain") == here / "derain"  # as a path, it is not looked up and warned of again
 
 
-def test_a_file_here_comes_first():
+def test_a_file_here_comes_first(here):
     Path("derain").write_bytes(b"x")
     with pytest.warns(UserWarning, match="^derain is taken as the file of this name"):
-        assert locate("derain") == Path("derain")
+        assert locate("derain") == here / "derain"
 
 
 def test_a_folder_of_pictures_is_no_model():
@@ -71,11 +71,14 @@ def test_a_folder_of_pictures_is_no_model():
 
 
 def test_with_a_slash_it_is_a_path(here):
-    assert locate("./derain") == Path("derain")
+    assert locate("./derain") == here / "derain"
     assert model_path("./derain") == model_path("derain/") == here / "derain"
     assert locate(model_path("./derain")) == here / "derain"
     for text in ("derain", "./mine", "runs/mine", "/derain"):
         assert model_path(text) == Path(text)
+    for use in (fastnce.load, fastnce.hub.HubModel.open, lambda path: fastnce.evaluate(path, "TEST")):
+        with pytest.raises(ValueError, match=f"^{re.escape(str(here / 'derain'))}: no such run or file$"):
+            use("./derain")
 
 
 SHIPPED = ", and the models that come with fastnce are: derain"
