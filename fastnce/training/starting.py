@@ -99,7 +99,7 @@ def plan_start(config: Config, planned: Method) -> Start | None:
                 f"run.start_networks={config.run.start_networks}: {config.method} has no network {name}"
                 f"{nearest(name, networks)}; it has {here}"
             )
-    if is_exported(located := locate(path)):
+    if is_exported(located := locate(path)) and not _labels(located):  # published files may be of all networks
         source = _exported(located, list(planned.generators()), names)
     else:
         source = _find(Path(path), config.method, networks, names)
