@@ -107,9 +107,7 @@ def render_rain(
     kinds = [options or RainOptions()] if options is None or isinstance(options, RainOptions) else list(options)
     if not kinds:
         raise ValueError("options holds no kind of rain: give at least one, or None for the defaults")
-    if len({kind.layers for kind in kinds}) != 1:
-        raise ValueError(f"kinds of rain must have equally many layers, not {[kind.layers for kind in kinds]}")
-    layers = kinds[0].layers
+    layers = _layers(kinds)
     if clean.dim() != 4 or clean.shape[1] not in (1, 3):
         raise ValueError(f"clean must be (images, 1 or 3, height, width), not {tuple(clean.shape)}")
     images, _, height, width = clean.shape
@@ -293,9 +291,15 @@ def parse_kinds(name: str, text: str) -> list[RainOptions]:
         ValueError: an unknown key, a value that is not a range, or kinds whose layers differ.
     """
     kinds = [RainOptions(**parse_ranges(name, part)) for part in text.split(";") if part.strip()] or [RainOptions()]
-    if len({kind.layers for kind in kinds}) != 1:
-        raise ValueError(f"{name}: kinds of rain must have equally many layers, not {[k.layers for k in kinds]}")
+    _layers(kinds, f"{name}: ")
     return kinds
+
+
+def _layers(kinds: Sequence[RainOptions], where: str = "") -> int:
+    """The number of layers of all kinds; ValueError if they differ, with `where` before it."""
+    if len({kind.layers for kind in kinds}) != 1:
+        raise ValueError(f"{where}kinds of rain must have equally many layers, not {[kind.layers for kind in kinds]}")
+    return kinds[0].layers
 
 
 def parse_ranges(name: str, text: str) -> dict[str, Any]:

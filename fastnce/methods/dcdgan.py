@@ -76,7 +76,7 @@ class DCDGANOptions(DCLGANOptions):
 class DCDGAN(DCLGAN):
     """DCLGAN plus a colour and a frequency loss on both cycles, A to B to A and B to A to B.
 
-    If `lambda_rendered` is the only weight above 0, G_A is the only network, and a step one pass through it.
+    If `lambda_rendered` is the only weight above 0, G_A is the only network, and a step is one pass through it.
     """
 
     Options = DCDGANOptions
