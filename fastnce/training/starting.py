@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..common.messages import nearest
+from ..common.toml import format_value
 from ..config.config import Config
 from ..engine.checkpoint import open_checkpoint
 from ..engine.stored import all_finite, check_numbers, follow, load_generators, read_tensors, step_of, using
@@ -30,7 +32,7 @@ from ..networks.published import (
     read_weights,
 )
 from ..networks.spectral import fitted
-from ..translate.exported import is_exported, read_folder
+from ..translate.exported import NETWORK_KEYS, is_exported, read_folder
 from ..translate.named import absent, locate
 
 MOST_PROBLEMS = 3
@@ -44,11 +46,13 @@ class Source:
     path: for messages.
     read: returns the state dict of each network.
     averaged: the networks of which the averaged weights are taken.
+    options: of the table `network` that the generators were built with, where the source says so.
     """
 
     path: Path
     read: dict[str, Callable[[], dict[str, Tensor]]]
     averaged: list[str] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -84,7 +88,7 @@ def plan_start(config: Config, planned: Method) -> Start | None:
 
     Raises:
         ValueError: there are no such weights, a named network is not among them or not in the method, they are damaged
-            or not finite, or nothing fits.
+            or not finite, nothing fits, or less than half of a generator fits that `run.start_networks` does not name.
     """
     path, names = config.run.start_from, [name.strip() for name in config.run.start_networks.split(",") if name.strip()]
     if not path:
@@ -115,6 +119,12 @@ def plan_start(config: Config, planned: Method) -> Start | None:
         lines.append(line)
         if not weights[name] and names:
             raise ValueError(f"run.start_from={path}: nothing fits: {line}")
+        if not names and name in planned.generators() and _mostly_other(networks[name], weights[name]):
+            hint = _difference(source.options, config)
+            raise ValueError(
+                f"run.start_from={path}: the generator there is another one: {line}{hint}. To take what fits, add "
+                f"run.start_networks={name}"
+            )
     if not any(weights.values()):
         reason = "; ".join(lines) or f"it holds {there}, and {config.method} has {', '.join(networks)}"
         raise ValueError(f"run.start_from={path}: nothing fits: {reason}")
@@ -127,6 +137,19 @@ def plan_start(config: Config, planned: Method) -> Start | None:
         lines += [f"{name} {verb}" for name in group]
     taken = path if located == Path(path) else str(located)
     return Start(taken, str(source.path), {name: state for name, state in weights.items() if state}, lines)
+
+
+def _mostly_other(network: nn.Module, fit: dict[str, Tensor]) -> bool:
+    """Whether some tensors fit a network and most do not: such a run would begin almost anew."""
+    return 0 < 2 * len(fit) < len(network.state_dict())
+
+
+def _difference(options: dict[str, Any], config: Config) -> str:
+    """What to add to a command, so that its generators are those of a source; "" if that is unknown."""
+    own = asdict(config.network)
+    differ = [key for key, value in options.items() if key in own and own[key] != value]
+    other = [f"network.{key}={format_value(options[key]).strip(chr(34))}" for key in differ]
+    return f". It was built with {' '.join(other)}" if other else ""
 
 
 def _find(path: Path, method: str, networks: Iterable[str], names: list[str]) -> Source:
@@ -160,7 +183,7 @@ def _exported(folder: Path, generators: list[str], names: list[str]) -> Source:
     found = read_folder(folder)
     generators = [name for name in generators if not names or name in names] or generators
     name = found.details["generator"] if found.details["generator"] in generators else generators[0]
-    return Source(folder, {name: found.network.state_dict})
+    return Source(folder, {name: found.network.state_dict}, options=found.options or {})
 
 
 def _labels(folder: Path) -> set[str]:
@@ -206,7 +229,9 @@ def _checkpoint(path: Path) -> Source:
                 found.setdefault(name, {})[parameter] = tensor
         found |= load_generators(folder, state)
     averaged = sorted({key.split("/")[1] for key in tensors if key.startswith("average/")})
-    return Source(folder, {name: lambda weights=weights: weights for name, weights in found.items()}, averaged)  # type: ignore[misc]
+    options = {key: value for key, value in state.get("config", {}).get("network", {}).items() if key in NETWORK_KEYS}
+    read = {name: lambda weights=weights: weights for name, weights in found.items()}
+    return Source(folder, read, averaged, options)  # type: ignore[arg-type]
 
 
 def _compare(name: str, network: nn.Module, state: dict[str, Tensor], where: str) -> tuple[dict[str, Tensor], str]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import torch
 from PIL import Image
 
 from fastnce import __version__
+from fastnce.__main__ import SPINS
 from fastnce.commands.demo import write_folders
 from fastnce.commands.main import main
 from fastnce.common.options import describe
@@ -23,7 +27,7 @@ from fastnce.translate.load import load_translator
 from fastnce.translate.translator import Translator, pad_to_multiple
 from tests import replay
 from tests.methods.test_family_replay import PRESET
-from tests.programs import run_program
+from tests.programs import ROOT, run_program
 from tests.vgg import narrow_vgg
 
 pytestmark = pytest.mark.usefixtures("few_blocks")
@@ -154,6 +158,33 @@ def test_help_and_version(capsys):
     assert capsys.readouterr().out == f"{__version__}\n"
     run = run_program(["-m", "fastnce", "--version"])
     assert run.stdout == f"{__version__}\n"
+
+
+@pytest.mark.parametrize("own", [{}, {"GOMP_SPINCOUNT": "77"}, {"OMP_WAIT_POLICY": "active"}])
+def test_waiting_threads_sleep_early_unless_the_user_says_otherwise(own):
+    environment = {k: v for k, v in os.environ.items() if k not in {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}} | own
+    code = (
+        "import os, sys; from fastnce.__main__ import entry; sys.argv = ['fastnce', '--version']\n"
+        "try: entry()\n"
+        "finally: print(os.environ.get('GOMP_SPINCOUNT'))"
+    )
+    *_, last = run_program(["-c", code], environment=environment).stdout.split()
+    assert last == {"GOMP_SPINCOUNT": "77", "OMP_WAIT_POLICY": "None"}.get(next(iter(own), ""), SPINS)
+
+
+def test_the_number_of_turns_reaches_gnu_openmp():
+    """It reads the variable when PyTorch is loaded, so a real process shows what it took."""
+    environment = {k: v for k, v in os.environ.items() if k not in {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}}
+    run = subprocess.run(
+        [sys.executable, "-m", "fastnce", "models"],
+        env=environment | {"OMP_DISPLAY_ENV": "verbose", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    if "GOMP_SPINCOUNT" not in run.stderr:
+        pytest.skip("this PyTorch computes with another OpenMP than GNU's")
+    assert f"GOMP_SPINCOUNT = '{SPINS}'" in run.stderr
 
 
 @pytest.fixture

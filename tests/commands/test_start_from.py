@@ -288,6 +288,27 @@ def test_a_model_that_comes_with_fastnce(tmp_path, monkeypatch):
         plan_start(config, plan(config))
 
 
+def test_a_generator_of_another_width_is_refused(folder, published, tmp_path):
+    """Else a run that is meant to continue from a model would begin anew, with a line of its log to say so."""
+    wide = ["network.width=8"]
+    config = resolve("dcdgan-plus", None, ["run.start_from=derain", "network.width=32"])
+    planned = plan(config)
+    with pytest.raises(
+        ValueError,
+        match=r"run.start_from=derain: the generator there is another one: G_A: \d+ of \d+ tensors, .*"
+        r"\. It was built with network.width=16( .*)?\. To take what fits, add run.start_networks=G_A$",
+    ):
+        plan_start(config, planned)
+    with pytest.raises(ValueError, match=r"G: \d+ of \d+ tensors, .*; and \d+ more\. To take what fits, add run\."):
+        started(folder, f"run.start_from={published}", *wide)  # published files do not tell their options
+    train_run(small_config(folder, "run.steps=1"), tmp_path / "first", quiet=True)
+    with pytest.raises(ValueError, match=r"\. It was built with network.width=4\. To take"):
+        started(folder, f"run.start_from={tmp_path / 'first'}", *wide)
+    start, before, after = started(folder, f"run.start_from={tmp_path / 'first'}", "run.start_networks=G", *wide)
+    taken = {key for key in after if not torch.equal(before[key], after[key])}
+    assert taken <= {f"G/{key}" for key in start.weights["G"]}
+
+
 def test_an_export_is_taken_by_its_name(folder, published, other, tmp_path):
     exported = tmp_path / "exported"
     assert main(["export", str(published / "latest_net_G.pth"), "--out", str(exported)]) == 0
