@@ -314,6 +314,8 @@ class _Run:
         self.observer.measure_inputs(validation)
         if done == 0:
             self.log.metrics(0, {f"held_out_{key}": value for key, value in validation.inputs.items()})
+            if self.run.start_from:
+                self.observer.measure_start(validation)
             return
         best = self.checkpoints.best()
         if changed := validation.resume(best[1].get("validation") if best else None):

@@ -164,6 +164,16 @@ class Observer:
             self.log.warn(sentence)
         self.log.say(inputs)
 
+    def measure_start(self, validation: Validation) -> None:
+        """Measure the weights that `run.start_from` gave, for comparison: no checkpoint has them, so none is the best."""
+        with self.step.averaged():
+            validation.measure(self.method)
+        self.method.train()
+        for sentence in validation.take_messages():
+            self.log.warn(sentence)
+        self.log.say(f"before the first step: {validation.short()}")
+        validation.best, validation.latest = float("-inf"), {}
+
     def validate(self, validation: Validation, done: int, images: int) -> bool:
         """Measure the held-out pairs; returns whether the method is better than ever before.
 

@@ -100,6 +100,22 @@ def test_values_are_those_of_evaluate(rainy_set, tmp_path, capsys):
     assert "dB (" in log_lines(run)[-2]  # the last progress line
 
 
+def test_weights_that_a_run_begins_with_are_measured(rainy_set, tmp_path):
+    """So that one sees whether training on improves a model; no checkpoint has them, so none of them is the best."""
+    train_run(config(rainy_set, "run.steps=2", "run.validate_every=2"), tmp_path / "first", quiet=True)
+    wanted = lines(tmp_path / "first", "held_out_psnr_y")[2]
+    more = [f"run.start_from={tmp_path / 'first'}", "run.validate_every=1", "optim.lr=0.05"]
+    train_run(config(rainy_set, "run.steps=1", *more), tmp_path / "next", quiet=True)
+    (said,) = [line for line in log_lines(tmp_path / "next") if line.startswith("before the first step: held out ")]
+    assert f" {wanted:.2f} dB (" in said
+    found = lines(tmp_path / "next", "held_out_psnr_y")
+    assert found[0] == lines(tmp_path / "first", "held_out_psnr_y")[0]  # the inputs
+    assert found[1] != pytest.approx(wanted, abs=1e-3)
+    assert (tmp_path / "next/checkpoints/best").exists()
+    train_run(config(rainy_set, "run.steps=2", *more), tmp_path / "next", quiet=True)
+    assert sum("before the first step" in line for line in log_lines(tmp_path / "next")) == 1
+
+
 def test_training_does_not_notice(rainy_set, tmp_path):
     results = []
     for name, extra in (("without", []), ("with", ["run.validate_every=1", "run.monitor_every=1"])):
