@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -114,6 +115,12 @@ def _tensor(translate: Translate, picture: Tensor, channels: int) -> Tensor:
     elif pictures.is_floating_point():
         if not torch.isfinite(pictures).all():
             raise ValueError("float pictures must lie in [-1, 1], and these hold NaN or infinity")
+        if pictures.min() >= 0 and pictures.max() <= 1:  # hardly a photograph has no pixel darker than the middle
+            warnings.warn(
+                "these float pictures have values from 0 to 1 only, and floats are taken to lie in [-1, 1]: if 0 is "
+                "black in them, give 2 * pictures - 1",
+                stacklevel=2,
+            )
         made = translate(pictures).to(pictures.dtype)
     else:
         raise ValueError(f"a tensor must be uint8, uint16 or floats in [-1, 1], not {pictures.dtype}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -85,6 +87,18 @@ def test_arrays(dtype):
     batch = translator.translate(np.stack([array, array[::-1]]))
     np.testing.assert_allclose(batch[0].astype(float), made.astype(float), atol=1 if peak else 1e-5)  # rounding
     assert batch.shape == (2, *array.shape)
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
+def test_floats_that_look_like_zero_to_one_get_a_warning(kind):
+    axis = 2 if kind is np.asarray else 0
+    unit = kind(np.ascontiguousarray(np.moveaxis(LEVELS.astype(np.float32) / 255, 2, axis)))
+    with pytest.warns(UserWarning, match=r"values from 0 to 1 only, .* give 2 \* pictures - 1"):
+        model().translate(unit)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model().translate(2 * unit - 1)
+        model().translate(unit * 0 - 1)
 
 
 def test_grey_arrays():
