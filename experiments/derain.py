@@ -163,16 +163,27 @@ def configuration(args: argparse.Namespace, name: str, seed: int) -> Config:
     return config
 
 
+def settings_of(args: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
+    """Return what a row says of how it was made."""
+    settings = {"variant": name, "seed": seed, "steps": args.steps, "pictures": args.pictures}
+    return settings | ({"options": " ".join(args.options)} if args.options else {})
+
+
+def finished(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the row of a finished run; None if there is none, or if it was made with other settings."""
+    if not (folder / "row.json").exists():
+        return None
+    row: dict[str, Any] = json.loads((folder / "row.json").read_text())
+    same = row.items() >= settings.items() and row.get("options") == settings.get("options")
+    return row if same else None
+
+
 def run_one(args: argparse.Namespace, name: str, seed: int, folder: Path) -> dict[str, Any]:
     """Train and measure a variant, and return its row of the table."""
+    settings = settings_of(args, name, seed)
+    if (row := finished(folder, settings)) is not None:
+        return row
     config = configuration(args, name, seed)
-    settings = {"variant": name, "seed": seed, "steps": args.steps, "pictures": args.pictures}
-    settings |= {"options": " ".join(args.options)} if args.options else {}
-    result = folder / "row.json"
-    if result.exists():
-        row = json.loads(result.read_text())
-        if row.items() >= settings.items() and row.get("options") == settings.get("options"):
-            return row
     began, cpu = time.monotonic(), time.process_time()
     if name == PAIRED:
         torch.manual_seed(seed)
@@ -198,7 +209,7 @@ def run_one(args: argparse.Namespace, name: str, seed: int, folder: Path) -> dic
         title = set_name(test)
         row |= {f"{title} {key}": round(after[key], 4) for key in KEYS[:2]}
         row |= {f"{title} gain {key}": round(after[key] - before[key], 4) for key in KEYS[:2]}
-    result.write_text(json.dumps(row))
+    (folder / "row.json").write_text(json.dumps(row))
     return row
 
 
@@ -288,12 +299,14 @@ def main(arguments: list[str] | None = None) -> int:
     for name in names:
         for seed in args.seeds:
             folder = (args.runs or args.out / "runs") / f"{name.replace(' ', '-')}-{seed}"
-            if args.collect and not (folder / "row.json").exists():
+            if args.collect and finished(folder, settings_of(args, name, seed)) is None:
                 continue
             rows.append(run_one(args, name, seed, folder))
             curves[f"{name} {seed}"] = curve(folder)
             print(json.dumps(rows[-1]), flush=True)
             write(args.out, rows, curves, facts)
+    if not rows:
+        parser.error(f"--collect: no run in {args.runs or args.out / 'runs'} has finished with these settings")
     return 0
 
 

@@ -185,7 +185,8 @@ def resized(image: Tensor, side: int) -> Tensor:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    description = (__doc__ or "").splitlines()[0]
+    parser = argparse.ArgumentParser(prog="python -m experiments.photographs", description=description)
     parser.add_argument("--packages", type=Path, metavar="DEBS", help="folder with the packages; default: fetch them")
     parser.add_argument("--out", type=Path, required=True, metavar="PHOTOS", help="a new folder")
     args = parser.parse_args(arguments)

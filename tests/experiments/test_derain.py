@@ -110,6 +110,11 @@ def test_the_experiment_at_its_smallest(pairs, tmp_path, monkeypatch, capsys):
     finished.write_text(json.dumps({**json.loads(finished.read_text()), "options": "optim.lr=1e-4"}))
     with pytest.raises(pytest.fail.Exception, match="a finished run was repeated"):
         derain.main([*arguments, "--only", "plus"])
+    written = (out / "results.json").read_text()
+    with pytest.raises(SystemExit):
+        derain.main([*arguments, "--only", "plus", "--collect"])
+    assert "has finished with these settings" in capsys.readouterr().err
+    assert (out / "results.json").read_text() == written
 
 
 def test_variants_are_configurations(tmp_path):
