@@ -36,8 +36,8 @@ HELD_OUT_SIDE = 360
 RAIN = (
     "density=0.03:0.2,length=0.04:0.2,width=0.002:0.008,angle=-45:45,opacity=0.2:0.8,haze=0:0.1,additive=0:1",
     "density=0.2:0.7,length=0.05:0.3,width=0.002:0.012,angle=-45:45,opacity=0.3:0.9,haze=0:0.2,additive=0:1",
-    "density=0.01:0.1,length=0.03:0.2,width=0.002:0.006,angle=-45:45,opacity=0.2:0.8,haze=0:0.2,additive=0:1,"
-    "drizzle=0.2:0.9",
+    "density=0:0.1,length=0.04:0.3,width=0.002:0.006,angle=-60:60,opacity=0.2:0.8,haze=0:0.3,additive=0:1,"
+    "drizzle=0.3:1",
 )
 """Kinds of rain: light, heavy, and fine over the whole picture. Each image draws one of them."""
 

@@ -174,12 +174,13 @@ def render_rain(
         x = show(x, (opacity * near**0.5 * fall_as(drops, lean, long, wide).clamp(0, 1))[:, None])
     if has("drizzle"):
         strength, threshold = between("drizzle"), 2 * draw(images, 1, 1) - 0.5
+        ramp = 0.6 + 2.4 * draw(images, 1, 1)  # from faint to full, in standard deviations
         lean = torch.deg2rad(angle + 4 * draw(images, 1, 1) - 2)
-        long = (length * (0.2 + 0.6 * draw(images, 1, 1))).clamp(min=2.0)
+        long = (length * (0.2 + draw(images, 1, 1))).clamp(min=2.0)
         fine = fall_as(draw(images, height, width), lean, long, 1 + 0.5 * draw(images, 1, 1))
         deviation = fine.std((1, 2), correction=min(1, height * width - 1), keepdim=True)
         fine = (fine - fine.mean((1, 2), keepdim=True)) / deviation.clamp(min=1e-6)
-        x = show(x, (strength * ((fine - threshold) / 2.5).clamp(0, 1))[:, None])
+        x = show(x, (strength * ((fine - threshold) / ramp).clamp(0, 1))[:, None])
     return x.mul(2).sub(1).clamp(-1, 1).to(clean.dtype)
 
 
