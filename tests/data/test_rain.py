@@ -98,6 +98,17 @@ def test_drizzle_covers_the_whole_image_with_thin_streaks():
     assert render_rain(clean[..., :1, :1], fine, seeded(0)).isfinite().all()  # a pixel has no deviation
 
 
+def test_fine_rain_has_soft_and_hard_edges():
+    """The share of its lit pixels that have its full light differs from image to image."""
+    clean = torch.full((30, 1, 64, 64), -1.0)
+    fine = RainOptions(density=(0, 0), drizzle=(0.5, 0.5), additive=(1, 1), **STREAKS_ONLY)
+    light = (render_rain(clean, fine, seeded(0)) + 1) / 2
+    lit = (light > 0.01).sum((1, 2, 3))
+    share = (light >= light.amax((1, 2, 3), keepdim=True) - 1e-4).sum((1, 2, 3)) / lit
+    assert share.max() > 0.3
+    assert share.min() < 0.05
+
+
 def test_options_that_are_off_change_nothing():
     """The rain of earlier versions stays the same, number for number."""
     clean = torch.zeros(1, 1, 24, 24)
