@@ -296,7 +296,7 @@ def test_a_generator_of_another_width_is_refused(folder, published, tmp_path):
     with pytest.raises(
         ValueError,
         match=r"run.start_from=derain: the generator there is another one: G_A: \d+ of \d+ tensors, .*"
-        r"\. It was built with network.width=16( .*)?\. To take what fits, add run.start_networks=G_A$",
+        r"\. It was built with network.width=24( .*)?\. To take what fits, add run.start_networks=G_A$",
     ):
         plan_start(config, planned)
     with pytest.raises(ValueError, match=r"G: \d+ of \d+ tensors, .*; and \d+ more\. To take what fits, add run\."):
