@@ -216,8 +216,8 @@ def _matched(rainy_top: Path, rainy: list[Path], clean_top: Path, clean: list[Pa
         pairs.append(Pair(file.relative_to(rainy_top).with_suffix("").as_posix(), file, truth))
     problems += [f"{file.relative_to(root)} has no rainy picture" for file in clean if file not in used]
     if problems:
-        found = "1 picture does" if len(problems) == 1 else f"{len(problems)} pictures do"
-        raise DataError(f"{root}: {found} not pair: {'; '.join(problems)}")
+        count = "1 picture does" if len(problems) == 1 else f"{len(problems)} pictures do"
+        raise DataError(f"{root}: {count} not pair: {'; '.join(problems)}")
     return _distinct(pairs, rainy_top)
 
 
