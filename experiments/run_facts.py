@@ -118,7 +118,7 @@ def wrapped(command: str, width: int = 110) -> str:
 
 def marks_of(out: Path) -> tuple[str, str]:
     """The lines around the section of a run in a page."""
-    return f"<!-- run: {out.name} -->\n", "<!-- run: end -->"
+    return f"<!-- shown: {out.name} -->\n", "<!-- shown: end -->"
 
 
 def check_page(page: Path, out: Path) -> None:
@@ -132,7 +132,7 @@ def check_page(page: Path, out: Path) -> None:
 
 
 def write_section(page: Path, out: Path, title: str, facts: dict[str, Any]) -> None:
-    """Show a run in a Markdown page, between the lines `<!-- run: NAME -->` and `<!-- run: end -->`.
+    """Show a run in a Markdown page, between the lines `<!-- shown: NAME -->` and `<!-- shown: end -->`.
 
     NAME is that of the folder `out`. If the page has these lines, what is between them is replaced. Otherwise a section
     with this title is added at its end. Text around the lines stays.

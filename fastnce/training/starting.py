@@ -119,7 +119,7 @@ def plan_start(config: Config, planned: Method) -> Start | None:
         lines.append(line)
         if not weights[name] and names:
             raise ValueError(f"run.start_from={path}: nothing fits: {line}")
-        if not names and name in planned.generators() and _mostly_other(networks[name], weights[name]):
+        if not names and _mostly_other(networks[name], weights[name]) and name in planned.generators():
             hint = _difference(source.options, config)
             raise ValueError(
                 f"run.start_from={path}: the generator there is another one: {line}{hint}. To take what fits, add "

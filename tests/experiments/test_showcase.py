@@ -272,7 +272,7 @@ def test_a_page_gets_a_section_once(run, data, tmp_path, capsys):
     assert "(my%20results/tiny/strip.jpg)" in section_of(facts, "my results/tiny")  # Markdown ends a link at a space
     assert "| steps | 6; 6 images of each domain |" in body
     assert f"```bash\n{wrapped(facts['command'])}\n```" in body
-    begin, end = "<!-- run: tiny -->", "<!-- run: end -->"
+    begin, end = "<!-- shown: tiny -->", "<!-- shown: end -->"
     assert page.read_text() == f"# Results\n\n## Tiny pictures\n\n{begin}\n{body}\n{end}\n"
     page.write_text(f"Before.\n{begin}\nold\n{end}\nAfter.\n")
     write_section(page, out, "unused", facts)
