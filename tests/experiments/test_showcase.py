@@ -23,6 +23,7 @@ from experiments.sheets import LARGEST, LINE, MARGIN, jpeg
 from experiments.showcase import FILES, spread_evenly
 from fastnce.commands import main as commands
 from fastnce.data.folder import load_image
+from tests.documents.blocks import blocks
 from tests.ends import TINY, tiny
 
 SIDE = 16
@@ -274,6 +275,7 @@ def test_a_page_gets_a_section_once(run, data, tmp_path, capsys):
     assert f"```bash\n{wrapped(facts['command'])}\n```" in body
     begin, end = "<!-- shown: tiny -->", "<!-- shown: end -->"
     assert page.read_text() == f"# Results\n\n## Tiny pictures\n\n{begin}\n{body}\n{end}\n"
+    assert blocks(page.read_text(), "page.md") == []  # its lines are no markers of code that runs
     page.write_text(f"Before.\n{begin}\nold\n{end}\nAfter.\n")
     write_section(page, out, "unused", facts)
     assert page.read_text() == f"Before.\n{begin}\n{body}\n{end}\nAfter.\n"
