@@ -5,7 +5,7 @@ import sys
 from contextlib import suppress
 
 SPINS = "10000"
-"""Turns of a thread that waits for the others of an operation, before it sleeps: about 0.1 ms.
+"""Turns of a thread that waits for the others of an operation, before it sleeps.
 
 The default of GNU OpenMP is 30 times that. On a machine that others use too, a waiting thread then takes the core from
 the one that it waits for.

@@ -119,15 +119,16 @@ def plan_start(config: Config, planned: Method) -> Start | None:
         lines.append(line)
         if not weights[name] and names:
             raise ValueError(f"run.start_from={path}: nothing fits: {line}")
-        if not names and _mostly_other(networks[name], weights[name]) and name in planned.generators():
-            hint = _difference(source.options, config)
-            raise ValueError(
-                f"run.start_from={path}: the generator there is another one: {line}{hint}. To take what fits, add "
-                f"run.start_networks={name}"
-            )
     if not any(weights.values()):
         reason = "; ".join(lines) or f"it holds {there}, and {config.method} has {', '.join(networks)}"
         raise ValueError(f"run.start_from={path}: nothing fits: {reason}")
+    for name, line in zip(chosen, lines, strict=True):
+        if not names and 2 * len(weights[name]) < len(networks[name].state_dict()) and name in planned.generators():
+            built = _built_with(source.options, config)
+            raise ValueError(
+                f"run.start_from={path}: the generator there is another one: {line}{built}. To take what fits of it, "
+                f"add run.start_networks={name}"
+            )
     if averaged := [name for name in source.averaged if weights.get(name)]:
         lines.append(f"the averaged weights of {', '.join(averaged)} are taken, as translation does")
     for group, verb in (
@@ -139,13 +140,8 @@ def plan_start(config: Config, planned: Method) -> Start | None:
     return Start(taken, str(source.path), {name: state for name, state in weights.items() if state}, lines)
 
 
-def _mostly_other(network: nn.Module, fit: dict[str, Tensor]) -> bool:
-    """Whether some tensors fit a network and most do not: such a run would begin almost anew."""
-    return 0 < 2 * len(fit) < len(network.state_dict())
-
-
-def _difference(options: dict[str, Any], config: Config) -> str:
-    """What to add to a command, so that its generators are those of a source; "" if that is unknown."""
+def _built_with(options: dict[str, Any], config: Config) -> str:
+    """A sentence with the options of a source's generators that differ from a run's; "" if none are known."""
     own = asdict(config.network)
     differ = [key for key, value in options.items() if key in own and own[key] != value]
     other = [f"network.{key}={format_value(options[key]).strip(chr(34))}" for key in differ]

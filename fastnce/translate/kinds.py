@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -113,9 +114,10 @@ def _tensor(translate: Translate, picture: Tensor, channels: int) -> Tensor:
     if pictures.dtype in PEAKS:
         made = _whole(translate, pictures)
     elif pictures.is_floating_point():
-        if not torch.isfinite(pictures).all():
+        least, most = (float(limit) for limit in pictures.aminmax())  # NaN if any value is
+        if not (math.isfinite(least) and math.isfinite(most)):
             raise ValueError("float pictures must lie in [-1, 1], and these hold NaN or infinity")
-        if pictures.min() >= 0 and pictures.max() <= 1:  # hardly a photograph has no pixel darker than the middle
+        if least >= 0 and most <= 1:  # hardly a photograph has no pixel darker than the middle
             warnings.warn(
                 "these float pictures have values from 0 to 1 only, and floats are taken to lie in [-1, 1]: if 0 is "
                 "black in them, give 2 * pictures - 1",
