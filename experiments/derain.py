@@ -300,6 +300,7 @@ def main(arguments: list[str] | None = None) -> int:
         for seed in args.seeds:
             folder = (args.runs or args.out / "runs") / f"{name.replace(' ', '-')}-{seed}"
             if args.collect and finished(folder, settings_of(args, name, seed)) is None:
+                print(f"left out, not finished with these settings: {folder}", file=sys.stderr)
                 continue
             rows.append(run_one(args, name, seed, folder))
             curves[f"{name} {seed}"] = curve(folder)

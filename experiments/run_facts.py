@@ -129,6 +129,8 @@ def check_page(page: Path, out: Path) -> None:
     _, found, rest = (page.read_text(encoding="utf-8") if page.exists() else "").partition(begin)
     if found and end not in rest:
         raise ValueError(f"{page} has {begin.strip()}, and no {end} after it")
+    if found and "<!-- shown: " in rest.partition(end)[0]:
+        raise ValueError(f"{page} has no {end} between {begin.strip()} and the next run")
 
 
 def write_section(page: Path, out: Path, title: str, facts: dict[str, Any]) -> None:

@@ -165,7 +165,7 @@ class Observer:
         self.log.say(inputs)
 
     def measure_start(self, validation: Validation) -> None:
-        """Measure the weights of `run.start_from`, for comparison; no checkpoint holds them, so `best` never does."""
+        """Measure a run with `run.start_from` before its first step. No checkpoint holds these weights."""
         with self.step.averaged():
             validation.measure(self.method)
         self.method.train()

@@ -112,23 +112,23 @@ def plan_start(config: Config, planned: Method) -> Start | None:
         if name not in source.read:
             raise ValueError(f"run.start_networks names {name}, and {source.path} holds {there}")
     chosen = [name for name in networks if name in source.read and (not names or name in names)]
-    weights, lines = {}, []
+    weights, lines, other = {}, [], []
     for name in chosen:
         state = source.read[name]()
-        weights[name], line = _compare(name, networks[name], state, f"{source.path}: {name}")
+        weights[name], line, mostly_other = _compare(name, networks[name], state, f"{source.path}: {name}")
         lines.append(line)
+        other += [line] if mostly_other and name in planned.generators() else []
         if not weights[name] and names:
             raise ValueError(f"run.start_from={path}: nothing fits: {line}")
     if not any(weights.values()):
         reason = "; ".join(lines) or f"it holds {there}, and {config.method} has {', '.join(networks)}"
         raise ValueError(f"run.start_from={path}: nothing fits: {reason}")
-    for name, line in zip(chosen, lines, strict=True):
-        if not names and 2 * len(weights[name]) < len(networks[name].state_dict()) and name in planned.generators():
-            built = _built_with(source.options, config)
-            raise ValueError(
-                f"run.start_from={path}: the generator there is another one: {line}{built}. To take what fits of it, "
-                f"add run.start_networks={name}"
-            )
+    if other and not names:
+        fitting = ",".join(name for name in chosen if weights[name])
+        raise ValueError(
+            f"run.start_from={path}: the generator there is another one: {'; '.join(other)}"
+            f"{_built_with(source.options, config)}. To take what fits, add run.start_networks={fitting}"
+        )
     if averaged := [name for name in source.averaged if weights.get(name)]:
         lines.append(f"the averaged weights of {', '.join(averaged)} are taken, as translation does")
     for group, verb in (
@@ -230,8 +230,10 @@ def _checkpoint(path: Path) -> Source:
     return Source(folder, read, averaged, options)  # type: ignore[arg-type]
 
 
-def _compare(name: str, network: nn.Module, state: dict[str, Tensor], where: str) -> tuple[dict[str, Tensor], str]:
-    """The tensors that fit a network, and a sentence about them.
+def _compare(
+    name: str, network: nn.Module, state: dict[str, Tensor], where: str
+) -> tuple[dict[str, Tensor], str, bool]:
+    """The tensors that fit a network, a sentence about them, and whether they are less than half of either network.
 
     Raises:
         ValueError: tensors are not finite, or no projector can be built from them.
@@ -258,9 +260,10 @@ def _compare(name: str, network: nn.Module, state: dict[str, Tensor], where: str
     problems += [f"{key} is not here" for key in state if key not in own]
     more = [f"and {len(problems) - MOST_PROBLEMS} more"] if len(problems) > MOST_PROBLEMS else []
     most = ", so most of it begins with its own initial weights" if 2 * len(fit) < len(own) else ""
+    mostly_other = 2 * len(fit) < max(len(own), len(state))
     count = f"{len(fit)} of {len(own)} tensors{most}"
     norms = other_norms(state, network)
-    return fit, f"{name}: {'; '.join([count, *problems[:MOST_PROBLEMS], *more])}{norms}"
+    return fit, f"{name}: {'; '.join([count, *problems[:MOST_PROBLEMS], *more])}{norms}", mostly_other
 
 
 def _load(network: nn.Module, weights: dict[str, Tensor], where: str) -> None:

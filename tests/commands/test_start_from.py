@@ -296,11 +296,11 @@ def test_a_generator_of_another_width_is_refused(folder, published, tmp_path):
     with pytest.raises(
         ValueError,
         match=r"run.start_from=derain: the generator there is another one: G_A: \d+ of \d+ tensors, .*"
-        r"\. It was built with network.width=24( .*)?\. To take what fits of it, add run.start_networks=G_A$",
+        r"\. It was built with network.width=24( .*)?\. To take what fits, add run.start_networks=G_A$",
     ):
         plan_start(config, planned)
     with pytest.raises(
-        ValueError, match=r"G: \d+ of \d+ tensors, .*; and \d+ more\. To take what fits of it, add run\."
+        ValueError, match=r"G: \d+ of \d+ tensors, .*; and \d+ more\. To take what fits, add run.start_networks=G,F,D$"
     ):
         started(folder, f"run.start_from={published}", *wide)  # published files do not tell their options
     train_run(small_config(folder, "run.steps=1"), tmp_path / "first", quiet=True)
@@ -312,6 +312,9 @@ def test_a_generator_of_another_width_is_refused(folder, published, tmp_path):
     other = ["network.generator=restorer", "loss.nce_layers=4,8"]  # of which no tensor fits, while those of D do
     with pytest.raises(ValueError, match=r"G: 0 of .*\. It was built with network.generator=resnet_4blocks\. To take"):
         started(folder, f"run.start_from={tmp_path / 'first'}", *other)
+    train_run(small_config(folder, "run.steps=1", "network.generator=resnet_9blocks"), tmp_path / "deep", quiet=True)
+    with pytest.raises(ValueError, match=r"It was built with network.generator=resnet_9blocks\."):  # most is not taken
+        started(folder, f"run.start_from={tmp_path / 'deep'}")
 
 
 def test_an_export_is_taken_by_its_name(folder, published, other, tmp_path):

@@ -282,6 +282,9 @@ def test_a_page_gets_a_section_once(run, data, tmp_path, capsys):
     page.write_text(f"{begin}\nold\n")
     with pytest.raises(ValueError, match=f"page.md has {begin}, and no {end} after it"):
         write_section(page, out, "unused", facts)
+    page.write_text(f"{begin}\nold\nmine\n<!-- shown: other -->\n{end}\n")
+    with pytest.raises(ValueError, match=f"no {end} between {begin} and the next run"):
+        write_section(page, out, "unused", facts)
     assert showcase.main([*arguments[:-1], str(tmp_path)]) == 2
     assert "should be a Markdown page in a folder that exists" in capsys.readouterr().err
 
